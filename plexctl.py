@@ -1,0 +1,3339 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""plexctl: one TCP port of one machine behind a plexsphere Node, for as long as it is needed.
+
+    plexctl tcp-forward --project-id UUID --resource-id UUID --host HOST --port PORT
+
+asks the control plane for a one-time mediated session and prints the local address and the
+listener endpoint on the Node. With --proxy, --stdio or -- COMMAND it carries the bytes as well,
+and revokes the session when it ends.
+
+Exit codes: 0 done; 1 transport or API failure, no listener endpoint, forwarder error, session
+over; 2 usage; 3 credentials; 4 forbidden; 77 ReBAC denial; with -- COMMAND the status of COMMAND;
+SIGINT, SIGTERM and SIGHUP end the process by that same signal, after the session is revoked.
+
+One file, standard library only, Python 3.6 to 3.14. Read it from the top: a section uses only
+those above it. Dear imports stand in the functions that need them, since --help and a usage
+error must not wait for ssl, urllib or socketserver.
+"""
+import sys
+
+if __name__ == "__main__":  # until the handlers are there, Ctrl-C just ends it: no traceback
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import argparse
+import os
+import re
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # importing typing would take as long as compiling half of this file
+    import socket
+    import threading
+    from typing import Any, Callable, Dict, IO, Iterable, List, Mapping, NoReturn, Optional
+    from typing import Sequence, Set, Tuple, Union
+
+__version__ = "0.1.0"
+
+EXIT_OK = 0
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+EXIT_CREDENTIALS = 3
+EXIT_FORBIDDEN = 4
+EXIT_REBAC_DENIED = 77
+EXIT_NOT_EXECUTABLE = 126
+EXIT_NOT_FOUND = 127
+EXIT_SIGNAL_BASE = 128
+
+CONNECT_SECONDS = 10
+EXCHANGE_SECONDS = 30
+LEAVE_SECONDS = 10
+CLOSE_SECONDS = 2
+HURRY_SECONDS = 1.0  # what a second signal leaves of the time to revoke
+ISSUE_ATTEMPTS = 3
+RETRY_AFTER_MAX_SECONDS = 5
+POLL_MIN_SECONDS = 0.5
+POLL_MAX_SECONDS = 3.0
+RECHECK_SECONDS = 60  # the reconcile period of a Node
+WARN_LEFT_SECONDS = (300, 60)
+BODY_MAX_BYTES = 1024 * 1024
+SECRET_FILE_MAX_BYTES = 64 * 1024
+TOKEN_MAX_CHARACTERS = 8192
+SHOWN_MAX_CHARACTERS = 300
+
+
+# ---------------------------------------------------------------------------------------- errors
+
+
+class PlexctlError(Exception):
+    """Anything that ends the command with one line on stderr.
+
+    `exit_code` is the process's exit status (int, section "Exit codes" of the README).
+    """
+
+    exit_code = EXIT_FAILURE
+
+    def __init__(self, message: str, exit_code: "Optional[int]" = None) -> None:
+        super().__init__(message)
+        if exit_code is not None:
+            self.exit_code = exit_code
+
+
+class UsageError(PlexctlError):
+    """A flag, an environment variable or a URL that cannot be used."""
+
+    exit_code = EXIT_USAGE
+
+
+class CredentialsError(PlexctlError):
+    """No credentials, or some that are not safe to use."""
+
+    exit_code = EXIT_CREDENTIALS
+
+
+class TransportError(PlexctlError):
+    """No usable answer. `sent`: the request may have reached the server; `final`: do not retry."""
+
+    def __init__(self, message: str, sent: bool = False, final: bool = False) -> None:
+        super().__init__(message)
+        self.sent = sent
+        self.final = final
+
+
+class ApiError(PlexctlError):
+    """The control plane answered with an error. `status` is HTTP's, `code` the problem's."""
+
+    def __init__(self, message: str, exit_code: int, status: int, code: str) -> None:
+        super().__init__(message, exit_code)
+        self.status = status
+        self.code = code
+
+
+class SessionOver(PlexctlError):
+    """The session expired, was revoked, or is no longer active for another reason."""
+
+
+class Interrupted(Exception):
+    """The first SIGINT, SIGTERM or SIGHUP; raised where the main thread waits, nowhere else."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+# ---------------------------------------------------------------------------------------- values
+
+UUID_PATTERN = r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
+NAME_PATTERN = r"(?=.{1,253}$)([A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?\.)*" \
+    r"(?=[^.]*[^0-9.])(?!0[xX])[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?\.?"
+IPV4_PATTERN = r"((25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])(\.(?!$)|$)){4}"
+URL_PATTERN = r"(?i:(https?))://(\[[0-9a-fA-F:.]+\]|[^\[\]/:?#@\\]+)(?::([0-9]{1,5}))?(/[^?#\\]*)?"
+TIME_PATTERN = r"([0-9]{4})-([0-9]{2})-([0-9]{2})[Tt]([0-9]{2}):([0-9]{2}):([0-9]{2})" \
+    r"(\.[0-9]{1,9})?([Zz]|[+-][0-9]{2}:[0-9]{2})"
+
+
+def escape(text: str, limit: int = SHOWN_MAX_CHARACTERS) -> str:
+    """`text` as printable ASCII, cut to `limit` characters: foreign text cannot drive a terminal."""
+    shown = text if len(text) <= limit else text[:limit] + "..."
+    return "".join(c if " " <= c <= "~" else ascii(c)[1:-1] for c in shown)
+
+
+def parse_uuid(text: str) -> str:
+    """The canonical 8-4-4-4-12 form (RFC 9562, section 4), in lower case."""
+    if not re.fullmatch(UUID_PATTERN, text):
+        raise ValueError("must be a UUID of 8-4-4-4-12 hexadecimal digits")
+    return text.lower()
+
+
+def parse_int(text: str, low: int, high: int) -> int:
+    """Plain ASCII digits, `low` to `high`."""
+    if not re.fullmatch(r"[0-9]{1,18}", text) or not low <= int(text) <= high:
+        raise ValueError("must be a whole number from %d to %d" % (low, high))
+    return int(text)
+
+
+def parse_port(text: str) -> int:
+    """A TCP port, 1 to 65535."""
+    return parse_int(text, 1, 65535)
+
+
+def parse_seconds(text: str) -> float:
+    """A number of seconds, 0 or more: digits with perhaps a decimal point."""
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
+        raise ValueError("must be a number of seconds, 0 or more")
+    return float(text)
+
+
+def parse_target_host(text: str) -> str:
+    """A target host as the Node will see it: printable, no white space."""
+    if not text.strip():
+        raise ValueError("must not be empty")
+    if len(text) > 253 or not text.isprintable() or re.search(r"\s", text):
+        raise ValueError("must be a host name or address without white space")
+    return text
+
+
+def pack_address(host: str) -> bytes:
+    """The 4 or 16 bytes of an IP address literal; b"" for anything else (a name, 127.1, 0)."""
+    import socket
+
+    if re.fullmatch(IPV4_PATTERN, host):
+        return socket.inet_pton(socket.AF_INET, host)
+    try:
+        packed = socket.inet_pton(socket.AF_INET6, host)
+    except (OSError, ValueError):
+        return b""
+    mapped = b"\0" * 10 + b"\xff\xff"
+    return packed[12:] if packed.startswith(mapped) else packed
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` (a literal or a name) can only be this machine."""
+    name = host.lower().rstrip(".")
+    packed = pack_address(host)
+    return (name == "localhost" or name.endswith(".localhost")
+            or packed[:1] == b"\x7f" and len(packed) == 4 or packed == b"\0" * 15 + b"\1")
+
+
+def is_dialable(host: str) -> bool:
+    """False for loopback, unspecified, multicast and broadcast addresses."""
+    packed = pack_address(host)
+    if is_loopback(host) or packed in (b"\0" * 4, b"\0" * 16):
+        return False
+    return not (len(packed) == 4 and packed[0] >= 224 or len(packed) == 16 and packed[0] == 0xFF)
+
+
+def join_host_port(host: str, port: int) -> str:
+    """host:port, with brackets around an IPv6 address (RFC 3986, section 3.2.2)."""
+    return "%s:%d" % ("[%s]" % host if ":" in host and host[0] != "[" else host, port)
+
+
+class Endpoint:
+    """A host and a port that passed the strict parsers. `str()` gives host:port."""
+
+    __slots__ = ("host", "port")
+
+    def __init__(self, host: str, port: int) -> None:
+        self.host = host
+        self.port = port
+
+    def __str__(self) -> str:
+        return join_host_port(self.host, self.port)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Endpoint) and str(self) == str(other)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+
+def parse_endpoint(text: str, lowest_port: int = 1) -> Endpoint:
+    """host:port or [IPv6]:port; the host an address literal or a DNS name; no 127.1, no 0."""
+    host, colon, port = text.rpartition(":")
+    literal = host[1:-1] if host.startswith("[") and host.endswith("]") else ""
+    if colon and len(text) <= 261:
+        if literal and ":" in literal and pack_address(literal):
+            return Endpoint(literal, parse_int(port, lowest_port, 65535))
+        if re.fullmatch(IPV4_PATTERN, host) or re.fullmatch(NAME_PATTERN, host):
+            return Endpoint(host, parse_int(port, lowest_port, 65535))
+    raise ValueError("must be host:port, with brackets around an IPv6 address")
+
+
+class LocalAddress:
+    """Where the operator's side listens: a literal address and a port, or a unix socket's path."""
+
+    __slots__ = ("host", "port", "path")
+
+    def __init__(self, host: str, port: int, path: str = "") -> None:
+        self.host = host
+        self.port = port
+        self.path = path
+
+    def __str__(self) -> str:
+        return "unix:" + self.path if self.path else join_host_port(self.host, self.port)
+
+
+def parse_local_address(text: str) -> LocalAddress:
+    """127.0.0.1:0, [::1]:0 or unix:/path. `localhost` is taken for 127.0.0.1, so it stays literal."""
+    if text.startswith("unix:"):
+        path = text[len("unix:"):]
+        if not path.startswith("/") or not path.isprintable() or len(os.fsencode(path)) > 100:
+            raise ValueError("must be unix: and an absolute path of at most 100 bytes")
+        return LocalAddress("", 0, path)
+    try:
+        endpoint = parse_endpoint(text, lowest_port=0)
+    except ValueError:
+        endpoint = Endpoint("", 0)
+    host = "127.0.0.1" if endpoint.host.lower() == "localhost" else endpoint.host
+    if not pack_address(host):
+        raise ValueError("must be ADDRESS:PORT, [ADDRESS]:PORT or unix:/path; a literal address, "
+                         "port 0 to 65535")
+    return LocalAddress(host, endpoint.port)
+
+
+class Server:
+    """A control plane's address. `prefix` has no slash at its end; `str()` gives the URL."""
+
+    __slots__ = ("scheme", "host", "port", "prefix")
+
+    def __init__(self, scheme: str, host: str, port: int, prefix: str) -> None:
+        self.scheme = scheme
+        self.host = host
+        self.port = port
+        self.prefix = prefix
+
+    def __str__(self) -> str:
+        return "%s://%s%s" % (self.scheme, join_host_port(self.host, self.port), self.prefix)
+
+    def same_origin(self, other: "Server") -> bool:
+        """Same scheme, host and port (RFC 6454, section 5)."""
+        return ((self.scheme, self.host.lower(), self.port)
+                == (other.scheme, other.host.lower(), other.port))
+
+
+def parse_server(text: str, allow_http: bool) -> Server:
+    """An absolute https URL; http only for loopback, or where `allow_http` says so."""
+    found = re.fullmatch(URL_PATTERN, text)
+    if not found or not all("!" <= c <= "~" for c in text):
+        raise ValueError("must be an absolute https:// URL without user info, query, fragment "
+                         "or white space")
+    scheme, host, port, prefix = found.group(1).lower(), found.group(2), found.group(3), found.group(4)
+    try:
+        endpoint = parse_endpoint("%s:%s" % (host, port or (443 if scheme == "https" else 80)))
+    except ValueError:
+        raise ValueError("has no valid host and port") from None
+    if scheme == "http" and not allow_http and not is_loopback(endpoint.host):
+        raise ValueError("must be https:// (plain http is for loopback; --allow-http permits it)")
+    return Server(scheme, endpoint.host, endpoint.port, (prefix or "").rstrip("/"))
+
+
+def parse_time(text: str) -> float:
+    """An RFC 3339 date-time, as seconds since the epoch. A leap second counts as the one before."""
+    import datetime
+
+    found = re.fullmatch(TIME_PATTERN, text)
+    if not found:
+        raise ValueError("is not an RFC 3339 time")
+    parts = [int(part) for part in found.groups()[:6]]
+    if parts[5] == 60:
+        parts[5] = 59
+    year, month, day, hour, minute, second = parts
+    moment = datetime.datetime(year, month, day, hour, minute, second, tzinfo=datetime.timezone.utc)
+    zone = found.group(8)
+    offset = 0
+    if zone not in "Zz":
+        hours, minutes = int(zone[1:3]), int(zone[4:6])
+        if hours > 23 or minutes > 59:
+            raise ValueError("is not an RFC 3339 time")
+        offset = (hours * 3600 + minutes * 60) * (-1 if zone[0] == "-" else 1)
+    return moment.timestamp() + float(found.group(7) or 0) - offset
+
+
+def parse_json(raw: bytes) -> "Any":
+    """Strict JSON (RFC 8259): UTF-8, no NaN, no duplicate keys, no lone surrogates."""
+    import json
+
+    def unique(pairs: "List[Tuple[str, Any]]") -> "Dict[str, Any]":
+        if len({key for key, _ in pairs}) != len(pairs):
+            raise ValueError("duplicate key")
+        return dict(pairs)
+
+    def refuse(constant: str) -> "NoReturn":
+        raise ValueError(constant)
+
+    try:
+        document = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+        json.dumps(document, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError, MemoryError):
+        raise ValueError("not valid JSON") from None
+    return document
+
+
+def elapsed_seconds() -> float:
+    """A clock that nobody sets, and that goes on while the machine sleeps."""
+    return time.clock_gettime(_CLOCK) if _CLOCK is not None else time.monotonic()
+
+
+# CLOCK_BOOTTIME counts suspend on Linux (7; Python names it from 3.7 on); on macOS
+# CLOCK_MONOTONIC does. On Windows time.monotonic() does.
+_CLOCK = 7 if sys.platform.startswith("linux") else getattr(time, "CLOCK_MONOTONIC", None)
+
+
+def show_bytes(count: int) -> str:
+    """A byte count for people: 512 B, 1.5 KiB, 3.2 GiB."""
+    size, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return "%d B" % count if unit == "B" else "%.1f %s" % (size, unit)
+
+
+def show_seconds(seconds: float) -> str:
+    """A duration for people: 5s, 2m05s, 1h02m."""
+    whole = max(0, int(seconds))
+    if whole < 60:
+        return "%ds" % whole
+    if whole < 3600:
+        return "%dm%02ds" % (whole // 60, whole % 60)
+    return "%dh%02dm" % (whole // 3600, whole // 60 % 60)
+
+
+def show_error(error: BaseException) -> str:
+    """Why something failed, without what it was given: a message may hold a header or a body."""
+    reason = getattr(error, "reason", None)  # URLError's and SSLError's
+    if isinstance(reason, BaseException):
+        return show_error(reason)
+    verify_message = getattr(error, "verify_message", None)
+    if verify_message:
+        return "certificate not trusted: " + escape(str(verify_message))
+    if type(error).__name__ == "CertificateError":  # 3.6; a ValueError there
+        return "certificate not trusted: it is for another host name"
+    if isinstance(error, OSError) and error.strerror and "SSL" not in type(error).__name__:
+        return escape(error.strerror)
+    if isinstance(error, OSError) and type(error).__name__ in ("timeout", "TimeoutError"):
+        return "timed out"
+    return type(error).__name__
+
+
+# ----------------------------------------------------------------------------------- credentials
+
+CONFIG_SHAPE = ('{"default": "prod", "profiles": {"prod": '
+                '{"server": "https://plexsphere.example.com", "token": "psk_..."}}}')
+
+
+class Secret:
+    """A string that does not show itself: `repr` and `str` are masked, `reveal()` is the way in."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+
+    def reveal(self) -> str:
+        """The value itself."""
+        return self._value
+
+    def __repr__(self) -> str:
+        return "Secret(...)"
+
+    def __reduce__(self) -> "NoReturn":
+        raise TypeError("a Secret is not pickled or copied")
+
+
+def parse_token(raw: bytes, source: str) -> Secret:
+    """A bearer token: one line end is dropped, the rest is 1 to 8192 characters of \\x21-\\x7e."""
+    kept = re.sub(rb"\r?\n\Z", b"", raw)
+    if not re.fullmatch(rb"[\x21-\x7e]{1,%d}" % TOKEN_MAX_CHARACTERS, kept):
+        raise CredentialsError("%s: must hold one token of 1 to %d printable ASCII characters, and "
+                               "nothing else" % (source, TOKEN_MAX_CHARACTERS))
+    return Secret(kept.decode("ascii"))
+
+
+def read_secret_file(path: str, source: str) -> bytes:
+    """Reads a file that nobody else can read or replace; "-" is standard input.
+
+    It is opened first and then judged by its descriptor, so that nothing can be swapped in
+    between; non-blocking, since a FIFO without a writer would block `open` for ever.
+    """
+    import stat
+
+    if path == "-":
+        return read_limited(0, source)
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
+    try:
+        descriptor = os.open(path, flags)
+    except (OSError, ValueError) as error:
+        raise CredentialsError("%s: cannot be opened: %s" % (source, show_error(error))) from error
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISFIFO(status.st_mode):
+            raise CredentialsError("%s: must be a regular file or a pipe" % source)
+        if os.name == "posix":
+            if status.st_uid not in (os.geteuid(), 0):
+                raise CredentialsError("%s: is owned by uid %d, must be yours or root's"
+                                       % (source, status.st_uid))
+            if stat.S_IMODE(status.st_mode) & 0o077:
+                raise CredentialsError("%s: has mode %04o, others may use it; chmod 600"
+                                       % (source, stat.S_IMODE(status.st_mode)))
+            os.set_blocking(descriptor, True)
+        return read_limited(descriptor, source)
+    finally:
+        os.close(descriptor)
+
+
+def read_limited(descriptor: int, source: str) -> bytes:
+    """All of it, up to SECRET_FILE_MAX_BYTES."""
+    raw = b""
+    while len(raw) <= SECRET_FILE_MAX_BYTES:
+        try:
+            piece = os.read(descriptor, SECRET_FILE_MAX_BYTES + 1 - len(raw))
+        except BlockingIOError:  # a standard input that came to us non-blocking
+            time.sleep(0.05)
+            continue
+        except OSError as error:
+            raise CredentialsError("%s: cannot be read: %s" % (source, show_error(error))) from error
+        if not piece:
+            return raw
+        raw += piece
+    raise CredentialsError("%s: is larger than %d bytes" % (source, SECRET_FILE_MAX_BYTES))
+
+
+class Profile:
+    """One entry of the config file: server URL and token, either may be missing ("", None)."""
+
+    __slots__ = ("name", "server", "token")
+
+    def __init__(self, name: str, server: str, token: "Optional[Secret]") -> None:
+        self.name = name
+        self.server = server
+        self.token = token
+
+
+def base_directory(variable: str, below_home: str, environ: "Mapping[str, str]") -> str:
+    """An XDG base directory, "" where there is none (freedesktop.org, XDG Base Directory)."""
+    given = environ.get(variable, "")
+    if os.path.isabs(given):
+        return given
+    home = environ.get("HOME") or os.path.expanduser("~")
+    return os.path.join(home, below_home) if os.path.isabs(home) else ""
+
+
+def read_profile(name: str, environ: "Mapping[str, str]") -> "Optional[Profile]":
+    """The profile called `name`, or for "" the config file's default one, where it has one."""
+    base = base_directory("XDG_CONFIG_HOME", ".config", environ)
+    path = os.path.join(base, "plexctl", "config.json")
+    source = "config file " + escape(path)
+    if not base or not os.path.lexists(path):
+        if name:
+            raise CredentialsError("--profile: no such profile, there is no %s" % source)
+        return None
+    malformed = CredentialsError("%s: must have the shape %s" % (source, CONFIG_SHAPE))
+    try:
+        document = parse_json(read_secret_file(path, source))
+    except ValueError:
+        raise malformed from None
+    profiles = document.get("profiles") if isinstance(document, dict) else None
+    if not isinstance(profiles, dict) or set(document) - {"default", "profiles"}:
+        raise malformed
+    for entry in profiles.values():
+        if (not isinstance(entry, dict) or set(entry) - {"server", "token"}
+                or not all(isinstance(value, str) for value in entry.values())):
+            raise malformed
+    wanted = name or document.get("default", "")
+    if not isinstance(wanted, str):
+        raise malformed
+    if not wanted:
+        return None
+    if wanted not in profiles:
+        raise CredentialsError("%s: has no such profile as %s names"
+                               % (source, "--profile" if name else '"default"'))
+    entry = profiles[wanted]
+    token = None
+    if "token" in entry:
+        token = parse_token(entry["token"].encode("utf-8"), "%s: token of a profile" % source)
+    return Profile(wanted, entry.get("server", ""), token)
+
+
+def resolve_credentials(server_flag: str, profile_flag: str, token_file: str, allow_http: bool,
+                        environ: "Mapping[str, str]") -> "Tuple[Server, Secret]":
+    """Server and bearer token in the order of the README; "" stands for a flag not given.
+
+    A token that stands in a profile goes to that profile's own server and to no other.
+    """
+    def parse(text: str, source: str) -> Server:
+        try:
+            return parse_server(text, allow_http)
+        except ValueError as error:
+            raise UsageError("%s: %s" % (source, error)) from None
+
+    url, secret = environ.get("PLEXSPHERE_URL", ""), environ.get("PLEXSPHERE_TOKEN", "")
+    server = parse(server_flag, "--server") if server_flag else None
+    token = parse_token(read_secret_file(token_file, "--token-file"), "--token-file") if token_file else None
+    named = read_profile(profile_flag, environ) if profile_flag else None
+    profile = named
+    if named and named.server and not server:
+        server = parse(named.server, "server of the profile")
+    if not server and url:
+        server = parse(url, "PLEXSPHERE_URL")
+    if not token and not (named and named.token) and secret:
+        token = parse_token(secret.encode("utf-8", "replace"), "PLEXSPHERE_TOKEN")
+    if not server or not token and not (named and named.token):
+        profile = named or read_profile("", environ)
+        if not server and profile and profile.server:
+            server = parse(profile.server, "server of the default profile")
+    if not server:
+        raise UsageError("no server: give --server, a profile, or PLEXSPHERE_URL")
+    if token:
+        return server, token
+    if not profile or not profile.token:
+        raise CredentialsError("no credentials: give --token-file, a profile, or PLEXSPHERE_TOKEN")
+    if not profile.server or not parse(profile.server, "server of the profile").same_origin(server):
+        raise CredentialsError("the token of a profile goes only to that profile's own server; "
+                               "give --token-file for another one")
+    return server, profile.token
+
+
+# --------------------------------------------------------------------------------- control plane
+
+
+class Session:
+    """What GetSession returns (schema Session), the fields that matter here.
+
+    `session_id` (str), `status` ("active", "revoked", "expired"), `issued_at` (seconds since the
+    epoch, by the server's clock; 0: not told), `listener_endpoint` (Endpoint, or None until the Node reported
+    it), `revoke_reason` ("" where there is none).
+    """
+
+    __slots__ = ("session_id", "status", "issued_at", "listener_endpoint", "revoke_reason")
+
+    def __init__(self, session_id: str, status: str, issued_at: float,
+                 listener_endpoint: "Optional[Endpoint]", revoke_reason: str) -> None:
+        self.session_id = session_id
+        self.status = status
+        self.issued_at = issued_at
+        self.listener_endpoint = listener_endpoint
+        self.revoke_reason = revoke_reason
+
+
+class IssuedSession:
+    """What IssueSession returns (schema IssuedSession), checked.
+
+    `session_id` (str), `token` (Secret, the one-time session token), `expires_at` (str, RFC 3339,
+    as the server wrote it), `lifetime_seconds` (float, by the server's own clock), `issued_on`
+    (elapsed_seconds() when it was asked for), `session` (Session), `listener_endpoint` (Endpoint
+    or None).
+    """
+
+    __slots__ = ("session_id", "token", "expires_at", "lifetime_seconds", "issued_on", "session",
+                 "listener_endpoint")
+
+    def __init__(self, session_id: str, token: Secret, expires_at: str, lifetime_seconds: float,
+                 issued_on: float, session: Session, endpoint: "Optional[Endpoint]") -> None:
+        self.session_id = session_id
+        self.token = token
+        self.expires_at = expires_at
+        self.lifetime_seconds = lifetime_seconds
+        self.issued_on = issued_on
+        self.session = session
+        self.listener_endpoint = endpoint
+
+
+class SessionRequest:
+    """What an operator asks for (schema IssueSessionRequest, kind tcp). `ttl_seconds` 0: default."""
+
+    __slots__ = ("project_id", "resource_id", "host", "port", "ttl_seconds")
+
+    def __init__(self, project_id: str, resource_id: str, host: str, port: int,
+                 ttl_seconds: int = 0) -> None:
+        self.project_id = project_id
+        self.resource_id = resource_id
+        self.host = host
+        self.port = port
+        self.ttl_seconds = ttl_seconds
+
+
+class Answer:
+    """One HTTP answer: `status` (int), `headers` (email.message.Message), `body` (bytes)."""
+
+    __slots__ = ("status", "headers", "body")
+
+    def __init__(self, status: int, headers: "Any", body: bytes) -> None:
+        self.status = status
+        self.headers = headers
+        self.body = body
+
+
+class Attempt:
+    """One exchange, in a thread that can be given up on: a timeout of urllib's is per recv."""
+
+    def __init__(self) -> None:
+        import threading
+
+        self.done = threading.Event()
+        self.sent = False
+        self.answer = None  # type: Optional[Answer]
+        self.error = None  # type: Optional[BaseException]
+        self._connection = None  # type: Any
+
+    def connected(self, connection: "Any") -> None:
+        """From here on the request is under way, and the limit of the whole exchange holds."""
+        connection.sock.settimeout(EXCHANGE_SECONDS)
+        self._connection = connection
+        self.sent = True
+
+    def run(self, opener: "Any", request: "Any") -> None:
+        """The exchange itself."""
+        import http.client
+
+        try:
+            with opener.open(request, timeout=CONNECT_SECONDS) as response:
+                self.answer = Answer(response.status, response.headers, b"")
+                self.answer.body = self._read(response)
+        except (OSError, http.client.HTTPException, ValueError, RecursionError, MemoryError,
+                OverflowError) as error:
+            self.error = error
+        finally:
+            self.done.set()
+
+    @staticmethod
+    def _read(response: "Any") -> bytes:
+        import http.client
+
+        body = response.read(BODY_MAX_BYTES + 1)  # type: bytes
+        if len(body) > BODY_MAX_BYTES:
+            raise OverflowError
+        if response.length:  # read(n) hides that fewer bytes came than were promised
+            raise http.client.IncompleteRead(b"")
+        return body
+
+    def abandon(self) -> None:
+        """Wakes the thread by shutting its socket down."""
+        import socket
+
+        try:
+            self._connection.sock.shutdown(socket.SHUT_RDWR)
+        except (OSError, AttributeError):
+            pass
+
+
+def create_opener(server: Server, ca_file: str, environ: "Mapping[str, str]") -> "Any":
+    """A urllib opener that knows one scheme, follows no redirect and raises on no status.
+
+    Put together by hand: the default one carries the bearer token to wherever a redirect points,
+    to the proxy of plain http, and opens file: URLs; from 3.12 on it loads the CA bundle for http.
+    """
+    import http.client
+    import urllib.request
+
+    def reporting(base: "Any") -> "Any":
+        class Connection(base):  # type: ignore[misc]
+            def __init__(self, host: str, attempt: Attempt, **keywords: "Any") -> None:
+                super().__init__(host, **keywords)
+                self._attempt = attempt
+
+            def connect(self) -> None:
+                super().connect()
+                self._attempt.connected(self)
+
+        return Connection
+
+    opener = urllib.request.OpenerDirector()
+    opener.addheaders = [("User-Agent", "plexctl/" + __version__)]
+    if server.scheme == "http":
+        class PlainHandler(urllib.request.HTTPHandler):
+            def http_open(self, req: "Any") -> "Any":
+                return self.do_open(reporting(http.client.HTTPConnection), req, attempt=req.attempt)
+
+        opener.add_handler(PlainHandler())
+        return opener
+    context = create_tls_context(ca_file)
+
+    class TlsHandler(urllib.request.HTTPSHandler):
+        def https_open(self, req: "Any") -> "Any":
+            return self.do_open(reporting(http.client.HTTPSConnection), req, context=context,
+                                attempt=req.attempt)
+
+    opener.add_handler(TlsHandler(context=context))
+    proxy = find_proxy(server, environ)
+    if proxy:
+        opener.add_handler(urllib.request.ProxyHandler({"https": proxy}))
+    return opener
+
+
+def find_proxy(server: Server, environ: "Mapping[str, str]") -> str:
+    """The proxy URL for an https server, "" for none: HTTPS_PROXY unless NO_PROXY names the host."""
+    import urllib.request
+
+    proxy = environ.get("https_proxy") or environ.get("HTTPS_PROXY") or ""
+    exempt = environ.get("no_proxy") or environ.get("NO_PROXY") or ""
+    if not proxy or urllib.request.proxy_bypass_environment(  # type: ignore[attr-defined]
+            join_host_port(server.host, server.port), {"no": exempt}):
+        return ""
+    if not re.fullmatch(r"(?i)http://[!-~]+", proxy):  # urllib takes any other for plain CONNECT
+        raise UsageError("HTTPS_PROXY: must be an http:// URL")
+    return proxy
+
+
+def create_tls_context(ca_file: str) -> "Any":
+    """Certificates and host names verified, TLS 1.2 at least; no way to turn it off."""
+    import ssl
+
+    try:
+        context = ssl.create_default_context(cafile=ca_file or None)
+    except (OSError, ValueError) as error:
+        raise UsageError("--ca-file: not a usable PEM bundle: %s" % show_error(error)) from error
+    if hasattr(ssl, "TLSVersion"):
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+    else:  # 3.6
+        context.options |= ssl.OP_NO_SSLv3 | ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
+    return context
+
+
+class Fields:
+    """The fields of one JSON object of an answer, each checked as it is taken."""
+
+    def __init__(self, what: str, document: "Any") -> None:
+        self.what = what
+        self._document = document if isinstance(document, dict) else {}
+
+    def bad(self, name: str) -> TransportError:
+        """The error for a field that is missing or not what it should be."""
+        return TransportError("%s: the answer has no valid %s" % (self.what, name), final=True)
+
+    def take(self, name: str, parse: "Callable[[str], Any]") -> "Any":
+        """A required string, as `parse` (which raises ValueError) makes it."""
+        value = self._document.get(name)
+        if not isinstance(value, str):
+            raise self.bad(name)
+        try:
+            return parse(value)
+        except (ValueError, OverflowError):
+            raise self.bad(name) from None
+
+    def take_optional(self, name: str, parse: "Callable[[str], Any]") -> "Any":
+        """The same, or None where the field is missing or null."""
+        return None if self._document.get(name) is None else self.take(name, parse)
+
+    def inner(self, name: str) -> "Fields":
+        """A required object."""
+        if not isinstance(self._document.get(name), dict):
+            raise self.bad(name)
+        return Fields(self.what, self._document[name])
+
+    def shown(self, name: str) -> str:
+        """A string or a list of strings for people, escaped; "" for anything else."""
+        value = self._document.get(name)
+        if isinstance(value, list):
+            value = ", ".join(item for item in value if isinstance(item, str))
+        return escape(value) if isinstance(value, str) else ""
+
+
+def one_of(*words: str) -> "Callable[[str], str]":
+    """A parser that takes just these words."""
+    def parse(text: str) -> str:
+        if text not in words:
+            raise ValueError
+        return text
+    return parse
+
+
+def parse_session_token(text: str) -> str:
+    """The one-time session token: printable ASCII, no white space."""
+    if not re.fullmatch(r"[!-~]{1,65536}", text):
+        raise ValueError
+    return text
+
+
+def parse_http_date(text: "Optional[str]") -> float:
+    """A Date header (RFC 9110, section 5.6.7) in seconds since the epoch; 0 where it is none."""
+    import email.utils
+
+    try:
+        return email.utils.parsedate_to_datetime(text or "").timestamp()
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return 0.0
+
+
+def parse_retry_after(text: "Optional[str]") -> "Optional[float]":
+    """Seconds of a Retry-After header (RFC 9110, section 10.2.3), up to RETRY_AFTER_MAX_SECONDS."""
+    if not text:
+        return None
+    if re.fullmatch(r"[0-9]{1,9}", text):
+        return float(min(int(text), RETRY_AFTER_MAX_SECONDS))
+    moment = parse_http_date(text)
+    return max(0.0, min(moment - time.time(), RETRY_AFTER_MAX_SECONDS)) if moment else None
+
+
+def random_uuid() -> str:
+    """A version 4 UUID (RFC 9562, section 5.4); importing uuid takes 20 ms on 3.6."""
+    raw = bytearray(os.urandom(16))
+    raw[6] = raw[6] & 0x0F | 0x40
+    raw[8] = raw[8] & 0x3F | 0x80
+    text = "".join("%02x" % byte for byte in raw)
+    return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
+
+
+def parse_problem(what: str, answer: Answer) -> ApiError:
+    """The error of an answer that is not a success (RFC 9457 problem details, where it has them)."""
+    try:
+        problem = Fields(what, parse_json(answer.body))
+    except ValueError:
+        problem = Fields(what, None)
+    status, code = answer.status, problem.shown("code")
+    words = ["%s: %d %s" % (what, status, problem.shown("title"))]
+    words += [problem.shown("detail")] if problem.shown("detail") else []
+    text = (": ".join(words)).rstrip(": ") + (" (%s)" % code if code else "")
+    for name, label in (("reason", "reason"), ("relation_path", "relation path"),
+                        ("correlation_id", "correlation id")):
+        if problem.shown(name):
+            text += "; %s %s" % (label, problem.shown(name))
+    exit_code = EXIT_FAILURE
+    if status == 401:
+        exit_code = EXIT_CREDENTIALS
+        if code == "step_up_required":
+            challenge = " ".join(answer.headers.get_all("WWW-Authenticate") or [])
+            wanted = re.search(r'acr_values\s*=\s*(?:"([^"]*)"|([^\s,]+))', challenge)
+            acr = escape(wanted.group(1) or wanted.group(2) or "") if wanted else ""
+            text += "; re-authenticate%s and try again" % (" with acr_values " + acr if acr else "")
+    elif status == 403:
+        exit_code = EXIT_REBAC_DENIED if code == "rebac_denied" else EXIT_FORBIDDEN
+    elif 300 <= status < 400:
+        text += "; a redirect is never followed"
+    return ApiError(text, exit_code, status, code)
+
+
+class ControlPlane:
+    """IssueSession, GetSession and RevokeSession (api/sessions.openapi.yaml) of one server.
+
+    Safe to use from several threads. Every call ends within its limit and raises PlexctlError:
+    UsageError for what was given here, TransportError for no or a malformed answer, ApiError for
+    an error answer. `cancel` (threading.Event) ends pauses and further attempts. `report` takes a
+    line per exchange: method, path, status, seconds; never a header or a body.
+    """
+
+    def __init__(self, server: Server, token: Secret, ca_file: str = "",
+                 environ: "Mapping[str, str]" = os.environ,
+                 cancel: "Optional[threading.Event]" = None,
+                 report: "Callable[[str], None]" = lambda line: None) -> None:
+        import threading
+
+        self.server = server
+        self.cancel = cancel or threading.Event()
+        self._token = token
+        self._report = report
+        self._opener = create_opener(server, ca_file, environ)
+
+    def issue(self, request: SessionRequest,
+              on_issued: "Callable[[str], None]" = lambda session_id: None) -> IssuedSession:
+        """Issues a session; the same idempotency key in each of at most ISSUE_ATTEMPTS attempts.
+
+        `on_issued(session_id)` is called as soon as it is known that there is one, before the
+        rest of the answer is judged: the caller can then revoke it whatever follows.
+        """
+        path = "/v1/projects/%s/sessions" % request.project_id
+        body = {"resource_id": request.resource_id, "kind": "tcp",
+                "target": {"tcp": {"host": request.host, "port": request.port}},
+                "idempotency_key": random_uuid()}  # type: Dict[str, Any]
+        if request.ttl_seconds:
+            body["requested_ttl_seconds"] = request.ttl_seconds
+        asked_on = elapsed_seconds()
+        may_exist = False
+        for attempt in range(1, ISSUE_ATTEMPTS + 1):
+            try:
+                answer = self._exchange("IssueSession", "POST", path, body)
+                if answer.status == 201:
+                    return self._parse_issued(answer, asked_on, on_issued)
+                error = parse_problem("IssueSession", answer)  # type: PlexctlError
+                again = (answer.status in (502, 503, 504)
+                         or answer.status == 409 and error.code == "idempotent_replay")  # type: ignore[attr-defined]
+                may_exist = may_exist or again and answer.status != 503
+                pause = parse_retry_after(answer.headers.get("Retry-After"))
+            except TransportError as failure:
+                error, again, pause = failure, not failure.final, None
+                may_exist = may_exist or failure.sent
+            if not again or attempt == ISSUE_ATTEMPTS or self.cancel.is_set():
+                break
+            wait = pause if pause is not None else attempt * 0.5 * (0.8 + 0.4 * os.urandom(1)[0] / 255)
+            self._report("%s; trying again in %.1f s" % (error, wait))
+            if self.cancel.wait(wait):
+                break
+        if may_exist:
+            error.args = ("%s; a session may exist all the same, it will run out by itself" % error,)
+        raise error
+
+    def get(self, project_id: str, session_id: str, seconds: float = EXCHANGE_SECONDS) -> Session:
+        """The session as the control plane sees it now."""
+        path = "/v1/projects/%s/sessions/%s" % (project_id, session_id)
+        answer = self._exchange("GetSession", "GET", path, None, seconds)
+        if answer.status != 200:
+            raise parse_problem("GetSession", answer)
+        return self._parse_session(self._parse_body("GetSession", answer), session_id)
+
+    def revoke(self, project_id: str, session_id: str, seconds: float = EXCHANGE_SECONDS) -> None:
+        """Revokes the session. One that is gone already (404, 409, 410) counts as revoked."""
+        path = "/v1/projects/%s/sessions/%s/revoke" % (project_id, session_id)
+        answer = self._exchange("RevokeSession", "POST", path,
+                                {"revoke_reason": "operator_request"}, seconds)
+        if not 200 <= answer.status < 300 and answer.status not in (404, 409, 410):
+            raise parse_problem("RevokeSession", answer)
+
+    def _exchange(self, what: str, method: str, path: str, body: "Optional[Dict[str, Any]]",
+                  seconds: float = EXCHANGE_SECONDS) -> Answer:
+        import json
+        import threading
+        import urllib.request
+
+        request = urllib.request.Request(str(self.server) + path, method=method)
+        request.add_header("Accept", "application/json, application/problem+json")
+        request.add_unredirected_header("Authorization", "Bearer " + self._token.reveal())
+        if body is not None:
+            request.data = json.dumps(body).encode("ascii")
+            request.add_header("Content-Type", "application/json")
+        attempt = Attempt()
+        request.attempt = attempt  # type: ignore[attr-defined]
+        began = elapsed_seconds()
+        threading.Thread(target=attempt.run, args=(self._opener, request), daemon=True).start()
+        if not attempt.done.wait(seconds):
+            attempt.abandon()
+            raise TransportError("%s: no complete answer within %d s" % (what, seconds), attempt.sent)
+        answer = attempt.answer
+        if answer is None or attempt.error and 200 <= answer.status < 300:
+            reason = show_error(attempt.error or OSError())
+            raise TransportError("%s: no complete answer: %s" % (what, reason), attempt.sent,
+                                 final="certificate" in reason)
+        self._report("%s %s: %d, %.3f s" % (method, path, answer.status, elapsed_seconds() - began))
+        return answer
+
+    @staticmethod
+    def _parse_body(what: str, answer: Answer) -> Fields:
+        try:
+            return Fields(what, parse_json(answer.body))
+        except ValueError:
+            raise TransportError("%s: the answer is not valid JSON" % what, final=True) from None
+
+    def _parse_endpoint(self, text: str) -> Endpoint:
+        endpoint = parse_endpoint(text)
+        if not is_dialable(endpoint.host) and not is_loopback(self.server.host):
+            raise ValueError
+        return endpoint
+
+    def _parse_session(self, fields: Fields, session_id: str) -> Session:
+        if fields.take("id", parse_uuid) != session_id:
+            raise fields.bad("id")
+        fields.take("kind", one_of("tcp"))
+        return Session(session_id, fields.take("status", one_of("active", "revoked", "expired")),
+                       fields.take_optional("issued_at", parse_time) or 0.0,
+                       fields.take_optional("listener_endpoint", self._parse_endpoint),
+                       fields.shown("revoke_reason"))
+
+    def _parse_issued(self, answer: Answer, asked_on: float,
+                      on_issued: "Callable[[str], None]") -> IssuedSession:
+        fields = self._parse_body("IssueSession", answer)
+        session_id = fields.take("session_id", parse_uuid)
+        on_issued(session_id)
+        token = fields.take("token", parse_session_token)
+        expires_at = fields.take("expires_at", str)
+        expires = fields.take("expires_at", parse_time)
+        session = self._parse_session(fields.inner("session"), session_id)
+        issued_at = session.issued_at or parse_http_date(answer.headers.get("Date")) or time.time()
+        endpoint = fields.take_optional("listener_endpoint", self._parse_endpoint)
+        return IssuedSession(session_id, Secret(token), expires_at, expires - issued_at, asked_on,
+                             session, endpoint or session.listener_endpoint)
+
+
+# ----------------------------------------------------------------------------------------- audit
+
+
+class AuditLog:
+    """The record of --reveal-secrets; it fails closed.
+
+    The file is opened before a session is issued, and `record` returns only when the whole line
+    was written and, for a regular file, synced. Syslog gets a copy where the host has it.
+    """
+
+    def __init__(self, environ: "Mapping[str, str]", report: "Callable[[str], None]") -> None:
+        self._report = report
+        self._environ = environ
+        try:
+            self._descriptor = self._open(environ)
+        except (OSError, ValueError) as error:
+            raise PlexctlError("audit log: cannot be opened: %s (PLEXCTL_AUDIT_LOG names another "
+                               "file)" % show_error(error)) from error
+
+    @staticmethod
+    def _open(environ: "Mapping[str, str]") -> int:
+        import stat
+
+        path = environ.get("PLEXCTL_AUDIT_LOG", "")
+        if not path:
+            base = base_directory("XDG_STATE_HOME", os.path.join(".local", "state"), environ)
+            if not base:
+                raise FileNotFoundError(2, "no home directory for it")
+            path = os.path.join(base, "plexctl", "audit.log")
+            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_NOCTTY"):
+            flags |= getattr(os, name, 0)
+        descriptor = os.open(path, flags, 0o600)
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISCHR(mode):
+            os.close(descriptor)
+            raise FileNotFoundError(2, "not a regular file")
+        return descriptor
+
+    def __enter__(self) -> "AuditLog":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        os.close(self._descriptor)
+
+    def record(self, event: str, server: Server, request: SessionRequest,
+               issued: IssuedSession) -> None:
+        """Writes one JSON object in one line with one write; raises unless it is verifiably there."""
+        import json
+        import logging
+
+        descriptor = self._descriptor
+
+        class OneWrite(logging.Handler):
+            written = 0
+
+            def emit(self, record: logging.LogRecord) -> None:
+                line = (self.format(record) + "\n").encode("ascii")
+                if os.write(descriptor, line) != len(line):
+                    raise OSError(28, "short write")
+                try:
+                    os.fsync(descriptor)
+                except OSError as error:
+                    if error.errno != 22:  # a character device has nothing to sync
+                        raise
+                self.written += 1
+
+        logger, handler = logging.getLogger("plexctl.audit"), OneWrite()
+        if logger.level == logging.NOTSET:
+            logger.setLevel(logging.INFO)
+        message = json.dumps(self._fields(event, server, request, issued))
+        logger.addHandler(handler)
+        try:
+            logger.info("%s", message)
+        except OSError as error:
+            raise PlexctlError("audit log: the record was not written: %s; the token is not shown"
+                               % show_error(error)) from error
+        finally:
+            logger.removeHandler(handler)
+        if handler.written != 1:  # logging.disable, a level, a filter
+            raise PlexctlError("audit log: logging dropped the record; the token is not shown")
+        self._copy_to_syslog(message)
+
+    def _fields(self, event: str, server: Server, request: SessionRequest,
+                issued: IssuedSession) -> "Dict[str, Any]":
+        import socket
+
+        uid = os.getuid() if hasattr(os, "getuid") else None
+        user = self._environ.get("USERNAME", "")
+        if uid is not None:
+            import pwd
+
+            try:
+                user = pwd.getpwuid(uid).pw_name
+            except KeyError:
+                user = str(uid)
+        return {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": event,
+                "user": user, "uid": uid, "sudo_user": self._environ.get("SUDO_USER"),
+                "hostname": socket.gethostname(), "pid": os.getpid(), "server": str(server),
+                "project_id": request.project_id, "resource_id": request.resource_id,
+                "session_id": issued.session_id,
+                "target": join_host_port(request.host, request.port),
+                "expires_at": issued.expires_at}
+
+    def _copy_to_syslog(self, message: str) -> None:
+        import logging
+
+        address = next((path for path in ("/dev/log", "/var/run/syslog") if os.path.exists(path)), "")
+        if not address:
+            return
+        import logging.handlers
+
+        class Syslog(logging.handlers.SysLogHandler):
+            def handleError(self, record: logging.LogRecord) -> None:
+                raise
+
+        try:
+            handler = Syslog(address, facility=logging.handlers.SysLogHandler.LOG_AUTHPRIV)
+            try:
+                handler.handle(logging.makeLogRecord({
+                    "msg": "plexctl[%d]: %s" % (os.getpid(), message), "levelname": "INFO"}))
+            finally:
+                handler.close()
+        except OSError as error:
+            self._report("warning: syslog did not take the audit record: %s" % show_error(error))
+
+
+# ----------------------------------------------------------------------------------------- relay
+
+CHUNK_BYTES = 64 * 1024
+BULK_BYTES = 512 * 1024
+BULK_AFTER_FULL_READS = 4
+BULK_FLOWS_MAX = 64
+BULK_WAIT_SECONDS = 0.5  # how long a thread waits in one recv or send before the loop takes over
+TICK_SECONDS = 1.0
+READABLE, WRITABLE = 1, 4  # EPOLLIN and EPOLLOUT, and POLLIN and POLLOUT
+READING, BLOCKED, BULK, ENDED = range(4)  # what a Flow is doing
+
+
+class SelectorPoller:
+    """The part of select.epoll that the relay uses, where there is no epoll (macOS, Windows)."""
+
+    def __init__(self) -> None:
+        import selectors
+
+        self._selector = selectors.DefaultSelector()
+        self._masks = {}  # type: Dict[int, int]
+
+    def register(self, fd: int, mask: int) -> None:
+        """Watches `fd` for READABLE, WRITABLE, both or, for now, nothing."""
+        self._masks[fd] = 0
+        self.modify(fd, mask)
+
+    def modify(self, fd: int, mask: int) -> None:
+        """Changes what `fd` is watched for."""
+        events = (1 if mask & READABLE else 0) | (2 if mask & WRITABLE else 0)
+        if self._masks[fd] and events:
+            self._selector.modify(fd, events)
+        elif events:
+            self._selector.register(fd, events)
+        elif self._masks[fd]:
+            self._selector.unregister(fd)
+        self._masks[fd] = events
+
+    def unregister(self, fd: int) -> None:
+        """Forgets `fd`."""
+        if self._masks.pop(fd):
+            self._selector.unregister(fd)
+
+    def poll(self, timeout: float) -> "List[Tuple[int, int]]":
+        """(fd, events) pairs, after at most `timeout` seconds."""
+        if not self._selector.get_map():  # Windows: select() of nothing is an error
+            time.sleep(timeout)
+        return [(key.fd, (READABLE if events & 1 else 0) | (WRITABLE if events & 2 else 0))
+                for key, events in self._selector.select(timeout)]
+
+    def close(self) -> None:
+        """Releases what the system gave."""
+        self._selector.close()
+
+
+def create_poller() -> "Any":
+    """select.epoll, or what comes closest."""
+    import select
+
+    return select.epoll() if hasattr(select, "epoll") else SelectorPoller()
+
+
+class Flow:
+    """One direction of a connection: what `source` sends goes to `sink`.
+
+    The loop moves up to CHUNK_BYTES a turn and holds at most that much. A flow whose reads keep
+    filling the chunk gets a thread with a large buffer, until it pauses or its sink blocks. Only
+    the one that holds the flow (by `state`: the loop, or for BULK the thread) touches the rest.
+    """
+
+    __slots__ = ("pair", "twin", "source", "sink", "pending", "full_reads", "moved", "state")
+
+    def __init__(self, pair: "Pair", source: "socket.socket", sink: "socket.socket") -> None:
+        self.pair = pair
+        self.twin = self
+        self.source = source
+        self.sink = sink
+        self.pending = b""
+        self.full_reads = 0
+        self.moved = 0
+        self.state = READING
+
+    def on_events(self, events: int) -> None:
+        """The loop's call: something happened to `source`, which the twin writes to."""
+        if events & WRITABLE and self.twin.state == BLOCKED:
+            self.twin.flush()
+        if events & ~WRITABLE:
+            if self.state == READING:
+                self.pump()
+            else:
+                self.hang_up()
+
+    def pump(self) -> None:
+        """Moves what one read gives."""
+        relay = self.pair.relay
+        view = relay.view
+        try:
+            count = self.source.recv_into(view, 0, relay.dontwait)
+        except BlockingIOError:
+            return
+        except OSError:
+            self.pair.reset()
+            return
+        if not count:
+            self.end()
+            return
+        try:
+            sent = self.sink.send(view[:count], relay.dontwait)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self.lose_sink()
+            return
+        self.moved += sent
+        if sent < count:
+            self.block(bytes(view[sent:count]))
+        elif count == CHUNK_BYTES:
+            self.full_reads += 1
+            if self.full_reads >= BULK_AFTER_FULL_READS and relay.may_start_bulk():
+                relay.start_bulk(self)
+        else:
+            self.full_reads = 0
+
+    def block(self, pending: bytes) -> None:
+        """The sink takes no more for now: nothing is read until it has taken `pending`."""
+        self.pending = pending
+        self.state = BLOCKED
+        self.full_reads = 0
+        self.pair.watch()
+
+    def flush(self) -> None:
+        """The sink takes more."""
+        try:
+            sent = self.sink.send(self.pending, self.pair.relay.dontwait)
+        except BlockingIOError:
+            return
+        except OSError:
+            self.lose_sink()
+            return
+        self.moved += sent
+        self.pending = self.pending[sent:]
+        if not self.pending:
+            self.state = READING
+            self.pair.watch()
+
+    def end(self) -> None:
+        """End of input: passed on as a half-close, the twin goes on."""
+        import socket
+
+        self.state = ENDED
+        try:
+            self.sink.shutdown(socket.SHUT_WR)
+        except OSError:
+            self.pair.broken = True
+        self.pair.settle()
+
+    def lose_sink(self) -> None:
+        """The sink's peer is gone. What it sent before is still read and delivered by the twin."""
+        self.state = ENDED
+        self.pending = b""
+        self.pair.broken = True
+        self.pair.settle()
+
+    def hang_up(self) -> None:
+        """An error or hang-up of `source` while nobody reads from it."""
+        import socket
+
+        if self.state == ENDED and self.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self.pair.reset()
+        else:  # seen when the flow reads again; until then it would be reported for ever
+            self.pair.unwatch(self.source)
+
+    def carry_in_bulk(self) -> None:
+        """Runs in a thread of its own, with blocking calls; ends by handing the flow back."""
+        import mmap
+
+        then, rest = self.pump, b""  # type: Callable[[], None], bytes
+        buffer = mmap.mmap(-1, BULK_BYTES)  # given back to the system at once, unlike a bytearray
+        view = memoryview(buffer)
+        try:
+            while not self.pair.broken:
+                try:
+                    count = self.source.recv_into(view)
+                except BlockingIOError:  # nothing came for BULK_WAIT_SECONDS
+                    break
+                except OSError:
+                    then = self.pair.reset
+                    break
+                if not count:
+                    then = self.end
+                    break
+                sent = self._send_all(view[:count])
+                if sent < count:
+                    rest = bytes(view[sent:count])
+                    break
+        except OSError:
+            then = self.lose_sink
+        finally:
+            view.release()
+            buffer.close()
+            self.pair.relay.post(lambda: self.leave_bulk(then, rest))
+
+    def _send_all(self, view: memoryview) -> int:
+        """Sends until the sink takes nothing for BULK_WAIT_SECONDS; returns the bytes sent."""
+        sent = 0
+        try:
+            while sent < len(view):
+                sent += self.sink.send(view[sent:])
+        except BlockingIOError:
+            pass
+        finally:
+            self.moved += sent
+        return sent
+
+    def leave_bulk(self, then: "Callable[[], None]", rest: bytes) -> None:
+        """Back in the loop's hands."""
+        self.pair.relay.bulk_flows -= 1
+        self.full_reads = 0
+        self.state = READING
+        if self.pair.aborted:
+            self.state = ENDED
+            self.pair.settle()
+        elif rest:
+            self.block(rest)
+        else:
+            self.pair.watch()
+            then()
+
+
+class Pair:
+    """The two sockets of one connection, and both flows between them."""
+
+    __slots__ = ("relay", "client", "remote", "up", "down", "broken", "aborted", "on_end", "unwatched")
+
+    def __init__(self, relay: "Relay", client: "socket.socket", remote: "socket.socket",
+                 on_end: "Callable[[Pair], None]") -> None:
+        self.relay = relay
+        self.client = client
+        self.remote = remote
+        self.broken = False  # one peer is gone: the other one gets a reset, not an end of input
+        self.aborted = False
+        self.on_end = on_end
+        self.unwatched = None  # type: Optional[Set[int]]
+        self.up = Flow(self, client, remote)
+        self.down = Flow(self, remote, client)
+        self.up.twin, self.down.twin = self.down, self.up
+
+    def start(self) -> None:
+        """Both descriptors are known to the loop before either may be acted on."""
+        for flow in (self.up, self.down):
+            fd = flow.source.fileno()
+            self.relay.handlers[fd] = flow.on_events
+            self.relay.poller.register(fd, READABLE)
+
+    def watch(self) -> None:
+        """Tells the poller what each socket is waited for."""
+        for flow in (self.up, self.down):
+            fd = flow.source.fileno()
+            mask = READABLE if flow.state == READING else 0
+            if flow.twin.state == BLOCKED:
+                mask |= WRITABLE
+            if self.unwatched and fd in self.unwatched:
+                if mask:
+                    self.unwatched.discard(fd)
+                    self.relay.poller.register(fd, mask)
+            else:
+                self.relay.poller.modify(fd, mask)
+
+    def unwatch(self, sock: "socket.socket") -> None:
+        """Takes a socket from the poller until there is something to wait for again."""
+        fd = sock.fileno()
+        self.unwatched = self.unwatched or set()
+        if fd not in self.unwatched:
+            self.unwatched.add(fd)
+            self.relay.poller.unregister(fd)
+
+    def settle(self) -> None:
+        """After a flow has ended: closes what nobody needs any more."""
+        if self.up.state == ENDED and self.down.state == ENDED:
+            self._close()
+        elif not self.aborted:
+            self.watch()
+
+    def reset(self) -> None:
+        """Ends both directions now; a truncated stream must not look like a complete one."""
+        import socket
+
+        self.broken = self.aborted = True
+        for flow in (self.up, self.down):
+            if flow.state == BULK:  # its thread holds the sockets: wake it, close when it is out
+                try:
+                    flow.source.shutdown(socket.SHUT_RD)
+                except OSError:
+                    pass
+            else:
+                flow.state = ENDED
+        self.unwatch(self.client)
+        self.unwatch(self.remote)
+        self.settle()
+
+    def _close(self) -> None:
+        self.relay.pairs.discard(self)
+        for sock in (self.client, self.remote):
+            fd = sock.fileno()
+            if not self.unwatched or fd not in self.unwatched:
+                self.relay.poller.unregister(fd)
+            self.relay.handlers.pop(fd, None)
+            if self.broken:
+                reset_on_close(sock)
+            sock.close()
+        self.on_end(self)
+        del self.up.twin, self.down.twin  # a cycle would wait for the garbage collector
+
+
+def reset_on_close(sock: "socket.socket") -> None:
+    """close() will send RST instead of FIN (SO_LINGER of zero)."""
+    import socket
+    import struct
+
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    except OSError:
+        pass
+
+
+class Relay:
+    """One event loop for every connection that is idle or chatty, and threads for bulk.
+
+    `run` is the loop; `post` gives it something to do from another thread. The rest belongs to
+    the loop's thread. Connected sockets are blocking: the loop passes MSG_DONTWAIT, the threads
+    do not, so a flow changes hands without a system call. Without MSG_DONTWAIT (Windows) they are
+    non-blocking, and the loop keeps every flow.
+    """
+
+    def __init__(self, report: "Callable[[str], None]", poller: "Any" = None) -> None:
+        import collections
+        import socket
+
+        self.poller = poller or create_poller()
+        self.handlers = {}  # type: Dict[int, Callable[[int], None]]
+        self.pairs = set()  # type: Set[Pair]
+        self.view = memoryview(bytearray(CHUNK_BYTES))
+        self.dontwait = getattr(socket, "MSG_DONTWAIT", 0)
+        self.bulk_flows = 0
+        self.on_tick = []  # type: List[Callable[[], None]]
+        self._report = report
+        self._posted = collections.deque()  # type: Any
+        self._running = True
+        self._wake_in, self._wake_out = socket.socketpair()
+        self._wake_in.setblocking(False)
+        self._wake_out.setblocking(False)
+        self.handlers[self._wake_in.fileno()] = self._drain_wakes
+        self.poller.register(self._wake_in.fileno(), READABLE)
+
+    def add(self, client: "socket.socket", remote: "socket.socket",
+            on_end: "Callable[[Pair], None]") -> Pair:
+        """Carries bytes between two connected sockets from now on; the relay closes them."""
+        for sock in (client, remote):
+            sock.setblocking(bool(self.dontwait))
+        pair = Pair(self, client, remote, on_end)
+        self.pairs.add(pair)
+        pair.start()
+        return pair
+
+    def post(self, action: "Callable[[], None]") -> None:
+        """Has the loop call `action` soon; from any thread."""
+        self._posted.append(action)
+        try:
+            self._wake_out.send(b"\0")
+        except OSError:  # full: it will wake anyway; closed: nobody waits any more
+            pass
+
+    def run(self) -> None:
+        """The loop. Nothing but `stop` ends it: an error ends only the connection it came from."""
+        poll, handlers = self.poller.poll, self.handlers
+        next_tick = elapsed_seconds() + TICK_SECONDS
+        while self._running:
+            for fd, events in poll(TICK_SECONDS):
+                handler = handlers.get(fd)
+                if handler is not None:
+                    try:
+                        handler(events)
+                    except Exception as error:
+                        self._contain(fd, handler, error)
+            if self._posted or elapsed_seconds() >= next_tick:
+                self._run_posted()
+                next_tick = elapsed_seconds() + TICK_SECONDS
+        self._close()
+
+    def stop(self) -> None:
+        """Has the loop reset what is left and end."""
+        def last() -> None:
+            for pair in list(self.pairs):
+                pair.reset()
+            self._running = False
+        self.post(last)
+
+    def may_start_bulk(self) -> bool:
+        """Threads are for Linux, and for a bounded number of flows."""
+        return (sys.platform.startswith("linux") and bool(self.dontwait)
+                and self.bulk_flows < BULK_FLOWS_MAX)
+
+    def start_bulk(self, flow: Flow) -> None:
+        """Hands a flow to a thread. The limits of one recv and send keep it answering."""
+        import socket
+        import struct
+        import threading
+
+        limit = struct.pack("ll", int(BULK_WAIT_SECONDS), int(BULK_WAIT_SECONDS % 1 * 1000000))
+        try:
+            flow.source.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+            flow.sink.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+            flow.state = BULK
+            flow.pair.watch()
+            self.bulk_flows += 1
+            threading.Thread(target=flow.carry_in_bulk, daemon=True).start()
+        except (OSError, RuntimeError):  # no more threads: the loop goes on with it
+            if flow.state == BULK:
+                flow.leave_bulk(lambda: None, b"")
+
+    def _drain_wakes(self, events: int) -> None:
+        try:
+            self._wake_in.recv(4096)
+        except BlockingIOError:
+            pass
+
+    def _run_posted(self) -> None:
+        actions = list(self.on_tick)
+        while self._posted:
+            actions.append(self._posted.popleft())
+        for action in actions:
+            try:
+                action()
+            except Exception as error:
+                self._report("warning: %s in the relay" % type(error).__name__)
+
+    def _contain(self, fd: int, handler: "Any", error: Exception) -> None:
+        self._report("warning: a connection was dropped after %s" % show_error(error))
+        owner = getattr(handler, "__self__", None)
+        if isinstance(owner, Flow):
+            owner.pair.reset()
+
+    def _close(self) -> None:
+        deadline = elapsed_seconds() + CLOSE_SECONDS
+        while self.pairs and elapsed_seconds() < deadline:  # threads that hand back their flows
+            time.sleep(0.01)
+            self._run_posted()
+        self.poller.close()
+        self._wake_in.close()
+        self._wake_out.close()
+
+
+def set_leg_options(sock: "socket.socket") -> None:
+    """TCP_NODELAY (two writes cost 44 ms without it), and keepalive that notices in 2 minutes."""
+    import socket
+
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    options = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
+    for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
+        if hasattr(socket, name):
+            options.append((socket.IPPROTO_TCP, getattr(socket, name), value))
+    for level, option, value in options:
+        sock.setsockopt(level, option, value)
+
+
+# ------------------------------------------------------------------------------- sessions in use
+
+
+class Lease:
+    """One session in use: where its listener is, until when, and by how many connections.
+
+    `family` and `address` are what a socket's constructor and `connect` take. `over` says why the
+    session is over (SessionOver), None while it is not.
+    """
+
+    def __init__(self, issued: IssuedSession, endpoint: Endpoint, lock: "Any") -> None:
+        import threading
+
+        self.issued = issued
+        self.endpoint = endpoint
+        self.family = 0
+        self.address = None  # type: Any
+        self.connections = 0
+        self.expires_on = issued.issued_on + issued.lifetime_seconds
+        self.over = None  # type: Optional[SessionOver]
+        self.refreshing = threading.Lock()
+        self.refreshed_on = elapsed_seconds()
+        self._lock = lock
+
+    def release(self) -> None:
+        """One connection less."""
+        with self._lock:
+            self.connections -= 1
+
+
+class Sessions:
+    """Which session a connection gets: issued on demand, renewed, shared, and all revoked in the end.
+
+    `limit` sessions at once (a Node's listener serves one connection at a time); `renew`: one that
+    has run out is replaced for the next connection. Every session_id that the control plane ever
+    gave is owed a revocation until `keep` or `leave`. `report` takes lines from any thread;
+    `on_retired` is told of a lease whose connections must go.
+    """
+
+    def __init__(self, plane: ControlPlane, request: SessionRequest, report: "Callable[[str], None]",
+                 limit: int = 1, renew: bool = False, wait_seconds: float = 90.0) -> None:
+        import threading
+
+        self.over = None  # type: Optional[PlexctlError]
+        self.on_retired = lambda lease: None  # type: Callable[[Lease], None]
+        self._plane = plane
+        self._request = request
+        self._report = report
+        self._limit = limit
+        self._renew = renew
+        self._wait_seconds = wait_seconds
+        self._changed = threading.Condition()
+        self._leases = []  # type: List[Lease]
+        self._issuing = 0
+        self._owed = {}  # type: Dict[str, Optional[threading.Thread]]
+        self._keep = False
+        self._leaving = False
+        self._told_of_sharing = False
+        self._warned_at = float("inf")
+
+    # What a connection asks for
+
+    def establish(self) -> Lease:
+        """Issues a session and waits until its Node reports the listener; PlexctlError if not."""
+        with self._changed:
+            self._issuing += 1
+        return self._add()
+
+    def take(self) -> "Optional[Lease]":
+        """A lease with a known address, at once; None where `connect` has to go and get one."""
+        with self._changed:
+            lease = self._choose()
+            if lease is None or lease.address is None:
+                return None
+            lease.connections += 1
+            return lease
+
+    def connect(self, failed: "Optional[Lease]" = None,
+                address: "Any" = None) -> "Tuple[socket.socket, Lease]":
+        """A socket connected to a listener endpoint, and its lease, to be released by the caller.
+
+        Blocks for as long as it takes. With `failed`, a lease whose `address` could not be
+        connected to, it asks GetSession and tries a new endpoint once. PlexctlError if all fails.
+        """
+        lease = failed or self._acquire()
+        try:
+            reason = "cannot be reached"
+            if failed is None:
+                self._resolve(lease)
+                address = lease.address
+                try:
+                    return connect_socket(lease.family, address), lease
+                except OSError as error:
+                    reason = show_error(error)
+            self._refresh(lease)
+            if lease.over is None and lease.address == address and self._renew and lease.connections == 1:
+                # the Node's own cap, which the control plane does not know of
+                self._retire(lease, SessionOver("the Node has closed its listener"))
+            if lease.over is None and lease.address == address:
+                raise PlexctlError("listener endpoint %s: %s" % (lease.endpoint, reason))
+            if lease.over is not None:
+                lease.release()
+                lease = self._acquire()
+                self._resolve(lease)
+            try:
+                return connect_socket(lease.family, lease.address), lease
+            except OSError as error:
+                raise PlexctlError("listener endpoint %s: %s"
+                                   % (lease.endpoint, show_error(error))) from error
+        except PlexctlError:
+            lease.release()
+            raise
+
+    # The clock
+
+    def tick(self) -> None:
+        """To be called every second or so: expiry, warnings before it, and news from the server."""
+        import threading
+
+        now = elapsed_seconds()
+        with self._changed:
+            leases = list(self._leases)
+        for lease in leases:
+            if now >= lease.expires_on:
+                self._end(lease, SessionOver("the session expired"), renewable=True)
+            elif now - lease.refreshed_on >= RECHECK_SECONDS and not lease.refreshing.locked():
+                threading.Thread(target=self._refresh, args=(lease,), daemon=True).start()
+        left = self.seconds_left()
+        for threshold in WARN_LEFT_SECONDS:
+            if left <= threshold < self._warned_at and leases:
+                self._warned_at = threshold
+                if max(lease.issued.lifetime_seconds for lease in leases) > threshold:
+                    self._report("warning: %s of the session are left" % show_seconds(left + 0.5))
+                break
+        if left > WARN_LEFT_SECONDS[0]:
+            self._warned_at = float("inf")
+
+    def seconds_left(self) -> float:
+        """Until the first of the sessions runs out; 0 where there is none."""
+        with self._changed:
+            ends = [lease.expires_on for lease in self._leases]
+        return max(0.0, min(ends) - elapsed_seconds()) if ends else 0.0
+
+    # Leaving
+
+    def keep(self) -> None:
+        """The sessions are in the operator's hands from now on: `leave` will not revoke them."""
+        self._keep = True
+
+    def leave(self, seconds: float = LEAVE_SECONDS) -> None:
+        """Revokes what is owed, also what is just being issued; returns after `seconds` at most."""
+        deadline = elapsed_seconds() + seconds
+        self._plane.cancel.set()
+        with self._changed:
+            self._leaving = True
+            for session_id in list(self._owed):
+                if self._owed[session_id] is None and self._keep:
+                    del self._owed[session_id]
+                else:
+                    self._start_revoking(session_id)
+            while (self._owed or self._issuing) and elapsed_seconds() < deadline:
+                self._changed.wait(max(0.01, min(0.5, deadline - elapsed_seconds())))
+
+    def left_behind(self) -> "List[str]":
+        """What `leave` could not settle, in words."""
+        with self._changed:
+            words = ["session %s is not revoked, it will run out by itself" % session_id
+                     for session_id in self._owed]
+            if self._issuing and not words:
+                words = ["a session may have been issued, it will run out by itself"]
+        return words
+
+    # Below: how
+
+    def _issue(self) -> Lease:
+        session_ids = []  # type: List[str]
+
+        def owe(session_id: str) -> None:
+            session_ids.append(session_id)
+            with self._changed:
+                self._owed[session_id] = None
+                if self._leaving:
+                    self._start_revoking(session_id)
+
+        try:
+            issued = self._plane.issue(self._request, owe)
+            if issued.session.status != "active" or issued.lifetime_seconds <= 0:
+                raise SessionOver("the session was over when it arrived")
+            lease = Lease(issued, issued.listener_endpoint or self._await_endpoint(issued), self._changed)
+            if self._leaving:
+                raise PlexctlError("interrupted")
+            return lease
+        except PlexctlError:
+            with self._changed:
+                for session_id in session_ids:
+                    self._start_revoking(session_id)
+            raise
+
+    def _await_endpoint(self, issued: IssuedSession) -> Endpoint:
+        began, pause = elapsed_seconds(), POLL_MIN_SECONDS
+        if self._wait_seconds:
+            self._report("waiting for the Node to report its listener (up to %s)"
+                         % show_seconds(self._wait_seconds))
+        while True:
+            left = self._wait_seconds - (elapsed_seconds() - began)
+            if left <= 0:
+                raise PlexctlError("the Node reported no listener endpoint within %s"
+                                   % show_seconds(self._wait_seconds))
+            try:
+                session = self._plane.get(self._request.project_id, issued.session_id,
+                                          min(EXCHANGE_SECONDS, max(1.0, left)))
+                if session.status != "active":
+                    raise describe_end(session)
+                if session.listener_endpoint:
+                    return session.listener_endpoint
+            except (TransportError, ApiError) as error:
+                passing = error.status in (502, 503, 504) if isinstance(error, ApiError) else not error.final
+                if not passing:
+                    raise
+            left = self._wait_seconds - (elapsed_seconds() - began)
+            if self._plane.cancel.wait(max(0.0, min(pause, left))):
+                raise PlexctlError("interrupted")
+            pause = min(pause * 1.5, POLL_MAX_SECONDS)
+
+    def _choose(self) -> "Optional[Lease]":
+        """With the lock held: an idle lease, else the least busy one where no other may be had."""
+        now = elapsed_seconds()
+        usable = [lease for lease in self._leases if now < lease.expires_on]
+        if self.over is not None or self._leaving or not usable:
+            return None
+        best = min(usable, key=lambda lease: lease.connections) if len(usable) > 1 else usable[0]
+        if best.connections:
+            if len(self._leases) + self._issuing < self._limit:
+                return None
+            if not self._told_of_sharing:
+                self._told_of_sharing = True
+                self._report("warning: more connections at once than sessions (%d): the Node serves "
+                             "one at a time and may make them wait; see --max-sessions" % self._limit)
+        return best
+
+    def _add(self) -> Lease:
+        """One session more; the caller has counted it in `_issuing`."""
+        try:
+            lease = self._issue()
+            with self._changed:
+                self._leases.append(lease)
+            return lease
+        finally:
+            with self._changed:
+                self._issuing -= 1
+                self._changed.notify_all()
+
+    def _acquire(self) -> Lease:
+        """A lease for one connection, issued if need be."""
+        while True:
+            with self._changed:
+                if self.over is not None:
+                    raise self.over
+                if self._leaving:
+                    raise PlexctlError("interrupted")
+                lease = self._choose()
+                if lease is not None:
+                    lease.connections += 1
+                    return lease
+                if len(self._leases) + self._issuing >= self._limit:
+                    self._changed.wait(0.2)  # one is on its way, or tick() has yet to see an end
+                    continue
+                self._issuing += 1
+            try:
+                self._add()
+            except (ApiError, UsageError, CredentialsError) as error:
+                with self._changed:
+                    if not self._leases:  # a renewal that the server refuses
+                        self.over = error
+                        raise
+                    self._limit = len(self._leases)
+                self._report("warning: no further session, connections share what there is: %s" % error)
+
+    def _resolve(self, lease: Lease) -> None:
+        """Looks the endpoint's name up once; what it leads to is judged like the endpoint itself."""
+        import socket
+
+        if lease.address is not None:
+            return
+        try:
+            found = socket.getaddrinfo(lease.endpoint.host, lease.endpoint.port, 0, socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            raise PlexctlError("listener endpoint %s: %s" % (lease.endpoint, show_error(error))) from error
+        family, _, _, _, address = found[0]
+        if not is_dialable(str(address[0])) and not is_loopback(self._plane.server.host):
+            raise PlexctlError("listener endpoint %s: leads to %s, which is refused"
+                               % (lease.endpoint, address[0]))
+        lease.family, lease.address = family, address
+
+    def _refresh(self, lease: Lease) -> None:
+        """Asks GetSession; one question at a time serves everyone who wants to know."""
+        with lease.refreshing:
+            if elapsed_seconds() - lease.refreshed_on < 1.0 or lease.over is not None:
+                return
+            try:
+                session = self._plane.get(self._request.project_id, lease.issued.session_id)
+            except ApiError as error:
+                if error.status in (404, 410):
+                    self._end(lease, SessionOver("the session is gone"), renewable=False)
+                else:
+                    self._report("warning: %s" % error)
+            except TransportError as error:
+                self._report("warning: %s" % error)
+            else:
+                if session.status != "active":
+                    self._end(lease, describe_end(session),
+                              session.status == "expired" or session.revoke_reason in RUN_OUT_REASONS)
+                elif session.listener_endpoint and session.listener_endpoint != lease.endpoint:
+                    self._report("the Node reports a new listener endpoint: %s" % session.listener_endpoint)
+                    lease.endpoint, lease.address = session.listener_endpoint, None
+                    self._resolve(lease)
+            finally:
+                lease.refreshed_on = elapsed_seconds()
+
+    def _end(self, lease: Lease, why: SessionOver, renewable: bool) -> None:
+        if renewable and self._renew:
+            self._retire(lease, why)
+        else:
+            with self._changed:
+                lease.over = why
+                self.over = self.over or why
+                self._changed.notify_all()
+
+    def _retire(self, lease: Lease, why: SessionOver) -> None:
+        with self._changed:
+            if lease not in self._leases:
+                return
+            lease.over = why
+            self._leases.remove(lease)
+            self._start_revoking(lease.issued.session_id)
+            self._changed.notify_all()
+        self._report("%s; the next connection gets a new one" % why)
+        self.on_retired(lease)
+
+    def _start_revoking(self, session_id: str) -> None:
+        """With the lock held. Only the first call for a session does anything."""
+        import threading
+
+        if session_id in self._owed and self._owed[session_id] is None:
+            thread = threading.Thread(target=self._revoke, args=(session_id,), daemon=True)
+            self._owed[session_id] = thread
+            thread.start()
+
+    def _revoke(self, session_id: str) -> None:
+        deadline = elapsed_seconds() + LEAVE_SECONDS
+        while True:
+            try:
+                self._plane.revoke(self._request.project_id, session_id,
+                                   max(0.5, deadline - elapsed_seconds()))
+                break
+            except PlexctlError as error:
+                passing = error.status in (502, 503, 504) if isinstance(error, ApiError) else True
+                if not passing or elapsed_seconds() + POLL_MIN_SECONDS > deadline:
+                    self._report("warning: session %s is not revoked, it will run out by itself: %s"
+                                 % (session_id, error))
+                    break
+            time.sleep(POLL_MIN_SECONDS)
+        with self._changed:
+            self._owed.pop(session_id, None)
+            self._changed.notify_all()
+
+
+RUN_OUT_REASONS = ("ttl_expired", "idle_timeout")
+
+
+def describe_end(session: Session) -> SessionOver:
+    """Why a session is no longer active."""
+    reason = " (%s)" % session.revoke_reason if session.revoke_reason else ""
+    return SessionOver("the session was revoked" + reason if session.status == "revoked"
+                       else "the session expired" + reason)
+
+
+def connect_socket(family: int, address: "Any") -> "socket.socket":
+    """A connected, blocking TCP socket; OSError within CONNECT_SECONDS if there is none."""
+    import socket
+
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(CONNECT_SECONDS)
+        sock.connect(address)
+        sock.settimeout(None)
+        set_leg_options(sock)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+# ------------------------------------------------------------------------------------- forwarder
+
+BACKLOG_CONNECTIONS = 1024
+ACCEPTS_PER_TURN = 64
+CONNECTING_THREADS_MAX = 32
+RESERVED_DESCRIPTORS = 64
+PAUSE_SECONDS = 1.0
+
+
+class OwnerCheck:
+    """Which user holds the other end of a loopback connection, by the kernel's word.
+
+    sock_diag(7), inet_diag: one netlink request with the exact addresses, about 10 microseconds.
+    OSError from the constructor where the host cannot answer.
+    """
+
+    def __init__(self, family: int, local: "Tuple[str, int]") -> None:
+        import socket
+
+        self._family = family
+        self._local = local
+        self._netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 4)  # NETLINK_SOCK_DIAG
+        try:
+            self._netlink.connect((0, 0))
+            self._netlink.setblocking(False)
+            nobody = "0.0.0.0" if family == socket.AF_INET else "::"
+            if self._ask(local, (nobody, 0)) != os.geteuid():  # our own listener
+                raise OSError(95, "no answer")
+        except BaseException:
+            self.close()
+            raise
+
+    def find(self, client: "Tuple[str, int]") -> "Optional[int]":
+        """The uid that owns the client's socket, None where it has none any more."""
+        try:
+            return self._ask(client, self._local)
+        except OSError:
+            return None
+
+    def _ask(self, source: "Tuple[str, int]", destination: "Tuple[str, int]") -> "Optional[int]":
+        import socket
+        import struct
+
+        def packed(address: str) -> bytes:
+            return socket.inet_pton(self._family, address).ljust(16, b"\0")
+
+        # inet_diag_req_v2 with inet_diag_sockid (ports in network order), behind an nlmsghdr
+        request = (struct.pack("=IHHII", 72, 20, 1, 0, 0)  # SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST
+                   + struct.pack("=BBBBI", self._family, socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF)
+                   + struct.pack("!HH", source[1], destination[1])
+                   + packed(source[0]) + packed(destination[0])
+                   + struct.pack("=III", 0, 0xFFFFFFFF, 0xFFFFFFFF))
+        self._netlink.send(request)
+        answer = self._netlink.recv(4096)
+        if len(answer) < 88 or struct.unpack_from("=H", answer, 4)[0] != 20:
+            return None  # NLMSG_ERROR: there is no such socket
+        uid, inode = struct.unpack_from("=II", answer, 80)  # inet_diag_msg after nlmsghdr
+        # a socket that its process has closed has no inode, and uid 0 whoever it was
+        return int(uid) if inode else None
+
+    def close(self) -> None:
+        """Closes the netlink socket."""
+        self._netlink.close()
+
+
+def create_listener(local: LocalAddress, forwarder: "Forwarder") -> "Any":
+    """A socketserver that binds and listens now, and asks `forwarder` about each connection."""
+    import socket
+    import socketserver
+
+    class Listener(socketserver.TCPServer):
+        request_queue_size = BACKLOG_CONNECTIONS  # the default of 5 makes bursts wait a second
+        allow_reuse_address = os.name == "posix"  # on Windows it would let others take the port
+        if local.path:
+            address_family = socket.AF_UNIX
+        elif ":" in local.host:
+            address_family = socket.AF_INET6
+
+        def server_bind(self) -> None:
+            if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
+                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)  # type: ignore[attr-defined,unused-ignore]
+            mask = os.umask(0o177) if local.path else 0
+            try:
+                super().server_bind()
+            finally:
+                if local.path:
+                    os.umask(mask)
+            self.socket.setblocking(False)
+            if local.path:
+                self.inode = os.lstat(local.path).st_ino
+
+        def serve_forever(self, poll_interval: float = TICK_SECONDS) -> None:
+            forwarder.relay.run()
+
+        def verify_request(self, request: "Any", client_address: "Any") -> bool:
+            return forwarder.may_serve(client_address)
+
+        def process_request(self, request: "Any", client_address: "Any") -> None:
+            forwarder.carry(request, client_address)
+
+        def server_close(self) -> None:
+            super().server_close()
+            if local.path and os.path.lexists(local.path) and os.lstat(local.path).st_ino == self.inode:
+                os.unlink(local.path)
+
+    address = local.path or (local.host, local.port)
+    try:
+        return Listener(address, None)  # type: ignore[arg-type]
+    except (OSError, OverflowError) as error:
+        raise PlexctlError("--local-addr %s: cannot listen: %s"
+                           % (escape(str(local)), show_error(error))) from error
+
+
+class Counts:
+    """Totals of a forwarder: connections `open` and `served`, bytes `up` and `down`."""
+
+    __slots__ = ("open", "served", "up", "down")
+
+    def __init__(self) -> None:
+        self.open = self.served = self.up = self.down = 0
+
+
+class Forwarder:
+    """Listens on a local address and carries every connection to where `connect` leads.
+
+    `connect(failed, address)` blocks, and returns a connected socket and a lease, or raises
+    PlexctlError; `take()`, where given, returns at once a lease whose `family` and `address` the
+    loop may connect to by itself, or None. A lease's `release()` is called when its connection is
+    over. `Sessions` has both. Without sessions: `lambda *failed: (socket, lease)` will do.
+
+    The address is bound when the object is made (PlexctlError if that fails) and served between
+    `start` and `stop`. `report` takes lines, from the loop's thread.
+    """
+
+    def __init__(self, local: LocalAddress, connect: "Callable[..., Tuple[Any, Any]]",
+                 take: "Optional[Callable[[], Any]]" = None,
+                 report: "Callable[[str], None]" = lambda line: None,
+                 allow_other_users: bool = False, verbose: bool = False,
+                 poller: "Any" = None) -> None:
+        import collections
+
+        self._connect = connect
+        self._take = take
+        self._report = report
+        self._verbose = verbose
+        self._told = set()  # type: Set[str]
+        self._connecting = {}  # type: Dict[int, Tuple[Any, Any, Any, Any, float]]
+        self._waiting = collections.deque()  # type: Any
+        self._connecting_threads = 0
+        self._leases = {}  # type: Dict[Pair, Any]
+        self._ended = Counts()
+        self._thread = None  # type: Optional[threading.Thread]
+        self._accepting = False
+        self._resume_on = 0.0
+        self._server = create_listener(local, self)
+        self.local = local
+        if not local.path:
+            self.local = LocalAddress(local.host, self._server.server_address[1])
+        self._owners = None if allow_other_users else self._create_owner_check()
+        self.capacity = count_capacity()
+        self.relay = Relay(report, poller)
+        self.relay.on_tick.append(self._tick)
+
+    def __enter__(self) -> "Forwarder":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Serves from now on, in a thread."""
+        import threading
+
+        set_leg_options(self._server.socket)  # Linux hands them on to what is accepted
+        self.relay.handlers[self._server.fileno()] = self._accept
+        self._listen(True)
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread.start()
+
+    def stop(self, drain_seconds: float = 0.0) -> None:
+        """Stops listening and ends every connection, within CLOSE_SECONDS or so.
+
+        With `drain_seconds`, first what clients that have gone sent before is delivered, for as
+        long as bytes move at least every so many seconds.
+        """
+        import threading
+
+        if self._thread is not None:
+            stopped = threading.Event()
+            self.relay.post(lambda: self._stop_listening(drain_seconds > 0, stopped))
+            stopped.wait(CLOSE_SECONDS)
+            if drain_seconds:
+                self._drain(drain_seconds)
+            self.relay.stop()
+            self._thread.join(CLOSE_SECONDS + TICK_SECONDS)
+            self._thread = None
+        self._server.server_close()
+        if self._owners is not None:
+            self._owners.close()
+            self._owners = None
+
+    def reset_lease(self, lease: "Any") -> None:
+        """Ends the connections that use `lease`; from any thread."""
+        def reset() -> None:
+            for pair, its in list(self._leases.items()):
+                if its is lease:
+                    pair.reset()
+        self.relay.post(reset)
+
+    def count(self) -> Counts:
+        """The totals so far; from any thread."""
+        counts, ended = Counts(), self._ended
+        pairs = tuple(self._leases)
+        counts.open, counts.served = len(pairs), ended.served + len(pairs)
+        counts.up = ended.up + sum(pair.up.moved for pair in pairs)
+        counts.down = ended.down + sum(pair.down.moved for pair in pairs)
+        return counts
+
+    # What the listener asks, in the loop's thread
+
+    def may_serve(self, client_address: "Any") -> bool:
+        """Whether the user behind this connection may use the port (section 7 of the design)."""
+        if self._owners is None:
+            return True
+        uid = self._owners.find(client_address[:2])
+        if uid in (0, os.geteuid()):
+            return True
+        if uid is None:
+            self._warn_once("a connection had been closed before its owner could be asked for, "
+                            "and was not served")
+        else:
+            self._report("warning: turned away a connection of uid %d (--allow-other-users lets "
+                         "other users in)" % uid)
+        return False
+
+    def carry(self, client: "socket.socket", client_address: "Any") -> None:
+        """Takes over an accepted connection."""
+        import socket
+
+        if 2 * (len(self._leases) + len(self._connecting) + len(self._waiting)) >= self.capacity:
+            self._warn_once("no more descriptors (ulimit -n): connections are refused")
+            reset_on_close(client)
+            client.close()
+            return
+        lease = self._take() if self._take is not None else None
+        if lease is None:
+            self._connect_in_thread(client, client_address)
+            return
+        try:
+            remote = socket.socket(lease.family, socket.SOCK_STREAM)
+        except OSError as error:
+            self._fail(client, lease, error)
+            return
+        remote.setblocking(False)
+        remote.connect_ex(lease.address)
+        entry = (client, client_address, remote, lease, elapsed_seconds() + CONNECT_SECONDS)
+        if not self._connected(entry):  # on loopback it often is at once
+            fd = remote.fileno()
+            self._connecting[fd] = entry
+            self.relay.handlers[fd] = lambda events: self._go_on(fd)
+            self.relay.poller.register(fd, WRITABLE)
+
+    # Below: how
+
+    def _create_owner_check(self) -> "Optional[OwnerCheck]":
+        if self.local.path:
+            return None
+        if not is_loopback(self.local.host):
+            self._report("warning: %s is not a loopback address: any user, here and elsewhere, can "
+                         "use the port" % self.local)
+            return None
+        try:
+            return OwnerCheck(self._server.address_family, (self.local.host, self.local.port))
+        except (OSError, AttributeError):
+            self._report("warning: this host cannot tell whose a connection is: any local user can "
+                         "use the port")
+            return None
+
+    def _listen(self, on: bool) -> None:
+        if on != self._accepting:
+            fd = self._server.fileno()
+            if on:
+                self.relay.poller.register(fd, READABLE)
+            else:
+                self.relay.poller.unregister(fd)
+            self._accepting = on
+
+    def _accept(self, events: int) -> None:
+        server = self._server
+        for _ in range(ACCEPTS_PER_TURN):
+            try:
+                client, client_address = server.get_request()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in (23, 24, 12, 105):  # no descriptors or memory: do not spin
+                    self._warn_once("cannot accept connections for now: %s" % show_error(error))
+                    self._listen(False)
+                    self._resume_on = elapsed_seconds() + PAUSE_SECONDS
+                    return
+                continue  # that connection is gone already
+            if server.verify_request(client, client_address):
+                server.process_request(client, client_address)
+            else:
+                client.close()
+
+    def _tick(self) -> None:
+        if self._resume_on and elapsed_seconds() >= self._resume_on:
+            self._resume_on = 0.0
+            self._listen(True)
+        if self._connecting:
+            now = elapsed_seconds()
+            for fd, (_, _, _, _, deadline) in list(self._connecting.items()):
+                if now >= deadline:
+                    self._go_on(fd)
+
+    def _connected(self, entry: "Any") -> bool:
+        """Whether the connection attempt is over, one way or the other; then acts on it."""
+        client, client_address, remote, lease, deadline = entry
+        error = remote.connect_ex(lease.address)  # asks how it stands: 0 or EISCONN, EALREADY
+        if error in (106, 56, 10056):  # EISCONN on Linux, BSD, Windows
+            error = 0
+        if error in (114, 115, 36, 37, 10035, 10037) and elapsed_seconds() < deadline:
+            return False
+        if not error:
+            try:
+                set_leg_options(remote)
+                self._begin(client, client_address, remote, lease)
+                return True
+            except OSError:
+                pass
+        remote.close()
+        self._connect_in_thread(client, client_address, lease, lease.address)
+        return True
+
+    def _go_on(self, fd: int) -> None:
+        entry = self._connecting.pop(fd)
+        self.relay.poller.unregister(fd)
+        del self.relay.handlers[fd]
+        if not self._connected(entry):
+            self._connecting[fd] = entry
+            self.relay.handlers[fd] = lambda events: self._go_on(fd)
+            self.relay.poller.register(fd, WRITABLE)
+
+    def _connect_in_thread(self, *job: "Any") -> None:
+        """`job`: client, its address, and where a first attempt failed the lease and address."""
+        import threading
+
+        self._waiting.append(job)
+        if self._connecting_threads < CONNECTING_THREADS_MAX:
+            self._connecting_threads += 1
+            threading.Thread(target=self._connect_waiting, daemon=True).start()
+
+    def _connect_waiting(self) -> None:
+        while True:
+            try:
+                client, client_address, *failed = self._waiting.popleft()
+            except IndexError:
+                break
+            try:
+                remote, lease = self._connect(*failed)
+            except PlexctlError as error:
+                self._report("warning: a connection was not served: %s" % error)
+                reset_on_close(client)
+                client.close()
+            else:
+                self.relay.post(lambda c=client, a=client_address, r=remote, l=lease:  # type: ignore[misc]
+                                self._begin(c, a, r, l))
+        self.relay.post(self._end_connecting_thread)
+
+    def _end_connecting_thread(self) -> None:
+        self._connecting_threads -= 1
+        if self._waiting:  # came between its last look and now
+            self._connect_in_thread(*self._waiting.popleft())
+
+    def _begin(self, client: "socket.socket", client_address: "Any", remote: "socket.socket",
+               lease: "Any") -> None:
+        if self._verbose:
+            self._report("connection %d from %s to %s" % (
+                self._ended.served + len(self._leases) + 1,
+                "%s:%d" % client_address[:2] if client_address else "a local process",
+                join_host_port(*lease.address[:2])))
+        pair = self.relay.add(client, remote, self._end)
+        self._leases[pair] = lease
+
+    def _end(self, pair: Pair) -> None:
+        lease = self._leases.pop(pair)
+        ended = self._ended
+        ended.served += 1
+        ended.up += pair.up.moved
+        ended.down += pair.down.moved
+        lease.release()
+        if self._verbose:
+            self._report("connection closed%s: %s up, %s down" % (
+                " by a reset" if pair.broken else "", show_bytes(pair.up.moved),
+                show_bytes(pair.down.moved)))
+
+    def _fail(self, client: "socket.socket", lease: "Any", error: OSError) -> None:
+        self._warn_once("a connection was not served: %s" % show_error(error))
+        lease.release()
+        reset_on_close(client)
+        client.close()
+
+    def _warn_once(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            self._report("warning: " + text)
+
+    def _stop_listening(self, accept_waiting: bool, stopped: "threading.Event") -> None:
+        if accept_waiting:
+            self._accept(READABLE)
+        self._listen(False)
+        self._resume_on = 0.0
+        self.relay.handlers.pop(self._server.fileno(), None)
+        self._server.server_close()
+        stopped.set()
+
+    def _drain(self, seconds: float) -> None:
+        moved, moved_on = -1, elapsed_seconds()
+        while elapsed_seconds() - moved_on < seconds:
+            counts = self.count()
+            if counts.up + counts.down != moved:
+                moved, moved_on = counts.up + counts.down, elapsed_seconds()
+            pairs = tuple(self._leases)
+            busy = self._connecting or self._waiting or self._connecting_threads
+            if not busy and not any(pair.up.state == ENDED for pair in pairs) \
+                    and elapsed_seconds() - moved_on > 0.25:
+                return
+            if not busy and not pairs:
+                return
+            time.sleep(0.01)
+
+
+def raise_descriptor_limit() -> None:
+    """The soft limit of this process up to the hard one."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError):  # macOS has a lower limit of its own
+        pass
+
+
+def count_capacity() -> int:
+    """How many descriptors connections may take, so that some are left for everything else."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 1000
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1 << 30 if soft == resource.RLIM_INFINITY else max(2, soft - RESERVED_DESCRIPTORS)
+
+
+class StdioRelay:
+    """One connection between descriptors 0 and 1 and a remote socket, with blocking threads.
+
+    The file status flags of the descriptors are left alone: they may be somebody's terminal.
+    `on_end` is called once it is over, from one of the threads; then `error` says why it failed
+    (PlexctlError) or is None. `up` and `down` count bytes.
+    """
+
+    def __init__(self, remote: "socket.socket", on_end: "Callable[[], None]") -> None:
+        self.error = None  # type: Optional[PlexctlError]
+        self.up = self.down = 0
+        self.over = False
+        self._remote = remote
+        self._on_end = on_end
+        self._going = 2
+
+    def start(self) -> None:
+        """Starts both directions."""
+        import threading
+
+        for direction in (self._copy_up, self._copy_down):
+            threading.Thread(target=self._run, args=(direction,), daemon=True).start()
+
+    def _run(self, direction: "Callable[[], None]") -> None:
+        try:
+            direction()
+        except PlexctlError as error:
+            self.error = self.error or error
+            self._going = 0
+        self._going -= 1
+        # a terminal would wait for a key that nobody needs any more
+        if self._going <= 0 or direction == self._copy_down and os.isatty(0):
+            self.over = True
+            self._on_end()
+
+    def _copy_up(self) -> None:
+        import socket
+
+        while True:
+            try:
+                piece = os.read(0, CHUNK_BYTES)
+            except BlockingIOError:
+                wait_for(0, READABLE)
+                continue
+            except OSError:  # EIO: the terminal is gone
+                piece = b""
+            try:
+                if not piece:
+                    self._remote.shutdown(socket.SHUT_WR)
+                    return
+                self._remote.sendall(piece)
+                self.up += len(piece)
+            except OSError:  # what the other side sent before is still delivered
+                return
+
+    def _copy_down(self) -> None:
+        view = memoryview(bytearray(BULK_BYTES))
+        while True:
+            try:
+                count = self._remote.recv_into(view)
+            except OSError as error:
+                raise PlexctlError("the connection ended: %s" % show_error(error)) from error
+            if not count:
+                self._close_stdout()
+                return
+            piece = view[:count]
+            while piece:
+                try:
+                    written = os.write(1, piece)
+                except BlockingIOError:
+                    wait_for(1, WRITABLE)
+                    continue
+                except OSError as error:
+                    reset_on_close(self._remote)
+                    raise PlexctlError("cannot write to standard output: %s"
+                                       % show_error(error)) from error
+                self.down += written
+                piece = piece[written:]
+
+    @staticmethod
+    def _close_stdout() -> None:
+        """The reader sees the end; the descriptor's number stays taken."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.close(nowhere)
+
+
+def wait_for(fd: int, mask: int) -> None:
+    """Waits until a descriptor that came to us non-blocking is ready."""
+    import select
+
+    select.select([fd] if mask == READABLE else [], [fd] if mask == WRITABLE else [], [])
+
+
+def notify_systemd(state: str, environ: "Mapping[str, str]") -> None:
+    """sd_notify(3), for units of Type=notify."""
+    import socket
+
+    path = environ.get("NOTIFY_SOCKET", "")
+    if path[:1] not in ("/", "@") or not hasattr(socket, "AF_UNIX"):
+        return
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.settimeout(1.0)
+            sock.sendto(state.encode("ascii"), "\0" + path[1:] if path[0] == "@" else path)
+    except OSError:
+        pass
+
+
+def find_command(name: str, environ: "Mapping[str, str]") -> str:
+    """The program a COMMAND names; exit 127 or 126 as a shell would, before anything is issued."""
+    import shutil
+
+    found = shutil.which(name, path=environ.get("PATH", os.defpath)) if name else None
+    if found:
+        return found
+    places = [name] if os.path.dirname(name) else [
+        os.path.join(place, name) for place in environ.get("PATH", os.defpath).split(os.pathsep)]
+    if name and any(os.path.exists(place) for place in places):
+        raise PlexctlError("%s: cannot be executed" % escape(name), EXIT_NOT_EXECUTABLE)
+    raise PlexctlError("%s: command not found" % escape(name), EXIT_NOT_FOUND)
+
+
+# ---------------------------------------------------------------------------------------- output
+
+
+class Coordinates:
+    """What an operator needs to know of a forwarded port."""
+
+    __slots__ = ("local", "endpoint", "host", "port", "session_id", "expires_at")
+
+    def __init__(self, local: LocalAddress, lease: Lease, request: SessionRequest) -> None:
+        self.local = str(local)
+        self.endpoint = str(lease.endpoint)
+        self.host = request.host
+        self.port = request.port
+        self.session_id = lease.issued.session_id
+        self.expires_at = lease.issued.expires_at
+
+
+def format_text(found: Coordinates) -> str:
+    """A header line and a row, columns aligned."""
+    cells = (("LOCAL_ADDR", found.local), ("LISTENER_ENDPOINT", found.endpoint),
+             ("TARGET", join_host_port(found.host, found.port)),
+             ("SESSION_ID", found.session_id), ("EXPIRES_AT", found.expires_at))
+    shown = [(name, escape(value)) for name, value in cells]
+    rows = []
+    for index in (0, 1):
+        rows.append("  ".join(pair[index].ljust(max(map(len, pair))) for pair in shown).rstrip())
+    return "\n".join(rows) + "\n"
+
+
+def format_json(found: Coordinates) -> str:
+    """One line of JSON, ASCII only."""
+    import json
+
+    return json.dumps({"session_id": found.session_id, "kind": "tcp", "local_addr": found.local,
+                       "listener_endpoint": found.endpoint,
+                       "target": {"host": found.host, "port": found.port},
+                       "expires_at": found.expires_at}) + "\n"
+
+
+def format_yaml(found: Coordinates) -> str:
+    """The same keys; every string quoted as JSON quotes it, which YAML 1.2 reads the same way."""
+    import json
+
+    return ("session_id: %s\nkind: \"tcp\"\nlocal_addr: %s\nlistener_endpoint: %s\ntarget:\n"
+            "  host: %s\n  port: %d\nexpires_at: %s\n"
+            % (json.dumps(found.session_id), json.dumps(found.local), json.dumps(found.endpoint),
+               json.dumps(found.host), found.port, json.dumps(found.expires_at)))
+
+
+FORMATS = {"text": format_text, "json": format_json, "yaml": format_yaml}
+
+
+def write_all(stream: "Optional[IO[str]]", text: str) -> None:
+    """Writes ASCII text past Python's buffer, so that nothing is left to fail at exit; OSError."""
+    if stream is None:
+        raise OSError(9, "it is closed")
+    try:
+        fd = stream.fileno()
+    except (OSError, ValueError, AttributeError):  # not a file: a test's or a library user's
+        stream.write(text)
+        stream.flush()
+        return
+    stream.flush()
+    raw = text.encode("ascii", "backslashreplace")
+    while raw:
+        try:
+            raw = raw[os.write(fd, raw):]
+        except BlockingIOError:
+            wait_for(fd, WRITABLE)
+
+
+class Console:
+    """The main thread's place: it writes to stderr, and waits for signals and other threads.
+
+    Any thread may `report` a line; only the main thread writes it, in `wait`, `call` or `flush`.
+    A signal is raised as Interrupted by the next wait; `signals` holds all of them, but for the
+    `ignored` ones.
+    """
+
+    def __init__(self, stream: "Optional[IO[str]]", verbose: int, live: bool) -> None:
+        import collections
+        import socket
+
+        self.verbose = verbose
+        self.signals = []  # type: List[int]
+        self.ignored = ()  # type: Tuple[int, ...]
+        self._stream = stream
+        self._live = live and stream is not None and stream.isatty()
+        self._shown = 0
+        self._raised = 0
+        self._finishing = False
+        self._lines = collections.deque()  # type: Any
+        self._wake_in, self._wake_out = socket.socketpair()
+        self._wake_in.setblocking(False)
+        self._wake_out.setblocking(False)
+
+    def close(self) -> None:
+        """Writes what is left and wipes the live line."""
+        self.flush()
+        self._wake_in.close()
+        self._wake_out.close()
+
+    def wake_fd(self) -> int:
+        """For signal.set_wakeup_fd."""
+        return self._wake_out.fileno()
+
+    def wake(self) -> None:
+        """Ends the current wait; from any thread."""
+        try:
+            self._wake_out.send(b"\0")
+        except OSError:
+            pass
+
+    def report(self, line: str) -> None:
+        """One line for stderr; from any thread."""
+        self._lines.append(line)
+        self.wake()
+
+    def explain(self, line: str) -> None:
+        """One line for stderr with -v."""
+        if self.verbose:
+            self.report(line)
+
+    def flush(self) -> None:
+        """Writes the lines that were reported. A stderr that takes none is no reason to stop."""
+        text = "".join("plexctl: %s\n" % self._lines.popleft() for _ in range(len(self._lines)))
+        if text or self._shown:
+            try:
+                write_all(self._stream, self._wipe() + text)
+            except (OSError, ValueError):
+                pass
+
+    def show(self, line: str) -> None:
+        """Draws the live line, cut to the terminal; nothing where there is no terminal."""
+        if not self._live:
+            return
+        line = line[:self._width() - 1]
+        try:
+            write_all(self._stream, self._wipe() + line)
+            self._shown = len(line)
+        except (OSError, ValueError):
+            self._live = False
+
+    def write(self, text: str) -> None:
+        """Writes text at once; PlexctlError if that fails."""
+        self.flush()
+        try:
+            write_all(self._stream, text)
+        except (OSError, ValueError) as error:
+            raise PlexctlError("cannot write to standard error: %s" % show_error(error)) from error
+
+    def wait(self, seconds: float) -> None:
+        """Until something happens, `seconds` at most. Raises Interrupted for a signal."""
+        import select
+
+        self.flush_lines()
+        if len(self.signals) == self._raised and select.select([self._wake_in], [], [], seconds)[0]:
+            self._wake_in.recv(4096)
+        self.flush_lines()
+        if len(self.signals) > self._raised and not self._finishing:
+            self._raised += 1
+            raise Interrupted(self.signals[self._raised - 1])
+
+    def flush_lines(self) -> None:
+        """flush(), but leaves the live line alone where there is nothing to say."""
+        if self._lines:
+            self.flush()
+
+    def call(self, function: "Callable[[], Any]", status: "Optional[Callable[[], str]]" = None) -> "Any":
+        """What `function` returns or raises, run in a thread, so that a signal ends the wait."""
+        import threading
+
+        outcome = []  # type: List[Tuple[Any, Optional[BaseException]]]
+
+        def run() -> None:
+            try:
+                outcome.append((function(), None))
+            except BaseException as error:
+                outcome.append((None, error))
+            self.wake()
+
+        threading.Thread(target=run, daemon=True).start()
+        while not outcome:
+            self.wait(TICK_SECONDS)
+            if status is not None and not outcome:
+                self.show(status())
+        result, error = outcome[0]
+        if error is not None:
+            raise error
+        return result
+
+    def finish(self, function: "Callable[[], None]", seconds: float) -> None:
+        """Runs what must still be done, for `seconds` at most; a further signal cuts it short."""
+        import threading
+
+        def run() -> None:
+            function()
+            self.wake()
+
+        self._finishing = True
+        self._raised = len(self.signals)
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        deadline = elapsed_seconds() + seconds
+        while thread.is_alive() and elapsed_seconds() < deadline:
+            self.wait(0.05)
+            if len(self.signals) > self._raised:
+                self._raised = len(self.signals)
+                deadline = min(deadline, elapsed_seconds() + HURRY_SECONDS)
+
+    def _width(self) -> int:
+        try:
+            return max(2, os.get_terminal_size(self._stream.fileno()).columns)  # type: ignore[union-attr]
+        except (OSError, ValueError):
+            return 80
+
+    def _wipe(self) -> str:
+        if not self._shown:
+            return ""
+        rows = (self._shown - 1) // self._width()  # more than one after the window was narrowed
+        self._shown = 0
+        return ("\x1b[%dA" % rows if rows else "") + "\r\x1b[J"
+
+
+# ---------------------------------------------------------------------------------- command line
+
+DESCRIPTION = """\
+usage: plexctl [flags] tcp-forward --project-id UUID --resource-id UUID --host HOST --port PORT
+               [flags] [--proxy | --stdio | -- COMMAND [ARG ...]]
+
+Issues a one-time mediated session to a TCP target behind a Node, and prints the local address and
+the listener endpoint. With --proxy, --stdio or -- COMMAND it also carries the bytes, and revokes
+the session at the end.
+
+what to reach:
+  --project-id UUID     owning Project (required)
+  --resource-id UUID    target Resource (required)
+  --host HOST           target host the tunnel forwards to (required)
+  --port PORT           target port, 1 to 65535 (required)
+  --local-addr ADDR     local address: 127.0.0.1:0 (default), [::1]:0, unix:/path
+  --ttl-seconds N       requested lifetime; 0: the server's default
+  --reveal-secrets      print the session token to stderr; audit-logged
+
+how:
+  --proxy               carry connections until the session ends or a signal comes
+  --stdio               carry one connection over stdin and stdout (ssh's ProxyCommand)
+  -- COMMAND [ARG ...]  carry connections while COMMAND runs, exit with its status; {host}, {port}
+                        and {addr} in its arguments, PLEXCTL_LOCAL_HOST, _PORT and _ADDR in its
+                        environment say where
+  --wait-seconds N      how long to wait for the Node to report its listener (default 90)
+  --max-sessions N      sessions the proxy may hold at once, 1 to 32 (default 1)
+  --renew               issue a new session when one has run out, instead of ending
+  --keep-session        do not revoke on exit
+  --allow-other-users   let other local users use the local port
+
+persistent flags, before or after the command:
+  --server URL          control plane (or PLEXSPHERE_URL, or a profile)
+  --profile NAME        profile of ~/.config/plexctl/config.json
+  --token-file PATH     bearer token, mode 0600; - is stdin (or PLEXSPHERE_TOKEN, or a profile)
+  --output FORMAT       text (default), json or yaml
+  --ca-file PATH        PEM bundle instead of the system's trust
+  --allow-http          permit a plain-http server that is not loopback
+  --yes                 accepted, does nothing here
+  -v, --verbose         say more on stderr
+  --version             print the version
+  -h, --help            print this
+
+exit codes: 0 done, 1 failure, 2 usage, 3 credentials, 4 forbidden, 77 ReBAC denial, COMMAND's own
+"""
+
+SWITCHES = ("--yes", "--allow-http", "--reveal-secrets")
+FORWARD_SWITCHES = ("--proxy", "--stdio", "--renew", "--keep-session", "--allow-other-users")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, whose errors show no value and no control character."""
+
+    def __init__(self, **keywords: "Any") -> None:
+        keywords.update(prog="plexctl", add_help=False, allow_abbrev=False)
+        super().__init__(**keywords)
+
+    def format_help(self) -> str:
+        """The whole of it, for the command and for its subcommand alike."""
+        return DESCRIPTION
+
+    def error(self, message: str) -> "NoReturn":
+        """One line that names the flag; a value may be a secret that stands in the wrong place."""
+        message = re.sub(r"^argument ((?:-[\w-]+/)*)(-[\w-]+)([^:]*)", r"\2", message)
+        message = re.sub(r"ignored explicit argument .*", "takes true or false, or nothing", message)
+        if message.startswith("argument command"):
+            message = "unknown command; the one there is: tcp-forward"
+        raise UsageError(escape(message.replace("the following arguments are required", "required")))
+
+
+def checked(parse: "Callable[[str], Any]") -> "Callable[[str], Any]":
+    """A parser of the values section as argparse wants it."""
+    def convert(text: str) -> "Any":
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error) or "is not valid") from None
+    return convert
+
+
+def parse_word(text: str) -> str:
+    """Any text but none."""
+    if not text or not text.isprintable():
+        raise ValueError("must not be empty")
+    return text
+
+
+def parse_format(text: str) -> str:
+    """text, json or yaml."""
+    if text not in FORMATS:
+        raise ValueError("must be text, json or yaml")
+    return text
+
+
+def add_switch(parser: Parser, flag: str) -> None:
+    """A boolean flag; the Go plexctl's --flag=true and --flag=false are option strings as well."""
+    for suffix, value in (("", True), ("=true", True), ("=false", False)):
+        parser.add_argument(flag + suffix, dest=flag[2:].replace("-", "_"), action="store_const",
+                            const=value, default=argparse.SUPPRESS)
+
+
+def add_persistent_flags(parser: Parser) -> None:
+    """Flags that stand before or after the command; without defaults, so neither place is lost."""
+    for flag, parse in (("--server", parse_word), ("--profile", parse_word), ("--output", parse_format),
+                        ("--token-file", parse_word), ("--ca-file", parse_word)):
+        parser.add_argument(flag, type=checked(parse), default=argparse.SUPPRESS)
+    for switch in SWITCHES:
+        add_switch(parser, switch)
+    parser.add_argument("-v", "--verbose", action="count", default=argparse.SUPPRESS)
+    for level in (2, 3):  # "-vv" is not taken apart on 3.6 and 3.7 without abbreviations
+        parser.add_argument("-" + "v" * level, dest="verbose", action="store_const", const=level,
+                            default=argparse.SUPPRESS)
+    for flags in (("-h", "--help"), ("--version",)):
+        parser.add_argument(*flags, action="store_true", default=argparse.SUPPRESS)
+
+
+def create_parser() -> Parser:
+    """The parser of everything before `--`."""
+    parser = Parser()
+    add_persistent_flags(parser)
+    commands = parser.add_subparsers(dest="command", parser_class=Parser, metavar="command")
+    commands.required = True  # a keyword only from 3.7 on
+    forward = commands.add_parser("tcp-forward")
+    add_persistent_flags(forward)
+    for flag, parse in (("--project-id", parse_uuid), ("--resource-id", parse_uuid),
+                        ("--host", parse_target_host), ("--port", parse_port)):
+        forward.add_argument(flag, type=checked(parse), required=True)
+    for flag, parse, default in (
+            ("--local-addr", parse_local_address, None), ("--wait-seconds", parse_seconds, 90.0),
+            ("--ttl-seconds", lambda text: parse_int(text, 0, 10 ** 9), 0),
+            ("--max-sessions", lambda text: parse_int(text, 1, 32), 1)):
+        forward.add_argument(flag, type=checked(parse), default=default)  # type: ignore[arg-type]
+    for switch in FORWARD_SWITCHES:
+        add_switch(forward, switch)
+    return parser
+
+
+def refuse_unknown_flags(arguments: "Sequence[str]", parser: Parser) -> None:
+    """Names the first unknown flag, before argparse takes its value for a command and shows it."""
+    forward = parser._subparsers._group_actions[0].choices["tcp-forward"]  # type: ignore
+    known = set(parser._option_string_actions) | set(forward._option_string_actions)
+    for argument in arguments:
+        flag = argument.split("=", 1)[0]
+        if argument.startswith("-") and argument != "-" and flag not in known and not re.fullmatch(
+                r"-v+|-[0-9.]+", argument):
+            raise UsageError("unknown flag %s" % escape(flag if flag[:2] == "--" else flag[:2], 40))
+
+
+def parse_arguments(argv: "Sequence[str]") -> argparse.Namespace:
+    """The checked command line; UsageError where it is not right. `help` and `version` come first."""
+    arguments, command = list(argv), None
+    if "--" in arguments:
+        cut = arguments.index("--")
+        arguments, command = arguments[:cut], arguments[cut + 1:]
+    defaults = argparse.Namespace(server="", profile="", token_file="", output="text", ca_file="",
+                                  verbose=0, help=False, version=False)
+    for switch in SWITCHES + FORWARD_SWITCHES:
+        setattr(defaults, switch[2:].replace("-", "_"), False)
+    defaults.help = "-h" in arguments or "--help" in arguments
+    defaults.version = "--version" in arguments
+    if defaults.help or defaults.version:
+        return defaults
+    parser = create_parser()
+    refuse_unknown_flags(arguments, parser)
+    options, extra = parser.parse_known_args(arguments, defaults)
+    if extra:
+        raise UsageError("unexpected argument after the command (a COMMAND stands behind --)")
+    options.command = command
+    check_together(options)
+    return options
+
+
+def check_together(options: argparse.Namespace) -> None:
+    """Flags that exclude or need one another; fills in `mode` and the default of --local-addr."""
+    modes = [name for name, given in (("--proxy", options.proxy), ("--stdio", options.stdio),
+                                      ("-- COMMAND", options.command is not None)) if given]
+    if len(modes) > 1:
+        raise UsageError("%s and %s exclude each other" % (modes[0], modes[1]))
+    if options.command is not None and not (options.command and options.command[0]):
+        raise UsageError("--: a COMMAND must follow")
+    needy = [flag for flag in ("--renew", "--keep-session", "--allow-other-users")
+             if getattr(options, flag[2:].replace("-", "_"))]
+    needy += ["--max-sessions"] if options.max_sessions > 1 else []
+    needy += ["--local-addr unix:"] if options.local_addr and options.local_addr.path else []
+    if needy and not modes:
+        raise UsageError("%s needs --proxy, --stdio or -- COMMAND" % needy[0])
+    if options.stdio and options.local_addr:
+        raise UsageError("--local-addr does not go with --stdio, which has no local socket")
+    if options.stdio and options.token_file == "-":
+        raise UsageError("--token-file - does not go with --stdio: both read standard input")
+    if options.server:
+        checked_server = checked(lambda text: parse_server(text, options.allow_http))
+        try:
+            checked_server(options.server)
+        except argparse.ArgumentTypeError as error:
+            raise UsageError("--server: %s" % error) from None
+    options.mode = modes[0] if modes else "print"
+    options.local_addr = options.local_addr or LocalAddress("127.0.0.1", 0)
+
+
+class Run:
+    """One invocation: the options, and what every mode of it needs."""
+
+    def __init__(self, options: argparse.Namespace, environ: "Mapping[str, str]", console: Console,
+                 stdout: "Optional[IO[str]]") -> None:
+        self.options = options
+        self.environ = environ
+        self.console = console
+        self.stdout = stdout
+        self.request = SessionRequest(options.project_id, options.resource_id, options.host,
+                                      options.port, options.ttl_seconds)
+        self.audit = None  # type: Optional[AuditLog]
+
+    def execute(self) -> int:
+        """The exit code. PlexctlError and Interrupted leave no session behind either."""
+        options, console = self.options, self.console
+        program = find_command(options.command[0], self.environ) if options.command else ""
+        server, token = console.call(lambda: resolve_credentials(
+            options.server, options.profile, options.token_file, options.allow_http, self.environ))
+        self.server = server
+        plane = ControlPlane(server, token, options.ca_file, self.environ, report=console.explain)
+        self.audit = AuditLog(self.environ, console.report) if options.reveal_secrets else None
+        self.sessions = Sessions(plane, self.request, console.report, options.max_sessions,
+                                 options.renew, options.wait_seconds)
+        try:
+            if options.mode == "print":
+                return self.print_coordinates()
+            if options.mode == "--stdio":
+                return self.carry_stdio()
+            return self.forward(program)
+        finally:
+            console.finish(self.sessions.leave, LEAVE_SECONDS)
+            for words in self.sessions.left_behind():
+                console.report("warning: " + words)
+
+    def establish(self) -> Lease:
+        """The first session, and its token where it is to be revealed."""
+        began = elapsed_seconds()
+        lease = self.console.call(self.sessions.establish, lambda: "waiting for the Node: %s"
+                                  % show_seconds(elapsed_seconds() - began))  # type: Lease
+        if self.audit is not None:
+            with self.audit as audit:
+                audit.record("session_token_revealed", self.server, self.request, lease.issued)
+            self.console.write("plexctl: warning: the next line is the session token, a secret\n"
+                               "PLEXCTL_SESSION_TOKEN=%s\n" % lease.issued.token.reveal())
+        return lease
+
+    def print_document(self, local: LocalAddress, lease: Lease) -> None:
+        """The one document of stdout; PlexctlError unless all of it was taken."""
+        text = FORMATS[self.options.output](Coordinates(local, lease, self.request))
+        self.console.wait(0)
+        try:
+            self.console.call(lambda: write_all(self.stdout, text))
+        except (OSError, ValueError) as error:
+            raise PlexctlError("cannot write to standard output: %s" % show_error(error)) from error
+
+    def print_coordinates(self) -> int:
+        """Print mode: nothing is bound for longer than a moment, nothing dialled or revoked."""
+        local = self.options.local_addr
+        if not local.port:
+            listener = bind_for_a_moment(local)
+            local = LocalAddress(local.host, listener)
+        lease = self.establish()
+        self.print_document(local, lease)
+        self.sessions.keep()
+        return EXIT_OK
+
+    def carry_stdio(self) -> int:
+        """--stdio: one connection over descriptors 0 and 1."""
+        self.establish()
+        if self.options.keep_session:
+            self.sessions.keep()
+        remote, _ = self.console.call(self.sessions.connect)
+        relay = StdioRelay(remote, self.console.wake)
+        began, reason = elapsed_seconds(), "interrupted"
+        relay.start()
+        try:
+            while not relay.over:
+                self.watch_sessions()
+            if relay.error is not None:
+                raise relay.error
+            reason = "connection closed"
+        except PlexctlError as error:
+            reason = str(error)
+            raise
+        finally:
+            counts = Counts()
+            counts.served, counts.up, counts.down = 1, relay.up, relay.down
+            self.console.report(describe_total(counts, began, reason))
+            if reason != "connection closed":
+                reset_on_close(remote)
+            remote.close()
+        return EXIT_OK
+
+    def forward(self, program: str) -> int:
+        """--proxy and -- COMMAND: the local socket is bound first, an address in use costs nothing."""
+        options, console, sessions = self.options, self.console, self.sessions
+        began, reason = elapsed_seconds(), "interrupted"
+        with Forwarder(options.local_addr, sessions.connect, sessions.take, console.report,
+                       options.allow_other_users, options.verbose > 0) as forwarder:
+            lease = self.establish()
+            if options.keep_session:
+                sessions.keep()
+            sessions.on_retired = forwarder.reset_lease
+            try:
+                if program:
+                    status = self.run_command(program, forwarder)
+                    reason = "COMMAND ended"
+                    return status
+                raise_descriptor_limit()
+                forwarder.capacity = count_capacity()
+                forwarder.start()
+                self.print_document(forwarder.local, lease)
+                notify_systemd("READY=1", self.environ)
+                while True:
+                    self.watch_sessions(lambda: self.describe_now(forwarder))
+            except PlexctlError as error:
+                reason = str(error)
+                raise
+            except Interrupted as interrupted:
+                reason = "interrupted by signal %d" % interrupted.signum
+                raise
+            finally:
+                notify_systemd("STOPPING=1", self.environ)
+                console.finish(forwarder.stop, CLOSE_SECONDS + 1)
+                console.report(describe_total(forwarder.count(), began, reason))
+
+    def watch_sessions(self, status: "Optional[Callable[[], str]]" = None) -> None:
+        """One turn of waiting; raises what ended the sessions."""
+        self.console.wait(TICK_SECONDS)
+        self.sessions.tick()
+        if self.sessions.over is not None:
+            raise self.sessions.over
+        if status is not None:
+            self.console.show(status())
+
+    def describe_now(self, forwarder: Forwarder) -> str:
+        """The live line."""
+        counts = forwarder.count()
+        return "%s -> %s  %d open, %d served  up %s  down %s  %s left" % (
+            forwarder.local, escape(join_host_port(self.request.host, self.request.port), 60),
+            counts.open, counts.served, show_bytes(counts.up), show_bytes(counts.down),
+            show_seconds(self.sessions.seconds_left()))
+
+    def run_command(self, program: str, forwarder: Forwarder) -> int:
+        """-- COMMAND: its terminal and its Ctrl-C are its own, SIGTERM and SIGHUP are handed on."""
+        import subprocess
+        import threading
+
+        console, local = self.console, forwarder.local
+        host, port = (local.path, "") if local.path else (local.host, str(local.port))
+        environ = {name: value for name, value in self.environ.items() if name != "PLEXSPHERE_TOKEN"}
+        environ.update(PLEXCTL_LOCAL_HOST=host, PLEXCTL_LOCAL_PORT=port, PLEXCTL_LOCAL_ADDR=str(local))
+        arguments = [re.sub(r"\{(host|port|addr)\}", lambda found: environ[
+            "PLEXCTL_LOCAL_" + found.group(1).upper()], argument) for argument in self.options.command]
+        forwarder.start()
+        console.wait(0)
+        console.ignored = (2,)
+        try:
+            child = subprocess.Popen(arguments, executable=program, env=environ)
+        except (OSError, ValueError) as error:
+            raise PlexctlError("%s: cannot be executed: %s" % (escape(arguments[0]), show_error(error)),
+                               EXIT_NOT_EXECUTABLE) from error
+        raise_descriptor_limit()
+        forwarder.capacity = count_capacity()
+
+        def await_end() -> None:
+            child.wait()
+            console.wake()
+
+        threading.Thread(target=await_end, daemon=True).start()
+        told = False
+        while child.returncode is None:
+            try:
+                self.watch_sessions()
+            except Interrupted as interrupted:
+                child.send_signal(interrupted.signum)
+                if len(console.signals) > 1:
+                    raise
+            except PlexctlError as error:
+                if not told:
+                    told = True
+                    console.report("warning: %s; the port is closed, COMMAND goes on" % error)
+                    forwarder.stop()
+        if not told:
+            forwarder.stop(drain_seconds=CLOSE_SECONDS)
+        status = child.returncode
+        return status if status >= 0 else EXIT_SIGNAL_BASE - status
+
+
+def bind_for_a_moment(local: LocalAddress) -> int:
+    """A port that is free now."""
+    import socket
+
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in local.host else socket.AF_INET) as sock:
+            sock.bind((local.host, 0))
+            return int(sock.getsockname()[1])
+    except OSError as error:
+        raise PlexctlError("--local-addr %s: cannot be bound: %s" % (local, show_error(error))) from error
+
+
+def describe_total(counts: Counts, began: float, reason: str) -> str:
+    """The line at the end."""
+    return "%d connection%s, %s up, %s down, %s: %s" % (
+        counts.served, "" if counts.served == 1 else "s", show_bytes(counts.up),
+        show_bytes(counts.down), show_seconds(elapsed_seconds() - began), reason)
+
+
+# ------------------------------------------------------------------------------------------ main
+
+
+def reserve_standard_descriptors() -> None:
+    """Nothing that is opened later may become descriptor 0, 1 or 2 and be written to by mistake."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDONLY)  # the lowest free number; writing to it fails
+
+
+class SignalHandlers:
+    """SIGINT, SIGTERM and SIGHUP end a block in order; the third of them at once."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._before = {}  # type: Dict[int, Any]
+        self._wakeup = -1
+
+    def __enter__(self) -> None:
+        import signal
+        import threading
+
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            signum = getattr(signal, name, None)
+            if signum is not None and signal.getsignal(signum) != signal.SIG_IGN:  # nohup, &
+                self._before[signum] = signal.signal(signum, self._handle)
+        self._wakeup = signal.set_wakeup_fd(self._console.wake_fd())
+
+    def __exit__(self, *exception: object) -> None:
+        import signal
+
+        if self._before:
+            signal.set_wakeup_fd(self._wakeup)
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def _handle(self, signum: int, frame: object) -> None:
+        if signum in self._console.ignored:
+            return
+        self._console.signals.append(signum)
+        if len(self._console.signals) > 2:
+            end_by_signal(signum)
+
+
+def end_by_signal(signum: int) -> None:
+    """Ends the process as the signal would have: a shell sees 128 + n and stops its loops."""
+    import signal
+
+    signal.signal(signum, signal.SIG_DFL)
+    os.kill(os.getpid(), signum)
+
+
+def perform(argv: "Optional[Sequence[str]]" = None,
+            environ: "Optional[Mapping[str, str]]" = None) -> "Tuple[int, int]":
+    """The command, as an exit code and the number of the signal that ended it (0: none)."""
+    try:
+        options = parse_arguments(sys.argv[1:] if argv is None else argv)
+        if options.help or options.version:
+            write_all(sys.stdout, DESCRIPTION if options.help else "plexctl %s\n" % __version__)
+            return EXIT_OK, 0
+    except PlexctlError as error:
+        return fail(str(error), error.exit_code), 0
+    except OSError as error:
+        return fail("cannot write to standard output: %s" % show_error(error), EXIT_FAILURE), 0
+    console = Console(sys.stderr, options.verbose, options.mode in ("print", "--proxy"))
+    status, signum, message = EXIT_FAILURE, 0, ""
+    with SignalHandlers(console):
+        try:
+            status = Run(options, os.environ if environ is None else environ, console,
+                         sys.stdout).execute()
+        except Interrupted as interrupted:
+            signum = interrupted.signum
+            status = EXIT_SIGNAL_BASE + signum
+        except PlexctlError as error:
+            status, message = error.exit_code, str(error)
+        except Exception as error:  # a defect; its text may hold what it was given
+            message = "internal error: %s" % type(error).__name__
+        console.close()
+    return (fail(message, status) if message else status), signum
+
+
+def fail(message: str, status: int) -> int:
+    """The one line of an error."""
+    try:
+        write_all(sys.stderr, "plexctl: error: %s\n" % message)
+    except (OSError, ValueError):
+        pass
+    return status
+
+
+def main(argv: "Optional[Sequence[str]]" = None,
+         environ: "Optional[Mapping[str, str]]" = None) -> int:
+    """The command. Returns the exit code, 128 + n where signal n ended it; raises nothing."""
+    return perform(argv, environ)[0]
+
+
+def run() -> None:
+    """The process: the command, then its end.
+
+    os._exit, since what Python does at exit could still change the status: a flush that fails
+    (120), a thread that was given up on and wakes up. Everything is written and closed by then.
+    """
+    reserve_standard_descriptors()
+    status, signum = perform()
+    if signum:
+        end_by_signal(signum)
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    run()
