@@ -2784,17 +2784,21 @@ class Console:
         """Runs what must still be done, for `seconds` at most; a further signal cuts it short."""
         import threading
 
+        finished = []  # type: List[bool]
+
         def run() -> None:
-            function()
-            self.wake()
+            try:
+                function()
+            finally:
+                finished.append(True)
+                self.wake()
 
         self._finishing = True
         self._raised = len(self.signals)
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
+        threading.Thread(target=run, daemon=True).start()
         deadline = elapsed_seconds() + seconds
-        while thread.is_alive() and elapsed_seconds() < deadline:
-            self.wait(0.05)
+        while not finished and elapsed_seconds() < deadline:
+            self.wait(deadline - elapsed_seconds())
             if len(self.signals) > self._raised:
                 self._raised = len(self.signals)
                 deadline = min(deadline, elapsed_seconds() + HURRY_SECONDS)

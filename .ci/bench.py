@@ -71,9 +71,9 @@ ROWS = [
     ("mix", "p99", "ping-pong beside a bulk stream, p99 us" + LESS),
     ("mix", "beside", "the bulk stream beside it, GB/s"),
     ("mem1000", "rss", "KiB per idle connection, RSS at 1,000" + LESS),
-    ("mem1000", "pss", "the same, shared pages counted once (PSS)" + LESS),
+    ("mem1000", "pss", "the same as PSS, shared pages counted once" + LESS),
     ("mem5000", "rss", "KiB per idle connection, RSS at 5,000" + LESS),
-    ("mem5000", "pss", "the same, shared pages counted once (PSS)" + LESS),
+    ("mem5000", "pss", "the same as PSS, shared pages counted once" + LESS),
 ]
 
 
@@ -306,6 +306,8 @@ TARGET = {"host": "10.0.0.5", "port": 5432}
 class Plane(http.server.BaseHTTPRequestHandler):
     """IssueSession, GetSession and RevokeSession; its server has `endpoint`, `lifetime` and `sessions`."""
 
+    wbufsize = -1                                       # headers and body in one segment
+
     def log_message(self, *args):
         """Says nothing."""
 
@@ -483,12 +485,14 @@ ssh -N -F none -i key -p {x} -o StrictHostKeyChecking=no -o UserKnownHostsFile=/
 wait $b
 """
 SOCAT = "socat TCP-LISTEN:{l},bind=127.0.0.1,fork,reuseaddr,backlog=1024,nodelay TCP:127.0.0.1:{r},nodelay"
-# Name, programs, how to ask for the version and what it looks like, command, files.
+# Name, programs, how to ask for the version and what it looks like, settings worth telling, command, files.
 PEERS = [
-    ("socat", ["socat"], "-V", r"socat version (\S+)", SOCAT, {}),
-    ("haproxy", ["haproxy"], "-v", r"(?i)version ([\d.]+)", "haproxy -db -q -f {d}/conf", {"conf": HAPROXY}),
-    ("nginx", ["nginx"], "-v", r"nginx/(\S+)", "nginx -c {d}/conf -p {d}", {"conf": NGINX}),
-    ("ssh -L", ["ssh", "sshd", "ssh-keygen"], "-V", r"OpenSSH_([^\s,]+)", "sh {d}/run",
+    ("socat", ["socat"], "-V", r"socat version (\S+)", "", SOCAT, {}),
+    ("haproxy", ["haproxy"], "-v", r"(?i)version ([\d.]+)", "({} threads)", "haproxy -db -q -f {d}/conf",
+     {"conf": HAPROXY}),
+    ("nginx", ["nginx"], "-v", r"nginx/(\S+)", "({} workers, 256 KiB buffers)", "nginx -c {d}/conf -p {d}",
+     {"conf": NGINX}),
+    ("ssh -L", ["ssh", "sshd", "ssh-keygen"], "-V", r"OpenSSH_([^\s,]+)", "", "sh {d}/run",
      {"sshd_config": SSHD, "run": SSH}),
 ]
 TCP_FORWARD = ["tcp-forward", "--server", "{server}", "--project-id", PROJECT, "--resource-id", RESOURCE,
@@ -663,7 +667,7 @@ def run_memory(bench, forwarder, count):
     held = json.loads(ready.decode()) if ready else {"bad": 1}
     bench.record(forwarder.name, f"mem{count}", {
         "rss": (after["rss"] - before["rss"]) / count, "pss": (after["pss"] - before["pss"]) / count,
-        "err": held["bad"], "said": f"{held['bad']} refused" if ready else "not ready in time"})
+        "err": held["bad"], "said": f"{held['bad']} not served" if ready else "not ready in time"})
     say(f"memory at {count} connections: {forwarder.name}")
 
 
@@ -773,7 +777,8 @@ def number(value, base=1):
     if value is None or not base:
         return ""
     value /= base
-    return "{:,.{}f}".format(value, 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2)
+    digits = sum(abs(value) < limit for limit in (100, 10, 0.1, 0.01))
+    return f"{value:,.{digits}f}"
 
 
 def table(*rows):
@@ -826,20 +831,20 @@ def find_forwarders(bench):
     options, versions = bench.options, []
     plexctl = [options.python, options.plexctl, *TCP_FORWARD, "--proxy", "--local-addr", "127.0.0.1:{l}"]
     found = [Forwarder(bench, "plexctl", plexctl), Forwarder(bench, "direct", [])]
-    for name, programs, flag, pattern, command, files in PEERS:
+    for name, programs, flag, pattern, settings, command, files in PEERS:
         missing = [program for program in programs if not shutil.which(program)]
         if missing:
             bench.note(f"{name} not measured: no {', '.join(missing)} here")
             continue
         found.append(Forwarder(bench, name, shlex.split(command), files))
-        versions.append(" ".join([name] + re.findall(pattern, output_of(programs[0], flag))[:1]))
+        version = re.findall(pattern, output_of(programs[0], flag))[:1]
+        versions.append(" ".join([name, *version, settings.format(bench.threads)]).strip())
         if name == "nginx":
             folder = re.findall(r"--modules-path=(\S+)", output_of("nginx", "-V")) or [""]
             module = os.path.join(folder[0], "ngx_stream_module.so")    # else built in, or nginx will say so
             bench.nginx_module = f"load_module {module};" if os.path.exists(module) else ""
-            versions[-1] += " (256 KiB buffers)"
     found += [Forwarder(bench, name, shlex.split(command)) for name, command in options.forwarder]
-    return found, versions + [f"haproxy and nginx with {bench.threads} threads"] * bool(versions)
+    return found, versions
 
 
 def run(bench):
