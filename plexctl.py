@@ -21,7 +21,8 @@ import sys
 if __name__ == "__main__":  # until the handlers are there, Ctrl-C just ends it: no traceback
     import signal
 
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import os
@@ -32,8 +33,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:  # importing typing would take as long as compiling half of this file
     import socket
     import threading
-    from typing import Any, Callable, Dict, IO, Iterable, List, Mapping, NoReturn, Optional
-    from typing import Sequence, Set, Tuple, Union
+    from typing import Any, Callable, Dict, IO, List, Mapping, NoReturn, Optional, Sequence, Set, Tuple
 
 __version__ = "0.1.0"
 
@@ -550,30 +550,35 @@ def resolve_credentials(server_flag: str, profile_flag: str, token_file: str, al
             raise UsageError("%s: %s" % (source, error)) from None
 
     url, secret = environ.get("PLEXSPHERE_URL", ""), environ.get("PLEXSPHERE_TOKEN", "")
-    server = parse(server_flag, "--server") if server_flag else None
-    token = parse_token(read_secret_file(token_file, "--token-file"), "--token-file") if token_file else None
     named = read_profile(profile_flag, environ) if profile_flag else None
-    profile = named
-    if named and named.server and not server:
+    server = token = holder = default = None
+    if server_flag:
+        server = parse(server_flag, "--server")
+    elif named and named.server:
         server = parse(named.server, "server of the profile")
-    if not server and url:
+    elif url:
         server = parse(url, "PLEXSPHERE_URL")
-    if not token and not (named and named.token) and secret:
+    if token_file:
+        token = parse_token(read_secret_file(token_file, "--token-file"), "--token-file")
+    elif named and named.token:
+        holder = named
+    elif secret:
         token = parse_token(secret.encode("utf-8", "replace"), "PLEXSPHERE_TOKEN")
-    if not server or not token and not (named and named.token):
-        profile = named or read_profile("", environ)
-        if not server and profile and profile.server:
-            server = parse(profile.server, "server of the default profile")
+    if not server or not token and not holder:
+        default = read_profile("", environ)
+    if not server and default and default.server:
+        server = parse(default.server, "server of the default profile")
     if not server:
         raise UsageError("no server: give --server, a profile, or PLEXSPHERE_URL")
     if token:
         return server, token
-    if not profile or not profile.token:
+    holder = holder or default
+    if not holder or not holder.token:
         raise CredentialsError("no credentials: give --token-file, a profile, or PLEXSPHERE_TOKEN")
-    if not profile.server or not parse(profile.server, "server of the profile").same_origin(server):
+    if not holder.server or not parse(holder.server, "server of the profile").same_origin(server):
         raise CredentialsError("the token of a profile goes only to that profile's own server; "
                                "give --token-file for another one")
-    return server, profile.token
+    return server, holder.token
 
 
 # --------------------------------------------------------------------------------- control plane
@@ -654,9 +659,9 @@ class Attempt:
 
         self.done = threading.Event()
         self.sent = False
-        self.answer = None  # type: Optional[Answer]
-        self.error = None  # type: Optional[BaseException]
-        self._connection = None  # type: Any
+        self.answer: "Optional[Answer]" = None
+        self.error: "Optional[BaseException]" = None
+        self._connection: "Any" = None
 
     def connected(self, connection: "Any") -> None:
         """From here on the request is under way, and the limit of the whole exchange holds."""
@@ -682,7 +687,7 @@ class Attempt:
     def _read(response: "Any") -> bytes:
         import http.client
 
-        body = response.read(BODY_MAX_BYTES + 1)  # type: bytes
+        body: "bytes" = response.read(BODY_MAX_BYTES + 1)
         if len(body) > BODY_MAX_BYTES:
             raise OverflowError
         if response.length:  # read(n) hides that fewer bytes came than were promised
@@ -926,7 +931,7 @@ class ControlPlane:
                 answer = self._exchange("IssueSession", "POST", path, body)
                 if answer.status == 201:
                     return self._parse_issued(answer, asked_on, on_issued)
-                error = parse_problem("IssueSession", answer)  # type: PlexctlError
+                error: "PlexctlError" = parse_problem("IssueSession", answer)
                 again = (answer.status in (502, 503, 504)
                          or answer.status == 409 and error.code == "idempotent_replay")  # type: ignore[attr-defined]
                 may_exist = may_exist or again and answer.status != 503
@@ -1139,7 +1144,7 @@ class AuditLog:
 
         class Syslog(logging.handlers.SysLogHandler):
             def handleError(self, record: logging.LogRecord) -> None:
-                raise
+                raise sys.exc_info()[1] or OSError()
 
         try:
             handler = Syslog(address, facility=logging.handlers.SysLogHandler.LOG_AUTHPRIV)
@@ -1171,7 +1176,7 @@ class SelectorPoller:
         import selectors
 
         self._selector = selectors.DefaultSelector()
-        self._masks = {}  # type: Dict[int, int]
+        self._masks: "Dict[int, int]" = {}
 
     def register(self, fd: int, mask: int) -> None:
         """Watches `fd` for READABLE, WRITABLE, both or, for now, nothing."""
@@ -1327,7 +1332,8 @@ class Flow:
         """Runs in a thread of its own, with blocking calls; ends by handing the flow back."""
         import mmap
 
-        then, rest = self.pump, b""  # type: Callable[[], None], bytes
+        then: "Callable[[], None]" = self.pump
+        rest = b""
         buffer = mmap.mmap(-1, BULK_BYTES)  # given back to the system at once, unlike a bytearray
         view = memoryview(buffer)
         try:
@@ -1393,7 +1399,7 @@ class Pair:
         self.broken = False  # one peer is gone: the other one gets a reset, not an end of input
         self.aborted = False
         self.on_end = on_end
-        self.unwatched = None  # type: Optional[Set[int]]
+        self.unwatched: "Optional[Set[int]]" = None
         self.up = Flow(self, client, remote)
         self.down = Flow(self, remote, client)
         self.up.twin, self.down.twin = self.down, self.up
@@ -1438,6 +1444,8 @@ class Pair:
         """Ends both directions now; a truncated stream must not look like a complete one."""
         import socket
 
+        if self not in self.relay.pairs:
+            return
         self.broken = self.aborted = True
         for flow in (self.up, self.down):
             if flow.state == BULK:  # its thread holds the sockets: wake it, close when it is out
@@ -1490,14 +1498,14 @@ class Relay:
         import socket
 
         self.poller = poller or create_poller()
-        self.handlers = {}  # type: Dict[int, Callable[[int], None]]
-        self.pairs = set()  # type: Set[Pair]
+        self.handlers: "Dict[int, Callable[[int], None]]" = {}
+        self.pairs: "Set[Pair]" = set()
         self.view = memoryview(bytearray(CHUNK_BYTES))
         self.dontwait = getattr(socket, "MSG_DONTWAIT", 0)
         self.bulk_flows = 0
-        self.on_tick = []  # type: List[Callable[[], None]]
+        self.on_tick: "List[Callable[[], None]]" = []
         self._report = report
-        self._posted = collections.deque()  # type: Any
+        self._posted: "Any" = collections.deque()
         self._running = True
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
@@ -1511,8 +1519,8 @@ class Relay:
         for sock in (client, remote):
             sock.setblocking(bool(self.dontwait))
         pair = Pair(self, client, remote, on_end)
-        self.pairs.add(pair)
         pair.start()
+        self.pairs.add(pair)
         return pair
 
     def post(self, action: "Callable[[], None]") -> None:
@@ -1633,10 +1641,10 @@ class Lease:
         self.issued = issued
         self.endpoint = endpoint
         self.family = 0
-        self.address = None  # type: Any
+        self.address: "Any" = None
         self.connections = 0
         self.expires_on = issued.issued_on + issued.lifetime_seconds
-        self.over = None  # type: Optional[SessionOver]
+        self.over: "Optional[SessionOver]" = None
         self.refreshing = threading.Lock()
         self.refreshed_on = elapsed_seconds()
         self._lock = lock
@@ -1660,8 +1668,8 @@ class Sessions:
                  limit: int = 1, renew: bool = False, wait_seconds: float = 90.0) -> None:
         import threading
 
-        self.over = None  # type: Optional[PlexctlError]
-        self.on_retired = lambda lease: None  # type: Callable[[Lease], None]
+        self.over: "Optional[PlexctlError]" = None
+        self.on_retired: "Callable[[Lease], None]" = lambda lease: None
         self._plane = plane
         self._request = request
         self._report = report
@@ -1669,9 +1677,9 @@ class Sessions:
         self._renew = renew
         self._wait_seconds = wait_seconds
         self._changed = threading.Condition()
-        self._leases = []  # type: List[Lease]
+        self._leases: "List[Lease]" = []
         self._issuing = 0
-        self._owed = {}  # type: Dict[str, Optional[threading.Thread]]
+        self._owed: "Dict[str, Optional[threading.Thread]]" = {}
         self._keep = False
         self._leaving = False
         self._told_of_sharing = False
@@ -1694,38 +1702,40 @@ class Sessions:
             lease.connections += 1
             return lease
 
-    def connect(self, failed: "Optional[Lease]" = None,
-                address: "Any" = None) -> "Tuple[socket.socket, Lease]":
+    def connect(self, failed: "Optional[Lease]" = None, address: "Any" = None,
+                error: "Optional[OSError]" = None) -> "Tuple[socket.socket, Lease]":
         """A socket connected to a listener endpoint, and its lease, to be released by the caller.
 
         Blocks for as long as it takes. With `failed`, a lease whose `address` could not be
-        connected to, it asks GetSession and tries a new endpoint once. PlexctlError if all fails.
+        connected to (`error` says why), it asks GetSession and tries a new endpoint once.
+        PlexctlError if all fails; the lease is then released.
         """
         lease = failed or self._acquire()
         try:
-            reason = "cannot be reached"
             if failed is None:
                 self._resolve(lease)
                 address = lease.address
                 try:
                     return connect_socket(lease.family, address), lease
-                except OSError as error:
-                    reason = show_error(error)
+                except OSError as refusal:
+                    error = refusal
             self._refresh(lease)
-            if lease.over is None and lease.address == address and self._renew and lease.connections == 1:
-                # the Node's own cap, which the control plane does not know of
-                self._retire(lease, SessionOver("the Node has closed its listener"))
             if lease.over is None and lease.address == address:
-                raise PlexctlError("listener endpoint %s: %s" % (lease.endpoint, reason))
-            if lease.over is not None:
-                lease.release()
-                lease = self._acquire()
-                self._resolve(lease)
-            try:
-                return connect_socket(lease.family, lease.address), lease
-            except OSError as error:
-                raise PlexctlError("listener endpoint %s: %s"
-                                   % (lease.endpoint, show_error(error))) from error
+                alone = self._renew and lease.connections == 1
+                if not alone or not isinstance(error, ConnectionRefusedError):
+                    raise PlexctlError("listener endpoint %s: %s"
+                                       % (lease.endpoint, show_error(error or OSError())))
+                # the Node's own cap, which the control plane does not know of
+                self._retire(lease, SessionOver("the Node has closed the session's listener"))
+            if lease.over is None:
+                return self._connect_once(lease), lease
+        except PlexctlError:
+            lease.release()
+            raise
+        lease.release()
+        lease = self._acquire()
+        try:
+            return self._connect_once(lease), lease
         except PlexctlError:
             lease.release()
             raise
@@ -1792,7 +1802,7 @@ class Sessions:
     # Below: how
 
     def _issue(self) -> Lease:
-        session_ids = []  # type: List[str]
+        session_ids: "List[str]" = []
 
         def owe(session_id: str) -> None:
             session_ids.append(session_id)
@@ -1910,6 +1920,13 @@ class Sessions:
             raise PlexctlError("listener endpoint %s: leads to %s, which is refused"
                                % (lease.endpoint, address[0]))
         lease.family, lease.address = family, address
+
+    def _connect_once(self, lease: Lease) -> "socket.socket":
+        self._resolve(lease)
+        try:
+            return connect_socket(lease.family, lease.address)
+        except OSError as error:
+            raise PlexctlError("listener endpoint %s: %s" % (lease.endpoint, show_error(error))) from error
 
     def _refresh(self, lease: Lease) -> None:
         """Asks GetSession; one question at a time serves everyone who wants to know."""
@@ -2035,7 +2052,7 @@ class OwnerCheck:
         try:
             self._netlink.connect((0, 0))
             self._netlink.setblocking(False)
-            nobody = "0.0.0.0" if family == socket.AF_INET else "::"
+            nobody = "0.0.0.0" if family == socket.AF_INET else "::"  # noqa: S104
             if self._ask(local, (nobody, 0)) != os.geteuid():  # our own listener
                 raise OSError(95, "no answer")
         except BaseException:
@@ -2083,6 +2100,7 @@ def create_listener(local: LocalAddress, forwarder: "Forwarder") -> "Any":
     class Listener(socketserver.TCPServer):
         request_queue_size = BACKLOG_CONNECTIONS  # the default of 5 makes bursts wait a second
         allow_reuse_address = os.name == "posix"  # on Windows it would let others take the port
+        inode = -1
         if local.path:
             address_family = socket.AF_UNIX
         elif ":" in local.host:
@@ -2155,13 +2173,13 @@ class Forwarder:
         self._take = take
         self._report = report
         self._verbose = verbose
-        self._told = set()  # type: Set[str]
-        self._connecting = {}  # type: Dict[int, Tuple[Any, Any, Any, Any, float]]
-        self._waiting = collections.deque()  # type: Any
+        self._told: "Set[str]" = set()
+        self._connecting: "Dict[int, Tuple[Any, Any, Any, Any, float]]" = {}
+        self._waiting: "Any" = collections.deque()
         self._connecting_threads = 0
-        self._leases = {}  # type: Dict[Pair, Any]
+        self._leases: "Dict[Pair, Any]" = {}
         self._ended = Counts()
-        self._thread = None  # type: Optional[threading.Thread]
+        self._thread: "Optional[threading.Thread]" = None
         self._accepting = False
         self._resume_on = 0.0
         self._server = create_listener(local, self)
@@ -2332,17 +2350,20 @@ class Forwarder:
         error = remote.connect_ex(lease.address)  # asks how it stands: 0 or EISCONN, EALREADY
         if error in (106, 56, 10056):  # EISCONN on Linux, BSD, Windows
             error = 0
-        if error in (114, 115, 36, 37, 10035, 10037) and elapsed_seconds() < deadline:
-            return False
+        if error in (114, 115, 36, 37, 10035, 10037):  # EALREADY, EINPROGRESS
+            if elapsed_seconds() < deadline:
+                return False
+            error = 110  # ETIMEDOUT
+        failure = OSError(error, os.strerror(error))
         if not error:
             try:
                 set_leg_options(remote)
                 self._begin(client, client_address, remote, lease)
                 return True
-            except OSError:
-                pass
+            except OSError as reason:
+                failure = reason
         remote.close()
-        self._connect_in_thread(client, client_address, lease, lease.address)
+        self._connect_in_thread(client, client_address, lease, lease.address, failure)
         return True
 
     def _go_on(self, fd: int) -> None:
@@ -2364,6 +2385,8 @@ class Forwarder:
             threading.Thread(target=self._connect_waiting, daemon=True).start()
 
     def _connect_waiting(self) -> None:
+        import functools
+
         while True:
             try:
                 client, client_address, *failed = self._waiting.popleft()
@@ -2371,13 +2394,13 @@ class Forwarder:
                 break
             try:
                 remote, lease = self._connect(*failed)
-            except PlexctlError as error:
-                self._report("warning: a connection was not served: %s" % error)
+            except Exception as error:
+                why = str(error) if isinstance(error, PlexctlError) else show_error(error)
+                self._report("warning: a connection was not served: %s" % why)
                 reset_on_close(client)
                 client.close()
             else:
-                self.relay.post(lambda c=client, a=client_address, r=remote, l=lease:  # type: ignore[misc]
-                                self._begin(c, a, r, l))
+                self.relay.post(functools.partial(self._begin, client, client_address, remote, lease))
         self.relay.post(self._end_connecting_thread)
 
     def _end_connecting_thread(self) -> None:
@@ -2392,8 +2415,11 @@ class Forwarder:
                 self._ended.served + len(self._leases) + 1,
                 "%s:%d" % client_address[:2] if client_address else "a local process",
                 join_host_port(*lease.address[:2])))
-        pair = self.relay.add(client, remote, self._end)
-        self._leases[pair] = lease
+        try:
+            self._leases[self.relay.add(client, remote, self._end)] = lease
+        except OSError as error:  # the poller takes no more
+            remote.close()
+            self._fail(client, lease, error)
 
     def _end(self, pair: Pair) -> None:
         lease = self._leases.pop(pair)
@@ -2475,29 +2501,28 @@ class StdioRelay:
     """
 
     def __init__(self, remote: "socket.socket", on_end: "Callable[[], None]") -> None:
-        self.error = None  # type: Optional[PlexctlError]
+        self.error: "Optional[PlexctlError]" = None
         self.up = self.down = 0
         self.over = False
         self._remote = remote
         self._on_end = on_end
-        self._going = 2
+        self._ended: "Set[str]" = set()
 
     def start(self) -> None:
         """Starts both directions."""
         import threading
 
-        for direction in (self._copy_up, self._copy_down):
-            threading.Thread(target=self._run, args=(direction,), daemon=True).start()
+        for name, copy in (("up", self._copy_up), ("down", self._copy_down)):
+            threading.Thread(target=self._run, args=(name, copy), daemon=True).start()
 
-    def _run(self, direction: "Callable[[], None]") -> None:
+    def _run(self, name: str, copy: "Callable[[], None]") -> None:
         try:
-            direction()
+            copy()
         except PlexctlError as error:
             self.error = self.error or error
-            self._going = 0
-        self._going -= 1
+        self._ended.add(name)
         # a terminal would wait for a key that nobody needs any more
-        if self._going <= 0 or direction == self._copy_down and os.isatty(0):
+        if self.error or len(self._ended) == 2 or name == "down" and os.isatty(0):
             self.over = True
             self._on_end()
 
@@ -2673,14 +2698,14 @@ class Console:
         import socket
 
         self.verbose = verbose
-        self.signals = []  # type: List[int]
-        self.ignored = ()  # type: Tuple[int, ...]
+        self.signals: "List[int]" = []
+        self.ignored: "Tuple[int, ...]" = ()
         self._stream = stream
         self._live = live and stream is not None and stream.isatty()
         self._shown = 0
         self._raised = 0
         self._finishing = False
-        self._lines = collections.deque()  # type: Any
+        self._lines: "Any" = collections.deque()
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
@@ -2761,7 +2786,7 @@ class Console:
         """What `function` returns or raises, run in a thread, so that a signal ends the wait."""
         import threading
 
-        outcome = []  # type: List[Tuple[Any, Optional[BaseException]]]
+        outcome: "List[Tuple[Any, Optional[BaseException]]]" = []
 
         def run() -> None:
             try:
@@ -2784,7 +2809,7 @@ class Console:
         """Runs what must still be done, for `seconds` at most; a further signal cuts it short."""
         import threading
 
-        finished = []  # type: List[bool]
+        finished: "List[bool]" = []
 
         def run() -> None:
             try:
@@ -2798,7 +2823,7 @@ class Console:
         threading.Thread(target=run, daemon=True).start()
         deadline = elapsed_seconds() + seconds
         while not finished and elapsed_seconds() < deadline:
-            self.wait(deadline - elapsed_seconds())
+            self.wait(max(0.0, deadline - elapsed_seconds()))
             if len(self.signals) > self._raised:
                 self._raised = len(self.signals)
                 deadline = min(deadline, elapsed_seconds() + HURRY_SECONDS)
@@ -2882,9 +2907,9 @@ class Parser(argparse.ArgumentParser):
         """One line that names the flag; a value may be a secret that stands in the wrong place."""
         message = re.sub(r"^argument ((?:-[\w-]+/)*)(-[\w-]+)([^:]*)", r"\2", message)
         message = re.sub(r"ignored explicit argument .*", "takes true or false, or nothing", message)
-        if message.startswith("argument command"):
-            message = "unknown command; the one there is: tcp-forward"
-        raise UsageError(escape(message.replace("the following arguments are required", "required")))
+        if re.search(r"^argument command|: command$", message):
+            message = "no such command; the one there is: tcp-forward"
+        raise UsageError(escape(message.replace("the following arguments are required", "missing")))
 
 
 def checked(parse: "Callable[[str], Any]") -> "Callable[[str], Any]":
@@ -2941,14 +2966,18 @@ def create_parser() -> Parser:
     commands.required = True  # a keyword only from 3.7 on
     forward = commands.add_parser("tcp-forward")
     add_persistent_flags(forward)
-    for flag, parse in (("--project-id", parse_uuid), ("--resource-id", parse_uuid),
-                        ("--host", parse_target_host), ("--port", parse_port)):
+    required: "Dict[str, Callable[[str], Any]]" = {
+        "--project-id": parse_uuid, "--resource-id": parse_uuid, "--host": parse_target_host,
+        "--port": parse_port}
+    for flag, parse in required.items():
         forward.add_argument(flag, type=checked(parse), required=True)
-    for flag, parse, default in (
-            ("--local-addr", parse_local_address, None), ("--wait-seconds", parse_seconds, 90.0),
-            ("--ttl-seconds", lambda text: parse_int(text, 0, 10 ** 9), 0),
-            ("--max-sessions", lambda text: parse_int(text, 1, 32), 1)):
-        forward.add_argument(flag, type=checked(parse), default=default)  # type: ignore[arg-type]
+    optional: "Dict[str, Tuple[Any, Any]]" = {
+        "--local-addr": (parse_local_address, None),
+        "--ttl-seconds": (lambda text: parse_int(text, 0, 10 ** 9), 0),
+        "--wait-seconds": (parse_seconds, 90.0),
+        "--max-sessions": (lambda text: parse_int(text, 1, 32), 1)}
+    for flag, (parse, default) in optional.items():
+        forward.add_argument(flag, type=checked(parse), default=default)
     for switch in FORWARD_SWITCHES:
         add_switch(forward, switch)
     return parser
@@ -3028,7 +3057,7 @@ class Run:
         self.stdout = stdout
         self.request = SessionRequest(options.project_id, options.resource_id, options.host,
                                       options.port, options.ttl_seconds)
-        self.audit = None  # type: Optional[AuditLog]
+        self.audit: "Optional[AuditLog]" = None
 
     def execute(self) -> int:
         """The exit code. PlexctlError and Interrupted leave no session behind either."""
@@ -3201,6 +3230,7 @@ class Run:
                     told = True
                     console.report("warning: %s; the port is closed, COMMAND goes on" % error)
                     forwarder.stop()
+        console.ignored = ()
         if not told:
             forwarder.stop(drain_seconds=CLOSE_SECONDS)
         status = child.returncode
@@ -3243,7 +3273,7 @@ class SignalHandlers:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._before = {}  # type: Dict[int, Any]
+        self._before: "Dict[int, Any]" = {}
         self._wakeup = -1
 
     def __enter__(self) -> None:
