@@ -18,9 +18,12 @@ error must not wait for ssl, urllib or socketserver.
 """
 import sys
 
-if __name__ == "__main__":  # until the handlers are there, Ctrl-C just ends it: no traceback
+if __name__ == "__main__":
+    import gc
     import signal
 
+    gc.disable()  # while modules load it takes 2 ms and finds nothing; the modes that stay enable it
+    # until the handlers are there, Ctrl-C just ends it: no traceback
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -125,10 +128,9 @@ class Interrupted(Exception):
 
 # ---------------------------------------------------------------------------------------- values
 
-UUID_PATTERN = r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
-NAME_PATTERN = r"(?=.{1,253}$)([A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?\.)*" \
-    r"(?=[^.]*[^0-9.])(?!0[xX])[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?\.?"
-IPV4_PATTERN = r"((25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])(\.(?!$)|$)){4}"
+DIGITS = frozenset("0123456789")
+HEX_DIGITS = DIGITS | frozenset("abcdefABCDEF")
+NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ-_") | DIGITS
 URL_PATTERN = r"(?i:(https?))://(\[[0-9a-fA-F:.]+\]|[^\[\]/:?#@\\]+)(?::([0-9]{1,5}))?(/[^?#\\]*)?"
 TIME_PATTERN = r"([0-9]{4})-([0-9]{2})-([0-9]{2})[Tt]([0-9]{2}):([0-9]{2}):([0-9]{2})" \
     r"(\.[0-9]{1,9})?([Zz]|[+-][0-9]{2}:[0-9]{2})"
@@ -142,14 +144,15 @@ def escape(text: str, limit: int = SHOWN_MAX_CHARACTERS) -> str:
 
 def parse_uuid(text: str) -> str:
     """The canonical 8-4-4-4-12 form (RFC 9562, section 4), in lower case."""
-    if not re.fullmatch(UUID_PATTERN, text):
+    parts = text.split("-")
+    if [len(part) for part in parts] != [8, 4, 4, 4, 12] or not set("".join(parts)) <= HEX_DIGITS:
         raise ValueError("must be a UUID of 8-4-4-4-12 hexadecimal digits")
     return text.lower()
 
 
 def parse_int(text: str, low: int, high: int) -> int:
     """Plain ASCII digits, `low` to `high`."""
-    if not re.fullmatch(r"[0-9]{1,18}", text) or not low <= int(text) <= high:
+    if not 1 <= len(text) <= 18 or not set(text) <= DIGITS or not low <= int(text) <= high:
         raise ValueError("must be a whole number from %d to %d" % (low, high))
     return int(text)
 
@@ -170,16 +173,32 @@ def parse_target_host(text: str) -> str:
     """A target host as the Node will see it: printable, no white space."""
     if not text.strip():
         raise ValueError("must not be empty")
-    if len(text) > 253 or not text.isprintable() or re.search(r"\s", text):
+    if len(text) > 253 or not text.isprintable() or " " in text:
         raise ValueError("must be a host name or address without white space")
     return text
+
+
+def is_ipv4(host: str) -> bool:
+    """Four decimal numbers up to 255 without leading zeros; connect() takes much more than that."""
+    parts = host.split(".")
+    return len(parts) == 4 and all(1 <= len(part) <= 3 and set(part) <= DIGITS and int(part) <= 255
+                                   and part == str(int(part)) for part in parts)
+
+
+def is_name(host: str) -> bool:
+    """A DNS name whose last label cannot be taken for a number (RFC 1123, section 2.1)."""
+    labels = (host[:-1] if host.endswith(".") else host).split(".")
+    last = labels[-1].lower()
+    return (len(host) <= 253 and not set(last) <= DIGITS and not last.startswith("0x")
+            and all(1 <= len(label) <= 63 and set(label) <= NAME_CHARACTERS
+                    and label[0] != "-" != label[-1] for label in labels))
 
 
 def pack_address(host: str) -> bytes:
     """The 4 or 16 bytes of an IP address literal; b"" for anything else (a name, 127.1, 0)."""
     import socket
 
-    if re.fullmatch(IPV4_PATTERN, host):
+    if is_ipv4(host):
         return socket.inet_pton(socket.AF_INET, host)
     try:
         packed = socket.inet_pton(socket.AF_INET6, host)
@@ -236,7 +255,7 @@ def parse_endpoint(text: str, lowest_port: int = 1) -> Endpoint:
     if colon and len(text) <= 261:
         if literal and ":" in literal and pack_address(literal):
             return Endpoint(literal, parse_int(port, lowest_port, 65535))
-        if re.fullmatch(IPV4_PATTERN, host) or re.fullmatch(NAME_PATTERN, host):
+        if is_ipv4(host) or is_name(host):
             return Endpoint(host, parse_int(port, lowest_port, 65535))
     raise ValueError("must be host:port, with brackets around an IPv6 address")
 
@@ -425,8 +444,8 @@ class Secret:
 
 def parse_token(raw: bytes, source: str) -> Secret:
     """A bearer token: one line end is dropped, the rest is 1 to 8192 characters of \\x21-\\x7e."""
-    kept = re.sub(rb"\r?\n\Z", b"", raw)
-    if not re.fullmatch(rb"[\x21-\x7e]{1,%d}" % TOKEN_MAX_CHARACTERS, kept):
+    kept = raw[:-2] if raw.endswith(b"\r\n") else raw[:-1] if raw.endswith(b"\n") else raw
+    if not 1 <= len(kept) <= TOKEN_MAX_CHARACTERS or not all(0x21 <= byte <= 0x7E for byte in kept):
         raise CredentialsError("%s: must hold one token of 1 to %d printable ASCII characters, and "
                                "nothing else" % (source, TOKEN_MAX_CHARACTERS))
     return Secret(kept.decode("ascii"))
@@ -2896,7 +2915,9 @@ class Parser(argparse.ArgumentParser):
     """argparse without abbreviations, whose errors show no value and no control character."""
 
     def __init__(self, **keywords: "Any") -> None:
-        keywords.update(prog="plexctl", add_help=False, allow_abbrev=False)
+        # a width, or each add_argument would import shutil to ask the terminal for one
+        keywords.update(prog="plexctl", add_help=False, allow_abbrev=False,
+                        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100))
         super().__init__(**keywords)
 
     def format_help(self) -> str:
@@ -2989,8 +3010,8 @@ def refuse_unknown_flags(arguments: "Sequence[str]", parser: Parser) -> None:
     known = set(parser._option_string_actions) | set(forward._option_string_actions)
     for argument in arguments:
         flag = argument.split("=", 1)[0]
-        if argument.startswith("-") and argument != "-" and flag not in known and not re.fullmatch(
-                r"-v+|-[0-9.]+", argument):
+        if argument[:1] == "-" and flag not in known and argument.strip("v") != "-" \
+                and not argument[1:2].isdigit():
             raise UsageError("unknown flag %s" % escape(flag if flag[:2] == "--" else flag[:2], 40))
 
 
@@ -3061,6 +3082,8 @@ class Run:
 
     def execute(self) -> int:
         """The exit code. PlexctlError and Interrupted leave no session behind either."""
+        import gc
+
         options, console = self.options, self.console
         program = find_command(options.command[0], self.environ) if options.command else ""
         server, token = console.call(lambda: resolve_credentials(
@@ -3073,6 +3096,7 @@ class Run:
         try:
             if options.mode == "print":
                 return self.print_coordinates()
+            gc.enable()
             if options.mode == "--stdio":
                 return self.carry_stdio()
             return self.forward(program)
