@@ -251,6 +251,8 @@ class Endpoint:
 def parse_endpoint(text: str, lowest_port: int = 1) -> Endpoint:
     """host:port or [IPv6]:port; the host an address literal or a DNS name; no 127.1, no 0."""
     host, colon, port = text.rpartition(":")
+    if len(port) > 5:
+        raise ValueError("must be host:port, with brackets around an IPv6 address")
     literal = host[1:-1] if host.startswith("[") and host.endswith("]") else ""
     if colon and len(text) <= 261:
         if literal and ":" in literal and pack_address(literal):
@@ -365,9 +367,10 @@ def parse_json(raw: bytes) -> "Any":
     try:
         document = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
         json.dumps(document, ensure_ascii=False).encode("utf-8")
+        return document
     except (ValueError, RecursionError, MemoryError):
-        raise ValueError("not valid JSON") from None
-    return document
+        pass  # raised below: the context of an exception would hold the text
+    raise ValueError("not valid JSON")
 
 
 def elapsed_seconds() -> float:
@@ -408,6 +411,12 @@ def show_error(error: BaseException) -> str:
     verify_message = getattr(error, "verify_message", None)
     if verify_message:
         return "certificate not trusted: " + escape(str(verify_message))
+    if reason == "CERTIFICATE_VERIFY_FAILED":  # 3.6 has no verify_message
+        return "certificate not trusted"
+    if type(error).__name__ == "SSLError" and reason:
+        return "TLS failed: " + escape(str(reason).replace("_", " ").lower())
+    if isinstance(error, OSError) and str(error).startswith("Tunnel connection failed: "):  # http.client
+        return "the proxy refused: " + escape(str(error)[len("Tunnel connection failed: "):])
     if type(error).__name__ == "CertificateError":  # 3.6; a ValueError there
         return "certificate not trusted: it is for another host name"
     if isinstance(error, OSError) and error.strerror and "SSL" not in type(error).__name__:
@@ -680,26 +689,35 @@ class Attempt:
         self.sent = False
         self.answer: "Optional[Answer]" = None
         self.error: "Optional[BaseException]" = None
-        self._connection: "Any" = None
+        self._abandoned = False
+        self._socket: "Any" = None
+
+    def opened(self, sock: "socket.socket") -> None:
+        """A duplicate is kept: ssl detaches the original, http.client forgets it after the head."""
+        self._socket = sock.dup()
+        self._stop_if_abandoned()
 
     def connected(self, connection: "Any") -> None:
         """From here on the request is under way, and the limit of the whole exchange holds."""
+        self._stop_if_abandoned()
         connection.sock.settimeout(EXCHANGE_SECONDS)
-        self._connection = connection
         self.sent = True
+
+    def _stop_if_abandoned(self) -> None:
+        if self._abandoned:  # the caller was told that nothing was sent
+            raise TimeoutError
 
     def run(self, opener: "Any", request: "Any") -> None:
         """The exchange itself."""
-        import http.client
-
         try:
             with opener.open(request, timeout=CONNECT_SECONDS) as response:
                 self.answer = Answer(response.status, response.headers, b"")
                 self.answer.body = self._read(response)
-        except (OSError, http.client.HTTPException, ValueError, RecursionError, MemoryError,
-                OverflowError) as error:
+        except Exception as error:  # OSError, HTTPException, ValueError, RecursionError, MemoryError, ...
             self.error = error
         finally:
+            if self._socket is not None:
+                self._socket.close()
             self.done.set()
 
     @staticmethod
@@ -717,8 +735,9 @@ class Attempt:
         """Wakes the thread by shutting its socket down."""
         import socket
 
+        self._abandoned = True
         try:
-            self._connection.sock.shutdown(socket.SHUT_RDWR)
+            self._socket.shutdown(socket.SHUT_RDWR)
         except (OSError, AttributeError):
             pass
 
@@ -737,6 +756,14 @@ def create_opener(server: Server, ca_file: str, environ: "Mapping[str, str]") ->
             def __init__(self, host: str, attempt: Attempt, **keywords: "Any") -> None:
                 super().__init__(host, **keywords)
                 self._attempt = attempt
+                create = self._create_connection  # type: ignore[has-type]
+
+                def open_and_tell(*arguments: "Any") -> "Any":
+                    sock = create(*arguments)
+                    attempt.opened(sock)
+                    return sock
+
+                self._create_connection = open_and_tell
 
             def connect(self) -> None:
                 super().connect()
@@ -865,7 +892,7 @@ def parse_retry_after(text: "Optional[str]") -> "Optional[float]":
     """Seconds of a Retry-After header (RFC 9110, section 10.2.3), up to RETRY_AFTER_MAX_SECONDS."""
     if not text:
         return None
-    if re.fullmatch(r"[0-9]{1,9}", text):
+    if re.fullmatch(r"[0-9]{1,4000}", text):
         return float(min(int(text), RETRY_AFTER_MAX_SECONDS))
     moment = parse_http_date(text)
     return max(0.0, min(moment - time.time(), RETRY_AFTER_MAX_SECONDS)) if moment else None
@@ -926,7 +953,7 @@ class ControlPlane:
 
         self.server = server
         self.cancel = cancel or threading.Event()
-        self._token = token
+        self._token = parse_token(token.reveal().encode("utf-8", "replace"), "bearer token")
         self._report = report
         self._opener = create_opener(server, ca_file, environ)
 
@@ -949,7 +976,14 @@ class ControlPlane:
             try:
                 answer = self._exchange("IssueSession", "POST", path, body)
                 if answer.status == 201:
-                    return self._parse_issued(answer, asked_on, on_issued)
+                    may_exist = True  # until its id is known, and somebody revokes it
+
+                    def known(session_id: str) -> None:
+                        nonlocal may_exist
+                        may_exist = False
+                        on_issued(session_id)
+
+                    return self._parse_issued(answer, asked_on, known)
                 error: "PlexctlError" = parse_problem("IssueSession", answer)
                 again = (answer.status in (502, 503, 504)
                          or answer.status == 409 and error.code == "idempotent_replay")  # type: ignore[attr-defined]
@@ -1007,7 +1041,7 @@ class ControlPlane:
         if answer is None or attempt.error and 200 <= answer.status < 300:
             reason = show_error(attempt.error or OSError())
             raise TransportError("%s: no complete answer: %s" % (what, reason), attempt.sent,
-                                 final="certificate" in reason)
+                                 final=reason.startswith(("certificate", "TLS failed")))
         self._report("%s %s: %d, %.3f s" % (method, path, answer.status, elapsed_seconds() - began))
         return answer
 
@@ -1916,13 +1950,18 @@ class Sessions:
                 self._issuing += 1
             try:
                 self._add()
-            except (ApiError, UsageError, CredentialsError) as error:
+            except PlexctlError as error:
+                refused = isinstance(error, ApiError) and error.status < 500
                 with self._changed:
-                    if not self._leases:  # a renewal that the server refuses
-                        self.over = error
+                    if not self._leases:
+                        self.over = error if refused else None  # a renewal that the server refuses
                         raise
-                    self._limit = len(self._leases)
+                    if refused:
+                        self._limit = len(self._leases)
+                    lease = min(self._leases, key=lambda each: each.connections)
+                    lease.connections += 1
                 self._report("warning: no further session, connections share what there is: %s" % error)
+                return lease
 
     def _resolve(self, lease: Lease) -> None:
         """Looks the endpoint's name up once; what it leads to is judged like the endpoint itself."""
@@ -2206,7 +2245,7 @@ class Forwarder:
         if not local.path:
             self.local = LocalAddress(local.host, self._server.server_address[1])
         self._owners = None if allow_other_users else self._create_owner_check()
-        self.capacity = count_capacity()
+        self._capacity = count_capacity()
         self.relay = Relay(report, poller)
         self.relay.on_tick.append(self._tick)
 
@@ -2248,6 +2287,10 @@ class Forwarder:
             self._owners.close()
             self._owners = None
 
+    def raise_limit(self) -> None:
+        """Raises the process's limit of descriptors, and takes as many connections as that allows."""
+        self._capacity = count_capacity(raise_limit=True)
+
     def reset_lease(self, lease: "Any") -> None:
         """Ends the connections that use `lease`; from any thread."""
         def reset() -> None:
@@ -2286,7 +2329,7 @@ class Forwarder:
         """Takes over an accepted connection."""
         import socket
 
-        if 2 * (len(self._leases) + len(self._connecting) + len(self._waiting)) >= self.capacity:
+        if 2 * (len(self._leases) + len(self._connecting) + len(self._waiting)) >= self._capacity:
             self._warn_once("no more descriptors (ulimit -n): connections are refused")
             reset_on_close(client)
             client.close()
@@ -2488,26 +2531,22 @@ class Forwarder:
             time.sleep(0.01)
 
 
-def raise_descriptor_limit() -> None:
-    """The soft limit of this process up to the hard one."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    except (OSError, ValueError):  # macOS has a lower limit of its own
-        pass
+def count_capacity(raise_limit: bool = False) -> int:
+    """How many descriptors connections may take, so that some are left for everything else.
 
-
-def count_capacity() -> int:
-    """How many descriptors connections may take, so that some are left for everything else."""
+    `raise_limit` first raises the soft limit of the process to the hard one.
+    """
     try:
         import resource
     except ImportError:  # Windows
         return 1000
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if raise_limit:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+        except (OSError, ValueError):  # macOS has a lower limit of its own
+            pass
     return 1 << 30 if soft == resource.RLIM_INFINITY else max(2, soft - RESERVED_DESCRIPTORS)
 
 
@@ -3175,15 +3214,14 @@ class Run:
                 sessions.keep()
             sessions.on_retired = forwarder.reset_lease
             try:
+                forwarder.start()
+                notify_systemd("READY=1", self.environ)
                 if program:
                     status = self.run_command(program, forwarder)
                     reason = "COMMAND ended"
                     return status
-                raise_descriptor_limit()
-                forwarder.capacity = count_capacity()
-                forwarder.start()
+                forwarder.raise_limit()
                 self.print_document(forwarder.local, lease)
-                notify_systemd("READY=1", self.environ)
                 while True:
                     self.watch_sessions(lambda: self.describe_now(forwarder))
             except PlexctlError as error:
@@ -3225,7 +3263,6 @@ class Run:
         environ.update(PLEXCTL_LOCAL_HOST=host, PLEXCTL_LOCAL_PORT=port, PLEXCTL_LOCAL_ADDR=str(local))
         arguments = [re.sub(r"\{(host|port|addr)\}", lambda found: environ[
             "PLEXCTL_LOCAL_" + found.group(1).upper()], argument) for argument in self.options.command]
-        forwarder.start()
         console.wait(0)
         console.ignored = (2,)
         try:
@@ -3233,8 +3270,7 @@ class Run:
         except (OSError, ValueError) as error:
             raise PlexctlError("%s: cannot be executed: %s" % (escape(arguments[0]), show_error(error)),
                                EXIT_NOT_EXECUTABLE) from error
-        raise_descriptor_limit()
-        forwarder.capacity = count_capacity()
+        forwarder.raise_limit()  # after COMMAND was started, which keeps the limits it was given
 
         def await_end() -> None:
             child.wait()
