@@ -210,16 +210,15 @@ def pack_address(host: str) -> bytes:
 
 def is_loopback(host: str) -> bool:
     """Whether `host` (a literal or a name) can only be this machine."""
-    name = host.lower().rstrip(".")
     packed = pack_address(host)
-    return (name == "localhost" or name.endswith(".localhost")
-            or packed[:1] == b"\x7f" and len(packed) == 4 or packed == b"\0" * 15 + b"\1")
+    return (host.lower().rstrip(".") == "localhost" or packed[:1] == b"\x7f" and len(packed) == 4
+            or packed == b"\0" * 15 + b"\1")
 
 
 def is_dialable(host: str) -> bool:
     """False for loopback, unspecified, multicast and broadcast addresses."""
     packed = pack_address(host)
-    if is_loopback(host) or packed in (b"\0" * 4, b"\0" * 16):
+    if is_loopback(host) or host.lower().rstrip(".").endswith(".localhost") or packed in (b"\0" * 4, b"\0" * 16):
         return False
     return not (len(packed) == 4 and packed[0] >= 224 or len(packed) == 16 and packed[0] == 0xFF)
 
@@ -544,15 +543,14 @@ def read_profile(name: str, environ: "Mapping[str, str]") -> "Optional[Profile]"
     except ValueError:
         raise malformed from None
     profiles = document.get("profiles") if isinstance(document, dict) else None
-    if not isinstance(profiles, dict) or set(document) - {"default", "profiles"}:
+    if (not isinstance(profiles, dict) or set(document) - {"default", "profiles"}
+            or not isinstance(document.get("default", ""), str)):
         raise malformed
     for entry in profiles.values():
         if (not isinstance(entry, dict) or set(entry) - {"server", "token"}
                 or not all(isinstance(value, str) for value in entry.values())):
             raise malformed
     wanted = name or document.get("default", "")
-    if not isinstance(wanted, str):
-        raise malformed
     if not wanted:
         return None
     if wanted not in profiles:
@@ -591,7 +589,7 @@ def resolve_credentials(server_flag: str, profile_flag: str, token_file: str, al
     elif named and named.token:
         holder = named
     elif secret:
-        token = parse_token(secret.encode("utf-8", "replace"), "PLEXSPHERE_TOKEN")
+        token = parse_token(secret.encode("utf-8", "surrogateescape"), "PLEXSPHERE_TOKEN")
     if not server or not token and not holder:
         default = read_profile("", environ)
     if not server and default and default.server:
@@ -953,7 +951,7 @@ class ControlPlane:
 
         self.server = server
         self.cancel = cancel or threading.Event()
-        self._token = parse_token(token.reveal().encode("utf-8", "replace"), "bearer token")
+        self._token = parse_token(token.reveal().encode("utf-8", "surrogateescape"), "bearer token")
         self._report = report
         self._opener = create_opener(server, ca_file, environ)
 
@@ -2983,8 +2981,8 @@ def checked(parse: "Callable[[str], Any]") -> "Callable[[str], Any]":
 
 
 def parse_word(text: str) -> str:
-    """Any text but none."""
-    if not text or not text.isprintable():
+    """Any text but none; a path may hold what is not printable."""
+    if not text or "\0" in text:
         raise ValueError("must not be empty")
     return text
 
@@ -3011,9 +3009,6 @@ def add_persistent_flags(parser: Parser) -> None:
     for switch in SWITCHES:
         add_switch(parser, switch)
     parser.add_argument("-v", "--verbose", action="count", default=argparse.SUPPRESS)
-    for level in (2, 3):  # "-vv" is not taken apart on 3.6 and 3.7 without abbreviations
-        parser.add_argument("-" + "v" * level, dest="verbose", action="store_const", const=level,
-                            default=argparse.SUPPRESS)
     for flags in (("-h", "--help"), ("--version",)):
         parser.add_argument(*flags, action="store_true", default=argparse.SUPPRESS)
 
@@ -3035,7 +3030,7 @@ def create_parser() -> Parser:
         "--local-addr": (parse_local_address, None),
         "--ttl-seconds": (lambda text: parse_int(text, 0, 10 ** 9), 0),
         "--wait-seconds": (parse_seconds, 90.0),
-        "--max-sessions": (lambda text: parse_int(text, 1, 32), 1)}
+        "--max-sessions": (lambda text: parse_int(text, 1, 32), None)}
     for flag, (parse, default) in optional.items():
         forward.add_argument(flag, type=checked(parse), default=default)
     for switch in FORWARD_SWITCHES:
@@ -3046,20 +3041,28 @@ def create_parser() -> Parser:
 def refuse_unknown_flags(arguments: "Sequence[str]", parser: Parser) -> None:
     """Names the first unknown flag, before argparse takes its value for a command and shows it."""
     forward = parser._subparsers._group_actions[0].choices["tcp-forward"]  # type: ignore
-    known = set(parser._option_string_actions) | set(forward._option_string_actions)
+    known = parser._option_string_actions
     for argument in arguments:
         flag = argument.split("=", 1)[0]
-        if argument[:1] == "-" and flag not in known and argument.strip("v") != "-" \
-                and not argument[1:2].isdigit():
+        if argument == "tcp-forward":
+            known = forward._option_string_actions
+        elif argument[:1] == "-" and argument != "-" and flag not in known and not argument[1:2].isdigit():
+            if flag in forward._option_string_actions:
+                raise UsageError("%s: goes behind the command, tcp-forward" % flag)
             raise UsageError("unknown flag %s" % escape(flag if flag[:2] == "--" else flag[:2], 40))
 
 
 def parse_arguments(argv: "Sequence[str]") -> argparse.Namespace:
     """The checked command line; UsageError where it is not right. `help` and `version` come first."""
-    arguments, command = list(argv), None
-    if "--" in arguments:
-        cut = arguments.index("--")
-        arguments, command = arguments[:cut], arguments[cut + 1:]
+    arguments: "List[str]" = []
+    command = None
+    for index, argument in enumerate(argv):
+        if argument == "--":
+            command = list(argv[index + 1:])
+            break
+        several = argument[:2] == "-v" and not argument.strip("v").strip("-")
+        # 3.6 and 3.7 do not take -vv apart where abbreviations are off
+        arguments += ["-v"] * (len(argument) - 1) if several else [argument]
     defaults = argparse.Namespace(server="", profile="", token_file="", output="text", ca_file="",
                                   verbose=0, help=False, version=False)
     for switch in SWITCHES + FORWARD_SWITCHES:
@@ -3088,7 +3091,7 @@ def check_together(options: argparse.Namespace) -> None:
         raise UsageError("--: a COMMAND must follow")
     needy = [flag for flag in ("--renew", "--keep-session", "--allow-other-users")
              if getattr(options, flag[2:].replace("-", "_"))]
-    needy += ["--max-sessions"] if options.max_sessions > 1 else []
+    needy += ["--max-sessions"] if options.max_sessions else []
     needy += ["--local-addr unix:"] if options.local_addr and options.local_addr.path else []
     if needy and not modes:
         raise UsageError("%s needs --proxy, --stdio or -- COMMAND" % needy[0])
@@ -3130,7 +3133,7 @@ class Run:
         self.server = server
         plane = ControlPlane(server, token, options.ca_file, self.environ, report=console.explain)
         self.audit = AuditLog(self.environ, console.report) if options.reveal_secrets else None
-        self.sessions = Sessions(plane, self.request, console.report, options.max_sessions,
+        self.sessions = Sessions(plane, self.request, console.report, options.max_sessions or 1,
                                  options.renew, options.wait_seconds)
         try:
             if options.mode == "print":
