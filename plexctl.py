@@ -73,10 +73,12 @@ SHOWN_MAX_CHARACTERS = 300
 class PlexctlError(Exception):
     """Anything that ends the command with one line on stderr.
 
-    `exit_code` is the process's exit status (int, section "Exit codes" of the README).
+    `exit_code` is the process's exit status (int, section "Exit codes" of the README); `passing`:
+    the same may well succeed a little later.
     """
 
     exit_code = EXIT_FAILURE
+    passing = False
 
     def __init__(self, message: str, exit_code: "Optional[int]" = None) -> None:
         super().__init__(message)
@@ -102,7 +104,7 @@ class TransportError(PlexctlError):
     def __init__(self, message: str, sent: bool = False, final: bool = False) -> None:
         super().__init__(message)
         self.sent = sent
-        self.final = final
+        self.passing = not final
 
 
 class ApiError(PlexctlError):
@@ -112,6 +114,7 @@ class ApiError(PlexctlError):
         super().__init__(message, exit_code)
         self.status = status
         self.code = code
+        self.passing = status in (502, 503, 504)
 
 
 class SessionOver(PlexctlError):
@@ -218,7 +221,9 @@ def is_loopback(host: str) -> bool:
 def is_dialable(host: str) -> bool:
     """False for loopback, unspecified, multicast and broadcast addresses."""
     packed = pack_address(host)
-    if is_loopback(host) or host.lower().rstrip(".").endswith(".localhost") or packed in (b"\0" * 4, b"\0" * 16):
+    if is_loopback(host) or host.lower().rstrip(".").endswith(".localhost"):
+        return False
+    if packed in (b"\0" * 4, b"\0" * 16):
         return False
     return not (len(packed) == 4 and packed[0] >= 224 or len(packed) == 16 and packed[0] == 0xFF)
 
@@ -982,13 +987,13 @@ class ControlPlane:
                         on_issued(session_id)
 
                     return self._parse_issued(answer, asked_on, known)
-                error: "PlexctlError" = parse_problem("IssueSession", answer)
-                again = (answer.status in (502, 503, 504)
-                         or answer.status == 409 and error.code == "idempotent_replay")  # type: ignore[attr-defined]
+                problem = parse_problem("IssueSession", answer)
+                error: "PlexctlError" = problem
+                again = problem.passing or problem.status == 409 and problem.code == "idempotent_replay"
                 may_exist = may_exist or again and answer.status != 503
                 pause = parse_retry_after(answer.headers.get("Retry-After"))
             except TransportError as failure:
-                error, again, pause = failure, not failure.final, None
+                error, again, pause = failure, failure.passing, None
                 may_exist = may_exist or failure.sent
             if not again or attempt == ISSUE_ATTEMPTS or self.cancel.is_set():
                 break
@@ -1272,9 +1277,9 @@ def create_poller() -> "Any":
 class Flow:
     """One direction of a connection: what `source` sends goes to `sink`.
 
-    The loop moves up to CHUNK_BYTES a turn and holds at most that much. A flow whose reads keep
-    filling the chunk gets a thread with a large buffer, until it pauses or its sink blocks. Only
-    the one that holds the flow (by `state`: the loop, or for BULK the thread) touches the rest.
+    The loop moves up to CHUNK_BYTES a turn. A flow whose reads keep filling the chunk gets a
+    thread with a large buffer, until it pauses or its sink blocks. At most BULK_BYTES are held.
+    Only the one that holds the flow (by `state`: the loop, or for BULK the thread) touches the rest.
     """
 
     __slots__ = ("pair", "twin", "source", "sink", "pending", "full_reads", "moved", "state")
@@ -1293,7 +1298,7 @@ class Flow:
         """The loop's call: something happened to `source`, which the twin writes to."""
         if events & WRITABLE and self.twin.state == BLOCKED:
             self.twin.flush()
-        if events & ~WRITABLE:
+        if events & ~WRITABLE and self.pair in self.pair.relay.pairs:
             if self.state == READING:
                 self.pump()
             else:
@@ -1325,7 +1330,7 @@ class Flow:
             self.block(bytes(view[sent:count]))
         elif count == CHUNK_BYTES:
             self.full_reads += 1
-            if self.full_reads >= BULK_AFTER_FULL_READS and relay.may_start_bulk():
+            if self.full_reads >= BULK_AFTER_FULL_READS and not self.pair.broken:
                 relay.start_bulk(self)
         else:
             self.full_reads = 0
@@ -1353,15 +1358,22 @@ class Flow:
             self.pair.watch()
 
     def end(self) -> None:
-        """End of input: passed on as a half-close, the twin goes on."""
+        """End of input: passed on as a half-close, the twin goes on.
+
+        A reset looks the same once a send has consumed its error; but then the socket has no peer.
+        """
         import socket
 
         self.state = ENDED
         try:
-            self.sink.shutdown(socket.SHUT_WR)
+            if self.twin.state != ENDED:
+                self.source.getpeername()
+            if not self.pair.broken:
+                self.sink.shutdown(socket.SHUT_WR)
         except OSError:
-            self.pair.broken = True
-        self.pair.settle()
+            self.pair.reset()
+        else:
+            self.pair.settle()
 
     def lose_sink(self) -> None:
         """The sink's peer is gone. What it sent before is still read and delivered by the twin."""
@@ -1385,29 +1397,28 @@ class Flow:
 
         then: "Callable[[], None]" = self.pump
         rest = b""
-        buffer = mmap.mmap(-1, BULK_BYTES)  # given back to the system at once, unlike a bytearray
-        view = memoryview(buffer)
         try:
-            while not self.pair.broken:
-                try:
-                    count = self.source.recv_into(view)
-                except BlockingIOError:  # nothing came for BULK_WAIT_SECONDS
-                    break
-                except OSError:
-                    then = self.pair.reset
-                    break
-                if not count:
-                    then = self.end
-                    break
-                sent = self._send_all(view[:count])
-                if sent < count:
-                    rest = bytes(view[sent:count])
-                    break
+            # given back to the system at once, unlike a bytearray
+            with mmap.mmap(-1, BULK_BYTES) as buffer, memoryview(buffer) as view:
+                while not self.pair.broken:
+                    try:
+                        count = self.source.recv_into(view)
+                    except BlockingIOError:  # nothing came for BULK_WAIT_SECONDS
+                        break
+                    except OSError:
+                        then = self.pair.reset
+                        break
+                    if not count:
+                        then = self.end
+                        break
+                    with view[:count] as piece:
+                        sent = self._send_all(piece)
+                        if sent < count:
+                            rest = bytes(piece[sent:])
+                            break
         except OSError:
             then = self.lose_sink
         finally:
-            view.release()
-            buffer.close()
             self.pair.relay.post(lambda: self.leave_bulk(then, rest))
 
     def _send_all(self, view: memoryview) -> int:
@@ -1415,7 +1426,8 @@ class Flow:
         sent = 0
         try:
             while sent < len(view):
-                sent += self.sink.send(view[sent:])
+                with view[sent:] as rest:
+                    sent += self.sink.send(rest)
         except BlockingIOError:
             pass
         finally:
@@ -1558,6 +1570,7 @@ class Relay:
         self._report = report
         self._posted: "Any" = collections.deque()
         self._running = True
+        self._over = False
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
@@ -1577,9 +1590,12 @@ class Relay:
     def post(self, action: "Callable[[], None]") -> None:
         """Has the loop call `action` soon; from any thread."""
         self._posted.append(action)
+        if self._over:  # there is no loop any more that could mind
+            self._run_posted()
+            return
         try:
             self._wake_out.send(b"\0")
-        except OSError:  # full: it will wake anyway; closed: nobody waits any more
+        except OSError:  # full: it will wake anyway
             pass
 
     def run(self) -> None:
@@ -1597,7 +1613,7 @@ class Relay:
             if self._posted or elapsed_seconds() >= next_tick:
                 self._run_posted()
                 next_tick = elapsed_seconds() + TICK_SECONDS
-        self._close()
+        self.close()
 
     def stop(self) -> None:
         """Has the loop reset what is left and end."""
@@ -1607,28 +1623,27 @@ class Relay:
             self._running = False
         self.post(last)
 
-    def may_start_bulk(self) -> bool:
-        """Threads are for Linux, and for a bounded number of flows."""
-        return (sys.platform.startswith("linux") and bool(self.dontwait)
-                and self.bulk_flows < BULK_FLOWS_MAX)
-
     def start_bulk(self, flow: Flow) -> None:
-        """Hands a flow to a thread. The limits of one recv and send keep it answering."""
+        """Hands a flow to a thread: on Linux, and for a bounded number of flows.
+
+        The time limits of one recv and send keep the thread answering.
+        """
         import socket
         import struct
         import threading
 
+        if not sys.platform.startswith("linux") or not self.dontwait or self.bulk_flows >= BULK_FLOWS_MAX:
+            return
         limit = struct.pack("ll", int(BULK_WAIT_SECONDS), int(BULK_WAIT_SECONDS % 1 * 1000000))
+        flow.source.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        flow.sink.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        self.bulk_flows += 1
+        flow.state = BULK
         try:
-            flow.source.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-            flow.sink.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-            flow.state = BULK
             flow.pair.watch()
-            self.bulk_flows += 1
             threading.Thread(target=flow.carry_in_bulk, daemon=True).start()
         except (OSError, RuntimeError):  # no more threads: the loop goes on with it
-            if flow.state == BULK:
-                flow.leave_bulk(lambda: None, b"")
+            flow.leave_bulk(flow.pump, b"")
 
     def _drain_wakes(self, events: int) -> None:
         try:
@@ -1641,22 +1656,28 @@ class Relay:
         while self._posted:
             actions.append(self._posted.popleft())
         for action in actions:
-            try:
-                action()
-            except Exception as error:
-                self._report("warning: %s in the relay" % type(error).__name__)
+            self._run_safely(action)
+
+    def _run_safely(self, action: "Callable[[], None]") -> None:
+        try:
+            action()
+        except Exception as error:
+            self._report("warning: %s in the relay" % type(error).__name__)
 
     def _contain(self, fd: int, handler: "Any", error: Exception) -> None:
         self._report("warning: a connection was dropped after %s" % show_error(error))
         owner = getattr(handler, "__self__", None)
         if isinstance(owner, Flow):
-            owner.pair.reset()
+            self._run_safely(owner.pair.reset)
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Releases what the loop held: at its end, or instead of ever running it."""
         deadline = elapsed_seconds() + CLOSE_SECONDS
         while self.pairs and elapsed_seconds() < deadline:  # threads that hand back their flows
             time.sleep(0.01)
             self._run_posted()
+        self._over = True
+        self._run_posted()
         self.poller.close()
         self._wake_in.close()
         self._wake_out.close()
@@ -1697,7 +1718,8 @@ class Lease:
         self.expires_on = issued.issued_on + issued.lifetime_seconds
         self.over: "Optional[SessionOver]" = None
         self.refreshing = threading.Lock()
-        self.refreshed_on = elapsed_seconds()
+        self.refreshed_on = 0.0
+        self.rechecked_on = elapsed_seconds()
         self._lock = lock
 
     def release(self) -> None:
@@ -1758,38 +1780,33 @@ class Sessions:
         """A socket connected to a listener endpoint, and its lease, to be released by the caller.
 
         Blocks for as long as it takes. With `failed`, a lease whose `address` could not be
-        connected to (`error` says why), it asks GetSession and tries a new endpoint once.
-        PlexctlError if all fails; the lease is then released.
+        connected to (`error` says why), it gives that one back and asks GetSession; a new endpoint
+        is tried once. PlexctlError if all fails.
         """
-        lease = failed or self._acquire()
-        try:
-            if failed is None:
-                self._resolve(lease)
-                address = lease.address
-                try:
-                    return connect_socket(lease.family, address), lease
-                except OSError as refusal:
-                    error = refusal
-            self._refresh(lease)
-            if lease.over is None and lease.address == address:
-                alone = self._renew and lease.connections == 1
-                if not alone or not isinstance(error, ConnectionRefusedError):
-                    raise PlexctlError("listener endpoint %s: %s"
-                                       % (lease.endpoint, show_error(error or OSError())))
-                # the Node's own cap, which the control plane does not know of
-                self._retire(lease, SessionOver("the Node has closed the session's listener"))
-            if lease.over is None:
-                return self._connect_once(lease), lease
-        except PlexctlError:
-            lease.release()
-            raise
-        lease.release()
+        if failed is None:
+            lease = self._acquire()
+            try:
+                return self._dial(lease), lease
+            except OSError as refusal:
+                failed, address, error = lease, lease.address, refusal
+        else:
+            failed.release()
+        asked = self._refresh(failed)
+        with self._changed:
+            same = failed.over is None and failed.address == address
+            idle = failed.connections == 0
+        if same:
+            if not (asked and idle and self._renew and isinstance(error, ConnectionRefusedError)):
+                raise PlexctlError("listener endpoint %s: %s"
+                                   % (failed.endpoint, show_error(error or OSError())))
+            # the Node's own cap, which the control plane does not know of
+            self._end(failed, SessionOver("the Node has closed the session's listener"), renewable=True)
         lease = self._acquire()
         try:
-            return self._connect_once(lease), lease
-        except PlexctlError:
-            lease.release()
-            raise
+            return self._dial(lease), lease
+        except OSError as refusal:
+            raise PlexctlError("listener endpoint %s: %s"
+                               % (lease.endpoint, show_error(refusal))) from refusal
 
     # The clock
 
@@ -1803,7 +1820,8 @@ class Sessions:
         for lease in leases:
             if now >= lease.expires_on:
                 self._end(lease, SessionOver("the session expired"), renewable=True)
-            elif now - lease.refreshed_on >= RECHECK_SECONDS and not lease.refreshing.locked():
+            elif now - lease.rechecked_on >= RECHECK_SECONDS:
+                lease.rechecked_on = now
                 threading.Thread(target=self._refresh, args=(lease,), daemon=True).start()
         left = self.seconds_left()
         for threshold in WARN_LEFT_SECONDS:
@@ -1812,8 +1830,6 @@ class Sessions:
                 if max(lease.issued.lifetime_seconds for lease in leases) > threshold:
                     self._report("warning: %s of the session are left" % show_seconds(left + 0.5))
                 break
-        if left > WARN_LEFT_SECONDS[0]:
-            self._warned_at = float("inf")
 
     def seconds_left(self) -> float:
         """Until the first of the sessions runs out; 0 where there is none."""
@@ -1894,8 +1910,7 @@ class Sessions:
                 if session.listener_endpoint:
                     return session.listener_endpoint
             except (TransportError, ApiError) as error:
-                passing = error.status in (502, 503, 504) if isinstance(error, ApiError) else not error.final
-                if not passing:
+                if not error.passing:
                     raise
             left = self._wait_seconds - (elapsed_seconds() - began)
             if self._plane.cancel.wait(max(0.0, min(pause, left))):
@@ -1924,6 +1939,7 @@ class Sessions:
             lease = self._issue()
             with self._changed:
                 self._leases.append(lease)
+                self._warned_at = float("inf")
             return lease
         finally:
             with self._changed:
@@ -1961,53 +1977,57 @@ class Sessions:
                 self._report("warning: no further session, connections share what there is: %s" % error)
                 return lease
 
-    def _resolve(self, lease: Lease) -> None:
+    def _dial(self, lease: Lease) -> "socket.socket":
+        """Connects; a lease that cannot be used is given back, with OSError or PlexctlError."""
+        try:
+            if lease.address is None:
+                self._move(lease, lease.endpoint)
+            return connect_socket(lease.family, lease.address)
+        except (OSError, PlexctlError):
+            lease.release()
+            raise
+
+    def _move(self, lease: Lease, endpoint: Endpoint) -> None:
         """Looks the endpoint's name up once; what it leads to is judged like the endpoint itself."""
         import socket
 
-        if lease.address is not None:
-            return
         try:
-            found = socket.getaddrinfo(lease.endpoint.host, lease.endpoint.port, 0, socket.SOCK_STREAM)
+            found = socket.getaddrinfo(endpoint.host, endpoint.port, 0, socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
-            raise PlexctlError("listener endpoint %s: %s" % (lease.endpoint, show_error(error))) from error
+            raise PlexctlError("listener endpoint %s: %s" % (endpoint, show_error(error))) from error
         family, _, _, _, address = found[0]
         if not is_dialable(str(address[0])) and not is_loopback(self._plane.server.host):
             raise PlexctlError("listener endpoint %s: leads to %s, which is refused"
-                               % (lease.endpoint, address[0]))
-        lease.family, lease.address = family, address
+                               % (endpoint, address[0]))
+        with self._changed:
+            lease.endpoint, lease.family, lease.address = endpoint, family, address
 
-    def _connect_once(self, lease: Lease) -> "socket.socket":
-        self._resolve(lease)
-        try:
-            return connect_socket(lease.family, lease.address)
-        except OSError as error:
-            raise PlexctlError("listener endpoint %s: %s" % (lease.endpoint, show_error(error))) from error
+    def _refresh(self, lease: Lease) -> bool:
+        """Asks GetSession and acts on it; whether there was an answer. Raises nothing.
 
-    def _refresh(self, lease: Lease) -> None:
-        """Asks GetSession; one question at a time serves everyone who wants to know."""
+        One question at a time serves everyone who came before it was asked.
+        """
+        wanted_on = elapsed_seconds()
         with lease.refreshing:
-            if elapsed_seconds() - lease.refreshed_on < 1.0 or lease.over is not None:
-                return
+            if lease.refreshed_on >= wanted_on or lease.over is not None:
+                return True
+            lease.refreshed_on = elapsed_seconds()
             try:
                 session = self._plane.get(self._request.project_id, lease.issued.session_id)
-            except ApiError as error:
-                if error.status in (404, 410):
-                    self._end(lease, SessionOver("the session is gone"), renewable=False)
-                else:
-                    self._report("warning: %s" % error)
-            except TransportError as error:
-                self._report("warning: %s" % error)
-            else:
                 if session.status != "active":
-                    self._end(lease, describe_end(session),
-                              session.status == "expired" or session.revoke_reason in RUN_OUT_REASONS)
+                    self._end(lease, describe_end(session), session.status == "expired"
+                              or session.revoke_reason in RUN_OUT_REASONS)
                 elif session.listener_endpoint and session.listener_endpoint != lease.endpoint:
                     self._report("the Node reports a new listener endpoint: %s" % session.listener_endpoint)
-                    lease.endpoint, lease.address = session.listener_endpoint, None
-                    self._resolve(lease)
-            finally:
-                lease.refreshed_on = elapsed_seconds()
+                    self._move(lease, session.listener_endpoint)
+                return True
+            except PlexctlError as error:
+                if isinstance(error, ApiError) and error.status in (404, 410):
+                    self._end(lease, SessionOver("the session is gone"), renewable=False)
+                else:
+                    lease.refreshed_on = 0.0  # no answer: whoever waits asks again
+                    self._report("warning: %s" % error)
+                return False
 
     def _end(self, lease: Lease, why: SessionOver, renewable: bool) -> None:
         if renewable and self._renew:
@@ -2046,8 +2066,7 @@ class Sessions:
                                    max(0.5, deadline - elapsed_seconds()))
                 break
             except PlexctlError as error:
-                passing = error.status in (502, 503, 504) if isinstance(error, ApiError) else True
-                if not passing or elapsed_seconds() + POLL_MIN_SECONDS > deadline:
+                if not error.passing or elapsed_seconds() + POLL_MIN_SECONDS > deadline:
                     self._report("warning: session %s is not revoked, it will run out by itself: %s"
                                  % (session_id, error))
                     break
@@ -2104,6 +2123,7 @@ class OwnerCheck:
 
         self._family = family
         self._local = local
+        self._sequence = 0
         self._netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 4)  # NETLINK_SOCK_DIAG
         try:
             self._netlink.connect((0, 0))
@@ -2130,14 +2150,18 @@ class OwnerCheck:
             return socket.inet_pton(self._family, address).ljust(16, b"\0")
 
         # inet_diag_req_v2 with inet_diag_sockid (ports in network order), behind an nlmsghdr
-        request = (struct.pack("=IHHII", 72, 20, 1, 0, 0)  # SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST
+        self._sequence = self._sequence + 1 & 0xFFFFFFFF
+        request = (struct.pack("=IHHII", 72, 20, 1, self._sequence, 0)  # SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST
                    + struct.pack("=BBBBI", self._family, socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF)
                    + struct.pack("!HH", source[1], destination[1])
                    + packed(source[0]) + packed(destination[0])
                    + struct.pack("=III", 0, 0xFFFFFFFF, 0xFFFFFFFF))
         self._netlink.send(request)
         answer = self._netlink.recv(4096)
-        if len(answer) < 88 or struct.unpack_from("=H", answer, 4)[0] != 20:
+        kind, _, sequence = struct.unpack_from("=HHI", answer, 4)
+        if sequence != self._sequence:
+            raise OSError(71, "out of step")
+        if kind != 20 or len(answer) < 88:
             return None  # NLMSG_ERROR: there is no such socket
         uid, inode = struct.unpack_from("=II", answer, 80)  # inet_diag_msg after nlmsghdr
         # a socket that its process has closed has no inode, and uid 0 whoever it was
@@ -2148,6 +2172,12 @@ class OwnerCheck:
         self._netlink.close()
 
 
+def identify_file(path: str) -> "Tuple[int, int]":
+    """Device and inode of what the path names."""
+    status = os.lstat(path)
+    return status.st_dev, status.st_ino
+
+
 def create_listener(local: LocalAddress, forwarder: "Forwarder") -> "Any":
     """A socketserver that binds and listens now, and asks `forwarder` about each connection."""
     import socket
@@ -2156,15 +2186,16 @@ def create_listener(local: LocalAddress, forwarder: "Forwarder") -> "Any":
     class Listener(socketserver.TCPServer):
         request_queue_size = BACKLOG_CONNECTIONS  # the default of 5 makes bursts wait a second
         allow_reuse_address = os.name == "posix"  # on Windows it would let others take the port
-        inode = -1
+        identity: "Optional[Tuple[int, int]]" = None
         if local.path:
             address_family = socket.AF_UNIX
         elif ":" in local.host:
             address_family = socket.AF_INET6
 
         def server_bind(self) -> None:
-            if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
-                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)  # type: ignore[attr-defined,unused-ignore]
+            exclusive = getattr(socket, "SO_EXCLUSIVEADDRUSE", None)
+            if exclusive is not None:
+                self.socket.setsockopt(socket.SOL_SOCKET, exclusive, 1)
             mask = os.umask(0o177) if local.path else 0
             try:
                 super().server_bind()
@@ -2173,7 +2204,7 @@ def create_listener(local: LocalAddress, forwarder: "Forwarder") -> "Any":
                     os.umask(mask)
             self.socket.setblocking(False)
             if local.path:
-                self.inode = os.lstat(local.path).st_ino
+                self.identity = identify_file(local.path)
 
         def serve_forever(self, poll_interval: float = TICK_SECONDS) -> None:
             forwarder.relay.run()
@@ -2186,7 +2217,8 @@ def create_listener(local: LocalAddress, forwarder: "Forwarder") -> "Any":
 
         def server_close(self) -> None:
             super().server_close()
-            if local.path and os.path.lexists(local.path) and os.lstat(local.path).st_ino == self.inode:
+            mine, self.identity = self.identity, None
+            if mine and os.path.lexists(local.path) and identify_file(local.path) == mine:
                 os.unlink(local.path)
 
     address = local.path or (local.host, local.port)
@@ -2230,13 +2262,15 @@ class Forwarder:
         self._report = report
         self._verbose = verbose
         self._told: "Set[str]" = set()
-        self._connecting: "Dict[int, Tuple[Any, Any, Any, Any, float]]" = {}
+        self._connecting: "Dict[int, Any]" = {}
+        self._dialled_for: "Set[Any]" = set()
         self._waiting: "Any" = collections.deque()
         self._connecting_threads = 0
         self._leases: "Dict[Pair, Any]" = {}
         self._ended = Counts()
         self._thread: "Optional[threading.Thread]" = None
         self._accepting = False
+        self._stopped = False
         self._resume_on = 0.0
         self._server = create_listener(local, self)
         self.local = local
@@ -2277,9 +2311,13 @@ class Forwarder:
             stopped.wait(CLOSE_SECONDS)
             if drain_seconds:
                 self._drain(drain_seconds)
+            self.relay.post(self._stop_dialling)
             self.relay.stop()
             self._thread.join(CLOSE_SECONDS + TICK_SECONDS)
             self._thread = None
+        elif not self._stopped:
+            self.relay.close()
+        self._stopped = True
         self._server.server_close()
         if self._owners is not None:
             self._owners.close()
@@ -2319,8 +2357,8 @@ class Forwarder:
             self._warn_once("a connection had been closed before its owner could be asked for, "
                             "and was not served")
         else:
-            self._report("warning: turned away a connection of uid %d (--allow-other-users lets "
-                         "other users in)" % uid)
+            self._warn_once("turned away connections of uid %d (--allow-other-users lets other users "
+                            "in)" % uid)
         return False
 
     def carry(self, client: "socket.socket", client_address: "Any") -> None:
@@ -2342,13 +2380,10 @@ class Forwarder:
             self._fail(client, lease, error)
             return
         remote.setblocking(False)
-        remote.connect_ex(lease.address)
-        entry = (client, client_address, remote, lease, elapsed_seconds() + CONNECT_SECONDS)
-        if not self._connected(entry):  # on loopback it often is at once
-            fd = remote.fileno()
-            self._connecting[fd] = entry
-            self.relay.handlers[fd] = lambda events: self._go_on(fd)
-            self.relay.poller.register(fd, WRITABLE)
+        address = lease.address
+        remote.connect_ex(address)
+        deadline = elapsed_seconds() + CONNECT_SECONDS
+        self._go_on((client, client_address, remote, lease, address, deadline))
 
     # Below: how
 
@@ -2398,51 +2433,55 @@ class Forwarder:
         if self._resume_on and elapsed_seconds() >= self._resume_on:
             self._resume_on = 0.0
             self._listen(True)
+        self._start_waiting()
         if self._connecting:
             now = elapsed_seconds()
-            for fd, (_, _, _, _, deadline) in list(self._connecting.items()):
-                if now >= deadline:
-                    self._go_on(fd)
+            for attempt in list(self._connecting.values()):
+                if now >= attempt[-1]:
+                    self._go_on(attempt)
 
-    def _connected(self, entry: "Any") -> bool:
-        """Whether the connection attempt is over, one way or the other; then acts on it."""
-        client, client_address, remote, lease, deadline = entry
-        error = remote.connect_ex(lease.address)  # asks how it stands: 0 or EISCONN, EALREADY
-        if error in (106, 56, 10056):  # EISCONN on Linux, BSD, Windows
-            error = 0
-        if error in (114, 115, 36, 37, 10035, 10037):  # EALREADY, EINPROGRESS
+    def _go_on(self, attempt: "Any") -> None:
+        """Looks how a connection attempt stands (on loopback it often is over at once), and waits."""
+        client, client_address, remote, lease, address, deadline = attempt
+        fd = remote.fileno()
+        error = remote.connect_ex(address)
+        if error in (114, 115, 36, 37, 10035, 10037):  # EALREADY, EINPROGRESS: Linux, BSD, Windows
             if elapsed_seconds() < deadline:
-                return False
+                if fd not in self._connecting:
+                    self._connecting[fd] = attempt
+                    self.relay.handlers[fd] = lambda events: self._go_on(attempt)
+                    self.relay.poller.register(fd, WRITABLE)
+                return
             error = 110  # ETIMEDOUT
+        self._forget_attempt(fd)
         failure = OSError(error, os.strerror(error))
-        if not error:
+        if error in (0, 106, 56, 10056):  # EISCONN
             try:
                 set_leg_options(remote)
                 self._begin(client, client_address, remote, lease)
-                return True
+                return
             except OSError as reason:
                 failure = reason
         remote.close()
-        self._connect_in_thread(client, client_address, lease, lease.address, failure)
-        return True
+        self._connect_in_thread(client, client_address, lease, address, failure)
 
-    def _go_on(self, fd: int) -> None:
-        entry = self._connecting.pop(fd)
-        self.relay.poller.unregister(fd)
-        del self.relay.handlers[fd]
-        if not self._connected(entry):
-            self._connecting[fd] = entry
-            self.relay.handlers[fd] = lambda events: self._go_on(fd)
-            self.relay.poller.register(fd, WRITABLE)
+    def _forget_attempt(self, fd: int) -> None:
+        if self._connecting.pop(fd, None) is not None:
+            self.relay.poller.unregister(fd)
+            del self.relay.handlers[fd]
 
     def _connect_in_thread(self, *job: "Any") -> None:
         """`job`: client, its address, and where a first attempt failed the lease and address."""
         import threading
 
+        self._dialled_for.add(job[0])
         self._waiting.append(job)
         if self._connecting_threads < CONNECTING_THREADS_MAX:
             self._connecting_threads += 1
-            threading.Thread(target=self._connect_waiting, daemon=True).start()
+            try:
+                threading.Thread(target=self._connect_waiting, daemon=True).start()
+            except RuntimeError:  # no more threads: _tick tries again
+                self._connecting_threads -= 1
 
     def _connect_waiting(self) -> None:
         import functools
@@ -2455,21 +2494,26 @@ class Forwarder:
             try:
                 remote, lease = self._connect(*failed)
             except Exception as error:
-                why = str(error) if isinstance(error, PlexctlError) else show_error(error)
-                self._report("warning: a connection was not served: %s" % why)
-                reset_on_close(client)
-                client.close()
+                self.relay.post(functools.partial(self._fail, client, None, error))
             else:
                 self.relay.post(functools.partial(self._begin, client, client_address, remote, lease))
         self.relay.post(self._end_connecting_thread)
 
     def _end_connecting_thread(self) -> None:
         self._connecting_threads -= 1
-        if self._waiting:  # came between its last look and now
+        self._start_waiting()
+
+    def _start_waiting(self) -> None:
+        if self._waiting and not self._connecting_threads:  # came between a last look and the end
             self._connect_in_thread(*self._waiting.popleft())
 
     def _begin(self, client: "socket.socket", client_address: "Any", remote: "socket.socket",
                lease: "Any") -> None:
+        self._dialled_for.discard(client)
+        if client.fileno() < 0:  # stopped meanwhile
+            remote.close()
+            lease.release()
+            return
         if self._verbose:
             self._report("connection %d from %s to %s" % (
                 self._ended.served + len(self._leases) + 1,
@@ -2493,9 +2537,14 @@ class Forwarder:
                 " by a reset" if pair.broken else "", show_bytes(pair.up.moved),
                 show_bytes(pair.down.moved)))
 
-    def _fail(self, client: "socket.socket", lease: "Any", error: OSError) -> None:
-        self._warn_once("a connection was not served: %s" % show_error(error))
-        lease.release()
+    def _fail(self, client: "socket.socket", lease: "Any", error: Exception) -> None:
+        """A connection that could not be served is reset."""
+        self._dialled_for.discard(client)
+        why = str(error) if isinstance(error, PlexctlError) else show_error(error)
+        if client.fileno() >= 0:
+            self._report("warning: a connection was not served: %s" % why)
+        if lease is not None:
+            lease.release()
         reset_on_close(client)
         client.close()
 
@@ -2512,6 +2561,17 @@ class Forwarder:
         self.relay.handlers.pop(self._server.fileno(), None)
         self._server.server_close()
         stopped.set()
+
+    def _stop_dialling(self) -> None:
+        for fd, attempt in list(self._connecting.items()):
+            self._forget_attempt(fd)
+            attempt[2].close()
+            attempt[3].release()
+            self._dialled_for.add(attempt[0])
+        self._waiting.clear()
+        for client in self._dialled_for:
+            reset_on_close(client)
+            client.close()
 
     def _drain(self, seconds: float) -> None:
         moved, moved_on = -1, elapsed_seconds()
