@@ -1427,11 +1427,11 @@ class Flow:
         try:
             while sent < len(view):
                 with view[sent:] as rest:
-                    sent += self.sink.send(rest)
+                    count = self.sink.send(rest)
+                sent += count
+                self.moved += count
         except BlockingIOError:
             pass
-        finally:
-            self.moved += sent
         return sent
 
     def leave_bulk(self, then: "Callable[[], None]", rest: bytes) -> None:
@@ -1452,7 +1452,8 @@ class Flow:
 class Pair:
     """The two sockets of one connection, and both flows between them."""
 
-    __slots__ = ("relay", "client", "remote", "up", "down", "broken", "aborted", "on_end", "unwatched")
+    __slots__ = ("relay", "client", "remote", "up", "down", "broken", "aborted", "spared", "on_end",
+                 "unwatched")
 
     def __init__(self, relay: "Relay", client: "socket.socket", remote: "socket.socket",
                  on_end: "Callable[[Pair], None]") -> None:
@@ -1461,6 +1462,7 @@ class Pair:
         self.remote = remote
         self.broken = False  # one peer is gone: the other one gets a reset, not an end of input
         self.aborted = False
+        self.spared: "Any" = None  # the socket that is closed without a reset all the same
         self.on_end = on_end
         self.unwatched: "Optional[Set[int]]" = None
         self.up = Flow(self, client, remote)
@@ -1529,7 +1531,7 @@ class Pair:
             if not self.unwatched or fd not in self.unwatched:
                 self.relay.poller.unregister(fd)
             self.relay.handlers.pop(fd, None)
-            if self.broken:
+            if self.broken and sock is not self.spared:
                 reset_on_close(sock)
             sock.close()
         self.on_end(self)
@@ -1619,6 +1621,8 @@ class Relay:
         """Has the loop reset what is left and end."""
         def last() -> None:
             for pair in list(self.pairs):
+                if pair.up.state == ENDED and not pair.broken:
+                    pair.spared = pair.remote  # all that the client sent may still be on its way
                 pair.reset()
             self._running = False
         self.post(last)
@@ -2109,6 +2113,7 @@ ACCEPTS_PER_TURN = 64
 CONNECTING_THREADS_MAX = 32
 RESERVED_DESCRIPTORS = 64
 PAUSE_SECONDS = 1.0
+SETTLE_SECONDS = 0.05
 
 
 class OwnerCheck:
@@ -2271,6 +2276,8 @@ class Forwarder:
         self._thread: "Optional[threading.Thread]" = None
         self._accepting = False
         self._stopped = False
+        self._moved = -1
+        self._moved_on = self._owed_on = 0.0
         self._resume_on = 0.0
         self._server = create_listener(local, self)
         self.local = local
@@ -2297,20 +2304,37 @@ class Forwarder:
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._thread.start()
 
-    def stop(self, drain_seconds: float = 0.0) -> None:
-        """Stops listening and ends every connection, within CLOSE_SECONDS or so.
-
-        With `drain_seconds`, first what clients that have gone sent before is delivered, for as
-        long as bytes move at least every so many seconds.
-        """
+    def finish(self) -> None:
+        """Takes the connections that wait already, and no more."""
         import threading
 
+        stopped = threading.Event()
+
+        def finish() -> None:
+            self._accept(READABLE)
+            self._stop_listening()
+            stopped.set()
+
+        self.relay.post(finish)
+        stopped.wait(CLOSE_SECONDS)
+        self._moved_on = self._owed_on = elapsed_seconds()
+
+    def delivering(self) -> bool:
+        """After `finish`: whether bytes of clients that have ended are still on their way, and move."""
+        now, pairs = elapsed_seconds(), tuple(self._leases)
+        owed = [pair for pair in pairs if pair.up.state != READING]
+        moved = sum(pair.up.moved + pair.down.moved for pair in owed) + self._ended.up + self._ended.down
+        if moved != self._moved:
+            self._moved, self._moved_on = moved, now
+        if owed or self._connecting or self._dialled_for:
+            self._owed_on = now
+        settled = SETTLE_SECONDS * (5 if pairs else 1)  # an end that the loop has not seen yet
+        return now - self._moved_on < CLOSE_SECONDS and now - self._owed_on < settled
+
+    def stop(self) -> None:
+        """Stops listening and ends every connection, within CLOSE_SECONDS or so."""
         if self._thread is not None:
-            stopped = threading.Event()
-            self.relay.post(lambda: self._stop_listening(drain_seconds > 0, stopped))
-            stopped.wait(CLOSE_SECONDS)
-            if drain_seconds:
-                self._drain(drain_seconds)
+            self.relay.post(self._stop_listening)
             self.relay.post(self._stop_dialling)
             self.relay.stop()
             self._thread.join(CLOSE_SECONDS + TICK_SECONDS)
@@ -2553,14 +2577,11 @@ class Forwarder:
             self._told.add(text)
             self._report("warning: " + text)
 
-    def _stop_listening(self, accept_waiting: bool, stopped: "threading.Event") -> None:
-        if accept_waiting:
-            self._accept(READABLE)
+    def _stop_listening(self) -> None:
         self._listen(False)
         self._resume_on = 0.0
         self.relay.handlers.pop(self._server.fileno(), None)
         self._server.server_close()
-        stopped.set()
 
     def _stop_dialling(self) -> None:
         for fd, attempt in list(self._connecting.items()):
@@ -2572,21 +2593,6 @@ class Forwarder:
         for client in self._dialled_for:
             reset_on_close(client)
             client.close()
-
-    def _drain(self, seconds: float) -> None:
-        moved, moved_on = -1, elapsed_seconds()
-        while elapsed_seconds() - moved_on < seconds:
-            counts = self.count()
-            if counts.up + counts.down != moved:
-                moved, moved_on = counts.up + counts.down, elapsed_seconds()
-            pairs = tuple(self._leases)
-            busy = self._connecting or self._waiting or self._connecting_threads
-            if not busy and not any(pair.up.state == ENDED for pair in pairs) \
-                    and elapsed_seconds() - moved_on > 0.25:
-                return
-            if not busy and not pairs:
-                return
-            time.sleep(0.01)
 
 
 def count_capacity(raise_limit: bool = False) -> int:
@@ -2716,12 +2722,24 @@ def notify_systemd(state: str, environ: "Mapping[str, str]") -> None:
         pass
 
 
+def is_executable(path: str) -> bool:
+    """False for a script that names no interpreter, or one that is not there."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(256)
+    except OSError:  # may be executed, though not read
+        return True
+    if head[:2] == b"#!":
+        return os.path.exists((head[2:].split() or [b""])[0])
+    return os.name != "posix" or b"\0" in head
+
+
 def find_command(name: str, environ: "Mapping[str, str]") -> str:
     """The program a COMMAND names; exit 127 or 126 as a shell would, before anything is issued."""
     import shutil
 
     found = shutil.which(name, path=environ.get("PATH", os.defpath)) if name else None
-    if found:
+    if found and is_executable(found):
         return found
     places = [name] if os.path.dirname(name) else [
         os.path.join(place, name) for place in environ.get("PATH", os.defpath).split(os.pathsep)]
@@ -2801,6 +2819,16 @@ def write_all(stream: "Optional[IO[str]]", text: str) -> None:
             wait_for(fd, WRITABLE)
 
 
+def is_writable(stream: "Optional[IO[str]]", seconds: float) -> bool:
+    """Whether a line can be written without blocking; waits for that so long."""
+    import select
+
+    try:
+        return bool(select.select([], [stream.fileno()], [], max(0.0, seconds))[1])  # type: ignore
+    except (OSError, ValueError, AttributeError):  # closed, or not a file: writing tells
+        return True
+
+
 class Console:
     """The main thread's place: it writes to stderr, and waits for signals and other threads.
 
@@ -2828,7 +2856,7 @@ class Console:
 
     def close(self) -> None:
         """Writes what is left and wipes the live line."""
-        self.flush()
+        self.flush(HURRY_SECONDS)
         self._wake_in.close()
         self._wake_out.close()
 
@@ -2853,18 +2881,23 @@ class Console:
         if self.verbose:
             self.report(line)
 
-    def flush(self) -> None:
-        """Writes the lines that were reported. A stderr that takes none is no reason to stop."""
-        text = "".join("plexctl: %s\n" % self._lines.popleft() for _ in range(len(self._lines)))
-        if text or self._shown:
+    def flush(self, seconds: float = 0.0) -> None:
+        """Writes what was reported and wipes the live line, as far as stderr takes it in `seconds`.
+
+        A stderr that takes nothing (a full pipe, a terminal stopped by Ctrl-S) is no reason to
+        stop, nor to keep a signal waiting.
+        """
+        deadline = elapsed_seconds() + seconds
+        while (self._lines or self._shown) and is_writable(self._stream, deadline - elapsed_seconds()):
+            line = "plexctl: %s\n" % self._lines.popleft() if self._lines else ""
             try:
-                write_all(self._stream, self._wipe() + text)
+                write_all(self._stream, self._wipe() + line)
             except (OSError, ValueError):
                 pass
 
     def show(self, line: str) -> None:
         """Draws the live line, cut to the terminal; nothing where there is no terminal."""
-        if not self._live:
+        if not self._live or not is_writable(self._stream, 0):
             return
         line = line[:self._width() - 1]
         try:
@@ -2886,7 +2919,8 @@ class Console:
         import select
 
         self.flush_lines()
-        if len(self.signals) == self._raised and select.select([self._wake_in], [], [], seconds)[0]:
+        pending = len(self.signals) > self._raised and not self._finishing
+        if not pending and select.select([self._wake_in], [], [], seconds)[0]:
             self._wake_in.recv(4096)
         self.flush_lines()
         if len(self.signals) > self._raised and not self._finishing:
@@ -2935,14 +2969,12 @@ class Console:
                 self.wake()
 
         self._finishing = True
-        self._raised = len(self.signals)
         threading.Thread(target=run, daemon=True).start()
-        deadline = elapsed_seconds() + seconds
+        deadline, hurried = elapsed_seconds() + seconds, False
         while not finished and elapsed_seconds() < deadline:
+            if len(self.signals) > self._raised and not hurried:
+                hurried, deadline = True, min(deadline, elapsed_seconds() + HURRY_SECONDS)
             self.wait(max(0.0, deadline - elapsed_seconds()))
-            if len(self.signals) > self._raised:
-                self._raised = len(self.signals)
-                deadline = min(deadline, elapsed_seconds() + HURRY_SECONDS)
 
     def _width(self) -> int:
         try:
@@ -3223,6 +3255,7 @@ class Run:
         """The one document of stdout; PlexctlError unless all of it was taken."""
         text = FORMATS[self.options.output](Coordinates(local, lease, self.request))
         self.console.wait(0)
+        self.console.flush()
         try:
             self.console.call(lambda: write_all(self.stdout, text))
         except (OSError, ValueError) as error:
@@ -3298,9 +3331,10 @@ class Run:
                 console.finish(forwarder.stop, CLOSE_SECONDS + 1)
                 console.report(describe_total(forwarder.count(), began, reason))
 
-    def watch_sessions(self, status: "Optional[Callable[[], str]]" = None) -> None:
+    def watch_sessions(self, status: "Optional[Callable[[], str]]" = None,
+                       seconds: float = TICK_SECONDS) -> None:
         """One turn of waiting; raises what ended the sessions."""
-        self.console.wait(TICK_SECONDS)
+        self.console.wait(seconds)
         self.sessions.tick()
         if self.sessions.over is not None:
             raise self.sessions.over
@@ -3317,47 +3351,63 @@ class Run:
 
     def run_command(self, program: str, forwarder: Forwarder) -> int:
         """-- COMMAND: its terminal and its Ctrl-C are its own, SIGTERM and SIGHUP are handed on."""
-        import subprocess
-        import threading
-
-        console, local = self.console, forwarder.local
-        host, port = (local.path, "") if local.path else (local.host, str(local.port))
-        environ = {name: value for name, value in self.environ.items() if name != "PLEXSPHERE_TOKEN"}
-        environ.update(PLEXCTL_LOCAL_HOST=host, PLEXCTL_LOCAL_PORT=port, PLEXCTL_LOCAL_ADDR=str(local))
-        arguments = [re.sub(r"\{(host|port|addr)\}", lambda found: environ[
-            "PLEXCTL_LOCAL_" + found.group(1).upper()], argument) for argument in self.options.command]
+        console = self.console
         console.wait(0)
         console.ignored = (2,)
-        try:
-            child = subprocess.Popen(arguments, executable=program, env=environ)
-        except (OSError, ValueError) as error:
-            raise PlexctlError("%s: cannot be executed: %s" % (escape(arguments[0]), show_error(error)),
-                               EXIT_NOT_EXECUTABLE) from error
-        forwarder.raise_limit()  # after COMMAND was started, which keeps the limits it was given
-
-        def await_end() -> None:
-            child.wait()
-            console.wake()
-
-        threading.Thread(target=await_end, daemon=True).start()
-        told = False
+        child = self.start_command(program, forwarder.local)
+        forwarder.raise_limit()  # after the start of COMMAND, which keeps the limits it was given
+        has_port = True
         while child.returncode is None:
             try:
-                self.watch_sessions()
+                if has_port:
+                    self.watch_sessions()
+                else:
+                    console.wait(TICK_SECONDS)
             except Interrupted as interrupted:
                 child.send_signal(interrupted.signum)
                 if len(console.signals) > 1:
                     raise
             except PlexctlError as error:
-                if not told:
-                    told = True
-                    console.report("warning: %s; the port is closed, COMMAND goes on" % error)
-                    forwarder.stop()
+                console.report("warning: %s; the port is closed, COMMAND goes on" % error)
+                forwarder.stop()
+                has_port = False
         console.ignored = ()
-        if not told:
-            forwarder.stop(drain_seconds=CLOSE_SECONDS)
-        status = child.returncode
+        if has_port:
+            self.deliver_rest(forwarder)
+        status = int(child.returncode)
         return status if status >= 0 else EXIT_SIGNAL_BASE - status
+
+    def start_command(self, program: str, local: LocalAddress) -> "Any":
+        """Starts COMMAND with its placeholders and environment filled in; wakes us at its end."""
+        import subprocess
+        import threading
+
+        host, port = (local.path, "") if local.path else (local.host, str(local.port))
+        environ = {name: value for name, value in self.environ.items() if name != "PLEXSPHERE_TOKEN"}
+        environ.update(PLEXCTL_LOCAL_HOST=host, PLEXCTL_LOCAL_PORT=port, PLEXCTL_LOCAL_ADDR=str(local))
+        arguments = [re.sub(r"\{(host|port|addr)\}", lambda found: environ[
+            "PLEXCTL_LOCAL_" + found.group(1).upper()], argument) for argument in self.options.command]
+        try:
+            child = subprocess.Popen(arguments, executable=program, env=environ)
+        except (OSError, ValueError) as error:
+            raise PlexctlError("%s: cannot be executed: %s" % (escape(arguments[0]), show_error(error)),
+                               EXIT_NOT_EXECUTABLE) from error
+
+        def await_end() -> None:
+            child.wait()
+            self.console.wake()
+
+        threading.Thread(target=await_end, daemon=True).start()
+        return child
+
+    def deliver_rest(self, forwarder: Forwarder) -> None:
+        """What COMMAND sent right before its end still arrives."""
+        forwarder.finish()
+        try:
+            while forwarder.delivering():
+                self.watch_sessions(seconds=0.02)
+        except PlexctlError as error:
+            self.console.report("warning: %s" % error)
 
 
 def bind_for_a_moment(local: LocalAddress) -> int:
@@ -3448,7 +3498,7 @@ def perform(argv: "Optional[Sequence[str]]" = None,
     except OSError as error:
         return fail("cannot write to standard output: %s" % show_error(error), EXIT_FAILURE), 0
     console = Console(sys.stderr, options.verbose, options.mode in ("print", "--proxy"))
-    status, signum, message = EXIT_FAILURE, 0, ""
+    status, signum = EXIT_FAILURE, 0
     with SignalHandlers(console):
         try:
             status = Run(options, os.environ if environ is None else environ, console,
@@ -3457,11 +3507,12 @@ def perform(argv: "Optional[Sequence[str]]" = None,
             signum = interrupted.signum
             status = EXIT_SIGNAL_BASE + signum
         except PlexctlError as error:
-            status, message = error.exit_code, str(error)
+            status = error.exit_code
+            console.report("error: %s" % error)
         except Exception as error:  # a defect; its text may hold what it was given
-            message = "internal error: %s" % type(error).__name__
+            console.report("error: internal error: %s" % type(error).__name__)
         console.close()
-    return (fail(message, status) if message else status), signum
+    return status, signum
 
 
 def fail(message: str, status: int) -> int:
