@@ -1795,7 +1795,7 @@ class Sessions:
                 failed, address, error = lease, lease.address, refusal
         else:
             failed.release()
-        asked = self._refresh(failed)
+        asked = self._refresh(failed, address)
         with self._changed:
             same = failed.over is None and failed.address == address
             idle = failed.connections == 0
@@ -2006,14 +2006,17 @@ class Sessions:
         with self._changed:
             lease.endpoint, lease.family, lease.address = endpoint, family, address
 
-    def _refresh(self, lease: Lease) -> bool:
+    def _refresh(self, lease: Lease, failed_address: "Any" = None) -> bool:
         """Asks GetSession and acts on it; whether there was an answer. Raises nothing.
 
-        One question at a time serves everyone who came before it was asked.
+        One question at a time serves everyone who came before it was asked, or whose
+        `failed_address` is not the lease's any more.
         """
         wanted_on = elapsed_seconds()
         with lease.refreshing:
             if lease.refreshed_on >= wanted_on or lease.over is not None:
+                return True
+            if failed_address is not None and lease.address != failed_address:
                 return True
             lease.refreshed_on = elapsed_seconds()
             try:

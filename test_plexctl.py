@@ -1157,6 +1157,27 @@ if __name__ == "__main__":
 
 # ---- tests: what all of them share ---------------------------------------------------------------
 
+import ast
+import base64
+import contextlib
+import copy
+import fcntl
+import gc
+import getpass
+import glob
+import logging
+import pickle
+import pty
+import resource
+import select
+import shutil
+import socketserver
+import ssl
+import stat
+import termios
+import traceback
+import types
+
 import pytest  # the demonstration must not need it
 
 import plexctl
@@ -1220,3 +1241,4901 @@ def one_error_line(result, *words):
 def forward_args(plane, *more):
     """The command line with the published ids, for this control plane."""
     return ["tcp-forward", "--server", plane.url] + REQUIRED_FLAGS + [str(word) for word in more]
+
+
+# ---- tests: tables and helpers ------------------------------------------------------------------
+
+REFUSED = "refused"
+ARABIC_FIVE = "\u0665"
+UUID_UPPER = PROJECT_ID.upper()
+UUID_HEX = PROJECT_ID.replace("-", "")
+BAD_UUIDS = [
+    "", "x", UUID_HEX, "{%s}" % PROJECT_ID, "urn:uuid:" + PROJECT_ID, PROJECT_ID + "\n", " " + PROJECT_ID,
+    PROJECT_ID[:-1], PROJECT_ID + "0", "0190a8b8a0c0-7a0a-8a0a-a0a0-a0a0a0c0",
+    "0190-a8b8-a0c0-7a0a-8a0aa0a0a0a0a0c0", PROJECT_ID.replace("9", "\u0669"),
+    PROJECT_ID.replace("-", "\u2010"), PROJECT_ID.replace("b", "g"),
+]
+BAD_NUMBERS = ["", " 5 ", "5\n", "1_000", ARABIC_FIVE, "\uff15", "+5", "-1", "5.5", "0x50", "1e3", "five",
+               "9" * 19, "9" * 5000]
+BAD_ADDRESSES = [  # for everything that has to be an address or a name
+    "127.1", "0x7f.1", "2130706433", "0x7f000001", "0", "0177.0.0.1", "1.2.3.256", "1.2.3", "1.2.3.4.5",
+    "01.2.3.4", "a..b", ".a", "-a", "a-", "a b", "a\tb", "a\x00b", "a/b", "a@b", "a%31", "a\\b",
+    "[127.0.0.1]", "[::1", "::1]", "[::1%lo]", "[12345::1]", "[]", "[name]", "b\xfccher.example",
+    "\u0661.2.3.4", "a" * 64, "a." * 127 + "aa"]
+BAD_SERVERS = [
+    "", "plane.example", "//plane.example", "https:plane.example", "https:/plane.example", "https://",
+    "ftp://plane.example", "file:///etc/passwd", "data:,x", "https://user@plane.example",
+    "https://user:pass@plane.example", "https://@plane.example", "https://plane.example?query",
+    "https://plane.example/?q",
+    "https://plane.example#part", "https://plane.example/#", "https://plane.example\\@other.example",
+    "https://plane.example/\\x", " https://plane.example", "https://plane.example ", "https://plane .example",
+    "https://plane.example/a b", "https://plane.example\n", "https://plane.example/\r\nHost: other",
+    "https://plane.example/\x00", "https://plane.example/\x7f", "https://plane.example/\u2028",
+    "https://pl\xe4ne.example", "https://plane.example:", "https://plane.example:0",
+    "https://plane.example:65536", "https://plane.example:117925", "https://plane.example:" + ARABIC_FIVE,
+    "https://plane.example:1_0", "https://plane.example:443:443", "https://::1", "https://[::1",
+    "https://[::1]x"]
+BAD_HTTP_SERVERS = [  # good with --allow-http
+    "http://plane.example", "http://10.0.0.1", "http://127.0.0.1.evil.example",
+    "http://localhost.evil.example", "http://notlocalhost", "http://128.0.0.1", "http://[::2]",
+    "http://0.0.0.0", "http://plane.localhost"]
+BAD_TOKENS = [  # as bytes; CR and LF would be header injection, the rest is what strip() eats or urllib sends
+    b"", b"\n", b"\r\n", b"psk 1", b"psk_1\n\n", b"\npsk_1", b"psk_1\r", b" psk_1", b"psk_1 \n", b"psk\x001",
+    b"psk_1\x7f", b"psk_1\x1c\n", b"psk_1\xe2\x80\xa8\n", b"psk_1\xc2\xa0", b"\xa0psk_1",
+    b"\xef\xbb\xbfpsk_1", "psk_1".encode("utf-16"), b"psk_\xff", b"psk\r\nX-Header: 1", b"a" * 8193,
+    b"a" * 8193 + b"\n"]
+LOGGER = logging.getLogger("plexctl.audit")
+
+
+def shown(value):
+    """The id of a parameter: short and ASCII, whatever is in it."""
+    return ascii(value)[:48]
+
+
+def outcome(parse, *arguments):
+    """What a parser returns; REFUSED if it raises ValueError."""
+    try:
+        return parse(*arguments)
+    except ValueError:
+        return REFUSED
+
+
+def write_private(path, content, mode=0o600):
+    """A file with these bytes (or this text, or this document) and this mode; its path as a string."""
+    if not isinstance(content, (bytes, str)):
+        content = json.dumps(content)
+    with open(str(path), "wb") as stream:
+        stream.write(content if isinstance(content, bytes) else content.encode("utf-8"))
+    os.chmod(str(path), mode)
+    return str(path)
+
+
+def write_config(directory, document, mode=0o600):
+    """A config file below this home directory; the environment that leads to it."""
+    folder = os.path.join(str(directory), ".config", "plexctl")
+    os.makedirs(folder)
+    write_private(os.path.join(folder, "config.json"), document, mode)
+    return {"HOME": str(directory)}
+
+
+def flags_with(flag, *values):
+    """The required flags with one of them given like this instead (or, without values, left out)."""
+    pairs = zip(REQUIRED_FLAGS[::2], REQUIRED_FLAGS[1::2])
+    kept = [word for pair in pairs if pair[0] != flag for word in pair]
+    return kept + [word for value in values for word in (flag, value)]
+
+
+def run_words(words, env=None, **popen):
+    """Run a command line to its end, as run_plexctl does, in an environment of exactly `env`."""
+    options = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=20)
+    options.update(popen)
+    done = subprocess.run([str(word) for word in words], env=env, **options)
+    out, err = [(data or b"").decode("utf-8", "replace") for data in (done.stdout, done.stderr)]
+    SEEN.extend([("out", out), ("err", err)])
+    return Result(done.returncode, out, err)
+
+
+def run_redirected(redirections, args, env):
+    """Run plexctl.py with a shell's redirections, such as `>&-`."""
+    words = ["sh", "-c", 'exec "$@" ' + redirections, "sh", sys.executable, "-I", PLEXCTL]
+    return run_words(words + list(args), clean_environment(env))
+
+
+def is_usage_error(result, *words):
+    """Exit 2, nothing on stdout, and one printable line on stderr with these words."""
+    assert (result.status, result.out) == (2, "")
+    line = one_error_line(result, *words)
+    assert re.match(r"[ -~]+\Z", line) and result.err == line + "\n"
+    return True
+
+
+def assert_revoked_once(plane):
+    """One session was issued, and revoked exactly once."""
+    assert len(plane.issued) == 1 and plane.revoked == plane.issued and not plane.active()
+    assert [each.operation for each in plane.requests].count("revoke") == 1
+
+
+def find_pythons():
+    """This interpreter, and the oldest that plexctl is for, where there is one."""
+    found = glob.glob(os.path.expanduser("~/.pyenv/versions/3.6.*/bin/python3.6"))
+    found += [path for path in ("/usr/bin/python3.6", "/usr/local/bin/python3.6") if os.path.exists(path)]
+    return [sys.executable] + found[:1] * (sys.version_info[:2] != (3, 6))
+
+
+# ---- tests: values ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, expected", [(PROJECT_ID, PROJECT_ID), (UUID_UPPER, PROJECT_ID)] + [
+    (text, REFUSED) for text in BAD_UUIDS], ids=shown)
+def test_a_uuid_is_canonical_and_becomes_lower_case(text, expected):
+    assert outcome(plexctl.parse_uuid, text) == expected
+
+
+@pytest.mark.parametrize("text, expected", [("1", 1), ("65535", 65535), ("0022", 22)] + [
+    (text, REFUSED) for text in BAD_NUMBERS + ["0", "65536", "117925"]], ids=shown)
+def test_a_port_is_plain_digits_from_1_to_65535(text, expected):
+    assert outcome(plexctl.parse_port, text) == expected
+
+
+@pytest.mark.parametrize("text, expected", [("3", 3), ("7", 7), ("2", REFUSED), ("8", REFUSED)] + [
+    (text, REFUSED) for text in BAD_NUMBERS if text != "five"], ids=shown)
+def test_a_whole_number_lies_within_its_bounds(text, expected):
+    assert outcome(plexctl.parse_int, text, 3, 7) == expected
+
+
+@pytest.mark.parametrize("text, expected", [("0", 0), ("90", 90), ("0.5", 0.5), ("2.25", 2.25)] + [
+    (text, REFUSED) for text in BAD_NUMBERS + ["nan", "inf", "-0", "1.", ".5", "1,5", "1.5s"]
+    if text != "5.5"], ids=shown)
+def test_seconds_are_digits_with_perhaps_a_decimal_point(text, expected):
+    assert outcome(plexctl.parse_seconds, text) == expected
+
+
+@pytest.mark.parametrize("text, host, port", [
+    ("10.0.0.5:5432", "10.0.0.5", 5432), ("255.255.255.255:1", "255.255.255.255", 1),
+    ("[2001:db8::1]:65535", "2001:db8::1", 65535), ("[::ffff:10.0.0.1]:22", "::ffff:10.0.0.1", 22),
+    ("node-1.plex.example:22", "node-1.plex.example", 22), ("node.example.:22", "node.example.", 22),
+    ("localhost:1", "localhost", 1), ("3com.example:1", "3com.example", 1)], ids=shown)
+def test_an_endpoint_is_a_strict_host_and_a_port(text, host, port):
+    endpoint = plexctl.parse_endpoint(text)
+    assert (endpoint.host, endpoint.port, str(endpoint)) == (host, port, text)
+    assert endpoint == plexctl.parse_endpoint(text) and hash(endpoint) == hash(plexctl.parse_endpoint(text))
+
+
+@pytest.mark.parametrize("text", ["", ":", "name", "name:", ":80", "10.0.0.5", "::1:80", "name:80:80",
+                                  "name:80\n"] + [
+    "name:" + port for port in BAD_NUMBERS[1:] + ["0", "65536", "117925"]] + [
+    host + ":80" for host in BAD_ADDRESSES], ids=shown)
+def test_an_endpoint_of_any_other_form_is_refused(text):
+    assert outcome(plexctl.parse_endpoint, text) == REFUSED
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("127.0.0.1:0", "127.0.0.1:0"), ("127.0.0.1:65535", "127.0.0.1:65535"), ("0.0.0.0:5432", "0.0.0.0:5432"),
+    ("[::1]:0", "[::1]:0"), ("localhost:5432", "127.0.0.1:5432"), ("unix:/run/db.sock", "unix:/run/db.sock"),
+] + [(text, REFUSED) for text in [
+    "", "127.0.0.1", "5432", ":0", "*:0", "::1:0", "[::1]", "name.example:0", "127.0.0.1:65536",
+    "127.0.0.1:-1", "unix:", "unix:relative", "unix:/a\nb", "unix:/" + "a" * 200] + [
+    "127.0.0.1:" + port for port in BAD_NUMBERS] + [host + ":0" for host in BAD_ADDRESSES]], ids=shown)
+def test_a_local_address_is_a_literal_or_a_path(text, expected):
+    local = outcome(plexctl.parse_local_address, text)
+    assert str(local) == expected
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("https://plane.example", "https://plane.example:443"),
+    ("HTTPS://plane.example/", "https://plane.example:443"),
+    ("https://plane.example:8443/some/prefix/", "https://plane.example:8443/some/prefix"),
+    ("https://10.0.0.1", "https://10.0.0.1:443"), ("https://[2001:db8::1]:1", "https://[2001:db8::1]:1"),
+    ("http://127.0.0.1:1", "http://127.0.0.1:1"), ("http://127.255.0.9", "http://127.255.0.9:80"),
+    ("http://localhost", "http://localhost:80"), ("http://[::1]:1", "http://[::1]:1"),
+] + [(text, REFUSED) for text in BAD_SERVERS + BAD_HTTP_SERVERS] + [
+    ("https://" + host, REFUSED) for host in BAD_ADDRESSES if host != "a/b"], ids=shown)
+def test_a_server_is_an_absolute_https_url_or_loopback(text, expected):
+    assert str(outcome(plexctl.parse_server, text, False)) == expected
+
+
+@pytest.mark.parametrize("text, good", [(text, True) for text in BAD_HTTP_SERVERS] + [
+    (text, False) for text in BAD_SERVERS], ids=shown)
+def test_allow_http_permits_plain_http_and_nothing_else(text, good):
+    assert (outcome(plexctl.parse_server, text, True) != REFUSED) == good
+
+
+@pytest.mark.parametrize("one, other, same", [
+    ("https://plane.example", "https://PLANE.example:443/prefix", True),
+    ("https://plane.example", "https://plane.example:444", False),
+    ("http://localhost:443", "https://localhost:443", False),
+    ("https://plane.example", "https://plane.example.evil.example", False)], ids=shown)
+def test_two_servers_are_the_same_by_scheme_host_and_port(one, other, same):
+    assert plexctl.parse_server(one, False).same_origin(plexctl.parse_server(other, False)) == same
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("1970-01-01T00:00:00Z", 0), ("1970-01-01t00:00:01z", 1), ("1970-01-01T00:00:00.25Z", 0.25),
+    ("1970-01-01T00:00:01.123456789Z", 1.123456789), ("1970-01-01T02:00:00+02:00", 0),
+    ("1969-12-31T18:29:30.5-05:30", -29.5), ("1970-01-01T00:00:00-00:00", 0),
+    ("2000-02-29T00:00:00Z", 951782400), ("2016-12-31T23:59:60Z", 1483228799),
+    ("2099-05-02T10:30:00Z", 4081401000),
+] + [(text, REFUSED) for text in [
+    "", "1970-01-01", "1970-01-01T00:00:00", "1970-01-01 00:00:00Z", "1970-01-01T00:00Z", "19700101T000000Z",
+    "1970-01-01T00:00:00+0000", "1970-01-01T00:00:00+00", "1970-01-01T00:00:00,5Z", "1970-01-01T00:00:00.Z",
+    "1970-01-01T00:00:00Z\n", " 1970-01-01T00:00:00Z", "1970-02-30T00:00:00Z", "2100-02-29T00:00:00Z",
+    "1970-13-01T00:00:00Z", "1970-00-01T00:00:00Z", "1970-01-01T24:00:00Z", "1970-01-01T00:60:00Z",
+    "1970-01-01T00:00:61Z", "1970-01-01T00:00:00+24:00", "1970-01-01T00:00:00+00:60", "0000-01-01T00:00:00Z",
+    "12026-01-01T00:00:00Z", "-970-01-01T00:00:00Z", "1970-01-01T00:00:0%sZ" % ARABIC_FIVE, "0", "1e9"]],
+    ids=shown)
+def test_a_time_is_rfc_3339(text, expected):
+    found = outcome(plexctl.parse_time, text)
+    assert found == expected or REFUSED not in (found, expected) and abs(found - expected) < 1e-6
+
+
+@pytest.mark.parametrize("raw, expected", [
+    (b'{"a": [1, 2.5, null, true, "\\u00e9"]}', {"a": [1, 2.5, None, True, "\xe9"]}),
+    ('"\xe9\u2028"'.encode("utf-8"), "\xe9\u2028"), (b' "\\ud83d\\ude00" ', "\U0001f600"),
+] + [(raw, REFUSED) for raw in [
+    b"", b" ", b"{", b"{} {}", b"{'a': 1}", b"[1,]", b"NaN", b'{"a": NaN}', b"Infinity", b"[-Infinity]",
+    b"nan", b'{"a": 1, "a": 1}', b'[{"b": {"a": 1, "a": 2}}]', b'{"a": 1, "\\u0061": 2}', b'"\\ud800"',
+    b'{"\\udfff": 1}', b'"\xed\xa0\x80"', b"\xef\xbb\xbf{}", "{}".encode("utf-16"), "{}".encode("utf-16-le"),
+    "{}".encode("utf-32"), b'"\xff"', b'"\xc0\x80"', b'"\n"', b'"\x00"', b"[" * 100000,
+    b"[" * 100000 + b"]" * 100000, b'{"a":' * 100000 + b"1" + b"}" * 100000]], ids=shown)
+def test_json_is_strict(raw, expected):
+    assert outcome(plexctl.parse_json, raw) == expected
+
+
+def test_an_integer_of_5000_digits_is_a_number_or_refused_and_nothing_else():
+    assert outcome(plexctl.parse_json, b"9" * 5000) in (REFUSED, 10 ** 5000 - 1)
+
+
+def test_an_error_of_parse_json_does_not_hold_the_document():
+    with pytest.raises(ValueError) as raised:
+        plexctl.parse_json(b'{"token": "%s"' % BEARER.encode())
+    shown_lines = traceback.format_exception(type(raised.value), raised.value, raised.value.__traceback__)
+    assert BEARER not in "".join(shown_lines) + repr(raised.value)
+
+
+@pytest.mark.parametrize("text, good", [
+    ("10.0.0.5", True), ("db.internal", True), ("::1", True), ("localhost", True),
+    ("b\xfccher.example", True), ("", False), (" ", False), ("\t\n", False), ("\xa0", False),
+    ("\u2028", False), ("a b", False), (" a", False), ("a\n", False), ("a\x1b[2J", False), ("a\x00", False),
+    ("a\u202eb", False), ("a\xa0b", False), ("\udcff", False), ("a" * 254, False)], ids=shown)
+def test_a_target_host_is_printable_and_has_no_white_space(text, good):
+    assert outcome(plexctl.parse_target_host, text) == (text if good else REFUSED)
+
+
+@pytest.mark.parametrize("host, loopback, dialable", [
+    ("127.0.0.1", True, False), ("127.255.255.254", True, False), ("::1", True, False),
+    ("0:0:0:0:0:0:0:1", True, False), ("localhost", True, False), ("LOCALHOST.", True, False),
+    ("::ffff:127.0.0.1", True, False), ("128.0.0.1", False, True), ("::2", False, True),
+    ("100.64.0.12", False, True), ("2001:db8::1", False, True), ("node.example", False, True),
+    ("localhost.evil.example", False, True), ("127.0.0.1.evil.example", False, True),
+    ("notlocalhost", False, True), ("0.0.0.0", False, False), ("::", False, False), ("0:0::0", False, False),
+    ("::ffff:0.0.0.0", False, False), ("224.0.0.1", False, False), ("239.255.255.255", False, False),
+    ("::ffff:224.0.0.1", False, False), ("255.255.255.255", False, False), ("ff02::1", False, False)],
+    ids=shown)
+def test_loopback_unspecified_and_multicast_addresses_are_known(host, loopback, dialable):
+    assert (plexctl.is_loopback(host), plexctl.is_dialable(host)) == (loopback, dialable)
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("plain ~ text", "plain ~ text"), ("a\nb\r\t", "a\\nb\\r\\t"), ("\x1b[31m\x07", "\\x1b[31m\\x07"),
+    ("\x7f\x9b", "\\x7f\\x9b"), ("\xe9\u202e\u2028", "\\xe9\\u202e\\u2028"), ("\U0001f600", "\\U0001f600"),
+    ("\udcff", "\\udcff"), ("'\"", "'\""), ("a" * 400, "a" * 300 + "..."), ("\n" * 400, "\\n" * 300 + "...")],
+    ids=shown)
+def test_foreign_text_is_shown_as_printable_ascii(text, expected):
+    assert plexctl.escape(text) == expected
+
+
+def test_a_secret_does_not_show_itself():
+    secret = plexctl.Secret(BEARER)
+    assert secret.reveal() == BEARER
+    shapes = [repr(secret), str(secret), "%s %r" % (secret, secret), "{} {!r}".format(secret, secret),
+              format(secret),
+              repr([secret]), repr({"token": secret}), ascii(secret), repr(vars(type(secret)))]
+    assert not [each for each in shapes if BEARER in each or "psk_" in each]
+    assert not hasattr(secret, "__dict__")
+
+
+@pytest.mark.parametrize("carry_off", [
+    copy.copy, copy.deepcopy, json.dumps, iter, len, bytes, "{:>9}".format, lambda secret: "" + secret,
+    lambda secret: copy.deepcopy([secret]), lambda secret: "".join([secret])] + [
+    lambda secret, protocol=protocol: pickle.dumps(secret, protocol)
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1)])
+def test_a_secret_is_neither_copied_nor_pickled_nor_taken_for_text(carry_off):
+    with pytest.raises(TypeError) as raised:
+        carry_off(plexctl.Secret(BEARER))
+    assert BEARER not in str(raised.value)
+
+
+@pytest.mark.parametrize("raw, expected", [
+    (b"psk_1", "psk_1"), (b"psk_1\n", "psk_1"), (b"psk_1\r\n", "psk_1"), (b"!~", "!~"), (b"a", "a"),
+    (b"a" * 8192, "a" * 8192), (b"a" * 8192 + b"\r\n", "a" * 8192)], ids=shown)
+def test_one_line_end_of_a_token_is_dropped(raw, expected):
+    assert plexctl.parse_token(raw, "here").reveal() == expected
+
+
+@pytest.mark.parametrize("raw", BAD_TOKENS, ids=shown)
+def test_a_token_of_other_characters_is_refused_and_not_shown(raw):
+    with pytest.raises(plexctl.CredentialsError) as raised:
+        plexctl.parse_token(raw, "here")
+    assert str(raised.value).startswith("here: ") and "psk" not in str(raised.value)
+    assert raised.value.exit_code == 3
+
+
+@pytest.mark.parametrize("count, expected", [
+    (0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1536, "1.5 KiB"), (1 << 20, "1.0 MiB"),
+    (5 << 30, "5.0 GiB"), (3 << 40, "3.0 TiB"), (5000 << 40, "5000.0 TiB")])
+def test_a_byte_count_is_shown_for_people(count, expected):
+    assert plexctl.show_bytes(count) == expected
+
+
+@pytest.mark.parametrize("seconds, expected", [
+    (-5, "0s"), (0, "0s"), (59.9, "59s"), (60, "1m00s"), (125, "2m05s"), (3599, "59m59s"), (3600, "1h00m"),
+    (3725, "1h02m"), (360000, "100h00m")])
+def test_a_duration_is_shown_for_people(seconds, expected):
+    assert plexctl.show_seconds(seconds) == expected
+
+
+@pytest.mark.parametrize("error, expected", [
+    (ConnectionRefusedError(111, "Connection refused"), "Connection refused"),
+    (OSError(5, "bad\x1b[1m"), "bad\\x1b[1m"), (socket.timeout("timed out"), "timed out"),
+    (ValueError("Invalid header value b'Bearer %s'" % BEARER), "ValueError"),
+    (OSError("Bearer " + BEARER), "OSError"), (RecursionError(BEARER), "RecursionError"),
+    (FileNotFoundError(2, "No such file or directory", "/" + BEARER), "No such file or directory")],
+    ids=shown)
+def test_an_error_is_shown_without_what_it_was_given(error, expected):
+    assert plexctl.show_error(error) == expected
+
+
+def test_the_reason_of_a_urlerror_is_shown():
+    import urllib.error
+    reason = ConnectionResetError(104, "Connection reset by peer")
+    assert plexctl.show_error(urllib.error.URLError(reason)) == "Connection reset by peer"
+
+
+# ---- tests: credentials, in order ---------------------------------------------------------------
+
+PROFILES = {"default": "main", "profiles": {
+    "main": {"server": "https://main.example", "token": "psk_main"},
+    "side": {"server": "https://side.example", "token": "psk_side"},
+    "address": {"server": "https://address.example"}, "same": {"server": "https://main.example"},
+    "token": {"token": "psk_token"}, "empty": {}}}
+URL, TOKEN = {"PLEXSPHERE_URL": "https://url.example"}, {"PLEXSPHERE_TOKEN": "psk_environment"}
+BOTH = dict(URL, **TOKEN)
+
+
+def resolve(home, server="", profile="", token_file="", environ=()):
+    """What resolve_credentials finds as (host, token), or the exit code of its error."""
+    try:
+        found = plexctl.resolve_credentials(server, profile, token_file, False, dict(environ, HOME=str(home)))
+    except plexctl.PlexctlError as error:
+        return error.exit_code
+    return found[0].host, found[1].reveal()
+
+
+@pytest.mark.parametrize("server, profile, environ, expected", [
+    ("https://flag.example", "side", BOTH, "flag.example"),
+    ("https://flag.example", "", BOTH, "flag.example"),
+    ("", "side", BOTH, "side.example"), ("", "address", BOTH, "address.example"),
+    ("", "token", BOTH, "url.example"), ("", "empty", BOTH, "url.example"), ("", "", BOTH, "url.example"),
+    ("", "", TOKEN, "main.example"), ("", "empty", TOKEN, "main.example"),
+    ("", "", dict(TOKEN, PLEXSPHERE_URL=""), "main.example"),
+], ids=shown)
+def test_the_first_server_found_wins(tmp_path, server, profile, environ, expected):
+    write_config(tmp_path, PROFILES)
+    token_file = write_private(tmp_path / "token", "psk_file\n")
+    assert resolve(tmp_path, server, profile, token_file, environ) == (expected, "psk_file")
+
+
+@pytest.mark.parametrize("token_file, server, profile, environ, expected", [
+    (True, "", "side", BOTH, "psk_file"), (True, "", "", BOTH, "psk_file"), (True, "", "", {}, "psk_file"),
+    (False, "", "side", BOTH, "psk_side"), (False, "", "address", BOTH, "psk_environment"),
+    (False, "", "empty", BOTH, "psk_environment"), (False, "", "", BOTH, "psk_environment"),
+    (False, "https://other.example", "", TOKEN, "psk_environment"), (False, "", "", {}, "psk_main"),
+    (False, "", "", {"PLEXSPHERE_TOKEN": ""}, "psk_main"),
+    (False, "https://main.example:443/x", "", {}, "psk_main"),
+    (False, "", "same", {}, "psk_main"),
+    (False, "", "address", {}, 3), (False, "", "nobody", BOTH, 3)], ids=shown)
+def test_the_first_token_found_wins(tmp_path, token_file, server, profile, environ, expected):
+    write_config(tmp_path, PROFILES)
+    path = write_private(tmp_path / "token", "psk_file\n") if token_file else ""
+    found = resolve(tmp_path, server, profile, path, environ)
+    assert (found if found == 3 else found[1]) == expected
+
+
+@pytest.mark.parametrize("server, profile, environ", [
+    ("https://other.example", "side", {}), ("https://side.example:444", "side", {}),
+    ("https://main.example", "side", {}), ("http://localhost", "side", {}),
+    ("https://side.example.evil.example", "side", {}), ("https://other.example", "", {}), ("", "", URL),
+    ("", "token", URL), ("https://other.example", "token", {}), ("", "token", {})], ids=shown)
+def test_the_token_of_a_profile_goes_to_no_other_server(tmp_path, server, profile, environ):
+    write_config(tmp_path, PROFILES)
+    assert resolve(tmp_path, server, profile, "", environ) == 3
+
+
+def test_a_profile_token_for_another_server_is_refused_with_the_reason(cli, simulation, tmp_path):
+    entry = {"server": "https://prod.example", "token": BEARER}
+    environ = write_config(tmp_path, {"profiles": {"prod": entry}})
+    result = cli(forward_args(simulation.plane, "--profile", "prod"), environ)
+    assert result.status == 3 and simulation.plane.requests == []
+    one_error_line(result, "profile", "own server")
+
+
+def test_a_default_profile_alone_is_enough(cli, simulation, tmp_path):
+    document = {"default": "prod", "profiles": {"prod": {"server": simulation.plane.url, "token": BEARER}}}
+    result = cli(["tcp-forward"] + REQUIRED_FLAGS, write_config(tmp_path, document))
+    assert result.status == 0 and len(simulation.plane.issued) == 1
+
+
+def test_xdg_config_home_comes_before_home_and_a_relative_one_is_ignored(cli, simulation, tmp_path):
+    document = {"default": "prod", "profiles": {"prod": {"server": simulation.plane.url, "token": BEARER}}}
+    write_config(tmp_path, document)
+    wrong = write_config(tmp_path / "other", "not JSON")
+    there = dict(wrong, XDG_CONFIG_HOME=str(tmp_path / ".config"))
+    assert cli(["tcp-forward"] + REQUIRED_FLAGS, there).status == 0
+    relative = {"HOME": str(tmp_path), "XDG_CONFIG_HOME": "relative"}
+    assert cli(["tcp-forward"] + REQUIRED_FLAGS, relative).status == 0
+
+
+@pytest.mark.parametrize("environ, args, status, word", [
+    ({}, [], 2, "server"), (TOKEN, [], 2, "server"),
+    ({"PLEXSPHERE_URL": "https://localhost:1"}, [], 3, "credentials"),
+    ({}, ["--profile", "prod"], 3, "--profile"), (BOTH, ["--profile", "prod"], 3, "--profile"),
+    ({"PLEXSPHERE_URL": "plane.example"}, [], 2, "PLEXSPHERE_URL"),
+    (BOTH, ["--token-file", "/nonexistent"], 3, "--token-file"),
+    ({}, ["--server", "http://plane.example", "--allow-http"], 3, "credentials"),
+    ({}, ["--server", "http://plane.example"], 2, "--server"),
+    ({}, ["--server", "http://localhost:1"], 3, "credentials"),
+    ({"PLEXSPHERE_URL": "http://127.0.0.1.evil.example", "PLEXSPHERE_TOKEN": "x"}, [], 2, "PLEXSPHERE_URL"),
+    ({"PLEXSPHERE_URL": "https://user:%s@plane.example" % BEARER}, [], 2, "PLEXSPHERE_URL")], ids=shown)
+def test_a_server_that_is_missing_exits_2_and_credentials_3(cli, environ, args, status, word):
+    result = cli(["tcp-forward"] + REQUIRED_FLAGS + args, environ)
+    assert (result.status, result.out) == (status, "")
+    one_error_line(result, word)
+
+
+@pytest.mark.parametrize("server, status", [("plane.example", 2), ("http://plane.example", 2),
+                                            ("https://localhost:0", 2)])
+def test_a_malformed_server_in_a_profile_exits_2(cli, tmp_path, server, status):
+    entry = {"server": server, "token": BEARER}
+    environ = write_config(tmp_path, {"default": "prod", "profiles": {"prod": entry}})
+    result = cli(["tcp-forward"] + REQUIRED_FLAGS, environ)
+    assert result.status == status
+    one_error_line(result, "profile")
+
+
+GOOD_ENTRY = {"server": "https://localhost:1", "token": "psk_1"}
+
+
+@pytest.mark.parametrize("document", [
+    "", "{}", "[]", "null", "not JSON", b"\xff", b"\xef\xbb\xbf{}", '{"profiles": {}, "profiles": {}}',
+    "[" * 60000, {"profiles": []}, {"profiles": None}, {"default": "prod"},
+    {"profiles": {"prod": "https://plane.example"}}, {"profiles": {"prod": GOOD_ENTRY, "bad": None}},
+    {"profiles": {"prod": dict(GOOD_ENTRY, port=1)}}, {"profiles": {"prod": dict(GOOD_ENTRY, token=5)}},
+    {"profiles": {"prod": dict(GOOD_ENTRY, server=None)}}, {"profiles": {"prod": GOOD_ENTRY}, "more": 1},
+    {"profiles": {"prod": GOOD_ENTRY}, "default": 5}, {"profiles": {"prod": GOOD_ENTRY}, "default": None},
+    {"profiles": {"prod": GOOD_ENTRY}, "default": ["prod"]}], ids=shown)
+@pytest.mark.parametrize("args", [[], ["--profile", "prod"]], ids=["default", "named"])
+def test_a_config_file_of_another_shape_exits_3_and_shows_the_right_one(cli, tmp_path, document, args):
+    result = cli(["tcp-forward"] + REQUIRED_FLAGS + args, write_config(tmp_path, document))
+    assert (result.status, result.out) == (3, "")
+    one_error_line(result, "config.json", '{"default": "prod", "profiles": {"prod": {"server": ',
+                   '"token": "psk_..."')
+
+
+@pytest.mark.parametrize("document, args", [
+    ({"default": "gone", "profiles": {"prod": GOOD_ENTRY}}, []),
+    ({"default": "prod", "profiles": {"prod": GOOD_ENTRY}}, ["--profile", "gone"]),
+    ({"default": "prod", "profiles": {"prod": dict(GOOD_ENTRY, token="psk 1\r\n")}}, []),
+    ({"default": "prod", "profiles": {"prod": dict(GOOD_ENTRY, token="")}}, []),
+    ({"default": "prod", "profiles": {"prod": dict(GOOD_ENTRY, token="psk_\xe9")}}, [])], ids=shown)
+def test_an_unknown_profile_or_a_bad_token_in_it_exits_3(cli, tmp_path, document, args):
+    result = cli(["tcp-forward"] + REQUIRED_FLAGS + args, write_config(tmp_path, document))
+    assert result.status == 3 and "psk" not in one_error_line(result, "config.json")
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o620, 0o604, 0o660, 0o601])
+def test_a_config_or_token_file_that_others_may_use_exits_3(cli, simulation, tmp_path, mode):
+    document = {"default": "prod", "profiles": {"prod": {"server": simulation.plane.url, "token": BEARER}}}
+    result = cli(["tcp-forward"] + REQUIRED_FLAGS, write_config(tmp_path, document, mode))
+    assert result.status == 3 and one_error_line(result, "config.json", "%04o" % mode)
+    path = write_private(tmp_path / "token", BEARER, mode)
+    result = cli(forward_args(simulation.plane, "--token-file", path))
+    assert result.status == 3 and one_error_line(result, "--token-file", "%04o" % mode)
+    assert simulation.plane.requests == []
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o400])
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"], ids=shown)
+def test_a_private_token_file_is_used(cli, simulation, tmp_path, mode, end):
+    path = write_private(tmp_path / "token", BEARER + end, mode)
+    assert cli(forward_args(simulation.plane, "--token-file", path)).status == 0
+    assert simulation.plane.requests[0].headers["Authorization"] == "Bearer " + BEARER
+
+
+@pytest.mark.parametrize("raw", BAD_TOKENS, ids=shown)
+def test_a_token_file_with_anything_else_in_it_exits_3(cli, simulation, tmp_path, raw):
+    path = write_private(tmp_path / "token", raw)
+    result = cli(forward_args(simulation.plane, "--token-file", path), {"PLEXSPHERE_TOKEN": BEARER})
+    assert result.status == 3 and simulation.plane.requests == []
+    assert "psk" not in one_error_line(result, "--token-file")
+
+
+@pytest.mark.parametrize("text", [
+    "psk 1", "psk_1\n\n", "psk\r\nX-Header: 1", "psk_\x7f", "psk_\xe9", "psk_\u2028", "psk_\xa0", "psk_\x1c",
+    "psk_\udcff", "\ufeffpsk_1", "a" * 8193], ids=shown)
+def test_a_token_in_the_environment_with_other_characters_exits_3(cli, simulation, text):
+    result = cli(forward_args(simulation.plane), {"PLEXSPHERE_TOKEN": text})
+    assert result.status == 3 and simulation.plane.requests == []
+    assert "psk" not in one_error_line(result, "PLEXSPHERE_TOKEN")
+
+
+def test_a_token_file_of_64_kib_is_read_and_a_larger_one_is_not(tmp_path):
+    full = write_private(tmp_path / "full", b"a" * 65536)
+    assert plexctl.read_secret_file(full, "--token-file") == b"a" * 65536
+    with pytest.raises(plexctl.CredentialsError, match="larger than 65536"):
+        plexctl.read_secret_file(write_private(tmp_path / "more", b"a" * 65537), "--token-file")
+
+
+def make_fifo(path):
+    os.mkfifo(path, 0o600)
+
+
+def make_unix_socket(path):
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(path)
+    os.chmod(path, 0o600)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX files")
+@pytest.mark.parametrize("make", [
+    make_fifo, make_unix_socket, os.mkdir, lambda path: os.symlink("/dev/zero", path),
+    lambda path: os.symlink("/nonexistent", path), lambda path: None],
+    ids=["a FIFO without a writer", "a socket", "a directory", "a device", "a dangling link", "nothing"])
+def test_a_token_file_that_is_no_file_exits_3_and_does_not_block(simulation, tmp_path, make):
+    path = str(tmp_path / "token")
+    make(path)
+    args = forward_args(simulation.plane, "--token-file", path)
+    result = run_redirected("", args, {"PLEXSPHERE_TOKEN": BEARER})
+    assert result.status == 3 and simulation.plane.requests == []
+    one_error_line(result, "--token-file")
+
+
+def test_a_link_counts_as_what_it_leads_to(cli, simulation, tmp_path):
+    for name, mode, status in (("good", 0o600, 0), ("bad", 0o644, 3)):
+        os.symlink(write_private(tmp_path / name, BEARER, mode), str(tmp_path / (name + ".link")))
+        result = cli(forward_args(simulation.plane, "--token-file", tmp_path / (name + ".link")))
+        assert result.status == status
+
+
+@pytest.mark.skipif(not LINUX, reason="Linux takes any bytes for a file name")
+def test_a_token_file_may_have_any_name(cli, simulation, tmp_path):
+    path = os.path.join(str(tmp_path), os.fsdecode(b"j\xfcrgen token"))
+    write_private(path, BEARER)
+    assert cli(forward_args(simulation.plane, "--token-file", path)).status == 0
+
+
+@pytest.mark.skipif(not ROOT, reason="needs root to give files away")
+def test_a_token_file_of_another_user_exits_3(cli, simulation, tmp_path):
+    path = write_private(tmp_path / "token", BEARER)
+    os.chown(path, 65534, 0)
+    result = cli(forward_args(simulation.plane, "--token-file", path))
+    assert result.status == 3 and one_error_line(result, "--token-file", "65534")
+    environ = write_config(tmp_path, PROFILES)
+    os.chown(str(tmp_path / ".config" / "plexctl" / "config.json"), 65534, 0)
+    result = cli(["tcp-forward"] + REQUIRED_FLAGS, environ)
+    assert result.status == 3 and one_error_line(result, "config.json", "65534")
+    assert simulation.plane.requests == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permission bits")
+def test_a_token_file_cannot_be_swapped_between_the_check_and_the_use(tmp_path):
+    good, bad = write_private(tmp_path / "good", b"good"), write_private(tmp_path / "bad", b"bad", 0o644)
+    path, over, seen = str(tmp_path / "token"), threading.Event(), set()
+    os.symlink(good, path)
+
+    def swap():
+        while not over.is_set():
+            for each in (bad, good):
+                os.symlink(each, path + ".new")
+                os.rename(path + ".new", path)
+
+    attacker = threading.Thread(target=swap)
+    attacker.start()
+    try:
+        for _ in range(1500):
+            try:
+                seen.add(plexctl.read_secret_file(path, "--token-file"))
+            except plexctl.CredentialsError:
+                pass
+    finally:
+        over.set()
+        attacker.join()
+    assert b"bad" not in seen
+
+
+def test_a_token_comes_from_standard_input(simulation):
+    result = run_plexctl(forward_args(simulation.plane, "--token-file", "-"), input=BEARER + "\r\n")
+    assert (result.returncode, result.stderr) == (0, "") and len(simulation.plane.issued) == 1
+
+
+@pytest.mark.parametrize("redirections", ["<&-", "</dev/null"])
+def test_a_standard_input_without_a_token_exits_3(simulation, redirections):
+    result = run_redirected(redirections, forward_args(simulation.plane, "--token-file", "-"), {})
+    assert result.status == 3 and simulation.plane.requests == []
+    one_error_line(result, "--token-file")
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+def test_a_token_comes_from_a_process_substitution_however_slow(simulation):
+    script = 'exec "$@" --token-file <(sleep 0.3; printf "%s\\n" "$OF_THE_TEST")'
+    words = ["bash", "-c", script, "bash", sys.executable, "-I", PLEXCTL] + forward_args(simulation.plane)
+    result = run_words(words, clean_environment({"OF_THE_TEST": BEARER}))
+    assert (result.status, result.err) == (0, "") and len(simulation.plane.issued) == 1
+
+
+# ---- tests: command line ------------------------------------------------------------------------
+
+@pytest.mark.parametrize("line", [
+    "tcp-forward --project-id {p} --resource-id {r} --host 10.0.0.5 --port 5432",
+    "--output json tcp-forward --project-id {p} --resource-id {r} --host 10.0.0.5 --port 5432 "
+    "--local-addr 127.0.0.1:15432 --ttl-seconds 900"])
+def test_an_example_of_the_command_works_as_it_stands(cli, simulation, line):
+    result = cli(line.format(p=PROJECT_ID, r=RESOURCE_ID).split(), simulation.plane.environment())
+    assert (result.status, result.err) == (0, "")
+    request, session = simulation.plane.requests[0], simulation.plane.sessions[0]
+    ttl = {"requested_ttl_seconds": 900} if "900" in line else {}
+    key = request.body.pop("idempotency_key")
+    assert is_uuid(key) and request.path == SESSIONS_PATH and request.body == dict(
+        ttl, resource_id=RESOURCE_ID, kind="tcp", target={"tcp": {"host": HOST, "port": PORT}})
+    document = parse_document(result.out, "json" if "json" in line else "text")
+    assert document["session_id"] == session.id and document["listener_endpoint"] == session.endpoint
+    assert document["local_addr"].startswith("127.0.0.1:15432" if ttl else "127.0.0.1:")
+
+
+@pytest.mark.parametrize("before, after, form", [
+    ([], [], "text"), (["--output", "json"], [], "json"), ([], ["--output", "json"], "json"),
+    (["--output=json"], ["--output", "yaml"], "yaml"), (["--output", "yaml"], ["--output=json"], "json"),
+    (["--yes", "--allow-http"], ["--yes=true", "--allow-http=false"], "text"),
+    (["--server", "https://other.invalid"], [], "text"),
+    (["--token-file", "/nonexistent"], ["--token-file", "OK"], "text"),
+    ([], ["--output", "yaml", "--output", "json"], "json")], ids=shown)
+def test_a_persistent_flag_after_the_command_wins(cli, simulation, tmp_path, before, after, form):
+    path = write_private(tmp_path / "token", BEARER)
+    args = before + forward_args(simulation.plane, *[path if word == "OK" else word for word in after])
+    result = cli(args, {"PLEXSPHERE_TOKEN": BEARER})
+    assert (result.status, result.err) == (0, "")
+    assert parse_document(result.out, form)["session_id"] == simulation.plane.issued[0]
+
+
+@pytest.mark.parametrize("flag", ["--server", "--profile", "--token-file"])
+def test_a_persistent_flag_before_the_command_keeps_its_value(cli, simulation, tmp_path, flag):
+    environ = write_config(tmp_path, {"default": "gone", "profiles": {
+        "staging": {"server": simulation.plane.url, "token": BEARER}}})
+    values = {"--server": simulation.plane.url, "--profile": "staging",
+              "--token-file": write_private(tmp_path / "token", BEARER)}
+    more = {} if flag == "--profile" else {"PLEXSPHERE_URL": "https://other.invalid",
+                                           "PLEXSPHERE_TOKEN": BEARER}
+    if flag == "--token-file":
+        more = {"PLEXSPHERE_URL": simulation.plane.url, "PLEXSPHERE_TOKEN": "psk_other"}
+    result = cli([flag, values[flag], "tcp-forward"] + REQUIRED_FLAGS, dict(environ, **more))
+    assert result.status == 0 and len(simulation.plane.issued) == 1
+
+
+@pytest.mark.reveals
+@pytest.mark.parametrize("before, after, revealed", [
+    ([], [], False), ([], ["--reveal-secrets"], True), (["--reveal-secrets"], [], True),
+    ([], ["--reveal-secrets=true"], True), (["--reveal-secrets"], ["--reveal-secrets=false"], False),
+    (["--reveal-secrets=false"], ["--reveal-secrets"], True),
+    (["--reveal-secrets=true"], ["--reveal-secrets=false"], False), (["--reveal-secrets=false"], [], False),
+    ([], ["--reveal-secrets", "--reveal-secrets=false"], False)], ids=shown)
+def test_reveal_secrets_is_inherited_when_it_is_unset(cli, simulation, tmp_path, before, after, revealed):
+    environ = {"PLEXSPHERE_TOKEN": BEARER, "PLEXCTL_AUDIT_LOG": str(tmp_path / "audit.log")}
+    result = cli(before + forward_args(simulation.plane, *after), environ)
+    assert result.status == 0 and (simulation.plane.sessions[0].token in result.err) == revealed
+    assert os.path.exists(str(tmp_path / "audit.log")) == revealed
+
+
+@pytest.mark.parametrize("flags", [
+    ["--proxy=false"], ["--stdio=false"],
+    ["--renew=false", "--keep-session=false", "--allow-other-users=false"],
+    ["--proxy", "--proxy=false"]], ids=shown)
+def test_a_flag_that_is_false_is_not_given(cli, simulation, flags):
+    result = cli(forward_args(simulation.plane, *flags), simulation.plane.environment())
+    assert result.status == 0 and len(simulation.plane.active()) == 1
+
+
+@pytest.mark.parametrize("before, after", [
+    (["-v"], []), ([], ["-v"]), (["-vv"], []), ([], ["-vv"]), ([], ["-v", "-v"]), (["-v"], ["-vv"]),
+    ([], ["-vvv"]), ([], ["-vvvv"]), (["--verbose"], ["--verbose"])], ids=shown)
+def test_verbose_counts_in_every_spelling(cli, simulation, before, after):
+    result = cli(before + forward_args(simulation.plane, *after), simulation.plane.environment())
+    assert result.status == 0 and parse_document(result.out, "text")
+    lines = result.err.splitlines()
+    assert lines and all(line.startswith("plexctl: ") and "error" not in line for line in lines)
+
+
+@pytest.mark.parametrize("args", [
+    ["-h"], ["--help"], ["tcp-forward", "-h"], ["tcp-forward", "--port", "0", "--help"],
+    ["--nonsense", "-h"]], ids=shown)
+def test_help_goes_to_stdout_and_exits_0(cli, args):
+    result = cli(args)
+    assert (result.status, result.err) == (0, "")
+    missing = [flag for flag in REQUIRED_FLAGS[::2] + ["--proxy", "--reveal-secrets"]
+               if flag not in result.out]
+    assert not missing and all(len(line) <= 100 for line in result.out.splitlines())
+
+
+@pytest.mark.parametrize("args", [["--version"], ["tcp-forward", "--version"]], ids=shown)
+def test_version_exits_0(cli, args):
+    assert cli(args) == Result(0, "plexctl %s\n" % plexctl.__version__, "")
+
+
+USAGE_ERRORS = [([], "command"), (["-v"], "command"), (["tcp"], "command"),
+                (["tcp-forwards"] + REQUIRED_FLAGS, "command"),
+                ([""], "command"), (["--", "true"], "command")]
+USAGE_ERRORS += [(["tcp-forward"] + flags_with(flag), flag) for flag in REQUIRED_FLAGS[::2]]
+USAGE_ERRORS += [(["tcp-forward"] + flags_with(flag, text), flag) for flag, texts in (
+    ("--project-id", BAD_UUIDS), ("--resource-id", BAD_UUIDS),
+    ("--port", BAD_NUMBERS + ["0", "65536", "117925"]),
+    ("--host", ["", " ", "\t", "\xa0", "\u2028", "a b", "a\x1b]0;x\x07", "\udcff"])) for text in texts]
+USAGE_ERRORS += [(["tcp-forward"] + REQUIRED_FLAGS + [flag, text], flag) for flag, texts in (
+    ("--ttl-seconds", BAD_NUMBERS),
+    ("--wait-seconds", ["", "-1", "nan", "inf", "1e3", "1_0", ARABIC_FIVE, " 5", "5s"]),
+    ("--output", ["", "xml", "JSON", "json ", "\x1b[2J"]), ("--server", BAD_SERVERS + BAD_HTTP_SERVERS),
+    ("--profile", [""]), ("--token-file", [""]), ("--ca-file", [""]),
+    ("--local-addr", ["", "127.0.0.1", "127.1:0", "0:0", "[::1]", "::1:0", "127.0.0.1:65536",
+                      "unix:/run/db.sock", "unix:x"]),
+) for text in texts]
+USAGE_ERRORS += [(["tcp-forward"] + REQUIRED_FLAGS + ["--proxy", "--max-sessions", text], "--max-sessions")
+                 for text in BAD_NUMBERS + ["0", "33"]]
+USAGE_ERRORS += [(["tcp-forward"] + REQUIRED_FLAGS + words, flag) for words, flag in (
+    (["--proxy", "--stdio"], "--proxy"), (["--proxy", "--", "true"], "--proxy"),
+    (["--stdio", "--", "true"], "--stdio"), (["--max-sessions", "2"], "--max-sessions"),
+    (["--max-sessions", "1"], "--max-sessions"), (["--renew"], "--renew"),
+    (["--keep-session"], "--keep-session"), (["--allow-other-users"], "--allow-other-users"),
+    (["--local-addr", "127.0.0.1:0", "--stdio"], "--local-addr"),
+    (["--local-addr", "unix:/x", "--stdio"], "--local-addr"), (["--"], "--"), (["--", ""], "--"),
+    (["--proxy", "--"], "--"), (["--reveal"], "--reveal"), (["--reveal=true"], "--reveal"),
+    (["--prox"], "--prox"), (["--out", "json"], "--out"), (["--token", "psk_x"], "--token"),
+    (["--serv=x"], "--serv"), (["--reveal-secrets=maybe"], "--reveal-secrets"),
+    (["--reveal-secrets="], "--reveal-secrets"), (["--reveal-secrets=TRUE"], "--reveal-secrets"),
+    (["--proxy=1"], "--proxy"), (["--yes=no"], "--yes"), (["--nonsense"], "--nonsense"), (["-x"], "-x"),
+    (["-vx"], "-v"), (["--port"], "--port"), (["--server"], "--server"), (["--output", "--yes"], "--output"),
+    (["argument"], "argument"), (["tcp-forward"], "argument"))]
+USAGE_ERRORS += [(words + ["tcp-forward"] + REQUIRED_FLAGS, flag) for words, flag in (
+    (["--reveal"], "--reveal"), (["--token", "psk_x"], "--token"), (["--out", "json"], "--out"),
+    (["--output", "x"], "--output"), (["--server", ""], "--server"), (["--port", "22"], "--port"),
+    (["--yes=no"], "--yes"), (["--\x1b[31m\x07"], "--"), (["--\udcff"], "--"), (["\x1b[31m"], "command"),
+    (["-\u202e"], "-"))]
+
+
+def without_required_flags(value):
+    """The id of a row of USAGE_ERRORS."""
+    return shown(value if isinstance(value, str) else [word for word in value if word not in REQUIRED_FLAGS])
+
+
+@pytest.mark.parametrize("args, flag", USAGE_ERRORS, ids=without_required_flags)
+def test_a_usage_error_is_one_line_that_names_the_flag(cli, simulation, tmp_path, args, flag):
+    audit_log = tmp_path / "audit.log"
+    more = {} if "--server" in args else {"PLEXSPHERE_URL": simulation.plane.url}
+    result = cli(args, dict(more, PLEXSPHERE_TOKEN=BEARER, PLEXCTL_AUDIT_LOG=str(audit_log)))
+    assert is_usage_error(result, flag) and simulation.plane.requests == []
+    assert "psk_x" not in result.err and not audit_log.exists()
+
+
+@pytest.mark.parametrize("args", [["--token-file", "/nonexistent"], ["--profile", "gone"],
+                                  ["--reveal-secrets"]], ids=shown)
+def test_every_flag_is_checked_before_anything_is_opened(cli, tmp_path, args):
+    environ = write_config(tmp_path, "not JSON", 0o644)
+    result = cli(args + ["tcp-forward"] + flags_with("--port", "0"), environ)
+    assert is_usage_error(result, "--port") and os.listdir(str(tmp_path)) == [".config"]
+
+
+@pytest.mark.parametrize("words, after, status", [
+    (["--token", BEARER], False, 2), (["--token", BEARER], True, 2), (["--token=" + BEARER], False, 2),
+    (["--token=" + BEARER], True, 2), (["-t" + BEARER], True, 2), (["-t", BEARER], False, 2),
+    ([BEARER], False, 2), ([BEARER], True, 2), (["--reveal-secrets=" + BEARER], True, 2),
+    (["--yes", BEARER], True, 2), (["--yes=" + BEARER], False, 2),
+    (["--server", "https://user:%s@127.0.0.1" % BEARER], True, 2),
+    (["--server", "https://%s@127.0.0.1" % BEARER], False, 2),
+    (["--server", "https://127.0.0.1/?token=" + BEARER], True, 2),
+    (["--server=https://127.0.0.1/#" + BEARER], True, 2), (["--server", BEARER], True, 2),
+    (["--output", BEARER], True, 2), (["--port", BEARER], True, 2), (["--project-id=" + BEARER], True, 2),
+    (["--local-addr", BEARER], True, 2), (["--max-sessions", BEARER], True, 2),
+    (["--host", BEARER + "\n"], True, 2), (["--token-file", BEARER], True, 3),
+    (["--profile", BEARER], True, 3)], ids=lambda value: shown(value).replace(BEARER, "S"))
+def test_a_secret_in_the_wrong_place_is_not_shown(cli, simulation, words, after, status):
+    args = ["tcp-forward"] + REQUIRED_FLAGS
+    result = cli(args + words if after else words + args, {"PLEXSPHERE_URL": simulation.plane.url})
+    assert result.status == status and simulation.plane.requests == []
+    assert BEARER[:12] not in one_error_line(result)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="argv is text there")
+@pytest.mark.parametrize("args", [
+    ["\udcff"], ["--\udcff", "tcp-forward"], ["tcp-forward"] + flags_with("--project-id", "\udcff"),
+    ["tcp-forward"] + flags_with("--host", "\udcfe\udcff")], ids=shown)
+def test_an_argument_of_undecodable_bytes_is_a_usage_error(args):
+    result = run_plexctl(args)
+    assert is_usage_error(Result(result.returncode, result.stdout, result.stderr))
+
+
+# ---- tests: output ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("host, shown_target", [
+    ("10.0.0.5", "10.0.0.5:5432"), ("2001:db8::5", "[2001:db8::5]:5432"), ("db.internal", "db.internal:5432"),
+    ("b\xfccher.example", "b\\xfccher.example:5432")], ids=shown)
+@pytest.mark.parametrize("form", ["text", "json", "yaml"])
+def test_the_document_has_exactly_the_published_form(cli, simulation, host, shown_target, form):
+    args = ["tcp-forward", "--server", simulation.plane.url, "--local-addr", "127.0.0.1:15432", "--output",
+            form]
+    result = cli(args + flags_with("--host", host), simulation.plane.environment())
+    assert (result.status, result.err) == (0, "")
+    session = simulation.plane.sessions[0]
+    assert simulation.plane.requests[0].body["target"]["tcp"]["host"] == host
+    as_json = json.dumps({
+        "session_id": session.id, "kind": "tcp", "local_addr": "127.0.0.1:15432",
+        "listener_endpoint": session.endpoint, "target": {"host": host, "port": PORT},
+        "expires_at": session.expires_at}) + "\n"
+    as_yaml = ('session_id: "%s"\nkind: "tcp"\nlocal_addr: "127.0.0.1:15432"\nlistener_endpoint: "%s"\n'
+               'target:\n  host: %s\n  port: %d\nexpires_at: "%s"\n'
+               % (session.id, session.endpoint, json.dumps(host), PORT, session.expires_at))
+    row = ("127.0.0.1:15432", session.endpoint, shown_target, session.id, session.expires_at)
+    header = ("LOCAL_ADDR", "LISTENER_ENDPOINT", "TARGET", "SESSION_ID", "EXPIRES_AT")
+    widths = [max(len(a), len(b)) for a, b in zip(header, row)]
+    as_text = "".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() + "\n"
+                      for line in (header, row))
+    assert result.out == {"json": as_json, "yaml": as_yaml, "text": as_text}[form]
+    if form != "text":
+        assert parse_document(result.out, form) == json.loads(as_json)
+
+
+@pytest.mark.parametrize("local_addr", ["127.0.0.1:0", "[::1]:0"])
+def test_port_0_is_resolved_to_a_port_that_is_free(cli, simulation, local_addr):
+    family = socket.AF_INET6 if "[" in local_addr else socket.AF_INET
+    host = local_addr.rsplit(":", 1)[0]
+    with socket.socket(family) as probe:
+        try:
+            probe.bind((host.strip("[]"), 0))
+        except OSError:
+            pytest.skip("no such address here")
+    result = cli(forward_args(simulation.plane, "--local-addr", local_addr), simulation.plane.environment())
+    printed, port = parse_document(result.out, "text")["local_addr"].rsplit(":", 1)
+    assert printed == host and 0 < int(port) < 65536
+    with socket.socket(family) as sock:
+        sock.bind((host.strip("[]"), int(port)))
+
+
+def test_print_mode_dials_nothing_and_revokes_nothing(cli, simulation):
+    assert cli(forward_args(simulation.plane), simulation.plane.environment()).status == 0
+    assert [each.operation for each in simulation.plane.requests] == ["issue"]
+    assert simulation.plane.active() == simulation.plane.issued and simulation.plane.revoked == []
+    assert not simulation.node.connections and simulation.target.accepted == 0
+
+
+def test_an_address_that_is_not_ours_costs_no_session(cli, simulation):
+    result = cli(forward_args(simulation.plane, "--local-addr", "192.0.2.1:0"),
+                 simulation.plane.environment())
+    assert result.status == 1 and simulation.plane.requests == []
+    one_error_line(result, "--local-addr", "192.0.2.1")
+
+
+@pytest.mark.parametrize("python", find_pythons(), ids=os.path.basename)
+@pytest.mark.parametrize("locale", [
+    {"LANG": "C", "LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"},
+    {"PYTHONIOENCODING": "utf-16"}], ids=shown)
+def test_every_stream_is_ascii_whatever_the_locale(simulation, python, locale):
+    environ = clean_environment(simulation.plane.environment(**locale))
+    words = [python, PLEXCTL, "tcp-forward", "--output", "text"] + REQUIRED_FLAGS
+    result = run_words(words, environ)
+    assert (result.status, result.err) == (0, "") and parse_document(result.out, "text")
+    simulation.plane.script("issue", problem("internal", detail="na\xefve \u202e\x1b[2J"))
+    result = run_words(words, environ)
+    assert result.status == 1 and re.match(r"plexctl: error: [ -~]*\\xefve [ -~]*\n\Z", result.err)
+    result = run_words(words + ["--host", "b\udcc3\udcbccher.example", "--output", "json"], environ)
+    assert result.status in (0, 2) and re.match(r"[ -~]+\n\Z", result.out + result.err)
+
+
+FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+
+
+@FULL
+@pytest.mark.parametrize("redirections", [">/dev/full", ">&-", ">&- 2>&-", "<&- >&- 2>&-",
+                                          ">/dev/full 2>/dev/full"])
+def test_a_document_that_cannot_be_written_revokes_the_session(simulation, redirections):
+    result = run_redirected(redirections, forward_args(simulation.plane), simulation.plane.environment())
+    assert (result.status, result.out) == (1, "")
+    if "2>" not in redirections:
+        one_error_line(result, "standard output")
+    assert_revoked_once(simulation.plane)
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_broken_pipe_revokes_the_session(simulation, form):
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        result = run_plexctl(forward_args(simulation.plane, "--output", form),
+                             env=simulation.plane.environment(), stdout=writer)
+    finally:
+        os.close(writer)
+    assert result.returncode == 1
+    one_error_line(Result(1, "", result.stderr), "standard output")
+    assert_revoked_once(simulation.plane)
+
+
+@FULL
+@pytest.mark.parametrize("redirections", ["2>&-", "2>/dev/full", "<&-", "<&- 2>&-"])
+def test_the_document_is_printed_without_stdin_and_stderr(simulation, redirections):
+    result = run_redirected(redirections, forward_args(simulation.plane, "-v"),
+                            simulation.plane.environment())
+    assert result.status == 0 and simulation.plane.active() == simulation.plane.issued
+    assert parse_document(result.out, "text")["session_id"] == simulation.plane.issued[0]
+    assert "Exception ignored" not in result.err
+
+
+@FULL
+@pytest.mark.parametrize("args, redirections, status", [
+    (["-h"], ">/dev/full", 1), (["-h"], ">&-", 1), (["--version"], ">/dev/full", 1),
+    (["--version"], ">&- 2>&-", 1), (["tcp"], "2>/dev/full", 2), (["tcp"], ">&- 2>&-", 2),
+    (["tcp-forward"] + REQUIRED_FLAGS, "2>&-", 2),
+    (["tcp-forward", "--server", "https://localhost:1"] + REQUIRED_FLAGS, "2>/dev/full", 3)], ids=shown)
+def test_the_exit_status_is_never_120(args, redirections, status):
+    result = run_redirected(redirections, args, {})
+    assert (result.status, result.out) == (status, "") and "Exception ignored" not in result.err
+    if "2>" not in redirections:
+        one_error_line(result, "standard output")
+
+
+# ---- tests: revealing the session token ---------------------------------------------------------
+
+AUDIT_FIELDS = {"time", "event", "user", "uid", "sudo_user", "hostname", "pid", "server", "project_id",
+                "resource_id", "session_id", "target", "expires_at"}
+
+
+def read_records(path):
+    """The records of an audit log, which has whole lines and no token."""
+    with open(str(path), encoding="ascii") as stream:
+        text = stream.read()
+    assert text.endswith("\n") and SESSION_TOKEN_MARK not in text and BEARER not in text
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.reveals
+@pytest.mark.parametrize("form", ["text", "json", "yaml"])
+def test_a_revealed_token_is_on_record_and_on_stderr_alone(cli, simulation, tmp_path, form):
+    log = tmp_path / "audit.log"
+    environ = simulation.plane.environment(PLEXCTL_AUDIT_LOG=str(log), SUDO_USER="alice")
+    before = os.umask(0)
+    try:
+        result = cli(forward_args(simulation.plane, "--reveal-secrets", "--output", form), environ)
+    finally:
+        os.umask(before)
+    session = simulation.plane.sessions[0]
+    lines = [line for line in result.err.splitlines() if "syslog" not in line]
+    assert result.status == 0 and lines[1:] == ["PLEXCTL_SESSION_TOKEN=" + session.token]
+    assert lines[0].startswith("plexctl: warning: ") and session.token not in result.out
+    assert parse_document(result.out, form)["session_id"] == session.id
+    assert simulation.plane.active() == [session.id]
+    record, = read_records(log)
+    assert set(record) == AUDIT_FIELDS and abs(plexctl.parse_time(record["time"]) - time.time()) < 60
+    assert record["time"].endswith("Z") and record["event"] == "session_token_revealed"
+    expected = {
+        "server": simulation.plane.url, "project_id": PROJECT_ID, "resource_id": RESOURCE_ID,
+        "session_id": session.id, "target": "%s:%d" % (HOST, PORT), "expires_at": session.expires_at,
+        "sudo_user": "alice", "pid": os.getpid(), "hostname": socket.gethostname()}
+    assert {name: record[name] for name in expected} == expected
+    if os.name == "posix":
+        import pwd
+        assert (record["uid"], record["user"]) == (os.getuid(), pwd.getpwuid(os.getuid()).pw_name)
+        assert stat.S_IMODE(os.stat(str(log)).st_mode) == 0o600
+
+
+@pytest.mark.reveals
+def test_records_are_appended_and_no_newline_forges_one(cli, simulation, tmp_path):
+    log = write_private(tmp_path / "audit.log", '{"event": "older"}\n')
+    forged = 'x"}\n{"event": "forged"}\n\u2028\x85'
+    for user in (forged, "\udcff"):
+        environ = simulation.plane.environment(PLEXCTL_AUDIT_LOG=log, SUDO_USER=user)
+        assert cli(forward_args(simulation.plane, "--reveal-secrets"), environ).status == 0
+    records = read_records(log)
+    assert [each["event"] for each in records] == ["older"] + ["session_token_revealed"] * 2
+    assert [each.get("sudo_user") for each in records] == [None, forged, "\udcff"]
+
+
+@pytest.mark.reveals
+@pytest.mark.parametrize("environ, expected", [
+    ({"PLEXCTL_AUDIT_LOG": "T/a", "XDG_STATE_HOME": "T/x", "HOME": "T/h"}, "a"),
+    ({"XDG_STATE_HOME": "T/x", "HOME": "T/h"}, "x/plexctl/audit.log"),
+    ({"HOME": "T/h"}, "h/.local/state/plexctl/audit.log"),
+    ({"XDG_STATE_HOME": "relative", "HOME": "T/h", "PLEXCTL_AUDIT_LOG": ""},
+     "h/.local/state/plexctl/audit.log")], ids=shown)
+def test_the_audit_log_is_where_the_environment_says(cli, simulation, tmp_path, environ, expected):
+    environ = {name: value.replace("T", str(tmp_path)) for name, value in environ.items()}
+    result = cli(forward_args(simulation.plane, "--reveal-secrets"), simulation.plane.environment(**environ))
+    assert result.status == 0
+    files = [os.path.join(folder, name) for folder, _, names in os.walk(str(tmp_path)) for name in names]
+    assert files == [os.path.join(str(tmp_path), expected)] and len(read_records(files[0])) == 1
+    assert stat.S_IMODE(os.stat(files[0]).st_mode) == 0o600
+
+
+def is_audit_error(result, plane):
+    """Exit 1, one line about the audit log, nothing printed; no token anywhere (the autouse check)."""
+    assert (result.status, result.out) == (1, "") and "PLEXCTL_SESSION_TOKEN" not in result.err
+    one_error_line(result, "audit log")
+    assert not plane.active()
+    return True
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX files")
+@pytest.mark.parametrize("make", [
+    lambda path: os.symlink(os.path.dirname(path) + "/elsewhere", path),
+    lambda path: os.symlink("/dev/null", path), os.mkdir, make_fifo, make_unix_socket],
+    ids=["a dangling link", "a link", "a directory", "a FIFO", "a socket"])
+def test_an_audit_log_that_cannot_be_opened_costs_no_session(simulation, tmp_path, make):
+    path = str(tmp_path / "audit.log")
+    make(path)
+    environ = simulation.plane.environment(PLEXCTL_AUDIT_LOG=path)
+    result = run_redirected("", forward_args(simulation.plane, "--reveal-secrets"), environ)
+    assert is_audit_error(result, simulation.plane) and simulation.plane.requests == []
+    assert os.listdir(str(tmp_path)) == ["audit.log"]
+
+
+@pytest.mark.parametrize("name, value", [
+    ("PLEXCTL_AUDIT_LOG", "/nonexistent/audit.log"), ("PLEXCTL_AUDIT_LOG", "/etc/passwd/audit.log"),
+    ("PLEXCTL_AUDIT_LOG", "\x00"), ("XDG_STATE_HOME", "/dev/null"), ("HOME", "/dev/null")], ids=shown)
+def test_an_audit_log_in_no_directory_costs_no_session(cli, simulation, name, value):
+    result = cli(forward_args(simulation.plane, "--reveal-secrets"),
+                 simulation.plane.environment(**{name: value}))
+    assert is_audit_error(result, simulation.plane) and simulation.plane.requests == []
+
+
+def test_an_audit_log_in_an_unwritable_directory_costs_no_session(cli, simulation, tmp_path):
+    if ROOT:
+        pytest.skip("root may write everywhere; test_another_user_may_use_it has this as well")
+    os.chmod(str(tmp_path), 0o500)
+    environ = simulation.plane.environment(PLEXCTL_AUDIT_LOG=str(tmp_path / "audit.log"))
+    result = cli(forward_args(simulation.plane, "--reveal-secrets"), environ)
+    assert is_audit_error(result, simulation.plane) and simulation.plane.requests == []
+
+
+@FULL
+@pytest.mark.parametrize("raises", [True, False])
+def test_an_audit_record_on_a_full_disk_reveals_nothing(cli, simulation, monkeypatch, raises):
+    monkeypatch.setattr(logging, "raiseExceptions", raises)
+    environ = simulation.plane.environment(PLEXCTL_AUDIT_LOG="/dev/full")
+    result = cli(forward_args(simulation.plane, "--reveal-secrets"), environ)
+    assert is_audit_error(result, simulation.plane)
+    assert_revoked_once(simulation.plane)
+
+
+@pytest.mark.skipif(not LINUX, reason="a limit on the size of files")
+def test_an_audit_record_that_is_cut_short_reveals_nothing(simulation, tmp_path):
+    def limit_file_size():
+        import resource
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150, 150))
+
+    log = write_private(tmp_path / "audit.log", "x" * 100 + "\n")
+    words = [sys.executable, "-I", PLEXCTL] + forward_args(simulation.plane, "--reveal-secrets")
+    environ = clean_environment(simulation.plane.environment(PLEXCTL_AUDIT_LOG=log))
+    result = run_words(words, environ, preexec_fn=limit_file_size)
+    assert is_audit_error(result, simulation.plane) and os.path.getsize(log) == 150
+    assert_revoked_once(simulation.plane)
+
+
+@pytest.fixture
+def quiet_logging():
+    """A logger plexctl.audit that a test may put out of order."""
+    before = LOGGER.level, LOGGER.disabled, list(LOGGER.filters), logging.root.manager.disable
+    yield LOGGER
+    LOGGER.setLevel(before[0])
+    LOGGER.disabled, LOGGER.filters = before[1], before[2]
+    logging.disable(before[3])
+
+
+@pytest.mark.parametrize("put_out", [
+    lambda logger: logging.disable(logging.CRITICAL), lambda logger: logger.setLevel(logging.CRITICAL),
+    lambda logger: setattr(logger, "disabled", True), lambda logger: logger.addFilter(lambda record: False)],
+    ids=["logging.disable", "a level", "a disabled logger", "a filter"])
+def test_a_record_that_logging_drops_reveals_nothing(cli, simulation, tmp_path, quiet_logging, put_out):
+    put_out(quiet_logging)
+    environ = simulation.plane.environment(PLEXCTL_AUDIT_LOG=str(tmp_path / "audit.log"))
+    result = cli(forward_args(simulation.plane, "--reveal-secrets"), environ)
+    assert is_audit_error(result, simulation.plane)
+    assert_revoked_once(simulation.plane)
+    assert quiet_logging.handlers == []
+
+
+@FULL
+@pytest.mark.parametrize("redirections", ["2>&-", "2>/dev/full", "2>&- >&-"])
+def test_a_stderr_that_takes_no_token_comes_after_the_record_and_revokes(simulation, tmp_path, redirections):
+    log = tmp_path / "audit.log"
+    environ = simulation.plane.environment(PLEXCTL_AUDIT_LOG=str(log))
+    result = run_redirected(redirections, forward_args(simulation.plane, "--reveal-secrets"), environ)
+    assert (result.status, result.out) == (1, "")
+    assert_revoked_once(simulation.plane)
+    assert [each["session_id"] for each in read_records(log)] == simulation.plane.issued
+
+
+# ---- tests: one file alone ----------------------------------------------------------------------
+
+@pytest.fixture
+def lone_copy():
+    """plexctl.py alone in a directory that every user may read and nobody write."""
+    folder = os.path.realpath(tempfile.mkdtemp())
+    shutil.copyfile(PLEXCTL, os.path.join(folder, "plexctl.py"))
+    os.chmod(os.path.join(folder, "plexctl.py"), 0o444)
+    os.chmod(folder, 0o555)
+    yield folder
+    os.chmod(folder, 0o755)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("python", find_pythons(), ids=os.path.basename)
+def test_the_file_alone_works_without_a_home(simulation, lone_copy, python):
+    words = [python, "-I", "-S", "plexctl.py"] + forward_args(simulation.plane)
+    result = run_words(words, {"PLEXSPHERE_TOKEN": BEARER}, cwd=lone_copy)
+    assert (result.status, result.err) == (0, "") and parse_document(result.out, "text")
+    assert os.listdir(lone_copy) == ["plexctl.py"]
+
+
+@pytest.mark.reveals
+@pytest.mark.skipif(not ROOT or not os.path.exists("/usr/bin/python3"),
+                    reason="needs root and the system's Python")
+@pytest.mark.parametrize("uid, user", [(65534, "nobody"), (54321, "54321")])
+def test_another_user_may_use_it(simulation, lone_copy, uid, user):
+    def become():
+        os.setgroups([])
+        os.setgid(uid)
+        os.setuid(uid)
+
+    words = ["/usr/bin/python3", "-I", os.path.join(lone_copy, "plexctl.py")] + forward_args(simulation.plane)
+    result = run_words(words, simulation.plane.environment(), preexec_fn=become, cwd="/")
+    assert (result.status, result.err) == (0, "") and parse_document(result.out, "text")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chown(folder, uid, uid)
+        environ = simulation.plane.environment(PLEXCTL_AUDIT_LOG=folder + "/audit.log")
+        assert run_words(words + ["--reveal-secrets"], environ, preexec_fn=become, cwd="/").status == 0
+        record, = read_records(folder + "/audit.log")
+    assert record["uid"] == uid and (record["user"] == user or uid == 65534)
+    issued = len(simulation.plane.issued)
+    environ = simulation.plane.environment(PLEXCTL_AUDIT_LOG=os.path.join(lone_copy, "audit.log"))
+    result = run_words(words + ["--reveal-secrets"], environ, preexec_fn=become, cwd="/")
+    assert result.status == 1 and one_error_line(result, "audit log")
+    assert len(simulation.plane.issued) == issued
+
+
+@pytest.mark.skipif(not ROOT or not shutil.which("unshare"), reason="needs root and unshare")
+def test_it_works_without_proc(simulation):
+    hide = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh"]
+    if run_words(hide + ["true"]).status:
+        pytest.skip("no mount namespaces here")
+    words = hide + [sys.executable, "-I", PLEXCTL] + forward_args(simulation.plane)
+    result = run_words(words, clean_environment(simulation.plane.environment()))
+    assert (result.status, result.err) == (0, "") and parse_document(result.out, "text")
+
+
+DEAR_MODULES = {"ssl", "urllib", "urllib.request", "http.client", "socketserver", "logging", "email",
+                "subprocess"}
+
+
+def loaded_modules(statements, python=sys.executable):
+    """What statements (with plexctl imported) print and load in a fresh interpreter; no thread is left."""
+    program = ("import sys; before = set(sys.modules); sys.path.insert(0, %r)\n"
+               "import plexctl\n%s\nloaded = sorted(set(sys.modules) - before)\n"
+               "import json, threading; print(json.dumps([loaded, threading.active_count()]))"
+               % (HERE, statements))
+    result = run_words([python, "-I", "-B", "-S", "-c", program], clean_environment())
+    assert result.status == 0, result.err
+    modules, threads = json.loads(result.out.splitlines()[-1])
+    assert threads == 1
+    return result, set(modules)
+
+
+@pytest.mark.parametrize("python", find_pythons(), ids=os.path.basename)
+def test_importing_it_does_nothing_but_define(python):
+    result, modules = loaded_modules("", python)
+    assert result.err == "" and result.out.count("\n") == 1 and "plexctl" in modules
+    assert not modules & (DEAR_MODULES | {"socket", "json", "typing", "signal", "select", "threading"})
+
+
+@pytest.mark.parametrize("args, status", [
+    (["--help"], 0), (["--version"], 0), ([], 2), (["--nonsense"], 2),
+    (["tcp-forward"] + flags_with("--port", "0"), 2), (["tcp-forward"] + flags_with("--project-id", "x"), 2)],
+    ids=shown)
+def test_help_and_usage_errors_load_nothing_dear(args, status):
+    _, modules = loaded_modules("assert plexctl.main(%r, {}) == %d" % (args, status))
+    assert not modules & (DEAR_MODULES | {"socket"})
+
+
+def test_it_imports_the_standard_library_alone():
+    with open(PLEXCTL, encoding="utf-8") as stream:
+        tree = ast.parse(stream.read())
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+    assert {"argparse", "urllib.request", "json", "socketserver", "logging"} <= names
+    program = "import importlib\nfor name in %r: importlib.import_module(name)" % sorted(names)
+    result = run_words([sys.executable, "-I", "-S", "-c", program], clean_environment())
+    assert (result.status, result.err) == (0, "")
+
+
+# ---- tests: control plane ------------------------------------------------------------------------
+
+
+OTHER_ID = "0190a8b8-ffff-7fff-8fff-ffffffffffff"
+MAY_EXIST = "a session may exist"
+AT_ONCE = (("Retry-After", "0"),)  # no pause before the next attempt, so that the tests are quick
+NASTY = "a\x1b[2J\x1b]0;owned\x07\r\nplexctl: error: forged\n\u202egnp\x9b\x00\u2028z"
+
+
+@pytest.fixture
+def lone_plane():
+    """A control plane without a Node: print mode and the client dial nothing."""
+    with ControlPlane() as plane:
+        yield plane
+
+
+@pytest.fixture
+def short_limits(monkeypatch):
+    """The limits of an exchange, as constants and as default values, are 0.5 s instead of 30 s."""
+    for function in (plexctl.ControlPlane.get, plexctl.ControlPlane.revoke, plexctl.ControlPlane._exchange):
+        monkeypatch.setattr(function, "__defaults__", tuple(
+            0.5 if value == plexctl.EXCHANGE_SECONDS else value for value in function.__defaults__))
+    monkeypatch.setattr(plexctl, "EXCHANGE_SECONDS", 0.5)
+    monkeypatch.setattr(plexctl, "CONNECT_SECONDS", 0.5)
+
+
+@pytest.fixture
+def short_pauses(monkeypatch):
+    """GetSession and RevokeSession are asked again at once."""
+    monkeypatch.setattr(plexctl, "POLL_MIN_SECONDS", 0.02)
+
+
+@pytest.fixture(scope="module")
+def tls_files(tmp_path_factory):
+    """A CA and its certificates."""
+    return make_certificates(tmp_path_factory.mktemp("tls"))
+
+
+def tls_context(certificate):
+    """A server's context."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    return context
+
+
+def create_client(plane, token=BEARER, url="", **options):
+    """plexctl's own client of a control plane, as those who vendor it use it."""
+    server = plexctl.parse_server(url or plane.url, False)
+    return plexctl.ControlPlane(server, plexctl.Secret(token), environ={}, **options)
+
+
+def session_request(ttl_seconds=0):
+    """What REQUIRED_FLAGS ask for."""
+    return plexctl.SessionRequest(PROJECT_ID, RESOURCE_ID, HOST, PORT, ttl_seconds)
+
+
+def forward_to(cli, plane, *more, **environ):
+    """tcp-forward in print mode, with this control plane."""
+    return cli(forward_args(plane, *more), plane.environment(**environ))
+
+
+def requests_of(plane, operation):
+    """The requests of one operation, in order."""
+    return [request for request in plane.requests if request.operation == operation]
+
+
+def last_error_line(result, *words):
+    """The last line on stderr is the one error there, and has these words."""
+    lines = result.err.splitlines()
+    assert result.err.count("plexctl: error: ") == 1, result.err
+    return one_error_line(result._replace(err=lines[-1] + "\n"), *words)
+
+
+def assert_one_revoked(plane):
+    """The one session that was issued was revoked by one request."""
+    assert len(plane.issued) == 1
+    assert plane.revoked == plane.issued
+    assert [request.ids for request in requests_of(plane, "revoke")] == [(PROJECT_ID, plane.issued[0])]
+
+
+def altered(change):
+    """A step that does what was asked for, and answers with a changed body."""
+    def step(handler, plane):
+        answer = plane.decide(handler.seen)
+        body = json.loads(json.dumps(answer.body))
+        change(body)
+        handler.wfile.write(handler.render(answer._replace(body=body)))
+    return step
+
+
+def with_field(path, value):
+    """A step that answers with another value at a path in the body."""
+    def change(body):
+        for name in path[:-1]:
+            body = body[name]
+        body[path[-1]] = value
+    return altered(change)
+
+
+def sending(raw):
+    """A step that sends these bytes and hangs up."""
+    return lambda handler, _plane: handler.wfile.write(raw)
+
+
+def exchanges_under_way():
+    """The threads of exchanges that still run."""
+    return [thread for thread in threading.enumerate()
+            if isinstance(getattr(getattr(thread, "_target", None), "__self__", None), plexctl.Attempt)]
+
+
+def assert_nothing_remains(listener):
+    """Neither a thread of an exchange nor its connection is left after a moment."""
+    waiting = Watched()
+    waiting.describe = lambda: "threads %s, connections %s" % (exchanges_under_way(), listener.connections)
+    waiting.wait_for(lambda: not exchanges_under_way() and not listener.connections, 4)
+
+
+# What is asked for
+
+def test_the_issue_request_is_exactly_the_published_one(cli, lone_plane):
+    upper = [word.upper() if is_uuid(word) else word for word in REQUIRED_FLAGS]
+    result = cli(["tcp-forward", "--server", lone_plane.url] + upper, lone_plane.environment())
+    assert result.status == 0, result.err
+    request, = lone_plane.requests
+    assert (request.method, request.path) == ("POST", SESSIONS_PATH)
+    assert is_uuid(request.body.pop("idempotency_key"))
+    assert request.body == {"resource_id": RESOURCE_ID, "kind": "tcp",
+                            "target": {"tcp": {"host": HOST, "port": PORT}}}
+    assert request.headers.get_all("Authorization") == ["Bearer " + BEARER]
+    assert request.headers.get_all("User-Agent") == ["plexctl/" + plexctl.__version__]
+    assert request.headers.get_all("Content-Type") == ["application/json"]
+    assert request.headers.get_all("Host") == [lone_plane.url.split("//")[1]]
+    assert request.headers["Cookie"] is None and request.headers["Expect"] is None
+
+
+@pytest.mark.parametrize("given, sent", [("0", None), ("1", 1), ("900", 900)])
+def test_the_ttl_is_sent_only_where_it_is_asked_for(cli, lone_plane, given, sent):
+    assert forward_to(cli, lone_plane, "--ttl-seconds", given).status == 0
+    assert lone_plane.requests[0].body.get("requested_ttl_seconds") == sent
+    assert ("requested_ttl_seconds" in lone_plane.requests[0].body) == (sent is not None)
+
+
+def test_every_issuance_has_an_idempotency_key_of_its_own(lone_plane):
+    client = create_client(lone_plane)
+    for _ in range(3):
+        client.issue(session_request())
+    assert len({request.body["idempotency_key"] for request in lone_plane.requests}) == 3
+    assert len(set(lone_plane.issued)) == 3
+
+
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_a_path_prefix_of_the_server_stands_before_every_path(cli, slash):
+    with ControlPlane(prefix="/access/plex", endpoint_on="never") as plane:
+        result = cli(["tcp-forward", "--server", plane.url + slash, "--wait-seconds", "0.1"] + REQUIRED_FLAGS,
+                     plane.environment())
+        session = "/access/plex" + SESSIONS_PATH + "/" + plane.issued[0]
+        assert result.status == 1
+        assert [request.path for request in plane.requests] == [
+            "/access/plex" + SESSIONS_PATH, session, session + "/revoke"]
+
+
+def test_a_path_is_never_taken_from_a_location_header(cli, lone_plane):
+    def mislead(handler, plane):
+        answer = plane.decide(handler.seen)
+        handler.wfile.write(handler.render(answer._replace(headers=(("Location", "/v1/elsewhere"),))))
+    lone_plane.endpoint_on = "never"
+    lone_plane.script("issue", mislead)
+    assert forward_to(cli, lone_plane, "--wait-seconds", "0.1").status == 1
+    assert len(requests_of(lone_plane, "get")) == 1 and not requests_of(lone_plane, "other")
+    assert_one_revoked(lone_plane)
+
+
+def test_reading_and_revoking_are_the_published_requests(lone_plane):
+    client = create_client(lone_plane)
+    session_id = client.issue(session_request()).session_id
+    assert client.get(PROJECT_ID, session_id).status == "active"
+    client.revoke(PROJECT_ID, session_id)
+    assert client.get(PROJECT_ID, session_id).status == "revoked"
+    _, read, revoked, _ = lone_plane.requests
+    assert (read.method, read.path, read.body) == ("GET", "%s/%s" % (SESSIONS_PATH, session_id), b"")
+    assert (revoked.method, revoked.path) == ("POST", "%s/%s/revoke" % (SESSIONS_PATH, session_id))
+    assert revoked.body == {"revoke_reason": "operator_request"}
+    assert {request.headers["User-Agent"] for request in lone_plane.requests} == {
+        "plexctl/" + plexctl.__version__}
+
+
+def test_verbose_shows_method_path_and_status_of_each_exchange(cli, lone_plane):
+    result = forward_to(cli, lone_plane, "-v")
+    assert result.status == 0
+    assert "POST %s: 201" % SESSIONS_PATH in result.err
+    assert "Bearer" not in result.err and "idempotency_key" not in result.err
+
+
+# The listener endpoint
+
+@pytest.mark.parametrize("endpoint_on, reads_before, reads", [
+    ("issue", 0, 0), ("session", 0, 0), ("read", 0, 1), ("read", 3, 4)])
+def test_the_listener_endpoint_is_found_wherever_it_is_reported(
+        cli, lone_plane, short_pauses, endpoint_on, reads_before, reads):
+    lone_plane.endpoint_on, lone_plane.reads_before_endpoint = endpoint_on, reads_before
+    lone_plane.endpoint = "100.64.0.12:40213"
+    result = forward_to(cli, lone_plane, "--output", "json")
+    assert result.status == 0
+    assert json.loads(result.out)["listener_endpoint"] == "100.64.0.12:40213"
+    assert len(requests_of(lone_plane, "get")) == reads
+    assert ("waiting for the Node" in result.err) == (reads > 0)
+    assert lone_plane.revoked == []
+
+
+def test_the_endpoint_of_the_issued_session_comes_before_that_of_the_session_in_it(cli, lone_plane):
+    lone_plane.script("issue", with_field(("session", "listener_endpoint"), "100.64.0.99:1"))
+    lone_plane.endpoint = "100.64.0.12:40213"
+    result = forward_to(cli, lone_plane, "--output", "json")
+    assert json.loads(result.out)["listener_endpoint"] == "100.64.0.12:40213"
+
+
+def test_without_waiting_nothing_is_read_and_the_session_is_revoked(cli, lone_plane):
+    lone_plane.endpoint_on = "read"
+    result = forward_to(cli, lone_plane, "--wait-seconds", "0")
+    assert (result.status, result.out) == (1, "")
+    one_error_line(result, "listener endpoint")
+    assert not requests_of(lone_plane, "get")
+    assert_one_revoked(lone_plane)
+
+
+def test_no_endpoint_in_time_is_a_failure_and_the_session_is_revoked(cli, lone_plane, short_pauses):
+    lone_plane.endpoint_on = "never"
+    began = time.monotonic()
+    result = forward_to(cli, lone_plane, "--wait-seconds", "0.4")
+    assert 0.4 <= time.monotonic() - began < 4
+    assert (result.status, result.out) == (1, "")
+    last_error_line(result, "listener endpoint")
+    assert len(requests_of(lone_plane, "get")) > 1
+    assert_one_revoked(lone_plane)
+
+
+@pytest.mark.parametrize("end", ["revoke", "expire"])
+def test_a_session_that_ends_while_its_endpoint_is_awaited_is_a_failure(cli, lone_plane, end):
+    def step(handler, plane):
+        getattr(plane, end)(plane.issued[0])
+        handler.answer_really()
+    lone_plane.endpoint_on = "read"
+    lone_plane.script("get", step)
+    result = forward_to(cli, lone_plane)
+    assert (result.status, result.out) == (1, "")
+    last_error_line(result, "session " + ("was revoked" if end == "revoke" else "expired"))
+    assert len(requests_of(lone_plane, "get")) == 1
+    assert len(requests_of(lone_plane, "revoke")) == 1
+
+
+@pytest.mark.parametrize("path, value", [
+    (("session", "status"), "revoked"), (("session", "status"), "expired"),
+    (("expires_at",), "2001-01-01T00:00:00Z")])
+def test_a_session_that_is_over_when_it_arrives_is_a_failure(cli, lone_plane, path, value):
+    lone_plane.script("issue", with_field(path, value))
+    result = forward_to(cli, lone_plane)
+    assert (result.status, result.out) == (1, "")
+    one_error_line(result, "session")
+    assert_one_revoked(lone_plane)
+
+
+def test_passing_failures_of_reading_are_tried_again(cli, lone_plane, short_pauses):
+    lone_plane.endpoint_on = "read"
+    lone_plane.script("get", Answer(502), problem("signing_unavailable"), Answer(504), drop, reset,
+                      sending(b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n{"), PASS)
+    result = forward_to(cli, lone_plane)
+    assert result.status == 0, result.err
+    assert len(requests_of(lone_plane, "get")) == 7
+    assert result.err.count("\n") == 1 and "waiting" in result.err
+
+
+@pytest.mark.parametrize("answer, status, words", [
+    (problem("unauthenticated"), 3, "401"),
+    (problem("step_up_required"), 3, STEP_UP_ACR),
+    (problem("forbidden"), 4, "403"),
+    (problem("rebac_denied"), 77, "project:p#operator"),
+    (problem("resource_not_found"), 1, "404"),
+    (problem("session_limit_exceeded"), 1, "429"),
+    (problem("internal"), 1, "500"),
+    (redirect("/v1/projects"), 1, "302"),
+    (Answer(200, raw=b"{"), 1, "JSON"),
+    (Answer(200, []), 1, "id"),
+    (with_field(("id",), OTHER_ID), 1, "id"),
+    (with_field(("status",), "sleeping"), 1, "status"),
+    (with_field(("listener_endpoint",), "100.64.0.12:65536"), 1, "listener_endpoint"),
+], ids=["401", "step-up", "403", "rebac", "404", "429", "500", "redirect", "truncated", "a list",
+        "other session", "odd status", "odd endpoint"])
+def test_a_failure_of_reading_that_does_not_pass_ends_it_and_revokes(cli, lone_plane, answer, status, words):
+    lone_plane.endpoint_on = "read"
+    lone_plane.script("get", answer)
+    result = forward_to(cli, lone_plane)
+    assert (result.status, result.out) == (status, "")
+    last_error_line(result, "GetSession", words)
+    assert len(requests_of(lone_plane, "get")) == 1
+    assert_one_revoked(lone_plane)
+
+
+# Retries
+
+PASSING = {
+    "502": Answer(502, headers=AT_ONCE), "503": problem("signing_unavailable", headers=AT_ONCE),
+    "504": Answer(504, raw=b"<html>", headers=AT_ONCE), "409": problem("idempotent_replay", headers=AT_ONCE)}
+
+
+@pytest.mark.parametrize("name", sorted(PASSING))
+def test_a_passing_failure_is_tried_again_with_the_same_key(cli, lone_plane, name):
+    lone_plane.script("issue", PASSING[name], PASSING[name])
+    result = forward_to(cli, lone_plane)
+    assert (result.status, result.err) == (0, "")
+    assert len(lone_plane.requests) == 3 and len(lone_plane.issued) == 1
+    assert len({json.dumps(request.body, sort_keys=True) for request in lone_plane.requests}) == 1
+
+
+@pytest.mark.parametrize("name", sorted(PASSING))
+def test_there_are_three_attempts_and_no_more(cli, lone_plane, name):
+    lone_plane.script("issue", *[PASSING[name]] * 3)
+    result = forward_to(cli, lone_plane)
+    assert (result.status, result.out, len(lone_plane.requests)) == (1, "", 3)
+    one_error_line(result, name)
+
+
+def test_a_lost_answer_is_asked_for_again_after_growing_pauses(cli, lone_plane):
+    lone_plane.script("issue", process_then_drop, reset)
+    result = forward_to(cli, lone_plane)
+    assert (result.status, result.err, len(lone_plane.issued)) == (0, "", 1)
+    first, second, third = lone_plane.requests
+    assert first.body["idempotency_key"] == second.body["idempotency_key"] == third.body["idempotency_key"]
+    assert second.time - first.time > 0.35 and third.time - second.time > 0.75
+    assert third.time - first.time < 4
+
+
+def test_a_refused_connection_is_tried_again_and_leaves_no_doubt_about_a_session(cli):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = "http://127.0.0.1:%d" % unused.getsockname()[1]
+        result = cli(["tcp-forward", "-v", "--server", url] + REQUIRED_FLAGS, {"PLEXSPHERE_TOKEN": BEARER})
+    assert (result.status, result.out) == (1, "")
+    assert result.err.count("trying again") == 2
+    assert MAY_EXIST not in last_error_line(result, "IssueSession", "refused")
+
+
+@pytest.mark.parametrize("status", [
+    200, 202, 204, 206, 300, 301, 302, 303, 304, 307, 308, 400, 401, 403, 404, 405, 408, 409, 410, 418, 425,
+    429, 500, 501, 505, 507, 599])
+def test_any_other_status_is_final(cli, lone_plane, status):
+    lone_plane.script("issue", Answer(status, headers=AT_ONCE + (("Location", "/elsewhere"),)))
+    result = forward_to(cli, lone_plane)
+    assert (result.status, result.out) == ({401: 3, 403: 4}.get(status, 1), "")
+    one_error_line(result, "IssueSession", str(status))
+    assert len(lone_plane.requests) == 1
+
+
+@pytest.mark.parametrize("name", sorted(PROBLEMS))
+def test_every_published_problem_is_told_in_one_line(cli, lone_plane, name):
+    answer = problem(name, headers=AT_ONCE)
+    lone_plane.script("issue", *[answer] * 3)
+    result = forward_to(cli, lone_plane)
+    expected = {"rebac_denied": 77, "forbidden": 4, "unauthenticated": 3, "step_up_required": 3}.get(name, 1)
+    assert (result.status, result.out) == (expected, "")
+    line = one_error_line(result, str(answer.status), answer.body["detail"], answer.body.get("code", ""),
+                          answer.body.get("correlation_id", ""), answer.body.get("reason", ""),
+                          *answer.body.get("relation_path", []))
+    assert (STEP_UP_ACR in line) == ("re-authenticate" in line) == (name == "step_up_required")
+    assert len(lone_plane.requests) == (3 if name in ("idempotent_replay", "signing_unavailable") else 1)
+
+
+@pytest.mark.parametrize("challenges, acr", [
+    (['Bearer acr_values="urn:a urn:b", max_age=5'], "urn:a urn:b"),
+    (["Bearer error=x, acr_values=urn:plain"], "urn:plain"),
+    (['Basic realm="x"', 'Bearer acr_values="urn:second"'], "urn:second"),
+    (["Bearer realm=x"], ""), ([], ""), (["acr_values"], "")])
+def test_a_step_up_names_the_acr_values_where_the_challenge_does(cli, lone_plane, challenges, acr):
+    body = problem("step_up_required").body
+    lone_plane.script("issue", Answer(401, body, tuple(("WWW-Authenticate", each) for each in challenges)))
+    result = forward_to(cli, lone_plane)
+    assert result.status == 3
+    line = one_error_line(result, "re-authenticate", acr)
+    assert ("acr_values" in line) == bool(acr)
+
+
+@pytest.mark.parametrize("answer, status", [
+    (Answer(403, raw=b"<html>"), 4),
+    (Answer(403, ["rebac_denied"]), 4),
+    (Answer(403, {"code": 77, "title": {}, "relation_path": [5]}), 4),
+    (Answer(403, {"code": "rebac_denied"}), 77),
+    (Answer(401, raw=b"\xff\xfe"), 3),
+    (Answer(400, {"code": "rebac_denied"}), 1),
+    (sending(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 500\r\n\r\n{"), 4),
+    (sending(b"HTTP/1.1 401 Unauthorized\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{"), 3),
+    (Answer(403, raw=b" " * (2 << 20)), 4),
+], ids=["html", "list", "types", "only a code", "not utf-8", "400", "truncated", "chunked", "too large"])
+def test_an_error_whose_body_says_nothing_still_has_its_status(cli, lone_plane, answer, status):
+    lone_plane.script("issue", answer)
+    result = forward_to(cli, lone_plane)
+    assert result.status == status
+    one_error_line(result, "IssueSession: 4")
+    assert len(lone_plane.requests) == 1
+
+
+@pytest.mark.parametrize("text, low, high", [
+    ("0", 0, 0), ("2", 2, 2), ("5", 5, 5), ("6", 5, 5), ("120", 5, 5), ("999999999", 5, 5),
+    ("99999999999999999999", 5, 5),
+    ("Wed, 21 Oct 2099 07:28:00 GMT", 5, 5), ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0)])
+def test_retry_after_counts_up_to_5_s(text, low, high):
+    assert low <= plexctl.parse_retry_after(text) <= high
+
+
+@pytest.mark.parametrize("text", [None, "", "soon", "-1", "1.5", "1e3", "\u0665", "Wed, 99 Oct", "5 5"])
+def test_a_malformed_retry_after_does_not_count(text):
+    assert plexctl.parse_retry_after(text) is None
+
+
+def test_retry_after_is_honoured(lone_plane):
+    lone_plane.script("issue", problem("signing_unavailable", headers=(("Retry-After", "1"),)))
+    create_client(lone_plane).issue(session_request())
+    first, second = lone_plane.requests
+    assert 0.95 <= second.time - first.time < 3
+
+
+@pytest.mark.parametrize("steps, status, due", [
+    ([PASSING["502"]] * 3, 1, True),
+    ([PASSING["504"]] * 3, 1, True),
+    ([PASSING["409"]] * 3, 1, True),
+    ([PASSING["502"], problem("rebac_denied")], 77, True),
+    ([process_then_drop, problem("forbidden")], 4, True),
+    ([sending(b"HTTP/1.1 201 Created\r\nContent-Length: 9\r\n\r\n{"), problem("forbidden")], 4, True),
+    ([problem("forbidden")], 4, False),
+    ([problem("unauthenticated")], 3, False),
+    ([problem("invalid_target")], 1, False),
+    ([problem("session_limit_exceeded")], 1, False),
+    ([problem("resource_not_found")], 1, False),
+    ([with_field(("token",), 5)], 1, False),  # it is revoked
+    ([PASSING["502"], with_field(("token",), 5)], 1, False),  # and has the key of the first attempt
+    ([with_field(("session_id",), 5)], 1, True),  # it cannot be
+    ([Answer(201, raw=b"{")], 1, True),
+], ids=["502", "504", "409", "502 then refused", "drop then refused", "truncated then refused", "403", "401",
+        "400", "429", "404", "bad token", "502 then bad token", "bad session id", "malformed"])
+def test_that_a_session_may_exist_is_said_exactly_when_one_may(cli, lone_plane, steps, status, due):
+    lone_plane.script("issue", *steps)
+    result = forward_to(cli, lone_plane)
+    assert result.status == status
+    assert (MAY_EXIST in one_error_line(result)) == due
+    assert len(lone_plane.requests) - len(requests_of(lone_plane, "revoke")) == len(steps)
+
+
+@pytest.mark.parametrize("when", ["during the attempt", "during the pause"])
+def test_cancelling_ends_the_attempts(lone_plane, when):
+    cancel = threading.Event()
+    answer = problem("signing_unavailable", headers=(("Retry-After", "5"),))
+
+    def step(handler, _plane):
+        cancel.set()
+        handler.wfile.write(handler.render(answer))
+    lone_plane.script("issue", step if when == "during the attempt" else answer)
+    client = create_client(lone_plane, cancel=cancel, report=lambda line: "again" in line and cancel.set())
+    began = time.monotonic()
+    with pytest.raises(plexctl.ApiError) as raised:
+        client.issue(session_request())
+    assert raised.value.status == 503 and cancel.is_set()
+    assert time.monotonic() - began < 3 and len(lone_plane.requests) == 1
+
+
+# Redirects
+
+@pytest.mark.parametrize("operation", ["issue", "get", "revoke"])
+@pytest.mark.parametrize("status", [300, 301, 302, 303, 305, 307, 308])
+def test_no_redirect_is_followed(lone_plane, operation, status):
+    client = create_client(lone_plane)
+    session_id = client.issue(session_request()).session_id
+    call = {"issue": lambda: client.issue(session_request()),
+            "get": lambda: client.get(PROJECT_ID, session_id),
+            "revoke": lambda: client.revoke(PROJECT_ID, session_id)}[operation]
+    with ControlPlane() as other:
+        lone_plane.script(operation, redirect(other.url + SESSIONS_PATH, status))
+        with pytest.raises(plexctl.ApiError, match="redirect is never followed") as raised:
+            call()
+        assert other.requests == []
+    assert (raised.value.exit_code, raised.value.status) == (1, status)
+    assert len(lone_plane.requests) == 2
+
+
+@pytest.mark.parametrize("to", ["/v1/projects", "file:///etc/passwd", "data:,x", "//127.0.0.1:9", "\x7f", ""])
+def test_wherever_a_redirect_points_it_is_an_error(cli, lone_plane, to):
+    lone_plane.script("issue", redirect(to))
+    result = forward_to(cli, lone_plane)
+    assert (result.status, len(lone_plane.requests)) == (1, 1)
+    one_error_line(result, "302", "redirect")
+
+
+# Deadlines
+
+def drip_body(handler, plane):
+    """The head at once, the body at one byte per 0.1 s."""
+    head, _, body = handler.render(plane.decide(handler.seen)).partition(b"\r\n\r\n")
+    handler.wfile.write(head + b"\r\n\r\n")
+    for position in range(len(body)):
+        handler.wfile.write(body[position:position + 1])
+        if plane.closing.wait(0.1):
+            return
+
+
+def never_answer(handler, _plane):
+    """Wait until the client hangs up."""
+    handler.connection.recv(1)
+
+
+@pytest.mark.parametrize("step", [drip, drip_body, continue_for_ever, never_answer], ids=lambda f: f.__name__)
+def test_an_exchange_ends_in_time_and_nothing_remains_of_it(lone_plane, step):
+    client = create_client(lone_plane)
+    session_id = client.issue(session_request()).session_id
+    lone_plane.script("get", step)
+    began = time.monotonic()
+    with pytest.raises(plexctl.TransportError, match="no complete answer") as raised:
+        client.get(PROJECT_ID, session_id, 0.5)
+    assert 0.4 < time.monotonic() - began < 4
+    assert raised.value.sent and raised.value.exit_code == 1
+    assert_nothing_remains(lone_plane._listener)
+
+
+@pytest.mark.parametrize("step", [drip, continue_for_ever], ids=lambda f: f.__name__)
+def test_the_same_limit_holds_for_issuing_and_revoking(lone_plane, short_limits, step):
+    cancel = threading.Event()
+    cancel.set()  # one attempt
+    client = create_client(lone_plane, cancel=cancel)
+    lone_plane.script("issue", step)
+    lone_plane.script("revoke", step)
+    began = time.monotonic()
+    with pytest.raises(plexctl.TransportError, match=MAY_EXIST):
+        client.issue(session_request())
+    with pytest.raises(plexctl.TransportError, match="no complete answer"):
+        client.revoke(PROJECT_ID, OTHER_ID)
+    assert 0.8 < time.monotonic() - began < 6
+    assert_nothing_remains(lone_plane._listener)
+
+
+def test_a_server_that_accepts_and_never_speaks_tls_is_given_up_on(short_limits):
+    received = []
+
+    def serve(connection, _listener):
+        received.extend(chunks(connection))
+    listener = Listener(serve)
+    try:
+        client = create_client(None, url="https://127.0.0.1:%d" % listener.address[1])
+        began = time.monotonic()
+        with pytest.raises(plexctl.TransportError, match="GetSession: no complete answer"):
+            client.get(PROJECT_ID, OTHER_ID, 5)
+        assert 0.4 < time.monotonic() - began < 4
+        assert_nothing_remains(listener)
+        assert received and BEARER.encode() not in b"".join(received)
+    finally:
+        listener.close()
+
+
+def test_a_tls_handshake_that_drips_is_given_up_on_and_leaves_no_thread():
+    def serve(connection, listener):
+        connection.sendall(b"\x16\x03\x03\x40\x00")
+        while not listener.closed:
+            connection.sendall(b"\x02")
+            time.sleep(0.1)
+    listener = Listener(serve)
+    try:
+        client = create_client(None, url="https://127.0.0.1:%d" % listener.address[1])
+        began = time.monotonic()
+        with pytest.raises(plexctl.TransportError, match="no complete answer"):
+            client.get(PROJECT_ID, OTHER_ID, 0.5)
+        assert time.monotonic() - began < 4
+        assert_nothing_remains(listener)
+    finally:
+        listener.close()
+
+
+def test_nothing_is_sent_once_the_caller_was_told_that_there_is_no_answer(tls_files):
+    may_go_on, context = threading.Event(), tls_context(tls_files.server)
+
+    def late(sock, **options):
+        may_go_on.wait(20)
+        return context.wrap_socket(sock, **options)
+    with ControlPlane(tls=types.SimpleNamespace(wrap_socket=late)) as plane:
+        client = create_client(plane, ca_file=tls_files.ca)
+        with pytest.raises(plexctl.TransportError) as raised:
+            client.get(PROJECT_ID, OTHER_ID, 0.5)
+        may_go_on.set()
+        assert_nothing_remains(plane._listener)
+        assert not raised.value.sent and plane.requests == []
+
+
+# Bodies
+
+NOT_HTTP = {
+    "over 1 MiB": b"HTTP/1.1 200 OK\r\n\r\n" + b" " * (1 << 20) + b"{}",
+    "length of 10**18": b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n{}" % 10 ** 18,
+    "truncated": b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{}",
+    "chunked and truncated": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n",
+    "odd chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n",
+    "chunk over 1 MiB": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nfffffff\r\n"
+                        + b" " * (1 << 21),
+    "nothing": b"", "half a status line": b"HTTP/1.1 2", "no http": b"SSH-2.0-OpenSSH_9.9\r\n",
+    "http 3": b"HTTP/3.0 200 OK\r\n\r\n{}", "odd status": b"HTTP/1.1 2000 OK\r\n\r\n{}",
+    "endless header": b"HTTP/1.1 200 OK\r\nX: " + b"x" * (1 << 17),
+    "endless status": b"HTTP/1.1 200 " + b"x" * (1 << 17),
+    "many headers": b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 300 + b"\r\n{}",
+}
+NOT_JSON = {
+    "empty": b"", "html": b"<html>", "BOM": b"\xef\xbb\xbf{}", "UTF-16": "{}".encode("utf-16"),
+    "latin-1": b'{"a":"\xe9"}',
+    "NaN": b'{"session_id": NaN}', "Infinity": b"[-Infinity]", "duplicate keys": b'{"a": 1, "a": 1}',
+    "deep": b"[" * 200000, "deep object": b'{"a":' * 100000,
+    "surrogate": b'{"a": "\\ud800"}', "two": b"{} {}",
+    "truncated": b'{"a"', "NUL": b"\0", "quotes": b"{'a': 1}", "endless number": b"9" * 100000 + b"x",
+}
+
+
+@pytest.mark.parametrize("name", sorted(NOT_HTTP))
+def test_an_answer_that_is_not_complete_http_is_a_transport_failure(lone_plane, name):
+    lone_plane.script("get", sending(NOT_HTTP[name]))
+    began = time.monotonic()
+    with pytest.raises(plexctl.TransportError, match="^GetSession: no complete answer: [ -~]+$") as raised:
+        create_client(lone_plane).get(PROJECT_ID, OTHER_ID, 5)
+    assert raised.value.exit_code == 1 and raised.value.sent
+    assert time.monotonic() - began < 4
+    assert_nothing_remains(lone_plane._listener)
+
+
+def test_an_answer_that_was_cut_off_is_asked_for_again(cli, lone_plane):
+    def cut(handler, plane):
+        handler.wfile.write(handler.render(plane.decide(handler.seen))[:-9])
+    lone_plane.script("issue", cut)
+    result = forward_to(cli, lone_plane)
+    assert (result.status, len(lone_plane.requests), len(lone_plane.issued)) == (0, 2, 1)
+
+
+@pytest.mark.parametrize("name", sorted(NOT_JSON))
+def test_an_answer_that_is_not_strict_json_is_a_failure_that_is_not_repeated(cli, lone_plane, name):
+    lone_plane.script("issue", Answer(201, raw=NOT_JSON[name]))
+    result = forward_to(cli, lone_plane)
+    assert (result.status, result.out, len(lone_plane.requests)) == (1, "", 1)
+    one_error_line(result, "IssueSession", "not valid JSON")
+
+
+@pytest.mark.parametrize("body", [[], "x", 5, None, True, {}, {"session": {}}], ids=repr)
+def test_an_answer_of_another_shape_is_a_failure(cli, lone_plane, body):
+    lone_plane.script("issue", Answer(201, raw=json.dumps(body).encode()))
+    result = forward_to(cli, lone_plane)
+    assert (result.status, result.out, len(lone_plane.requests)) == (1, "", 1)
+    one_error_line(result, "IssueSession", "session_id")
+
+
+@pytest.mark.parametrize("value", [
+    None, 5, True, [], {}, "", "x", "{%s}" % OTHER_ID, "urn:uuid:" + OTHER_ID, OTHER_ID.replace("-", ""),
+    OTHER_ID + "\n", OTHER_ID + "/../..", "\u0660" + OTHER_ID[1:]], ids=ascii)
+def test_a_session_id_that_is_not_a_uuid_is_never_used(cli, lone_plane, value):
+    lone_plane.script("issue", with_field(("session_id",), value))
+    result = forward_to(cli, lone_plane)
+    assert (result.status, result.out, len(lone_plane.requests)) == (1, "", 1)
+    one_error_line(result, "session_id")
+
+
+BAD_ENDPOINTS = [
+    5, True, [], {}, "", ":", "100.64.0.12", "100.64.0.12:", ":80", "100.64.0.12:0", "100.64.0.12:65536",
+    "100.64.0.12:117925", "100.64.0.12:-1", "100.64.0.12:+80", "100.64.0.12: 80", "100.64.0.12:8_0",
+    "100.64.0.12:\u0665", "100.64.0.12:80\n", "100.64.0.12:000022", "127.1:80", "0:80", "2130706433:80",
+    "0x7f000001:80",
+    "0x7f.1:80", "100.64.0.012:80", "100.64.0.256:80", "100.64.0.12.:80", "2001:db8::1:80", "[2001:db8::1:80",
+    "[100.64.0.12]:80", "[::g]:80", "[fe80::1%eth0]:80", "a b:80", "a..b:80", "-a:80", "a/b:80", "a@b:80",
+    "http://a:80",
+    "a\x1b[2J:80", "\u00e9:80", "a\x00:80", "a" * 64 + ":80", "a." * 150 + "a:80"]
+BAD_TIMES = [
+    None, 5, [], "", "2099-05-02", "2099-05-02T10:30:00", "2099-05-02 10:30:00Z", "2099-02-30T10:30:00Z",
+    "2099-13-01T10:30:00Z", "2099-05-02T24:30:00Z", "2099-05-02T10:60:00Z", "2099-05-02T10:30:61Z",
+    "2099-05-02T10:30:00+25:00", "2099-05-02T10:30:00+0100", "2099-05-02T10:30Z", "0000-05-02T10:30:00Z",
+    "2099-05-02T10:30:00Z\n", "\u0662099-05-02T10:30:00Z", "20990502T103000Z", "4081314600"]
+BAD_FIELDS = (
+    [(("token",), value) for value in [None, 5, [], "", "a b", "a\nb", "a\r", "\x7f", "\xe9", "x" * 70000]]
+    + [(("expires_at",), value) for value in BAD_TIMES]
+    + [(("session", "issued_at"), value) for value in BAD_TIMES[1:]]
+    + [(("session",), value) for value in [None, 5, "x", [], {}]]
+    + [(("session", "id"), value) for value in [None, 5, "x", OTHER_ID]]
+    + [(("session", "kind"), value) for value in [None, 5, [], "", "ssh", "TCP"]]
+    + [(("session", "status"), value) for value in [None, True, {}, "", "pending", "Active"]]
+    + [(("listener_endpoint",), value) for value in BAD_ENDPOINTS]
+    + [(("session", "listener_endpoint"), value) for value in BAD_ENDPOINTS[:12]])
+
+
+@pytest.mark.parametrize("path, value", BAD_FIELDS, ids=[
+    "%s=%s" % (".".join(path), ascii(value)[:30]) for path, value in BAD_FIELDS])
+def test_a_session_with_a_bad_field_is_revoked_once(cli, lone_plane, path, value):
+    lone_plane.script("issue", with_field(path, value))
+    result = forward_to(cli, lone_plane)
+    assert (result.status, result.out) == (1, "")
+    line = one_error_line(result, "IssueSession", "id" if value == {} and path == ("session",) else path[-1])
+    assert MAY_EXIST not in line
+    assert len(requests_of(lone_plane, "issue")) == 1
+    assert_one_revoked(lone_plane)
+
+
+def test_fields_that_nobody_knows_and_odd_but_valid_values_are_taken(cli, lone_plane):
+    def change(body):
+        body.update(new_field=[1], session_id=body["session_id"].upper(), listener_endpoint=None,
+                    expires_at="2099-05-02t10:30:60.123456789-23:59")
+        body["session"].update(listener_endpoint="[2001:DB8::1]:65535", new_field=None)
+    lone_plane.script("issue", altered(change))
+    result = forward_to(cli, lone_plane, "--output", "json")
+    assert result.status == 0, result.err
+    document = json.loads(result.out)
+    assert document["session_id"] == lone_plane.issued[0]
+    assert document["listener_endpoint"].lower() == "[2001:db8::1]:65535"
+
+
+@pytest.mark.parametrize("text", [
+    "127.0.0.1:80", "127.5.6.7:80", "localhost:80", "LocalHost.:80", "a.localhost:80", "[::1]:80",
+    "[0:0:0:0:0:0:0:1]:80", "[::ffff:127.0.0.1]:80", "[::ffff:7f00:1]:80", "0.0.0.0:80", "[::]:80",
+    "[::ffff:0.0.0.0]:80", "224.0.0.1:80", "239.255.255.255:80", "255.255.255.255:80", "[ff02::1]:80"])
+def test_an_endpoint_on_this_machine_is_refused_unless_the_server_is_there_too(tls_files, text):
+    for url in ("https://cp.example.com", "https://100.64.0.1", "https://[2001:db8::1]"):
+        with pytest.raises(ValueError):
+            create_client(None, url=url, ca_file=tls_files.ca)._parse_endpoint(text)
+    for url in ("https://localhost", "https://127.0.0.1", "https://[::1]"):
+        assert create_client(None, url=url, ca_file=tls_files.ca)._parse_endpoint(text).port == 80
+
+
+@pytest.mark.parametrize("text", [
+    "100.64.0.12:1", "10.0.0.5:65535", "node-1.example.com:443", "node_1:80", "[2001:db8::1]:80",
+    "localhost.example:80"])
+def test_any_other_endpoint_is_taken(tls_files, text):
+    client = create_client(None, url="https://cp.example.com", ca_file=tls_files.ca)
+    assert str(client._parse_endpoint(text)) == text
+
+
+# What the server says must not drive the terminal
+
+@pytest.mark.parametrize("nasty", [NASTY, "x" * 10240, "\u202e" * 10240], ids=["control", "long", "bidi"])
+@pytest.mark.parametrize("field", ["title", "detail", "code", "reason", "relation_path", "correlation_id"])
+def test_what_the_server_says_is_one_printable_line(cli, lone_plane, field, nasty):
+    value = [nasty, nasty] if field == "relation_path" else nasty
+    lone_plane.script("issue", problem("forbidden", **{field: value}))
+    result = forward_to(cli, lone_plane)
+    assert result.status == 4
+    line = one_error_line(result, "403", nasty[:1] if nasty.isprintable() else "\\")
+    assert result.err == line + "\n" and re.match(r"[ -~]{1,4000}\Z", line)
+
+
+def test_nor_do_a_challenge_a_revoke_reason_or_a_failing_revoke_drive_it(cli, lone_plane):
+    nasty = NASTY.replace("\r\n", "").replace("\n", "").replace("\u202e", "\xae").replace("\u2028", "\x85")
+    headers = (("WWW-Authenticate", 'Bearer acr_values="%s"' % nasty),)
+    lone_plane.script("issue", Answer(401, problem("step_up_required").body, headers), PASS)
+    first = forward_to(cli, lone_plane)
+    one_error_line(first, "acr_values")
+    lone_plane.endpoint_on = "read"
+    lone_plane.script("get", altered(lambda body: body.update(status="revoked", revoke_reason=NASTY)))
+    lone_plane.script("revoke", problem("internal", detail=NASTY))
+    second = forward_to(cli, lone_plane)
+    assert (first.status, second.status) == (3, 1)
+    for line in (first.err + second.err).splitlines():
+        assert re.match(r"plexctl: [ -~]+\Z", line), line
+    assert (first.err + second.err).count("\n") == len((first.err + second.err).splitlines()) == 4
+
+
+# TLS
+
+@pytest.mark.parametrize("how", ["--ca-file", "SSL_CERT_FILE"])
+def test_a_certificate_of_the_given_ca_is_trusted(cli, tls_files, monkeypatch, how):
+    with ControlPlane(tls=tls_context(tls_files.server)) as plane:
+        if how == "SSL_CERT_FILE":
+            monkeypatch.setenv("SSL_CERT_FILE", tls_files.ca)
+        result = forward_to(cli, plane, *([how, tls_files.ca] if how == "--ca-file" else []))
+        assert (result.status, result.err, len(plane.requests)) == (0, "", 1)
+        by_name = cli(["tcp-forward", "--server", plane.url.replace("127.0.0.1", "localhost"), "--ca-file",
+                       tls_files.ca] + REQUIRED_FLAGS, plane.environment())
+        assert by_name.status == 0
+
+
+def old_tls_context(certificate):
+    """A server that speaks TLS 1.1 at most; skips where this OpenSSL has none."""
+    context = tls_context(certificate)
+    try:
+        context.set_ciphers("ALL:@SECLEVEL=0")
+        if hasattr(ssl, "TLSVersion"):
+            context.minimum_version, context.maximum_version = ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1
+        else:
+            context.options |= ssl.OP_NO_TLSv1_2 | getattr(ssl, "OP_NO_TLSv1_3", 0)
+    except (ValueError, ssl.SSLError):
+        pytest.skip("no TLS 1.1 here")
+    return context
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("case, word", [
+    ("unknown ca", "certificate"), ("other ca file", "certificate"), ("ca file replaces", "certificate"),
+    ("wrong host", "certificate"), ("TLS 1.1", "TLS"), ("no TLS", "TLS")])
+def test_a_server_that_cannot_be_trusted_gets_nothing_and_one_try(cli, tls_files, tmp_path, monkeypatch,
+                                                                  case, word):
+    begun, more = [], ["--ca-file", tls_files.ca]
+    if case == "unknown ca":
+        more = []
+    elif case in ("other ca file", "ca file replaces"):
+        more = ["--ca-file", make_certificates(tmp_path).ca]
+    if case == "ca file replaces":
+        monkeypatch.setenv("SSL_CERT_FILE", tls_files.ca)
+    context = (old_tls_context(tls_files.server) if case == "TLS 1.1" else
+               tls_context(tls_files.wrong_host if case == "wrong host" else tls_files.server))
+
+    def handshake(sock, **options):
+        begun.append(sock)
+        return sock if case == "no TLS" else context.wrap_socket(sock, **options)
+    with ControlPlane(tls=types.SimpleNamespace(wrap_socket=handshake)) as plane:
+        result = forward_to(cli, plane, *more)
+        assert (result.status, result.out, plane.requests) == (1, "", [])
+        line = one_error_line(result, word)
+        assert MAY_EXIST not in line
+        assert len(begun) == 1, "it was tried %d times" % len(begun)
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "garbage", "directory", "a key alone", "NUL"])
+def test_a_ca_file_that_cannot_be_used_is_a_usage_error(cli, lone_plane, tls_files, tmp_path, kind):
+    path = tmp_path / "ca.pem"
+    if kind == "directory":
+        path.mkdir()
+    elif kind != "missing":
+        path.write_text({"garbage": "-----BEGIN CERTIFICATE-----\nx\n", "empty": ""}.get(kind, "x"))
+    key = os.path.join(os.path.dirname(tls_files.ca), "ca.key")
+    name = {"a key alone": key, "NUL": "a\0b"}.get(kind, str(path))
+    url = lone_plane.url.replace("http://", "https://")
+    result = cli(["tcp-forward", "--server", url, "--ca-file", name] + REQUIRED_FLAGS,
+                 lone_plane.environment())
+    assert (result.status, lone_plane.requests) == (2, [])
+    one_error_line(result, "--ca-file")
+
+
+def test_tls_versions_and_checks_of_the_context_are_as_specified(tls_files):
+    context = plexctl.create_tls_context(tls_files.ca)
+    assert context.check_hostname and context.verify_mode == ssl.CERT_REQUIRED
+    if hasattr(ssl, "TLSVersion"):
+        assert context.minimum_version == ssl.TLSVersion.TLSv1_2
+    else:
+        assert context.options & ssl.OP_NO_TLSv1_1 and context.options & ssl.OP_NO_TLSv1
+
+
+# HTTPS_PROXY
+
+@pytest.fixture
+def tunnels():
+    """An HTTP proxy: `url`; `heads` of its requests, `carried` bytes; `to`, where CONNECT leads."""
+    proxy = types.SimpleNamespace(heads=[], carried=[], to=None, answer=b"HTTP/1.1 200 OK\r\n\r\n")
+
+    def serve(connection, _listener):
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            data = connection.recv(1)
+            if not data:
+                break
+            head += data
+        proxy.heads.append(head.decode("latin-1"))
+        connection.sendall(proxy.answer)
+        if not head.startswith(b"CONNECT ") or b" 200 " not in proxy.answer:
+            return
+        host, port = head.split()[1].decode().rsplit(":", 1)
+        upstream = socket.create_connection(proxy.to or (host, int(port)), 10)
+
+        def back():
+            for data in chunks(upstream):
+                connection.sendall(data)
+            hang_up(connection, socket.SHUT_WR)
+        thread = threading.Thread(target=back, daemon=True)
+        thread.start()
+        for data in chunks(connection):
+            proxy.carried.append(data)
+            upstream.sendall(data)
+        hang_up(upstream)
+        thread.join(10)
+        upstream.close()
+    listener = Listener(serve)
+    proxy.url = "http://127.0.0.1:%d" % listener.address[1]
+    yield proxy
+    listener.close()
+
+
+@pytest.fixture
+def tls_plane(tls_files):
+    """A control plane with https."""
+    with ControlPlane(tls=tls_context(tls_files.server)) as plane:
+        yield plane
+
+
+@pytest.mark.parametrize("name", ["HTTPS_PROXY", "https_proxy"])
+def test_an_https_server_is_reached_through_the_proxy(cli, tls_plane, tls_files, tunnels, name):
+    environ = {name: tunnels.url, "NO_PROXY": "example.com, .internal"}
+    result = forward_to(cli, tls_plane, "--ca-file", tls_files.ca, **environ)
+    assert (result.status, len(tls_plane.requests)) == (0, 1)
+    head, = tunnels.heads
+    assert head.startswith("CONNECT %s HTTP/1." % tls_plane.url.split("//")[1])
+    assert "authorization" not in head.lower()
+    assert tunnels.carried and BEARER.encode() not in b"".join(tunnels.carried)
+
+
+@pytest.mark.parametrize("exempt", ["127.0.0.1", "*", "a.example,127.0.0.1", "a.example, 127.0.0.1:{port}"])
+@pytest.mark.parametrize("name", ["NO_PROXY", "no_proxy"])
+def test_no_proxy_exempts_a_server(cli, tls_plane, tls_files, tunnels, name, exempt):
+    environ = {"HTTPS_PROXY": tunnels.url, name: exempt.format(port=tls_plane.url.rsplit(":", 1)[1])}
+    result = forward_to(cli, tls_plane, "--ca-file", tls_files.ca, **environ)
+    assert (result.status, len(tls_plane.requests), tunnels.heads) == (0, 1, [])
+
+
+def test_a_proxy_gets_its_own_credentials_and_no_others(cli, tls_plane, tls_files, tunnels):
+    environ = {"HTTPS_PROXY": tunnels.url.replace("//", "//me:hunter%402@")}
+    result = forward_to(cli, tls_plane, "-v", "--ca-file", tls_files.ca, **environ)
+    assert result.status == 0 and "hunter" not in result.err
+    basic = "Basic " + base64.b64encode(b"me:hunter@2").decode()
+    assert [line.split(": ", 1)[1] for line in tunnels.heads[0].split("\r\n")
+            if "authorization" in line.lower()] == [basic]
+    request, = tls_plane.requests
+    assert request.headers["Proxy-Authorization"] is None
+    assert request.headers.get_all("Authorization") == ["Bearer " + BEARER]
+
+
+def test_a_plain_http_server_never_goes_through_a_proxy(cli, lone_plane, tunnels, monkeypatch):
+    environ = {name: tunnels.url for name in (
+        "http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")}
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    result = forward_to(cli, lone_plane, **environ)
+    assert (result.status, len(lone_plane.requests), tunnels.heads) == (0, 1, [])
+
+
+@pytest.mark.parametrize("kind", [
+    "https://me:hunter2@{}", "socks5://me:hunter2@{}", "socks5h://me:hunter2@{}", "ftp://me:hunter2@{}",
+    "me:hunter2@{}", "http:me:hunter2@{}", "http://", "http://me:hunter2 @{}", "http://me:hunter2\n@{}"])
+def test_a_proxy_of_another_kind_is_an_error_that_shows_no_password(cli, tls_plane, tls_files, tunnels, kind):
+    url = kind.format(tunnels.url.split("//")[1])
+    result = forward_to(cli, tls_plane, "--ca-file", tls_files.ca, HTTPS_PROXY=url)
+    assert result.status != 0 and result.out == ""
+    line = one_error_line(result, "HTTPS_PROXY")
+    assert "hunter2" not in line
+    assert (tls_plane.requests, tunnels.heads) == ([], [])
+
+
+@pytest.mark.parametrize("url", [
+    "http://me:hunter2@127.0.0.1:99999", "http://me:hunter2@127.0.0.1:abc", "http://me:hunter2@"])
+def test_a_malformed_proxy_url_shows_no_password(tls_plane, tls_files, url):
+    with pytest.raises(plexctl.PlexctlError) as raised:
+        plexctl.ControlPlane(plexctl.parse_server(tls_plane.url, False), plexctl.Secret(BEARER), tls_files.ca,
+                             {"HTTPS_PROXY": url}).get(PROJECT_ID, OTHER_ID, 5)
+    assert "hunter2" not in "\n".join(texts_of(raised.value))
+    assert tls_plane.requests == []
+
+
+def test_a_proxy_that_refuses_is_told_of(tls_plane, tls_files, tunnels):
+    tunnels.answer = b"HTTP/1.1 407 \x1b[2JProxy Authentication Required\r\nContent-Length: 0\r\n\r\n"
+    environ = {"HTTPS_PROXY": tunnels.url.replace("//", "//me:hunter2@")}
+    client = plexctl.ControlPlane(plexctl.parse_server(tls_plane.url, False), plexctl.Secret(BEARER),
+                                  tls_files.ca, environ)
+    with pytest.raises(plexctl.TransportError, match="(?i)proxy|tunnel") as raised:
+        client.get(PROJECT_ID, OTHER_ID, 5)
+    assert re.match(r"[ -~]+\Z", str(raised.value)) and "hunter2" not in str(raised.value)
+    assert not raised.value.sent and tls_plane.requests == []
+
+
+def test_an_endpoint_on_this_machine_is_revoked_where_the_server_is_elsewhere(cli, tls_files, tunnels):
+    with ControlPlane(tls=tls_context(tls_files.wrong_host), endpoint="127.0.0.1:22") as plane:
+        tunnels.to = ("127.0.0.1", int(plane.url.rsplit(":", 1)[1]))
+        result = cli(["tcp-forward", "--server", "https://wrong.example", "--ca-file", tls_files.ca]
+                     + REQUIRED_FLAGS, plane.environment(HTTPS_PROXY=tunnels.url))
+        assert (result.status, result.out) == (1, "")
+        one_error_line(result, "listener_endpoint")
+        assert_one_revoked(plane)
+        assert {head.split()[1] for head in tunnels.heads} == {"wrong.example:443"}
+
+
+# Revoking
+
+@pytest.mark.parametrize("status", [204, 404, 409, 410])
+def test_a_session_that_is_gone_counts_as_revoked(lone_plane, status):
+    lone_plane.script("revoke", Answer(status))
+    assert create_client(lone_plane).revoke(PROJECT_ID, OTHER_ID) is None
+    assert len(lone_plane.requests) == 1
+
+
+@pytest.mark.parametrize("status, exit_code", [
+    (302, 1), (400, 1), (401, 3), (403, 4), (429, 1), (500, 1), (503, 1)])
+def test_any_other_answer_to_a_revoke_is_an_error(lone_plane, status, exit_code):
+    lone_plane.script("revoke", Answer(status))
+    with pytest.raises(plexctl.ApiError, match="RevokeSession: %d" % status) as raised:
+        create_client(lone_plane).revoke(PROJECT_ID, OTHER_ID)
+    assert (raised.value.status, raised.value.exit_code) == (status, exit_code)
+
+
+@pytest.mark.parametrize("answer", [problem("internal"), problem("forbidden"), redirect("/x"), Answer(429)],
+                         ids=["500", "403", "302", "429"])
+def test_a_failing_revoke_is_a_warning_that_changes_no_exit_code(cli, lone_plane, answer):
+    lone_plane.endpoint_on = "read"
+    lone_plane.script("get", problem("rebac_denied"))
+    lone_plane.script("revoke", answer)
+    result = forward_to(cli, lone_plane)
+    assert result.status == 77
+    last_error_line(result, "GetSession: 403")
+    warning, = [line for line in result.err.splitlines() if line.startswith("plexctl: warning: ")]
+    assert lone_plane.issued[0] in warning and str(answer.status) in warning
+    assert len(requests_of(lone_plane, "revoke")) == 1
+
+
+def test_a_revoke_that_fails_passingly_is_tried_again(cli, lone_plane, short_pauses):
+    lone_plane.endpoint_on = "read"
+    lone_plane.script("revoke", drop, Answer(502), problem("signing_unavailable"), Answer(504),
+                      process_then_drop)
+    result = forward_to(cli, lone_plane, "--wait-seconds", "0")
+    assert result.status == 1
+    one_error_line(result, "listener endpoint")
+    assert len(requests_of(lone_plane, "revoke")) == 6
+    assert lone_plane.revoked == lone_plane.issued
+
+
+# As a library
+
+def texts_of(thing, done=None):
+    """Every text that this object or exception would show: its own, and those of what it holds."""
+    done = {} if done is None else done
+    if id(thing) in done or thing is None:
+        return []
+    done[id(thing)] = thing
+    texts, held = [str(thing), repr(thing)], []
+    if isinstance(thing, (list, tuple, set, frozenset)):
+        held = list(thing)
+    elif isinstance(thing, dict):
+        held = list(thing) + list(thing.values())
+    elif isinstance(thing, BaseException):
+        held = [vars(thing), thing.args, thing.__cause__, thing.__context__]
+        texts += traceback.format_exception(type(thing), thing, thing.__traceback__)
+    elif type(thing).__module__.startswith(("plexctl", "urllib")) and not isinstance(thing, plexctl.Secret):
+        held = [getattr(thing, "__dict__", None)]
+        held += [getattr(thing, name, None) for name in getattr(type(thing), "__slots__", ())]
+    for each in held:
+        texts += texts_of(each, done)
+    return texts
+
+
+def assert_shows_no_secret(thing, *more):
+    """Neither the bearer token nor a session token is in any text of it."""
+    for text in texts_of(thing):
+        for secret in (BEARER, SESSION_TOKEN_MARK) + more:
+            assert secret not in text, "a secret shows: %.200s" % text
+
+
+def test_the_client_is_usable_without_the_command_line(lone_plane):
+    told = []
+    lines = []
+    client = create_client(lone_plane, report=lines.append)
+    issued = client.issue(session_request(900), told.append)
+    session = lone_plane.sessions[0]
+    assert told == [session.id] == [issued.session_id]
+    assert (issued.token.reveal(), issued.expires_at) == (session.token, session.expires_at)
+    assert str(issued.listener_endpoint) == "127.0.0.1:9"
+    assert abs(issued.lifetime_seconds - 900) < 1.5
+    assert 0 <= plexctl.elapsed_seconds() - issued.issued_on < 10
+    read = client.get(PROJECT_ID, issued.session_id)
+    assert (read.session_id, read.status) == (session.id, "active")
+    assert str(read.listener_endpoint) == "127.0.0.1:9"
+    client.revoke(PROJECT_ID, issued.session_id)
+    assert lone_plane.revoked == [session.id]
+    assert [line.split(":")[0].split()[0] for line in lines] == ["POST", "GET", "POST"]
+    for thing in (client, issued, read, issued.session, lines):
+        assert_shows_no_secret(thing)
+
+
+def test_a_caller_learns_of_a_session_before_the_rest_is_judged(lone_plane):
+    told = []
+    lone_plane.script("issue", with_field(("token",), None))
+    with pytest.raises(plexctl.TransportError, match="token"):
+        create_client(lone_plane).issue(session_request(), told.append)
+    assert told == lone_plane.issued
+
+
+@pytest.mark.parametrize("step", [
+    problem("unauthenticated"), drip, with_field(("expires_at",), "soon"), with_field(("session",), [BEARER]),
+    with_field(("token",), SESSION_TOKEN_MARK + " " + BEARER),
+    Answer(201, raw=('{"token": "%s' % SESSION_TOKEN_MARK).encode()),
+    Answer(201, raw=('{"token": "%s"}\xff' % SESSION_TOKEN_MARK).encode("latin-1")),
+    sending(SESSION_TOKEN_MARK.encode() * 10000),
+    sending(b"HTTP/1.1 201 Created\r\nContent-Length: 99\r\n\r\n" + SESSION_TOKEN_MARK.encode()),
+], ids=["401", "drip", "time", "session", "token", "truncated JSON", "not UTF-8", "no HTTP", "truncated"])
+def test_no_exception_shows_a_secret(lone_plane, short_limits, step):
+    cancel = threading.Event()
+    cancel.set()  # one attempt
+    lone_plane.script("issue", step)
+    with pytest.raises(plexctl.PlexctlError) as raised:
+        create_client(lone_plane, cancel=cancel).issue(session_request())
+    assert_shows_no_secret(raised.value)
+
+
+@pytest.mark.parametrize("error", [
+    RuntimeError, KeyError, TypeError, AssertionError, ValueError, OSError], ids=lambda e: e.__name__)
+def test_an_exchange_that_fails_in_an_unforeseen_way_shows_only_the_class(lone_plane, error):
+    def fail(request, timeout):
+        raise error("Bearer " + request.get_header("Authorization", BEARER))
+    attempt = plexctl.Attempt()
+    attempt.run(types.SimpleNamespace(open=fail), types.SimpleNamespace(get_header=lambda *names: BEARER))
+    assert attempt.done.is_set() and type(attempt.error) is error
+    client = create_client(lone_plane)
+    client._opener = types.SimpleNamespace(open=fail)
+    with pytest.raises(plexctl.TransportError, match=error.__name__) as raised:
+        client.get(PROJECT_ID, OTHER_ID, 5)
+    assert_shows_no_secret(raised.value)
+
+
+ODD_TOKENS = {
+    "CR LF": "psk_a\r\nX-Evil: 1", "LF": "psk_a\nb", "NUL": "psk_a\0b", "DEL": "psk_a\x7f",
+    "latin-1": "psk_\xe9",
+    "space": "psk_a b", "wide": "psk_\u20ac", "empty": "", "200 kB": "psk_" + "x" * 200000}
+
+
+@pytest.mark.parametrize("name", sorted(set(ODD_TOKENS) - {"NUL", "empty"}))
+def test_a_token_of_odd_characters_is_refused_before_anything_is_sent(cli, lone_plane, name):
+    result = cli(forward_args(lone_plane), {"PLEXSPHERE_TOKEN": ODD_TOKENS[name]})
+    assert (result.status, lone_plane.requests) == (3, [])
+    assert "psk_" not in one_error_line(result, "PLEXSPHERE_TOKEN")
+
+
+@pytest.mark.parametrize("name", sorted(ODD_TOKENS))
+def test_the_client_sends_no_token_of_odd_characters_either(lone_plane, name):
+    with pytest.raises(plexctl.PlexctlError) as raised:
+        create_client(lone_plane, ODD_TOKENS[name]).get(PROJECT_ID, OTHER_ID, 5)
+    assert lone_plane.requests == []
+    assert_shows_no_secret(raised.value, "psk_")
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_nothing_with_a_secret_in_it_is_pickled(lone_plane, protocol):
+    client = create_client(lone_plane)
+    issued = client.issue(session_request())
+    for thing in (client, issued, issued.token):
+        with pytest.raises((TypeError, AttributeError, pickle.PicklingError)) as raised:
+            pickle.dumps(thing, protocol)
+        assert_shows_no_secret(raised.value)
+    for copying in (copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError):
+            copying(issued.token)
+
+
+@pytest.mark.parametrize("show", [
+    str, repr, ascii, "{}".format, "{!s:>20}".format, lambda secret: "%s %r" % (secret, secret),
+    lambda secret: json.dumps([secret], default=repr), lambda secret: str(ValueError(secret))])
+def test_no_way_to_print_a_secret_shows_it(show):
+    secret = plexctl.Secret(BEARER)
+    assert BEARER not in show(secret) and "Secret" in show(secret)
+    assert secret.reveal() == BEARER
+    with pytest.raises(TypeError):
+        vars(secret)
+
+
+def test_one_client_serves_several_threads_at_once(lone_plane):
+    client, revoked, failed = create_client(lone_plane), [], []
+    meet = threading.Barrier(8)
+
+    def work():
+        try:
+            meet.wait(10)
+            for _ in range(5):
+                issued = client.issue(session_request())
+                assert client.get(PROJECT_ID, issued.session_id).session_id == issued.session_id
+                assert issued.session_id in issued.token.reveal()
+                client.revoke(PROJECT_ID, issued.session_id)
+                revoked.append(issued.session_id)
+        except Exception as error:  # a thread's failure is the test's
+            failed.append(error)
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert failed == []
+    assert len(set(revoked)) == 40 and sorted(revoked) == sorted(lone_plane.revoked)
+    assert len({request.body["idempotency_key"] for request in requests_of(lone_plane, "issue")}) == 40
+    assert_nothing_remains(lone_plane._listener)
+
+
+# ---- tests: relay --------------------------------------------------------------------------------
+
+MIB = 1 << 20
+WAYS = {  # how the relay works on this host, or would on another one
+    "epoll": {},
+    "selectors": {"poller": plexctl.SelectorPoller},
+    "connect": {"take": False},  # every dial in a thread
+    "nonblocking": {"poller": plexctl.SelectorPoller, "dontwait": 0},  # as on Windows: no bulk threads
+}
+
+
+def eventually(predicate, seconds=10, state=lambda: ""):
+    """Wait until predicate() is true, and return it."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value = predicate()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError("not within %s s: %s" % (seconds, state()))
+        time.sleep(0.005)
+
+
+def standstill(read, seconds=10):
+    """Wait until a counter has not moved for half a second and more; its value."""
+    seen, since, deadline = read(), time.monotonic(), time.monotonic() + seconds
+    while time.monotonic() - since < 0.6:
+        if read() != seen:
+            seen, since = read(), time.monotonic()
+        assert time.monotonic() < deadline, "it still moves"
+        time.sleep(0.02)
+    return seen
+
+
+def lease_on(address, family=socket.AF_INET):
+    """What a Forwarder needs of a lease; `released` counts."""
+    lease = types.SimpleNamespace(family=family, address=address, released=0)
+
+    def release():
+        lease.released += 1
+    lease.release = release
+    return lease
+
+
+@contextlib.contextmanager
+def forwarding(address, local="127.0.0.1:0", poller=None, take=True, dontwait=None, start=True, **options):
+    """A Forwarder straight to an address; at the end it stops, and every lease has been released."""
+    running = types.SimpleNamespace(lines=[], leases=[])
+
+    def lend():
+        running.leases.append(lease_on(address))
+        return running.leases[-1]
+
+    def connect(*failed):
+        lease = failed[0] if failed else lend()
+        try:
+            return plexctl.connect_socket(socket.AF_INET, address), lease
+        except OSError as error:
+            lease.release()
+            raise plexctl.PlexctlError(str(error)) from error
+
+    running.forwarder = plexctl.Forwarder(
+        plexctl.parse_local_address(local), connect, lend if take else None, running.lines.append,
+        poller=poller and poller(), **options)
+    running.relay, running.address = running.forwarder.relay, str(running.forwarder.local)
+    running.count = running.forwarder.count
+    if dontwait is not None:
+        running.relay.dontwait = dontwait
+    try:
+        if start:
+            running.forwarder.start()
+        yield running
+        assert not running.forwarder._thread or running.forwarder._thread.is_alive(), running.lines
+    finally:
+        running.forwarder.stop()
+    assert [lease.released for lease in running.leases] == [1] * len(running.leases)
+
+
+@contextlib.contextmanager
+def relayed_to(serve, **options):
+    """A Target, and a Forwarder to it."""
+    with Target(serve) as target, forwarding(target.address, **options) as running:
+        running.target = target
+        yield running
+
+
+@pytest.fixture(params=list(WAYS.values()), ids=list(WAYS))
+def way(request):
+    """Options of a forwarder, for each of the ways a relay can work."""
+    return request.param
+
+
+@pytest.fixture(params=[WAYS["epoll"], WAYS["selectors"], WAYS["nonblocking"]],
+                ids=["epoll", "selectors", "nonblocking"])
+def loop(request):
+    """The same where only the loop matters."""
+    return request.param
+
+
+@contextlib.contextmanager
+def held_up(running):
+    """The relay's loop stands still meanwhile, and then sees all that happened at once."""
+    standing, go = threading.Event(), threading.Event()
+    running.relay.post(lambda: (standing.set(), go.wait(20)))
+    assert standing.wait(10)
+    try:
+        yield
+    finally:
+        go.set()
+
+
+def small_window(address):
+    """Connect with a receive buffer as small as it gets; the far side is soon stuck."""
+    host, port = address.rsplit(":", 1)
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.settimeout(20)
+    client.connect((host, int(port)))
+    return client
+
+
+def read_exactly(connection, size):
+    """So many bytes, or fewer where the peer ends before."""
+    data = b""
+    while len(data) < size:
+        piece = connection.recv(size - len(data))
+        if not piece:
+            break
+        data += piece
+    return data
+
+
+def how_it_ends(connection):
+    """("eof" or "reset", what came before it)."""
+    pieces = []
+    try:
+        for piece in chunks(connection):
+            pieces.append(piece)
+    except ConnectionError:
+        return "reset", b"".join(pieces)
+    return "eof", b"".join(pieces)
+
+
+def knock(address):
+    """how_it_ends() for a new client that says nothing; a reset may come before connect is through."""
+    try:
+        with dial(address) as client:
+            return how_it_ends(client)
+    except ConnectionError:
+        return "reset", b""
+
+
+def on_request(services):
+    """A service for each first byte that a client may send."""
+    def serve(connection, target):
+        services[connection.recv(1)](connection, target)
+    return serve
+
+
+def chat(connection, rounds=50):
+    """Ping-pong of 64 bytes with an echo; the slowest answer in seconds."""
+    slowest = 0.0
+    for number in range(rounds):
+        ping, began = pattern(64, number), time.monotonic()
+        connection.sendall(ping)
+        assert read_exactly(connection, 64) == ping
+        slowest = max(slowest, time.monotonic() - began)
+    return slowest
+
+
+def resident_bytes(pid="self"):
+    """VmRSS of a process."""
+    with open("/proc/%s/status" % pid) as stream:
+        return int(re.search(r"VmRSS:\s*([0-9]+) kB", stream.read()).group(1)) * 1024
+
+
+def is_alive(running):
+    """Whether the forwarder still serves a new client."""
+    return exchange(running.address, b"still here") == b"still here"
+
+
+@pytest.mark.parametrize("size", [0, 1, 64, 65535, 65536, 65537, 4 * 65536, 300001])
+def test_what_a_client_sends_arrives_as_it_is_and_so_does_the_answer(way, size):
+    data = pattern(size, size)
+    with relayed_to(echo, **way) as running:
+        assert exchange(running.address, data) == data
+        eventually(lambda: running.count().open == 0)
+        counts = running.count()
+        assert (counts.served, counts.up, counts.down) == (1, size, size)
+        eventually(lambda: running.target.ends == ["eof"])
+        assert running.lines == []
+
+
+def test_a_chat_keeps_its_order(way):
+    with relayed_to(echo, **way) as running, dial(running.address) as client:
+        chat(client, 300)
+        eventually(lambda: running.count().down == 19200)  # counted after it was sent
+        assert (running.count().open, running.count().up) == (1, 19200)
+
+
+def test_fifty_mebibytes_go_both_ways_at_once(way):
+    data = pattern(50 * MIB)
+    with relayed_to(echo, **way) as running:
+        assert exchange(running.address, data, 60) == data
+        eventually(lambda: running.count().open == 0)
+        assert (running.count().up, running.count().down) == (50 * MIB, 50 * MIB)
+        assert running.lines == [] and running.relay.bulk_flows == 0
+
+
+def test_an_answer_long_after_the_half_close_arrives(way):
+    go = threading.Event()
+    with relayed_to(late_answer(go), **way) as running, dial(running.address) as client:
+        client.sendall(b"question")
+        client.shutdown(socket.SHUT_WR)
+        flow = eventually(lambda: [pair.up for pair in running.relay.pairs])[0]
+        eventually(lambda: flow.state == plexctl.ENDED)
+        go.set()
+        assert how_it_ends(client) == ("eof", LATE_ANSWER)
+        eventually(lambda: running.target.ends == ["eof"])
+
+
+def test_a_client_may_go_on_after_the_server_has_ended(way):
+    heard = []
+
+    def end_first(connection, _target):
+        connection.sendall(b"goodbye")
+        connection.shutdown(socket.SHUT_WR)
+        heard.extend(how_it_ends(connection))
+
+    with relayed_to(end_first, **way) as running, dial(running.address) as client:
+        assert how_it_ends(client) == ("eof", b"goodbye")
+        client.sendall(pattern(MIB))
+        client.shutdown(socket.SHUT_WR)
+        eventually(lambda: heard)
+        eventually(lambda: running.count().open == 0)
+        assert heard == ["eof", pattern(MIB)] and running.count().up == MIB
+
+
+def test_a_slow_reader_loses_nothing_of_a_server_that_ends_first(loop):
+    size = 12 * MIB
+    with relayed_to(source(size), **loop) as running, small_window(running.address) as client:
+        assert standstill(lambda: running.count().down) < size
+        assert how_it_ends(client) == ("eof", pattern(size))
+        client.close()
+        eventually(lambda: running.target.ends == ["eof"])
+
+
+def test_a_slow_target_gets_all_of_an_upload(loop):
+    go, heard = threading.Event(), []
+
+    def read_late(connection, _target):
+        go.wait(20)
+        heard.extend(how_it_ends(connection))
+        connection.sendall(b"done")
+
+    with relayed_to(read_late, **loop) as running, dial(running.address) as client:
+        data = pattern(24 * MIB)
+        sender = threading.Thread(target=lambda: (client.sendall(data), hang_up(client, socket.SHUT_WR)))
+        sender.start()
+        assert standstill(lambda: running.count().up) < len(data)
+        go.set()
+        assert how_it_ends(client) == ("eof", b"done")
+        sender.join(10)
+        assert heard == ["eof", data]
+
+
+def test_an_early_answer_arrives_while_the_client_still_uploads(way):
+    answer = pattern(8000)
+
+    def answer_early(connection, _target):
+        connection.recv(1000)
+        connection.sendall(answer)
+        connection.close()  # with input unread: a reset follows what was sent
+
+    with relayed_to(on_request({b"a": answer_early, b"e": echo}), **way) as running:
+        for _ in range(5):
+            with dial(running.address) as client:
+                with pytest.raises(ConnectionError):
+                    client.sendall(b"a" + bytes(64 * MIB))
+                assert how_it_ends(client)[1] == answer
+        assert exchange(running.address, b"e" + answer) == answer
+
+
+def test_a_reset_of_the_client_ends_only_its_own_connection(way):
+    with relayed_to(echo, **way) as running, dial(running.address) as other:
+        client = dial(running.address)
+        chat(client, 3)
+        reset_close(client)
+        eventually(lambda: running.target.ends == ["reset"], state=lambda: running.target.ends)
+        chat(other, 3)
+        assert running.count().open == 1 and running.lines == []
+
+
+def test_a_reset_of_the_target_ends_only_its_own_connection(way):
+    with relayed_to(on_request({b"r": resetter(10), b"e": echo}), **way) as running:
+        with dial(running.address) as other, dial(running.address) as client:
+            other.sendall(b"e")
+            client.sendall(b"r" + bytes(10))
+            assert how_it_ends(client) == ("reset", b"")
+            chat(other, 3)
+            assert running.count().open == 1 and running.lines == []
+
+
+def test_a_client_that_resets_amid_a_download_is_no_clean_end_for_the_target(way):
+    with relayed_to(source(64 * MIB), **way) as running:
+        for _ in range(5):
+            client = dial(running.address)
+            read_exactly(client, MIB)
+            reset_close(client)
+        eventually(lambda: running.count().open == 0)
+        eventually(lambda: len(running.target.ends) == 5)
+        assert running.target.ends == ["reset"] * 5 and running.lines == []
+
+
+def test_a_client_that_resets_amid_an_upload_is_no_clean_end_for_the_target(way):
+    heard = []
+
+    def listen(connection, _target):
+        heard.append(how_it_ends(connection)[0])
+
+    with relayed_to(listen, **way) as running:
+        for _ in range(10):
+            client = dial(running.address)
+            client.sendall(bytes(4 * MIB))
+            reset_close(client)
+        eventually(lambda: len(heard) == 10 and running.count().open == 0)
+        assert heard == ["reset"] * 10 and running.lines == []
+
+
+def test_a_target_that_resets_amid_an_upload_is_no_clean_end_for_the_client(way):
+    with relayed_to(resetter(3 * MIB), **way) as running:
+        for _ in range(10):
+            with dial(running.address) as client:
+                with pytest.raises(ConnectionError):
+                    client.sendall(bytes(64 * MIB))
+                assert client.recv(1) == b""  # the error was sendall's
+        eventually(lambda: running.count().open == 0)
+        assert running.lines == []
+
+
+def test_a_target_that_resets_amid_a_download_is_no_clean_end_for_the_client(way):
+    def break_off(connection, _target):
+        connection.sendall(bytes(4 * MIB))
+        reset_close(connection)
+
+    with relayed_to(break_off, **way) as running:
+        for _ in range(10):
+            assert knock(running.address)[0] == "reset"
+        eventually(lambda: running.count().open == 0)
+
+
+def test_a_client_that_is_stuck_and_resets_is_no_clean_end_for_the_target(loop):
+    heard = []
+
+    def send_then_listen(connection, _target):
+        connection.sendall(bytes(6 * MIB))
+        heard.append(how_it_ends(connection)[0])
+
+    with relayed_to(on_request({b"s": send_then_listen, b"e": echo}), **loop) as running:
+        client = small_window(running.address)
+        client.sendall(b"s")
+        standstill(lambda: running.count().down)
+        reset_close(client)
+        eventually(lambda: heard and running.count().open == 0)
+        assert heard == ["reset"] and running.lines == []
+
+
+def test_a_client_that_is_stuck_after_its_half_close_and_resets_harms_nobody(loop):
+    with relayed_to(on_request({b"s": source(24 * MIB), b"e": echo}), **loop) as running:
+        with dial(running.address) as other:
+            other.sendall(b"e")
+            client = small_window(running.address)
+            client.sendall(b"s")
+            client.shutdown(socket.SHUT_WR)
+            standstill(lambda: running.count().down)
+            reset_close(client)
+            eventually(lambda: running.count().open == 1)
+            chat(other, 3)
+            eventually(lambda: running.target.ends == ["reset"])
+            assert running.lines == []
+
+
+@pytest.mark.skipif(not LINUX, reason="only epoll tells of a reset that nobody reads")
+def test_a_reset_after_the_half_close_is_noticed_while_the_answer_is_awaited():
+    go = threading.Event()
+    with relayed_to(late_answer(go)) as running:
+        client = dial(running.address)
+        client.shutdown(socket.SHUT_WR)
+        flow = eventually(lambda: [pair.up for pair in running.relay.pairs])[0]
+        eventually(lambda: flow.state == plexctl.ENDED)
+        reset_close(client)
+        eventually(lambda: running.count().open == 0)
+        go.set()
+        eventually(lambda: running.target.ends == ["reset"])
+
+
+def test_a_target_that_resets_just_as_the_client_sends_is_no_clean_end_for_the_client(loop):
+    go = threading.Event()
+
+    def reset_when_told(connection, _target):
+        connection.recv(1)
+        go.wait(10)
+        reset_close(connection)
+
+    with relayed_to(reset_when_told, **loop) as running, dial(running.address) as client:
+        client.sendall(b"1")
+        eventually(lambda: running.target.accepted == 1 and running.count().up == 1)
+        with held_up(running):
+            client.sendall(b"more")
+            go.set()
+            remote = next(iter(running.relay.pairs)).remote
+            eventually(lambda: not is_connected(remote))
+        assert how_it_ends(client) == ("reset", b"")
+
+
+def test_a_client_that_resets_just_as_the_target_sends_is_no_clean_end_for_the_target(loop):
+    heard, go = [], threading.Event()
+
+    def send_when_told(connection, _target):
+        go.wait(10)
+        connection.sendall(b"more")
+        heard.append(how_it_ends(connection)[0])
+
+    with relayed_to(send_when_told, **loop) as running:
+        client = dial(running.address)
+        pair = eventually(lambda: list(running.relay.pairs))[0]
+        with held_up(running):
+            go.set()
+            assert select.select([pair.remote], [], [], 10)[0]
+            reset_close(client)
+            eventually(lambda: not is_connected(pair.client))
+        eventually(lambda: heard)
+        assert heard == ["reset"]
+
+
+def is_connected(sock):
+    """Whether no reset has come; asking takes nothing from the socket."""
+    try:
+        return bool(sock.getpeername())
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not LINUX, reason="reads /proc")
+def test_two_hundred_stuck_readers_take_little_memory_and_hamper_nobody():
+    with relayed_to(on_request({b"s": source(4 * MIB), b"e": echo})) as running:
+        with dial(running.address) as other, contextlib.ExitStack() as stack:
+            other.sendall(b"e")
+            chat(other, 3)
+            before = resident_bytes()
+            for _ in range(200):
+                stack.enter_context(small_window(running.address)).sendall(b"s")
+            eventually(lambda: running.count().served == 201)
+            assert chat(other) < 1
+            standstill(lambda: running.count().down, 20)
+            assert running.count().down < 200 * 4 * MIB
+            assert resident_bytes() - before < 120 * MIB
+            assert chat(other) < 1
+            data = pattern(8 * MIB)
+            assert exchange(running.address, b"e" + data) == data
+
+
+def test_a_bulk_stream_starves_no_keystroke(loop):
+    def pour(connection, target):
+        data = bytes(MIB)
+        while not target.closing.is_set():
+            connection.sendall(data)
+
+    with relayed_to(on_request({b"b": pour, b"e": echo}), **loop) as running:
+        with dial(running.address) as bulk, dial(running.address) as other:
+            bulk.sendall(b"b")
+            other.sendall(b"e")
+            reader = threading.Thread(target=how_it_ends_quietly, args=(bulk,), daemon=True)
+            reader.start()
+            eventually(lambda: running.count().down > 8 * MIB)
+            began = running.count().down
+            assert chat(other, 50) < 1
+            assert running.count().down > began
+            hang_up(bulk)
+            reader.join(10)
+            assert not reader.is_alive()
+
+
+def how_it_ends_quietly(connection):
+    """Read to any end, and keep nothing."""
+    try:
+        for _ in chunks(connection):
+            pass
+    except OSError:
+        pass
+
+
+def test_a_flow_goes_to_a_thread_and_back_and_again(loop):
+    threads = LINUX and "dontwait" not in loop
+    data = pattern(16 * MIB)
+    with relayed_to(echo, **loop) as running, dial(running.address) as client:
+        for _ in range(2):
+            sender = threading.Thread(target=client.sendall, args=(data,))
+            sender.start()
+            half = read_exactly(client, 8 * MIB)
+            if threads:
+                assert running.relay.bulk_flows > 0
+            assert half + read_exactly(client, 8 * MIB) == data
+            sender.join(10)
+            eventually(lambda: running.relay.bulk_flows == 0, 5)  # a pause ends it
+            chat(client, 20)
+        eventually(lambda: running.count().down == 2 * (16 * MIB + 20 * 64))
+        assert running.count().up == running.count().down and running.lines == []
+
+
+def pair_of(running, client):
+    """The relay's pair of sockets for a connected client."""
+    name = client.getsockname()
+    return eventually(lambda: [each for each in running.relay.pairs if each.client.getpeername() == name])[0]
+
+
+def test_an_error_in_one_handler_ends_only_its_own_connection(loop):
+    with relayed_to(echo, **loop) as running, dial(running.address) as other:
+        chat(other, 3)
+        with dial(running.address) as client:
+            pair_of(running, client).up.sink = None  # the next read ends in an AttributeError
+            client.sendall(b"x")
+            assert how_it_ends(client) == ("reset", b"")
+        chat(other, 3)
+        assert is_alive(running)
+        assert len(running.lines) == 1 and "AttributeError" in running.lines[0]
+
+
+@pytest.mark.parametrize("earlier", [False, True], ids=["at its end", "at its end after another one"])
+def test_an_error_in_what_the_end_of_a_connection_calls_stops_nobody(loop, earlier):
+    with relayed_to(echo, **loop) as running, dial(running.address) as other:
+        chat(other, 3)
+        with dial(running.address) as client:
+            pair = pair_of(running, client)
+            release = running.leases[1].release
+            running.leases[1].release = lambda: (release(), [][0])  # noqa: PLE0643
+            if earlier:
+                pair.up.sink = None
+                client.sendall(b"x")
+            hang_up(client, socket.SHUT_WR)
+            assert how_it_ends(client)[1] == b""
+        chat(other, 3)
+        assert is_alive(running)
+
+
+def test_the_selector_poller_watches_what_it_is_told():
+    here, there = socket.socketpair()
+    poller, fd = plexctl.SelectorPoller(), here.fileno()
+    with here, there:
+        poller.register(fd, 0)
+        assert poller.poll(0) == []
+        poller.modify(fd, plexctl.READABLE | plexctl.WRITABLE)
+        assert poller.poll(0) == [(fd, plexctl.WRITABLE)]
+        there.sendall(b"x")
+        assert poller.poll(1) == [(fd, plexctl.READABLE | plexctl.WRITABLE)]
+        poller.modify(fd, plexctl.READABLE)
+        assert poller.poll(0) == [(fd, plexctl.READABLE)]
+        poller.modify(fd, 0)
+        assert poller.poll(0) == []
+        poller.unregister(fd)
+        poller.close()
+
+
+# ---- tests: forwarder ----------------------------------------------------------------------------
+
+UNIX = pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="no unix sockets")
+
+
+def descriptors():
+    """How many descriptors this process has open, but for those of garbage."""
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_nothing_is_dialled_but_for_a_connection():
+    with relayed_to(echo) as running:
+        running.relay.post(lambda: None)
+        assert is_alive(running)
+        assert running.target.accepted == 1 and len(running.leases) == 1
+
+
+def test_both_legs_have_nodelay_and_keepalive(way):
+    with relayed_to(echo, **way) as running, dial(running.address) as client:
+        chat(client, 1)
+        pair = next(iter(running.relay.pairs))
+        for leg in (pair.client, pair.remote):
+            assert leg.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            assert leg.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+
+def test_an_ipv6_address_can_be_listened_on(way):
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        pytest.skip("no IPv6")
+    with relayed_to(echo, local="[::1]:0", **way) as running:
+        assert re.match(r"\[::1\]:[1-9][0-9]*\Z", running.address)
+        assert exchange(running.address, b"six") == b"six"
+        assert running.lines == [] and (running.forwarder._owners or not LINUX)
+
+
+def unix_exchange(path, data):
+    """exchange() over a unix socket."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(20)
+        client.connect(path)
+        client.sendall(data)
+        client.shutdown(socket.SHUT_WR)
+        return b"".join(chunks(client))
+
+
+@UNIX
+def test_a_unix_socket_is_ours_alone_and_goes_at_the_end(tmp_path, way):
+    path = str(tmp_path / "s")
+    with relayed_to(echo, local="unix:" + path, **way) as running:
+        assert os.stat(path).st_mode & 0o777 == 0o600
+        assert running.address == "unix:" + path
+        assert unix_exchange(path, pattern(MIB)) == pattern(MIB)
+        assert running.lines == []
+    assert not os.path.lexists(path)
+
+
+@UNIX
+@pytest.mark.parametrize("kind", ["file", "socket", "dangling link"])
+def test_an_existing_file_is_neither_overwritten_nor_removed(tmp_path, kind):
+    path = str(tmp_path / "s")
+    if kind == "file":
+        with open(path, "w") as stream:
+            stream.write("precious")
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as stale:
+            stale.bind(path)
+    else:
+        os.symlink(str(tmp_path / "elsewhere"), path)
+    before = os.lstat(path)
+    with pytest.raises(plexctl.PlexctlError, match="--local-addr"):
+        plexctl.Forwarder(plexctl.parse_local_address("unix:" + path), None)
+    assert os.lstat(path) == before and os.listdir(str(tmp_path)) == ["s"]
+
+
+@UNIX
+def test_a_unix_socket_that_is_no_longer_ours_stays(tmp_path):
+    path, seconds = str(tmp_path / "s"), str(tmp_path / "other")
+    with socket.socket(socket.AF_UNIX) as other:
+        with relayed_to(echo, local="unix:" + path):
+            other.bind(seconds)
+            os.rename(seconds, path)
+        assert os.path.exists(path)
+
+
+@UNIX
+def test_stopping_twice_does_not_remove_the_next_one_s_unix_socket(tmp_path):
+    path = str(tmp_path / "s")
+    with relayed_to(echo, local="unix:" + path) as running:
+        running.forwarder.stop()
+        assert not os.path.lexists(path)
+        with relayed_to(echo, local="unix:" + path):  # may well get the same inode
+            running.forwarder.stop()
+            assert unix_exchange(path, b"mine") == b"mine"
+
+
+def test_an_address_in_use_costs_no_session(cli, simulation):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen(1)
+        address = "127.0.0.1:%d" % other.getsockname()[1]
+        result = cli(forward_args(simulation.plane, "--proxy", "--local-addr", address),
+                     simulation.plane.environment())
+    assert result.status == 1 and simulation.plane.requests == []
+    one_error_line(result, "--local-addr", address, "in use")
+
+
+def test_a_dial_that_fails_stops_neither_the_listener_nor_anybody_else(way):
+    with Target(echo) as target, socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        addresses = [target.address, closed.getsockname(), target.address]
+
+        def connect(lease=None, address=None, _error=None):
+            lease = lease or take()
+            try:
+                return plexctl.connect_socket(socket.AF_INET, address or lease.address), lease
+            except OSError as error:
+                raise plexctl.PlexctlError("no way: %s" % error) from error
+
+        def take():
+            return lease_on(addresses.pop(0))
+
+        lines = []
+        with plexctl.Forwarder(plexctl.parse_local_address("127.0.0.1:0"), connect,
+                               take if way.get("take", True) else None, lines.append) as forwarder:
+            forwarder.start()
+            with dial(str(forwarder.local)) as other:
+                chat(other, 3)
+                assert knock(str(forwarder.local)) == ("reset", b"")
+                chat(other, 3)
+                assert exchange(str(forwarder.local), b"again") == b"again"
+        assert len(lines) == 1 and "not served" in lines[0] and "no way" in lines[0]
+
+
+@contextlib.contextmanager
+def dial_that_hangs():
+    """The address of a listener whose backlog is full: a dial neither succeeds nor fails."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(8):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        yield listener
+
+
+@pytest.mark.skipif(not LINUX, reason="a full backlog drops what comes")
+def test_a_dial_is_said_to_have_failed_at_the_address_it_went_to():
+    asked = []
+
+    def connect(_lease, address, _error=None):
+        asked.append(address)
+        raise plexctl.PlexctlError("asked")
+
+    with dial_that_hangs() as listener:
+        lease = lease_on(listener.getsockname())
+        old = lease.address
+        local = plexctl.parse_local_address("127.0.0.1:0")
+        with plexctl.Forwarder(local, connect, lambda: lease) as forwarder:
+            forwarder.start()
+            with dial(str(forwarder.local)) as client:
+                eventually(lambda: forwarder._connecting)
+                lease.address = ("127.0.0.1", 9)  # another dial has found the new endpoint meanwhile
+                listener.close()
+                assert how_it_ends(client) == ("reset", b"")
+            assert asked == [old]
+
+
+@pytest.mark.skipif(not LINUX, reason="a full backlog drops what comes")
+def test_stop_ends_a_connection_that_is_still_being_dialled():
+    with dial_that_hangs() as listener:
+        before = descriptors()
+        with forwarding(listener.getsockname()) as running, dial(running.address) as client:
+            eventually(lambda: running.forwarder._connecting)
+            running.forwarder.stop()
+            client.settimeout(5)
+            assert how_it_ends(client)[1] == b""
+        eventually(lambda: descriptors() == before, state=lambda: "%d, %d before" % (descriptors(), before))
+
+
+@pytest.mark.skipif(not LINUX, reason="reads /proc")
+def test_stop_with_fifty_connections_leaves_no_thread_and_no_descriptor(way):
+    with Target(echo) as target:
+        threads, before = set(threading.enumerate()), descriptors()
+        with forwarding(target.address, **way) as running, contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(dial(running.address)) for _ in range(50)]
+            for client in clients:
+                client.sendall(bytes(MIB) if client is clients[0] else b"x")
+            eventually(lambda: running.count().open == 50)
+            began = time.monotonic()
+            running.forwarder.stop()
+            assert time.monotonic() - began < 2
+            assert [how_it_ends(client)[0] for client in clients] == ["reset"] * 50
+            with pytest.raises(ConnectionError):
+                dial(running.address)
+        eventually(lambda: len(target.ends) == 50)
+        eventually(lambda: descriptors() == before, state=lambda: "%d, %d before" % (descriptors(), before))
+        eventually(lambda: set(threading.enumerate()) <= threads, state=threading.enumerate)
+
+
+@pytest.mark.skipif(not LINUX, reason="reads /proc")
+def test_stop_before_start_and_stop_twice_leave_nothing(way):
+    before, threads = descriptors(), threading.active_count()
+    with forwarding(("127.0.0.1", 9), start=False, **way) as running:
+        running.forwarder.stop()
+        running.forwarder.stop()
+        assert descriptors() == before
+    with forwarding(("127.0.0.1", 9), **way) as running:
+        running.forwarder.stop()
+        running.forwarder.stop()
+        assert descriptors() == before and threading.active_count() <= threads
+
+
+@pytest.mark.skipif(not LINUX, reason="reads /proc")
+def test_five_thousand_short_connections_leave_nothing():
+    def visit(address, times):
+        for _ in range(times):
+            with dial(address) as client:
+                client.sendall(b"x")
+                assert client.recv(1) == b"x"
+        done.append(times)
+
+    def answer(connection, _target):
+        connection.sendall(connection.recv(1))
+
+    done = []
+    with relayed_to(answer) as running:
+        visit(running.address, 500)
+        eventually(lambda: running.count().open == 0 and len(running.target.ends) == 500)
+        threads, before, memory = threading.active_count(), descriptors(), resident_bytes()
+        visitors = [threading.Thread(target=visit, args=(running.address, 1125)) for _ in range(4)]
+        for visitor in visitors:
+            visitor.start()
+        for visitor in visitors:
+            visitor.join(60)
+        eventually(lambda: running.count().open == 0 and len(running.target.ends) == 5000)
+        assert sum(done) == running.count().served == running.count().up == running.count().down == 5000
+        eventually(lambda: (threading.active_count(), descriptors()) == (threads, before),
+                   state=lambda: "%d %d, %d %d before" % (
+                       threading.active_count(), descriptors(), threads, before))
+        assert resident_bytes() - memory < 8 * MIB and running.lines == []
+
+
+@pytest.mark.skipif(not LINUX, reason="raises the descriptor limit")
+def test_a_thousand_connections_are_held_and_each_one_is_right():
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= hard < 4500:
+        pytest.skip("the hard limit on descriptors is %d" % hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 4500) if soft >= 0 else soft, hard))
+    try:
+        with relayed_to(echo) as running, contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(dial(running.address)) for _ in range(1000)]
+            for number, client in enumerate(clients):
+                client.sendall(b"%08d" % number)
+            assert [int(read_exactly(client, 8)) for client in clients] == list(range(1000))
+            for number, client in enumerate(clients):
+                client.sendall(b"%08d" % (number + 5000))
+                client.shutdown(socket.SHUT_WR)
+            assert [how_it_ends(client) for client in clients] == [
+                ("eof", b"%08d" % (number + 5000)) for number in range(1000)]
+            eventually(lambda: running.count().open == 0)
+            assert running.count().up == running.count().down == 16000 and running.lines == []
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def cpu_seconds(pid):
+    """User and system time that a process has taken."""
+    with open("/proc/%d/stat" % pid) as stream:
+        fields = stream.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def proxied(plane, *more, **popen):
+    """plexctl --proxy as a process, with its document in JSON."""
+    return start_plexctl(forward_args(plane, "--proxy", "--output", "json", *more),
+                         env=plane.environment(), **popen)
+
+
+def local_address(process):
+    """Where it listens, once it does."""
+    return json.loads(process.ready())["local_addr"]
+
+
+@pytest.mark.skipif(not LINUX, reason="reads /proc")
+def test_where_descriptors_run_out_it_refuses_at_once_and_recovers():
+    import resource
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+
+    with Simulation(one_at_a_time=False) as simulation:
+        with proxied(simulation.plane, preexec_fn=limit) as process, contextlib.ExitStack() as stack:
+            address = local_address(process)
+            served, refused = [], 0
+            for _ in range(300):
+                try:
+                    client = stack.enter_context(dial(address, 5))
+                    client.sendall(b"ping")
+                    assert client.recv(4) == b"ping"
+                    served.append(client)
+                except ConnectionError:
+                    refused += 1
+            assert len(served) > 50 and refused > 100 and len(served) + refused == 300
+            used, began = cpu_seconds(process.pid), time.monotonic()
+            eventually(lambda: time.monotonic() - began > 1.5)
+            assert cpu_seconds(process.pid) - used < 0.15
+            for client in served:
+                client.sendall(b"pong")
+                assert client.recv(4) == b"pong"
+            stack.close()
+            eventually(lambda: attempt(address), 10)
+            process.send_signal(signal.SIGTERM)
+            result = process.finish()
+            assert len([line for line in result.stderr.splitlines() if "warning: no more desc" in line]) == 1
+
+
+def attempt(address):
+    """Whether a connection is served now."""
+    try:
+        return exchange(address, b"now", 5) == b"now"
+    except OSError:
+        return False
+
+
+# ---- tests: whose connection it is ---------------------------------------------------------------
+
+STRANGER = """
+import os, socket, sys
+os.setgid(65534)
+os.setuid(65534)
+with socket.create_connection((sys.argv[1], int(sys.argv[2])), 10) as client:
+    try:
+        client.sendall(b"let me in")
+        client.shutdown(socket.SHUT_WR)
+        print(client.makefile().read())
+    except OSError:
+        pass
+"""
+
+
+def as_somebody_else(address):
+    """What another user gets from the port."""
+    host, port = address.rsplit(":", 1)
+    result = subprocess.run(["/usr/bin/python3", "-I", "-c", STRANGER, host.strip("[]"), port], cwd="/",
+                            env={}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=30)
+    assert (result.returncode, result.stderr) == (0, b"")
+    return result.stdout.decode().strip()
+
+
+NEEDS_A_STRANGER = pytest.mark.skipif(
+    not (LINUX and ROOT and os.path.exists("/usr/bin/python3")), reason="needs root, on Linux")
+
+
+@NEEDS_A_STRANGER
+@pytest.mark.parametrize("local", ["127.0.0.1:0", "[::1]:0"])
+def test_another_user_is_turned_away_and_we_are_not(local):
+    with relayed_to(echo, local=local) as running:
+        assert as_somebody_else(running.address) == ""
+        assert running.target.accepted == 0 and running.leases == []
+        eventually(lambda: running.lines)
+        assert len(running.lines) == 1 and "warning: " in running.lines[0] and "uid 65534" in running.lines[0]
+        assert is_alive(running) and running.target.accepted == 1
+
+
+@NEEDS_A_STRANGER
+def test_another_user_is_let_in_where_that_is_wanted():
+    with relayed_to(echo, allow_other_users=True) as running:
+        assert as_somebody_else(running.address) == "let me in"
+        assert running.lines == []
+
+
+@pytest.mark.skipif(not LINUX, reason="asks the kernel")
+def test_one_that_has_gone_before_it_could_be_asked_for_is_not_served():
+    with relayed_to(echo, start=False) as running:
+        with dial(running.address) as client:
+            client.sendall(b"rm -rf")
+        running.forwarder.start()
+        assert is_alive(running)
+        assert running.target.accepted == 1
+        assert len(running.lines) == 1 and "not served" in running.lines[0]
+
+
+@pytest.mark.skipif(not LINUX, reason="asks the kernel")
+@pytest.mark.parametrize("family, host", [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
+def test_the_kernel_says_who_holds_the_other_end(family, host):
+    with socket.socket(family) as listener, socket.socket(family) as client:
+        listener.bind((host, 0))
+        listener.listen(1)
+        local = listener.getsockname()[:2]
+        owners = plexctl.OwnerCheck(family, local)
+        client.connect(local)
+        name = client.getsockname()[:2]
+        assert owners.find(name) == os.geteuid()
+        assert owners.find((host, 1)) is None
+        client.close()
+        assert owners.find(name) is None
+        owners.close()
+        assert owners.find(name) is None
+    with pytest.raises(OSError):
+        plexctl.OwnerCheck(family, local)  # nobody listens there
+
+
+def test_an_address_beyond_loopback_is_announced():
+    with relayed_to(echo, local="0.0.0.0:0") as running:
+        assert len(running.lines) == 1 and "not a loopback address" in running.lines[0]
+        assert exchange("127.0.0.1:" + running.address.rsplit(":", 1)[1], b"x") == b"x"
+
+
+# ---- tests: sessions in use ----------------------------------------------------------------------
+
+def revocations(plane):
+    """How often each session was asked to be revoked."""
+    with plane.changed:
+        return collections.Counter(each.ids[1] for each in plane.requests if each.operation == "revoke")
+
+
+def asked(plane, operation):
+    """How many requests of an operation there were."""
+    with plane.changed:
+        return len([each for each in plane.requests if each.operation == operation])
+
+
+@contextlib.contextmanager
+def using_sessions(plane, ticking=True, local="127.0.0.1:0", establish=True, **options):
+    """A Forwarder on Sessions of a control plane; at the end every session was revoked just once."""
+    server = plexctl.parse_server(plane.url, False)
+    control = plexctl.ControlPlane(server, plexctl.Secret(plane.bearer), environ={})
+    request = plexctl.SessionRequest(PROJECT_ID, RESOURCE_ID, HOST, PORT)
+    running = types.SimpleNamespace(lines=[], sessions=None)
+    running.sessions = sessions = plexctl.Sessions(control, request, running.lines.append, **options)
+    running.said = lambda *words: [line for line in running.lines if all(word in line for word in words)]
+    over = threading.Event()
+
+    def tick():
+        while not over.wait(0.05):
+            sessions.tick()
+
+    ticker = threading.Thread(target=tick, daemon=True)
+    with plexctl.Forwarder(plexctl.parse_local_address(local), sessions.connect, sessions.take,
+                           running.lines.append) as forwarder:
+        running.forwarder, running.address = forwarder, str(forwarder.local)
+        sessions.on_retired = forwarder.reset_lease
+        try:
+            if establish:
+                running.lease = sessions.establish()
+            forwarder.start()
+            if ticking:
+                ticker.start()
+            yield running
+        finally:
+            over.set()
+            sessions.leave(5)
+    assert sessions.left_behind() == []
+    assert revocations(plane) == collections.Counter(plane.issued), running.lines
+
+
+def test_four_connections_have_four_sessions_which_the_next_four_use_again(simulation):
+    with using_sessions(simulation.plane, limit=4) as running:
+        for _ in range(3):
+            with contextlib.ExitStack() as stack:
+                clients = [stack.enter_context(dial(running.address)) for _ in range(4)]
+                for number, client in enumerate(clients):
+                    client.sendall(b"%d" % number)
+                assert [client.recv(1) for client in clients] == [b"0", b"1", b"2", b"3"]
+                assert sorted(simulation.node.busy(each) for each in simulation.plane.issued) == [1] * 4
+            eventually(lambda: running.forwarder.count().open == 0)
+            eventually(lambda: not any(simulation.node.busy(each) for each in simulation.plane.issued))
+        assert len(simulation.plane.issued) == 4 and running.lines == []
+        assert running.sessions.take().connections == 1
+
+
+def test_a_single_session_is_shared_with_one_warning():
+    with Simulation(one_at_a_time=False) as simulation, using_sessions(simulation.plane) as running:
+        with contextlib.ExitStack() as stack:
+            for client in [stack.enter_context(dial(running.address)) for _ in range(5)]:
+                chat(client, 1)
+        assert len(simulation.plane.issued) == 1
+        assert len(running.lines) == 1 and "--max-sessions" in running.lines[0]
+
+
+def test_where_no_further_session_is_to_be_had_connections_share():
+    with Simulation(one_at_a_time=False, session_limit=2) as simulation:
+        with using_sessions(simulation.plane, limit=4) as running, contextlib.ExitStack() as stack:
+            for _ in range(5):
+                chat(stack.enter_context(dial(running.address)), 1)
+            assert len(simulation.plane.issued) == 2 and running.sessions.over is None
+            assert len(running.said("warning: no further session", "429")) == 1
+
+
+def test_a_node_that_comes_back_elsewhere_is_found_again(simulation):
+    with using_sessions(simulation.plane) as running:
+        assert is_alive(running)
+        eventually(lambda: not simulation.node.busy(simulation.plane.issued[0]))
+        for number in (1, 2):
+            running.lease.rechecked_on -= 2  # later
+            simulation.node.restart()
+            assert is_alive(running)
+            assert asked(simulation.plane, "get") == number
+        assert len(running.said("new listener endpoint")) == 2 and len(simulation.plane.issued) == 1
+
+
+def test_a_dial_that_fails_at_once_after_the_issue_asks_again_as_well(simulation):
+    with using_sessions(simulation.plane) as running:
+        simulation.node.restart()
+        assert is_alive(running)
+        assert asked(simulation.plane, "get") == 1
+
+
+def test_many_dials_that_fail_at_once_ask_once_and_all_are_served():
+    with Simulation(one_at_a_time=False) as simulation, using_sessions(simulation.plane) as running:
+        running.lease.rechecked_on -= 2
+        simulation.plane.script("get", hold(0.3))
+        simulation.node.restart()
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(dial(running.address)) for _ in range(20)]
+            for client in clients:
+                chat(client, 1)
+        assert asked(simulation.plane, "get") == 1 and not running.said("not served")
+
+
+def test_a_dial_that_fails_for_good_is_warned_of_and_the_port_stays_open(simulation):
+    with using_sessions(simulation.plane) as running:
+        running.lease.rechecked_on -= 2
+        simulation.node.refuse(simulation.plane.issued[0])
+        assert knock(running.address) == ("reset", b"")
+        eventually(lambda: running.said("not served", simulation.plane.sessions[0].endpoint))
+        assert asked(simulation.plane, "get") == 1 and running.sessions.over is None
+        running.lease.rechecked_on -= 2
+        simulation.node.restart()
+        assert is_alive(running)
+
+
+def test_with_renew_a_listener_that_the_node_has_closed_gives_way_to_a_new_session(simulation):
+    with using_sessions(simulation.plane, renew=True) as running:
+        simulation.node.refuse(simulation.plane.issued[0])
+        assert is_alive(running)
+        assert len(simulation.plane.issued) == 2
+        eventually(lambda: simulation.plane.revoked == simulation.plane.issued[:1])
+
+
+def test_a_session_found_revoked_ends_it_also_with_renew(simulation):
+    with using_sessions(simulation.plane, renew=True) as running:
+        running.lease.rechecked_on -= 2
+        simulation.plane.revoke(simulation.plane.issued[0])
+        assert knock(running.address) == ("reset", b"")
+        eventually(lambda: running.sessions.over)
+        assert "revoked (operator_request)" in str(running.sessions.over)
+        assert len(simulation.plane.issued) == 1
+
+
+def test_a_session_that_nobody_uses_is_asked_after_once_a_minute(simulation):
+    with using_sessions(simulation.plane) as running:
+        simulation.plane.revoke(simulation.plane.issued[0])
+        assert asked(simulation.plane, "get") == 0
+        running.lease.rechecked_on -= 61
+        eventually(lambda: running.sessions.over)
+        assert "revoked" in str(running.sessions.over) and asked(simulation.plane, "get") == 1
+
+
+def test_a_new_endpoint_that_leads_nowhere_raises_in_no_thread(capfd, monkeypatch):
+    died = []
+    monkeypatch.setattr(threading, "excepthook", died.append, raising=False)
+    with ControlPlane(endpoint="127.0.0.1:9") as plane, using_sessions(plane) as running:
+        plane.endpoint = "nowhere.invalid:80"
+        running.lease.rechecked_on -= 61
+        eventually(lambda: asked(plane, "get") == 1)
+        eventually(lambda: running.lines and not running.lease.refreshing.locked())
+        assert knock(running.address) == ("reset", b"")
+        eventually(lambda: running.said("not served"))
+    assert died == [] and "Traceback" not in capfd.readouterr().err
+
+
+def test_a_session_runs_out_by_the_server_s_clock_and_not_by_ours():
+    with Simulation(clock_offset=-3600, ttl=2) as late, Simulation(clock_offset=3600, ttl=2) as early:
+        with using_sessions(late.plane) as one, using_sessions(early.plane) as two:
+            for running in (one, two):
+                assert 0 < running.sessions.seconds_left() <= 3 and is_alive(running)
+            for running in (one, two):
+                eventually(lambda: running.sessions.over, 5)  # noqa: B023
+                assert "expired" in str(running.sessions.over) and running.sessions.over.exit_code == 1
+                assert knock(running.address) == ("reset", b"")
+
+
+def test_renewal_at_expiry_gives_the_next_connection_a_new_session():
+    with Simulation(clock_offset=-3600, ttl=2) as simulation:
+        with using_sessions(simulation.plane, renew=True) as running, dial(running.address) as old:
+            chat(old, 1)
+            assert how_it_ends(old)[1] == b""
+            eventually(lambda: running.said("expired", "next connection"), 6)
+            assert len(simulation.plane.issued) == 1
+            assert is_alive(running) and running.sessions.over is None
+            assert len(simulation.plane.issued) == 2
+
+
+def test_many_at_the_moment_of_renewal_share_one_new_session():
+    with Simulation(one_at_a_time=False) as simulation:
+        with using_sessions(simulation.plane, renew=True) as running, contextlib.ExitStack() as stack:
+            simulation.plane.script("issue", hold(0.3))
+            running.lease.expires_on = plexctl.elapsed_seconds()
+            clients = [stack.enter_context(dial(running.address)) for _ in range(8)]
+            for client in clients:
+                chat(client, 1)
+            assert len(simulation.plane.issued) == 2
+
+
+@pytest.mark.parametrize("name, code", [("forbidden", 4), ("rebac_denied", 77), ("unauthenticated", 3)])
+def test_a_renewal_that_the_server_refuses_ends_it(simulation, name, code):
+    with using_sessions(simulation.plane, renew=True) as running:
+        simulation.plane.script("issue", problem(name))
+        running.lease.expires_on = plexctl.elapsed_seconds()
+        assert knock(running.address) == ("reset", b"")
+        eventually(lambda: running.sessions.over)
+        assert running.sessions.over.exit_code == code and asked(simulation.plane, "issue") == 2
+
+
+def test_a_renewal_that_finds_no_server_fails_alone(simulation):
+    with using_sessions(simulation.plane, renew=True) as running:
+        simulation.plane.script("issue", reset, reset, reset)
+        running.lease.expires_on = plexctl.elapsed_seconds()
+        assert knock(running.address) == ("reset", b"")
+        assert is_alive(running) and running.sessions.over is None
+        assert len(running.said("not served")) == 1
+
+
+def test_a_warning_comes_five_minutes_and_one_minute_before_the_end():
+    with Simulation(ttl=301) as long, Simulation(ttl=61) as short:
+        with using_sessions(long.plane) as one, using_sessions(short.plane) as two:
+            eventually(lambda: one.lines and two.lines, 5)
+            assert one.lines == ["warning: 5m00s of the session are left"]
+            assert two.lines in (["warning: 1m00s of the session are left"],
+                                 ["warning: 60s of the session are left"])
+
+
+def test_a_renewed_session_is_warned_of_as_well():
+    with Simulation(ttl=100) as simulation, using_sessions(simulation.plane, renew=True) as running:
+        for number in (1, 2):
+            assert is_alive(running)
+            lease = running.sessions.take()
+            lease.release()
+            lease.expires_on = plexctl.elapsed_seconds() + 59.5
+            eventually(lambda: len(running.said("are left")) == number, 3)  # noqa: B023
+            lease.expires_on = plexctl.elapsed_seconds()
+            eventually(lambda: len(running.said("next connection")) == number)  # noqa: B023
+
+
+def test_leaving_while_a_session_is_being_issued_revokes_it_once(simulation):
+    go = threading.Event()
+    simulation.plane.script("issue", PASS, hold(go))
+    with using_sessions(simulation.plane, limit=2) as running, dial(running.address) as first:
+        chat(first, 1)
+        with dial(running.address):
+            eventually(lambda: asked(simulation.plane, "issue") == 2)
+            leaving = threading.Thread(target=running.sessions.leave, args=(8,))
+            leaving.start()
+            eventually(lambda: revocations(simulation.plane) == {simulation.plane.issued[0]: 1})
+            assert leaving.is_alive()
+            go.set()
+            leaving.join(5)
+            assert not leaving.is_alive() and len(simulation.plane.issued) == 2
+            assert sorted(simulation.plane.revoked) == sorted(simulation.plane.issued)
+
+
+def test_leave_does_not_wait_for_ever(simulation):
+    go = threading.Event()
+    with using_sessions(simulation.plane) as running:
+        simulation.plane.script("revoke", hold(go))
+        began = time.monotonic()
+        running.sessions.leave(0.5)
+        assert time.monotonic() - began < 2
+        assert [words for words in running.sessions.left_behind() if simulation.plane.issued[0] in words]
+        go.set()
+
+
+def test_a_failed_connection_releases_its_lease_once(simulation):
+    with using_sessions(simulation.plane) as running:
+        running.lease.rechecked_on -= 2
+        simulation.plane.revoke(simulation.plane.issued[0])
+        for _ in range(3):
+            assert knock(running.address) == ("reset", b"")
+        eventually(lambda: len(running.said("not served")) == 3)
+        assert running.lease.connections == 0
+
+
+def test_a_proxy_whose_session_runs_out_says_why_and_ends():
+    with Simulation(clock_offset=-3600) as late, Simulation(clock_offset=3600) as early:
+        short = ["--ttl-seconds", 2]
+        with proxied(late.plane, *short) as one, proxied(early.plane, *short) as two:
+            with dial(local_address(one)) as client, dial(local_address(two)) as other:
+                chat(client, 1)
+                chat(other, 1)
+                assert how_it_ends(client)[1] == how_it_ends(other)[1] == b""
+            for process, simulation in ((one, late), (two, early)):
+                result = process.finish(8)
+                assert result.returncode == 1 and "plexctl: error: the session expired" in result.stderr
+                assert revocations(simulation.plane) == {simulation.plane.issued[0]: 1}
+
+
+def test_a_proxy_whose_session_is_revoked_says_why_and_ends(simulation):
+    with proxied(simulation.plane, "--renew") as process:
+        address = local_address(process)
+        assert exchange(address, b"x") == b"x"
+        simulation.plane.revoke(simulation.plane.issued[0], "policy_violation")
+
+        assert knock(address) == ("reset", b"")
+        result = process.finish()
+    assert result.returncode == 1
+    assert "plexctl: error: the session was revoked (policy_violation)" in result.stderr
+    assert len(simulation.plane.issued) == 1
+
+
+def test_a_proxy_whose_renewal_is_forbidden_ends_with_that_status(simulation):
+    simulation.plane.script("issue", PASS, problem("forbidden"))
+    with proxied(simulation.plane, "--renew", "--ttl-seconds", 1) as process:
+        address = local_address(process)
+        process.wait_for_output("next connection gets a new one")
+        with dial(address) as client:
+            assert how_it_ends(client)[1] == b""
+        result = process.finish()
+    assert result.returncode == 4 and "plexctl: error: IssueSession: 403" in result.stderr
+
+
+# ---- tests: what the tests with processes share --------------------------------------------------
+
+SIGNALS = [pytest.param(number, id=number.name) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+BAD_WORDS = ("Traceback", "Exception ignored", "Fatal Python", "error: internal error")
+
+
+def start(simulation, *flags, **popen):
+    """plexctl tcp-forward with these flags, as a Process."""
+    env = simulation.plane.environment(**popen.pop("env", {}))
+    return start_plexctl(forward_args(simulation.plane, *flags), env=env, **popen)
+
+
+def run_command(simulation, *command, **popen):
+    """plexctl tcp-forward -- COMMAND, to its end."""
+    env = simulation.plane.environment(**popen.pop("env", {}))
+    return run_plexctl(forward_args(simulation.plane, "--", *command), env=env, **popen)
+
+
+def run_python(simulation, program, *arguments, **popen):
+    """The same with a COMMAND in Python."""
+    return run_command(simulation, sys.executable, "-c", program, *arguments, **popen)
+
+
+def proxy_address(process):
+    """The address in the readiness document (text)."""
+    return parse_document(process.ready(2), "text")["local_addr"]
+
+
+def revoke_requests(plane):
+    """The ids in the revoke requests, whatever was answered."""
+    return [request.ids[1] for request in plane.requests if request.operation == "revoke"]
+
+
+def revoked_once(plane, sessions=1):
+    """So many sessions were issued, and each was revoked once."""
+    assert len(plane.issued) == sessions, plane.describe()
+    assert sorted(revoke_requests(plane)) == sorted(plane.issued), plane.describe()
+    assert sorted(plane.revoked) == sorted(plane.issued), plane.describe()
+
+
+def error_of(result):
+    """The one error line among the lines of stderr."""
+    errors = [line for line in result.stderr.splitlines() if line.startswith("plexctl: error: ")]
+    assert len(errors) == 1, result.stderr
+    assert not any(word in result.stderr for word in BAD_WORDS), result.stderr
+    return errors[0]
+
+
+def ends_by(process, signum, seconds=3.0):
+    """The process ends by that signal, in that time, and without an error on stderr."""
+    began = time.monotonic()
+    result = process.finish(12)
+    took = time.monotonic() - began
+    assert result.returncode == -signum, process.describe()
+    assert took < seconds, "it took %.1f s: %s" % (took, process.describe())
+    for word in BAD_WORDS + ("plexctl: error",):
+        assert word not in result.stderr, result.stderr
+    return result
+
+
+def wait_until(predicate, seconds=10):
+    """Wait for something outside of the simulator; AssertionError if it does not come."""
+    deadline = time.monotonic() + seconds
+    while not predicate():
+        assert time.monotonic() < deadline, "not within %s s" % seconds
+        time.sleep(0.001)
+
+
+def unread(fd):
+    """How many bytes wait in a pipe."""
+    return struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, b"\0" * 4))[0]
+
+
+@pytest.fixture
+def make_pipe():
+    """make_pipe() -> (reader, writer), descriptors that are closed at the end."""
+    with contextlib.ExitStack() as stack:
+        def make():
+            files = [open(fd, mode, 0) for fd, mode in zip(os.pipe(), ("rb", "wb"))]
+            for file in files:
+                stack.callback(close_quietly, file)
+            return files
+        yield make
+
+
+def close_quietly(file):
+    """close(), of a file whose descriptor may be gone."""
+    try:
+        file.close()
+    except OSError:
+        pass
+
+
+def full_pipe(make_pipe):
+    """(reader, writer) of a pipe that takes no byte more; both block."""
+    reader, writer = make_pipe()
+    os.set_blocking(writer.fileno(), False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(writer.fileno(), b"x" * 4096):
+            pass
+    os.set_blocking(writer.fileno(), True)
+    return reader, writer
+
+
+def recording(received, pause_seconds=0, each_seconds=0):
+    """A service that keeps what comes in a bytearray; if asked after a pause, or with one each 4 KiB."""
+    def serve(connection, target):
+        target.closing.wait(pause_seconds)
+        for data in iter(lambda: connection.recv(4096 if each_seconds else 1 << 16), b""):
+            received.extend(data)
+            target.closing.wait(each_seconds)
+    return serve
+
+
+# ---- tests: signals ------------------------------------------------------------------------------
+
+STATES = ("issuing", "waiting for the Node", "reading a FIFO", "reading stdin", "idle",
+          "50 connections", "stdio", "stdout full")
+
+
+@contextlib.contextmanager
+def plexctl_while(state, tmp_path, make_pipe):
+    """(simulation, process, go, sessions): a process in one of STATES; go() lets the answer go."""
+    with contextlib.ExitStack() as stack:
+        simulation = stack.enter_context(Simulation(one_at_a_time=False))
+        plane, answer = simulation.plane, threading.Event()
+        stack.callback(answer.set)
+        flags, options, env = ["--proxy"], {}, {}
+        if state == "issuing":
+            plane.script("issue", hold(answer))
+        elif state == "waiting for the Node":
+            plane.endpoint_on = "never"
+        elif state == "reading a FIFO":
+            os.mkfifo(str(tmp_path / "token"), 0o600)
+            feed = stack.enter_context(open(str(tmp_path / "token"), "r+b", 0))
+            flags += ["--token-file", tmp_path / "token"]
+        elif state == "reading stdin":
+            feed, writer = make_pipe()
+            options["stdin"] = feed
+            flags += ["--token-file", "-"]
+        elif state == "stdio":
+            feed, writer = make_pipe()
+            flags, options = ["--stdio"], {"stdin": feed}
+        elif state == "stdout full":
+            options["stdout"] = full_pipe(make_pipe)[1]
+        process = stack.enter_context(start(simulation, *flags, env=env, **options))
+        if state == "issuing":
+            plane.wait_for(lambda: plane.requests)
+        elif state == "waiting for the Node":
+            plane.wait_for(lambda: [each for each in plane.requests if each.operation == "get"])
+        elif state.startswith("reading"):
+            (feed if state == "reading a FIFO" else writer).write(b"psk_")
+            wait_until(lambda: not unread(feed.fileno()))
+        elif state == "stdio":
+            writer.write(b"hello")
+            process.wait_for_output("hello")
+        elif state == "stdout full":
+            wait_until(lambda: plane.issued)
+        else:
+            address = proxy_address(process)
+            for number in range(50 if state == "50 connections" else 0):
+                client = stack.enter_context(dial(address))
+                client.sendall(b"%d" % number)
+                assert client.recv(9) == b"%d" % number
+        yield simulation, process, answer.set, 0 if state.startswith("reading") else 1
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+@pytest.mark.parametrize("state", STATES)
+def test_a_signal_ends_the_process_and_every_session(state, signum, tmp_path, make_pipe):
+    with plexctl_while(state, tmp_path, make_pipe) as (simulation, process, go, sessions):
+        process.send_signal(signum)
+        go()
+        ends_by(process, signum)
+        revoked_once(simulation.plane, sessions)
+
+
+@pytest.mark.parametrize("signum", SIGNALS[:2])
+@pytest.mark.parametrize("state", ("issuing", "waiting for the Node", "50 connections"))
+def test_two_signals_in_quick_succession_still_revoke_once(state, signum, tmp_path, make_pipe):
+    with plexctl_while(state, tmp_path, make_pipe) as (simulation, process, go, sessions):
+        process.send_signal(signum)
+        process.send_signal(signal.SIGTERM)
+        go()
+        assert -process.finish().returncode in (signum, signal.SIGTERM), process.describe()
+        revoked_once(simulation.plane, sessions)
+        assert not any(word in process.err for word in BAD_WORDS), process.err
+
+
+@pytest.mark.parametrize("at_once", [False, True], ids=["while revoking", "at once"])
+def test_a_second_signal_does_not_wait_for_a_server_that_hangs(simulation, at_once):
+    simulation.plane.script("revoke", hold(60))
+    with start(simulation, "--proxy") as process:
+        proxy_address(process)
+        process.send_signal(signal.SIGINT)
+        if at_once:  # the first one is seen, but nothing is revoked yet
+            wait_until(lambda: not pending_signals(process.pid))
+        else:
+            simulation.plane.wait_for(lambda: revoke_requests(simulation.plane))
+        process.send_signal(signal.SIGINT)
+        result = ends_by(process, signal.SIGINT, 3.5)
+    warnings = [line for line in result.stderr.splitlines() if simulation.plane.issued[0] in line]
+    assert len(warnings) == 1 and warnings[0].startswith("plexctl: warning: session "), result.stderr
+
+
+def pending_signals(pid):
+    """Whether a signal waits to be delivered to the process (Linux)."""
+    return bool(signal_mask(pid, "ShdPnd"))
+
+
+def caught(process, signum):
+    """Whether the process has a handler for a signal (Linux)."""
+    return bool(signal_mask(process.pid, "SigCgt") & 1 << signum - 1)
+
+
+def signal_mask(pid, name):
+    """A line of /proc/PID/status: SigCgt (caught), SigIgn (ignored), ShdPnd (pending)."""
+    with open("/proc/%d/status" % pid) as stream:
+        return int(re.search(name + r":\s*([0-9a-f]+)", stream.read()).group(1), 16)
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_a_signal_that_is_ignored_at_the_start_stays_ignored(simulation, signum):
+    other = signal.SIGTERM if signum != signal.SIGTERM else signal.SIGHUP
+    with start(simulation, "--proxy", preexec_fn=lambda: signal.signal(signum, signal.SIG_IGN)) as process:
+        address = proxy_address(process)
+        process.send_signal(signum)
+        assert exchange(address, b"still here") == b"still here"
+        process.send_signal(other)
+        ends_by(process, other)
+    revoked_once(simulation.plane)
+
+
+@pytest.mark.skipif(not LINUX, reason="watches /proc")
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_a_signal_right_at_the_start_leaves_no_traceback(simulation, signum):
+    for delay_ms in (0, 3, 7, 12, 18, 25, 35, 50, 80, 120, 180):
+        with start(simulation, "--proxy") as process:
+            if signum == signal.SIGINT:  # while Python starts and compiles, its own handler is in place
+                wait_until(lambda: caught(process, signum))
+                wait_until(lambda: not caught(process, signum) or caught(process, signal.SIGTERM))
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(delay_ms / 1000)
+            process.send_signal(signum)
+            ends_by(process, signum)
+    revoked_once(simulation.plane, len(simulation.plane.issued))
+
+
+@pytest.mark.parametrize("flags", [["--proxy"], ["--stdio"]], ids=" ".join)
+def test_keep_session_revokes_nothing(simulation, make_pipe, flags):
+    reader, writer = make_pipe()
+    with start(simulation, "--keep-session", *flags, stdin=reader) as process:
+        if flags == ["--stdio"]:
+            writer.write(b"hello")
+            process.wait_for_output("hello")
+        else:
+            proxy_address(process)
+        process.send_signal(signal.SIGTERM)
+        ends_by(process, signal.SIGTERM)
+    assert len(simulation.plane.issued) == 1 and not revoke_requests(simulation.plane)
+
+
+def test_a_stderr_that_nobody_reads_does_not_keep_it_from_revoking(simulation, make_pipe):
+    _, writer = full_pipe(make_pipe)
+    with start(simulation, "--proxy", "-v", stderr=writer) as process:
+        simulation.plane.wait_for(lambda: simulation.plane.issued)
+        process.send_signal(signal.SIGTERM)
+        ends_by(process, signal.SIGTERM)
+    revoked_once(simulation.plane)
+
+
+# ---- tests: exit codes ---------------------------------------------------------------------------
+
+EXIT_CODES = [  # id, status, flags, answers to IssueSession, sessions issued
+    ("printed", 0, [], [], 1),
+    ("server error", 1, [], [problem("internal")], 0),
+    ("no endpoint", 1, ["--wait-seconds", "0"], [], 1),
+    ("address in use", 1, ["--proxy", "--local-addr", "127.0.0.1:IN_USE"], [], 0),
+    ("no such flag", 2, ["--nonsense"], [], 0),
+    ("COMMAND is missing", 2, ["--"], [], 0),
+    ("insecure token file", 3, ["--token-file", PLEXCTL], [], 0),
+    ("unauthorized", 3, [], [problem("unauthenticated")], 0),
+    ("step up", 3, ["--proxy"], [problem("step_up_required")], 0),
+    ("forbidden", 4, [], [problem("forbidden")], 0),
+    ("rebac", 77, ["--stdio"], [problem("rebac_denied")], 0),
+    ("not executable", 126, ["--", PLEXCTL], [], 0),
+    ("a directory", 126, ["--", HERE], [], 0),
+    ("not found", 127, ["--", "no-such-command-anywhere"], [], 0),
+    ("not found by path", 127, ["--", "/nonexistent/command"], [], 0),
+]
+
+
+@pytest.mark.parametrize("name, status, flags, answers, sessions", EXIT_CODES,
+                         ids=[row[0] for row in EXIT_CODES])
+def test_a_process_ends_with_the_published_exit_code(simulation, name, status, flags, answers, sessions):
+    plane = simulation.plane
+    plane.script("issue", *answers)
+    if name == "no endpoint":
+        plane.endpoint_on = "never"
+    in_use = str(simulation.target.address[1])
+    result = run_plexctl(forward_args(plane, *[flag.replace("IN_USE", in_use) for flag in flags]),
+                         env=plane.environment())
+    assert result.returncode == status, result.stderr
+    if status:
+        error_of(result)
+        assert result.stdout == ""
+        revoked_once(plane, sessions)
+    else:
+        assert parse_document(result.stdout, "text")["session_id"] == plane.issued[0]
+        assert result.stderr == "" and not revoke_requests(plane)
+    if not sessions and not answers:
+        assert plane.requests == []
+
+
+COMMAND_ENDS = [("0", "pass", 0), ("7", "raise SystemExit(7)", 7), ("77", "raise SystemExit(77)", 77),
+                ("255", "raise SystemExit(255)", 255)] + [
+    (name, "import os, signal; signal.signal(signal.{0}, signal.SIG_DFL) if '{0}' != 'SIGKILL' else 0;"
+     "os.kill(os.getpid(), signal.{0})".format(name), 128 + getattr(signal, name))
+    for name in ("SIGINT", "SIGTERM", "SIGKILL", "SIGSEGV")]
+
+
+@pytest.mark.parametrize("name, program, status", COMMAND_ENDS, ids=[row[0] for row in COMMAND_ENDS])
+def test_the_exit_status_is_that_of_command(simulation, name, program, status):
+    result = run_python(simulation, program)
+    assert result.returncode == status, result.stderr
+    assert result.stdout == "" and "error" not in result.stderr
+    revoked_once(simulation.plane)
+
+
+# ---- tests: COMMAND ------------------------------------------------------------------------------
+
+TELL = "import json, os, sys; print(json.dumps([sys.argv[1:], dict(os.environ)]))"
+
+
+@pytest.mark.parametrize("local", [None, "[::1]:0", "unix:"])
+def test_command_is_told_where_the_port_is_and_no_secret(simulation, tmp_path, local):
+    path = str(tmp_path / "s")
+    flags = [] if not local else ["--local-addr", local if local != "unix:" else local + path]
+    command = [sys.executable, "-c", TELL, "{host}", "a{port}b", "{addr},{addr}", "{other}{}", "PLEXCTL"]
+    result = run_plexctl(forward_args(simulation.plane, *(flags + ["--"] + command)),
+                         env=simulation.plane.environment(MARK="kept"))
+    assert result.returncode == 0, result.stderr
+    arguments, environment = json.loads(result.stdout)  # nothing of plexctl's on stdout
+    host, port, addr = [environment["PLEXCTL_LOCAL_" + name] for name in ("HOST", "PORT", "ADDR")]
+    if local == "unix:":
+        assert (host, port, addr) == (path, "", local + path)
+    else:
+        assert host == ("::1" if local else "127.0.0.1")
+        assert addr == ("[::1]:%s" if local else "127.0.0.1:%s") % port and int(port) > 0
+    assert arguments == [host, "a%sb" % port, "%s,%s" % (addr, addr), "{other}{}", "PLEXCTL"]
+    assert "PLEXSPHERE_TOKEN" not in environment and environment["MARK"] == "kept"
+    revoked_once(simulation.plane)
+
+
+def test_command_gets_stdin_and_owns_stdout(simulation):
+    program = "import sys; sys.stdout.buffer.write(sys.stdin.buffer.read()[::-1]); sys.stdout.flush()"
+    data = pattern(100000)
+    result = run_python(simulation, program, input=data, encoding=None, errors=None)
+    assert result.returncode == 0 and result.stdout == data[::-1]
+    assert b"1 connection" not in result.stdout and b"0 connections, 0 B up, 0 B down" in result.stderr
+
+
+def test_the_descriptor_limit_of_command_is_as_it_was(simulation):
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    limits = (200, hard if hard != resource.RLIM_INFINITY else 4096)
+    program = "import resource; print(*resource.getrlimit(resource.RLIMIT_NOFILE))"
+    result = run_python(simulation, program,
+                        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, limits))
+    assert result.stdout == "%d %d\n" % limits, result.stderr
+
+
+def test_command_has_none_of_our_descriptors(simulation):
+    program = "import os; print(sorted(os.listdir('/proc/self/fd'), key=int)[:-1])"
+    assert run_python(simulation, program).stdout == "['0', '1', '2']\n"
+
+
+SEND_AND_VANISH = ("import hashlib, os, socket, sys; size = int(sys.argv[1]);"
+                   "s = socket.create_connection((os.environ['PLEXCTL_LOCAL_HOST'],"
+                   " int(os.environ['PLEXCTL_LOCAL_PORT'])));"
+                   "s.sendall(hashlib.shake_128(b'0').digest(size)); os._exit(0)")
+
+
+@pytest.mark.parametrize("size, pause_seconds", [
+    (5, 0), (3 << 20, 0), (1 << 20, 1.2), (5 << 20, 1.2)],
+    ids=["5 B", "3 MiB", "1 MiB to a target that pauses", "5 MiB to a target that pauses"])
+def test_what_command_sent_just_before_its_end_arrives(size, pause_seconds):
+    received = bytearray()
+    with Simulation(recording(received)) as simulation:
+        if pause_seconds:  # no Node in between, whose buffers would take everything at once
+            with Target(recording(received, pause_seconds)) as target:
+                simulation.plane.node, simulation.plane.endpoint = None, "%s:%d" % target.address
+                check_send_and_vanish(simulation, target, size, received)
+        else:
+            check_send_and_vanish(simulation, simulation.target, size, received)
+
+
+def check_send_and_vanish(simulation, target, size, received):
+    # a client that is gone before it is accepted has no owner any more, and would be turned away
+    flags = ["--allow-other-users", "--", sys.executable, "-c", SEND_AND_VANISH, size]
+    result = run_plexctl(forward_args(simulation.plane, *flags), env=simulation.plane.environment())
+    assert result.returncode == 0, result.stderr
+    target.wait_for(lambda: target.ends)
+    assert (len(received), target.ends) == (size, ["eof"])
+    assert received == pattern(size)
+    revoked_once(simulation.plane)
+
+
+def test_what_outlives_command_does_not_keep_the_proxy(simulation):
+    chat = ("import os, socket; s = socket.create_connection((os.environ['PLEXCTL_LOCAL_HOST'],"
+            " int(os.environ['PLEXCTL_LOCAL_PORT']))); os.write(1, b'x')\n"
+            "while s.send(b'x'): s.recv(1)")
+    program = ("import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', sys.argv[1]],"
+               "stdout=subprocess.PIPE, stderr=subprocess.DEVNULL); child.stdout.read(1)")
+    flags = ["--", sys.executable, "-c", program, chat]
+    with start(simulation, *flags) as process:
+        simulation.target.wait_for(lambda: simulation.target.accepted)
+        assert process.finish(8).returncode == 0, process.describe()
+    revoked_once(simulation.plane)
+
+
+def test_a_signal_ends_the_wait_for_a_slow_target_after_command(simulation):
+    with Target(recording(bytearray(), each_seconds=0.3)) as target:
+        simulation.plane.node, simulation.plane.endpoint = None, "%s:%d" % target.address
+        program = SEND_AND_VANISH.replace("os._exit", "print(os.getpid(), flush=True); os._exit")
+        flags = ["--allow-other-users", "--", sys.executable, "-c", program, 1 << 20]
+        with start(simulation, *flags) as process:
+            command_pid = int(process.ready())
+            wait_until(lambda: not is_there(command_pid))
+            process.send_signal(signal.SIGTERM)
+            assert process.finish(4).returncode in (0, 128 + signal.SIGTERM, -signal.SIGTERM)
+        revoked_once(simulation.plane)
+
+
+def is_there(pid):
+    """Whether there is such a process, perhaps one that nobody has waited for yet."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_after_the_end_of_command_a_signal_cuts_a_hanging_revocation_short(simulation, signum):
+    simulation.plane.script("revoke", hold(60))
+    with start(simulation, "--", "true") as process:
+        simulation.plane.wait_for(lambda: revoke_requests(simulation.plane))
+        process.send_signal(signum)
+        result = process.finish(4)
+    assert result.returncode in (0, -signum), process.describe()
+    assert "session %s is not revoked" % simulation.plane.issued[0] in result.stderr
+    assert not any(word in result.stderr for word in BAD_WORDS), result.stderr
+
+
+HANDLE = ("import os, signal, sys\n"
+          "def leave(signum, frame): sys.exit(int(sys.argv[2]))\n"
+          "signal.signal(int(sys.argv[1]), leave if sys.argv[2] != '0' else signal.SIG_DFL)\n"
+          "os.write(1, b'ready\\n')\n"
+          "while True: signal.pause()")
+
+
+@pytest.mark.parametrize("status", [5, 0], ids=["trapped", "not trapped"])
+@pytest.mark.parametrize("signum", SIGNALS[1:])
+def test_a_signal_is_handed_on_to_command(simulation, signum, status):
+    with start(simulation, "--", sys.executable, "-c", HANDLE, int(signum), status) as process:
+        process.wait_for_output("ready")
+        process.send_signal(signum)
+        assert process.finish(5).returncode == (status or 128 + signum), process.describe()
+    assert process.out == "ready\n"
+    revoked_once(simulation.plane)
+
+
+@pytest.mark.parametrize("status", [5, 0], ids=["trapped", "not trapped"])
+def test_ctrl_c_of_the_terminal_is_commands_own(simulation, terminal, status):
+    screen = terminal(80)
+    with start(simulation, "--", sys.executable, "-c", HANDLE, int(signal.SIGINT), status,
+               **screen.controlling()) as process:
+        process.wait_for(lambda: b"ready" in screen.seen)
+        screen.type(b"\x03")
+        assert process.finish(5).returncode == (status or 128 + signal.SIGINT), process.describe()
+    text = screen.read()
+    assert "interrupted" not in text and "COMMAND ended" in text
+    revoked_once(simulation.plane)
+
+
+# ---- tests: stdio --------------------------------------------------------------------------------
+
+def stdio(simulation, **popen):
+    """plexctl --stdio to its end, with bytes."""
+    return run_plexctl(forward_args(simulation.plane, "--stdio"), env=simulation.plane.environment(),
+                       encoding=None, errors=None, **popen)
+
+
+@pytest.mark.parametrize("size", [0, 1, 20 << 20], ids=["0 B", "1 B", "20 MiB"])
+def test_stdio_carries_bytes_both_ways_at_once(simulation, size):
+    data = pattern(size)
+    result = stdio(simulation, input=data)
+    assert (result.returncode, len(result.stdout)) == (0, size), result.stderr
+    assert result.stdout == data
+    summary = b"1 connection, %s up, %s down, " % ((plexctl.show_bytes(size).encode(),) * 2)
+    assert summary in result.stderr and result.stderr.count(b"\n") == 1
+    revoked_once(simulation.plane)
+
+
+def test_the_end_of_stdin_is_a_half_close_and_a_late_answer_arrives(make_pipe):
+    question_ended, go = threading.Event(), threading.Event()
+
+    def serve(connection, _target):
+        assert b"".join(chunks(connection)) == b"a question"
+        question_ended.set()
+        go.wait(20)
+        connection.sendall(LATE_ANSWER)
+
+    reader, writer = make_pipe()
+    with Simulation(serve) as simulation, start(simulation, "--stdio", stdin=reader) as process:
+        writer.write(b"a question")
+        reader.close()
+        writer.close()
+        assert question_ended.wait(10)
+        assert process.poll() is None
+        go.set()
+        assert process.finish().returncode == 0
+        assert process.out.encode() == LATE_ANSWER
+        revoked_once(simulation.plane)
+
+
+def test_a_server_that_ends_first_loses_none_of_its_bytes(make_pipe):
+    (out_reader, out_writer), (in_reader, in_writer) = make_pipe(), make_pipe()
+    with Simulation(source(3 << 20)) as simulation:
+        with start(simulation, "--stdio", stdin=in_reader, stdout=out_writer) as process:
+            out_writer.close()
+            simulation.target.wait_for(lambda: simulation.target.accepted)
+            assert b"".join(iter(lambda: out_reader.read(1 << 16), b"")) == pattern(3 << 20)
+            in_reader.close()
+            in_writer.close()
+            assert process.finish().returncode == 0, process.describe()
+        revoked_once(simulation.plane)
+
+
+def test_a_stdout_closed_by_its_reader_is_an_error(make_pipe):
+    (out_reader, out_writer), (in_reader, _) = make_pipe(), make_pipe()
+    with Simulation(source(20 << 20)) as simulation:
+        with start(simulation, "--stdio", stdin=in_reader, stdout=out_writer) as process:
+            out_writer.close()
+            assert pattern(1000).startswith(out_reader.read(1000))
+            out_reader.close()
+            result = process.finish(5)
+        assert result.returncode == 1
+        assert "standard output" in error_of(result)
+        revoked_once(simulation.plane)
+
+
+def test_a_reset_by_the_target_is_an_error_of_stdio(make_pipe):
+    reader, writer = make_pipe()
+    with Simulation(resetter(5)) as simulation:
+        with start(simulation, "--stdio", stdin=reader) as process:
+            writer.write(b"12345")
+            result = process.finish(5)
+        assert result.returncode == 1
+        assert "connection ended" in error_of(result)
+        revoked_once(simulation.plane)
+
+
+def test_stdio_of_a_session_that_is_over_ends_with_the_reason(make_pipe):
+    reader, writer = make_pipe()
+    with Simulation(silent) as simulation:
+        simulation.plane.node = None
+        simulation.plane.endpoint = "%s:%d" % simulation.target.address
+        with start(simulation, "--ttl-seconds", "1", "--stdio", stdin=reader) as process:
+            result = process.finish(10)
+        assert result.returncode == 1
+        assert "expired" in error_of(result)
+
+
+@pytest.mark.parametrize("blocking", [True, False], ids=["blocking", "non-blocking"])
+def test_the_status_flags_of_stdin_and_stdout_are_left_alone(simulation, make_pipe, blocking):
+    (in_reader, in_writer), (out_reader, out_writer) = make_pipe(), make_pipe()
+    for file in (in_reader, out_writer):
+        os.set_blocking(file.fileno(), blocking)
+    data, received = pattern(2 << 20), bytearray()
+
+    def read():
+        for piece in iter(lambda: out_reader.read(1 << 16), b""):
+            received.extend(piece)
+
+    reading = threading.Thread(target=read, daemon=True)
+    with start(simulation, "--stdio", stdin=in_reader, stdout=out_writer) as process:
+        simulation.target.wait_for(lambda: simulation.target.accepted)  # both pipes stay empty till here
+        reading.start()
+        in_writer.write(data[:1000])
+        wait_until(lambda: len(received) == 1000)
+        for number in (0, 1):
+            with open("/proc/%d/fdinfo/%d" % (process.pid, number)) as stream:
+                flags = int(re.search(r"flags:\s*([0-7]+)", stream.read()).group(1), 8)
+            assert bool(flags & os.O_NONBLOCK) != blocking
+        rest = memoryview(data)[1000:]
+        while rest:
+            rest = rest[in_writer.write(rest):]
+        in_writer.close()
+        out_writer.close()
+        assert process.finish().returncode == 0, process.describe()
+        reading.join(10)
+    assert received == data
+
+
+def test_stdio_on_a_terminal_leaves_it_as_it_was(terminal):
+    with Simulation(source(10)) as simulation:
+        screen = terminal(80)
+        before = termios.tcgetattr(screen.slave), fcntl.fcntl(screen.slave, fcntl.F_GETFL)
+        with start(simulation, "--stdio", **screen.controlling()) as process:
+            assert process.finish(10).returncode == 0  # nobody has to press a key
+        assert (termios.tcgetattr(screen.slave), fcntl.fcntl(screen.slave, fcntl.F_GETFL)) == before
+        text = screen.read()
+        assert pattern(10).decode("latin-1") in text.replace("\r\n", "\n") and "\x1b[" not in text
+        revoked_once(simulation.plane)
+
+
+def listening_ports(pid):
+    """The ports on which a process listens (Linux)."""
+    inodes = set()
+    for name in os.listdir("/proc/%d/fd" % pid):
+        with contextlib.suppress(OSError):
+            inodes.add(os.readlink("/proc/%d/fd/%s" % (pid, name)))
+    ports = []
+    for table in ("tcp", "tcp6"):
+        with open("/proc/net/" + table) as stream:
+            rows = [line.split() for line in stream.readlines()[1:]]
+        ports += [int(row[1].split(":")[1], 16) for row in rows
+                  if row[3] == "0A" and "socket:[%s]" % row[9] in inodes]
+    return ports
+
+
+@pytest.mark.skipif(not LINUX, reason="reads /proc")
+def test_stdio_has_no_local_port_and_the_proxy_has_one(make_pipe):
+    reader, writer = make_pipe()
+    with Simulation(one_at_a_time=False) as simulation:
+        with start(simulation, "--stdio", stdin=reader) as process:
+            writer.write(b"hello")
+            process.wait_for_output("hello")
+            assert listening_ports(process.pid) == []
+        with start(simulation, "--proxy") as process:
+            assert proxy_address(process) == "127.0.0.1:%d" % listening_ports(process.pid)[0]
+
+
+# ---- tests: terminal -----------------------------------------------------------------------------
+
+@pytest.fixture
+def terminal():
+    """terminal(columns) -> a pseudo-terminal that is read all along into `seen`."""
+    stop, threads, fds = threading.Event(), [], []
+
+    def make(columns, rows=24):
+        master, slave = pty.openpty()
+        seen = bytearray()
+
+        def resize(columns):
+            fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+        def collect():
+            while not stop.is_set():
+                if select.select([master], [], [], 0.05)[0]:
+                    seen.extend(os.read(master, 1 << 16))
+
+        def read():
+            wait_until(lambda: not select.select([master], [], [], 0)[0])
+            SEEN.append(("err", seen.decode("latin-1")))
+            return seen.decode("latin-1")
+
+        def controlling():
+            return dict(stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+                        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+
+        resize(columns)
+        fds.extend((master, slave))
+        threads.append(threading.Thread(target=collect, daemon=True))
+        threads[-1].start()
+        return types.SimpleNamespace(slave=slave, seen=seen, resize=resize, read=read,
+                                     controlling=controlling, type=lambda keys: os.write(master, keys))
+
+    yield make
+    stop.set()
+    for thread in threads:
+        thread.join(10)
+    for fd in fds:
+        os.close(fd)
+
+
+def rows_of(text, columns):
+    """What stands on a terminal of that width, row by row: knows CR, LF, ESC[J and ESC[nA."""
+    rows, row, column = [[]], 0, 0
+    for token in re.findall(r"\x1b\[(?:\d+A|J)|[^\x1b]|\x1b", text):
+        if token == "\r":
+            column = 0
+        elif token == "\n":
+            row += 1
+        elif token == "\x1b[J":
+            del rows[row + 1:], rows[row][column:]
+        elif token[0] == "\x1b":
+            assert token.endswith("A"), "unknown sequence in %r" % text
+            row -= int(token[2:-1])
+        else:
+            assert " " <= token <= "~", "unknown character in %r" % text
+            if column == columns:
+                row, column = row + 1, 0
+            rows.extend([] for _ in range(row + 1 - len(rows)))
+            rows[row].extend(" " * (column + 1 - len(rows[row])))
+            rows[row][column] = token
+            column += 1
+        rows.extend([] for _ in range(row + 1 - len(rows)))
+    return ["".join(each).rstrip() for each in rows]
+
+
+@pytest.mark.parametrize("columns", [40, 200])
+def test_the_live_line_is_one_line_cut_to_the_terminal(simulation, terminal, columns):
+    screen = terminal(columns)
+    with start(simulation, "--proxy", stderr=screen.slave) as process:
+        address = proxy_address(process)
+        assert exchange(address, b"x" * 2048) == b"x" * 2048
+        with dial(address) as client:
+            client.sendall(b"hello")
+            assert client.recv(9) == b"hello"
+            whole = "%s -> %s:%d  1 open, 2 served  up 2.0 KiB  down 2.0 KiB  " % (address, HOST, PORT)
+            wanted = whole[:columns - 1].encode()
+            process.wait_for(lambda: screen.seen.count(wanted) >= 2)
+            rows = rows_of(screen.read(), columns)
+            assert len(rows) == 1 and rows[0].startswith(whole[:columns - 1].rstrip())
+            assert len(rows[0]) < columns
+            assert columns < 200 or re.search(r"  (30m00|29m5\d)s left$", rows[0]), rows
+        process.send_signal(signal.SIGTERM)
+        ends_by(process, signal.SIGTERM)
+    rows = rows_of(screen.read(), columns)
+    summary = "".join(row.ljust(columns) for row in rows).strip()  # the one thing that is left
+    assert re.match(r"plexctl: 2 connections, .* interrupted by signal 15$", summary), rows
+
+
+def test_the_live_line_follows_the_width_of_the_terminal(simulation, terminal):
+    screen = terminal(200)
+    with start(simulation, "--proxy", stderr=screen.slave) as process:
+        process.wait_for(lambda: b"left" in screen.seen)
+        drawn = len(rows_of(screen.read(), 200)[0])
+        screen.resize(30)  # the terminal wraps the old line: all its rows have to go
+        process.wait_for(lambda: b"\x1b[%dA" % ((drawn - 1) // 30) in screen.seen)
+        last = screen.read().rsplit("\x1b[J", 1)[1]
+        assert len(last) == 29 and last.startswith("127.0.0.1:")
+        screen.resize(150)
+        process.wait_for(lambda: screen.seen.count(b"left") > 1 and screen.seen.endswith(b"left"))
+        assert rows_of(screen.read().rsplit("\r", 1)[1], 150)[0].endswith("left")
+
+
+def test_the_live_line_is_wiped_before_any_other_line(simulation, terminal):
+    screen = terminal(200)
+    with start(simulation, "--proxy", "-v", stderr=screen.slave) as process:
+        address = proxy_address(process)
+        process.wait_for(lambda: screen.seen.count(b" -> ") >= 2)
+        exchange(address, b"hello")
+        process.wait_for(lambda: b"connection closed" in screen.seen)
+        process.wait_for(lambda: screen.seen.endswith(b"left"))
+        rows = rows_of(screen.read(), 200)
+        assert all(row.startswith("plexctl: ") for row in rows[:-1]) and " -> " in rows[-1], rows
+        process.send_signal(signal.SIGINT)
+        ends_by(process, signal.SIGINT)
+    rows = rows_of(screen.read(), 200)
+    assert rows.pop() == "" and all(row.startswith("plexctl: ") for row in rows), rows
+
+
+@pytest.mark.parametrize("flags", [[], ["--proxy"]], ids=["print", "proxy"])
+def test_waiting_for_the_node_counts_the_seconds_in_one_line(simulation, terminal, flags):
+    simulation.plane.endpoint_on, simulation.plane.reads_before_endpoint = "read", 3
+    screen = terminal(200)
+    with start(simulation, *flags, stdin=screen.slave, stdout=screen.slave, stderr=screen.slave) as process:
+        process.wait_for(lambda: b"LOCAL_ADDR" in screen.seen)
+        process.send_signal(signal.SIGTERM)
+        process.finish(5)
+    text = screen.read()
+    assert "waiting for the Node: 1s" in text and "waiting for the Node: 2s" in text
+    rows = rows_of(text, 200)
+    assert rows[0].startswith("plexctl: waiting for the Node to report its listener"), rows
+    assert rows[1].startswith("LOCAL_ADDR  "), rows  # with nothing of the live line in front of it
+    assert rows[2].startswith("127.0.0.1:"), rows
+
+
+def test_off_a_terminal_there_is_no_control_character(simulation):
+    simulation.plane.endpoint_on, simulation.plane.reads_before_endpoint = "read", 1
+    with start(simulation, "--proxy", "-vv") as process:
+        exchange(proxy_address(process), b"hello")
+        with pytest.raises(subprocess.TimeoutExpired):  # a turn of what would be the live line
+            process.wait(1.2)
+        process.send_signal(signal.SIGTERM)
+        result = ends_by(process, signal.SIGTERM)
+    for text in (result.stdout, result.stderr):
+        assert re.match(r"[ -~\n]+\Z", text), text
+    assert "waiting for the Node to report" in result.stderr and "open, " not in result.stderr
+
+
+def test_the_summary_and_a_line_per_connection(simulation):
+    with start(simulation, "--proxy", "--verbose") as process:
+        address = proxy_address(process)
+        for size in (5, 3000):
+            assert exchange(address, pattern(size)) == pattern(size)
+        process.wait_for(lambda: process.err.count("connection closed") == 2)
+        process.send_signal(signal.SIGHUP)
+        lines = ends_by(process, signal.SIGHUP).stderr.splitlines()
+    assert all(line.startswith("plexctl: ") for line in lines)
+    endpoint = simulation.plane.sessions[0].endpoint
+    shapes = [r"connection 1 from 127\.0\.0\.1:\d+ to " + endpoint, r"connection closed: 5 B up, 5 B down",
+              r"connection 2 from 127\.0\.0\.1:\d+ to " + endpoint,
+              r"connection closed: 2\.9 KiB up, 2\.9 KiB down",
+              r"2 connections, 2\.9 KiB up, 2\.9 KiB down, \d+s: interrupted by signal 1"]
+    found = [line[9:] for line in lines if "connection" in line]
+    assert len(found) == len(shapes), lines
+    for shape, line in zip(shapes, found):
+        assert re.match(shape + r"\Z", line), line
+    exchanges = [line for line in lines if " /v1/projects/" in line]
+    assert len(exchanges) == 2 and "POST %s: 201, " % SESSIONS_PATH in exchanges[0]
+
+
+# ---- tests: readiness ----------------------------------------------------------------------------
+
+@pytest.fixture(params=["path", "abstract"])
+def notify_socket(request, tmp_path):
+    """(NOTIFY_SOCKET, a datagram socket bound there)."""
+    name = str(tmp_path / "notify") if request.param == "path" else "@plexctl-test-%d" % os.getpid()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as bound:
+        bound.bind(name.replace("@", "\0", 1))
+        bound.settimeout(5)
+        yield name, bound
+
+
+def free_port():
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.skipif(not LINUX, reason="abstract sockets, systemd")
+def test_systemd_is_told_when_the_port_listens_and_when_it_ends(simulation, notify_socket):
+    name, bound = notify_socket
+    address = "127.0.0.1:%d" % free_port()
+    with start(simulation, "--proxy", "--local-addr", address, env={"NOTIFY_SOCKET": name}) as process:
+        assert bound.recv(99) == b"READY=1"
+        assert exchange(address, b"at once") == b"at once"
+        assert not select.select([bound], [], [], 0)[0]
+        process.send_signal(signal.SIGTERM)
+        assert bound.recv(99) == b"STOPPING=1"
+        ends_by(process, signal.SIGTERM)
+    assert not select.select([bound], [], [], 0)[0]
+
+
+@pytest.mark.skipif(not LINUX, reason="systemd")
+def test_systemd_is_told_with_a_command_too(simulation, notify_socket):
+    name, bound = notify_socket
+    assert run_python(simulation, "pass", env={"NOTIFY_SOCKET": name}).returncode == 0
+    assert [bound.recv(99), bound.recv(99)] == [b"READY=1", b"STOPPING=1"]
+
+
+def test_a_notify_socket_where_nobody_listens_does_no_harm(simulation, tmp_path):
+    with start(simulation, "--proxy", env={"NOTIFY_SOCKET": str(tmp_path / "gone")}) as process:
+        assert exchange(proxy_address(process), b"hello") == b"hello"
+        process.send_signal(signal.SIGTERM)
+        ends_by(process, signal.SIGTERM)
+
+
+def test_the_document_is_there_only_once_the_port_accepts(simulation):
+    simulation.plane.endpoint_on, simulation.plane.reads_before_endpoint = "read", 1
+    with start(simulation, "--proxy", "--output", "json") as process:
+        simulation.plane.wait_for(lambda: simulation.plane.sessions and simulation.plane.sessions[0].reads)
+        assert process.out == ""
+        document = json.loads(process.ready())
+        assert exchange(document["local_addr"], b"at once") == b"at once"
+        process.send_signal(signal.SIGTERM)
+        ends_by(process, signal.SIGTERM)
+    assert process.out.count("\n") == 1
+
+
+CLOSED = ["0", "2", "0 2", "1", "0 1", "1 2", "0 1 2"]
+
+
+@pytest.mark.skipif(not LINUX, reason="reads /proc")
+@pytest.mark.parametrize("closed", CLOSED)
+def test_the_proxy_with_closed_descriptors(simulation, closed):
+    redirections = " ".join(fd + (">&-" if fd != "0" else "<&-") for fd in closed.split())
+    shell = ["sh", "-c", 'exec "$@" ' + redirections, "sh"]
+    port = free_port()
+    args = forward_args(simulation.plane, "--proxy", "--local-addr", "127.0.0.1:%d" % port)
+    command = plexctl_command(args, sys.executable)
+    with Process(shell + command, env=clean_environment(simulation.plane.environment())) as process:
+        if "1" in closed:  # nobody can read the document
+            result = process.finish()
+            assert result.returncode == 1 and result.stdout == ""
+            assert "2" in closed or "standard output" in error_of(result)
+        else:
+            assert exchange(proxy_address(process), b"hello") == b"hello"
+            for fd in closed.split():
+                assert os.readlink("/proc/%d/fd/%s" % (process.pid, fd)) == "/dev/null"
+            process.send_signal(signal.SIGTERM)
+            ends_by(process, signal.SIGTERM)
+    revoked_once(simulation.plane)
+
+
+# ---- tests: real programs ------------------------------------------------------------------------
+
+def need(*names):
+    """The programs' paths; the test is skipped where one is missing."""
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"]
+                           + sorted(os.path.join(root, "bin") for root in postgres_roots()))
+    found = [shutil.which(name, path=path) for name in names]
+    if None in found:
+        pytest.skip("%s is not installed" % names[found.index(None)])
+    return found
+
+
+def postgres_roots():
+    """Where Debian keeps PostgreSQL."""
+    base = "/usr/lib/postgresql"
+    return [os.path.join(base, name) for name in os.listdir(base)] if os.path.isdir(base) else []
+
+
+@contextlib.contextmanager
+def serving(simulation, command, port, **popen):
+    """Runs a server, waits until it accepts, and puts it behind the Node."""
+    with Process(command, **popen) as server:
+        def accepts():
+            assert server.poll() is None, server.describe()
+            with contextlib.suppress(OSError):
+                socket.create_connection(("127.0.0.1", port), 5).close()
+                return True
+        wait_until(accepts, 20)
+        simulation.node.target_address = ("127.0.0.1", port)
+        yield server
+        server.terminate()
+        server.finish()
+
+
+def run_program(*command, **popen):
+    """A client program to its end, which has to be a success; its stdout in bytes."""
+    options = dict(stdin=subprocess.DEVNULL) if "input" not in popen else {}
+    options.update(popen)
+    result = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            timeout=60, **options)
+    assert result.returncode == 0, (command, result.stderr)
+    return result.stdout
+
+
+@contextlib.contextmanager
+def proxy_port(simulation):
+    """The port of a running proxy, which in the end has revoked its one session."""
+    with start(simulation, "--proxy") as process:
+        yield proxy_address(process).rsplit(":", 1)[1]
+        process.send_signal(signal.SIGTERM)
+        ends_by(process, signal.SIGTERM)
+    revoked_once(simulation.plane)
+
+
+@pytest.fixture
+def postgres(simulation):
+    """A PostgreSQL server behind the Node, with a superuser called postgres and no password."""
+    initdb, server = need("initdb", "postgres")
+    directory, port = tempfile.mkdtemp(prefix="plexctl-postgres-"), free_port()
+    other_user = []
+    try:
+        if ROOT:  # it does not run as root
+            import pwd
+            names = {entry.pw_name for entry in pwd.getpwall()}
+            user = pwd.getpwnam("postgres" if "postgres" in names else "nobody")
+            os.chown(directory, user.pw_uid, user.pw_gid)
+            other_user = need("setpriv") + ["--reuid=%d" % user.pw_uid, "--regid=%d" % user.pw_gid,
+                                            "--clear-groups"]
+        run_program(*(other_user + [initdb, "-D", directory + "/data", "-A", "trust", "-U", "postgres",
+                                    "--no-sync", "--locale=C", "-E", "UTF8"]), cwd=directory)
+        command = other_user + [server, "-D", directory + "/data", "-p", str(port), "-k", directory,
+                                "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"]
+        with serving(simulation, command, port, cwd=directory):
+            yield
+    finally:
+        shutil.rmtree(directory)
+
+
+HASHES_SQL = "select md5(i::text) from generate_series(1, 100000) i"
+
+
+def hashes():
+    """What HASHES_SQL gives, as psql -At prints it."""
+    return "".join(hashlib.md5(b"%d" % number).hexdigest() + "\n" for number in range(1, 100001)).encode()
+
+
+@pytest.mark.realworld
+def test_psql_through_the_proxy(simulation, postgres):
+    psql, = need("psql")
+    with proxy_port(simulation) as port:
+        client = [psql, "-XAtq", "-h", "127.0.0.1", "-p", port, "-U", "postgres", "-v", "ON_ERROR_STOP=1"]
+        assert run_program(*(client + ["-c", HASHES_SQL])) == hashes()
+        run_program(*(client + ["-c", "create table t (v text)"]))
+        run_program(*(client + ["-c", "copy t from stdin"]), input=hashes())
+        assert run_program(*(client + ["-c", "copy t to stdout"])) == hashes()
+        notices = "do $$ begin for i in 1..3 loop perform pg_sleep(0.1); end loop; end $$; select 'done'"
+        assert run_program(*(client + ["-c", notices])) == b"done\n"
+    assert sum(simulation.node.connections.values()) == 5
+
+
+@pytest.mark.realworld
+def test_psql_as_command(simulation, postgres):
+    psql, = need("psql")
+    client = [psql, "-XAtq", "-h", "{host}", "-p", "{port}", "-U", "postgres"]
+    result = run_command(simulation, *(client + ["-c", HASHES_SQL]))
+    assert (result.returncode, result.stdout) == (0, hashes().decode()), result.stderr
+    assert run_command(simulation, *(client + ["-c", "select"]), input="").returncode == 0
+    failed = run_command(simulation, *(client + ["-v", "ON_ERROR_STOP=1", "-f", "-"]), input="nonsense;")
+    assert failed.returncode == 3, failed.stderr  # psql's own
+    revoked_once(simulation.plane, 3)
+
+
+@pytest.mark.realworld
+def test_redis_cli_through_the_proxy_and_as_command(simulation, tmp_path):
+    server, client = need("redis-server", "redis-cli")
+    port = free_port()
+    value = pattern(1 << 20).hex().encode()
+    command = [server, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
+    with serving(simulation, command, port):
+        with start(simulation, "--proxy") as process:
+            local = proxy_address(process).rsplit(":", 1)[1]
+            assert run_program(client, "-p", local, "-x", "set", "big", input=value) == b"OK\n"
+            assert run_program(client, "-p", local, "get", "big") == value + b"\n"
+            pipelined = b"".join(b"RPUSH list %d\r\n" % number for number in range(50000))
+            assert b"errors: 0, replies: 50000" in run_program(client, "-p", local, "--pipe", input=pipelined)
+            numbers = b"".join(b"%d\n" % number for number in range(50000))
+            assert run_program(client, "-p", local, "lrange", "list", "0", "-1") == numbers
+        result = run_command(simulation, client, "-h", "{host}", "-p", "{port}", "llen", "list")
+        assert (result.returncode, result.stdout) == (0, "50000\n"), result.stderr
+
+
+@pytest.fixture
+def ssh_options(simulation, tmp_path):
+    """An sshd behind the Node; the options that its clients need."""
+    server, keygen = need("sshd", "ssh-keygen")
+    if ROOT and not os.path.isdir("/run/sshd"):
+        pytest.skip("sshd needs /run/sshd")
+    port = free_port()
+    for name in ("host", "user"):
+        run_program(keygen, "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / name)
+    settings = ["Port %d" % port, "ListenAddress 127.0.0.1", "HostKey %s" % (tmp_path / "host"),
+                "PidFile none", "AuthorizedKeysFile %s" % (tmp_path / "user.pub"), "StrictModes no",
+                "UsePAM no", "Subsystem sftp internal-sftp"]
+    (tmp_path / "sshd_config").write_text("\n".join(settings) + "\n")
+    (tmp_path / "known_hosts").write_text("plexctl-target " + (tmp_path / "host.pub").read_text())
+    with serving(simulation, [server, "-D", "-e", "-f", str(tmp_path / "sshd_config")], port):
+        options = ["BatchMode=yes", "IdentitiesOnly=yes", "IdentityFile=%s" % (tmp_path / "user"),
+                   "HostKeyAlias=plexctl-target", "StrictHostKeyChecking=yes", "User=" + getpass.getuser(),
+                   "UserKnownHostsFile=%s" % (tmp_path / "known_hosts"), "LogLevel=ERROR"]
+        yield ["-F", "/dev/null"] + [word for option in options for word in ("-o", option)]
+
+
+@pytest.mark.realworld
+@pytest.mark.parametrize("way", ["proxy", "ProxyCommand"])
+def test_ssh_and_scp(simulation, ssh_options, tmp_path, way):
+    ssh, scp = need("ssh", "scp")
+    data = pattern(8 << 20)
+    (tmp_path / "data").write_bytes(data)
+    with contextlib.ExitStack() as stack:
+        env = dict(os.environ, **simulation.plane.environment())
+        if way == "proxy":
+            ssh_options += ["-o", "Port=" + stack.enter_context(proxy_port(simulation))]
+        else:
+            command = plexctl_command(forward_args(simulation.plane, "--stdio"), sys.executable)
+            ssh_options += ["-o", "ProxyCommand=" + " ".join(shlex.quote(word) for word in command)]
+        ssh = [ssh] + ssh_options + ["127.0.0.1"]
+        assert run_program(*(ssh + ["cat"]), input=data, env=env) == data
+        assert run_program(*(ssh + ["echo hello; echo lost >&2"]), env=env) == b"hello\n"
+        copied = "127.0.0.1:%s" % (tmp_path / "copied")
+        run_program(*([scp] + ssh_options + [tmp_path / "data", copied]), env=env)
+        run_program(*([scp] + ssh_options + [copied, tmp_path / "back"]), env=env)
+        assert (tmp_path / "back").read_bytes() == data
+    if way == "ProxyCommand":
+        simulation.plane.wait_for(lambda: len(simulation.plane.revoked) == 4)
+        revoked_once(simulation.plane, 4)
+
+
+def big_file(path, mebibytes):
+    """Writes a file no two MiB of which are alike; its SHA-256."""
+    piece, digest = pattern((1 << 20) - 8), hashlib.sha256()
+    with open(str(path), "wb") as stream:
+        for number in range(mebibytes):
+            block = struct.pack(">Q", number) + piece
+            stream.write(block)
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def hash_of(path):
+    """The SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(str(path), "rb") as stream:
+        for block in iter(lambda: stream.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@pytest.fixture
+def web_server(simulation, tmp_path):
+    """An HTTP/1.1 server with keep-alive behind the Node; it serves the files of the directory it gives."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            with open(str(tmp_path / os.path.basename(self.path)), "rb") as stream:
+                self.send_response(200)
+                self.send_header("Content-Length", str(os.fstat(stream.fileno()).st_size))
+                self.end_headers()
+                shutil.copyfileobj(stream, self.wfile, 1 << 18)
+
+        def log_message(self, *_):
+            """Say nothing."""
+
+    class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
+        daemon_threads = True
+
+    with Server(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        simulation.node.target_address = server.server_address
+        yield tmp_path
+        server.shutdown()
+
+
+@pytest.mark.realworld
+def test_curl_keeps_one_connection_alive(simulation, web_server):
+    curl, = need("curl")
+    digests = [big_file(web_server / name, size) for name, size in (("one", 1), ("two", 3))]
+    with proxy_port(simulation) as port:
+        urls = ["http://127.0.0.1:%s/%s" % (port, name) for name in ("one", "two")]
+        connects = run_program(curl, "-sS", "-w", "%{num_connects} ", "-o", web_server / "a", urls[0],
+                               "-o", web_server / "b", urls[1])
+        assert connects == b"1 0 "
+    assert [hash_of(web_server / name) for name in ("a", "b")] == digests
+    assert sum(simulation.node.connections.values()) == 1
+
+
+@pytest.mark.realworld
+def test_curl_downloads_a_large_file_byte_for_byte(simulation, web_server):
+    curl, = need("curl")
+    size = int(os.environ.get("LARGE_MEBIBYTES", "256"))
+    digest = big_file(web_server / "large", size)
+    with proxy_port(simulation) as port:
+        run_program(curl, "-sS", "-o", web_server / "copy", "http://127.0.0.1:%s/large" % port)
+    assert os.path.getsize(str(web_server / "copy")) == size << 20
+    assert hash_of(web_server / "copy") == digest
+
+
+# ---- tests: README and packaging ------------------------------------------------------------------
+
+PUBLISHED_EXAMPLES = [
+    'plexctl tcp-forward --server "${PLEXSPHERE_URL}" --project-id 0190a8b8-a0c0-7a0a-8a0a-a0a0a0a0a0c0'
+    ' --resource-id 0190a8b8-d3e3-7d3d-8d3d-d3d3d3d3d3d3 --host 10.0.0.5 --port 5432',
+    'plexctl tcp-forward --server "${PLEXSPHERE_URL}" --project-id 0190a8b8-a0c0-7a0a-8a0a-a0a0a0a0a0c0'
+    ' --resource-id 0190a8b8-d3e3-7d3d-8d3d-d3d3d3d3d3d3 --host 10.0.0.5 --port 5432'
+    ' --local-addr 127.0.0.1:15432 --reveal-secrets']
+
+
+@pytest.mark.reveals
+@pytest.mark.parametrize("line", PUBLISHED_EXAMPLES, ids=["plain", "reveal-secrets"])
+def test_the_published_examples_work_word_for_word(simulation, tmp_path, line):
+    with open(os.path.join(HERE, "README.md")) as readme:
+        assert "\n    %s\n" % line in readme.read()
+    environ = simulation.plane.environment(PLEXCTL_AUDIT_LOG=str(tmp_path / "audit.log"))
+    script = 'plexctl() { "%s" -I "%s" "$@"; }\n%s\n' % (sys.executable, PLEXCTL, line)
+    done = subprocess.run(["bash", "-c", script], env=clean_environment(environ), stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=60)
+    SEEN.extend([("out", done.stdout), ("err", done.stderr)])
+    session, = simulation.plane.sessions
+    document = parse_document(done.stdout, "text")
+    assert (done.returncode, document["session_id"]) == (0, session.id)
+    assert document["listener_endpoint"] == session.endpoint and document["expires_at"] == session.expires_at
+    if "--reveal-secrets" in line:
+        assert document["local_addr"] == "127.0.0.1:15432"
+        warning, token = done.stderr.splitlines()
+        assert "warning" in warning and token == "PLEXCTL_SESSION_TOKEN=" + session.token
+    else:
+        assert done.stderr == ""
+    assert simulation.plane.revoked == []
+
+
+def test_the_readme_names_every_flag_and_only_these():
+    parser = plexctl.create_parser()
+    forward = parser._subparsers._group_actions[0].choices["tcp-forward"]
+    flags = {flag for flag in forward._option_string_actions if flag.startswith("--") and "=" not in flag}
+    assert flags == set(re.findall(r"(?m)^  (?:-\w, )?(--[\w-]+)", plexctl.DESCRIPTION))
+    with open(os.path.join(HERE, "README.md")) as readme:
+        named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", readme.read()))
+    assert named - flags == {"--check"}  # sha256sum's
+
+
+def test_a_console_script_of_one_module_is_installed(tmp_path):
+    """`pip install .` into a fresh environment, where an index can be reached for the build backend."""
+    if sys.version_info[:2] not in ((3, 6), (3, 11), (3, 13)):
+        pytest.skip("on three versions only: it takes a while")
+    checkout, environment = tmp_path / "checkout", str(tmp_path / "environment")
+    checkout.mkdir()
+    for name in ("plexctl.py", "pyproject.toml", "README.md"):
+        shutil.copy(os.path.join(HERE, name), str(checkout))
+    subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+    pip = [os.path.join(environment, "bin", "python"), "-m", "pip", "-q", "--disable-pip-version-check"]
+    if sys.version_info < (3, 7):  # the pip that comes with 3.6 knows no build backends
+        subprocess.run(pip + ["install", "-U", "pip<22"], check=True, stderr=subprocess.DEVNULL)
+    done = subprocess.run(pip + ["install", str(checkout)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          universal_newlines=True)
+    if "No matching distribution found for flit" in done.stdout:
+        pytest.skip("no package index")
+    assert done.returncode == 0, done.stdout
+    command = os.path.join(environment, "bin", "plexctl")
+    for arguments, status, text in ((["--version"], 0, "plexctl " + plexctl.__version__),
+                                    (["tcp-forward"], 2, "--project-id")):
+        done = subprocess.run([command] + arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              universal_newlines=True, cwd=str(tmp_path), env=clean_environment())
+        assert done.returncode == status and text in done.stdout
+    files = subprocess.run(pip[:3] + ["show", "-f", "plexctl"], stdout=subprocess.PIPE, universal_newlines=True)
+    assert "plexctl.py" in files.stdout and "test_plexctl.py" not in files.stdout
+    assert re.search(r"(?m)^Requires: *$", files.stdout)
