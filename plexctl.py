@@ -3059,7 +3059,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> "NoReturn":
         """One line that names the flag; a value may be a secret that stands in the wrong place."""
         message = re.sub(r"^argument ((?:-[\w-]+/)*)(-[\w-]+)([^:]*)", r"\2", message)
-        message = re.sub(r"ignored explicit argument .*", "takes true or false, or nothing", message)
         if re.search(r"^argument command|: command$", message):
             message = "no such command; the one there is: tcp-forward"
         raise UsageError(escape(message.replace("the following arguments are required", "missing")))
@@ -3089,11 +3088,16 @@ def parse_format(text: str) -> str:
     return text
 
 
+def parse_switch(text: str) -> bool:
+    """The value of a boolean flag; a bare --flag was made --flag=true before."""
+    if text not in ("true", "false"):
+        raise ValueError("takes true or false, or nothing")
+    return text == "true"
+
+
 def add_switch(parser: Parser, flag: str) -> None:
-    """A boolean flag; the Go plexctl's --flag=true and --flag=false are option strings as well."""
-    for suffix, value in (("", True), ("=true", True), ("=false", False)):
-        parser.add_argument(flag + suffix, dest=flag[2:].replace("-", "_"), action="store_const",
-                            const=value, default=argparse.SUPPRESS)
+    """A boolean flag: --flag, and as the Go plexctl has it --flag=true and --flag=false."""
+    parser.add_argument(flag, type=checked(parse_switch), default=argparse.SUPPRESS)
 
 
 def add_persistent_flags(parser: Parser) -> None:
@@ -3155,6 +3159,8 @@ def parse_arguments(argv: "Sequence[str]") -> argparse.Namespace:
         if argument == "--":
             command = list(argv[index + 1:])
             break
+        if argument in SWITCHES + FORWARD_SWITCHES:
+            argument += "=true"
         several = argument[:2] == "-v" and not argument.strip("v").strip("-")
         # 3.6 and 3.7 do not take -vv apart where abbreviations are off
         arguments += ["-v"] * (len(argument) - 1) if several else [argument]
