@@ -28,6 +28,7 @@ if __name__ == "__main__":
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import errno
 import os
 import re
 import time
@@ -1112,7 +1113,7 @@ class AuditLog:
         if not path:
             base = base_directory("XDG_STATE_HOME", os.path.join(".local", "state"), environ)
             if not base:
-                raise FileNotFoundError(2, "no home directory for it")
+                raise FileNotFoundError(errno.ENOENT, "no home directory for it")
             path = os.path.join(base, "plexctl", "audit.log")
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
@@ -1122,7 +1123,7 @@ class AuditLog:
         mode = os.fstat(descriptor).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISCHR(mode):
             os.close(descriptor)
-            raise FileNotFoundError(2, "not a regular file")
+            raise FileNotFoundError(errno.ENOENT, "not a regular file")
         return descriptor
 
     def __enter__(self) -> "AuditLog":
@@ -1145,11 +1146,11 @@ class AuditLog:
             def emit(self, record: logging.LogRecord) -> None:
                 line = (self.format(record) + "\n").encode("ascii")
                 if os.write(descriptor, line) != len(line):
-                    raise OSError(28, "short write")
+                    raise OSError(errno.ENOSPC, "short write")
                 try:
                     os.fsync(descriptor)
                 except OSError as error:
-                    if error.errno != 22:  # a character device has nothing to sync
+                    if error.errno != errno.EINVAL:  # a character device has nothing to sync
                         raise
                 self.written += 1
 
@@ -2138,7 +2139,7 @@ class OwnerCheck:
             self._netlink.setblocking(False)
             nobody = "0.0.0.0" if family == socket.AF_INET else "::"  # noqa: S104
             if self._ask(local, (nobody, 0)) != os.geteuid():  # our own listener
-                raise OSError(95, "no answer")
+                raise OSError(errno.EOPNOTSUPP, "no answer")
         except BaseException:
             self.close()
             raise
@@ -2165,10 +2166,10 @@ class OwnerCheck:
                    + packed(source[0]) + packed(destination[0])
                    + struct.pack("=III", 0, 0xFFFFFFFF, 0xFFFFFFFF))
         self._netlink.send(request)
-        answer = self._netlink.recv(4096)
-        kind, _, sequence = struct.unpack_from("=HHI", answer, 4)
-        if sequence != self._sequence:
-            raise OSError(71, "out of step")
+        sequence = -1
+        while sequence != self._sequence:  # a late answer to an earlier question is nobody's
+            answer = self._netlink.recv(4096)
+            kind, _, sequence = struct.unpack_from("=HHI", answer, 4)
         if kind != 20 or len(answer) < 88:
             return None  # NLMSG_ERROR: there is no such socket
         uid, inode = struct.unpack_from("=II", answer, 80)  # inet_diag_msg after nlmsghdr
@@ -2392,7 +2393,7 @@ class Forwarder:
         """Takes over an accepted connection."""
         import socket
 
-        if 2 * (len(self._leases) + len(self._connecting) + len(self._waiting)) >= self._capacity:
+        if 2 * (len(self._leases) + len(self._connecting) + len(self._dialled_for)) >= self._capacity:
             self._warn_once("no more descriptors (ulimit -n): connections are refused")
             reset_on_close(client)
             client.close()
@@ -2445,7 +2446,7 @@ class Forwarder:
             except BlockingIOError:
                 return
             except OSError as error:
-                if error.errno in (23, 24, 12, 105):  # no descriptors or memory: do not spin
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):  # do not spin
                     self._warn_once("cannot accept connections for now: %s" % show_error(error))
                     self._listen(False)
                     self._resume_on = elapsed_seconds() + PAUSE_SECONDS
@@ -2472,17 +2473,17 @@ class Forwarder:
         client, client_address, remote, lease, address, deadline = attempt
         fd = remote.fileno()
         error = remote.connect_ex(address)
-        if error in (114, 115, 36, 37, 10035, 10037):  # EALREADY, EINPROGRESS: Linux, BSD, Windows
+        if error in (errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK):
             if elapsed_seconds() < deadline:
                 if fd not in self._connecting:
                     self._connecting[fd] = attempt
                     self.relay.handlers[fd] = lambda events: self._go_on(attempt)
                     self.relay.poller.register(fd, WRITABLE)
                 return
-            error = 110  # ETIMEDOUT
+            error = errno.ETIMEDOUT
         self._forget_attempt(fd)
         failure = OSError(error, os.strerror(error))
-        if error in (0, 106, 56, 10056):  # EISCONN
+        if error in (0, errno.EISCONN):
             try:
                 set_leg_options(remote)
                 self._begin(client, client_address, remote, lease)
@@ -2531,7 +2532,7 @@ class Forwarder:
         self._start_waiting()
 
     def _start_waiting(self) -> None:
-        if self._waiting and not self._connecting_threads:  # came between a last look and the end
+        if self._waiting and self._connecting_threads < CONNECTING_THREADS_MAX:
             self._connect_in_thread(*self._waiting.popleft())
 
     def _begin(self, client: "socket.socket", client_address: "Any", remote: "socket.socket",
@@ -2806,7 +2807,7 @@ FORMATS = {"text": format_text, "json": format_json, "yaml": format_yaml}
 def write_all(stream: "Optional[IO[str]]", text: str) -> None:
     """Writes ASCII text past Python's buffer, so that nothing is left to fail at exit; OSError."""
     if stream is None:
-        raise OSError(9, "it is closed")
+        raise OSError(errno.EBADF, "it is closed")
     try:
         fd = stream.fileno()
     except (OSError, ValueError, AttributeError):  # not a file: a test's or a library user's
