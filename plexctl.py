@@ -126,7 +126,9 @@ class Interrupted(Exception):
     """The first SIGINT, SIGTERM or SIGHUP; raised where the main thread waits, nowhere else."""
 
     def __init__(self, signum: int) -> None:
-        super().__init__(signum)
+        import signal
+
+        super().__init__(signal.Signals(signum).name)
         self.signum = signum
 
 
@@ -179,6 +181,8 @@ def parse_target_host(text: str) -> str:
         raise ValueError("must not be empty")
     if len(text) > 253 or not text.isprintable() or " " in text:
         raise ValueError("must be a host name or address without white space")
+    if text.count(":") == 1:
+        raise ValueError("must be a host alone; its port goes in --port")
     return text
 
 
@@ -256,10 +260,8 @@ class Endpoint:
 def parse_endpoint(text: str, lowest_port: int = 1) -> Endpoint:
     """host:port or [IPv6]:port; the host an address literal or a DNS name; no 127.1, no 0."""
     host, colon, port = text.rpartition(":")
-    if len(port) > 5:
-        raise ValueError("must be host:port, with brackets around an IPv6 address")
     literal = host[1:-1] if host.startswith("[") and host.endswith("]") else ""
-    if colon and len(text) <= 261:
+    if colon and len(port) <= 5 and len(text) <= 261:
         if literal and ":" in literal and pack_address(literal):
             return Endpoint(literal, parse_int(port, lowest_port, 65535))
         if is_ipv4(host) or is_name(host):
@@ -913,12 +915,14 @@ def random_uuid() -> str:
 
 def parse_problem(what: str, answer: Answer) -> ApiError:
     """The error of an answer that is not a success (RFC 9457 problem details, where it has them)."""
+    import http.client
+
     try:
         problem = Fields(what, parse_json(answer.body))
     except ValueError:
         problem = Fields(what, None)
     status, code = answer.status, problem.shown("code")
-    words = ["%s: %d %s" % (what, status, problem.shown("title"))]
+    words = ["%s: %d %s" % (what, status, problem.shown("title") or http.client.responses.get(status, ""))]
     words += [problem.shown("detail")] if problem.shown("detail") else []
     text = (": ".join(words)).rstrip(": ") + (" (%s)" % code if code else "")
     for name, label in (("reason", "reason"), ("relation_path", "relation path"),
@@ -991,7 +995,8 @@ class ControlPlane:
                 problem = parse_problem("IssueSession", answer)
                 error: "PlexctlError" = problem
                 again = problem.passing or problem.status == 409 and problem.code == "idempotent_replay"
-                may_exist = may_exist or again and answer.status != 503
+                may_exist = (may_exist or again and answer.status != 503
+                             or 200 <= answer.status < 300)
                 pause = parse_retry_after(answer.headers.get("Retry-After"))
             except TransportError as failure:
                 error, again, pause = failure, failure.passing, None
@@ -1037,15 +1042,18 @@ class ControlPlane:
         attempt = Attempt()
         request.attempt = attempt  # type: ignore[attr-defined]
         began = elapsed_seconds()
-        threading.Thread(target=attempt.run, args=(self._opener, request), daemon=True).start()
+        try:
+            threading.Thread(target=attempt.run, args=(self._opener, request), daemon=True).start()
+        except RuntimeError:
+            raise TransportError("%s: no thread can be started" % what) from None
         if not attempt.done.wait(seconds):
             attempt.abandon()
             raise TransportError("%s: no complete answer within %d s" % (what, seconds), attempt.sent)
         answer = attempt.answer
         if answer is None or attempt.error and 200 <= answer.status < 300:
             reason = show_error(attempt.error or OSError())
-            raise TransportError("%s: no complete answer: %s" % (what, reason), attempt.sent,
-                                 final=reason.startswith(("certificate", "TLS failed")))
+            raise TransportError("%s: no complete answer from %s: %s" % (what, self.server, reason),
+                                 attempt.sent, final=reason.startswith(("certificate", "TLS failed")))
         self._report("%s %s: %d, %.3f s" % (method, path, answer.status, elapsed_seconds() - began))
         return answer
 
@@ -1120,8 +1128,9 @@ class AuditLog:
         for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_NOCTTY"):
             flags |= getattr(os, name, 0)
         descriptor = os.open(path, flags, 0o600)
-        mode = os.fstat(descriptor).st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISCHR(mode):
+        status = os.fstat(descriptor)
+        device = stat.S_ISCHR(status.st_mode) and not os.path.samestat(status, os.stat(os.devnull))
+        if not stat.S_ISREG(status.st_mode) and not device:
             os.close(descriptor)
             raise FileNotFoundError(errno.ENOENT, "not a regular file")
         return descriptor
@@ -1413,12 +1422,16 @@ class Flow:
                         then = self.end
                         break
                     with view[:count] as piece:
-                        sent = self._send_all(piece)
+                        try:
+                            sent = self._send_all(piece)
+                        except OSError:
+                            then = self.lose_sink
+                            break
                         if sent < count:
                             rest = bytes(piece[sent:])
                             break
-        except OSError:
-            then = self.lose_sink
+        except (OSError, ValueError):  # no memory for the buffer: the loop goes on with it
+            pass
         finally:
             self.pair.relay.post(lambda: self.leave_bulk(then, rest))
 
@@ -1532,20 +1545,19 @@ class Pair:
             if not self.unwatched or fd not in self.unwatched:
                 self.relay.poller.unregister(fd)
             self.relay.handlers.pop(fd, None)
-            if self.broken and sock is not self.spared:
-                reset_on_close(sock)
+            reset_on_close(sock, self.broken and sock is not self.spared)
             sock.close()
         self.on_end(self)
         del self.up.twin, self.down.twin  # a cycle would wait for the garbage collector
 
 
-def reset_on_close(sock: "socket.socket") -> None:
-    """close() will send RST instead of FIN (SO_LINGER of zero)."""
+def reset_on_close(sock: "socket.socket", reset: bool = True) -> None:
+    """close() will send RST instead of FIN (SO_LINGER of zero), or as usual a FIN."""
     import socket
     import struct
 
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", reset, 0))
     except OSError:
         pass
 
@@ -1585,6 +1597,7 @@ class Relay:
         """Carries bytes between two connected sockets from now on; the relay closes them."""
         for sock in (client, remote):
             sock.setblocking(bool(self.dontwait))
+        reset_on_close(client)  # unless closed in order: not even SIGKILL may look like a clean end
         pair = Pair(self, client, remote, on_end)
         pair.start()
         self.pairs.add(pair)
@@ -1674,6 +1687,9 @@ class Relay:
         owner = getattr(handler, "__self__", None)
         if isinstance(owner, Flow):
             self._run_safely(owner.pair.reset)
+        elif owner is None:  # a connection attempt: it is not to be reported for ever
+            self.handlers.pop(fd, None)
+            self.poller.unregister(fd)
 
     def close(self) -> None:
         """Releases what the loop held: at its end, or instead of ever running it."""
@@ -1768,6 +1784,8 @@ class Sessions:
     def establish(self) -> Lease:
         """Issues a session and waits until its Node reports the listener; PlexctlError if not."""
         with self._changed:
+            if self._leaving:
+                raise PlexctlError("interrupted")
             self._issuing += 1
         return self._add()
 
@@ -1827,9 +1845,12 @@ class Sessions:
                 self._end(lease, SessionOver("the session expired"), renewable=True)
             elif now - lease.rechecked_on >= RECHECK_SECONDS:
                 lease.rechecked_on = now
-                threading.Thread(target=self._refresh, args=(lease,), daemon=True).start()
+                try:
+                    threading.Thread(target=self._refresh, args=(lease,), daemon=True).start()
+                except RuntimeError:  # no more threads: it can wait
+                    pass
         left = self.seconds_left()
-        for threshold in WARN_LEFT_SECONDS:
+        for threshold in reversed(WARN_LEFT_SECONDS):
             if left <= threshold < self._warned_at and leases:
                 self._warned_at = threshold
                 if max(lease.issued.lifetime_seconds for lease in leases) > threshold:
@@ -1854,12 +1875,11 @@ class Sessions:
         self._plane.cancel.set()
         with self._changed:
             self._leaving = True
-            for session_id in list(self._owed):
-                if self._owed[session_id] is None and self._keep:
-                    del self._owed[session_id]
-                else:
-                    self._start_revoking(session_id)
+            if self._keep:
+                self._owed = {key: thread for key, thread in self._owed.items() if thread is not None}
             while (self._owed or self._issuing) and elapsed_seconds() < deadline:
+                for session_id in list(self._owed):
+                    self._start_revoking(session_id)
                 self._changed.wait(max(0.01, min(0.5, deadline - elapsed_seconds())))
 
     def left_behind(self) -> "List[str]":
@@ -1905,8 +1925,8 @@ class Sessions:
         while True:
             left = self._wait_seconds - (elapsed_seconds() - began)
             if left <= 0:
-                raise PlexctlError("the Node reported no listener endpoint within %s"
-                                   % show_seconds(self._wait_seconds))
+                raise PlexctlError("the Node reported no listener endpoint within %s; is it up? "
+                                   "(--wait-seconds)" % show_seconds(self._wait_seconds))
             try:
                 session = self._plane.get(self._request.project_id, issued.session_id,
                                           min(EXCHANGE_SECONDS, max(1.0, left)))
@@ -1930,7 +1950,7 @@ class Sessions:
             return None
         best = min(usable, key=lambda lease: lease.connections) if len(usable) > 1 else usable[0]
         if best.connections:
-            if len(self._leases) + self._issuing < self._limit:
+            if len(self._leases) + self._issuing + self._revoking() < self._limit:
                 return None
             if not self._told_of_sharing:
                 self._told_of_sharing = True
@@ -1938,13 +1958,16 @@ class Sessions:
                              "one at a time and may make them wait; see --max-sessions" % self._limit)
         return best
 
+    def _revoking(self) -> int:
+        """With the lock held: sessions that are given up, but which the server may still count."""
+        return sum(thread is not None for thread in self._owed.values())
+
     def _add(self) -> Lease:
         """One session more; the caller has counted it in `_issuing`."""
         try:
             lease = self._issue()
             with self._changed:
                 self._leases.append(lease)
-                self._warned_at = float("inf")
             return lease
         finally:
             with self._changed:
@@ -1963,7 +1986,7 @@ class Sessions:
                 if lease is not None:
                     lease.connections += 1
                     return lease
-                if len(self._leases) + self._issuing >= self._limit:
+                if len(self._leases) + self._issuing + self._revoking() >= self._limit:
                     self._changed.wait(0.2)  # one is on its way, or tick() has yet to see an end
                     continue
                 self._issuing += 1
@@ -1973,7 +1996,8 @@ class Sessions:
                 refused = isinstance(error, ApiError) and error.status < 500
                 with self._changed:
                     if not self._leases:
-                        self.over = error if refused else None  # a renewal that the server refuses
+                        if refused:  # a renewal that the server refuses ends it
+                            self.over = self.over or error
                         raise
                     if refused:
                         self._limit = len(self._leases)
@@ -2052,6 +2076,7 @@ class Sessions:
                 return
             lease.over = why
             self._leases.remove(lease)
+            self._warned_at = float("inf")
             self._start_revoking(lease.issued.session_id)
             self._changed.notify_all()
         self._report("%s; the next connection gets a new one" % why)
@@ -2063,8 +2088,11 @@ class Sessions:
 
         if session_id in self._owed and self._owed[session_id] is None:
             thread = threading.Thread(target=self._revoke, args=(session_id,), daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # no more threads: still owed, leave() tries again
+                return
             self._owed[session_id] = thread
-            thread.start()
 
     def _revoke(self, session_id: str) -> None:
         deadline = elapsed_seconds() + LEAVE_SECONDS
@@ -2118,6 +2146,7 @@ CONNECTING_THREADS_MAX = 32
 RESERVED_DESCRIPTORS = 64
 PAUSE_SECONDS = 1.0
 SETTLE_SECONDS = 0.05
+CONNECTING = (errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK)
 
 
 class OwnerCheck:
@@ -2270,6 +2299,7 @@ class Forwarder:
         self._take = take
         self._report = report
         self._verbose = verbose
+        self.unidentified = 0  # connections not served, since their clients had gone already
         self._told: "Set[str]" = set()
         self._connecting: "Dict[int, Any]" = {}
         self._dialled_for: "Set[Any]" = set()
@@ -2315,7 +2345,8 @@ class Forwarder:
         stopped = threading.Event()
 
         def finish() -> None:
-            self._accept(READABLE)
+            while self._accept_some():
+                pass
             self._stop_listening()
             stopped.set()
 
@@ -2382,8 +2413,10 @@ class Forwarder:
         if uid in (0, os.geteuid()):
             return True
         if uid is None:
-            self._warn_once("a connection had been closed before its owner could be asked for, "
-                            "and was not served")
+            self.unidentified += 1
+            self._warn_once("a client had closed its connection before its owner could be asked for: not "
+                            "served (clients that send and close at once want unix: or "
+                            "--allow-other-users)")
         else:
             self._warn_once("turned away connections of uid %d (--allow-other-users lets other users "
                             "in)" % uid)
@@ -2409,9 +2442,11 @@ class Forwarder:
             return
         remote.setblocking(False)
         address = lease.address
-        remote.connect_ex(address)
+        state = remote.connect_ex(address)
+        if state in CONNECTING:  # on loopback it often is over a moment later
+            state = remote.connect_ex(address)
         deadline = elapsed_seconds() + CONNECT_SECONDS
-        self._go_on((client, client_address, remote, lease, address, deadline))
+        self._go_on((client, client_address, remote, lease, address, deadline), state)
 
     # Below: how
 
@@ -2439,23 +2474,28 @@ class Forwarder:
             self._accepting = on
 
     def _accept(self, events: int) -> None:
+        self._accept_some()
+
+    def _accept_some(self) -> bool:
+        """Up to ACCEPTS_PER_TURN connections; whether more may wait."""
         server = self._server
         for _ in range(ACCEPTS_PER_TURN):
             try:
                 client, client_address = server.get_request()
             except BlockingIOError:
-                return
+                return False
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):  # do not spin
                     self._warn_once("cannot accept connections for now: %s" % show_error(error))
                     self._listen(False)
                     self._resume_on = elapsed_seconds() + PAUSE_SECONDS
-                    return
+                    return False
                 continue  # that connection is gone already
             if server.verify_request(client, client_address):
                 server.process_request(client, client_address)
             else:
                 client.close()
+        return True
 
     def _tick(self) -> None:
         if self._resume_on and elapsed_seconds() >= self._resume_on:
@@ -2466,18 +2506,20 @@ class Forwarder:
             now = elapsed_seconds()
             for attempt in list(self._connecting.values()):
                 if now >= attempt[-1]:
-                    self._go_on(attempt)
+                    self._look_at(attempt)
 
-    def _go_on(self, attempt: "Any") -> None:
-        """Looks how a connection attempt stands (on loopback it often is over at once), and waits."""
+    def _look_at(self, attempt: "Any") -> None:
+        """How a connection attempt stands: connect() again tells."""
+        self._go_on(attempt, attempt[2].connect_ex(attempt[4]))
+
+    def _go_on(self, attempt: "Any", error: int) -> None:
         client, client_address, remote, lease, address, deadline = attempt
         fd = remote.fileno()
-        error = remote.connect_ex(address)
-        if error in (errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK):
+        if error in CONNECTING:
             if elapsed_seconds() < deadline:
                 if fd not in self._connecting:
                     self._connecting[fd] = attempt
-                    self.relay.handlers[fd] = lambda events: self._go_on(attempt)
+                    self.relay.handlers[fd] = lambda events: self._look_at(attempt)
                     self.relay.poller.register(fd, WRITABLE)
                 return
             error = errno.ETIMEDOUT
@@ -2630,6 +2672,7 @@ class StdioRelay:
         self.error: "Optional[PlexctlError]" = None
         self.up = self.down = 0
         self.over = False
+        self._half_closed = False
         self._remote = remote
         self._on_end = on_end
         self._ended: "Set[str]" = set()
@@ -2665,6 +2708,7 @@ class StdioRelay:
                 piece = b""
             try:
                 if not piece:
+                    self._half_closed = True
                     self._remote.shutdown(socket.SHUT_WR)
                     return
                 self._remote.sendall(piece)
@@ -2677,6 +2721,8 @@ class StdioRelay:
         while True:
             try:
                 count = self._remote.recv_into(view)
+                if not count and not self._half_closed:  # after a reset whose error sendall consumed
+                    self._remote.getpeername()
             except OSError as error:
                 raise PlexctlError("the connection ended: %s" % show_error(error)) from error
             if not count:
@@ -2859,8 +2905,7 @@ class Console:
         self._wake_out.setblocking(False)
 
     def close(self) -> None:
-        """Writes what is left and wipes the live line."""
-        self.flush(HURRY_SECONDS)
+        """Releases what waiting took."""
         self._wake_in.close()
         self._wake_out.close()
 
@@ -2878,7 +2923,8 @@ class Console:
     def report(self, line: str) -> None:
         """One line for stderr; from any thread."""
         self._lines.append(line)
-        self.wake()
+        if len(self._lines) == 1:  # flush() empties it: one wake will do
+            self.wake()
 
     def explain(self, line: str) -> None:
         """One line for stderr with -v."""
@@ -2901,7 +2947,7 @@ class Console:
 
     def show(self, line: str) -> None:
         """Draws the live line, cut to the terminal; nothing where there is no terminal."""
-        if not self._live or not is_writable(self._stream, 0):
+        if not self._live or not is_writable(self._stream, 0) or self._in_background():
             return
         line = line[:self._width() - 1]
         try:
@@ -2914,7 +2960,7 @@ class Console:
         """Writes text at once; PlexctlError if that fails."""
         self.flush()
         try:
-            write_all(self._stream, text)
+            self.call(lambda: write_all(self._stream, text))
         except (OSError, ValueError) as error:
             raise PlexctlError("cannot write to standard error: %s" % show_error(error)) from error
 
@@ -2940,6 +2986,7 @@ class Console:
         """What `function` returns or raises, run in a thread, so that a signal ends the wait."""
         import threading
 
+        self.wait(0)  # a signal that is here already: then nothing is begun
         outcome: "List[Tuple[Any, Optional[BaseException]]]" = []
 
         def run() -> None:
@@ -2980,9 +3027,16 @@ class Console:
                 hurried, deadline = True, min(deadline, elapsed_seconds() + HURRY_SECONDS)
             self.wait(max(0.0, deadline - elapsed_seconds()))
 
+    def _in_background(self) -> bool:
+        """Whether the terminal is another process group's now (`plexctl ... &`)."""
+        try:
+            return os.tcgetpgrp(self._stream.fileno()) != os.getpgrp()  # type: ignore[union-attr]
+        except (OSError, ValueError, AttributeError):
+            return False
+
     def _width(self) -> int:
         try:
-            return max(2, os.get_terminal_size(self._stream.fileno()).columns)  # type: ignore[union-attr]
+            return max(2, os.get_terminal_size(self._stream.fileno()).columns or 80)  # type: ignore[union-attr]
         except (OSError, ValueError):
             return 80
 
@@ -3152,24 +3206,44 @@ def refuse_unknown_flags(arguments: "Sequence[str]", parser: Parser) -> None:
             raise UsageError("unknown flag %s" % escape(flag if flag[:2] == "--" else flag[:2], 40))
 
 
-def parse_arguments(argv: "Sequence[str]") -> argparse.Namespace:
-    """The checked command line; UsageError where it is not right. `help` and `version` come first."""
+def split_arguments(argv: "Sequence[str]") -> "Tuple[List[str], Optional[List[str]], bool]":
+    """What stands before `--`, the COMMAND behind it, and whether help is asked for.
+
+    Every flag but -v, -h, --version and the boolean ones takes one value; so a COMMAND that stands
+    without `--` is found before its own -h is taken for ours.
+    """
     arguments: "List[str]" = []
-    command = None
+    words, takes_value = 0, False
     for index, argument in enumerate(argv):
         if argument == "--":
-            command = list(argv[index + 1:])
-            break
+            return arguments, list(argv[index + 1:]), False
+        if argument in ("-h", "--help"):
+            return arguments, None, True
+        is_flag = argument[:1] == "-" and argument != "-"
+        if not is_flag and not takes_value:
+            words += 1
+            if words == 1 and argument != "tcp-forward":
+                raise UsageError("no such command; the one there is: tcp-forward")
+            if words > 1:
+                raise UsageError("unexpected argument after the command: a COMMAND stands behind --")
+        several = argument[:2] == "-v" and not argument.strip("v").strip("-")
         if argument in SWITCHES + FORWARD_SWITCHES:
             argument += "=true"
-        several = argument[:2] == "-v" and not argument.strip("v").strip("-")
+        takes_value = is_flag and not several and "=" not in argument and argument not in (
+            "--verbose", "--version")
         # 3.6 and 3.7 do not take -vv apart where abbreviations are off
         arguments += ["-v"] * (len(argument) - 1) if several else [argument]
+    return arguments, None, False
+
+
+def parse_arguments(argv: "Sequence[str]") -> argparse.Namespace:
+    """The checked command line; UsageError where it is not right. `help` and `version` come first."""
+    arguments, command, wants_help = split_arguments(argv)
     defaults = argparse.Namespace(server="", profile="", token_file="", output="text", ca_file="",
                                   verbose=0, help=False, version=False)
     for switch in SWITCHES + FORWARD_SWITCHES:
         setattr(defaults, switch[2:].replace("-", "_"), False)
-    defaults.help = "-h" in arguments or "--help" in arguments
+    defaults.help = wants_help
     defaults.version = "--version" in arguments
     if defaults.help or defaults.version:
         return defaults
@@ -3177,7 +3251,7 @@ def parse_arguments(argv: "Sequence[str]") -> argparse.Namespace:
     refuse_unknown_flags(arguments, parser)
     options, extra = parser.parse_known_args(arguments, defaults)
     if extra:
-        raise UsageError("unexpected argument after the command (a COMMAND stands behind --)")
+        raise UsageError("unexpected argument after the command: a COMMAND stands behind --")
     options.command = command
     check_together(options)
     return options
@@ -3202,10 +3276,9 @@ def check_together(options: argparse.Namespace) -> None:
     if options.stdio and options.token_file == "-":
         raise UsageError("--token-file - does not go with --stdio: both read standard input")
     if options.server:
-        checked_server = checked(lambda text: parse_server(text, options.allow_http))
         try:
-            checked_server(options.server)
-        except argparse.ArgumentTypeError as error:
+            parse_server(options.server, options.allow_http)
+        except ValueError as error:
             raise UsageError("--server: %s" % error) from None
     options.mode = modes[0] if modes else "print"
     options.local_addr = options.local_addr or LocalAddress("127.0.0.1", 0)
@@ -3256,7 +3329,8 @@ class Run:
                                   % show_seconds(elapsed_seconds() - began))  # type: Lease
         if self.audit is not None:
             with self.audit as audit:
-                audit.record("session_token_revealed", self.server, self.request, lease.issued)
+                self.console.call(lambda: audit.record("session_token_revealed", self.server,
+                                                       self.request, lease.issued))
             self.console.write("plexctl: warning: the next line is the session token, a secret\n"
                                "PLEXCTL_SESSION_TOKEN=%s\n" % lease.issued.token.reveal())
         return lease
@@ -3297,8 +3371,8 @@ class Run:
             if relay.error is not None:
                 raise relay.error
             reason = "connection closed"
-        except PlexctlError as error:
-            reason = str(error)
+        except (PlexctlError, Interrupted) as error:
+            reason = str(error) if isinstance(error, PlexctlError) else "ended by %s" % error
             raise
         finally:
             counts = Counts()
@@ -3334,11 +3408,14 @@ class Run:
                 reason = str(error)
                 raise
             except Interrupted as interrupted:
-                reason = "interrupted by signal %d" % interrupted.signum
+                reason = "ended by %s" % interrupted
                 raise
             finally:
                 notify_systemd("STOPPING=1", self.environ)
                 console.finish(forwarder.stop, CLOSE_SECONDS + 1)
+                if forwarder.unidentified:
+                    reason += "; %d not served, closed before their owner could be asked for" % (
+                        forwarder.unidentified)
                 console.report(describe_total(forwarder.count(), began, reason))
 
     def watch_sessions(self, status: "Optional[Callable[[], str]]" = None,
@@ -3458,6 +3535,7 @@ class SignalHandlers:
         self._console = console
         self._before: "Dict[int, Any]" = {}
         self._wakeup = -1
+        self._installed = False
 
     def __enter__(self) -> None:
         import signal
@@ -3469,12 +3547,14 @@ class SignalHandlers:
             signum = getattr(signal, name, None)
             if signum is not None and signal.getsignal(signum) != signal.SIG_IGN:  # nohup, &
                 self._before[signum] = signal.signal(signum, self._handle)
-        self._wakeup = signal.set_wakeup_fd(self._console.wake_fd())
+        self._installed = True
+        quiet: "Dict[str, Any]" = {"warn_on_full_buffer": False} if sys.version_info >= (3, 7) else {}
+        self._wakeup = signal.set_wakeup_fd(self._console.wake_fd(), **quiet)
 
     def __exit__(self, *exception: object) -> None:
         import signal
 
-        if self._before:
+        if self._installed:
             signal.set_wakeup_fd(self._wakeup)
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
@@ -3521,7 +3601,8 @@ def perform(argv: "Optional[Sequence[str]]" = None,
             console.report("error: %s" % error)
         except Exception as error:  # a defect; its text may hold what it was given
             console.report("error: internal error: %s" % type(error).__name__)
-        console.close()
+        console.flush(HURRY_SECONDS)
+    console.close()
     return status, signum
 
 

@@ -86,7 +86,7 @@ class Listener:
         self.connections, self.closed, self._lock = set(), False, threading.Lock()
         self._socket = socket.socket()
         self._socket.bind(("127.0.0.1", 0))
-        self._socket.listen(128)
+        self._socket.listen(1024)
         self._socket.settimeout(0.1)  # macOS: neither shutdown nor close wakes a blocked accept
         self.address = self._socket.getsockname()
         threading.Thread(target=self._accept, daemon=True).start()
@@ -3076,7 +3076,8 @@ NOT_JSON = {
 def test_an_answer_that_is_not_complete_http_is_a_transport_failure(lone_plane, name):
     lone_plane.script("get", sending(NOT_HTTP[name]))
     began = time.monotonic()
-    with pytest.raises(plexctl.TransportError, match="^GetSession: no complete answer: [ -~]+$") as raised:
+    wanted = "^GetSession: no complete answer from http:[ -~]+: [ -~]+$"
+    with pytest.raises(plexctl.TransportError, match=wanted) as raised:
         create_client(lone_plane).get(PROJECT_ID, OTHER_ID, 5)
     assert raised.value.exit_code == 1 and raised.value.sent
     assert time.monotonic() - began < 4
@@ -5657,7 +5658,7 @@ def test_the_live_line_is_one_line_cut_to_the_terminal(simulation, terminal, col
         ends_by(process, signal.SIGTERM)
     rows = rows_of(screen.read(), columns)
     summary = "".join(row.ljust(columns) for row in rows).strip()  # the one thing that is left
-    assert re.match(r"plexctl: 2 connections, .* interrupted by signal 15$", summary), rows
+    assert re.match(r"plexctl: 2 connections, .* ended by SIGTERM$", summary), rows
 
 
 def test_the_live_line_follows_the_width_of_the_terminal(simulation, terminal):
@@ -5732,7 +5733,7 @@ def test_the_summary_and_a_line_per_connection(simulation):
     shapes = [r"connection 1 from 127\.0\.0\.1:\d+ to " + endpoint, r"connection closed: 5 B up, 5 B down",
               r"connection 2 from 127\.0\.0\.1:\d+ to " + endpoint,
               r"connection closed: 2\.9 KiB up, 2\.9 KiB down",
-              r"2 connections, 2\.9 KiB up, 2\.9 KiB down, \d+s: interrupted by signal 1"]
+              r"2 connections, 2\.9 KiB up, 2\.9 KiB down, \d+s: ended by SIGHUP"]
     found = [line[9:] for line in lines if "connection" in line]
     assert len(found) == len(shapes), lines
     for shape, line in zip(shapes, found):
@@ -6070,6 +6071,114 @@ def test_curl_downloads_a_large_file_byte_for_byte(simulation, web_server):
         run_program(curl, "-sS", "-o", web_server / "copy", "http://127.0.0.1:%s/large" % port)
     assert os.path.getsize(str(web_server / "copy")) == size << 20
     assert hash_of(web_server / "copy") == digest
+
+
+# ---- tests: what a review found -------------------------------------------------------------------
+
+BURST = """
+import socket, sys
+for _ in range(int(sys.argv[2])):
+    with socket.create_connection(("127.0.0.1", int(sys.argv[1]))) as client:
+        client.sendall(b"x" * 100)
+"""
+
+
+@pytest.mark.skipif(not LINUX, reason="a backlog of a thousand")
+def test_every_connection_that_waits_at_command_s_end_is_served():
+    lengths = []
+
+    def count(connection, _target):
+        lengths.append(len(b"".join(chunks(connection))))
+    with Simulation(count, one_at_a_time=False) as simulation:
+        args = ["--allow-other-users", "--", sys.executable, "-c", BURST, "{port}", "300"]
+        result = run_plexctl(forward_args(simulation.plane, *args), env=simulation.plane.environment())
+        assert result.returncode == 0, result.stderr
+        simulation.target.wait_for(lambda: len(simulation.target.ends) == 300)
+        assert lengths == [100] * 300
+
+
+def test_stdio_takes_no_reset_for_a_clean_end(simulation, tmp_path):
+    """The error of a reset goes to whoever asks first: here the sender, while stdout is not read."""
+    def answer_and_reset(connection, _target):
+        connection.recv(1000)
+        connection.sendall(b"a" * 200000)
+        time.sleep(0.2)
+        reset_close(connection)
+    with Simulation(answer_and_reset) as simulation, open("/dev/zero", "rb") as zeros:
+        process = subprocess.Popen(plexctl_command(forward_args(simulation.plane, "--stdio"), sys.executable),
+                                   env=clean_environment(simulation.plane.environment()), stdin=zeros,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        simulation.plane.wait_for(lambda: simulation.plane.issued)
+        simulation.target.wait_for(lambda: simulation.target.ends or simulation.target.accepted)
+        time.sleep(1.0)  # stdout stays unread while the reset arrives
+        _, err = process.communicate(timeout=30)
+        SEEN.append(("err", err.decode()))
+        assert process.returncode == 1 and b"plexctl: error: the connection ended" in err
+        assert simulation.plane.revoked == simulation.plane.issued
+
+
+def test_a_renewal_waits_until_the_old_session_is_given_back():
+    with Simulation(session_limit=1) as simulation, \
+            start_plexctl(forward_args(simulation.plane, "--proxy", "--renew", "--output", "json"),
+                          env=simulation.plane.environment()) as process:
+        address = json.loads(process.ready())["local_addr"]
+        simulation.plane.script("revoke", hold(0.5))
+        simulation.node.refuse(simulation.plane.issued[0])
+        assert exchange(address, b"again") == b"again"
+        assert len(simulation.plane.issued) == 2 and simulation.plane.active() == simulation.plane.issued[1:]
+
+
+@pytest.mark.reveals
+@pytest.mark.skipif(not LINUX, reason="fills a pipe")
+def test_a_signal_ends_it_also_while_the_token_cannot_be_written(simulation, tmp_path):
+    readable, writable = os.pipe()
+    os.set_blocking(writable, False)
+    with pytest.raises(BlockingIOError):
+        while True:
+            os.write(writable, b"x" * 4096)
+    os.set_blocking(writable, True)
+    environ = simulation.plane.environment(PLEXCTL_AUDIT_LOG=str(tmp_path / "audit.log"))
+    args, log = forward_args(simulation.plane, "--reveal-secrets"), tmp_path / "audit.log"
+    with start_plexctl(args, env=environ, stderr=writable) as process:
+        simulation.plane.wait_for(lambda: log.exists() and log.read_text())
+        process.send_signal(signal.SIGTERM)
+        assert process.finish(15).returncode == -signal.SIGTERM
+    os.close(readable)
+    os.close(writable)
+    assert simulation.plane.revoked == simulation.plane.issued and process.out == ""
+
+
+def test_a_process_that_is_killed_resets_its_clients():
+    with Simulation(source(64 << 20)) as simulation, \
+            start_plexctl(forward_args(simulation.plane, "--proxy", "--output", "json"),
+                          env=simulation.plane.environment()) as process, \
+            dial(json.loads(process.ready())["local_addr"]) as client:
+        client.recv(1000)
+        process.kill()
+        process.wait(20)
+        with pytest.raises(ConnectionResetError):
+            for _ in chunks(client):
+                pass
+
+
+@pytest.mark.parametrize("args, words", [
+    (["psql", "-h", "x"], "stands behind --"), (["--host", "10.0.0.5:5432"], "--host: must be a host alone")])
+def test_a_mistake_costs_no_session(cli, simulation, args, words):
+    result = cli(forward_args(simulation.plane, *args), simulation.plane.environment())
+    assert result.status == 2 and result.out == ""
+    one_error_line(result, words)
+    assert simulation.plane.requests == []
+
+
+def test_a_misspelt_command_is_named_before_its_flags(cli):
+    one_error_line(cli(["tcp-foward"] + REQUIRED_FLAGS), "no such command")
+
+
+def test_the_null_device_is_no_audit_log(cli, simulation):
+    result = cli(forward_args(simulation.plane, "--reveal-secrets"),
+                 simulation.plane.environment(PLEXCTL_AUDIT_LOG=os.devnull))
+    assert result.status == 1 and simulation.plane.requests == []
+    one_error_line(result, "audit log")
 
 
 # ---- tests: README and packaging ------------------------------------------------------------------
