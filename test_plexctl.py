@@ -3848,7 +3848,7 @@ def test_an_answer_long_after_the_half_close_arrives(way):
     with relayed_to(late_answer(go), **way) as running, dial(running.address) as client:
         client.sendall(b"question")
         client.shutdown(socket.SHUT_WR)
-        flow = eventually(lambda: [pair.up for pair in running.relay.pairs])[0]
+        flow = eventually(lambda: [pair.up for pair in tuple(running.relay.pairs)])[0]
         eventually(lambda: flow.state == plexctl.ENDED)
         go.set()
         assert how_it_ends(client) == ("eof", LATE_ANSWER)
@@ -4022,7 +4022,7 @@ def test_a_reset_after_the_half_close_is_noticed_while_the_answer_is_awaited():
     with relayed_to(late_answer(go)) as running:
         client = dial(running.address)
         client.shutdown(socket.SHUT_WR)
-        flow = eventually(lambda: [pair.up for pair in running.relay.pairs])[0]
+        flow = eventually(lambda: [pair.up for pair in tuple(running.relay.pairs)])[0]
         eventually(lambda: flow.state == plexctl.ENDED)
         reset_close(client)
         eventually(lambda: running.count().open == 0)
@@ -4147,7 +4147,8 @@ def test_a_flow_goes_to_a_thread_and_back_and_again(loop):
 def pair_of(running, client):
     """The relay's pair of sockets for a connected client."""
     name = client.getsockname()
-    return eventually(lambda: [each for each in running.relay.pairs if each.client.getpeername() == name])[0]
+    return eventually(lambda: [pair for pair in tuple(running.relay.pairs)
+                               if pair.client.getpeername() == name])[0]
 
 
 def test_an_error_in_one_handler_ends_only_its_own_connection(loop):
