@@ -1135,10 +1135,8 @@ class AuditLog:
             raise FileNotFoundError(errno.ENOENT, "not a regular file")
         return descriptor
 
-    def __enter__(self) -> "AuditLog":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
+    def close(self) -> None:
+        """Closes the file."""
         os.close(self._descriptor)
 
     def record(self, event: str, server: Server, request: SessionRequest,
@@ -3321,6 +3319,8 @@ class Run:
             console.finish(self.sessions.leave, LEAVE_SECONDS)
             for words in self.sessions.left_behind():
                 console.report("warning: " + words)
+            if self.audit is not None:  # not before: an interrupted record may still be on its way
+                self.audit.close()
 
     def establish(self) -> Lease:
         """The first session, and its token where it is to be revealed."""
@@ -3328,9 +3328,9 @@ class Run:
         lease = self.console.call(self.sessions.establish, lambda: "waiting for the Node: %s"
                                   % show_seconds(elapsed_seconds() - began))  # type: Lease
         if self.audit is not None:
-            with self.audit as audit:
-                self.console.call(lambda: audit.record("session_token_revealed", self.server,
-                                                       self.request, lease.issued))
+            audit = self.audit
+            self.console.call(lambda: audit.record("session_token_revealed", self.server,
+                                                   self.request, lease.issued))
             self.console.write("plexctl: warning: the next line is the session token, a secret\n"
                                "PLEXCTL_SESSION_TOKEN=%s\n" % lease.issued.token.reveal())
         return lease
@@ -3411,6 +3411,7 @@ class Run:
                 reason = "ended by %s" % interrupted
                 raise
             finally:
+                console.ignored = ()
                 notify_systemd("STOPPING=1", self.environ)
                 console.finish(forwarder.stop, CLOSE_SECONDS + 1)
                 if forwarder.unidentified:
