@@ -1224,7 +1224,7 @@ class AuditLog:
 # ----------------------------------------------------------------------------------------- relay
 
 CHUNK_BYTES = 64 * 1024
-BULK_BYTES = 512 * 1024
+BULK_BYTES = 1024 * 1024
 BULK_AFTER_FULL_READS = 4
 BULK_FLOWS_MAX = 64
 BULK_WAIT_SECONDS = 0.5  # how long a thread waits in one recv or send before the loop takes over
@@ -1403,14 +1403,17 @@ class Flow:
         """Runs in a thread of its own, with blocking calls; ends by handing the flow back."""
         import mmap
 
+        relay = self.pair.relay
         then: "Callable[[], None]" = self.pump
         rest = b""
         try:
             # given back to the system at once, unlike a bytearray
             with mmap.mmap(-1, BULK_BYTES) as buffer, memoryview(buffer) as view:
                 while not self.pair.broken:
+                    # where not every connection is bulk, shorter turns let a keystroke in between
+                    mixed = len(relay.pairs) > relay.bulk_flows
                     try:
-                        count = self.source.recv_into(view)
+                        count = self.source.recv_into(view, BULK_BYTES // 2 if mixed else BULK_BYTES)
                     except BlockingIOError:  # nothing came for BULK_WAIT_SECONDS
                         break
                     except OSError:
@@ -1431,7 +1434,7 @@ class Flow:
         except (OSError, ValueError):  # no memory for the buffer: the loop goes on with it
             pass
         finally:
-            self.pair.relay.post(lambda: self.leave_bulk(then, rest))
+            relay.post(lambda: self.leave_bulk(then, rest))
 
     def _send_all(self, view: memoryview) -> int:
         """Sends until the sink takes nothing for BULK_WAIT_SECONDS; returns the bytes sent."""
