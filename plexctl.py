@@ -138,8 +138,8 @@ DIGITS = frozenset("0123456789")
 HEX_DIGITS = DIGITS | frozenset("abcdefABCDEF")
 NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ-_") | DIGITS
 URL_PATTERN = r"(?i:(https?))://(\[[0-9a-fA-F:.]+\]|[^\[\]/:?#@\\]+)(?::([0-9]{1,5}))?(/[^?#\\]*)?"
-TIME_PATTERN = r"([0-9]{4})-([0-9]{2})-([0-9]{2})[Tt]([0-9]{2}):([0-9]{2}):([0-9]{2})" \
-    r"(\.[0-9]{1,9})?([Zz]|[+-][0-9]{2}:[0-9]{2})"
+TIME_PATTERN = r"([0-9]{4})-([0-9]{2})-([0-9]{2})[Tt]([0-9]{2}):([0-9]{2}):([0-5][0-9]|60)" \
+    r"(\.[0-9]{1,9})?(?:[Zz]|([+-])([01][0-9]|2[0-3]):([0-5][0-9]))"
 
 
 def escape(text: str, limit: int = SHOWN_MAX_CHARACTERS) -> str:
@@ -238,23 +238,24 @@ def join_host_port(host: str, port: int) -> str:
     return "%s:%d" % ("[%s]" % host if ":" in host and host[0] != "[" else host, port)
 
 
-class Endpoint:
+class Record:
+    """Named fields, in the order of the annotations: what dataclasses (3.7) would be used for."""
+
+    def __init__(self, *values: "Any", **named: "Any") -> None:
+        vars(self).update(zip(type(self).__annotations__, values), **named)
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+
+class Endpoint(Record):
     """A host and a port that passed the strict parsers. `str()` gives host:port."""
 
-    __slots__ = ("host", "port")
-
-    def __init__(self, host: str, port: int) -> None:
-        self.host = host
-        self.port = port
+    host: str
+    port: int
 
     def __str__(self) -> str:
         return join_host_port(self.host, self.port)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Endpoint) and str(self) == str(other)
-
-    def __hash__(self) -> int:
-        return hash(str(self))
 
 
 def parse_endpoint(text: str, lowest_port: int = 1) -> Endpoint:
@@ -269,15 +270,12 @@ def parse_endpoint(text: str, lowest_port: int = 1) -> Endpoint:
     raise ValueError("must be host:port, with brackets around an IPv6 address")
 
 
-class LocalAddress:
+class LocalAddress(Record):
     """Where the operator's side listens: a literal address and a port, or a unix socket's path."""
 
-    __slots__ = ("host", "port", "path")
-
-    def __init__(self, host: str, port: int, path: str = "") -> None:
-        self.host = host
-        self.port = port
-        self.path = path
+    host: str
+    port: int
+    path: str = ""
 
     def __str__(self) -> str:
         return "unix:" + self.path if self.path else join_host_port(self.host, self.port)
@@ -301,16 +299,13 @@ def parse_local_address(text: str) -> LocalAddress:
     return LocalAddress(host, endpoint.port)
 
 
-class Server:
+class Server(Record):
     """A control plane's address. `prefix` has no slash at its end; `str()` gives the URL."""
 
-    __slots__ = ("scheme", "host", "port", "prefix")
-
-    def __init__(self, scheme: str, host: str, port: int, prefix: str) -> None:
-        self.scheme = scheme
-        self.host = host
-        self.port = port
-        self.prefix = prefix
+    scheme: str
+    host: str
+    port: int
+    prefix: str
 
     def __str__(self) -> str:
         return "%s://%s%s" % (self.scheme, join_host_port(self.host, self.port), self.prefix)
@@ -344,19 +339,12 @@ def parse_time(text: str) -> float:
     found = re.fullmatch(TIME_PATTERN, text)
     if not found:
         raise ValueError("is not an RFC 3339 time")
-    parts = [int(part) for part in found.groups()[:6]]
-    if parts[5] == 60:
-        parts[5] = 59
-    year, month, day, hour, minute, second = parts
-    moment = datetime.datetime(year, month, day, hour, minute, second, tzinfo=datetime.timezone.utc)
-    zone = found.group(8)
-    offset = 0
-    if zone not in "Zz":
-        hours, minutes = int(zone[1:3]), int(zone[4:6])
-        if hours > 23 or minutes > 59:
-            raise ValueError("is not an RFC 3339 time")
-        offset = (hours * 3600 + minutes * 60) * (-1 if zone[0] == "-" else 1)
-    return moment.timestamp() + float(found.group(7) or 0) - offset
+    year, month, day, hour, minute, second = (int(part) for part in found.groups()[:6])
+    fraction, sign, zone_hours, zone_minutes = found.groups()[6:]
+    moment = datetime.datetime(year, month, day, hour, minute, min(second, 59),
+                               tzinfo=datetime.timezone.utc)
+    offset = int(zone_hours or 0) * 3600 + int(zone_minutes or 0) * 60
+    return moment.timestamp() + float(fraction or 0) + (offset if sign == "-" else -offset)
 
 
 def parse_json(raw: bytes) -> "Any":
@@ -516,15 +504,12 @@ def read_limited(descriptor: int, source: str) -> bytes:
     raise CredentialsError("%s: is larger than %d bytes" % (source, SECRET_FILE_MAX_BYTES))
 
 
-class Profile:
+class Profile(Record):
     """One entry of the config file: server URL and token, either may be missing ("", None)."""
 
-    __slots__ = ("name", "server", "token")
-
-    def __init__(self, name: str, server: str, token: "Optional[Secret]") -> None:
-        self.name = name
-        self.server = server
-        self.token = token
+    name: str
+    server: str
+    token: "Optional[Secret]"
 
 
 def base_directory(variable: str, below_home: str, environ: "Mapping[str, str]") -> str:
@@ -618,71 +603,44 @@ def resolve_credentials(server_flag: str, profile_flag: str, token_file: str, al
 # --------------------------------------------------------------------------------- control plane
 
 
-class Session:
-    """What GetSession returns (schema Session), the fields that matter here.
+class Session(Record):
+    """What GetSession returns (schema Session), the fields that matter here."""
 
-    `session_id` (str), `status` ("active", "revoked", "expired"), `issued_at` (seconds since the
-    epoch, by the server's clock; 0: not told), `listener_endpoint` (Endpoint, or None until the Node reported
-    it), `revoke_reason` ("" where there is none).
-    """
-
-    __slots__ = ("session_id", "status", "issued_at", "listener_endpoint", "revoke_reason")
-
-    def __init__(self, session_id: str, status: str, issued_at: float,
-                 listener_endpoint: "Optional[Endpoint]", revoke_reason: str) -> None:
-        self.session_id = session_id
-        self.status = status
-        self.issued_at = issued_at
-        self.listener_endpoint = listener_endpoint
-        self.revoke_reason = revoke_reason
+    session_id: str
+    status: str  # active, revoked, expired
+    issued_at: float  # seconds since the epoch, by the server's clock; 0: not told
+    listener_endpoint: "Optional[Endpoint]"  # None until the Node has reported it
+    revoke_reason: str  # "" where there is none
 
 
-class IssuedSession:
-    """What IssueSession returns (schema IssuedSession), checked.
+class IssuedSession(Record):
+    """What IssueSession returns (schema IssuedSession), checked."""
 
-    `session_id` (str), `token` (Secret, the one-time session token), `expires_at` (str, RFC 3339,
-    as the server wrote it), `lifetime_seconds` (float, by the server's own clock), `issued_on`
-    (elapsed_seconds() when it was asked for), `session` (Session), `listener_endpoint` (Endpoint
-    or None).
-    """
-
-    __slots__ = ("session_id", "token", "expires_at", "lifetime_seconds", "issued_on", "session",
-                 "listener_endpoint")
-
-    def __init__(self, session_id: str, token: Secret, expires_at: str, lifetime_seconds: float,
-                 issued_on: float, session: Session, endpoint: "Optional[Endpoint]") -> None:
-        self.session_id = session_id
-        self.token = token
-        self.expires_at = expires_at
-        self.lifetime_seconds = lifetime_seconds
-        self.issued_on = issued_on
-        self.session = session
-        self.listener_endpoint = endpoint
+    session_id: str
+    token: Secret  # the one-time session token
+    expires_at: str  # RFC 3339, as the server wrote it
+    lifetime_seconds: float  # by the server's own clock
+    issued_on: float  # elapsed_seconds() when it was asked for
+    session: Session
+    listener_endpoint: "Optional[Endpoint]"
 
 
-class SessionRequest:
-    """What an operator asks for (schema IssueSessionRequest, kind tcp). `ttl_seconds` 0: default."""
+class SessionRequest(Record):
+    """What an operator asks for (schema IssueSessionRequest, kind tcp)."""
 
-    __slots__ = ("project_id", "resource_id", "host", "port", "ttl_seconds")
-
-    def __init__(self, project_id: str, resource_id: str, host: str, port: int,
-                 ttl_seconds: int = 0) -> None:
-        self.project_id = project_id
-        self.resource_id = resource_id
-        self.host = host
-        self.port = port
-        self.ttl_seconds = ttl_seconds
+    project_id: str
+    resource_id: str
+    host: str
+    port: int
+    ttl_seconds: int = 0  # 0: the server's default
 
 
-class Answer:
-    """One HTTP answer: `status` (int), `headers` (email.message.Message), `body` (bytes)."""
+class Answer(Record):
+    """One HTTP answer."""
 
-    __slots__ = ("status", "headers", "body")
-
-    def __init__(self, status: int, headers: "Any", body: bytes) -> None:
-        self.status = status
-        self.headers = headers
-        self.body = body
+    status: int
+    headers: "Any"  # email.message.Message
+    body: bytes
 
 
 class Attempt:
@@ -757,44 +715,39 @@ def create_opener(server: Server, ca_file: str, environ: "Mapping[str, str]") ->
     import http.client
     import urllib.request
 
-    def reporting(base: "Any") -> "Any":
-        class Connection(base):  # type: ignore[misc]
-            def __init__(self, host: str, attempt: Attempt, **keywords: "Any") -> None:
-                super().__init__(host, **keywords)
-                self._attempt = attempt
-                create = self._create_connection  # type: ignore[has-type]
+    secure = server.scheme == "https"
+    keywords = {"context": create_tls_context(ca_file)} if secure else {}
+    base: "Any" = http.client.HTTPSConnection if secure else http.client.HTTPConnection
 
-                def open_and_tell(*arguments: "Any") -> "Any":
-                    sock = create(*arguments)
-                    attempt.opened(sock)
-                    return sock
+    class Connection(base):  # type: ignore[misc]
+        def __init__(self, host: str, attempt: Attempt, **more: "Any") -> None:
+            super().__init__(host, **more)
+            self._attempt = attempt
+            create = self._create_connection  # type: ignore[has-type]
 
-                self._create_connection = open_and_tell
+            def open_and_tell(*arguments: "Any") -> "Any":
+                sock = create(*arguments)
+                attempt.opened(sock)
+                return sock
 
-            def connect(self) -> None:
-                super().connect()
-                self._attempt.connected(self)
+            self._create_connection = open_and_tell
 
-        return Connection
+        def connect(self) -> None:
+            super().connect()
+            self._attempt.connected(self)
+
+    class Handler(urllib.request.AbstractHTTPHandler):
+        def carry(self, request: "Any") -> "Any":
+            connect: "Any" = Connection
+            return self.do_open(connect, request, attempt=request.attempt, **keywords)
+
+        http_open = https_open = carry
+        http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
     opener = urllib.request.OpenerDirector()
     opener.addheaders = [("User-Agent", "plexctl/" + __version__)]
-    if server.scheme == "http":
-        class PlainHandler(urllib.request.HTTPHandler):
-            def http_open(self, req: "Any") -> "Any":
-                return self.do_open(reporting(http.client.HTTPConnection), req, attempt=req.attempt)
-
-        opener.add_handler(PlainHandler())
-        return opener
-    context = create_tls_context(ca_file)
-
-    class TlsHandler(urllib.request.HTTPSHandler):
-        def https_open(self, req: "Any") -> "Any":
-            return self.do_open(reporting(http.client.HTTPSConnection), req, context=context,
-                                attempt=req.attempt)
-
-    opener.add_handler(TlsHandler(context=context))
-    proxy = find_proxy(server, environ)
+    opener.add_handler(Handler())
+    proxy = find_proxy(server, environ) if secure else ""
     if proxy:
         opener.add_handler(urllib.request.ProxyHandler({"https": proxy}))
     return opener
@@ -2268,13 +2221,13 @@ def create_listener(local: LocalAddress, forwarder: "Forwarder") -> "Any":
                            % (escape(str(local)), show_error(error))) from error
 
 
-class Counts:
+class Counts(Record):
     """Totals of a forwarder: connections `open` and `served`, bytes `up` and `down`."""
 
-    __slots__ = ("open", "served", "up", "down")
-
-    def __init__(self) -> None:
-        self.open = self.served = self.up = self.down = 0
+    open: int = 0
+    served: int = 0
+    up: int = 0
+    down: int = 0
 
 
 class Forwarder:
@@ -2397,12 +2350,10 @@ class Forwarder:
 
     def count(self) -> Counts:
         """The totals so far; from any thread."""
-        counts, ended = Counts(), self._ended
-        pairs = tuple(self._leases)
-        counts.open, counts.served = len(pairs), ended.served + len(pairs)
-        counts.up = ended.up + sum(pair.up.moved for pair in pairs)
-        counts.down = ended.down + sum(pair.down.moved for pair in pairs)
-        return counts
+        pairs, ended = tuple(self._leases), self._ended
+        return Counts(len(pairs), ended.served + len(pairs),
+                      ended.up + sum(pair.up.moved for pair in pairs),
+                      ended.down + sum(pair.down.moved for pair in pairs))
 
     # What the listener asks, in the loop's thread
 
@@ -2802,50 +2753,37 @@ def find_command(name: str, environ: "Mapping[str, str]") -> str:
 # ---------------------------------------------------------------------------------------- output
 
 
-class Coordinates:
-    """What an operator needs to know of a forwarded port."""
-
-    __slots__ = ("local", "endpoint", "host", "port", "session_id", "expires_at")
-
-    def __init__(self, local: LocalAddress, lease: Lease, request: SessionRequest) -> None:
-        self.local = str(local)
-        self.endpoint = str(lease.endpoint)
-        self.host = request.host
-        self.port = request.port
-        self.session_id = lease.issued.session_id
-        self.expires_at = lease.issued.expires_at
+def describe(local: LocalAddress, lease: Lease, request: SessionRequest) -> "Dict[str, Any]":
+    """The document of stdout: what an operator needs to know of a forwarded port."""
+    return {"session_id": lease.issued.session_id, "kind": "tcp", "local_addr": str(local),
+            "listener_endpoint": str(lease.endpoint),
+            "target": {"host": request.host, "port": request.port},
+            "expires_at": lease.issued.expires_at}
 
 
-def format_text(found: Coordinates) -> str:
+def format_text(document: "Dict[str, Any]") -> str:
     """A header line and a row, columns aligned."""
-    cells = (("LOCAL_ADDR", found.local), ("LISTENER_ENDPOINT", found.endpoint),
-             ("TARGET", join_host_port(found.host, found.port)),
-             ("SESSION_ID", found.session_id), ("EXPIRES_AT", found.expires_at))
-    shown = [(name, escape(value)) for name, value in cells]
-    rows = []
-    for index in (0, 1):
-        rows.append("  ".join(pair[index].ljust(max(map(len, pair))) for pair in shown).rstrip())
-    return "\n".join(rows) + "\n"
+    names = "local_addr", "listener_endpoint", "target", "session_id", "expires_at"
+    cells = dict(document, target=join_host_port(**document["target"]))
+    header, row = [name.upper() for name in names], [escape(cells[name]) for name in names]
+    widths = [max(len(name), len(cell)) for name, cell in zip(header, row)]
+    return "".join("  ".join(map(str.ljust, line, widths)).rstrip() + "\n" for line in (header, row))
 
 
-def format_json(found: Coordinates) -> str:
+def format_json(document: "Dict[str, Any]") -> str:
     """One line of JSON, ASCII only."""
     import json
 
-    return json.dumps({"session_id": found.session_id, "kind": "tcp", "local_addr": found.local,
-                       "listener_endpoint": found.endpoint,
-                       "target": {"host": found.host, "port": found.port},
-                       "expires_at": found.expires_at}) + "\n"
+    return json.dumps(document) + "\n"
 
 
-def format_yaml(found: Coordinates) -> str:
+def format_yaml(document: "Dict[str, Any]", indent: str = "") -> str:
     """The same keys; every string quoted as JSON quotes it, which YAML 1.2 reads the same way."""
     import json
 
-    return ("session_id: %s\nkind: \"tcp\"\nlocal_addr: %s\nlistener_endpoint: %s\ntarget:\n"
-            "  host: %s\n  port: %d\nexpires_at: %s\n"
-            % (json.dumps(found.session_id), json.dumps(found.local), json.dumps(found.endpoint),
-               json.dumps(found.host), found.port, json.dumps(found.expires_at)))
+    return "".join("%s%s:\n%s" % (indent, key, format_yaml(value, indent + "  "))
+                   if isinstance(value, dict) else "%s%s: %s\n" % (indent, key, json.dumps(value))
+                   for key, value in document.items())
 
 
 FORMATS = {"text": format_text, "json": format_json, "yaml": format_yaml}
@@ -2985,19 +2923,8 @@ class Console:
 
     def call(self, function: "Callable[[], Any]", status: "Optional[Callable[[], str]]" = None) -> "Any":
         """What `function` returns or raises, run in a thread, so that a signal ends the wait."""
-        import threading
-
         self.wait(0)  # a signal that is here already: then nothing is begun
-        outcome: "List[Tuple[Any, Optional[BaseException]]]" = []
-
-        def run() -> None:
-            try:
-                outcome.append((function(), None))
-            except BaseException as error:
-                outcome.append((None, error))
-            self.wake()
-
-        threading.Thread(target=run, daemon=True).start()
+        outcome = self._start(function)
         while not outcome:
             self.wait(TICK_SECONDS)
             if status is not None and not outcome:
@@ -3009,24 +2936,29 @@ class Console:
 
     def finish(self, function: "Callable[[], None]", seconds: float) -> None:
         """Runs what must still be done, for `seconds` at most; a further signal cuts it short."""
-        import threading
-
-        finished: "List[bool]" = []
-
-        def run() -> None:
-            try:
-                function()
-            finally:
-                finished.append(True)
-                self.wake()
-
         self._finishing = True
-        threading.Thread(target=run, daemon=True).start()
+        outcome = self._start(function)
         deadline, hurried = elapsed_seconds() + seconds, False
-        while not finished and elapsed_seconds() < deadline:
+        while not outcome and elapsed_seconds() < deadline:
             if len(self.signals) > self._raised and not hurried:
                 hurried, deadline = True, min(deadline, elapsed_seconds() + HURRY_SECONDS)
             self.wait(max(0.0, deadline - elapsed_seconds()))
+
+    def _start(self, function: "Callable[[], Any]") -> "List[Tuple[Any, Optional[BaseException]]]":
+        """Runs it in a thread; its result or error is put in the list that is returned."""
+        import threading
+
+        outcome: "List[Tuple[Any, Optional[BaseException]]]" = []
+
+        def run() -> None:
+            try:
+                outcome.append((function(), None))
+            except BaseException as error:
+                outcome.append((None, error))
+            self.wake()
+
+        threading.Thread(target=run, daemon=True).start()
+        return outcome
 
     def _in_background(self) -> bool:
         """Whether the terminal is another process group's now (`plexctl ... &`)."""
@@ -3095,39 +3027,7 @@ persistent flags, before or after the command:
 exit codes: 0 done, 1 failure, 2 usage, 3 credentials, 4 forbidden, 77 ReBAC denial, COMMAND's own
 """
 
-SWITCHES = ("--yes", "--allow-http", "--reveal-secrets")
-FORWARD_SWITCHES = ("--proxy", "--stdio", "--renew", "--keep-session", "--allow-other-users")
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations, whose errors show no value and no control character."""
-
-    def __init__(self, **keywords: "Any") -> None:
-        # a width, or each add_argument would import shutil to ask the terminal for one
-        keywords.update(prog="plexctl", add_help=False, allow_abbrev=False,
-                        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100))
-        super().__init__(**keywords)
-
-    def format_help(self) -> str:
-        """The whole of it, for the command and for its subcommand alike."""
-        return DESCRIPTION
-
-    def error(self, message: str) -> "NoReturn":
-        """One line that names the flag; a value may be a secret that stands in the wrong place."""
-        message = re.sub(r"^argument ((?:-[\w-]+/)*)(-[\w-]+)([^:]*)", r"\2", message)
-        if re.search(r"^argument command|: command$", message):
-            message = "no such command; the one there is: tcp-forward"
-        raise UsageError(escape(message.replace("the following arguments are required", "missing")))
-
-
-def checked(parse: "Callable[[str], Any]") -> "Callable[[str], Any]":
-    """A parser of the values section as argparse wants it."""
-    def convert(text: str) -> "Any":
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error) or "is not valid") from None
-    return convert
+NO_COMMAND = "no such command; the one there is: tcp-forward"
 
 
 def parse_word(text: str) -> str:
@@ -3151,109 +3051,100 @@ def parse_switch(text: str) -> bool:
     return text == "true"
 
 
-def add_switch(parser: Parser, flag: str) -> None:
-    """A boolean flag: --flag, and as the Go plexctl has it --flag=true and --flag=false."""
-    parser.add_argument(flag, type=checked(parse_switch), default=argparse.SUPPRESS)
+REQUIRED_FLAGS: "Dict[str, Callable[[str], Any]]" = {
+    "--project-id": parse_uuid, "--resource-id": parse_uuid, "--host": parse_target_host,
+    "--port": parse_port}
+PERSISTENT_FLAGS: "Dict[str, Callable[[str], Any]]" = {
+    "--server": parse_word, "--profile": parse_word, "--token-file": parse_word,
+    "--output": parse_format, "--ca-file": parse_word, "--allow-http": parse_switch,
+    "--reveal-secrets": parse_switch, "--yes": parse_switch}
+FORWARD_FLAGS: "Dict[str, Callable[[str], Any]]" = dict(
+    REQUIRED_FLAGS, **PERSISTENT_FLAGS, **{
+        "--local-addr": parse_local_address, "--ttl-seconds": lambda text: parse_int(text, 0, 10 ** 9),
+        "--wait-seconds": parse_seconds, "--max-sessions": lambda text: parse_int(text, 1, 32),
+        "--proxy": parse_switch, "--stdio": parse_switch, "--renew": parse_switch,
+        "--keep-session": parse_switch, "--allow-other-users": parse_switch})
+DEFAULTS = {"--output": "text", "--ttl-seconds": 0, "--wait-seconds": 90.0}
 
 
-def add_persistent_flags(parser: Parser) -> None:
-    """Flags that stand before or after the command; without defaults, so neither place is lost."""
-    for flag, parse in (("--server", parse_word), ("--profile", parse_word), ("--output", parse_format),
-                        ("--token-file", parse_word), ("--ca-file", parse_word)):
-        parser.add_argument(flag, type=checked(parse), default=argparse.SUPPRESS)
-    for switch in SWITCHES:
-        add_switch(parser, switch)
-    parser.add_argument("-v", "--verbose", action="count", default=argparse.SUPPRESS)
-    for flags in (("-h", "--help"), ("--version",)):
-        parser.add_argument(*flags, action="store_true", default=argparse.SUPPRESS)
+def split_arguments(argv: "Sequence[str]") -> "Tuple[List[str], Optional[List[str]], str]":
+    """The flags before `--`, each one word; the COMMAND behind it; and what -h or --version prints.
+
+    argparse would take the value of an unknown flag for a command, and show it; and the -h of a
+    COMMAND that stands without `--` for ours.
+    """
+    flags: "List[str]" = []
+    end = argv.index("--") if "--" in argv else len(argv)
+    known, takes_value = PERSISTENT_FLAGS, False
+    for argument in argv[:end]:
+        flag, equals, _ = argument.partition("=")
+        is_flag = argument[:1] == "-" and not set(argument[1:2]) <= DIGITS
+        if argument in ("-h", "--help", "--version"):
+            return [], None, "plexctl %s\n" % __version__ if argument == "--version" else DESCRIPTION
+        if takes_value and not is_flag:
+            flags[-1] += "=" + argument
+            takes_value = False
+        elif not is_flag:
+            if known is FORWARD_FLAGS:
+                raise UsageError("unexpected argument after the command: a COMMAND stands behind --")
+            if argument != "tcp-forward":
+                raise UsageError(NO_COMMAND)
+            known = FORWARD_FLAGS
+        elif argument == "--verbose" or not argument[1:].strip("v"):
+            # 3.6 and 3.7 do not take -vv apart where abbreviations are off
+            flags += ["-v"] * (1 if argument == "--verbose" else len(argument) - 1)
+            takes_value = False
+        elif flag in known:
+            takes_value = not equals and known[flag] is not parse_switch
+            flags.append(argument if equals or takes_value else flag + "=true")
+        elif flag in FORWARD_FLAGS:
+            raise UsageError("%s: goes behind the command, tcp-forward" % flag)
+        else:
+            raise UsageError("unknown flag %s" % escape(flag if flag[:2] == "--" else flag[:2], 40))
+    if known is not FORWARD_FLAGS:
+        raise UsageError(NO_COMMAND)
+    return flags, list(argv[end + 1:]) if end < len(argv) else None, ""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, whose errors show no value and no control character."""
+
+    def __init__(self) -> None:
+        # a width, or each add_argument would import shutil to ask the terminal for one
+        super().__init__(prog="plexctl", add_help=False, allow_abbrev=False,
+                         formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100))
+
+    def error(self, message: str) -> "NoReturn":
+        """One line that names the flag."""
+        message = re.sub("^argument ", "", message)
+        raise UsageError(escape(message.replace("the following arguments are required", "missing")))
 
 
 def create_parser() -> Parser:
-    """The parser of everything before `--`."""
+    """The parser of what `split_arguments` let through; a persistent flag may stand there twice."""
+    def checked(parse: "Callable[[str], Any]") -> "Callable[[str], Any]":
+        def convert(text: str) -> "Any":
+            try:
+                return parse(text)
+            except ValueError as error:
+                raise argparse.ArgumentTypeError(str(error) or "is not valid") from None
+        return convert
+
     parser = Parser()
-    add_persistent_flags(parser)
-    commands = parser.add_subparsers(dest="command", parser_class=Parser, metavar="command")
-    commands.required = True  # a keyword only from 3.7 on
-    forward = commands.add_parser("tcp-forward")
-    add_persistent_flags(forward)
-    required: "Dict[str, Callable[[str], Any]]" = {
-        "--project-id": parse_uuid, "--resource-id": parse_uuid, "--host": parse_target_host,
-        "--port": parse_port}
-    for flag, parse in required.items():
-        forward.add_argument(flag, type=checked(parse), required=True)
-    optional: "Dict[str, Tuple[Any, Any]]" = {
-        "--local-addr": (parse_local_address, None),
-        "--ttl-seconds": (lambda text: parse_int(text, 0, 10 ** 9), 0),
-        "--wait-seconds": (parse_seconds, 90.0),
-        "--max-sessions": (lambda text: parse_int(text, 1, 32), None)}
-    for flag, (parse, default) in optional.items():
-        forward.add_argument(flag, type=checked(parse), default=default)
-    for switch in FORWARD_SWITCHES:
-        add_switch(forward, switch)
+    for flag, parse in FORWARD_FLAGS.items():
+        parser.add_argument(flag, type=checked(parse), required=flag in REQUIRED_FLAGS,
+                            default=DEFAULTS.get(flag, False if parse is parse_switch else None))
+    parser.add_argument("-v", "--verbose", action="count", default=0)
     return parser
 
 
-def refuse_unknown_flags(arguments: "Sequence[str]", parser: Parser) -> None:
-    """Names the first unknown flag, before argparse takes its value for a command and shows it."""
-    forward = parser._subparsers._group_actions[0].choices["tcp-forward"]  # type: ignore
-    known = parser._option_string_actions
-    for argument in arguments:
-        flag = argument.split("=", 1)[0]
-        if argument == "tcp-forward":
-            known = forward._option_string_actions
-        elif argument[:1] == "-" and argument != "-" and flag not in known and not argument[1:2].isdigit():
-            if flag in forward._option_string_actions:
-                raise UsageError("%s: goes behind the command, tcp-forward" % flag)
-            raise UsageError("unknown flag %s" % escape(flag if flag[:2] == "--" else flag[:2], 40))
-
-
-def split_arguments(argv: "Sequence[str]") -> "Tuple[List[str], Optional[List[str]], bool]":
-    """What stands before `--`, the COMMAND behind it, and whether help is asked for.
-
-    Every flag but -v, -h, --version and the boolean ones takes one value; so a COMMAND that stands
-    without `--` is found before its own -h is taken for ours.
-    """
-    arguments: "List[str]" = []
-    words, takes_value = 0, False
-    for index, argument in enumerate(argv):
-        if argument == "--":
-            return arguments, list(argv[index + 1:]), False
-        if argument in ("-h", "--help"):
-            return arguments, None, True
-        is_flag = argument[:1] == "-" and argument != "-"
-        if not is_flag and not takes_value:
-            words += 1
-            if words == 1 and argument != "tcp-forward":
-                raise UsageError("no such command; the one there is: tcp-forward")
-            if words > 1:
-                raise UsageError("unexpected argument after the command: a COMMAND stands behind --")
-        several = argument[:2] == "-v" and not argument.strip("v").strip("-")
-        if argument in SWITCHES + FORWARD_SWITCHES:
-            argument += "=true"
-        takes_value = is_flag and not several and "=" not in argument and argument not in (
-            "--verbose", "--version")
-        # 3.6 and 3.7 do not take -vv apart where abbreviations are off
-        arguments += ["-v"] * (len(argument) - 1) if several else [argument]
-    return arguments, None, False
-
-
 def parse_arguments(argv: "Sequence[str]") -> argparse.Namespace:
-    """The checked command line; UsageError where it is not right. `help` and `version` come first."""
-    arguments, command, wants_help = split_arguments(argv)
-    defaults = argparse.Namespace(server="", profile="", token_file="", output="text", ca_file="",
-                                  verbose=0, help=False, version=False)
-    for switch in SWITCHES + FORWARD_SWITCHES:
-        setattr(defaults, switch[2:].replace("-", "_"), False)
-    defaults.help = wants_help
-    defaults.version = "--version" in arguments
-    if defaults.help or defaults.version:
-        return defaults
-    parser = create_parser()
-    refuse_unknown_flags(arguments, parser)
-    options, extra = parser.parse_known_args(arguments, defaults)
-    if extra:
-        raise UsageError("unexpected argument after the command: a COMMAND stands behind --")
-    options.command = command
+    """The checked command line; UsageError where it is not right. With `prints`, that is all to do."""
+    flags, command, prints = split_arguments(argv)
+    if prints:
+        return argparse.Namespace(prints=prints)
+    options = create_parser().parse_args(flags)
+    options.command, options.prints = command, ""
     check_together(options)
     return options
 
@@ -3266,10 +3157,10 @@ def check_together(options: argparse.Namespace) -> None:
         raise UsageError("%s and %s exclude each other" % (modes[0], modes[1]))
     if options.command is not None and not (options.command and options.command[0]):
         raise UsageError("--: a COMMAND must follow")
-    needy = [flag for flag in ("--renew", "--keep-session", "--allow-other-users")
-             if getattr(options, flag[2:].replace("-", "_"))]
-    needy += ["--max-sessions"] if options.max_sessions else []
-    needy += ["--local-addr unix:"] if options.local_addr and options.local_addr.path else []
+    needy = [flag for flag, given in (
+        ("--renew", options.renew), ("--keep-session", options.keep_session),
+        ("--allow-other-users", options.allow_other_users), ("--max-sessions", options.max_sessions),
+        ("--local-addr unix:", options.local_addr and options.local_addr.path)) if given]
     if needy and not modes:
         raise UsageError("%s needs --proxy, --stdio or -- COMMAND" % needy[0])
     if options.stdio and options.local_addr:
@@ -3340,7 +3231,7 @@ class Run:
 
     def print_document(self, local: LocalAddress, lease: Lease) -> None:
         """The one document of stdout; PlexctlError unless all of it was taken."""
-        text = FORMATS[self.options.output](Coordinates(local, lease, self.request))
+        text = FORMATS[self.options.output](describe(local, lease, self.request))
         self.console.wait(0)
         self.console.flush()
         try:
@@ -3378,9 +3269,7 @@ class Run:
             reason = str(error) if isinstance(error, PlexctlError) else "ended by %s" % error
             raise
         finally:
-            counts = Counts()
-            counts.served, counts.up, counts.down = 1, relay.up, relay.down
-            self.console.report(describe_total(counts, began, reason))
+            self.console.report(describe_total(Counts(0, 1, relay.up, relay.down), began, reason))
             if reason != "connection closed":
                 reset_on_close(remote)
             remote.close()
@@ -3584,8 +3473,8 @@ def perform(argv: "Optional[Sequence[str]]" = None,
     """The command, as an exit code and the number of the signal that ended it (0: none)."""
     try:
         options = parse_arguments(sys.argv[1:] if argv is None else argv)
-        if options.help or options.version:
-            write_all(sys.stdout, DESCRIPTION if options.help else "plexctl %s\n" % __version__)
+        if options.prints:
+            write_all(sys.stdout, options.prints)
             return EXIT_OK, 0
     except PlexctlError as error:
         return fail(str(error), error.exit_code), 0
