@@ -507,7 +507,6 @@ def read_limited(descriptor: int, source: str) -> bytes:
 class Profile(Record):
     """One entry of the config file: server URL and token, either may be missing ("", None)."""
 
-    name: str
     server: str
     token: "Optional[Secret]"
 
@@ -521,15 +520,19 @@ def base_directory(variable: str, below_home: str, environ: "Mapping[str, str]")
     return os.path.join(home, below_home) if os.path.isabs(home) else ""
 
 
-def read_profile(name: str, environ: "Mapping[str, str]") -> "Optional[Profile]":
-    """The profile called `name`, or for "" the config file's default one, where it has one."""
+def read_profile(name: str, environ: "Mapping[str, str]") -> Profile:
+    """The profile called `name`, or for "" the config file's default one; an empty one if there is none."""
     base = base_directory("XDG_CONFIG_HOME", ".config", environ)
     path = os.path.join(base, "plexctl", "config.json")
     source = "config file " + escape(path)
-    if not base or not os.path.lexists(path):
+    try:
+        os.lstat(path if base else "")
+    except (FileNotFoundError, NotADirectoryError):
         if name:
-            raise CredentialsError("--profile: no such profile, there is no %s" % source)
-        return None
+            raise CredentialsError("--profile: no such profile, there is no %s" % source) from None
+        return Profile("", None)
+    except OSError:  # read_secret_file says why
+        pass
     malformed = CredentialsError("%s: must have the shape %s" % (source, CONFIG_SHAPE))
     try:
         document = parse_json(read_secret_file(path, source))
@@ -545,20 +548,21 @@ def read_profile(name: str, environ: "Mapping[str, str]") -> "Optional[Profile]"
             raise malformed
     wanted = name or document.get("default", "")
     if not wanted:
-        return None
+        return Profile("", None)
     if wanted not in profiles:
-        raise CredentialsError("%s: has no such profile as %s names"
-                               % (source, "--profile" if name else '"default"'))
-    entry = profiles[wanted]
-    token = None
-    if "token" in entry:
-        token = parse_token(entry["token"].encode("utf-8"), "%s: token of a profile" % source)
-    return Profile(wanted, entry.get("server", ""), token)
+        raise CredentialsError("%s: has no such profile as %s names, but %s" % (
+            source, "--profile" if name else '"default"',
+            escape(", ".join(sorted(profiles))) or "none at all"))
+    token = profiles[wanted].get("token")
+    if token is not None:
+        token = parse_token(token.encode("utf-8"), "%s: token of a profile" % source)
+    return Profile(profiles[wanted].get("server", ""), token)
 
 
-def resolve_credentials(server_flag: str, profile_flag: str, token_file: str, allow_http: bool,
+def resolve_credentials(server_flag: "Optional[str]", profile_flag: "Optional[str]",
+                        token_file: "Optional[str]", allow_http: bool,
                         environ: "Mapping[str, str]") -> "Tuple[Server, Secret]":
-    """Server and bearer token in the order of the README; "" stands for a flag not given.
+    """Server and bearer token in the order of the README.
 
     A token that stands in a profile goes to that profile's own server and to no other.
     """
@@ -568,36 +572,32 @@ def resolve_credentials(server_flag: str, profile_flag: str, token_file: str, al
         except ValueError as error:
             raise UsageError("%s: %s" % (source, error)) from None
 
-    url, secret = environ.get("PLEXSPHERE_URL", ""), environ.get("PLEXSPHERE_TOKEN", "")
-    named = read_profile(profile_flag, environ) if profile_flag else None
-    server = token = holder = default = None
+    profile = read_profile(profile_flag, environ) if profile_flag else Profile("", None)
+    url, source = environ.get("PLEXSPHERE_URL", ""), "PLEXSPHERE_URL"
     if server_flag:
-        server = parse(server_flag, "--server")
-    elif named and named.server:
-        server = parse(named.server, "server of the profile")
-    elif url:
-        server = parse(url, "PLEXSPHERE_URL")
-    if token_file:
-        token = parse_token(read_secret_file(token_file, "--token-file"), "--token-file")
-    elif named and named.token:
-        holder = named
-    elif secret:
-        token = parse_token(secret.encode("utf-8", "surrogateescape"), "PLEXSPHERE_TOKEN")
-    if not server or not token and not holder:
+        url, source = server_flag, "--server"
+    elif profile.server:
+        url, source = profile.server, "server of the profile"
+    secret = environ.get("PLEXSPHERE_TOKEN", "")
+    has_token = token_file or profile.token or secret
+    if not url or not has_token:
         default = read_profile("", environ)
-    if not server and default and default.server:
-        server = parse(default.server, "server of the default profile")
-    if not server:
+        if not url:
+            url, source = default.server, "server of the default profile"
+        profile = profile if has_token else default
+    if not url:
         raise UsageError("no server: give --server, a profile, or PLEXSPHERE_URL")
-    if token:
-        return server, token
-    holder = holder or default
-    if not holder or not holder.token:
-        raise CredentialsError("no credentials: give --token-file, a profile, or PLEXSPHERE_TOKEN")
-    if not holder.server or not parse(holder.server, "server of the profile").same_origin(server):
+    server = parse(url, source)
+    if token_file:
+        return server, parse_token(read_secret_file(token_file, "--token-file"), "--token-file")
+    if profile.token is None:
+        if not secret:
+            raise CredentialsError("no credentials: give --token-file, a profile, or PLEXSPHERE_TOKEN")
+        return server, parse_token(secret.encode("utf-8", "surrogateescape"), "PLEXSPHERE_TOKEN")
+    if not profile.server or not parse(profile.server, "server of the profile").same_origin(server):
         raise CredentialsError("the token of a profile goes only to that profile's own server; "
                                "give --token-file for another one")
-    return server, holder.token
+    return server, profile.token
 
 
 # --------------------------------------------------------------------------------- control plane
@@ -1516,6 +1516,44 @@ def reset_on_close(sock: "socket.socket", reset: bool = True) -> None:
         pass
 
 
+class Waker:
+    """A socket that a waiting thread watches, and that any other thread, or a signal, writes to."""
+
+    def __init__(self) -> None:
+        import socket
+
+        self._watched, self._written = socket.socketpair()
+        self._watched.setblocking(False)
+        self._written.setblocking(False)
+
+    def fileno(self) -> int:
+        """The descriptor to watch."""
+        return self._watched.fileno()
+
+    def written_fd(self) -> int:
+        """The descriptor for signal.set_wakeup_fd."""
+        return self._written.fileno()
+
+    def wake(self) -> None:
+        """Ends the wait, or the next one."""
+        try:
+            self._written.send(b"\0")
+        except OSError:  # full, which wakes as well; or closed
+            pass
+
+    def clear(self, events: int = READABLE) -> None:
+        """To be called when awake."""
+        try:
+            self._watched.recv(4096)
+        except BlockingIOError:
+            pass
+
+    def close(self) -> None:
+        """Closes both sockets."""
+        self._watched.close()
+        self._written.close()
+
+
 class Relay:
     """One event loop for every connection that is idle or chatty, and threads for bulk.
 
@@ -1540,11 +1578,9 @@ class Relay:
         self._posted: "Any" = collections.deque()
         self._running = True
         self._over = False
-        self._wake_in, self._wake_out = socket.socketpair()
-        self._wake_in.setblocking(False)
-        self._wake_out.setblocking(False)
-        self.handlers[self._wake_in.fileno()] = self._drain_wakes
-        self.poller.register(self._wake_in.fileno(), READABLE)
+        self._waker = Waker()
+        self.handlers[self._waker.fileno()] = self._waker.clear
+        self.poller.register(self._waker.fileno(), READABLE)
 
     def add(self, client: "socket.socket", remote: "socket.socket",
             on_end: "Callable[[Pair], None]") -> Pair:
@@ -1562,11 +1598,8 @@ class Relay:
         self._posted.append(action)
         if self._over:  # there is no loop any more that could mind
             self._run_posted()
-            return
-        try:
-            self._wake_out.send(b"\0")
-        except OSError:  # full: it will wake anyway
-            pass
+        else:
+            self._waker.wake()
 
     def run(self) -> None:
         """The loop. Nothing but `stop` ends it: an error ends only the connection it came from."""
@@ -1617,12 +1650,6 @@ class Relay:
         except (OSError, RuntimeError):  # no more threads: the loop goes on with it
             flow.leave_bulk(flow.pump, b"")
 
-    def _drain_wakes(self, events: int) -> None:
-        try:
-            self._wake_in.recv(4096)
-        except BlockingIOError:
-            pass
-
     def _run_posted(self) -> None:
         actions = list(self.on_tick)
         while self._posted:
@@ -1654,8 +1681,7 @@ class Relay:
         self._over = True
         self._run_posted()
         self.poller.close()
-        self._wake_in.close()
-        self._wake_out.close()
+        self._waker.close()
 
 
 def set_leg_options(sock: "socket.socket") -> None:
@@ -1678,8 +1704,8 @@ def set_leg_options(sock: "socket.socket") -> None:
 class Lease:
     """One session in use: where its listener is, until when, and by how many connections.
 
-    `family` and `address` are what a socket's constructor and `connect` take. `over` says why the
-    session is over (SessionOver), None while it is not.
+    `route` is the (family, address) that a socket's constructor and `connect` take, None while the
+    name is not looked up; `over` says why the session is over, None while it is not.
     """
 
     def __init__(self, issued: IssuedSession, endpoint: Endpoint, lock: "Any") -> None:
@@ -1687,8 +1713,7 @@ class Lease:
 
         self.issued = issued
         self.endpoint = endpoint
-        self.family = 0
-        self.address: "Any" = None
+        self.route: "Any" = None
         self.connections = 0
         self.expires_on = issued.issued_on + issued.lifetime_seconds
         self.over: "Optional[SessionOver]" = None
@@ -1747,16 +1772,16 @@ class Sessions:
         """A lease with a known address, at once; None where `connect` has to go and get one."""
         with self._changed:
             lease = self._choose()
-            if lease is None or lease.address is None:
+            if lease is None or lease.route is None:
                 return None
             lease.connections += 1
             return lease
 
-    def connect(self, failed: "Optional[Lease]" = None, address: "Any" = None,
+    def connect(self, failed: "Optional[Lease]" = None, route: "Any" = None,
                 error: "Optional[OSError]" = None) -> "Tuple[socket.socket, Lease]":
         """A socket connected to a listener endpoint, and its lease, to be released by the caller.
 
-        Blocks for as long as it takes. With `failed`, a lease whose `address` could not be
+        Blocks for as long as it takes. With `failed`, a lease whose `route` could not be
         connected to (`error` says why), it gives that one back and asks GetSession; a new endpoint
         is tried once. PlexctlError if all fails.
         """
@@ -1765,12 +1790,12 @@ class Sessions:
             try:
                 return self._dial(lease), lease
             except OSError as refusal:
-                failed, address, error = lease, lease.address, refusal
+                failed, route, error = lease, lease.route, refusal
         else:
             failed.release()
-        asked = self._refresh(failed, address)
+        asked = self._refresh(failed, route)
         with self._changed:
-            same = failed.over is None and failed.address == address
+            same = failed.over is None and failed.route == route
             idle = failed.connections == 0
         if same:
             if not (asked and idle and self._renew and isinstance(error, ConnectionRefusedError)):
@@ -1963,9 +1988,9 @@ class Sessions:
     def _dial(self, lease: Lease) -> "socket.socket":
         """Connects; a lease that cannot be used is given back, with OSError or PlexctlError."""
         try:
-            if lease.address is None:
+            if lease.route is None:
                 self._move(lease, lease.endpoint)
-            return connect_socket(lease.family, lease.address)
+            return connect_socket(*lease.route)
         except (OSError, PlexctlError):
             lease.release()
             raise
@@ -1983,19 +2008,19 @@ class Sessions:
             raise PlexctlError("listener endpoint %s: leads to %s, which is refused"
                                % (endpoint, address[0]))
         with self._changed:
-            lease.endpoint, lease.family, lease.address = endpoint, family, address
+            lease.endpoint, lease.route = endpoint, (family, address)
 
-    def _refresh(self, lease: Lease, failed_address: "Any" = None) -> bool:
+    def _refresh(self, lease: Lease, failed_route: "Any" = None) -> bool:
         """Asks GetSession and acts on it; whether there was an answer. Raises nothing.
 
         One question at a time serves everyone who came before it was asked, or whose
-        `failed_address` is not the lease's any more.
+        `failed_route` is not the lease's any more.
         """
         wanted_on = elapsed_seconds()
         with lease.refreshing:
             if lease.refreshed_on >= wanted_on or lease.over is not None:
                 return True
-            if failed_address is not None and lease.address != failed_address:
+            if failed_route is not None and lease.route != failed_route:
                 return True
             lease.refreshed_on = elapsed_seconds()
             try:
@@ -2233,8 +2258,8 @@ class Counts(Record):
 class Forwarder:
     """Listens on a local address and carries every connection to where `connect` leads.
 
-    `connect(failed, address)` blocks, and returns a connected socket and a lease, or raises
-    PlexctlError; `take()`, where given, returns at once a lease whose `family` and `address` the
+    `connect(failed, route)` blocks, and returns a connected socket and a lease, or raises
+    PlexctlError; `take()`, where given, returns at once a lease whose `route`, (family, address), the
     loop may connect to by itself, or None. A lease's `release()` is called when its connection is
     over. `Sessions` has both. Without sessions: `lambda *failed: (socket, lease)` will do.
 
@@ -2387,18 +2412,18 @@ class Forwarder:
         if lease is None:
             self._connect_in_thread(client, client_address)
             return
+        family, address = route = lease.route
         try:
-            remote = socket.socket(lease.family, socket.SOCK_STREAM)
+            remote = socket.socket(family, socket.SOCK_STREAM)
         except OSError as error:
             self._fail(client, lease, error)
             return
         remote.setblocking(False)
-        address = lease.address
         state = remote.connect_ex(address)
         if state in CONNECTING:  # on loopback it often is over a moment later
             state = remote.connect_ex(address)
         deadline = elapsed_seconds() + CONNECT_SECONDS
-        self._go_on((client, client_address, remote, lease, address, deadline), state)
+        self._go_on((client, client_address, remote, lease, route, deadline), state)
 
     # Below: how
 
@@ -2462,10 +2487,10 @@ class Forwarder:
 
     def _look_at(self, attempt: "Any") -> None:
         """How a connection attempt stands: connect() again tells."""
-        self._go_on(attempt, attempt[2].connect_ex(attempt[4]))
+        self._go_on(attempt, attempt[2].connect_ex(attempt[4][1]))
 
     def _go_on(self, attempt: "Any", error: int) -> None:
-        client, client_address, remote, lease, address, deadline = attempt
+        client, client_address, remote, lease, route, deadline = attempt
         fd = remote.fileno()
         if error in CONNECTING:
             if elapsed_seconds() < deadline:
@@ -2485,7 +2510,7 @@ class Forwarder:
             except OSError as reason:
                 failure = reason
         remote.close()
-        self._connect_in_thread(client, client_address, lease, address, failure)
+        self._connect_in_thread(client, client_address, lease, route, failure)
 
     def _forget_attempt(self, fd: int) -> None:
         if self._connecting.pop(fd, None) is not None:
@@ -2493,7 +2518,7 @@ class Forwarder:
             del self.relay.handlers[fd]
 
     def _connect_in_thread(self, *job: "Any") -> None:
-        """`job`: client, its address, and where a first attempt failed the lease and address."""
+        """`job`: client, its address, and where a first attempt failed the lease, its route and the error."""
         import threading
 
         self._dialled_for.add(job[0])
@@ -2540,7 +2565,7 @@ class Forwarder:
             self._report("connection %d from %s to %s" % (
                 self._ended.served + len(self._leases) + 1,
                 "%s:%d" % client_address[:2] if client_address else "a local process",
-                join_host_port(*lease.address[:2])))
+                join_host_port(*lease.route[1][:2])))
         try:
             self._leases[self.relay.add(client, remote, self._end)] = lease
         except OSError as error:  # the poller takes no more
@@ -2828,7 +2853,6 @@ class Console:
 
     def __init__(self, stream: "Optional[IO[str]]", verbose: int, live: bool) -> None:
         import collections
-        import socket
 
         self.verbose = verbose
         self.signals: "List[int]" = []
@@ -2839,31 +2863,13 @@ class Console:
         self._raised = 0
         self._finishing = False
         self._lines: "Any" = collections.deque()
-        self._wake_in, self._wake_out = socket.socketpair()
-        self._wake_in.setblocking(False)
-        self._wake_out.setblocking(False)
-
-    def close(self) -> None:
-        """Releases what waiting took."""
-        self._wake_in.close()
-        self._wake_out.close()
-
-    def wake_fd(self) -> int:
-        """For signal.set_wakeup_fd."""
-        return self._wake_out.fileno()
-
-    def wake(self) -> None:
-        """Ends the current wait; from any thread."""
-        try:
-            self._wake_out.send(b"\0")
-        except OSError:
-            pass
+        self.waker = Waker()
 
     def report(self, line: str) -> None:
         """One line for stderr; from any thread."""
         self._lines.append(line)
         if len(self._lines) == 1:  # flush() empties it: one wake will do
-            self.wake()
+            self.waker.wake()
 
     def explain(self, line: str) -> None:
         """One line for stderr with -v."""
@@ -2909,8 +2915,8 @@ class Console:
 
         self.flush_lines()
         pending = len(self.signals) > self._raised and not self._finishing
-        if not pending and select.select([self._wake_in], [], [], seconds)[0]:
-            self._wake_in.recv(4096)
+        if not pending and select.select([self.waker], [], [], seconds)[0]:
+            self.waker.clear()
         self.flush_lines()
         if len(self.signals) > self._raised and not self._finishing:
             self._raised += 1
@@ -2955,7 +2961,7 @@ class Console:
                 outcome.append((function(), None))
             except BaseException as error:
                 outcome.append((None, error))
-            self.wake()
+            self.waker.wake()
 
         threading.Thread(target=run, daemon=True).start()
         return outcome
@@ -3256,7 +3262,7 @@ class Run:
         if self.options.keep_session:
             self.sessions.keep()
         remote, _ = self.console.call(self.sessions.connect)
-        relay = StdioRelay(remote, self.console.wake)
+        relay = StdioRelay(remote, self.console.waker.wake)
         began, reason = elapsed_seconds(), "interrupted"
         relay.start()
         try:
@@ -3375,7 +3381,7 @@ class Run:
 
         def await_end() -> None:
             child.wait()
-            self.console.wake()
+            self.console.waker.wake()
 
         threading.Thread(target=await_end, daemon=True).start()
         return child
@@ -3442,7 +3448,7 @@ class SignalHandlers:
                 self._before[signum] = signal.signal(signum, self._handle)
         self._installed = True
         quiet: "Dict[str, Any]" = {"warn_on_full_buffer": False} if sys.version_info >= (3, 7) else {}
-        self._wakeup = signal.set_wakeup_fd(self._console.wake_fd(), **quiet)
+        self._wakeup = signal.set_wakeup_fd(self._console.waker.written_fd(), **quiet)
 
     def __exit__(self, *exception: object) -> None:
         import signal
@@ -3495,7 +3501,7 @@ def perform(argv: "Optional[Sequence[str]]" = None,
         except Exception as error:  # a defect; its text may hold what it was given
             console.report("error: internal error: %s" % type(error).__name__)
         console.flush(HURRY_SECONDS)
-    console.close()
+    console.waker.close()
     return status, signum
 
 
