@@ -725,8 +725,9 @@ def create_opener(server: Server, ca_file: str, environ: "Mapping[str, str]") ->
             self._attempt = attempt
             create = self._create_connection  # type: ignore[has-type]
 
-            def open_and_tell(*arguments: "Any") -> "Any":
-                sock = create(*arguments)
+            def open_and_tell(address: "Any", *arguments: "Any") -> "Any":
+                # the name as bytes: for a str, getaddrinfo loads the IDNA codec, 1 ms
+                sock = create((address[0].encode("ascii"), address[1]), *arguments)
                 attempt.opened(sock)
                 return sock
 
@@ -1218,8 +1219,6 @@ class SelectorPoller:
 
     def poll(self, timeout: float) -> "List[Tuple[int, int]]":
         """(fd, events) pairs, after at most `timeout` seconds."""
-        if not self._selector.get_map():  # Windows: select() of nothing is an error
-            time.sleep(timeout)
         return [(key.fd, (READABLE if events & 1 else 0) | (WRITABLE if events & 2 else 0))
                 for key, events in self._selector.select(timeout)]
 
