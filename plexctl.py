@@ -242,7 +242,11 @@ class Record:
     """Named fields, in the order of the annotations: what dataclasses (3.7) would be used for."""
 
     def __init__(self, *values: "Any", **named: "Any") -> None:
-        vars(self).update(zip(type(self).__annotations__, values), **named)
+        fields = type(self).__annotations__
+        vars(self).update(zip(fields, values), **named)
+        if len(values) > len(fields) or vars(self).keys() - fields.keys() \
+                or not all(hasattr(self, name) for name in fields):
+            raise TypeError("%s takes %s" % (type(self).__name__, ", ".join(fields)))
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)
@@ -428,12 +432,16 @@ CONFIG_SHAPE = ('{"default": "prod", "profiles": {"prod": '
 
 
 class Secret:
-    """A string that does not show itself: `repr` and `str` are masked, `reveal()` is the way in."""
+    """A string that does not show itself: `repr` and `str` are masked, `reveal()` is the way in.
 
-    __slots__ = ("_value",)
+    `source` says where it came from, for messages.
+    """
 
-    def __init__(self, value: str) -> None:
+    __slots__ = ("_value", "source")
+
+    def __init__(self, value: str, source: str = "") -> None:
         self._value = value
+        self.source = source
 
     def reveal(self) -> str:
         """The value itself."""
@@ -452,7 +460,7 @@ def parse_token(raw: bytes, source: str) -> Secret:
     if not 1 <= len(kept) <= TOKEN_MAX_CHARACTERS or not all(0x21 <= byte <= 0x7E for byte in kept):
         raise CredentialsError("%s: must hold one token of 1 to %d printable ASCII characters, and "
                                "nothing else" % (source, TOKEN_MAX_CHARACTERS))
-    return Secret(kept.decode("ascii"))
+    return Secret(kept.decode("ascii"), source)
 
 
 def read_secret_file(path: str, source: str) -> bytes:
@@ -706,7 +714,23 @@ class Attempt:
             pass
 
 
-def create_opener(server: Server, ca_file: str, environ: "Mapping[str, str]") -> "Any":
+def find_proxy(server: Server, environ: "Mapping[str, str]") -> str:
+    """The proxy URL for an https server, "" for none: HTTPS_PROXY unless NO_PROXY names the host."""
+    if server.scheme != "https":  # it would see the bearer token
+        return ""
+    import urllib.request
+
+    proxy = environ.get("https_proxy") or environ.get("HTTPS_PROXY") or ""
+    exempt = environ.get("no_proxy") or environ.get("NO_PROXY") or ""
+    if not proxy or urllib.request.proxy_bypass_environment(  # type: ignore[attr-defined]
+            join_host_port(server.host, server.port), {"no": exempt}):
+        return ""
+    if not re.fullmatch(r"(?i)http://[!-~]+", proxy):  # urllib takes any other for plain CONNECT
+        raise UsageError("HTTPS_PROXY: must be an http:// URL")
+    return proxy
+
+
+def create_opener(server: Server, ca_file: "Optional[str]", proxy: str) -> "Any":
     """A urllib opener that knows one scheme, follows no redirect and raises on no status.
 
     Put together by hand: the default one carries the bearer token to wherever a redirect points,
@@ -748,32 +772,17 @@ def create_opener(server: Server, ca_file: str, environ: "Mapping[str, str]") ->
     opener = urllib.request.OpenerDirector()
     opener.addheaders = [("User-Agent", "plexctl/" + __version__)]
     opener.add_handler(Handler())
-    proxy = find_proxy(server, environ) if secure else ""
     if proxy:
         opener.add_handler(urllib.request.ProxyHandler({"https": proxy}))
     return opener
 
 
-def find_proxy(server: Server, environ: "Mapping[str, str]") -> str:
-    """The proxy URL for an https server, "" for none: HTTPS_PROXY unless NO_PROXY names the host."""
-    import urllib.request
-
-    proxy = environ.get("https_proxy") or environ.get("HTTPS_PROXY") or ""
-    exempt = environ.get("no_proxy") or environ.get("NO_PROXY") or ""
-    if not proxy or urllib.request.proxy_bypass_environment(  # type: ignore[attr-defined]
-            join_host_port(server.host, server.port), {"no": exempt}):
-        return ""
-    if not re.fullmatch(r"(?i)http://[!-~]+", proxy):  # urllib takes any other for plain CONNECT
-        raise UsageError("HTTPS_PROXY: must be an http:// URL")
-    return proxy
-
-
-def create_tls_context(ca_file: str) -> "Any":
+def create_tls_context(ca_file: "Optional[str]") -> "Any":
     """Certificates and host names verified, TLS 1.2 at least; no way to turn it off."""
     import ssl
 
     try:
-        context = ssl.create_default_context(cafile=ca_file or None)
+        context = ssl.create_default_context(cafile=ca_file)
     except (OSError, ValueError) as error:
         raise UsageError("--ca-file: not a usable PEM bundle: %s" % show_error(error)) from error
     if hasattr(ssl, "TLSVersion"):
@@ -867,7 +876,7 @@ def random_uuid() -> str:
     return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
 
 
-def parse_problem(what: str, answer: Answer) -> ApiError:
+def parse_problem(what: str, answer: Answer, token_source: str) -> ApiError:
     """The error of an answer that is not a success (RFC 9457 problem details, where it has them)."""
     import http.client
 
@@ -886,6 +895,7 @@ def parse_problem(what: str, answer: Answer) -> ApiError:
     exit_code = EXIT_FAILURE
     if status == 401:
         exit_code = EXIT_CREDENTIALS
+        text += "; the token is from " + token_source if token_source else ""
         if code == "step_up_required":
             challenge = " ".join(answer.headers.get_all("WWW-Authenticate") or [])
             wanted = re.search(r'acr_values\s*=\s*(?:"([^"]*)"|([^\s,]+))', challenge)
@@ -894,7 +904,7 @@ def parse_problem(what: str, answer: Answer) -> ApiError:
     elif status == 403:
         exit_code = EXIT_REBAC_DENIED if code == "rebac_denied" else EXIT_FORBIDDEN
     elif 300 <= status < 400:
-        text += "; a redirect is never followed"
+        text += "; a redirect is never followed: " + escape(answer.headers.get("Location") or "")
     return ApiError(text, exit_code, status, code)
 
 
@@ -907,7 +917,7 @@ class ControlPlane:
     line per exchange: method, path, status, seconds; never a header or a body.
     """
 
-    def __init__(self, server: Server, token: Secret, ca_file: str = "",
+    def __init__(self, server: Server, token: Secret, ca_file: "Optional[str]" = None,
                  environ: "Mapping[str, str]" = os.environ,
                  cancel: "Optional[threading.Event]" = None,
                  report: "Callable[[str], None]" = lambda line: None) -> None:
@@ -916,8 +926,11 @@ class ControlPlane:
         self.server = server
         self.cancel = cancel or threading.Event()
         self._token = parse_token(token.reveal().encode("utf-8", "surrogateescape"), "bearer token")
+        self._token_source = token.source
         self._report = report
-        self._opener = create_opener(server, ca_file, environ)
+        proxy = find_proxy(server, environ)
+        self._peer = "%s%s" % (server, " through HTTPS_PROXY" if proxy else "")
+        self._opener = create_opener(server, ca_file, proxy)
 
     def issue(self, request: SessionRequest,
               on_issued: "Callable[[str], None]" = lambda session_id: None) -> IssuedSession:
@@ -946,7 +959,7 @@ class ControlPlane:
                         on_issued(session_id)
 
                     return self._parse_issued(answer, asked_on, known)
-                problem = parse_problem("IssueSession", answer)
+                problem = parse_problem("IssueSession", answer, self._token_source)
                 error: "PlexctlError" = problem
                 again = problem.passing or problem.status == 409 and problem.code == "idempotent_replay"
                 may_exist = (may_exist or again and answer.status != 503
@@ -970,7 +983,7 @@ class ControlPlane:
         path = "/v1/projects/%s/sessions/%s" % (project_id, session_id)
         answer = self._exchange("GetSession", "GET", path, None, seconds)
         if answer.status != 200:
-            raise parse_problem("GetSession", answer)
+            raise parse_problem("GetSession", answer, self._token_source)
         return self._parse_session(self._parse_body("GetSession", answer), session_id)
 
     def revoke(self, project_id: str, session_id: str, seconds: float = EXCHANGE_SECONDS) -> None:
@@ -979,7 +992,7 @@ class ControlPlane:
         answer = self._exchange("RevokeSession", "POST", path,
                                 {"revoke_reason": "operator_request"}, seconds)
         if not 200 <= answer.status < 300 and answer.status not in (404, 409, 410):
-            raise parse_problem("RevokeSession", answer)
+            raise parse_problem("RevokeSession", answer, self._token_source)
 
     def _exchange(self, what: str, method: str, path: str, body: "Optional[Dict[str, Any]]",
                   seconds: float = EXCHANGE_SECONDS) -> Answer:
@@ -1006,8 +1019,10 @@ class ControlPlane:
         answer = attempt.answer
         if answer is None or attempt.error and 200 <= answer.status < 300:
             reason = show_error(attempt.error or OSError())
-            raise TransportError("%s: no complete answer from %s: %s" % (what, self.server, reason),
-                                 attempt.sent, final=reason.startswith(("certificate", "TLS failed")))
+            final = reason.startswith(("certificate", "TLS failed"))
+            reason += " (--ca-file names another CA)" if re.search("issuer|self.signed", reason) else ""
+            raise TransportError("%s: no complete answer from %s: %s" % (what, self._peer, reason),
+                                 attempt.sent, final)
         self._report("%s %s: %d, %.3f s" % (method, path, answer.status, elapsed_seconds() - began))
         return answer
 
@@ -2291,13 +2306,17 @@ class Forwarder:
         self._moved = -1
         self._moved_on = self._owed_on = 0.0
         self._resume_on = 0.0
+        self._capacity = count_capacity()
         self._server = create_listener(local, self)
         self.local = local
         if not local.path:
             self.local = LocalAddress(local.host, self._server.server_address[1])
         self._owners = None if allow_other_users else self._create_owner_check()
-        self._capacity = count_capacity()
-        self.relay = Relay(report, poller)
+        try:
+            self.relay = Relay(report, poller)
+        except OSError as error:
+            self._server.server_close()
+            raise PlexctlError("cannot carry connections: %s" % show_error(error)) from error
         self.relay.on_tick.append(self._tick)
 
     def __enter__(self) -> "Forwarder":
@@ -2481,14 +2500,17 @@ class Forwarder:
         if self._connecting:
             now = elapsed_seconds()
             for attempt in list(self._connecting.values()):
-                if now >= attempt[-1]:
+                *_, deadline = attempt
+                if now >= deadline:
                     self._look_at(attempt)
 
     def _look_at(self, attempt: "Any") -> None:
         """How a connection attempt stands: connect() again tells."""
-        self._go_on(attempt, attempt[2].connect_ex(attempt[4][1]))
+        _, _, remote, _, (_, address), _ = attempt
+        self._go_on(attempt, remote.connect_ex(address))
 
     def _go_on(self, attempt: "Any", error: int) -> None:
+        """`attempt`: client, its address, remote, lease, route, deadline; `error`: what connect() said."""
         client, client_address, remote, lease, route, deadline = attempt
         fd = remote.fileno()
         if error in CONNECTING:
@@ -2606,11 +2628,11 @@ class Forwarder:
         self._server.server_close()
 
     def _stop_dialling(self) -> None:
-        for fd, attempt in list(self._connecting.items()):
+        for fd, (client, _, remote, lease, _, _) in list(self._connecting.items()):
             self._forget_attempt(fd)
-            attempt[2].close()
-            attempt[3].release()
-            self._dialled_for.add(attempt[0])
+            remote.close()
+            lease.release()
+            self._dialled_for.add(client)
         self._waiting.clear()
         for client in self._dialled_for:
             reset_on_close(client)
@@ -3164,10 +3186,12 @@ def check_together(options: argparse.Namespace) -> None:
         raise UsageError("--: a COMMAND must follow")
     needy = [flag for flag, given in (
         ("--renew", options.renew), ("--keep-session", options.keep_session),
-        ("--allow-other-users", options.allow_other_users), ("--max-sessions", options.max_sessions),
-        ("--local-addr unix:", options.local_addr and options.local_addr.path)) if given]
+        ("--allow-other-users", options.allow_other_users),
+        ("--max-sessions", options.max_sessions)) if given]
     if needy and not modes:
         raise UsageError("%s needs --proxy, --stdio or -- COMMAND" % needy[0])
+    if not modes and options.local_addr and options.local_addr.path:
+        raise UsageError("--local-addr unix: needs --proxy or -- COMMAND")
     if options.stdio and options.local_addr:
         raise UsageError("--local-addr does not go with --stdio, which has no local socket")
     if options.stdio and options.token_file == "-":
@@ -3206,11 +3230,12 @@ class Run:
         plane = ControlPlane(server, token, options.ca_file, self.environ, report=console.explain)
         self.audit = AuditLog(self.environ, console.report) if options.reveal_secrets else None
         self.sessions = Sessions(plane, self.request, console.report, options.max_sessions or 1,
-                                 options.renew, options.wait_seconds)
+                                 options.renew and not options.stdio, options.wait_seconds)
         try:
             if options.mode == "print":
                 return self.print_coordinates()
-            gc.enable()
+            if __name__ == "__main__":
+                gc.enable()
             if options.mode == "--stdio":
                 return self.carry_stdio()
             return self.forward(program)
@@ -3481,11 +3506,12 @@ def perform(argv: "Optional[Sequence[str]]" = None,
         if options.prints:
             write_all(sys.stdout, options.prints)
             return EXIT_OK, 0
+        console = Console(sys.stderr, options.verbose, options.mode in ("print", "--proxy"))
     except PlexctlError as error:
         return fail(str(error), error.exit_code), 0
     except OSError as error:
-        return fail("cannot write to standard output: %s" % show_error(error), EXIT_FAILURE), 0
-    console = Console(sys.stderr, options.verbose, options.mode in ("print", "--proxy"))
+        return fail("cannot %s: %s" % ("write to standard output" if options.prints else "start",
+                                       show_error(error)), EXIT_FAILURE), 0
     status, signum = EXIT_FAILURE, 0
     with SignalHandlers(console):
         try:

@@ -3270,6 +3270,8 @@ def test_a_server_that_cannot_be_trusted_gets_nothing_and_one_try(cli, tls_files
         assert (result.status, result.out, plane.requests) == (1, "", [])
         line = one_error_line(result, word)
         assert MAY_EXIST not in line
+        if sys.version_info >= (3, 7):  # 3.6 does not say what it dislikes
+            assert ("--ca-file" in line) == (case in ("unknown ca", "other ca file", "ca file replaces"))
         assert len(begun) == 1, "it was tried %d times" % len(begun)
 
 
@@ -4369,7 +4371,7 @@ def test_a_dial_is_said_to_have_failed_at_the_address_it_went_to():
             forwarder.start()
             with dial(str(forwarder.local)) as client:
                 eventually(lambda: forwarder._connecting)
-                lease.route = (socket.AF_INET, ("127.0.0.1", 9))  # another dial has found the new endpoint meanwhile
+                lease.route = (socket.AF_INET, ("127.0.0.1", 9))  # found by another dial meanwhile
                 listener.close()
                 assert how_it_ends(client) == ("reset", b"")
             assert asked == [old]
@@ -6184,6 +6186,98 @@ def test_the_null_device_is_no_audit_log(cli, simulation):
                  simulation.plane.environment(PLEXCTL_AUDIT_LOG=os.devnull))
     assert result.status == 1 and simulation.plane.requests == []
     one_error_line(result, "audit log")
+
+
+@pytest.mark.parametrize("source", ["PLEXSPHERE_TOKEN", "--token-file", "token of a profile"])
+def test_a_401_says_where_the_token_came_from(cli, lone_plane, tmp_path, source):
+    lone_plane.script("issue", problem("unauthenticated"))
+    environ, args = lone_plane.environment(), []
+    if source == "--token-file":
+        (tmp_path / "token").write_text(BEARER)
+        (tmp_path / "token").chmod(0o600)
+        args = ["--token-file", str(tmp_path / "token")]
+    elif source == "token of a profile":
+        entry = {"server": lone_plane.url, "token": BEARER}
+        environ = write_config(tmp_path, {"default": "prod", "profiles": {"prod": entry}})
+    result = cli(["tcp-forward"] + REQUIRED_FLAGS + args, environ)
+    assert result.status == 3
+    one_error_line(result, "401", "the token is from", source)
+
+
+def test_a_proxy_that_is_down_is_named(cli, tls_plane, tls_files):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        result = forward_to(cli, tls_plane, "--ca-file", tls_files.ca,
+                            HTTPS_PROXY="http://127.0.0.1:%d" % closed.getsockname()[1])
+    assert result.status == 1 and tls_plane.requests == []
+    one_error_line(result, tls_plane.url, "through HTTPS_PROXY", "refused")
+
+
+def test_a_redirect_is_shown_escaped_and_not_followed(cli, lone_plane):
+    lone_plane.script("issue", redirect("https://login.example/\x1b[2J"))
+    result = forward_to(cli, lone_plane)
+    assert result.status == 1
+    one_error_line(result, "never followed", "https://login.example/\\x1b[2J")
+
+
+def test_an_unknown_profile_is_told_which_there_are(cli, tmp_path):
+    entry = {"server": "https://localhost:1", "token": "psk_1"}
+    environ = write_config(tmp_path, {"profiles": {"staging": entry, "prod": entry}})
+    result = cli(["tcp-forward", "--profile", "stagin"] + REQUIRED_FLAGS, environ)
+    assert result.status == 3
+    one_error_line(result, "--profile", "prod, staging")
+
+
+def test_a_config_directory_that_cannot_be_searched_is_not_taken_for_none(cli, tmp_path):
+    (tmp_path / "plexctl").symlink_to("plexctl")
+    result = cli(["tcp-forward"] + REQUIRED_FLAGS, {"XDG_CONFIG_HOME": str(tmp_path)})
+    assert result.status == 3
+    one_error_line(result, "config.json", "cannot be opened")
+
+
+def test_stdio_has_no_next_connection_that_a_renewal_would_serve(simulation):
+    with start_plexctl(forward_args(simulation.plane, "--stdio", "--renew", "--ttl-seconds", "1"),
+                       env=simulation.plane.environment(), stdin=subprocess.PIPE) as process:
+        result = process.finish(20)
+    assert (result.returncode, len(simulation.plane.issued)) == (1, 1)
+    assert "next connection" not in process.err and "plexctl: error: the session expired" in process.err
+
+
+def test_a_unix_address_without_a_listener_is_told_what_it_needs(cli):
+    result = cli(["tcp-forward", "--local-addr", "unix:/tmp/x"] + REQUIRED_FLAGS)
+    line = one_error_line(result, "--local-addr", "--proxy", "COMMAND")
+    assert result.status == 2 and "--stdio" not in line
+
+
+@pytest.mark.skipif(not LINUX, reason="counts descriptors")
+@pytest.mark.parametrize("flags", [[], ["--proxy"], ["--stdio"]], ids=shown)
+def test_too_few_descriptors_are_an_error_in_one_line_that_leaves_nothing(simulation, tmp_path, flags):
+    for limit in range(4, 16):
+        path = tmp_path / "socket"
+        more = ["--local-addr", "unix:%s" % path] if flags == ["--proxy"] else []
+        command = plexctl_command(forward_args(simulation.plane, *(flags + more)), sys.executable)
+        done = subprocess.run(["bash", "-c", 'ulimit -n %d; exec "$@"' % limit, "bash"] + command,
+                              env=clean_environment(simulation.plane.environment()), timeout=60,
+                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        SEEN.extend([("out", done.stdout.decode()), ("err", done.stderr.decode())])
+        if done.returncode == 0:
+            break
+        assert done.returncode == 1 and b"Traceback" not in done.stderr, (limit, done.stderr)
+        assert done.stderr.count(b"plexctl: error: ") == 1, (limit, done.stderr)
+        assert not path.exists() and simulation.plane.active() == []
+
+
+@pytest.mark.parametrize("values, named, good", [
+    ("abcd", {}, True), ("abcd", {"ttl_seconds": 5}, True), ("abc", {"port": 1}, True), ("abcde", {}, True),
+    ("abc", {}, False), ("abcdef", {}, False), ("abcd", {"ttl": 5}, False)], ids=shown)
+def test_a_record_takes_its_fields_by_position_or_name_and_no_others(values, named, good):
+    if good:
+        request = plexctl.SessionRequest(*values, **named)
+        assert request == plexctl.SessionRequest(*values, **named) and request.project_id == "a"
+        assert request != plexctl.SessionRequest("b", *values[1:], **named)
+    else:
+        with pytest.raises(TypeError, match="SessionRequest takes project_id, resource_id, host"):
+            plexctl.SessionRequest(*values, **named)
 
 
 # ---- tests: README and packaging ------------------------------------------------------------------
