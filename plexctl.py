@@ -2139,6 +2139,7 @@ CONNECTING_THREADS_MAX = 32
 RESERVED_DESCRIPTORS = 64
 PAUSE_SECONDS = 1.0
 SETTLE_SECONDS = 0.05
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 CONNECTING = (errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK)
 
 
@@ -2311,9 +2312,11 @@ class Forwarder:
         self.local = local
         if not local.path:
             self.local = LocalAddress(local.host, self._server.server_address[1])
-        self._owners = None if allow_other_users else self._create_owner_check()
+        self._owners: "Optional[OwnerCheck]" = None
         try:
             self.relay = Relay(report, poller)
+            if not allow_other_users:
+                self._owners = self._create_owner_check()
         except OSError as error:
             self._server.server_close()
             raise PlexctlError("cannot carry connections: %s" % show_error(error)) from error
@@ -2454,7 +2457,10 @@ class Forwarder:
             return None
         try:
             return OwnerCheck(self._server.address_family, (self.local.host, self.local.port))
-        except (OSError, AttributeError):
+        except (OSError, AttributeError) as error:
+            if getattr(error, "errno", None) in EXHAUSTED:
+                self.relay.close()
+                raise
             self._report("warning: this host cannot tell whose a connection is: any local user can "
                          "use the port")
             return None
@@ -2480,7 +2486,7 @@ class Forwarder:
             except BlockingIOError:
                 return False
             except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):  # do not spin
+                if error.errno in EXHAUSTED:  # do not spin
                     self._warn_once("cannot accept connections for now: %s" % show_error(error))
                     self._listen(False)
                     self._resume_on = elapsed_seconds() + PAUSE_SECONDS
@@ -3524,7 +3530,7 @@ def perform(argv: "Optional[Sequence[str]]" = None,
             status = error.exit_code
             console.report("error: %s" % error)
         except Exception as error:  # a defect; its text may hold what it was given
-            console.report("error: internal error: %s" % type(error).__name__)
+            console.report("error: internal error: %s" % show_error(error))
         console.flush(HURRY_SECONDS)
     console.waker.close()
     return status, signum

@@ -6250,21 +6250,24 @@ def test_a_unix_address_without_a_listener_is_told_what_it_needs(cli):
 
 
 @pytest.mark.skipif(not LINUX, reason="counts descriptors")
-@pytest.mark.parametrize("flags", [[], ["--proxy"], ["--stdio"]], ids=shown)
-def test_too_few_descriptors_are_an_error_in_one_line_that_leaves_nothing(simulation, tmp_path, flags):
-    for limit in range(4, 16):
-        path = tmp_path / "socket"
-        more = ["--local-addr", "unix:%s" % path] if flags == ["--proxy"] else []
-        command = plexctl_command(forward_args(simulation.plane, *(flags + more)), sys.executable)
+@pytest.mark.parametrize("mode", ["print", "stdio", "command"])
+def test_too_few_descriptors_are_an_error_in_one_line_that_leaves_nothing(simulation, tmp_path, mode):
+    path = tmp_path / "socket"
+    for limit in range(6, 40):
+        flags = {"print": [], "stdio": ["--stdio"],
+                 "command": ["--local-addr", "unix:%s" % path] * (limit % 2) + ["--", "true"]}[mode]
+        command = plexctl_command(forward_args(simulation.plane, *flags), sys.executable)
         done = subprocess.run(["bash", "-c", 'ulimit -n %d; exec "$@"' % limit, "bash"] + command,
                               env=clean_environment(simulation.plane.environment()), timeout=60,
                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         SEEN.extend([("out", done.stdout.decode()), ("err", done.stderr.decode())])
+        assert not path.exists() and b"any local user" not in done.stderr
         if done.returncode == 0:
-            break
-        assert done.returncode == 1 and b"Traceback" not in done.stderr, (limit, done.stderr)
-        assert done.stderr.count(b"plexctl: error: ") == 1, (limit, done.stderr)
-        assert not path.exists() and simulation.plane.active() == []
+            assert limit > 6 and len(simulation.plane.active()) == (mode == "print")
+            return
+        assert (done.returncode, done.stderr.count(b"plexctl: error: ")) == (1, 1), (limit, done.stderr)
+        assert b"Traceback" not in done.stderr and simulation.plane.active() == []
+    raise AssertionError("not even with 39 descriptors")
 
 
 @pytest.mark.parametrize("values, named, good", [
