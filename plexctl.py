@@ -3130,6 +3130,8 @@ def split_arguments(argv: "Sequence[str]") -> "Tuple[List[str], Optional[List[st
         elif flag in known:
             takes_value = not equals and known[flag] is not parse_switch
             flags.append(argument if equals or takes_value else flag + "=true")
+        elif flag == "--verbose" or flag[:2] == "-v":
+            raise UsageError("--verbose: takes no value")
         elif flag in FORWARD_FLAGS:
             raise UsageError("%s: goes behind the command, tcp-forward" % flag)
         else:
@@ -3380,7 +3382,10 @@ class Run:
                 else:
                     console.wait(TICK_SECONDS)
             except Interrupted as interrupted:
-                child.send_signal(interrupted.signum)
+                try:
+                    child.send_signal(interrupted.signum)
+                except ProcessLookupError:  # it ended just now
+                    pass
                 if len(console.signals) > 1:
                     raise
             except PlexctlError as error:
