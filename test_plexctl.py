@@ -2975,7 +2975,8 @@ def test_an_exchange_ends_in_time_and_nothing_remains_of_it(lone_plane, step):
     began = time.monotonic()
     with pytest.raises(plexctl.TransportError, match="no complete answer") as raised:
         client.get(PROJECT_ID, session_id, 0.5)
-    assert 0.4 < time.monotonic() - began < 4
+    # a newer http.client gives up on "100 Continue for ever" by itself
+    assert 0.4 * (step is not continue_for_ever) < time.monotonic() - began < 4
     assert raised.value.sent and raised.value.exit_code == 1
     assert_nothing_remains(lone_plane._listener)
 
@@ -2992,7 +2993,7 @@ def test_the_same_limit_holds_for_issuing_and_revoking(lone_plane, short_limits,
         client.issue(session_request())
     with pytest.raises(plexctl.TransportError, match="no complete answer"):
         client.revoke(PROJECT_ID, OTHER_ID)
-    assert 0.8 < time.monotonic() - began < 6
+    assert 0.8 * (step is not continue_for_ever) < time.monotonic() - began < 6
     assert_nothing_remains(lone_plane._listener)
 
 
