@@ -1198,7 +1198,8 @@ BULK_AFTER_FULL_READS = 4
 BULK_FLOWS_MAX = 64
 BULK_WAIT_SECONDS = 0.5  # how long a thread waits in one recv or send before the loop takes over
 TICK_SECONDS = 1.0
-READABLE, WRITABLE = 1, 4  # EPOLLIN and EPOLLOUT, and POLLIN and POLLOUT
+READABLE, WRITABLE = 1, 4  # EPOLLIN and EPOLLOUT
+ERRORS_ONCE = 1 << 31  # EPOLLET: an error or hang-up that nobody reads would be reported for ever
 READING, BLOCKED, BULK, ENDED = range(4)  # what a Flow is doing
 
 
@@ -1358,13 +1359,11 @@ class Flow:
         self.pair.settle()
 
     def hang_up(self) -> None:
-        """An error or hang-up of `source` while nobody reads from it."""
+        """An error or hang-up of `source` while nobody reads from it, or not yet again."""
         import socket
 
         if self.state == ENDED and self.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             self.pair.reset()
-        else:  # seen when the flow reads again; until then it would be reported for ever
-            self.pair.unwatch(self.source)
 
     def carry_in_bulk(self) -> None:
         """Runs in a thread of its own, with blocking calls; ends by handing the flow back."""
@@ -1434,8 +1433,7 @@ class Flow:
 class Pair:
     """The two sockets of one connection, and both flows between them."""
 
-    __slots__ = ("relay", "client", "remote", "up", "down", "broken", "aborted", "spared", "on_end",
-                 "unwatched")
+    __slots__ = ("relay", "client", "remote", "up", "down", "broken", "aborted", "spared", "on_end")
 
     def __init__(self, relay: "Relay", client: "socket.socket", remote: "socket.socket",
                  on_end: "Callable[[Pair], None]") -> None:
@@ -1446,7 +1444,6 @@ class Pair:
         self.aborted = False
         self.spared: "Any" = None  # the socket that is closed without a reset all the same
         self.on_end = on_end
-        self.unwatched: "Optional[Set[int]]" = None
         self.up = Flow(self, client, remote)
         self.down = Flow(self, remote, client)
         self.up.twin, self.down.twin = self.down, self.up
@@ -1461,30 +1458,16 @@ class Pair:
     def watch(self) -> None:
         """Tells the poller what each socket is waited for."""
         for flow in (self.up, self.down):
-            fd = flow.source.fileno()
             mask = READABLE if flow.state == READING else 0
             if flow.twin.state == BLOCKED:
                 mask |= WRITABLE
-            if self.unwatched and fd in self.unwatched:
-                if mask:
-                    self.unwatched.discard(fd)
-                    self.relay.poller.register(fd, mask)
-            else:
-                self.relay.poller.modify(fd, mask)
-
-    def unwatch(self, sock: "socket.socket") -> None:
-        """Takes a socket from the poller until there is something to wait for again."""
-        fd = sock.fileno()
-        self.unwatched = self.unwatched or set()
-        if fd not in self.unwatched:
-            self.unwatched.add(fd)
-            self.relay.poller.unregister(fd)
+            self.relay.poller.modify(flow.source.fileno(), mask or ERRORS_ONCE)
 
     def settle(self) -> None:
         """After a flow has ended: closes what nobody needs any more."""
         if self.up.state == ENDED and self.down.state == ENDED:
             self._close()
-        elif not self.aborted:
+        else:
             self.watch()
 
     def reset(self) -> None:
@@ -1502,16 +1485,13 @@ class Pair:
                     pass
             else:
                 flow.state = ENDED
-        self.unwatch(self.client)
-        self.unwatch(self.remote)
         self.settle()
 
     def _close(self) -> None:
         self.relay.pairs.discard(self)
         for sock in (self.client, self.remote):
             fd = sock.fileno()
-            if not self.unwatched or fd not in self.unwatched:
-                self.relay.poller.unregister(fd)
+            self.relay.poller.unregister(fd)
             self.relay.handlers.pop(fd, None)
             reset_on_close(sock, self.broken and sock is not self.spared)
             sock.close()
