@@ -1196,7 +1196,7 @@ CHUNK_BYTES = 64 * 1024
 BULK_BYTES = 1024 * 1024
 BULK_AFTER_FULL_READS = 4
 BULK_FLOWS_MAX = 64
-BULK_WAIT_SECONDS = 0.5  # how long a thread waits in one recv or send before the loop takes over
+BULK_WAIT_MICROSECONDS = 500000  # of a thread in one recv or send, before the loop takes over
 TICK_SECONDS = 1.0
 READABLE, WRITABLE = 1, 4  # EPOLLIN and EPOLLOUT
 ERRORS_ONCE = 1 << 31  # EPOLLET: an error or hang-up that nobody reads would be reported for ever
@@ -1303,20 +1303,16 @@ class Flow:
             return
         self.moved += sent
         if sent < count:
-            self.block(bytes(view[sent:count]))
+            self.pending = bytes(view[sent:count])
+            self.state = BLOCKED  # nothing is read until the sink has taken it
+            self.full_reads = 0
+            self.pair.watch()
         elif count == CHUNK_BYTES:
             self.full_reads += 1
             if self.full_reads >= BULK_AFTER_FULL_READS and not self.pair.broken:
                 relay.start_bulk(self)
         else:
             self.full_reads = 0
-
-    def block(self, pending: bytes) -> None:
-        """The sink takes no more for now: nothing is read until it has taken `pending`."""
-        self.pending = pending
-        self.state = BLOCKED
-        self.full_reads = 0
-        self.pair.watch()
 
     def flush(self) -> None:
         """The sink takes more."""
@@ -1369,63 +1365,51 @@ class Flow:
         """Runs in a thread of its own, with blocking calls; ends by handing the flow back."""
         import mmap
 
-        relay = self.pair.relay
-        then: "Callable[[], None]" = self.pump
-        rest = b""
+        then: "Optional[Callable[[], None]]" = None
         try:
             # given back to the system at once, unlike a bytearray
             with mmap.mmap(-1, BULK_BYTES) as buffer, memoryview(buffer) as view:
-                while not self.pair.broken:
-                    # where not every connection is bulk, shorter turns let a keystroke in between
-                    mixed = len(relay.pairs) > relay.bulk_flows
-                    try:
-                        count = self.source.recv_into(view, BULK_BYTES // 2 if mixed else BULK_BYTES)
-                    except BlockingIOError:  # nothing came for BULK_WAIT_SECONDS
-                        break
-                    except OSError:
-                        then = self.pair.reset
-                        break
-                    if not count:
-                        then = self.end
-                        break
-                    with view[:count] as piece:
-                        try:
-                            sent = self._send_all(piece)
-                        except OSError:
-                            then = self.lose_sink
-                            break
-                        if sent < count:
-                            rest = bytes(piece[sent:])
-                            break
+                while then is None and not self.pair.broken:
+                    then = self.pump_in_bulk(view)
         except (OSError, ValueError):  # no memory for the buffer: the loop goes on with it
             pass
         finally:
-            relay.post(lambda: self.leave_bulk(then, rest))
+            self.pair.relay.post(self.leave_bulk, then or self.pump)
 
-    def _send_all(self, view: memoryview) -> int:
-        """Sends until the sink takes nothing for BULK_WAIT_SECONDS; returns the bytes sent."""
+    def pump_in_bulk(self, view: memoryview) -> "Optional[Callable[[], None]]":
+        """Moves what one read gives; what the loop is to do next, None where this can go on."""
+        relay = self.pair.relay
+        # where not every connection is bulk, shorter turns let a keystroke in between
+        mixed = len(relay.pairs) > relay.bulk_flows
+        try:
+            count = self.source.recv_into(view, BULK_BYTES // 2 if mixed else BULK_BYTES)
+        except BlockingIOError:  # nothing came for BULK_WAIT_MICROSECONDS
+            return self.pump
+        except OSError:
+            return self.pair.reset
+        if not count:
+            return self.end
         sent = 0
         try:
-            while sent < len(view):
-                with view[sent:] as rest:
-                    count = self.sink.send(rest)
-                sent += count
-                self.moved += count
-        except BlockingIOError:
-            pass
-        return sent
+            while sent < count:
+                taken = self.sink.send(view[sent:count])
+                sent += taken
+                self.moved += taken
+        except BlockingIOError:  # nothing went for as long
+            self.pending = bytes(view[sent:count])
+            return self.flush
+        except OSError:
+            return self.lose_sink
+        return None
 
-    def leave_bulk(self, then: "Callable[[], None]", rest: bytes) -> None:
+    def leave_bulk(self, then: "Callable[[], None]") -> None:
         """Back in the loop's hands."""
         self.pair.relay.bulk_flows -= 1
-        self.full_reads = 0
-        self.state = READING
         if self.pair.aborted:
             self.state = ENDED
             self.pair.settle()
-        elif rest:
-            self.block(rest)
         else:
+            self.state = BLOCKED if self.pending else READING
             self.pair.watch()
             then()
 
@@ -1567,7 +1551,7 @@ class Relay:
         self.view = memoryview(bytearray(CHUNK_BYTES))
         self.dontwait = getattr(socket, "MSG_DONTWAIT", 0)
         self.bulk_flows = 0
-        self.on_tick: "List[Callable[[], None]]" = []
+        self.on_tick: "Callable[[], None]" = lambda: None
         self._report = report
         self._posted: "Any" = collections.deque()
         self._running = True
@@ -1587,9 +1571,9 @@ class Relay:
         self.pairs.add(pair)
         return pair
 
-    def post(self, action: "Callable[[], None]") -> None:
+    def post(self, action: "Callable[..., None]", *arguments: "Any") -> None:
         """Has the loop call `action` soon; from any thread."""
-        self._posted.append(action)
+        self._posted.append((action, arguments))
         if self._over:  # there is no loop any more that could mind
             self._run_posted()
         else:
@@ -1606,10 +1590,12 @@ class Relay:
                     try:
                         handler(events)
                     except Exception as error:
-                        self._contain(fd, handler, error)
-            if self._posted or elapsed_seconds() >= next_tick:
-                self._run_posted()
+                        self._contain(handler, error)
+            if elapsed_seconds() >= next_tick:
                 next_tick = elapsed_seconds() + TICK_SECONDS
+                self._posted.append((self.on_tick, ()))
+            if self._posted:
+                self._run_posted()
         self.close()
 
     def stop(self) -> None:
@@ -1633,38 +1619,31 @@ class Relay:
 
         if not sys.platform.startswith("linux") or not self.dontwait or self.bulk_flows >= BULK_FLOWS_MAX:
             return
-        limit = struct.pack("ll", int(BULK_WAIT_SECONDS), int(BULK_WAIT_SECONDS % 1 * 1000000))
+        limit = struct.pack("ll", 0, BULK_WAIT_MICROSECONDS)
         flow.source.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         flow.sink.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         self.bulk_flows += 1
+        flow.full_reads = 0
         flow.state = BULK
         try:
             flow.pair.watch()
             threading.Thread(target=flow.carry_in_bulk, daemon=True).start()
         except (OSError, RuntimeError):  # no more threads: the loop goes on with it
-            flow.leave_bulk(flow.pump, b"")
+            flow.leave_bulk(flow.pump)
 
     def _run_posted(self) -> None:
-        actions = list(self.on_tick)
         while self._posted:
-            actions.append(self._posted.popleft())
-        for action in actions:
-            self._run_safely(action)
+            action, arguments = self._posted.popleft()
+            try:
+                action(*arguments)
+            except Exception as error:
+                self._report("warning: %s in the relay" % type(error).__name__)
 
-    def _run_safely(self, action: "Callable[[], None]") -> None:
-        try:
-            action()
-        except Exception as error:
-            self._report("warning: %s in the relay" % type(error).__name__)
-
-    def _contain(self, fd: int, handler: "Any", error: Exception) -> None:
+    def _contain(self, handler: "Any", error: Exception) -> None:
         self._report("warning: a connection was dropped after %s" % show_error(error))
         owner = getattr(handler, "__self__", None)
         if isinstance(owner, Flow):
-            self._run_safely(owner.pair.reset)
-        elif owner is None:  # a connection attempt: it is not to be reported for ever
-            self.handlers.pop(fd, None)
-            self.poller.unregister(fd)
+            self.post(owner.pair.reset)
 
     def close(self) -> None:
         """Releases what the loop held: at its end, or instead of ever running it."""
@@ -2300,7 +2279,7 @@ class Forwarder:
         except OSError as error:
             self._server.server_close()
             raise PlexctlError("cannot carry connections: %s" % show_error(error)) from error
-        self.relay.on_tick.append(self._tick)
+        self.relay.on_tick = self._tick
 
     def __enter__(self) -> "Forwarder":
         return self
