@@ -1220,18 +1220,16 @@ class SelectorPoller:
     def modify(self, fd: int, mask: int) -> None:
         """Changes what `fd` is watched for."""
         events = (1 if mask & READABLE else 0) | (2 if mask & WRITABLE else 0)
-        if self._masks[fd] and events:
-            self._selector.modify(fd, events)
-        elif events:
-            self._selector.register(fd, events)
-        elif self._masks[fd]:
+        if self._masks[fd]:
             self._selector.unregister(fd)
+        if events:
+            self._selector.register(fd, events)
         self._masks[fd] = events
 
     def unregister(self, fd: int) -> None:
         """Forgets `fd`."""
-        if self._masks.pop(fd):
-            self._selector.unregister(fd)
+        self.modify(fd, 0)
+        del self._masks[fd]
 
     def poll(self, timeout: float) -> "List[Tuple[int, int]]":
         """(fd, events) pairs, after at most `timeout` seconds."""
@@ -1241,13 +1239,6 @@ class SelectorPoller:
     def close(self) -> None:
         """Releases what the system gave."""
         self._selector.close()
-
-
-def create_poller() -> "Any":
-    """select.epoll, or what comes closest."""
-    import select
-
-    return select.epoll() if hasattr(select, "epoll") else SelectorPoller()
 
 
 class Flow:
@@ -1432,13 +1423,6 @@ class Pair:
         self.down = Flow(self, remote, client)
         self.up.twin, self.down.twin = self.down, self.up
 
-    def start(self) -> None:
-        """Both descriptors are known to the loop before either may be acted on."""
-        for flow in (self.up, self.down):
-            fd = flow.source.fileno()
-            self.relay.handlers[fd] = flow.on_events
-            self.relay.poller.register(fd, READABLE)
-
     def watch(self) -> None:
         """Tells the poller what each socket is waited for."""
         for flow in (self.up, self.down):
@@ -1543,9 +1527,10 @@ class Relay:
 
     def __init__(self, report: "Callable[[str], None]", poller: "Any" = None) -> None:
         import collections
+        import select
         import socket
 
-        self.poller = poller or create_poller()
+        self.poller = poller or (select.epoll() if hasattr(select, "epoll") else SelectorPoller())
         self.handlers: "Dict[int, Callable[[int], None]]" = {}
         self.pairs: "Set[Pair]" = set()
         self.view = memoryview(bytearray(CHUNK_BYTES))
@@ -1567,7 +1552,10 @@ class Relay:
             sock.setblocking(bool(self.dontwait))
         reset_on_close(client)  # unless closed in order: not even SIGKILL may look like a clean end
         pair = Pair(self, client, remote, on_end)
-        pair.start()
+        for flow in (pair.up, pair.down):  # both are known before either may be acted on
+            fd = flow.source.fileno()
+            self.handlers[fd] = flow.on_events
+            self.poller.register(fd, READABLE)
         self.pairs.add(pair)
         return pair
 
@@ -1663,12 +1651,13 @@ def set_leg_options(sock: "socket.socket") -> None:
 
     if sock.family not in (socket.AF_INET, socket.AF_INET6):
         return
-    options = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
-    for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
-        if hasattr(socket, name):
-            options.append((socket.IPPROTO_TCP, getattr(socket, name), value))
-    for level, option, value in options:
-        sock.setsockopt(level, option, value)
+    for level, name, value in ((socket.IPPROTO_TCP, "TCP_NODELAY", 1),
+                               (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
+                               (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 60),
+                               (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 15),
+                               (socket.IPPROTO_TCP, "TCP_KEEPCNT", 4)):
+        if hasattr(socket, name):  # not everywhere
+            sock.setsockopt(level, getattr(socket, name), value)
 
 
 # ------------------------------------------------------------------------------- sessions in use
