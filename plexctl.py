@@ -1464,7 +1464,6 @@ class Pair:
             reset_on_close(sock, self.broken and sock is not self.spared)
             sock.close()
         self.on_end(self)
-        del self.up.twin, self.down.twin  # a cycle would wait for the garbage collector
 
 
 def reset_on_close(sock: "socket.socket", reset: bool = True) -> None:
