@@ -1713,7 +1713,7 @@ class Sessions:
         self._changed = threading.Condition()
         self._leases: "List[Lease]" = []
         self._issuing = 0
-        self._owed: "Dict[str, Optional[threading.Thread]]" = {}
+        self._owed: "Dict[str, bool]" = {}  # by session_id; True: it is being revoked
         self._keep = False
         self._leaving = False
         self._told_of_sharing = False
@@ -1801,7 +1801,7 @@ class Sessions:
         """Until the first of the sessions runs out; 0 where there is none."""
         with self._changed:
             ends = [lease.expires_on for lease in self._leases]
-        return max(0.0, min(ends) - elapsed_seconds()) if ends else 0.0
+        return max(0.0, min(ends, default=0.0) - elapsed_seconds())
 
     # Leaving
 
@@ -1816,54 +1816,59 @@ class Sessions:
         with self._changed:
             self._leaving = True
             if self._keep:
-                self._owed = {key: thread for key, thread in self._owed.items() if thread is not None}
+                self._owed = {key: True for key, begun in self._owed.items() if begun}
             while (self._owed or self._issuing) and elapsed_seconds() < deadline:
                 for session_id in list(self._owed):
                     self._start_revoking(session_id)
-                self._changed.wait(max(0.01, min(0.5, deadline - elapsed_seconds())))
+                self._changed.wait(min(0.5, deadline - elapsed_seconds()))
 
     def left_behind(self) -> "List[str]":
         """What `leave` could not settle, in words."""
         with self._changed:
-            words = ["session %s is not revoked, it will run out by itself" % session_id
-                     for session_id in self._owed]
-            if self._issuing and not words:
-                words = ["a session may have been issued, it will run out by itself"]
-        return words
+            if self._issuing and not self._owed:
+                return ["a session may have been issued, it will run out by itself"]
+            return ["session %s is not revoked, it will run out by itself" % session_id
+                    for session_id in self._owed]
 
     # Below: how
 
-    def _issue(self) -> Lease:
+    def _add(self) -> Lease:
+        """One session more; the caller has counted it in `_issuing`."""
         session_ids: "List[str]" = []
 
         def owe(session_id: str) -> None:
             session_ids.append(session_id)
             with self._changed:
-                self._owed[session_id] = None
-                if self._leaving:
-                    self._start_revoking(session_id)
+                self._owed[session_id] = False
+                self._changed.notify_all()  # leave() may be waiting for it
 
         try:
             issued = self._plane.issue(self._request, owe)
             if issued.session.status != "active" or issued.lifetime_seconds <= 0:
                 raise SessionOver("the session was over when it arrived")
             lease = Lease(issued, issued.listener_endpoint or self._await_endpoint(issued), self._changed)
-            if self._leaving:
-                raise PlexctlError("interrupted")
+            with self._changed:
+                if self._leaving:
+                    raise PlexctlError("interrupted")
+                self._leases.append(lease)
             return lease
         except PlexctlError:
             with self._changed:
                 for session_id in session_ids:
                     self._start_revoking(session_id)
             raise
+        finally:
+            with self._changed:
+                self._issuing -= 1
+                self._changed.notify_all()
 
     def _await_endpoint(self, issued: IssuedSession) -> Endpoint:
-        began, pause = elapsed_seconds(), POLL_MIN_SECONDS
+        deadline, pause = elapsed_seconds() + self._wait_seconds, POLL_MIN_SECONDS
         if self._wait_seconds:
             self._report("waiting for the Node to report its listener (up to %s)"
                          % show_seconds(self._wait_seconds))
         while True:
-            left = self._wait_seconds - (elapsed_seconds() - began)
+            left = deadline - elapsed_seconds()
             if left <= 0:
                 raise PlexctlError("the Node reported no listener endpoint within %s; is it up? "
                                    "(--wait-seconds)" % show_seconds(self._wait_seconds))
@@ -1877,8 +1882,7 @@ class Sessions:
             except (TransportError, ApiError) as error:
                 if not error.passing:
                     raise
-            left = self._wait_seconds - (elapsed_seconds() - began)
-            if self._plane.cancel.wait(max(0.0, min(pause, left))):
+            if self._plane.cancel.wait(min(pause, deadline - elapsed_seconds())):
                 raise PlexctlError("interrupted")
             pause = min(pause * 1.5, POLL_MAX_SECONDS)
 
@@ -1888,9 +1892,9 @@ class Sessions:
         usable = [lease for lease in self._leases if now < lease.expires_on]
         if self.over is not None or self._leaving or not usable:
             return None
-        best = min(usable, key=lambda lease: lease.connections) if len(usable) > 1 else usable[0]
+        best = min(usable, key=lambda lease: lease.connections)
         if best.connections:
-            if len(self._leases) + self._issuing + self._revoking() < self._limit:
+            if not self._is_full():
                 return None
             if not self._told_of_sharing:
                 self._told_of_sharing = True
@@ -1898,21 +1902,9 @@ class Sessions:
                              "one at a time and may make them wait; see --max-sessions" % self._limit)
         return best
 
-    def _revoking(self) -> int:
-        """With the lock held: sessions that are given up, but which the server may still count."""
-        return sum(thread is not None for thread in self._owed.values())
-
-    def _add(self) -> Lease:
-        """One session more; the caller has counted it in `_issuing`."""
-        try:
-            lease = self._issue()
-            with self._changed:
-                self._leases.append(lease)
-            return lease
-        finally:
-            with self._changed:
-                self._issuing -= 1
-                self._changed.notify_all()
+    def _is_full(self) -> bool:
+        """With the lock held. The server may still count sessions that are being revoked."""
+        return len(self._leases) + self._issuing + sum(self._owed.values()) >= self._limit
 
     def _acquire(self) -> Lease:
         """A lease for one connection, issued if need be."""
@@ -1926,7 +1918,7 @@ class Sessions:
                 if lease is not None:
                     lease.connections += 1
                     return lease
-                if len(self._leases) + self._issuing + self._revoking() >= self._limit:
+                if self._is_full():
                     self._changed.wait(0.2)  # one is on its way, or tick() has yet to see an end
                     continue
                 self._issuing += 1
@@ -2002,23 +1994,18 @@ class Sessions:
                 return False
 
     def _end(self, lease: Lease, why: SessionOver, renewable: bool) -> None:
-        if renewable and self._renew:
-            self._retire(lease, why)
-        else:
-            with self._changed:
-                lease.over = why
-                self.over = self.over or why
-                self._changed.notify_all()
-
-    def _retire(self, lease: Lease, why: SessionOver) -> None:
+        """One that may be renewed makes room for the next one; any other ends all."""
         with self._changed:
             if lease not in self._leases:
                 return
             lease.over = why
+            self._changed.notify_all()
+            if not (renewable and self._renew):
+                self.over = self.over or why
+                return
             self._leases.remove(lease)
             self._warned_at = float("inf")
             self._start_revoking(lease.issued.session_id)
-            self._changed.notify_all()
         self._report("%s; the next connection gets a new one" % why)
         self.on_retired(lease)
 
@@ -2026,13 +2013,12 @@ class Sessions:
         """With the lock held. Only the first call for a session does anything."""
         import threading
 
-        if session_id in self._owed and self._owed[session_id] is None:
-            thread = threading.Thread(target=self._revoke, args=(session_id,), daemon=True)
+        if self._owed.get(session_id) is False:
             try:
-                thread.start()
+                threading.Thread(target=self._revoke, args=(session_id,), daemon=True).start()
+                self._owed[session_id] = True
             except RuntimeError:  # no more threads: still owed, leave() tries again
-                return
-            self._owed[session_id] = thread
+                pass
 
     def _revoke(self, session_id: str) -> None:
         deadline = elapsed_seconds() + LEAVE_SECONDS
