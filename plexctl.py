@@ -1778,9 +1778,7 @@ class Sessions:
         import threading
 
         now = elapsed_seconds()
-        with self._changed:
-            leases = list(self._leases)
-        for lease in leases:
+        for lease in tuple(self._leases):
             if now >= lease.expires_on:
                 self._end(lease, SessionOver("the session expired"), renewable=True)
             elif now - lease.rechecked_on >= RECHECK_SECONDS:
@@ -1790,12 +1788,11 @@ class Sessions:
                 except RuntimeError:  # no more threads: it can wait
                     pass
         left = self.seconds_left()
+        longest = max((lease.issued.lifetime_seconds for lease in tuple(self._leases)), default=0.0)
         for threshold in reversed(WARN_LEFT_SECONDS):
-            if left <= threshold < self._warned_at and leases:
+            if 0 < left <= threshold < min(longest, self._warned_at):
                 self._warned_at = threshold
-                if max(lease.issued.lifetime_seconds for lease in leases) > threshold:
-                    self._report("warning: %s of the session are left" % show_seconds(left + 0.5))
-                break
+                self._report("warning: %s of the session are left" % show_seconds(left + 0.5))
 
     def seconds_left(self) -> float:
         """Until the first of the sessions runs out; 0 where there is none."""
