@@ -1747,13 +1747,12 @@ class Sessions:
         is tried once. PlexctlError if all fails.
         """
         if failed is None:
-            lease = self._acquire()
+            failed, route = self._acquire_route()
             try:
-                return self._dial(lease), lease
+                return connect_socket(*route), failed
             except OSError as refusal:
-                failed, route, error = lease, lease.route, refusal
-        else:
-            failed.release()
+                error = refusal
+        failed.release()
         asked = self._refresh(failed, route)
         with self._changed:
             same = failed.over is None and failed.route == route
@@ -1764,10 +1763,11 @@ class Sessions:
                                    % (failed.endpoint, show_error(error or OSError())))
             # the Node's own cap, which the control plane does not know of
             self._end(failed, SessionOver("the Node has closed the session's listener"), renewable=True)
-        lease = self._acquire()
+        lease, route = self._acquire_route()
         try:
-            return self._dial(lease), lease
+            return connect_socket(*route), lease
         except OSError as refusal:
+            lease.release()
             raise PlexctlError("listener endpoint %s: %s"
                                % (lease.endpoint, show_error(refusal))) from refusal
 
@@ -1935,13 +1935,14 @@ class Sessions:
                 self._report("warning: no further session, connections share what there is: %s" % error)
                 return lease
 
-    def _dial(self, lease: Lease) -> "socket.socket":
-        """Connects; a lease that cannot be used is given back, with OSError or PlexctlError."""
+    def _acquire_route(self) -> "Tuple[Lease, Any]":
+        """A lease for one connection, and where it leads now: another dial may move it."""
+        lease = self._acquire()
         try:
             if lease.route is None:
                 self._move(lease, lease.endpoint)
-            return connect_socket(*lease.route)
-        except (OSError, PlexctlError):
+            return lease, lease.route
+        except PlexctlError:
             lease.release()
             raise
 
