@@ -1530,7 +1530,7 @@ class Relay:
         import socket
 
         self.poller = poller or (select.epoll() if hasattr(select, "epoll") else SelectorPoller())
-        self.handlers: "Dict[int, Callable[[int], None]]" = {}
+        self.handlers: "Dict[int, Callable[[int], object]]" = {}
         self.pairs: "Set[Pair]" = set()
         self.view = memoryview(bytearray(CHUNK_BYTES))
         self.dontwait = getattr(socket, "MSG_DONTWAIT", 0)
@@ -2141,8 +2141,8 @@ def identify_file(path: str) -> "Tuple[int, int]":
     return status.st_dev, status.st_ino
 
 
-def create_listener(local: LocalAddress, forwarder: "Forwarder") -> "Any":
-    """A socketserver that binds and listens now, and asks `forwarder` about each connection."""
+def create_listener(local: LocalAddress) -> "Any":
+    """A socketserver that binds and listens now; the relay's loop serves it."""
     import socket
     import socketserver
 
@@ -2156,9 +2156,8 @@ def create_listener(local: LocalAddress, forwarder: "Forwarder") -> "Any":
             address_family = socket.AF_INET6
 
         def server_bind(self) -> None:
-            exclusive = getattr(socket, "SO_EXCLUSIVEADDRUSE", None)
-            if exclusive is not None:
-                self.socket.setsockopt(socket.SOL_SOCKET, exclusive, 1)
+            if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):  # Windows
+                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
             mask = os.umask(0o177) if local.path else 0
             try:
                 super().server_bind()
@@ -2168,15 +2167,6 @@ def create_listener(local: LocalAddress, forwarder: "Forwarder") -> "Any":
             self.socket.setblocking(False)
             if local.path:
                 self.identity = identify_file(local.path)
-
-        def serve_forever(self, poll_interval: float = TICK_SECONDS) -> None:
-            forwarder.relay.run()
-
-        def verify_request(self, request: "Any", client_address: "Any") -> bool:
-            return forwarder.may_serve(client_address)
-
-        def process_request(self, request: "Any", client_address: "Any") -> None:
-            forwarder.carry(request, client_address)
 
         def server_close(self) -> None:
             super().server_close()
@@ -2233,13 +2223,12 @@ class Forwarder:
         self._leases: "Dict[Pair, Any]" = {}
         self._ended = Counts()
         self._thread: "Optional[threading.Thread]" = None
-        self._accepting = False
         self._stopped = False
         self._moved = -1
         self._moved_on = self._owed_on = 0.0
         self._resume_on = 0.0
         self._capacity = count_capacity()
-        self._server = create_listener(local, self)
+        self._server = create_listener(local)
         self.local = local
         if not local.path:
             self.local = LocalAddress(local.host, self._server.server_address[1])
@@ -2265,8 +2254,8 @@ class Forwarder:
 
         set_leg_options(self._server.socket)  # Linux hands them on to what is accepted
         self.relay.handlers[self._server.fileno()] = self._accept
-        self._listen(True)
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self.relay.poller.register(self._server.fileno(), READABLE)
+        self._thread = threading.Thread(target=self.relay.run, daemon=True)
         self._thread.start()
 
     def finish(self) -> None:
@@ -2276,14 +2265,14 @@ class Forwarder:
         stopped = threading.Event()
 
         def finish() -> None:
-            while self._accept_some():
+            while self._accept():
                 pass
             self._stop_listening()
             stopped.set()
 
         self.relay.post(finish)
         stopped.wait(CLOSE_SECONDS)
-        self._moved_on = self._owed_on = elapsed_seconds()
+        self._owed_on = elapsed_seconds()
 
     def delivering(self) -> bool:
         """After `finish`: whether bytes of clients that have ended are still on their way, and move."""
@@ -2332,7 +2321,7 @@ class Forwarder:
                       ended.up + sum(pair.up.moved for pair in pairs),
                       ended.down + sum(pair.down.moved for pair in pairs))
 
-    # What the listener asks, in the loop's thread
+    # What is asked about each connection, in the loop's thread
 
     def may_serve(self, client_address: "Any") -> bool:
         """Whether the user behind this connection may use the port (section 7 of the design)."""
@@ -2367,15 +2356,14 @@ class Forwarder:
         family, address = route = lease.route
         try:
             remote = socket.socket(family, socket.SOCK_STREAM)
-        except OSError as error:
-            self._fail(client, lease, error)
+        except OSError as failure:
+            self._fail(client, lease, failure)
             return
         remote.setblocking(False)
-        state = remote.connect_ex(address)
-        if state in CONNECTING:  # on loopback it often is over a moment later
-            state = remote.connect_ex(address)
-        deadline = elapsed_seconds() + CONNECT_SECONDS
-        self._go_on((client, client_address, remote, lease, route, deadline), state)
+        error = remote.connect_ex(address)
+        if error in CONNECTING:  # on loopback it often is over a moment later
+            error = remote.connect_ex(address)
+        self._go_on((client, client_address, remote, lease, route), error)
 
     # Below: how
 
@@ -2396,121 +2384,92 @@ class Forwarder:
                          "use the port")
             return None
 
-    def _listen(self, on: bool) -> None:
-        if on != self._accepting:
-            fd = self._server.fileno()
-            if on:
-                self.relay.poller.register(fd, READABLE)
-            else:
-                self.relay.poller.unregister(fd)
-            self._accepting = on
-
-    def _accept(self, events: int) -> None:
-        self._accept_some()
-
-    def _accept_some(self) -> bool:
+    def _accept(self, events: int = READABLE) -> bool:
         """Up to ACCEPTS_PER_TURN connections; whether more may wait."""
-        server = self._server
         for _ in range(ACCEPTS_PER_TURN):
             try:
-                client, client_address = server.get_request()
+                client, client_address = self._server.get_request()
             except BlockingIOError:
                 return False
             except OSError as error:
                 if error.errno in EXHAUSTED:  # do not spin
                     self._warn_once("cannot accept connections for now: %s" % show_error(error))
-                    self._listen(False)
+                    self.relay.poller.modify(self._server.fileno(), 0)
                     self._resume_on = elapsed_seconds() + PAUSE_SECONDS
                     return False
                 continue  # that connection is gone already
-            if server.verify_request(client, client_address):
-                server.process_request(client, client_address)
+            if self.may_serve(client_address):
+                self.carry(client, client_address)
             else:
                 client.close()
         return True
 
     def _tick(self) -> None:
-        if self._resume_on and elapsed_seconds() >= self._resume_on:
+        now = elapsed_seconds()
+        if self._resume_on and now >= self._resume_on:
             self._resume_on = 0.0
-            self._listen(True)
-        self._start_waiting()
-        if self._connecting:
-            now = elapsed_seconds()
-            for attempt in list(self._connecting.values()):
-                *_, deadline = attempt
-                if now >= deadline:
-                    self._look_at(attempt)
-
-    def _look_at(self, attempt: "Any") -> None:
-        """How a connection attempt stands: connect() again tells."""
-        _, _, remote, _, (_, address), _ = attempt
-        self._go_on(attempt, remote.connect_ex(address))
+            self.relay.poller.modify(self._server.fileno(), READABLE)
+        self._start_connecting()
+        for attempt, deadline in list(self._connecting.values()):
+            if now >= deadline:
+                self._go_on(attempt, errno.ETIMEDOUT)
 
     def _go_on(self, attempt: "Any", error: int) -> None:
-        """`attempt`: client, its address, remote, lease, route, deadline; `error`: what connect() said."""
-        client, client_address, remote, lease, route, deadline = attempt
+        """`attempt`: client, its address, remote, lease and route; `error`: what connect() said."""
+        client, client_address, remote, lease, route = attempt
         fd = remote.fileno()
         if error in CONNECTING:
-            if elapsed_seconds() < deadline:
-                if fd not in self._connecting:
-                    self._connecting[fd] = attempt
-                    self.relay.handlers[fd] = lambda events: self._look_at(attempt)
-                    self.relay.poller.register(fd, WRITABLE)
-                return
-            error = errno.ETIMEDOUT
+            if fd not in self._connecting:
+                self.relay.poller.register(fd, WRITABLE)
+                # connect() again tells how it stands
+                self.relay.handlers[fd] = lambda events: self._go_on(attempt, remote.connect_ex(route[1]))
+                self._connecting[fd] = attempt, elapsed_seconds() + CONNECT_SECONDS
+            return
         self._forget_attempt(fd)
-        failure = OSError(error, os.strerror(error))
-        if error in (0, errno.EISCONN):
-            try:
-                set_leg_options(remote)
-                self._begin(client, client_address, remote, lease)
-                return
-            except OSError as reason:
-                failure = reason
-        remote.close()
-        self._connect_in_thread(client, client_address, lease, route, failure)
+        try:
+            if error not in (0, errno.EISCONN):
+                raise OSError(error, os.strerror(error))
+            set_leg_options(remote)
+        except OSError as failure:
+            remote.close()
+            self._connect_in_thread(client, client_address, lease, route, failure)
+        else:
+            self._begin(client, client_address, remote, lease)
 
     def _forget_attempt(self, fd: int) -> None:
-        if self._connecting.pop(fd, None) is not None:
+        if self._connecting.pop(fd, None):
             self.relay.poller.unregister(fd)
             del self.relay.handlers[fd]
 
     def _connect_in_thread(self, *job: "Any") -> None:
         """`job`: client, its address, and where a first attempt failed the lease, its route and the error."""
-        import threading
-
         self._dialled_for.add(job[0])
         self._waiting.append(job)
-        if self._connecting_threads < CONNECTING_THREADS_MAX:
-            self._connecting_threads += 1
+        self._start_connecting()
+
+    def _start_connecting(self) -> None:
+        import threading
+
+        while self._waiting and self._connecting_threads < CONNECTING_THREADS_MAX:
             try:
-                threading.Thread(target=self._connect_waiting, daemon=True).start()
+                threading.Thread(target=self._connect_one, args=self._waiting[0], daemon=True).start()
             except RuntimeError:  # no more threads: _tick tries again
-                self._connecting_threads -= 1
+                return
+            self._connecting_threads += 1
+            self._waiting.popleft()
 
-    def _connect_waiting(self) -> None:
-        import functools
+    def _connect_one(self, client: "socket.socket", client_address: "Any", *failed: "Any") -> None:
+        try:
+            remote, lease = self._connect(*failed)
+        except Exception as error:
+            self.relay.post(self._fail, client, None, error)
+        else:
+            self.relay.post(self._begin, client, client_address, remote, lease)
+        self.relay.post(self._end_connecting)
 
-        while True:
-            try:
-                client, client_address, *failed = self._waiting.popleft()
-            except IndexError:
-                break
-            try:
-                remote, lease = self._connect(*failed)
-            except Exception as error:
-                self.relay.post(functools.partial(self._fail, client, None, error))
-            else:
-                self.relay.post(functools.partial(self._begin, client, client_address, remote, lease))
-        self.relay.post(self._end_connecting_thread)
-
-    def _end_connecting_thread(self) -> None:
+    def _end_connecting(self) -> None:
         self._connecting_threads -= 1
-        self._start_waiting()
-
-    def _start_waiting(self) -> None:
-        if self._waiting and self._connecting_threads < CONNECTING_THREADS_MAX:
-            self._connect_in_thread(*self._waiting.popleft())
+        self._start_connecting()
 
     def _begin(self, client: "socket.socket", client_address: "Any", remote: "socket.socket",
                lease: "Any") -> None:
@@ -2559,14 +2518,15 @@ class Forwarder:
             self._report("warning: " + text)
 
     def _stop_listening(self) -> None:
-        self._listen(False)
-        self._resume_on = 0.0
-        self.relay.handlers.pop(self._server.fileno(), None)
-        self._server.server_close()
+        fd = self._server.fileno()
+        if self.relay.handlers.pop(fd, None):
+            self.relay.poller.unregister(fd)
+            self._resume_on = 0.0
+            self._server.server_close()
 
     def _stop_dialling(self) -> None:
-        for fd, (client, _, remote, lease, _, _) in list(self._connecting.items()):
-            self._forget_attempt(fd)
+        for (client, _, remote, lease, _), _ in list(self._connecting.values()):
+            self._forget_attempt(remote.fileno())
             remote.close()
             lease.release()
             self._dialled_for.add(client)
