@@ -1887,7 +1887,7 @@ class Sessions:
         """With the lock held: an idle lease, else the least busy one where no other may be had."""
         now = elapsed_seconds()
         usable = [lease for lease in self._leases if now < lease.expires_on]
-        if self.over is not None or self._leaving or not usable:
+        if self.over or self._leaving or not usable:
             return None
         best = min(usable, key=lambda lease: lease.connections)
         if best.connections:
@@ -1907,7 +1907,7 @@ class Sessions:
         """A lease for one connection, issued if need be."""
         while True:
             with self._changed:
-                if self.over is not None:
+                if self.over:
                     raise self.over
                 if self._leaving:
                     raise PlexctlError("interrupted")
@@ -1969,16 +1969,14 @@ class Sessions:
         """
         wanted_on = elapsed_seconds()
         with lease.refreshing:
-            if lease.refreshed_on >= wanted_on or lease.over is not None:
-                return True
-            if failed_route is not None and lease.route != failed_route:
+            if lease.refreshed_on >= wanted_on or lease.over or failed_route not in (None, lease.route):
                 return True
             lease.refreshed_on = elapsed_seconds()
             try:
                 session = self._plane.get(self._request.project_id, lease.issued.session_id)
                 if session.status != "active":
                     self._end(lease, describe_end(session), session.status == "expired"
-                              or session.revoke_reason in RUN_OUT_REASONS)
+                              or session.revoke_reason in ("ttl_expired", "idle_timeout"))
                 elif session.listener_endpoint and session.listener_endpoint != lease.endpoint:
                     self._report("the Node reports a new listener endpoint: %s" % session.listener_endpoint)
                     self._move(lease, session.listener_endpoint)
@@ -2036,14 +2034,11 @@ class Sessions:
             self._changed.notify_all()
 
 
-RUN_OUT_REASONS = ("ttl_expired", "idle_timeout")
-
-
 def describe_end(session: Session) -> SessionOver:
     """Why a session is no longer active."""
     reason = " (%s)" % session.revoke_reason if session.revoke_reason else ""
-    return SessionOver("the session was revoked" + reason if session.status == "revoked"
-                       else "the session expired" + reason)
+    return SessionOver("the session %s%s" % (
+        "was revoked" if session.status == "revoked" else "expired", reason))
 
 
 def connect_socket(family: int, address: "Any") -> "socket.socket":
@@ -2135,12 +2130,6 @@ class OwnerCheck:
         self._netlink.close()
 
 
-def identify_file(path: str) -> "Tuple[int, int]":
-    """Device and inode of what the path names."""
-    status = os.lstat(path)
-    return status.st_dev, status.st_ino
-
-
 def create_listener(local: LocalAddress) -> "Any":
     """A socketserver that binds and listens now; the relay's loop serves it."""
     import socket
@@ -2149,7 +2138,7 @@ def create_listener(local: LocalAddress) -> "Any":
     class Listener(socketserver.TCPServer):
         request_queue_size = BACKLOG_CONNECTIONS  # the default of 5 makes bursts wait a second
         allow_reuse_address = os.name == "posix"  # on Windows it would let others take the port
-        identity: "Optional[Tuple[int, int]]" = None
+        identity: "Optional[os.stat_result]" = None
         if local.path:
             address_family = socket.AF_UNIX
         elif ":" in local.host:
@@ -2166,12 +2155,12 @@ def create_listener(local: LocalAddress) -> "Any":
                     os.umask(mask)
             self.socket.setblocking(False)
             if local.path:
-                self.identity = identify_file(local.path)
+                self.identity = os.lstat(local.path)
 
         def server_close(self) -> None:
             super().server_close()
             mine, self.identity = self.identity, None
-            if mine and os.path.lexists(local.path) and identify_file(local.path) == mine:
+            if mine and os.path.lexists(local.path) and os.path.samestat(mine, os.lstat(local.path)):
                 os.unlink(local.path)
 
     address = local.path or (local.host, local.port)
@@ -2504,9 +2493,9 @@ class Forwarder:
     def _fail(self, client: "socket.socket", lease: "Any", error: Exception) -> None:
         """A connection that could not be served is reset."""
         self._dialled_for.discard(client)
-        why = str(error) if isinstance(error, PlexctlError) else show_error(error)
-        if client.fileno() >= 0:
-            self._report("warning: a connection was not served: %s" % why)
+        if client.fileno() >= 0:  # not stopped meanwhile
+            self._report("warning: a connection was not served: %s" % (
+                error if isinstance(error, PlexctlError) else show_error(error)))
         if lease is not None:
             lease.release()
         reset_on_close(client)
@@ -2570,23 +2559,23 @@ class StdioRelay:
         self._half_closed = False
         self._remote = remote
         self._on_end = on_end
-        self._ended: "Set[str]" = set()
+        self._ended: "List[Any]" = []
 
     def start(self) -> None:
         """Starts both directions."""
         import threading
 
-        for name, copy in (("up", self._copy_up), ("down", self._copy_down)):
-            threading.Thread(target=self._run, args=(name, copy), daemon=True).start()
+        for copy in (self._copy_up, self._copy_down):
+            threading.Thread(target=self._run, args=(copy,), daemon=True).start()
 
-    def _run(self, name: str, copy: "Callable[[], None]") -> None:
+    def _run(self, copy: "Callable[[], None]") -> None:
         try:
             copy()
         except PlexctlError as error:
-            self.error = self.error or error
-        self._ended.add(name)
+            self.error = error
+        self._ended.append(copy)
         # a terminal would wait for a key that nobody needs any more
-        if self.error or len(self._ended) == 2 or name == "down" and os.isatty(0):
+        if self.error or len(self._ended) == 2 or copy == self._copy_down and os.isatty(0):
             self.over = True
             self._on_end()
 
@@ -2620,8 +2609,10 @@ class StdioRelay:
                     self._remote.getpeername()
             except OSError as error:
                 raise PlexctlError("the connection ended: %s" % show_error(error)) from error
-            if not count:
-                self._close_stdout()
+            if not count:  # the reader sees the end; the descriptor's number stays taken
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, 1)
+                os.close(nowhere)
                 return
             piece = view[:count]
             while piece:
@@ -2636,13 +2627,6 @@ class StdioRelay:
                                        % show_error(error)) from error
                 self.down += written
                 piece = piece[written:]
-
-    @staticmethod
-    def _close_stdout() -> None:
-        """The reader sees the end; the descriptor's number stays taken."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)
-        os.close(nowhere)
 
 
 def wait_for(fd: int, mask: int) -> None:
@@ -2683,12 +2667,11 @@ def find_command(name: str, environ: "Mapping[str, str]") -> str:
     """The program a COMMAND names; exit 127 or 126 as a shell would, before anything is issued."""
     import shutil
 
-    found = shutil.which(name, path=environ.get("PATH", os.defpath)) if name else None
+    path = environ.get("PATH", os.defpath)
+    found = shutil.which(name, path=path)
     if found and is_executable(found):
         return found
-    places = [name] if os.path.dirname(name) else [
-        os.path.join(place, name) for place in environ.get("PATH", os.defpath).split(os.pathsep)]
-    if name and any(os.path.exists(place) for place in places):
+    if shutil.which(name, os.F_OK, path) or os.path.dirname(name) and os.path.exists(name):
         raise PlexctlError("%s: cannot be executed" % escape(name), EXIT_NOT_EXECUTABLE)
     raise PlexctlError("%s: command not found" % escape(name), EXIT_NOT_FOUND)
 
