@@ -1203,6 +1203,17 @@ ERRORS_ONCE = 1 << 31  # EPOLLET: an error or hang-up that nobody reads would be
 READING, BLOCKED, BULK, ENDED = range(4)  # what a Flow is doing
 
 
+def start_thread(function: "Callable[..., object]", *arguments: "Any") -> bool:
+    """Runs it in a thread that does not keep the process alive; False if there are no more threads."""
+    import threading
+
+    try:
+        threading.Thread(target=function, args=arguments, daemon=True).start()
+        return True
+    except RuntimeError:
+        return False
+
+
 class SelectorPoller:
     """The part of select.epoll that the relay uses, where there is no epoll (macOS, Windows)."""
 
@@ -1602,21 +1613,17 @@ class Relay:
         """
         import socket
         import struct
-        import threading
 
         if not sys.platform.startswith("linux") or not self.dontwait or self.bulk_flows >= BULK_FLOWS_MAX:
             return
         limit = struct.pack("ll", 0, BULK_WAIT_MICROSECONDS)
         flow.source.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         flow.sink.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-        self.bulk_flows += 1
         flow.full_reads = 0
-        flow.state = BULK
-        try:
+        if start_thread(flow.carry_in_bulk):  # else the loop goes on with it
+            self.bulk_flows += 1
+            flow.state = BULK
             flow.pair.watch()
-            threading.Thread(target=flow.carry_in_bulk, daemon=True).start()
-        except (OSError, RuntimeError):  # no more threads: the loop goes on with it
-            flow.leave_bulk(flow.pump)
 
     def _run_posted(self) -> None:
         while self._posted:
@@ -1775,18 +1782,13 @@ class Sessions:
 
     def tick(self) -> None:
         """To be called every second or so: expiry, warnings before it, and news from the server."""
-        import threading
-
         now = elapsed_seconds()
         for lease in tuple(self._leases):
             if now >= lease.expires_on:
                 self._end(lease, SessionOver("the session expired"), renewable=True)
             elif now - lease.rechecked_on >= RECHECK_SECONDS:
                 lease.rechecked_on = now
-                try:
-                    threading.Thread(target=self._refresh, args=(lease,), daemon=True).start()
-                except RuntimeError:  # no more threads: it can wait
-                    pass
+                start_thread(self._refresh, lease)
         left = self.seconds_left()
         longest = max((lease.issued.lifetime_seconds for lease in tuple(self._leases)), default=0.0)
         for threshold in reversed(WARN_LEFT_SECONDS):
@@ -2006,15 +2008,9 @@ class Sessions:
         self.on_retired(lease)
 
     def _start_revoking(self, session_id: str) -> None:
-        """With the lock held. Only the first call for a session does anything."""
-        import threading
-
+        """With the lock held. Does nothing if it has begun; where it cannot begin leave() tries again."""
         if self._owed.get(session_id) is False:
-            try:
-                threading.Thread(target=self._revoke, args=(session_id,), daemon=True).start()
-                self._owed[session_id] = True
-            except RuntimeError:  # no more threads: still owed, leave() tries again
-                pass
+            self._owed[session_id] = start_thread(self._revoke, session_id)
 
     def _revoke(self, session_id: str) -> None:
         deadline = elapsed_seconds() + LEAVE_SECONDS
@@ -2437,12 +2433,8 @@ class Forwarder:
         self._start_connecting()
 
     def _start_connecting(self) -> None:
-        import threading
-
         while self._waiting and self._connecting_threads < CONNECTING_THREADS_MAX:
-            try:
-                threading.Thread(target=self._connect_one, args=self._waiting[0], daemon=True).start()
-            except RuntimeError:  # no more threads: _tick tries again
+            if not start_thread(self._connect_one, *self._waiting[0]):  # _tick tries again
                 return
             self._connecting_threads += 1
             self._waiting.popleft()
@@ -2463,20 +2455,17 @@ class Forwarder:
     def _begin(self, client: "socket.socket", client_address: "Any", remote: "socket.socket",
                lease: "Any") -> None:
         self._dialled_for.discard(client)
-        if client.fileno() < 0:  # stopped meanwhile
+        try:
+            self._leases[self.relay.add(client, remote, self._end)] = lease
+        except OSError as error:  # stopped meanwhile, or the poller takes no more
             remote.close()
-            lease.release()
+            self._fail(client, lease, error)
             return
         if self._verbose:
             self._report("connection %d from %s to %s" % (
-                self._ended.served + len(self._leases) + 1,
+                self._ended.served + len(self._leases),
                 "%s:%d" % client_address[:2] if client_address else "a local process",
                 join_host_port(*lease.route[1][:2])))
-        try:
-            self._leases[self.relay.add(client, remote, self._end)] = lease
-        except OSError as error:  # the poller takes no more
-            remote.close()
-            self._fail(client, lease, error)
 
     def _end(self, pair: Pair) -> None:
         lease = self._leases.pop(pair)
