@@ -1221,26 +1221,22 @@ class SelectorPoller:
         import selectors
 
         self._selector = selectors.DefaultSelector()
-        self._masks: "Dict[int, int]" = {}
 
     def register(self, fd: int, mask: int) -> None:
         """Watches `fd` for READABLE, WRITABLE, both or, for now, nothing."""
-        self._masks[fd] = 0
         self.modify(fd, mask)
 
     def modify(self, fd: int, mask: int) -> None:
         """Changes what `fd` is watched for."""
         events = (1 if mask & READABLE else 0) | (2 if mask & WRITABLE else 0)
-        if self._masks[fd]:
+        if fd in self._selector.get_map():
             self._selector.unregister(fd)
         if events:
             self._selector.register(fd, events)
-        self._masks[fd] = events
 
     def unregister(self, fd: int) -> None:
         """Forgets `fd`."""
         self.modify(fd, 0)
-        del self._masks[fd]
 
     def poll(self, timeout: float) -> "List[Tuple[int, int]]":
         """(fd, events) pairs, after at most `timeout` seconds."""
@@ -1761,10 +1757,8 @@ class Sessions:
                 error = refusal
         failed.release()
         asked = self._refresh(failed, route)
-        with self._changed:
-            same = failed.over is None and failed.route == route
+        if failed.over is None and failed.route == route:
             idle = failed.connections == 0
-        if same:
             if not (asked and idle and self._renew and isinstance(error, ConnectionRefusedError)):
                 raise PlexctlError("listener endpoint %s: %s"
                                    % (failed.endpoint, show_error(error or OSError())))
@@ -1960,8 +1954,7 @@ class Sessions:
         if not is_dialable(str(address[0])) and not is_loopback(self._plane.server.host):
             raise PlexctlError("listener endpoint %s: leads to %s, which is refused"
                                % (endpoint, address[0]))
-        with self._changed:
-            lease.endpoint, lease.route = endpoint, (family, address)
+        lease.endpoint, lease.route = endpoint, (family, address)
 
     def _refresh(self, lease: Lease, failed_route: "Any" = None) -> bool:
         """Asks GetSession and acts on it; whether there was an answer. Raises nothing.
@@ -2104,9 +2097,10 @@ class OwnerCheck:
             return socket.inet_pton(self._family, address).ljust(16, b"\0")
 
         # inet_diag_req_v2 with inet_diag_sockid (ports in network order), behind an nlmsghdr
+        # of type SOCK_DIAG_BY_FAMILY with NLM_F_REQUEST
         self._sequence = self._sequence + 1 & 0xFFFFFFFF
-        request = (struct.pack("=IHHII", 72, 20, 1, self._sequence, 0)  # SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST
-                   + struct.pack("=BBBBI", self._family, socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF)
+        request = (struct.pack("=IHHIIBBBBI", 72, 20, 1, self._sequence, 0,
+                               self._family, socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF)
                    + struct.pack("!HH", source[1], destination[1])
                    + packed(source[0]) + packed(destination[0])
                    + struct.pack("=III", 0, 0xFFFFFFFF, 0xFFFFFFFF))
