@@ -2279,7 +2279,6 @@ class Forwarder:
         self._server.server_close()
         if self._owners is not None:
             self._owners.close()
-            self._owners = None
 
     def raise_limit(self) -> None:
         """Raises the process's limit of descriptors, and takes as many connections as that allows."""
@@ -2328,7 +2327,7 @@ class Forwarder:
             reset_on_close(client)
             client.close()
             return
-        lease = self._take() if self._take is not None else None
+        lease = self._take() if self._take else None
         if lease is None:
             self._connect_in_thread(client, client_address)
             return
