@@ -137,7 +137,8 @@ class Interrupted(Exception):
 DIGITS = frozenset("0123456789")
 HEX_DIGITS = DIGITS | frozenset("abcdefABCDEF")
 NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ-_") | DIGITS
-URL_PATTERN = r"(?i:(https?))://(\[[0-9a-fA-F:.]+\]|[^\[\]/:?#@\\]+)(?::([0-9]{1,5}))?(/[^?#\\]*)?"
+URL_PATTERN = r"(?=[!-~]*\Z)" \
+    r"(?i:(https?))://(\[[0-9a-fA-F:.]+\]|[^\[\]/:?#@\\]+)(?::([0-9]{1,5}))?(/[^?#\\]*)?"
 TIME_PATTERN = r"([0-9]{4})-([0-9]{2})-([0-9]{2})[Tt]([0-9]{2}):([0-9]{2}):([0-5][0-9]|60)" \
     r"(\.[0-9]{1,9})?(?:[Zz]|([+-])([01][0-9]|2[0-3]):([0-5][0-9]))"
 
@@ -186,30 +187,24 @@ def parse_target_host(text: str) -> str:
     return text
 
 
-def is_ipv4(host: str) -> bool:
-    """Four decimal numbers up to 255 without leading zeros; connect() takes much more than that."""
-    parts = host.split(".")
-    return len(parts) == 4 and all(1 <= len(part) <= 3 and set(part) <= DIGITS and int(part) <= 255
-                                   and part == str(int(part)) for part in parts)
-
-
 def is_name(host: str) -> bool:
     """A DNS name whose last label cannot be taken for a number (RFC 1123, section 2.1)."""
     labels = (host[:-1] if host.endswith(".") else host).split(".")
     last = labels[-1].lower()
     return (len(host) <= 253 and not set(last) <= DIGITS and not last.startswith("0x")
             and all(1 <= len(label) <= 63 and set(label) <= NAME_CHARACTERS
-                    and label[0] != "-" != label[-1] for label in labels))
+                    and label == label.strip("-") for label in labels))
 
 
 def pack_address(host: str) -> bytes:
-    """The 4 or 16 bytes of an IP address literal; b"" for anything else (a name, 127.1, 0)."""
+    """The 4 or 16 bytes of an IP address literal; b"" for anything else.
+
+    connect() takes 127.1, 0 and 010.0.0.1 for addresses; inet_pton does not.
+    """
     import socket
 
-    if is_ipv4(host):
-        return socket.inet_pton(socket.AF_INET, host)
     try:
-        packed = socket.inet_pton(socket.AF_INET6, host)
+        packed = socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
     except (OSError, ValueError):
         return b""
     mapped = b"\0" * 10 + b"\xff\xff"
@@ -225,12 +220,11 @@ def is_loopback(host: str) -> bool:
 
 def is_dialable(host: str) -> bool:
     """False for loopback, unspecified, multicast and broadcast addresses."""
-    packed = pack_address(host)
     if is_loopback(host) or host.lower().rstrip(".").endswith(".localhost"):
         return False
-    if packed in (b"\0" * 4, b"\0" * 16):
-        return False
-    return not (len(packed) == 4 and packed[0] >= 224 or len(packed) == 16 and packed[0] == 0xFF)
+    packed = pack_address(host)
+    multicast = packed[:1] >= (b"\xe0" if len(packed) == 4 else b"\xff")
+    return not multicast and packed not in (b"\0" * 4, b"\0" * 16)
 
 
 def join_host_port(host: str, port: int) -> str:
@@ -264,14 +258,12 @@ class Endpoint(Record):
 
 def parse_endpoint(text: str, lowest_port: int = 1) -> Endpoint:
     """host:port or [IPv6]:port; the host an address literal or a DNS name; no 127.1, no 0."""
-    host, colon, port = text.rpartition(":")
-    literal = host[1:-1] if host.startswith("[") and host.endswith("]") else ""
-    if colon and len(port) <= 5 and len(text) <= 261:
-        if literal and ":" in literal and pack_address(literal):
-            return Endpoint(literal, parse_int(port, lowest_port, 65535))
-        if is_ipv4(host) or is_name(host):
-            return Endpoint(host, parse_int(port, lowest_port, 65535))
-    raise ValueError("must be host:port, with brackets around an IPv6 address")
+    left, _, port = text.rpartition(":")
+    host = left[1:-1] if left.startswith("[") and left.endswith("]") else left
+    has_brackets = host != left
+    if len(port) > 5 or has_brackets != (":" in host) or not (is_name(host) or pack_address(host)):
+        raise ValueError("must be host:port, with brackets around an IPv6 address")
+    return Endpoint(host, parse_int(port, lowest_port, 65535))
 
 
 class LocalAddress(Record):
@@ -323,17 +315,18 @@ class Server(Record):
 def parse_server(text: str, allow_http: bool) -> Server:
     """An absolute https URL; http only for loopback, or where `allow_http` says so."""
     found = re.fullmatch(URL_PATTERN, text)
-    if not found or not all("!" <= c <= "~" for c in text):
+    if not found:
         raise ValueError("must be an absolute https:// URL without user info, query, fragment "
                          "or white space")
-    scheme, host, port, prefix = found.group(1).lower(), found.group(2), found.group(3), found.group(4)
+    scheme, host, port, prefix = found.groups("")
+    scheme = scheme.lower()
     try:
         endpoint = parse_endpoint("%s:%s" % (host, port or (443 if scheme == "https" else 80)))
     except ValueError:
         raise ValueError("has no valid host and port") from None
     if scheme == "http" and not allow_http and not is_loopback(endpoint.host):
         raise ValueError("must be https:// (plain http is for loopback; --allow-http permits it)")
-    return Server(scheme, endpoint.host, endpoint.port, (prefix or "").rstrip("/"))
+    return Server(scheme, endpoint.host, endpoint.port, prefix.rstrip("/"))
 
 
 def parse_time(text: str) -> float:
@@ -343,12 +336,13 @@ def parse_time(text: str) -> float:
     found = re.fullmatch(TIME_PATTERN, text)
     if not found:
         raise ValueError("is not an RFC 3339 time")
-    year, month, day, hour, minute, second = (int(part) for part in found.groups()[:6])
-    fraction, sign, zone_hours, zone_minutes = found.groups()[6:]
+    parts = found.groups("0")
+    year, month, day, hour, minute, second = map(int, parts[:6])
+    fraction, sign, zone_hours, zone_minutes = parts[6:]
     moment = datetime.datetime(year, month, day, hour, minute, min(second, 59),
                                tzinfo=datetime.timezone.utc)
-    offset = int(zone_hours or 0) * 3600 + int(zone_minutes or 0) * 60
-    return moment.timestamp() + float(fraction or 0) + (offset if sign == "-" else -offset)
+    offset = int(zone_hours) * 3600 + int(zone_minutes) * 60
+    return moment.timestamp() + float(fraction) + (offset if sign == "-" else -offset)
 
 
 def parse_json(raw: bytes) -> "Any":
@@ -356,16 +350,14 @@ def parse_json(raw: bytes) -> "Any":
     import json
 
     def unique(pairs: "List[Tuple[str, Any]]") -> "Dict[str, Any]":
-        if len({key for key, _ in pairs}) != len(pairs):
+        fields = dict(pairs)
+        if len(fields) != len(pairs):
             raise ValueError("duplicate key")
-        return dict(pairs)
-
-    def refuse(constant: str) -> "NoReturn":
-        raise ValueError(constant)
+        return fields
 
     try:
-        document = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
-        json.dumps(document, ensure_ascii=False).encode("utf-8")
+        document = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+        json.dumps(document, ensure_ascii=False, allow_nan=False).encode("utf-8")
         return document
     except (ValueError, RecursionError, MemoryError):
         pass  # raised below: the context of an exception would hold the text
@@ -384,22 +376,24 @@ _CLOCK = 7 if sys.platform.startswith("linux") else getattr(time, "CLOCK_MONOTON
 
 def show_bytes(count: int) -> str:
     """A byte count for people: 512 B, 1.5 KiB, 3.2 GiB."""
-    size, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
+    if count < 1024:
+        return "%d B" % count
+    size = float(count)
+    for unit in ("KiB", "MiB", "GiB", "TiB"):
+        size /= 1024
         if size < 1024:
             break
-        size, unit = size / 1024, larger
-    return "%d B" % count if unit == "B" else "%.1f %s" % (size, unit)
+    return "%.1f %s" % (size, unit)
 
 
 def show_seconds(seconds: float) -> str:
     """A duration for people: 5s, 2m05s, 1h02m."""
-    whole = max(0, int(seconds))
-    if whole < 60:
-        return "%ds" % whole
-    if whole < 3600:
-        return "%dm%02ds" % (whole // 60, whole % 60)
-    return "%dh%02dm" % (whole // 3600, whole // 60 % 60)
+    minutes, rest = divmod(max(0, int(seconds)), 60)
+    if not minutes:
+        return "%ds" % rest
+    if minutes < 60:
+        return "%dm%02ds" % (minutes, rest)
+    return "%dh%02dm" % divmod(minutes, 60)
 
 
 def show_error(error: BaseException) -> str:
