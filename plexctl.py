@@ -398,6 +398,7 @@ def show_seconds(seconds: float) -> str:
 
 def show_error(error: BaseException) -> str:
     """Why something failed, without what it was given: a message may hold a header or a body."""
+    kind = type(error).__name__
     reason = getattr(error, "reason", None)  # URLError's and SSLError's
     if isinstance(reason, BaseException):
         return show_error(reason)
@@ -406,17 +407,16 @@ def show_error(error: BaseException) -> str:
         return "certificate not trusted: " + escape(str(verify_message))
     if reason == "CERTIFICATE_VERIFY_FAILED":  # 3.6 has no verify_message
         return "certificate not trusted"
-    if type(error).__name__ == "SSLError" and reason:
-        return "TLS failed: " + escape(str(reason).replace("_", " ").lower())
-    if isinstance(error, OSError) and str(error).startswith("Tunnel connection failed: "):  # http.client
-        return "the proxy refused: " + escape(str(error)[len("Tunnel connection failed: "):])
-    if type(error).__name__ == "CertificateError":  # 3.6; a ValueError there
+    if kind == "CertificateError":  # 3.6; a ValueError there
         return "certificate not trusted: it is for another host name"
-    if isinstance(error, OSError) and error.strerror and "SSL" not in type(error).__name__:
+    if kind == "SSLError" and reason:
+        return "TLS failed: " + escape(str(reason).replace("_", " ").lower())
+    _, by_proxy, answer = str(error).partition("Tunnel connection failed: ")  # http.client's words
+    if by_proxy and kind == "OSError":
+        return "the proxy refused: " + escape(answer)
+    if isinstance(error, OSError) and error.strerror and "SSL" not in kind:
         return escape(error.strerror)
-    if isinstance(error, OSError) and type(error).__name__ in ("timeout", "TimeoutError"):
-        return "timed out"
-    return type(error).__name__
+    return "timed out" if kind in ("timeout", "TimeoutError") else kind
 
 
 # ----------------------------------------------------------------------------------- credentials
