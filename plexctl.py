@@ -451,7 +451,7 @@ class Secret:
 def parse_token(raw: bytes, source: str) -> Secret:
     """A bearer token: one line end is dropped, the rest is 1 to 8192 characters of \\x21-\\x7e."""
     kept = raw[:-2] if raw.endswith(b"\r\n") else raw[:-1] if raw.endswith(b"\n") else raw
-    if not 1 <= len(kept) <= TOKEN_MAX_CHARACTERS or not all(0x21 <= byte <= 0x7E for byte in kept):
+    if not 1 <= len(kept) <= TOKEN_MAX_CHARACTERS or not set(kept) <= set(range(0x21, 0x7F)):
         raise CredentialsError("%s: must hold one token of 1 to %d printable ASCII characters, and "
                                "nothing else" % (source, TOKEN_MAX_CHARACTERS))
     return Secret(kept.decode("ascii"), source)
@@ -509,8 +509,8 @@ def read_limited(descriptor: int, source: str) -> bytes:
 class Profile(Record):
     """One entry of the config file: server URL and token, either may be missing ("", None)."""
 
-    server: str
-    token: "Optional[Secret]"
+    server: str = ""
+    token: "Optional[Secret]" = None
 
 
 def base_directory(variable: str, below_home: str, environ: "Mapping[str, str]") -> str:
@@ -520,6 +520,11 @@ def base_directory(variable: str, below_home: str, environ: "Mapping[str, str]")
         return given
     home = environ.get("HOME") or os.path.expanduser("~")
     return os.path.join(home, below_home) if os.path.isabs(home) else ""
+
+
+def is_object(value: "Any", **types: type) -> bool:
+    """Whether this is a JSON object with no fields but these, each of its type."""
+    return isinstance(value, dict) and all(isinstance(value[name], types.get(name, ())) for name in value)
 
 
 def read_profile(name: str, environ: "Mapping[str, str]") -> Profile:
@@ -532,25 +537,19 @@ def read_profile(name: str, environ: "Mapping[str, str]") -> Profile:
     except (FileNotFoundError, NotADirectoryError):
         if name:
             raise CredentialsError("--profile: no such profile, there is no %s" % source) from None
-        return Profile("", None)
+        return Profile()
     except OSError:  # read_secret_file says why
         pass
-    malformed = CredentialsError("%s: must have the shape %s" % (source, CONFIG_SHAPE))
     try:
         document = parse_json(read_secret_file(path, source))
     except ValueError:
-        raise malformed from None
-    profiles = document.get("profiles") if isinstance(document, dict) else None
-    if (not isinstance(profiles, dict) or set(document) - {"default", "profiles"}
-            or not isinstance(document.get("default", ""), str)):
-        raise malformed
-    for entry in profiles.values():
-        if (not isinstance(entry, dict) or set(entry) - {"server", "token"}
-                or not all(isinstance(value, str) for value in entry.values())):
-            raise malformed
-    wanted = name or document.get("default", "")
+        document = None
+    profiles = document.get("profiles") if is_object(document, default=str, profiles=dict) else None
+    if profiles is None or not all(is_object(entry, server=str, token=str) for entry in profiles.values()):
+        raise CredentialsError("%s: must have the shape %s" % (source, CONFIG_SHAPE))
+    wanted = name or document.get("default")
     if not wanted:
-        return Profile("", None)
+        return Profile()
     if wanted not in profiles:
         raise CredentialsError("%s: has no such profile as %s names, but %s" % (
             source, "--profile" if name else '"default"',
@@ -561,6 +560,14 @@ def read_profile(name: str, environ: "Mapping[str, str]") -> Profile:
     return Profile(profiles[wanted].get("server", ""), token)
 
 
+def check_server(text: str, source: str, allow_http: bool) -> Server:
+    """parse_server, as a UsageError that names the source."""
+    try:
+        return parse_server(text, allow_http)
+    except ValueError as error:
+        raise UsageError("%s: %s" % (source, error)) from None
+
+
 def resolve_credentials(server_flag: "Optional[str]", profile_flag: "Optional[str]",
                         token_file: "Optional[str]", allow_http: bool,
                         environ: "Mapping[str, str]") -> "Tuple[Server, Secret]":
@@ -568,13 +575,7 @@ def resolve_credentials(server_flag: "Optional[str]", profile_flag: "Optional[st
 
     A token that stands in a profile goes to that profile's own server and to no other.
     """
-    def parse(text: str, source: str) -> Server:
-        try:
-            return parse_server(text, allow_http)
-        except ValueError as error:
-            raise UsageError("%s: %s" % (source, error)) from None
-
-    profile = read_profile(profile_flag, environ) if profile_flag else Profile("", None)
+    profile = read_profile(profile_flag, environ) if profile_flag else Profile()
     url, source = environ.get("PLEXSPHERE_URL", ""), "PLEXSPHERE_URL"
     if server_flag:
         url, source = server_flag, "--server"
@@ -589,14 +590,15 @@ def resolve_credentials(server_flag: "Optional[str]", profile_flag: "Optional[st
         profile = profile if has_token else default
     if not url:
         raise UsageError("no server: give --server, a profile, or PLEXSPHERE_URL")
-    server = parse(url, source)
+    server = check_server(url, source, allow_http)
     if token_file:
         return server, parse_token(read_secret_file(token_file, "--token-file"), "--token-file")
     if profile.token is None:
         if not secret:
             raise CredentialsError("no credentials: give --token-file, a profile, or PLEXSPHERE_TOKEN")
         return server, parse_token(secret.encode("utf-8", "surrogateescape"), "PLEXSPHERE_TOKEN")
-    if not profile.server or not parse(profile.server, "server of the profile").same_origin(server):
+    if not profile.server or not check_server(
+            profile.server, "server of the profile", allow_http).same_origin(server):
         raise CredentialsError("the token of a profile goes only to that profile's own server; "
                                "give --token-file for another one")
     return server, profile.token
@@ -3055,10 +3057,7 @@ def check_together(options: argparse.Namespace) -> None:
     if options.stdio and options.token_file == "-":
         raise UsageError("--token-file - does not go with --stdio: both read standard input")
     if options.server:
-        try:
-            parse_server(options.server, options.allow_http)
-        except ValueError as error:
-            raise UsageError("--server: %s" % error) from None
+        check_server(options.server, "--server", options.allow_http)
     options.mode = modes[0] if modes else "print"
     options.local_addr = options.local_addr or LocalAddress("127.0.0.1", 0)
 
