@@ -376,14 +376,12 @@ _CLOCK = 7 if sys.platform.startswith("linux") else getattr(time, "CLOCK_MONOTON
 
 def show_bytes(count: int) -> str:
     """A byte count for people: 512 B, 1.5 KiB, 3.2 GiB."""
-    if count < 1024:
-        return "%d B" % count
-    size = float(count)
-    for unit in ("KiB", "MiB", "GiB", "TiB"):
-        size /= 1024
+    size, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
         if size < 1024:
             break
-    return "%.1f %s" % (size, unit)
+        size, unit = size / 1024, larger
+    return "%d B" % count if unit == "B" else "%.1f %s" % (size, unit)
 
 
 def show_seconds(seconds: float) -> str:
@@ -660,27 +658,31 @@ class Attempt:
         self._abandoned = False
         self._socket: "Any" = None
 
-    def opened(self, sock: "socket.socket") -> None:
-        """A duplicate is kept: ssl detaches the original, http.client forgets it after the head."""
+    def open_socket(self, address: "Tuple[str, int]", *arguments: "Any") -> "socket.socket":
+        """A connected socket for http.client."""
+        import socket
+
+        host: "Any" = address[0].encode("ascii")  # for a str, getaddrinfo loads the IDNA codec, 1 ms
+        sock = socket.create_connection((host, address[1]), *arguments)
+        # a duplicate is kept: ssl detaches the original, http.client forgets it after the head
         self._socket = sock.dup()
-        self._stop_if_abandoned()
-
-    def connected(self, connection: "Any") -> None:
-        """From here on the request is under way, and the limit of the whole exchange holds."""
-        self._stop_if_abandoned()
-        connection.sock.settimeout(EXCHANGE_SECONDS)
-        self.sent = True
-
-    def _stop_if_abandoned(self) -> None:
         if self._abandoned:  # the caller was told that nothing was sent
             raise TimeoutError
+        return sock
 
     def run(self, opener: "Any", request: "Any") -> None:
         """The exchange itself."""
+        import http.client
+
         try:
             with opener.open(request, timeout=CONNECT_SECONDS) as response:
                 self.answer = Answer(response.status, response.headers, b"")
-                self.answer.body = self._read(response)
+                body = response.read(BODY_MAX_BYTES + 1)
+                if len(body) > BODY_MAX_BYTES:
+                    raise OverflowError
+                if response.length:  # read(n) hides that fewer bytes came than were promised
+                    raise http.client.IncompleteRead(b"")
+                self.answer.body = body
         except Exception as error:  # OSError, HTTPException, ValueError, RecursionError, MemoryError, ...
             self.error = error
         finally:
@@ -688,16 +690,6 @@ class Attempt:
                 self._socket.close()
             self.done.set()
 
-    @staticmethod
-    def _read(response: "Any") -> bytes:
-        import http.client
-
-        body: "bytes" = response.read(BODY_MAX_BYTES + 1)
-        if len(body) > BODY_MAX_BYTES:
-            raise OverflowError
-        if response.length:  # read(n) hides that fewer bytes came than were promised
-            raise http.client.IncompleteRead(b"")
-        return body
 
     def abandon(self) -> None:
         """Wakes the thread by shutting its socket down."""
@@ -743,24 +735,16 @@ def create_opener(server: Server, ca_file: "Optional[str]", proxy: str) -> "Any"
         def __init__(self, host: str, attempt: Attempt, **more: "Any") -> None:
             super().__init__(host, **more)
             self._attempt = attempt
-            create = self._create_connection  # type: ignore[has-type]
-
-            def open_and_tell(address: "Any", *arguments: "Any") -> "Any":
-                # the name as bytes: for a str, getaddrinfo loads the IDNA codec, 1 ms
-                sock = create((address[0].encode("ascii"), address[1]), *arguments)
-                attempt.opened(sock)
-                return sock
-
-            self._create_connection = open_and_tell
+            self._create_connection = attempt.open_socket
 
         def connect(self) -> None:
             super().connect()
-            self._attempt.connected(self)
+            self.sock.settimeout(EXCHANGE_SECONDS)  # from here on the request is under way
+            self._attempt.sent = True
 
     class Handler(urllib.request.AbstractHTTPHandler):
         def carry(self, request: "Any") -> "Any":
-            connect: "Any" = Connection
-            return self.do_open(connect, request, attempt=request.attempt, **keywords)
+            return self.do_open(Connection, request, attempt=request.attempt, **keywords)  # type: ignore
 
         http_open = https_open = carry
         http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
@@ -799,15 +783,15 @@ class Fields:
         """The error for a field that is missing or not what it should be."""
         return TransportError("%s: the answer has no valid %s" % (self.what, name), final=True)
 
-    def take(self, name: str, parse: "Callable[[str], Any]") -> "Any":
-        """A required string, as `parse` (which raises ValueError) makes it."""
+    def take(self, name: str, parse: "Callable[[Any], Any]", kind: type = str) -> "Any":
+        """A required field of this kind, as `parse` (which raises ValueError) makes it."""
         value = self._document.get(name)
-        if not isinstance(value, str):
-            raise self.bad(name)
         try:
-            return parse(value)
-        except (ValueError, OverflowError):
-            raise self.bad(name) from None
+            if isinstance(value, kind):
+                return parse(value)
+        except ValueError:
+            pass
+        raise self.bad(name)
 
     def take_optional(self, name: str, parse: "Callable[[str], Any]") -> "Any":
         """The same, or None where the field is missing or null."""
@@ -815,16 +799,13 @@ class Fields:
 
     def inner(self, name: str) -> "Fields":
         """A required object."""
-        if not isinstance(self._document.get(name), dict):
-            raise self.bad(name)
-        return Fields(self.what, self._document[name])
+        return Fields(self.what, self.take(name, dict, dict))
 
     def shown(self, name: str) -> str:
         """A string or a list of strings for people, escaped; "" for anything else."""
         value = self._document.get(name)
-        if isinstance(value, list):
-            value = ", ".join(item for item in value if isinstance(item, str))
-        return escape(value) if isinstance(value, str) else ""
+        words = value if isinstance(value, list) else [value]
+        return escape(", ".join(word for word in words if isinstance(word, str)))
 
 
 def one_of(*words: str) -> "Callable[[str], str]":
@@ -855,10 +836,8 @@ def parse_http_date(text: "Optional[str]") -> float:
 
 def parse_retry_after(text: "Optional[str]") -> "Optional[float]":
     """Seconds of a Retry-After header (RFC 9110, section 10.2.3), up to RETRY_AFTER_MAX_SECONDS."""
-    if not text:
-        return None
-    if re.fullmatch(r"[0-9]{1,4000}", text):
-        return float(min(int(text), RETRY_AFTER_MAX_SECONDS))
+    if text and set(text) <= DIGITS:
+        return min(float(text), RETRY_AFTER_MAX_SECONDS)
     moment = parse_http_date(text)
     return max(0.0, min(moment - time.time(), RETRY_AFTER_MAX_SECONDS)) if moment else None
 
@@ -868,7 +847,7 @@ def random_uuid() -> str:
     raw = bytearray(os.urandom(16))
     raw[6] = raw[6] & 0x0F | 0x40
     raw[8] = raw[8] & 0x3F | 0x80
-    text = "".join("%02x" % byte for byte in raw)
+    text = raw.hex()
     return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
 
 
@@ -881,13 +860,12 @@ def parse_problem(what: str, answer: Answer, token_source: str) -> ApiError:
     except ValueError:
         problem = Fields(what, None)
     status, code = answer.status, problem.shown("code")
-    words = ["%s: %d %s" % (what, status, problem.shown("title") or http.client.responses.get(status, ""))]
-    words += [problem.shown("detail")] if problem.shown("detail") else []
-    text = (": ".join(words)).rstrip(": ") + (" (%s)" % code if code else "")
-    for name, label in (("reason", "reason"), ("relation_path", "relation path"),
-                        ("correlation_id", "correlation id")):
+    title = problem.shown("title") or http.client.responses.get(status, "")
+    text = ("%s: %d %s: %s" % (what, status, title, problem.shown("detail"))).rstrip(": ")
+    text += " (%s)" % code if code else ""
+    for name in ("reason", "relation_path", "correlation_id"):
         if problem.shown(name):
-            text += "; %s %s" % (label, problem.shown(name))
+            text += "; %s %s" % (name.replace("_", " "), problem.shown(name))
     exit_code = EXIT_FAILURE
     if status == 401:
         exit_code = EXIT_CREDENTIALS
@@ -948,13 +926,11 @@ class ControlPlane:
                 answer = self._exchange("IssueSession", "POST", path, body)
                 if answer.status == 201:
                     may_exist = True  # until its id is known, and somebody revokes it
-
-                    def known(session_id: str) -> None:
-                        nonlocal may_exist
-                        may_exist = False
-                        on_issued(session_id)
-
-                    return self._parse_issued(answer, asked_on, known)
+                    fields = self._parse_body("IssueSession", answer)
+                    session_id = fields.take("session_id", parse_uuid)
+                    may_exist = False
+                    on_issued(session_id)
+                    return self._parse_issued(fields, session_id, asked_on, answer)
                 problem = parse_problem("IssueSession", answer, self._token_source)
                 error: "PlexctlError" = problem
                 again = problem.passing or problem.status == 409 and problem.code == "idempotent_replay"
@@ -1044,11 +1020,8 @@ class ControlPlane:
                        fields.take_optional("listener_endpoint", self._parse_endpoint),
                        fields.shown("revoke_reason"))
 
-    def _parse_issued(self, answer: Answer, asked_on: float,
-                      on_issued: "Callable[[str], None]") -> IssuedSession:
-        fields = self._parse_body("IssueSession", answer)
-        session_id = fields.take("session_id", parse_uuid)
-        on_issued(session_id)
+    def _parse_issued(self, fields: Fields, session_id: str, asked_on: float,
+                      answer: Answer) -> IssuedSession:
         token = fields.take("token", parse_session_token)
         expires_at = fields.take("expires_at", str)
         expires = fields.take("expires_at", parse_time)
