@@ -2640,11 +2640,14 @@ def describe(local: LocalAddress, lease: Lease, request: SessionRequest) -> "Dic
 
 def format_text(document: "Dict[str, Any]") -> str:
     """A header line and a row, columns aligned."""
-    names = "local_addr", "listener_endpoint", "target", "session_id", "expires_at"
     cells = dict(document, target=join_host_port(**document["target"]))
-    header, row = [name.upper() for name in names], [escape(cells[name]) for name in names]
-    widths = [max(len(name), len(cell)) for name, cell in zip(header, row)]
-    return "".join("  ".join(map(str.ljust, line, widths)).rstrip() + "\n" for line in (header, row))
+    header = row = ""
+    for name in ("local_addr", "listener_endpoint", "target", "session_id", "expires_at"):
+        cell = escape(cells[name])
+        width = max(len(name), len(cell)) + 2
+        header += name.upper().ljust(width)
+        row += cell.ljust(width)
+    return "%s\n%s\n" % (header.rstrip(), row.rstrip())
 
 
 def format_json(document: "Dict[str, Any]") -> str:
@@ -2706,10 +2709,10 @@ class Console:
     def __init__(self, stream: "Optional[IO[str]]", verbose: int, live: bool) -> None:
         import collections
 
+        self.stream = stream
         self.verbose = verbose
         self.signals: "List[int]" = []
         self.ignored: "Tuple[int, ...]" = ()
-        self._stream = stream
         self._live = live and stream is not None and stream.isatty()
         self._shown = 0
         self._raised = 0
@@ -2735,49 +2738,44 @@ class Console:
         stop, nor to keep a signal waiting.
         """
         deadline = elapsed_seconds() + seconds
-        while (self._lines or self._shown) and is_writable(self._stream, deadline - elapsed_seconds()):
+        while (self._lines or self._shown) and is_writable(self.stream, deadline - elapsed_seconds()):
             line = "plexctl: %s\n" % self._lines.popleft() if self._lines else ""
             try:
-                write_all(self._stream, self._wipe() + line)
+                write_all(self.stream, self._wipe() + line)
             except (OSError, ValueError):
                 pass
 
     def show(self, line: str) -> None:
         """Draws the live line, cut to the terminal; nothing where there is no terminal."""
-        if not self._live or not is_writable(self._stream, 0) or self._in_background():
+        if not self._live or not is_writable(self.stream, 0) or self._in_background():
             return
         line = line[:self._width() - 1]
         try:
-            write_all(self._stream, self._wipe() + line)
+            write_all(self.stream, self._wipe() + line)
             self._shown = len(line)
         except (OSError, ValueError):
             self._live = False
 
-    def write(self, text: str) -> None:
-        """Writes text at once; PlexctlError if that fails."""
+    def write(self, text: str, stream: "Optional[IO[str]]", name: str) -> None:
+        """Writes text to a stream at once; PlexctlError unless all of it was taken."""
         self.flush()
         try:
-            self.call(lambda: write_all(self._stream, text))
+            self.call(lambda: write_all(stream, text))
         except (OSError, ValueError) as error:
-            raise PlexctlError("cannot write to standard error: %s" % show_error(error)) from error
+            raise PlexctlError("cannot write to %s: %s" % (name, show_error(error))) from error
 
     def wait(self, seconds: float) -> None:
         """Until something happens, `seconds` at most. Raises Interrupted for a signal."""
         import select
 
-        self.flush_lines()
-        pending = len(self.signals) > self._raised and not self._finishing
-        if not pending and select.select([self.waker], [], [], seconds)[0]:
+        pending = len(self.signals) > self._raised
+        if select.select([self.waker], [], [], 0 if pending and not self._finishing else seconds)[0]:
             self.waker.clear()
-        self.flush_lines()
+        if self._lines:  # or the live line is left alone
+            self.flush()
         if len(self.signals) > self._raised and not self._finishing:
             self._raised += 1
             raise Interrupted(self.signals[self._raised - 1])
-
-    def flush_lines(self) -> None:
-        """flush(), but leaves the live line alone where there is nothing to say."""
-        if self._lines:
-            self.flush()
 
     def call(self, function: "Callable[[], Any]", status: "Optional[Callable[[], str]]" = None) -> "Any":
         """What `function` returns or raises, run in a thread, so that a signal ends the wait."""
@@ -2796,10 +2794,10 @@ class Console:
         """Runs what must still be done, for `seconds` at most; a further signal cuts it short."""
         self._finishing = True
         outcome = self._start(function)
-        deadline, hurried = elapsed_seconds() + seconds, False
+        deadline = elapsed_seconds() + seconds
         while not outcome and elapsed_seconds() < deadline:
-            if len(self.signals) > self._raised and not hurried:
-                hurried, deadline = True, min(deadline, elapsed_seconds() + HURRY_SECONDS)
+            if len(self.signals) > self._raised:
+                deadline = min(deadline, elapsed_seconds() + HURRY_SECONDS)
             self.wait(max(0.0, deadline - elapsed_seconds()))
 
     def _start(self, function: "Callable[[], Any]") -> "List[Tuple[Any, Optional[BaseException]]]":
@@ -2821,13 +2819,13 @@ class Console:
     def _in_background(self) -> bool:
         """Whether the terminal is another process group's now (`plexctl ... &`)."""
         try:
-            return os.tcgetpgrp(self._stream.fileno()) != os.getpgrp()  # type: ignore[union-attr]
+            return os.tcgetpgrp(self.stream.fileno()) != os.getpgrp()  # type: ignore[union-attr]
         except (OSError, ValueError, AttributeError):
             return False
 
     def _width(self) -> int:
         try:
-            return max(2, os.get_terminal_size(self._stream.fileno()).columns or 80)  # type: ignore[union-attr]
+            return max(2, os.get_terminal_size(self.stream.fileno()).columns or 80)  # type: ignore[union-attr]
         except (OSError, ValueError):
             return 80
 
@@ -3086,18 +3084,14 @@ class Run:
             self.console.call(lambda: audit.record("session_token_revealed", self.server,
                                                    self.request, lease.issued))
             self.console.write("plexctl: warning: the next line is the session token, a secret\n"
-                               "PLEXCTL_SESSION_TOKEN=%s\n" % lease.issued.token.reveal())
+                               "PLEXCTL_SESSION_TOKEN=%s\n" % lease.issued.token.reveal(),
+                               self.console.stream, "standard error")
         return lease
 
     def print_document(self, local: LocalAddress, lease: Lease) -> None:
         """The one document of stdout; PlexctlError unless all of it was taken."""
         text = FORMATS[self.options.output](describe(local, lease, self.request))
-        self.console.wait(0)
-        self.console.flush()
-        try:
-            self.console.call(lambda: write_all(self.stdout, text))
-        except (OSError, ValueError) as error:
-            raise PlexctlError("cannot write to standard output: %s" % show_error(error)) from error
+        self.console.write(text, self.stdout, "standard output")
 
     def print_coordinates(self) -> int:
         """Print mode: nothing is bound for longer than a moment, nothing dialled or revoked."""
