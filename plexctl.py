@@ -29,6 +29,7 @@ if __name__ == "__main__":
 
 import argparse
 import errno
+import functools
 import os
 import re
 import time
@@ -128,7 +129,7 @@ class Interrupted(Exception):
     def __init__(self, signum: int) -> None:
         import signal
 
-        super().__init__(signal.Signals(signum).name)
+        super().__init__("ended by " + signal.Signals(signum).name)
         self.signum = signum
 
 
@@ -174,6 +175,15 @@ def parse_seconds(text: str) -> float:
     if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
         raise ValueError("must be a number of seconds, 0 or more")
     return float(text)
+
+
+def one_of(*words: str) -> "Callable[[str], str]":
+    """A parser that takes just these words."""
+    def parse(text: str) -> str:
+        if text not in words:
+            raise ValueError("must be one of " + ", ".join(words))
+        return text
+    return parse
 
 
 def parse_target_host(text: str) -> str:
@@ -421,6 +431,7 @@ def show_error(error: BaseException) -> str:
 
 CONFIG_SHAPE = ('{"default": "prod", "profiles": {"prod": '
                 '{"server": "https://plexsphere.example.com", "token": "psk_..."}}}')
+OPEN_AT_ONCE = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)  # Windows has neither
 
 
 class Secret:
@@ -465,9 +476,8 @@ def read_secret_file(path: str, source: str) -> bytes:
 
     if path == "-":
         return read_limited(0, source)
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
     try:
-        descriptor = os.open(path, flags)
+        descriptor = os.open(path, os.O_RDONLY | OPEN_AT_ONCE)
     except (OSError, ValueError) as error:
         raise CredentialsError("%s: cannot be opened: %s" % (source, show_error(error))) from error
     try:
@@ -808,15 +818,6 @@ class Fields:
         return escape(", ".join(word for word in words if isinstance(word, str)))
 
 
-def one_of(*words: str) -> "Callable[[str], str]":
-    """A parser that takes just these words."""
-    def parse(text: str) -> str:
-        if text not in words:
-            raise ValueError
-        return text
-    return parse
-
-
 def parse_session_token(text: str) -> str:
     """The one-time session token: printable ASCII, no white space."""
     if not re.fullmatch(r"[!-~]{1,65536}", text):
@@ -1062,9 +1063,7 @@ class AuditLog:
                 raise FileNotFoundError(errno.ENOENT, "no home directory for it")
             path = os.path.join(base, "plexctl", "audit.log")
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
-        for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_NOCTTY"):
-            flags |= getattr(os, name, 0)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | OPEN_AT_ONCE
         descriptor = os.open(path, flags, 0o600)
         status = os.fstat(descriptor)
         device = stat.S_ISCHR(status.st_mode) and not os.path.samestat(status, os.stat(os.devnull))
@@ -1077,8 +1076,7 @@ class AuditLog:
         """Closes the file."""
         os.close(self._descriptor)
 
-    def record(self, event: str, server: Server, request: SessionRequest,
-               issued: IssuedSession) -> None:
+    def record(self, server: Server, request: SessionRequest, issued: IssuedSession) -> None:
         """Writes one JSON object in one line with one write; raises unless it is verifiably there."""
         import json
         import logging
@@ -1102,7 +1100,7 @@ class AuditLog:
         logger, handler = logging.getLogger("plexctl.audit"), OneWrite()
         if logger.level == logging.NOTSET:
             logger.setLevel(logging.INFO)
-        message = json.dumps(self._fields(event, server, request, issued))
+        message = json.dumps(self._fields(server, request, issued))
         logger.addHandler(handler)
         try:
             logger.info("%s", message)
@@ -1115,8 +1113,7 @@ class AuditLog:
             raise PlexctlError("audit log: logging dropped the record; the token is not shown")
         self._copy_to_syslog(message)
 
-    def _fields(self, event: str, server: Server, request: SessionRequest,
-                issued: IssuedSession) -> "Dict[str, Any]":
+    def _fields(self, server: Server, request: SessionRequest, issued: IssuedSession) -> "Dict[str, Any]":
         import socket
 
         uid = os.getuid() if hasattr(os, "getuid") else None
@@ -1128,7 +1125,7 @@ class AuditLog:
                 user = pwd.getpwuid(uid).pw_name
             except KeyError:
                 user = str(uid)
-        return {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": event,
+        return {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": "session_token_revealed",
                 "user": user, "uid": uid, "sudo_user": self._environ.get("SUDO_USER"),
                 "hostname": socket.gethostname(), "pid": os.getpid(), "server": str(server),
                 "project_id": request.project_id, "resource_id": request.resource_id,
@@ -2630,14 +2627,6 @@ def find_command(name: str, environ: "Mapping[str, str]") -> str:
 # ---------------------------------------------------------------------------------------- output
 
 
-def describe(local: LocalAddress, lease: Lease, request: SessionRequest) -> "Dict[str, Any]":
-    """The document of stdout: what an operator needs to know of a forwarded port."""
-    return {"session_id": lease.issued.session_id, "kind": "tcp", "local_addr": str(local),
-            "listener_endpoint": str(lease.endpoint),
-            "target": {"host": request.host, "port": request.port},
-            "expires_at": lease.issued.expires_at}
-
-
 def format_text(document: "Dict[str, Any]") -> str:
     """A header line and a row, columns aligned."""
     cells = dict(document, target=join_host_port(**document["target"]))
@@ -2739,22 +2728,15 @@ class Console:
         """
         deadline = elapsed_seconds() + seconds
         while (self._lines or self._shown) and is_writable(self.stream, deadline - elapsed_seconds()):
-            line = "plexctl: %s\n" % self._lines.popleft() if self._lines else ""
-            try:
-                write_all(self.stream, self._wipe() + line)
-            except (OSError, ValueError):
-                pass
+            self._redraw("plexctl: %s\n" % self._lines.popleft() if self._lines else "")
 
     def show(self, line: str) -> None:
         """Draws the live line, cut to the terminal; nothing where there is no terminal."""
         if not self._live or not is_writable(self.stream, 0) or self._in_background():
             return
         line = line[:self._width() - 1]
-        try:
-            write_all(self.stream, self._wipe() + line)
-            self._shown = len(line)
-        except (OSError, ValueError):
-            self._live = False
+        self._redraw(line)
+        self._shown = len(line)
 
     def write(self, text: str, stream: "Optional[IO[str]]", name: str) -> None:
         """Writes text to a stream at once; PlexctlError unless all of it was taken."""
@@ -2829,12 +2811,16 @@ class Console:
         except (OSError, ValueError):
             return 80
 
-    def _wipe(self) -> str:
-        if not self._shown:
-            return ""
-        rows = (self._shown - 1) // self._width()  # more than one after the window was narrowed
-        self._shown = 0
-        return ("\x1b[%dA" % rows if rows else "") + "\r\x1b[J"
+    def _redraw(self, text: str) -> None:
+        """Writes `text` in place of the live line, as far as stderr takes it."""
+        if self._shown:
+            rows = (self._shown - 1) // self._width()  # more than one after the window was narrowed
+            text = ("\x1b[%dA" % rows if rows else "") + "\r\x1b[J" + text
+            self._shown = 0
+        try:
+            write_all(self.stream, text)
+        except (OSError, ValueError):
+            pass
 
 
 # ---------------------------------------------------------------------------------- command line
@@ -2893,13 +2879,6 @@ def parse_word(text: str) -> str:
     return text
 
 
-def parse_format(text: str) -> str:
-    """text, json or yaml."""
-    if text not in FORMATS:
-        raise ValueError("must be text, json or yaml")
-    return text
-
-
 def parse_switch(text: str) -> bool:
     """The value of a boolean flag; a bare --flag was made --flag=true before."""
     if text not in ("true", "false"):
@@ -2912,7 +2891,7 @@ REQUIRED_FLAGS: "Dict[str, Callable[[str], Any]]" = {
     "--port": parse_port}
 PERSISTENT_FLAGS: "Dict[str, Callable[[str], Any]]" = {
     "--server": parse_word, "--profile": parse_word, "--token-file": parse_word,
-    "--output": parse_format, "--ca-file": parse_word, "--allow-http": parse_switch,
+    "--output": one_of(*FORMATS), "--ca-file": parse_word, "--allow-http": parse_switch,
     "--reveal-secrets": parse_switch, "--yes": parse_switch}
 FORWARD_FLAGS: "Dict[str, Callable[[str], Any]]" = dict(
     REQUIRED_FLAGS, **PERSISTENT_FLAGS, **{
@@ -2965,32 +2944,29 @@ def split_arguments(argv: "Sequence[str]") -> "Tuple[List[str], Optional[List[st
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations, whose errors show no value and no control character."""
-
-    def __init__(self) -> None:
-        # a width, or each add_argument would import shutil to ask the terminal for one
-        super().__init__(prog="plexctl", add_help=False, allow_abbrev=False,
-                         formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100))
+    """argparse whose errors show no value and no control character."""
 
     def error(self, message: str) -> "NoReturn":
         """One line that names the flag."""
-        message = re.sub("^argument ", "", message)
-        raise UsageError(escape(message.replace("the following arguments are required", "missing")))
+        message = message.replace("the following arguments are required", "missing")
+        raise UsageError(escape(message.replace("argument ", "", 1)))
+
+
+def convert(parse: "Callable[[str], Any]", text: str) -> "Any":
+    """What `parse` makes of the value of a flag; argparse would show what it refuses."""
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def create_parser() -> Parser:
     """The parser of what `split_arguments` let through; a persistent flag may stand there twice."""
-    def checked(parse: "Callable[[str], Any]") -> "Callable[[str], Any]":
-        def convert(text: str) -> "Any":
-            try:
-                return parse(text)
-            except ValueError as error:
-                raise argparse.ArgumentTypeError(str(error) or "is not valid") from None
-        return convert
-
-    parser = Parser()
+    # a width, or each add_argument would import shutil to ask the terminal for one
+    parser = Parser(prog="plexctl", add_help=False, allow_abbrev=False,
+                    formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100))
     for flag, parse in FORWARD_FLAGS.items():
-        parser.add_argument(flag, type=checked(parse), required=flag in REQUIRED_FLAGS,
+        parser.add_argument(flag, type=functools.partial(convert, parse), required=flag in REQUIRED_FLAGS,
                             default=DEFAULTS.get(flag, False if parse is parse_switch else None))
     parser.add_argument("-v", "--verbose", action="count", default=0)
     return parser
@@ -3012,15 +2988,14 @@ def check_together(options: argparse.Namespace) -> None:
     modes = [name for name, given in (("--proxy", options.proxy), ("--stdio", options.stdio),
                                       ("-- COMMAND", options.command is not None)) if given]
     if len(modes) > 1:
-        raise UsageError("%s and %s exclude each other" % (modes[0], modes[1]))
+        raise UsageError("%s and %s exclude each other" % tuple(modes[:2]))
     if options.command is not None and not (options.command and options.command[0]):
         raise UsageError("--: a COMMAND must follow")
-    needy = [flag for flag, given in (
-        ("--renew", options.renew), ("--keep-session", options.keep_session),
-        ("--allow-other-users", options.allow_other_users),
-        ("--max-sessions", options.max_sessions)) if given]
-    if needy and not modes:
-        raise UsageError("%s needs --proxy, --stdio or -- COMMAND" % needy[0])
+    for flag, given in (("--renew", options.renew), ("--keep-session", options.keep_session),
+                        ("--allow-other-users", options.allow_other_users),
+                        ("--max-sessions", options.max_sessions)):
+        if given and not modes:
+            raise UsageError("%s needs --proxy, --stdio or -- COMMAND" % flag)
     if not modes and options.local_addr and options.local_addr.path:
         raise UsageError("--local-addr unix: needs --proxy or -- COMMAND")
     if options.stdio and options.local_addr:
@@ -3081,8 +3056,7 @@ class Run:
                                   % show_seconds(elapsed_seconds() - began))  # type: Lease
         if self.audit is not None:
             audit = self.audit
-            self.console.call(lambda: audit.record("session_token_revealed", self.server,
-                                                   self.request, lease.issued))
+            self.console.call(lambda: audit.record(self.server, self.request, lease.issued))
             self.console.write("plexctl: warning: the next line is the session token, a secret\n"
                                "PLEXCTL_SESSION_TOKEN=%s\n" % lease.issued.token.reveal(),
                                self.console.stream, "standard error")
@@ -3090,15 +3064,17 @@ class Run:
 
     def print_document(self, local: LocalAddress, lease: Lease) -> None:
         """The one document of stdout; PlexctlError unless all of it was taken."""
-        text = FORMATS[self.options.output](describe(local, lease, self.request))
-        self.console.write(text, self.stdout, "standard output")
+        document = {"session_id": lease.issued.session_id, "kind": "tcp", "local_addr": str(local),
+                    "listener_endpoint": str(lease.endpoint),
+                    "target": {"host": self.request.host, "port": self.request.port},
+                    "expires_at": lease.issued.expires_at}
+        self.console.write(FORMATS[self.options.output](document), self.stdout, "standard output")
 
     def print_coordinates(self) -> int:
         """Print mode: nothing is bound for longer than a moment, nothing dialled or revoked."""
         local = self.options.local_addr
         if not local.port:
-            listener = bind_for_a_moment(local)
-            local = LocalAddress(local.host, listener)
+            local = LocalAddress(local.host, bind_for_a_moment(local))
         lease = self.establish()
         self.print_document(local, lease)
         self.sessions.keep()
@@ -3120,7 +3096,7 @@ class Run:
                 raise relay.error
             reason = "connection closed"
         except (PlexctlError, Interrupted) as error:
-            reason = str(error) if isinstance(error, PlexctlError) else "ended by %s" % error
+            reason = str(error)
             raise
         finally:
             self.console.report(describe_total(Counts(0, 1, relay.up, relay.down), began, reason))
@@ -3149,12 +3125,10 @@ class Run:
                 forwarder.raise_limit()
                 self.print_document(forwarder.local, lease)
                 while True:
-                    self.watch_sessions(lambda: self.describe_now(forwarder))
-            except PlexctlError as error:
+                    self.watch_sessions()
+                    console.show(self.describe_now(forwarder))
+            except (PlexctlError, Interrupted) as error:
                 reason = str(error)
-                raise
-            except Interrupted as interrupted:
-                reason = "ended by %s" % interrupted
                 raise
             finally:
                 console.ignored = ()
@@ -3165,15 +3139,12 @@ class Run:
                         forwarder.unidentified)
                 console.report(describe_total(forwarder.count(), began, reason))
 
-    def watch_sessions(self, status: "Optional[Callable[[], str]]" = None,
-                       seconds: float = TICK_SECONDS) -> None:
+    def watch_sessions(self, seconds: float = TICK_SECONDS) -> None:
         """One turn of waiting; raises what ended the sessions."""
         self.console.wait(seconds)
         self.sessions.tick()
         if self.sessions.over is not None:
             raise self.sessions.over
-        if status is not None:
-            self.console.show(status())
 
     def describe_now(self, forwarder: Forwarder) -> str:
         """The live line."""
@@ -3220,8 +3191,9 @@ class Run:
         import threading
 
         host, port = (local.path, "") if local.path else (local.host, str(local.port))
-        environ = {name: value for name, value in self.environ.items() if name != "PLEXSPHERE_TOKEN"}
-        environ.update(PLEXCTL_LOCAL_HOST=host, PLEXCTL_LOCAL_PORT=port, PLEXCTL_LOCAL_ADDR=str(local))
+        environ = dict(self.environ, PLEXCTL_LOCAL_HOST=host, PLEXCTL_LOCAL_PORT=port,
+                       PLEXCTL_LOCAL_ADDR=str(local))
+        environ.pop("PLEXSPHERE_TOKEN", None)
         arguments = [re.sub(r"\{(host|port|addr)\}", lambda found: environ[
             "PLEXCTL_LOCAL_" + found.group(1).upper()], argument) for argument in self.options.command]
         try:
@@ -3242,7 +3214,7 @@ class Run:
         forwarder.finish()
         try:
             while forwarder.delivering():
-                self.watch_sessions(seconds=0.02)
+                self.watch_sessions(0.02)
         except PlexctlError as error:
             self.console.report("warning: %s" % error)
 
@@ -3284,8 +3256,7 @@ class SignalHandlers:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._before: "Dict[int, Any]" = {}
-        self._wakeup = -1
-        self._installed = False
+        self._wakeup: "Optional[int]" = None
 
     def __enter__(self) -> None:
         import signal
@@ -3297,14 +3268,12 @@ class SignalHandlers:
             signum = getattr(signal, name, None)
             if signum is not None and signal.getsignal(signum) != signal.SIG_IGN:  # nohup, &
                 self._before[signum] = signal.signal(signum, self._handle)
-        self._installed = True
-        quiet: "Dict[str, Any]" = {"warn_on_full_buffer": False} if sys.version_info >= (3, 7) else {}
-        self._wakeup = signal.set_wakeup_fd(self._console.waker.written_fd(), **quiet)
+        self._wakeup = signal.set_wakeup_fd(self._console.waker.written_fd())
 
     def __exit__(self, *exception: object) -> None:
         import signal
 
-        if self._installed:
+        if self._wakeup is not None:
             signal.set_wakeup_fd(self._wakeup)
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
