@@ -116,7 +116,7 @@ class ApiError(PlexctlError):
         super().__init__(message, exit_code)
         self.status = status
         self.code = code
-        self.passing = status in (502, 503, 504)
+        self.passing = status in (502, 503, 504) or status == 409 and code == "idempotent_replay"
 
 
 class SessionOver(PlexctlError):
@@ -296,13 +296,13 @@ def parse_local_address(text: str) -> LocalAddress:
         return LocalAddress("", 0, path)
     try:
         endpoint = parse_endpoint(text, lowest_port=0)
+        host = "127.0.0.1" if endpoint.host.lower() == "localhost" else endpoint.host
+        if pack_address(host):
+            return LocalAddress(host, endpoint.port)
     except ValueError:
-        endpoint = Endpoint("", 0)
-    host = "127.0.0.1" if endpoint.host.lower() == "localhost" else endpoint.host
-    if not pack_address(host):
-        raise ValueError("must be ADDRESS:PORT, [ADDRESS]:PORT or unix:/path; a literal address, "
-                         "port 0 to 65535")
-    return LocalAddress(host, endpoint.port)
+        pass
+    raise ValueError("must be ADDRESS:PORT, [ADDRESS]:PORT or unix:/path; a literal address, "
+                     "port 0 to 65535")
 
 
 class Server(Record):
@@ -558,14 +558,15 @@ def read_profile(name: str, environ: "Mapping[str, str]") -> Profile:
     wanted = name or document.get("default")
     if not wanted:
         return Profile()
-    if wanted not in profiles:
+    entry = profiles.get(wanted)
+    if entry is None:
         raise CredentialsError("%s: has no such profile as %s names, but %s" % (
             source, "--profile" if name else '"default"',
             escape(", ".join(sorted(profiles))) or "none at all"))
-    token = profiles[wanted].get("token")
+    token = entry.get("token")
     if token is not None:
         token = parse_token(token.encode("utf-8"), "%s: token of a profile" % source)
-    return Profile(profiles[wanted].get("server", ""), token)
+    return Profile(entry.get("server", ""), token)
 
 
 def check_server(text: str, source: str, allow_http: bool) -> Server:
@@ -845,11 +846,10 @@ def parse_retry_after(text: "Optional[str]") -> "Optional[float]":
 
 def random_uuid() -> str:
     """A version 4 UUID (RFC 9562, section 5.4); importing uuid takes 20 ms on 3.6."""
-    raw = bytearray(os.urandom(16))
-    raw[6] = raw[6] & 0x0F | 0x40
-    raw[8] = raw[8] & 0x3F | 0x80
-    text = raw.hex()
-    return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
+    import struct
+
+    a, b, c, d, e, f = struct.unpack(">IHHHHI", os.urandom(16))
+    return "%08x-%04x-%04x-%04x-%04x%08x" % (a, b, c & 0x0FFF | 0x4000, d & 0x3FFF | 0x8000, e, f)
 
 
 def parse_problem(what: str, answer: Answer, token_source: str) -> ApiError:
@@ -872,14 +872,14 @@ def parse_problem(what: str, answer: Answer, token_source: str) -> ApiError:
         exit_code = EXIT_CREDENTIALS
         text += "; the token is from " + token_source if token_source else ""
         if code == "step_up_required":
-            challenge = " ".join(answer.headers.get_all("WWW-Authenticate") or [])
+            challenge = " ".join(answer.headers.get_all("WWW-Authenticate", []))
             wanted = re.search(r'acr_values\s*=\s*(?:"([^"]*)"|([^\s,]+))', challenge)
             acr = escape(wanted.group(1) or wanted.group(2) or "") if wanted else ""
             text += "; re-authenticate%s and try again" % (" with acr_values " + acr if acr else "")
     elif status == 403:
         exit_code = EXIT_REBAC_DENIED if code == "rebac_denied" else EXIT_FORBIDDEN
     elif 300 <= status < 400:
-        text += "; a redirect is never followed: " + escape(answer.headers.get("Location") or "")
+        text += "; a redirect is never followed: " + escape(answer.headers.get("Location", ""))
     return ApiError(text, exit_code, status, code)
 
 
@@ -904,7 +904,7 @@ class ControlPlane:
         self._token_source = token.source
         self._report = report
         proxy = find_proxy(server, environ)
-        self._peer = "%s%s" % (server, " through HTTPS_PROXY" if proxy else "")
+        self._peer = str(server) + (" through HTTPS_PROXY" if proxy else "")
         self._opener = create_opener(server, ca_file, proxy)
 
     def issue(self, request: SessionRequest,
@@ -932,16 +932,14 @@ class ControlPlane:
                     may_exist = False
                     on_issued(session_id)
                     return self._parse_issued(fields, session_id, asked_on, answer)
-                problem = parse_problem("IssueSession", answer, self._token_source)
-                error: "PlexctlError" = problem
-                again = problem.passing or problem.status == 409 and problem.code == "idempotent_replay"
-                may_exist = (may_exist or again and answer.status != 503
+                error: "PlexctlError" = parse_problem("IssueSession", answer, self._token_source)
+                may_exist = (may_exist or error.passing and answer.status != 503
                              or 200 <= answer.status < 300)
                 pause = parse_retry_after(answer.headers.get("Retry-After"))
             except TransportError as failure:
-                error, again, pause = failure, failure.passing, None
+                error, pause = failure, None
                 may_exist = may_exist or failure.sent
-            if not again or attempt == ISSUE_ATTEMPTS or self.cancel.is_set():
+            if not error.passing or attempt == ISSUE_ATTEMPTS or self.cancel.is_set():
                 break
             wait = pause if pause is not None else attempt * 0.5 * (0.8 + 0.4 * os.urandom(1)[0] / 255)
             self._report("%s; trying again in %.1f s" % (error, wait))
@@ -1134,10 +1132,10 @@ class AuditLog:
                 "expires_at": issued.expires_at}
 
     def _copy_to_syslog(self, message: str) -> None:
-        import logging
-
-        address = next((path for path in ("/dev/log", "/var/run/syslog") if os.path.exists(path)), "")
-        if not address:
+        for address in ("/dev/log", "/var/run/syslog"):
+            if os.path.exists(address):
+                break
+        else:
             return
         import logging.handlers
 
@@ -2650,9 +2648,12 @@ def format_yaml(document: "Dict[str, Any]", indent: str = "") -> str:
     """The same keys; every string quoted as JSON quotes it, which YAML 1.2 reads the same way."""
     import json
 
-    return "".join("%s%s:\n%s" % (indent, key, format_yaml(value, indent + "  "))
-                   if isinstance(value, dict) else "%s%s: %s\n" % (indent, key, json.dumps(value))
-                   for key, value in document.items())
+    text = ""
+    for key, value in document.items():
+        is_nested = isinstance(value, dict)
+        shown = "\n" + format_yaml(value, indent + "  ") if is_nested else " %s\n" % json.dumps(value)
+        text += "%s%s:%s" % (indent, key, shown)
+    return text
 
 
 FORMATS = {"text": format_text, "json": format_json, "yaml": format_yaml}
