@@ -412,13 +412,13 @@ def show_error(error: BaseException) -> str:
         return show_error(reason)
     verify_message = getattr(error, "verify_message", None)
     if verify_message:
-        return "certificate not trusted: " + escape(str(verify_message))
+        return "certificate not trusted: " + escape(verify_message)
     if reason == "CERTIFICATE_VERIFY_FAILED":  # 3.6 has no verify_message
         return "certificate not trusted"
     if kind == "CertificateError":  # 3.6; a ValueError there
         return "certificate not trusted: it is for another host name"
     if kind == "SSLError" and reason:
-        return "TLS failed: " + escape(str(reason).replace("_", " ").lower())
+        return "TLS failed: " + escape(reason.replace("_", " ").lower())
     _, by_proxy, answer = str(error).partition("Tunnel connection failed: ")  # http.client's words
     if by_proxy and kind == "OSError":
         return "the proxy refused: " + escape(answer)
@@ -808,9 +808,6 @@ class Fields:
         """The same, or None where the field is missing or null."""
         return None if self._document.get(name) is None else self.take(name, parse)
 
-    def inner(self, name: str) -> "Fields":
-        """A required object."""
-        return Fields(self.what, self.take(name, dict, dict))
 
     def shown(self, name: str) -> str:
         """A string or a list of strings for people, escaped; "" for anything else."""
@@ -1024,7 +1021,8 @@ class ControlPlane:
         token = fields.take("token", parse_session_token)
         expires_at = fields.take("expires_at", str)
         expires = fields.take("expires_at", parse_time)
-        session = self._parse_session(fields.inner("session"), session_id)
+        inner = Fields("IssueSession", fields.take("session", dict, kind=dict))
+        session = self._parse_session(inner, session_id)
         issued_at = session.issued_at or parse_http_date(answer.headers.get("Date")) or time.time()
         endpoint = fields.take_optional("listener_endpoint", self._parse_endpoint)
         return IssuedSession(session_id, Secret(token), expires_at, expires - issued_at, asked_on,
@@ -2696,11 +2694,10 @@ class Console:
     `ignored` ones.
     """
 
-    def __init__(self, stream: "Optional[IO[str]]", verbose: int, live: bool) -> None:
+    def __init__(self, stream: "Optional[IO[str]]", live: bool) -> None:
         import collections
 
         self.stream = stream
-        self.verbose = verbose
         self.signals: "List[int]" = []
         self.ignored: "Tuple[int, ...]" = ()
         self._live = live and stream is not None and stream.isatty()
@@ -2716,10 +2713,6 @@ class Console:
         if len(self._lines) == 1:  # flush() empties it: one wake will do
             self.waker.wake()
 
-    def explain(self, line: str) -> None:
-        """One line for stderr with -v."""
-        if self.verbose:
-            self.report(line)
 
     def flush(self, seconds: float = 0.0) -> None:
         """Writes what was reported and wipes the live line, as far as stderr takes it in `seconds`.
@@ -2808,7 +2801,7 @@ class Console:
 
     def _width(self) -> int:
         try:
-            return max(2, os.get_terminal_size(self.stream.fileno()).columns or 80)  # type: ignore[union-attr]
+            return os.get_terminal_size(self.stream.fileno()).columns or 80  # type: ignore[union-attr]
         except (OSError, ValueError):
             return 80
 
@@ -2976,11 +2969,10 @@ def create_parser() -> Parser:
 def parse_arguments(argv: "Sequence[str]") -> argparse.Namespace:
     """The checked command line; UsageError where it is not right. With `prints`, that is all to do."""
     flags, command, prints = split_arguments(argv)
-    if prints:
-        return argparse.Namespace(prints=prints)
-    options = create_parser().parse_args(flags)
-    options.command, options.prints = command, ""
-    check_together(options)
+    options = argparse.Namespace(command=command, prints=prints)
+    if not prints:
+        create_parser().parse_args(flags, options)
+        check_together(options)
     return options
 
 
@@ -3020,7 +3012,6 @@ class Run:
         self.stdout = stdout
         self.request = SessionRequest(options.project_id, options.resource_id, options.host,
                                       options.port, options.ttl_seconds)
-        self.audit: "Optional[AuditLog]" = None
 
     def execute(self) -> int:
         """The exit code. PlexctlError and Interrupted leave no session behind either."""
@@ -3031,7 +3022,8 @@ class Run:
         server, token = console.call(lambda: resolve_credentials(
             options.server, options.profile, options.token_file, options.allow_http, self.environ))
         self.server = server
-        plane = ControlPlane(server, token, options.ca_file, self.environ, report=console.explain)
+        plane = ControlPlane(server, token, options.ca_file, self.environ,
+                             report=console.report if options.verbose else lambda line: None)
         self.audit = AuditLog(self.environ, console.report) if options.reveal_secrets else None
         self.sessions = Sessions(plane, self.request, console.report, options.max_sessions or 1,
                                  options.renew and not options.stdio, options.wait_seconds)
@@ -3061,6 +3053,8 @@ class Run:
             self.console.write("plexctl: warning: the next line is the session token, a secret\n"
                                "PLEXCTL_SESSION_TOKEN=%s\n" % lease.issued.token.reveal(),
                                self.console.stream, "standard error")
+        if self.options.keep_session:
+            self.sessions.keep()
         return lease
 
     def print_document(self, local: LocalAddress, lease: Lease) -> None:
@@ -3084,8 +3078,6 @@ class Run:
     def carry_stdio(self) -> int:
         """--stdio: one connection over descriptors 0 and 1."""
         self.establish()
-        if self.options.keep_session:
-            self.sessions.keep()
         remote, _ = self.console.call(self.sessions.connect)
         relay = StdioRelay(remote, self.console.waker.wake)
         began, reason = elapsed_seconds(), "interrupted"
@@ -3113,8 +3105,6 @@ class Run:
         with Forwarder(options.local_addr, sessions.connect, sessions.take, console.report,
                        options.allow_other_users, options.verbose > 0) as forwarder:
             lease = self.establish()
-            if options.keep_session:
-                sessions.keep()
             sessions.on_retired = forwarder.reset_lease
             try:
                 forwarder.start()
@@ -3181,8 +3171,13 @@ class Run:
                 forwarder.stop()
                 has_port = False
         console.ignored = ()
-        if has_port:
-            self.deliver_rest(forwarder)
+        if has_port:  # what COMMAND sent right before its end still arrives
+            forwarder.finish()
+            try:
+                while forwarder.delivering():
+                    self.watch_sessions(0.02)
+            except PlexctlError as error:
+                console.report("warning: %s" % error)
         status = int(child.returncode)
         return status if status >= 0 else EXIT_SIGNAL_BASE - status
 
@@ -3209,15 +3204,6 @@ class Run:
 
         threading.Thread(target=await_end, daemon=True).start()
         return child
-
-    def deliver_rest(self, forwarder: Forwarder) -> None:
-        """What COMMAND sent right before its end still arrives."""
-        forwarder.finish()
-        try:
-            while forwarder.delivering():
-                self.watch_sessions(0.02)
-        except PlexctlError as error:
-            self.console.report("warning: %s" % error)
 
 
 def bind_for_a_moment(local: LocalAddress) -> int:
@@ -3251,40 +3237,36 @@ def reserve_standard_descriptors() -> None:
             os.open(os.devnull, os.O_RDONLY)  # the lowest free number; writing to it fails
 
 
-class SignalHandlers:
-    """SIGINT, SIGTERM and SIGHUP end a block in order; the third of them at once."""
+def handle_signals(console: Console) -> "Callable[[], None]":
+    """SIGINT, SIGTERM and SIGHUP go to the console, the third of them ends the process at once.
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._before: "Dict[int, Any]" = {}
-        self._wakeup: "Optional[int]" = None
+    Returns what puts the handlers back that were there before.
+    """
+    import signal
+    import threading
 
-    def __enter__(self) -> None:
-        import signal
-        import threading
+    if threading.current_thread() is not threading.main_thread():
+        return lambda: None
 
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            signum = getattr(signal, name, None)
-            if signum is not None and signal.getsignal(signum) != signal.SIG_IGN:  # nohup, &
-                self._before[signum] = signal.signal(signum, self._handle)
-        self._wakeup = signal.set_wakeup_fd(self._console.waker.written_fd())
+    def handle(signum: int, frame: object) -> None:
+        if signum not in console.ignored:
+            console.signals.append(signum)
+            if len(console.signals) > 2:
+                end_by_signal(signum)
 
-    def __exit__(self, *exception: object) -> None:
-        import signal
+    before = {}
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        signum = getattr(signal, name, None)
+        if signum is not None and signal.getsignal(signum) != signal.SIG_IGN:  # nohup, &
+            before[signum] = signal.signal(signum, handle)
+    wakeup = signal.set_wakeup_fd(console.waker.written_fd())
 
-        if self._wakeup is not None:
-            signal.set_wakeup_fd(self._wakeup)
-        for signum, handler in self._before.items():
+    def restore() -> None:
+        signal.set_wakeup_fd(wakeup)
+        for signum, handler in before.items():
             signal.signal(signum, handler)
 
-    def _handle(self, signum: int, frame: object) -> None:
-        if signum in self._console.ignored:
-            return
-        self._console.signals.append(signum)
-        if len(self._console.signals) > 2:
-            end_by_signal(signum)
+    return restore
 
 
 def end_by_signal(signum: int) -> None:
@@ -3303,27 +3285,28 @@ def perform(argv: "Optional[Sequence[str]]" = None,
         if options.prints:
             write_all(sys.stdout, options.prints)
             return EXIT_OK, 0
-        console = Console(sys.stderr, options.verbose, options.mode in ("print", "--proxy"))
+        console = Console(sys.stderr, options.mode in ("print", "--proxy"))
     except PlexctlError as error:
         return fail(str(error), error.exit_code), 0
     except OSError as error:
         return fail("cannot %s: %s" % ("write to standard output" if options.prints else "start",
                                        show_error(error)), EXIT_FAILURE), 0
     status, signum = EXIT_FAILURE, 0
-    with SignalHandlers(console):
-        try:
-            status = Run(options, os.environ if environ is None else environ, console,
-                         sys.stdout).execute()
-        except Interrupted as interrupted:
-            signum = interrupted.signum
-            status = EXIT_SIGNAL_BASE + signum
-        except PlexctlError as error:
-            status = error.exit_code
-            console.report("error: %s" % error)
-        except Exception as error:  # a defect; its text may hold what it was given
-            console.report("error: internal error: %s" % show_error(error))
+    restore_handlers = handle_signals(console)
+    try:
+        status = Run(options, os.environ if environ is None else environ, console, sys.stdout).execute()
+    except Interrupted as interrupted:
+        signum = interrupted.signum
+        status = EXIT_SIGNAL_BASE + signum
+    except PlexctlError as error:
+        status = error.exit_code
+        console.report("error: %s" % error)
+    except Exception as error:  # a defect; its text may hold what it was given
+        console.report("error: internal error: %s" % show_error(error))
+    finally:
         console.flush(HURRY_SECONDS)
-    console.waker.close()
+        restore_handlers()
+        console.waker.close()
     return status, signum
 
 
