@@ -596,7 +596,8 @@ def resolve_credentials(server_flag: "Optional[str]", profile_flag: "Optional[st
         default = read_profile("", environ)
         if not url:
             url, source = default.server, "server of the default profile"
-        profile = profile if has_token else default
+        if not has_token:
+            profile = default
     if not url:
         raise UsageError("no server: give --server, a profile, or PLEXSPHERE_URL")
     server = check_server(url, source, allow_http)
@@ -808,19 +809,11 @@ class Fields:
         """The same, or None where the field is missing or null."""
         return None if self._document.get(name) is None else self.take(name, parse)
 
-
     def shown(self, name: str) -> str:
         """A string or a list of strings for people, escaped; "" for anything else."""
         value = self._document.get(name)
         words = value if isinstance(value, list) else [value]
         return escape(", ".join(word for word in words if isinstance(word, str)))
-
-
-def parse_session_token(text: str) -> str:
-    """The one-time session token: printable ASCII, no white space."""
-    if not re.fullmatch(r"[!-~]{1,65536}", text):
-        raise ValueError
-    return text
 
 
 def parse_http_date(text: "Optional[str]") -> float:
@@ -968,8 +961,8 @@ class ControlPlane:
         import threading
         import urllib.request
 
-        request = urllib.request.Request(str(self.server) + path, method=method)
-        request.add_header("Accept", "application/json, application/problem+json")
+        request = urllib.request.Request(str(self.server) + path, method=method, headers={
+            "Accept": "application/json, application/problem+json"})
         request.add_unredirected_header("Authorization", "Bearer " + self._token.reveal())
         if body is not None:
             request.data = json.dumps(body).encode("ascii")
@@ -1018,7 +1011,9 @@ class ControlPlane:
 
     def _parse_issued(self, fields: Fields, session_id: str, asked_on: float,
                       answer: Answer) -> IssuedSession:
-        token = fields.take("token", parse_session_token)
+        token = fields.take("token", str)
+        if not re.fullmatch(r"[!-~]{1,65536}", token):
+            raise fields.bad("token")
         expires_at = fields.take("expires_at", str)
         expires = fields.take("expires_at", parse_time)
         inner = Fields("IssueSession", fields.take("session", dict, kind=dict))
