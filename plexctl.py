@@ -702,7 +702,6 @@ class Attempt:
                 self._socket.close()
             self.done.set()
 
-
     def abandon(self) -> None:
         """Wakes the thread by shutting its socket down."""
         import socket
@@ -1580,7 +1579,10 @@ class Relay:
 
     def _run_posted(self) -> None:
         while self._posted:
-            action, arguments = self._posted.popleft()
+            try:
+                action, arguments = self._posted.popleft()
+            except IndexError:  # after the loop's end several threads may be here
+                return
             try:
                 action(*arguments)
             except Exception as error:
@@ -2077,8 +2079,8 @@ class OwnerCheck:
         self._netlink.close()
 
 
-def create_listener(local: LocalAddress) -> "Any":
-    """A socketserver that binds and listens now; the relay's loop serves it."""
+def create_listener(local: LocalAddress, forwarder: "Forwarder") -> "Any":
+    """A socketserver that binds and listens now; `forwarder` serves what it accepts, in its loop."""
     import socket
     import socketserver
 
@@ -2103,6 +2105,15 @@ def create_listener(local: LocalAddress) -> "Any":
             self.socket.setblocking(False)
             if local.path:
                 self.identity = os.lstat(local.path)
+
+        def serve_forever(self, poll_interval: float = TICK_SECONDS) -> None:
+            forwarder.relay.run()
+
+        def verify_request(self, request: "Any", client_address: "Any") -> bool:
+            return forwarder.may_serve(client_address)
+
+        def process_request(self, request: "Any", client_address: "Any") -> None:
+            forwarder.carry(request, client_address)
 
         def server_close(self) -> None:
             super().server_close()
@@ -2164,7 +2175,7 @@ class Forwarder:
         self._moved_on = self._owed_on = 0.0
         self._resume_on = 0.0
         self._capacity = count_capacity()
-        self._server = create_listener(local)
+        self._server = create_listener(local, self)
         self.local = local
         if not local.path:
             self.local = LocalAddress(local.host, self._server.server_address[1])
@@ -2191,7 +2202,7 @@ class Forwarder:
         set_leg_options(self._server.socket)  # Linux hands them on to what is accepted
         self.relay.handlers[self._server.fileno()] = self._accept
         self.relay.poller.register(self._server.fileno(), READABLE)
-        self._thread = threading.Thread(target=self.relay.run, daemon=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._thread.start()
 
     def finish(self) -> None:
@@ -2256,7 +2267,7 @@ class Forwarder:
                       ended.up + sum(pair.up.moved for pair in pairs),
                       ended.down + sum(pair.down.moved for pair in pairs))
 
-    # What is asked about each connection, in the loop's thread
+    # What the listener asks, in the loop's thread
 
     def may_serve(self, client_address: "Any") -> bool:
         """Whether the user behind this connection may use the port (section 7 of the design)."""
@@ -2321,20 +2332,21 @@ class Forwarder:
 
     def _accept(self, events: int = READABLE) -> bool:
         """Up to ACCEPTS_PER_TURN connections; whether more may wait."""
+        server = self._server
         for _ in range(ACCEPTS_PER_TURN):
             try:
-                client, client_address = self._server.get_request()
+                client, client_address = server.get_request()
             except BlockingIOError:
                 return False
             except OSError as error:
                 if error.errno in EXHAUSTED:  # do not spin
                     self._warn_once("cannot accept connections for now: %s" % show_error(error))
-                    self.relay.poller.modify(self._server.fileno(), 0)
+                    self.relay.poller.modify(server.fileno(), 0)
                     self._resume_on = elapsed_seconds() + PAUSE_SECONDS
                     return False
                 continue  # that connection is gone already
-            if self.may_serve(client_address):
-                self.carry(client, client_address)
+            if server.verify_request(client, client_address):
+                server.process_request(client, client_address)
             else:
                 client.close()
         return True
@@ -2353,15 +2365,15 @@ class Forwarder:
         """`attempt`: client, its address, remote, lease and route; `error`: what connect() said."""
         client, client_address, remote, lease, route = attempt
         fd = remote.fileno()
-        if error in CONNECTING:
-            if fd not in self._connecting:
-                self.relay.poller.register(fd, WRITABLE)
-                # connect() again tells how it stands
-                self.relay.handlers[fd] = lambda events: self._go_on(attempt, remote.connect_ex(route[1]))
-                self._connecting[fd] = attempt, elapsed_seconds() + CONNECT_SECONDS
-            return
-        self._forget_attempt(fd)
         try:
+            if error in CONNECTING:
+                if fd not in self._connecting:
+                    self.relay.poller.register(fd, WRITABLE)
+                    # connect() again tells how it stands
+                    self.relay.handlers[fd] = lambda events: self._go_on(attempt, remote.connect_ex(route[1]))
+                    self._connecting[fd] = attempt, elapsed_seconds() + CONNECT_SECONDS
+                return
+            self._forget_attempt(fd)
             if error not in (0, errno.EISCONN):
                 raise OSError(error, os.strerror(error))
             set_leg_options(remote)
@@ -2458,7 +2470,10 @@ class Forwarder:
             remote.close()
             lease.release()
             self._dialled_for.add(client)
-        self._waiting.clear()
+        while self._waiting:
+            _, _, *failed = self._waiting.popleft()
+            if failed:
+                failed[0].release()
         for client in self._dialled_for:
             reset_on_close(client)
             client.close()
@@ -2705,9 +2720,7 @@ class Console:
     def report(self, line: str) -> None:
         """One line for stderr; from any thread."""
         self._lines.append(line)
-        if len(self._lines) == 1:  # flush() empties it: one wake will do
-            self.waker.wake()
-
+        self.waker.wake()
 
     def flush(self, seconds: float = 0.0) -> None:
         """Writes what was reported and wipes the live line, as far as stderr takes it in `seconds`.
@@ -3254,7 +3267,8 @@ def handle_signals(console: Console) -> "Callable[[], None]":
         signum = getattr(signal, name, None)
         if signum is not None and signal.getsignal(signum) != signal.SIG_IGN:  # nohup, &
             before[signum] = signal.signal(signum, handle)
-    wakeup = signal.set_wakeup_fd(console.waker.written_fd())
+    quiet: "Dict[str, Any]" = {"warn_on_full_buffer": False} if sys.version_info >= (3, 7) else {}
+    wakeup = signal.set_wakeup_fd(console.waker.written_fd(), **quiet)
 
     def restore() -> None:
         signal.set_wakeup_fd(wakeup)

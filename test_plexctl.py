@@ -4857,6 +4857,43 @@ def test_a_renewed_session_is_warned_of_as_well():
             eventually(lambda: len(running.said("are left")) == number, 3)  # noqa: B023
             lease.expires_on = plexctl.elapsed_seconds()
             eventually(lambda: len(running.said("next connection")) == number)  # noqa: B023
+        assert len(running.said("are left")) == 2 and running.said(" 0s ") == []
+
+
+def test_a_question_that_meets_its_own_revocation_ends_no_renewal(simulation):
+    go = threading.Event()
+    with using_sessions(simulation.plane, ticking=False, renew=True) as running:
+        simulation.plane.script("get", hold(go))
+        running.lease.rechecked_on -= 61
+        running.sessions.tick()
+        eventually(lambda: asked(simulation.plane, "get") == 1)
+        running.lease.expires_on = plexctl.elapsed_seconds()
+        running.sessions.tick()
+        eventually(lambda: simulation.plane.revoked)
+        go.set()
+        eventually(lambda: not running.lease.refreshing.locked())
+        assert running.sessions.over is None and is_alive(running)
+
+
+@pytest.mark.skipif(not LINUX, reason="a full backlog drops what comes")
+def test_a_dial_that_fails_after_the_endpoint_moved_goes_to_the_new_one():
+    sockets = []
+    with dial_that_hangs() as listener, Target(echo) as target, ControlPlane() as plane:
+        plane.endpoint, new = ("%s:%d" % each for each in (listener.getsockname(), target.address))
+        with using_sessions(plane, ticking=False) as running:
+            dialling = threading.Thread(target=lambda: sockets.append(running.sessions.connect()))
+            dialling.start()
+            eventually(lambda: running.lease.route)
+            plane.endpoint = new
+            running.lease.rechecked_on -= 61
+            running.sessions.tick()
+            eventually(lambda: str(running.lease.endpoint) == new)
+            listener.close()
+            dialling.join(15)
+            (sock, lease), = sockets
+            assert "%s:%d" % sock.getpeername() == new and lease.connections == 1
+            sock.close()
+            lease.release()
 
 
 def test_leaving_while_a_session_is_being_issued_revokes_it_once(simulation):
