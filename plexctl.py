@@ -384,6 +384,17 @@ def elapsed_seconds() -> float:
 _CLOCK = 7 if sys.platform.startswith("linux") else getattr(time, "CLOCK_MONOTONIC", None)
 
 
+def start_thread(function: "Callable[..., object]", *arguments: "Any") -> bool:
+    """Runs it in a thread that does not keep the process alive; False if there are no more threads."""
+    import threading
+
+    try:
+        threading.Thread(target=function, args=arguments, daemon=True).start()
+        return True
+    except RuntimeError:
+        return False
+
+
 def show_bytes(count: int) -> str:
     """A byte count for people: 512 B, 1.5 KiB, 3.2 GiB."""
     size, unit = float(count), "B"
@@ -957,7 +968,6 @@ class ControlPlane:
     def _exchange(self, what: str, method: str, path: str, body: "Optional[Dict[str, Any]]",
                   seconds: float = EXCHANGE_SECONDS) -> Answer:
         import json
-        import threading
         import urllib.request
 
         request = urllib.request.Request(str(self.server) + path, method=method, headers={
@@ -969,10 +979,8 @@ class ControlPlane:
         attempt = Attempt()
         request.attempt = attempt  # type: ignore[attr-defined]
         began = elapsed_seconds()
-        try:
-            threading.Thread(target=attempt.run, args=(self._opener, request), daemon=True).start()
-        except RuntimeError:
-            raise TransportError("%s: no thread can be started" % what) from None
+        if not start_thread(attempt.run, self._opener, request):
+            attempt.run(self._opener, request)  # the limits are those of each recv, then
         if not attempt.done.wait(seconds):
             attempt.abandon()
             raise TransportError("%s: no complete answer within %d s" % (what, seconds), attempt.sent)
@@ -1157,17 +1165,6 @@ TICK_SECONDS = 1.0
 READABLE, WRITABLE = 1, 4  # EPOLLIN and EPOLLOUT
 ERRORS_ONCE = 1 << 31  # EPOLLET: an error or hang-up that nobody reads would be reported for ever
 READING, BLOCKED, BULK, ENDED = range(4)  # what a Flow is doing
-
-
-def start_thread(function: "Callable[..., object]", *arguments: "Any") -> bool:
-    """Runs it in a thread that does not keep the process alive; False if there are no more threads."""
-    import threading
-
-    try:
-        threading.Thread(target=function, args=arguments, daemon=True).start()
-        return True
-    except RuntimeError:
-        return False
 
 
 class SelectorPoller:
@@ -1769,10 +1766,17 @@ class Sessions:
             self._leaving = True
             if self._keep:
                 self._owed = {key: True for key, begun in self._owed.items() if begun}
-            while (self._owed or self._issuing) and elapsed_seconds() < deadline:
+        while elapsed_seconds() < deadline:
+            with self._changed:
                 for session_id in list(self._owed):
                     self._start_revoking(session_id)
-                self._changed.wait(min(0.5, deadline - elapsed_seconds()))
+                not_begun = [session_id for session_id, begun in self._owed.items() if not begun]
+                if not not_begun:
+                    if not self._owed and not self._issuing:
+                        return
+                    self._changed.wait(min(0.5, deadline - elapsed_seconds()))
+            for session_id in not_begun:  # no more threads
+                self._revoke(session_id)
 
     def left_behind(self) -> "List[str]":
         """What `leave` could not settle, in words."""
@@ -1960,7 +1964,7 @@ class Sessions:
         self.on_retired(lease)
 
     def _start_revoking(self, session_id: str) -> None:
-        """With the lock held. Does nothing if it has begun; where it cannot begin leave() tries again."""
+        """With the lock held. Does nothing if it has begun; where it cannot begin leave() does it."""
         if self._owed.get(session_id) is False:
             self._owed[session_id] = start_thread(self._revoke, session_id)
 
@@ -2786,8 +2790,6 @@ class Console:
 
     def _start(self, function: "Callable[[], Any]") -> "List[Tuple[Any, Optional[BaseException]]]":
         """Runs it in a thread; its result or error is put in the list that is returned."""
-        import threading
-
         outcome: "List[Tuple[Any, Optional[BaseException]]]" = []
 
         def run() -> None:
@@ -2797,7 +2799,8 @@ class Console:
                 outcome.append((None, error))
             self.waker.wake()
 
-        threading.Thread(target=run, daemon=True).start()
+        if not start_thread(run):  # better without an ear for signals than not at all
+            run()
         return outcome
 
     def _in_background(self) -> bool:
@@ -3161,7 +3164,7 @@ class Run:
         child = self.start_command(program, forwarder.local)
         forwarder.raise_limit()  # after the start of COMMAND, which keeps the limits it was given
         has_port = True
-        while child.returncode is None:
+        while child.poll() is None:
             try:
                 if has_port:
                     self.watch_sessions()
@@ -3192,7 +3195,6 @@ class Run:
     def start_command(self, program: str, local: LocalAddress) -> "Any":
         """Starts COMMAND with its placeholders and environment filled in; wakes us at its end."""
         import subprocess
-        import threading
 
         host, port = (local.path, "") if local.path else (local.host, str(local.port))
         environ = dict(self.environ, PLEXCTL_LOCAL_HOST=host, PLEXCTL_LOCAL_PORT=port,
@@ -3210,7 +3212,7 @@ class Run:
             child.wait()
             self.console.waker.wake()
 
-        threading.Thread(target=await_end, daemon=True).start()
+        start_thread(await_end)  # else run_command sees it at its next turn
         return child
 
 

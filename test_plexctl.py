@@ -6309,6 +6309,29 @@ def test_too_few_descriptors_are_an_error_in_one_line_that_leaves_nothing(simula
     raise AssertionError("not even with 39 descriptors")
 
 
+@pytest.mark.skipif(not ROOT or not LINUX or not os.path.exists("/usr/bin/python3"),
+                    reason="needs root and the system's Python")
+@pytest.mark.parametrize("flags", [[], ["--stdio"], ["--", "true"]], ids=shown)
+def test_too_few_threads_are_an_error_that_leaves_no_session(simulation, lone_copy, flags):
+    import resource
+    uid = 50000 + os.getpid() % 10000  # the limit counts all that a user runs
+    words = ["/usr/bin/python3", "-I", os.path.join(lone_copy, "plexctl.py")] + forward_args(
+        simulation.plane, *flags)
+    for limit in range(1, 30):
+        def become():
+            os.setgroups([])
+            os.setgid(uid)
+            resource.setrlimit(resource.RLIMIT_NPROC, (limit, limit))  # noqa: B023
+            os.setuid(uid)
+        result = run_words(words, simulation.plane.environment(), preexec_fn=become, cwd="/")
+        if result.status == 0:
+            break
+        assert result.status in (1, 126) and "Traceback" not in result.err, (limit, result.err)
+        assert result.err.count("plexctl: error: ") == 1, (limit, result.err)
+        assert simulation.plane.active() == [], (limit, result.err)
+    assert result.status == 0, result.err
+
+
 @pytest.mark.parametrize("values, named, good", [
     ("abcd", {}, True), ("abcd", {"ttl_seconds": 5}, True), ("abc", {"port": 1}, True), ("abcde", {}, True),
     ("abc", {}, False), ("abcdef", {}, False), ("abcd", {"ttl": 5}, False)], ids=shown)
