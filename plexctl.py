@@ -76,11 +76,12 @@ class PlexctlError(Exception):
     """Anything that ends the command with one line on stderr.
 
     `exit_code` is the process's exit status (int, section "Exit codes" of the README); `passing`:
-    the same may well succeed a little later.
+    the same may well succeed a little later; `may_exist`: a session may have been issued all the same.
     """
 
     exit_code = EXIT_FAILURE
     passing = False
+    may_exist = False
 
     def __init__(self, message: str, exit_code: "Optional[int]" = None) -> None:
         super().__init__(message)
@@ -576,7 +577,7 @@ def read_profile(name: str, environ: "Mapping[str, str]") -> Profile:
             escape(", ".join(sorted(profiles))) or "none at all"))
     token = entry.get("token")
     if token is not None:
-        token = parse_token(token.encode("utf-8"), "%s: token of a profile" % source)
+        token = parse_token(token.encode("utf-8"), "token of a profile in " + source)
     return Profile(entry.get("server", ""), token)
 
 
@@ -862,7 +863,8 @@ def parse_problem(what: str, answer: Answer, token_source: str) -> ApiError:
         problem = Fields(what, None)
     status, code = answer.status, problem.shown("code")
     title = problem.shown("title") or http.client.responses.get(status, "")
-    text = ("%s: %d %s: %s" % (what, status, title, problem.shown("detail"))).rstrip(": ")
+    words = ("%d %s" % (status, title)).strip(), problem.shown("detail")
+    text = ": ".join((what,) + tuple(filter(None, words)))
     text += " (%s)" % code if code else ""
     for name in ("reason", "relation_path", "correlation_id"):
         if problem.shown(name):
@@ -879,7 +881,8 @@ def parse_problem(what: str, answer: Answer, token_source: str) -> ApiError:
     elif status == 403:
         exit_code = EXIT_REBAC_DENIED if code == "rebac_denied" else EXIT_FORBIDDEN
     elif 300 <= status < 400:
-        text += "; a redirect is never followed: " + escape(answer.headers.get("Location", ""))
+        location = escape(answer.headers.get("Location", ""))
+        text += "; a redirect is never followed" + (": " + location if location else "")
     return ApiError(text, exit_code, status, code)
 
 
@@ -945,6 +948,7 @@ class ControlPlane:
             self._report("%s; trying again in %.1f s" % (error, wait))
             if self.cancel.wait(wait):
                 break
+        error.may_exist = may_exist
         if may_exist:
             error.args = ("%s; a session may exist all the same, it will run out by itself" % error,)
         raise error
@@ -983,7 +987,7 @@ class ControlPlane:
             attempt.run(self._opener, request)  # the limits are those of each recv, then
         if not attempt.done.wait(seconds):
             attempt.abandon()
-            raise TransportError("%s: no complete answer within %d s" % (what, seconds), attempt.sent)
+            raise TransportError("%s: no complete answer within %.3g s" % (what, seconds), attempt.sent)
         answer = attempt.answer
         if answer is None or attempt.error and 200 <= answer.status < 300:
             reason = show_error(attempt.error or OSError())
@@ -1306,7 +1310,7 @@ class Flow:
         self.pair.settle()
 
     def hang_up(self) -> None:
-        """An error or hang-up of `source` while nobody reads from it, or not yet again."""
+        """An error of `source` while it is not read; a flow that has not ended sees it at its next read."""
         import socket
 
         if self.state == ENDED and self.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
@@ -1328,7 +1332,7 @@ class Flow:
             self.pair.relay.post(self.leave_bulk, then or self.pump)
 
     def pump_in_bulk(self, view: memoryview) -> "Optional[Callable[[], None]]":
-        """Moves what one read gives; what the loop is to do next, None where this can go on."""
+        """Moves what one read gives; what the loop is to do next, None: go on unless it was broken."""
         relay = self.pair.relay
         # where not every connection is bulk, shorter turns let a keystroke in between
         mixed = len(relay.pairs) > relay.bulk_flows
@@ -1342,7 +1346,7 @@ class Flow:
             return self.end
         sent = 0
         try:
-            while sent < count:
+            while sent < count and not self.pair.aborted:
                 taken = self.sink.send(view[sent:count])
                 sent += taken
                 self.moved += taken
@@ -1419,10 +1423,12 @@ class Pair:
         self.relay.pairs.discard(self)
         for sock in (self.client, self.remote):
             fd = sock.fileno()
-            self.relay.poller.unregister(fd)
+            if not self.relay.over:
+                self.relay.poller.unregister(fd)
             self.relay.handlers.pop(fd, None)
             reset_on_close(sock, self.broken and sock is not self.spared)
             sock.close()
+        self.up.pending = self.down.pending = b""  # it may be long until the cycle is collected
         self.on_end(self)
 
 
@@ -1443,6 +1449,7 @@ class Waker:
     def __init__(self) -> None:
         import socket
 
+        self._awake = False
         self._watched, self._written = socket.socketpair()
         self._watched.setblocking(False)
         self._written.setblocking(False)
@@ -1457,13 +1464,16 @@ class Waker:
 
     def wake(self) -> None:
         """Ends the wait, or the next one."""
-        try:
-            self._written.send(b"\0")
-        except OSError:  # full, which wakes as well; or closed
-            pass
+        if not self._awake:
+            self._awake = True
+            try:
+                self._written.send(b"\0")
+            except OSError:  # full, which wakes as well; or closed
+                pass
 
     def clear(self, events: int = READABLE) -> None:
-        """To be called when awake."""
+        """To be called when awake, before anything is done of what it was woken for."""
+        self._awake = False
         try:
             self._watched.recv(4096)
         except BlockingIOError:
@@ -1493,13 +1503,14 @@ class Relay:
         self.handlers: "Dict[int, Callable[[int], object]]" = {}
         self.pairs: "Set[Pair]" = set()
         self.view = memoryview(bytearray(CHUNK_BYTES))
-        self.dontwait = getattr(socket, "MSG_DONTWAIT", 0)
+        # macOS has MSG_DONTWAIT, but waits in send() all the same
+        self.dontwait = socket.MSG_DONTWAIT if sys.platform.startswith("linux") else 0
         self.bulk_flows = 0
         self.on_tick: "Callable[[], None]" = lambda: None
         self._report = report
         self._posted: "Any" = collections.deque()
         self._running = True
-        self._over = False
+        self.over = False
         self._waker = Waker()
         self.handlers[self._waker.fileno()] = self._waker.clear
         self.poller.register(self._waker.fileno(), READABLE)
@@ -1521,7 +1532,7 @@ class Relay:
     def post(self, action: "Callable[..., None]", *arguments: "Any") -> None:
         """Has the loop call `action` soon; from any thread."""
         self._posted.append((action, arguments))
-        if self._over:  # there is no loop any more that could mind
+        if self.over:  # there is no loop any more that could mind
             self._run_posted()
         else:
             self._waker.wake()
@@ -1563,7 +1574,7 @@ class Relay:
         import socket
         import struct
 
-        if not sys.platform.startswith("linux") or not self.dontwait or self.bulk_flows >= BULK_FLOWS_MAX:
+        if not self.dontwait or self.bulk_flows >= BULK_FLOWS_MAX:
             return
         limit = struct.pack("ll", 0, BULK_WAIT_MICROSECONDS)
         flow.source.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
@@ -1597,7 +1608,7 @@ class Relay:
         while self.pairs and elapsed_seconds() < deadline:  # threads that hand back their flows
             time.sleep(0.01)
             self._run_posted()
-        self._over = True
+        self.over = True  # from here on whoever posts runs it, and there is no poller
         self._run_posted()
         self.poller.close()
         self._waker.close()
@@ -1771,6 +1782,7 @@ class Sessions:
                 for session_id in list(self._owed):
                     self._start_revoking(session_id)
                 not_begun = [session_id for session_id, begun in self._owed.items() if not begun]
+                self._owed.update(dict.fromkeys(not_begun, True))
                 if not not_begun:
                     if not self._owed and not self._issuing:
                         return
@@ -1808,10 +1820,12 @@ class Sessions:
                     raise PlexctlError("interrupted")
                 self._leases.append(lease)
             return lease
-        except PlexctlError:
+        except PlexctlError as error:
             with self._changed:
                 for session_id in session_ids:
                     self._start_revoking(session_id)
+            if self._leaving and error.may_exist:  # whoever asked for it does not listen any more
+                self._report("warning: %s" % error)
             raise
         finally:
             with self._changed:
@@ -2239,12 +2253,12 @@ class Forwarder:
 
     def stop(self) -> None:
         """Stops listening and ends every connection, within CLOSE_SECONDS or so."""
-        if self._thread is not None:
+        thread, self._thread = self._thread, None
+        if thread is not None:
             self.relay.post(self._stop_listening)
             self.relay.post(self._stop_dialling)
             self.relay.stop()
-            self._thread.join(CLOSE_SECONDS + TICK_SECONDS)
-            self._thread = None
+            thread.join(CLOSE_SECONDS + TICK_SECONDS)
         elif not self._stopped:
             self.relay.close()
         self._stopped = True
@@ -2430,7 +2444,7 @@ class Forwarder:
         if self._verbose:
             self._report("connection %d from %s to %s" % (
                 self._ended.served + len(self._leases),
-                "%s:%d" % client_address[:2] if client_address else "a local process",
+                "%s:%d" % client_address[:2] if isinstance(client_address, tuple) else "a local process",
                 join_host_port(*lease.route[1][:2])))
 
     def _end(self, pair: Pair) -> None:
@@ -2531,6 +2545,8 @@ class StdioRelay:
             copy()
         except PlexctlError as error:
             self.error = error
+        except Exception as error:
+            self.error = PlexctlError("the connection ended: %s" % show_error(error))
         self._ended.append(copy)
         # a terminal would wait for a key that nobody needs any more
         if self.error or len(self._ended) == 2 or copy == self._copy_down and os.isatty(0):
@@ -2935,6 +2951,8 @@ def split_arguments(argv: "Sequence[str]") -> "Tuple[List[str], Optional[List[st
             flags += ["-v"] * (1 if argument == "--verbose" else len(argument) - 1)
             takes_value = False
         elif flag in known:
+            if argument == flag + "=--":  # argparse would drop it, up to 3.12
+                raise UsageError("%s: must not be --" % flag)
             takes_value = not equals and known[flag] is not parse_switch
             flags.append(argument if equals or takes_value else flag + "=true")
         elif flag == "--verbose" or flag[:2] == "-v":

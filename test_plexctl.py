@@ -6313,7 +6313,6 @@ def test_too_few_descriptors_are_an_error_in_one_line_that_leaves_nothing(simula
                     reason="needs root and the system's Python")
 @pytest.mark.parametrize("flags", [[], ["--stdio"], ["--", "true"]], ids=shown)
 def test_too_few_threads_are_an_error_that_leaves_no_session(simulation, lone_copy, flags):
-    import resource
     uid = 50000 + os.getpid() % 10000  # the limit counts all that a user runs
     words = ["/usr/bin/python3", "-I", os.path.join(lone_copy, "plexctl.py")] + forward_args(
         simulation.plane, *flags)
@@ -6330,6 +6329,114 @@ def test_too_few_threads_are_an_error_that_leaves_no_session(simulation, lone_co
         assert result.err.count("plexctl: error: ") == 1, (limit, result.err)
         assert simulation.plane.active() == [], (limit, result.err)
     assert result.status == 0, result.err
+
+
+@pytest.mark.skipif(not LINUX, reason="bulk threads")
+def test_a_bulk_stream_to_a_reader_that_takes_little_ends_when_the_forwarder_stops():
+    """The thread is in the middle of a piece whose end may be far away."""
+    lines, leases, slow = [], [], threading.Event()
+
+    def trickle(listener):
+        connection, taken = listener.accept()[0], 0
+        with connection, contextlib.suppress(OSError):
+            while True:
+                taken += len(connection.recv(4096 if slow.is_set() else 65536))
+                if slow.wait(0.03 if slow.is_set() else 0):
+                    time.sleep(0.03)
+                elif taken > 20 << 20:
+                    slow.set()
+
+    def feed(client):
+        with contextlib.suppress(OSError):
+            while True:
+                client.sendall(bytes(1 << 18))
+
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32768)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1400)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1)
+
+        def connect():
+            remote = socket.socket()
+            remote.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+            remote.connect(listener.getsockname())
+            leases.append(lease_on(listener.getsockname()))
+            return remote, leases[0]
+
+        threading.Thread(target=trickle, args=(listener,), daemon=True).start()
+        with plexctl.Forwarder(plexctl.parse_local_address("127.0.0.1:0"), connect, None, lines.append,
+                               allow_other_users=True) as forwarder:
+            forwarder.start()
+            with dial(str(forwarder.local)) as client:
+                threading.Thread(target=feed, args=(client,), daemon=True).start()
+                assert slow.wait(20)
+                eventually(lambda: forwarder.relay.bulk_flows == 1)
+                forwarder.stop()
+                assert (forwarder.count().open, leases[0].released, lines) == (0, 1, [])
+
+
+@pytest.mark.parametrize("flag", sorted(plexctl.FORWARD_FLAGS))
+def test_two_hyphens_are_no_value(cli, simulation, flag):
+    """argparse up to 3.12 drops them, and takes the flag for one with an empty list."""
+    result = cli(forward_args(simulation.plane, flag + "=--"), simulation.plane.environment())
+    assert result.status == 2 and simulation.plane.requests == []
+    one_error_line(result, flag)
+
+
+@pytest.mark.skipif(not LINUX, reason="abstract sockets")
+def test_a_client_with_a_name_of_its_own_is_served_on_a_unix_socket(simulation, tmp_path):
+    path = str(tmp_path / "socket")
+    with start_plexctl(forward_args(simulation.plane, "--proxy", "-v", "--local-addr", "unix:" + path),
+                       env=simulation.plane.environment()) as process:
+        process.ready(2)
+        for name in (str(tmp_path / "client"), "\0plexctl test %d" % os.getpid()):
+            with socket.socket(socket.AF_UNIX) as client:
+                client.settimeout(20)
+                client.bind(name)
+                client.connect(path)
+                chat(client, 3)
+        process.send_signal(signal.SIGTERM)
+        process.finish()
+    assert process.err.count("from a local process to ") == 2 and "warning" not in process.err
+
+
+def test_a_waker_that_is_awake_already_is_not_woken_again():
+    waker = plexctl.Waker()
+    for _ in range(2):
+        for _ in range(100000):
+            waker.wake()
+        assert select.select([waker], [], [], 0)[0] and waker._watched.recv(10) == b"\0"
+        waker.clear()
+        assert not select.select([waker], [], [], 0)[0]
+    waker.close()
+
+
+@pytest.mark.parametrize("answer, expected", [
+    (Answer(304), "IssueSession: 304 Not Modified; a redirect is never followed"),
+    (Answer(520), "IssueSession: 520"),
+    (Answer(520, {"detail": "why"}), "IssueSession: 520: why"),
+    (Answer(520, {"title": "What", "detail": "why", "code": "word"}), "IssueSession: 520 What: why (word)")],
+    ids=["304", "bare", "detail", "all"])
+def test_an_error_is_told_without_gaps(cli, lone_plane, answer, expected):
+    lone_plane.script("issue", answer)
+    assert one_error_line(forward_to(cli, lone_plane)) == "plexctl: error: " + expected
+
+
+def test_a_session_that_may_exist_is_told_of_after_a_signal_too(lone_plane):
+    go = threading.Event()
+
+    def lose(handler, _plane):
+        go.wait(20)
+        handler.close_connection = True
+    lone_plane.script("issue", lose)
+    with start_plexctl(forward_args(lone_plane), env=lone_plane.environment()) as process:
+        lone_plane.wait_for(lambda: lone_plane.requests)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)  # it stops listening to the answer
+        go.set()
+        result = process.finish()
+    assert result.returncode == -signal.SIGTERM and MAY_EXIST in result.stderr
 
 
 @pytest.mark.parametrize("values, named, good", [
