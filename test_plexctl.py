@@ -3661,10 +3661,10 @@ def eventually(predicate, seconds=10, state=lambda: ""):
         time.sleep(0.005)
 
 
-def standstill(read, seconds=10):
-    """Wait until a counter has not moved for half a second and more; its value."""
+def standstill(read, seconds=10, still=0.6):
+    """Wait until a counter has not moved for `still` seconds; its value."""
     seen, since, deadline = read(), time.monotonic(), time.monotonic() + seconds
-    while time.monotonic() - since < 0.6:
+    while time.monotonic() - since < still:
         if read() != seen:
             seen, since = read(), time.monotonic()
         assert time.monotonic() < deadline, "it still moves"
@@ -6334,17 +6334,12 @@ def test_too_few_threads_are_an_error_that_leaves_no_session(simulation, lone_co
 @pytest.mark.skipif(not LINUX, reason="bulk threads")
 def test_a_bulk_stream_to_a_reader_that_takes_little_ends_when_the_forwarder_stops():
     """The thread is in the middle of a piece whose end may be far away."""
-    lines, leases, slow = [], [], threading.Event()
+    lines, leases, slow, over = [], [], threading.Event(), threading.Event()
 
     def trickle(listener):
-        connection, taken = listener.accept()[0], 0
-        with connection, contextlib.suppress(OSError):
-            while True:
-                taken += len(connection.recv(4096 if slow.is_set() else 65536))
-                if slow.wait(0.03 if slow.is_set() else 0):
-                    time.sleep(0.03)
-                elif taken > 20 << 20:
-                    slow.set()
+        with listener.accept()[0] as connection, contextlib.suppress(OSError):
+            while not over.wait(0.03 if slow.is_set() else 0):
+                connection.recv(4096 if slow.is_set() else 65536)
 
     def feed(client):
         with contextlib.suppress(OSError):
@@ -6370,10 +6365,12 @@ def test_a_bulk_stream_to_a_reader_that_takes_little_ends_when_the_forwarder_sto
             forwarder.start()
             with dial(str(forwarder.local)) as client:
                 threading.Thread(target=feed, args=(client,), daemon=True).start()
-                assert slow.wait(20)
                 eventually(lambda: forwarder.relay.bulk_flows == 1)
+                slow.set()
+                standstill(lambda: forwarder.count().up, still=0.1)
                 forwarder.stop()
                 assert (forwarder.count().open, leases[0].released, lines) == (0, 1, [])
+                over.set()
 
 
 @pytest.mark.parametrize("flag", sorted(plexctl.FORWARD_FLAGS))
@@ -6390,12 +6387,15 @@ def test_a_client_with_a_name_of_its_own_is_served_on_a_unix_socket(simulation, 
     with start_plexctl(forward_args(simulation.plane, "--proxy", "-v", "--local-addr", "unix:" + path),
                        env=simulation.plane.environment()) as process:
         process.ready(2)
+        closed = 0
         for name in (str(tmp_path / "client"), "\0plexctl test %d" % os.getpid()):
             with socket.socket(socket.AF_UNIX) as client:
                 client.settimeout(20)
                 client.bind(name)
                 client.connect(path)
                 chat(client, 3)
+            closed += 1  # else the next one may find the session still in use, and be warned of it
+            process.wait_for(lambda: process.err.count("connection closed") == closed)
         process.send_signal(signal.SIGTERM)
         process.finish()
     assert process.err.count("from a local process to ") == 2 and "warning" not in process.err
