@@ -6387,15 +6387,14 @@ def test_a_client_with_a_name_of_its_own_is_served_on_a_unix_socket(simulation, 
     with start_plexctl(forward_args(simulation.plane, "--proxy", "-v", "--local-addr", "unix:" + path),
                        env=simulation.plane.environment()) as process:
         process.ready(2)
-        closed = 0
-        for name in (str(tmp_path / "client"), "\0plexctl test %d" % os.getpid()):
+        for number, name in enumerate((str(tmp_path / "client"), "\0plexctl test %d" % os.getpid()), 1):
             with socket.socket(socket.AF_UNIX) as client:
                 client.settimeout(20)
                 client.bind(name)
                 client.connect(path)
                 chat(client, 3)
-            closed += 1  # else the next one may find the session still in use, and be warned of it
-            process.wait_for(lambda: process.err.count("connection closed") == closed)
+            # else the next one may find the session still in use, and be warned of it
+            process.wait_for(lambda number=number: process.err.count("connection closed") == number)
         process.send_signal(signal.SIGTERM)
         process.finish()
     assert process.err.count("from a local process to ") == 2 and "warning" not in process.err
