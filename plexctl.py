@@ -14,28 +14,20 @@ SIGINT, SIGTERM and SIGHUP end the process by that same signal, after the sessio
 
 One file, standard library only, Python 3.6 to 3.14. Read it from the top: a section uses only
 those above it. Dear imports stand in the functions that need them, since --help and a usage
-error must not wait for ssl, urllib or socketserver.
+error must not wait for ssl, urllib or socketserver, nor --help for argparse.
 """
+import errno
+import gc
+import os
 import sys
+import time
 
 if __name__ == "__main__":
-    import gc
-    import signal
-
     gc.disable()  # while modules load it takes 2 ms and finds nothing; the modes that stay enable it
-    # until the handlers are there, Ctrl-C just ends it: no traceback
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-import argparse
-import errno
-import functools
-import os
-import re
-import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # importing typing would take as long as compiling half of this file
+    import argparse
     import socket
     import threading
     from typing import Any, Callable, Dict, IO, List, Mapping, NoReturn, Optional, Sequence, Set, Tuple
@@ -173,6 +165,8 @@ def parse_port(text: str) -> int:
 
 def parse_seconds(text: str) -> float:
     """A number of seconds, 0 or more: digits with perhaps a decimal point."""
+    import re
+
     if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
         raise ValueError("must be a number of seconds, 0 or more")
     return float(text)
@@ -325,6 +319,8 @@ class Server(Record):
 
 def parse_server(text: str, allow_http: bool) -> Server:
     """An absolute https URL; http only for loopback, or where `allow_http` says so."""
+    import re
+
     found = re.fullmatch(URL_PATTERN, text)
     if not found:
         raise ValueError("must be an absolute https:// URL without user info, query, fragment "
@@ -343,6 +339,7 @@ def parse_server(text: str, allow_http: bool) -> Server:
 def parse_time(text: str) -> float:
     """An RFC 3339 date-time, as seconds since the epoch. A leap second counts as the one before."""
     import datetime
+    import re
 
     found = re.fullmatch(TIME_PATTERN, text)
     if not found:
@@ -727,9 +724,11 @@ class Attempt:
 
 def find_proxy(server: Server, environ: "Mapping[str, str]") -> str:
     """The proxy URL for an https server, "" for none: HTTPS_PROXY unless NO_PROXY names the host."""
+    import re
+    import urllib.request
+
     if server.scheme != "https":  # it would see the bearer token
         return ""
-    import urllib.request
 
     proxy = environ.get("https_proxy") or environ.get("HTTPS_PROXY") or ""
     exempt = environ.get("no_proxy") or environ.get("NO_PROXY") or ""
@@ -856,6 +855,7 @@ def random_uuid() -> str:
 def parse_problem(what: str, answer: Answer, token_source: str) -> ApiError:
     """The error of an answer that is not a success (RFC 9457 problem details, where it has them)."""
     import http.client
+    import re
 
     try:
         problem = Fields(what, parse_json(answer.body))
@@ -972,6 +972,7 @@ class ControlPlane:
     def _exchange(self, what: str, method: str, path: str, body: "Optional[Dict[str, Any]]",
                   seconds: float = EXCHANGE_SECONDS) -> Answer:
         import json
+        import re
         import urllib.request
 
         request = urllib.request.Request(str(self.server) + path, method=method, headers={
@@ -1022,6 +1023,8 @@ class ControlPlane:
 
     def _parse_issued(self, fields: Fields, session_id: str, asked_on: float,
                       answer: Answer) -> IssuedSession:
+        import re
+
         token = fields.take("token", str)
         if not re.fullmatch(r"[!-~]{1,65536}", token):
             raise fields.bad("token")
@@ -2966,46 +2969,42 @@ def split_arguments(argv: "Sequence[str]") -> "Tuple[List[str], Optional[List[st
     return flags, list(argv[end + 1:]) if end < len(argv) else None, ""
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors show no value and no control character."""
-
-    def error(self, message: str) -> "NoReturn":
-        """One line that names the flag."""
-        message = message.replace("the following arguments are required", "missing")
-        raise UsageError(escape(message.replace("argument ", "", 1)))
-
-
-def convert(parse: "Callable[[str], Any]", text: str) -> "Any":
-    """What `parse` makes of the value of a flag; argparse would show what it refuses."""
-    try:
-        return parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def create_parser() -> Parser:
+def create_parser() -> "argparse.ArgumentParser":
     """The parser of what `split_arguments` let through; a persistent flag may stand there twice."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> "NoReturn":  # no value and no control character in it
+            message = message.replace("the following arguments are required", "missing")
+            raise UsageError(escape(message.replace("argument ", "", 1)))
+
+    def checked(parse: "Callable[[str], Any]") -> "Callable[[str], Any]":
+        def convert(text: str) -> "Any":
+            try:
+                return parse(text)
+            except ValueError as error:  # argparse would show the value that it refuses
+                raise argparse.ArgumentTypeError(str(error)) from None
+        return convert
+
     # a width, or each add_argument would import shutil to ask the terminal for one
     parser = Parser(prog="plexctl", add_help=False, allow_abbrev=False,
                     formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100))
     for flag, parse in FORWARD_FLAGS.items():
-        parser.add_argument(flag, type=functools.partial(convert, parse), required=flag in REQUIRED_FLAGS,
+        parser.add_argument(flag, type=checked(parse), required=flag in REQUIRED_FLAGS,
                             default=DEFAULTS.get(flag, False if parse is parse_switch else None))
     parser.add_argument("-v", "--verbose", action="count", default=0)
     return parser
 
 
-def parse_arguments(argv: "Sequence[str]") -> argparse.Namespace:
-    """The checked command line; UsageError where it is not right. With `prints`, that is all to do."""
-    flags, command, prints = split_arguments(argv)
-    options = argparse.Namespace(command=command, prints=prints)
-    if not prints:
-        create_parser().parse_args(flags, options)
-        check_together(options)
+def parse_arguments(flags: "Sequence[str]", command: "Optional[List[str]]") -> "argparse.Namespace":
+    """The options, from what `split_arguments` returned; UsageError where they are not right."""
+    options = create_parser().parse_args(flags)
+    options.command = command
+    check_together(options)
     return options
 
 
-def check_together(options: argparse.Namespace) -> None:
+def check_together(options: "argparse.Namespace") -> None:
     """Flags that exclude or need one another; fills in `mode` and the default of --local-addr."""
     modes = [name for name, given in (("--proxy", options.proxy), ("--stdio", options.stdio),
                                       ("-- COMMAND", options.command is not None)) if given]
@@ -3033,7 +3032,7 @@ def check_together(options: argparse.Namespace) -> None:
 class Run:
     """One invocation: the options, and what every mode of it needs."""
 
-    def __init__(self, options: argparse.Namespace, environ: "Mapping[str, str]", console: Console,
+    def __init__(self, options: "argparse.Namespace", environ: "Mapping[str, str]", console: Console,
                  stdout: "Optional[IO[str]]") -> None:
         self.options = options
         self.environ = environ
@@ -3044,8 +3043,6 @@ class Run:
 
     def execute(self) -> int:
         """The exit code. PlexctlError and Interrupted leave no session behind either."""
-        import gc
-
         options, console = self.options, self.console
         program = find_command(options.command[0], self.environ) if options.command else ""
         server, token = console.call(lambda: resolve_credentials(
@@ -3212,6 +3209,7 @@ class Run:
 
     def start_command(self, program: str, local: LocalAddress) -> "Any":
         """Starts COMMAND with its placeholders and environment filled in; wakes us at its end."""
+        import re
         import subprocess
 
         host, port = (local.path, "") if local.path else (local.host, str(local.port))
@@ -3309,16 +3307,18 @@ def end_by_signal(signum: int) -> None:
 def perform(argv: "Optional[Sequence[str]]" = None,
             environ: "Optional[Mapping[str, str]]" = None) -> "Tuple[int, int]":
     """The command, as an exit code and the number of the signal that ended it (0: none)."""
+    prints = ""
     try:
-        options = parse_arguments(sys.argv[1:] if argv is None else argv)
-        if options.prints:
-            write_all(sys.stdout, options.prints)
+        flags, command, prints = split_arguments(sys.argv[1:] if argv is None else argv)
+        if prints:
+            write_all(sys.stdout, prints)
             return EXIT_OK, 0
+        options = parse_arguments(flags, command)
         console = Console(sys.stderr, options.mode in ("print", "--proxy"))
     except PlexctlError as error:
         return fail(str(error), error.exit_code), 0
     except OSError as error:
-        return fail("cannot %s: %s" % ("write to standard output" if options.prints else "start",
+        return fail("cannot %s: %s" % ("write to standard output" if prints else "start",
                                        show_error(error)), EXIT_FAILURE), 0
     status, signum = EXIT_FAILURE, 0
     restore_handlers = handle_signals(console)
@@ -3361,10 +3361,13 @@ def run() -> None:
     (120), a thread that was given up on and wakes up. Everything is written and closed by then.
     """
     reserve_standard_descriptors()
-    status, signum = perform()
-    if signum:
-        end_by_signal(signum)
-    os._exit(status)
+    try:
+        status, signum = perform()
+        if signum:
+            end_by_signal(signum)
+        os._exit(status)
+    except KeyboardInterrupt:  # before the handlers were there, or after
+        end_by_signal(2)
 
 
 if __name__ == "__main__":
