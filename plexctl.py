@@ -1164,7 +1164,8 @@ class AuditLog:
 # ----------------------------------------------------------------------------------------- relay
 
 CHUNK_BYTES = 64 * 1024
-BULK_BYTES = 1024 * 1024
+BULK_BYTES = 2048 * 1024
+BULK_BESIDE_OTHERS_BYTES = 512 * 1024  # shorter turns let a keystroke in between
 BULK_AFTER_FULL_READS = 4
 BULK_FLOWS_MAX = 64
 BULK_WAIT_MICROSECONDS = 500000  # of a thread in one recv or send, before the loop takes over
@@ -1230,7 +1231,7 @@ class Flow:
 
     def on_events(self, events: int) -> None:
         """The loop's call: something happened to `source`, which the twin writes to."""
-        if events & WRITABLE and self.twin.state == BLOCKED:
+        if events & ~READABLE and self.twin.state == BLOCKED:  # a hang-up alone has send() tell why
             self.twin.flush()
         if events & ~WRITABLE and self.pair in self.pair.relay.pairs:
             if self.state == READING:
@@ -1298,10 +1299,14 @@ class Flow:
         try:
             if self.twin.state != ENDED:
                 self.source.getpeername()
+        except OSError:
+            self.pair.reset()
+            return
+        try:
             if not self.pair.broken:
                 self.sink.shutdown(socket.SHUT_WR)
         except OSError:
-            self.pair.reset()
+            self.lose_sink()
         else:
             self.pair.settle()
 
@@ -1337,10 +1342,9 @@ class Flow:
     def pump_in_bulk(self, view: memoryview) -> "Optional[Callable[[], None]]":
         """Moves what one read gives; what the loop is to do next, None: go on unless it was broken."""
         relay = self.pair.relay
-        # where not every connection is bulk, shorter turns let a keystroke in between
-        mixed = len(relay.pairs) > relay.bulk_flows
+        others = len(relay.pairs) > relay.bulk_flows
         try:
-            count = self.source.recv_into(view, BULK_BYTES // 2 if mixed else BULK_BYTES)
+            count = self.source.recv_into(view, BULK_BESIDE_OTHERS_BYTES if others else BULK_BYTES)
         except BlockingIOError:  # nothing came for BULK_WAIT_MICROSECONDS
             return self.pump
         except OSError:
@@ -1476,11 +1480,11 @@ class Waker:
 
     def clear(self, events: int = READABLE) -> None:
         """To be called when awake, before anything is done of what it was woken for."""
-        self._awake = False
         try:
             self._watched.recv(4096)
         except BlockingIOError:
             pass
+        self._awake = False  # not before: recv would take the byte of a wake() in between
 
     def close(self) -> None:
         """Closes both sockets."""
@@ -1579,10 +1583,13 @@ class Relay:
 
         if not self.dontwait or self.bulk_flows >= BULK_FLOWS_MAX:
             return
-        limit = struct.pack("ll", 0, BULK_WAIT_MICROSECONDS)
-        flow.source.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-        flow.sink.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         flow.full_reads = 0
+        limit = struct.pack("ll", 0, BULK_WAIT_MICROSECONDS)
+        try:
+            flow.source.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+            flow.sink.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        except OSError:  # a 32-bit system whose time_t has 64 bits wants another structure
+            return
         if start_thread(flow.carry_in_bulk):  # else the loop goes on with it
             self.bulk_flows += 1
             flow.state = BULK
@@ -1653,6 +1660,7 @@ class Lease:
         self.over: "Optional[SessionOver]" = None
         self.refreshing = threading.Lock()
         self.refreshed_on = 0.0
+        self.has_answer = False
         self.rechecked_on = elapsed_seconds()
         self._lock = lock
 
@@ -1908,7 +1916,8 @@ class Sessions:
                         self._limit = len(self._leases)
                     lease = min(self._leases, key=lambda each: each.connections)
                     lease.connections += 1
-                self._report("warning: no further session, connections share what there is: %s" % error)
+                if not self._leaving:
+                    self._report("warning: no further session, connections share what there is: %s" % error)
                 return lease
 
     def _acquire_route(self) -> "Tuple[Lease, Any]":
@@ -1944,9 +1953,12 @@ class Sessions:
         """
         wanted_on = elapsed_seconds()
         with lease.refreshing:
-            if lease.refreshed_on >= wanted_on or lease.over or failed_route not in (None, lease.route):
+            if lease.over or failed_route not in (None, lease.route):
                 return True
+            if lease.refreshed_on >= wanted_on:
+                return lease.has_answer
             lease.refreshed_on = elapsed_seconds()
+            lease.has_answer = True
             try:
                 session = self._plane.get(self._request.project_id, lease.issued.session_id)
                 if session.status != "active":
@@ -1960,8 +1972,8 @@ class Sessions:
                 if isinstance(error, ApiError) and error.status in (404, 410):
                     self._end(lease, SessionOver("the session is gone"), renewable=False)
                 else:
-                    lease.refreshed_on = 0.0  # no answer: whoever waits asks again
                     self._report("warning: %s" % error)
+                lease.has_answer = False
                 return False
 
     def _end(self, lease: Lease, why: SessionOver, renewable: bool) -> None:
@@ -2233,7 +2245,7 @@ class Forwarder:
         stopped = threading.Event()
 
         def finish() -> None:
-            while self._accept():
+            while self._server.fileno() >= 0 and self._accept():
                 pass
             self._stop_listening()
             stopped.set()
@@ -2438,6 +2450,11 @@ class Forwarder:
     def _begin(self, client: "socket.socket", client_address: "Any", remote: "socket.socket",
                lease: "Any") -> None:
         self._dialled_for.discard(client)
+        over = getattr(lease, "over", None)
+        if over is not None:  # meanwhile; reset_lease did not see this connection
+            remote.close()
+            self._fail(client, lease, over)
+            return
         try:
             self._leases[self.relay.add(client, remote, self._end)] = lease
         except OSError as error:  # stopped meanwhile, or the poller takes no more
@@ -2507,8 +2524,8 @@ def count_capacity(raise_limit: bool = False) -> int:
     """
     try:
         import resource
-    except ImportError:  # Windows
-        return 1000
+    except ImportError:  # Windows, where select() takes 512
+        return 500
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if raise_limit:
         try:
@@ -2578,7 +2595,7 @@ class StdioRelay:
                 return
 
     def _copy_down(self) -> None:
-        view = memoryview(bytearray(BULK_BYTES))
+        view = memoryview(bytearray(BULK_BESIDE_OTHERS_BYTES))
         while True:
             try:
                 count = self._remote.recv_into(view)

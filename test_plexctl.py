@@ -6445,6 +6445,116 @@ def test_a_record_takes_its_fields_by_position_or_name_and_no_others(values, nam
             plexctl.SessionRequest(*values, **named)
 
 
+def test_a_wake_while_it_is_cleared_is_not_the_last_one():
+    waker, over = plexctl.Waker(), threading.Event()
+
+    def keep_waking():
+        while not over.is_set():
+            waker.wake()
+    threads = [threading.Thread(target=keep_waking, daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(200):
+            assert select.select([waker], [], [], 10)[0], "it went deaf"
+            waker.clear()
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+
+
+@pytest.mark.skipif(not LINUX, reason="how the kernel tells of it")
+def test_a_unix_client_that_hangs_up_without_closing_ends_its_connection(tmp_path):
+    """A hang-up that nobody acts on is reported for ever, at the cost of a whole core."""
+    path = str(tmp_path / "socket")
+    with relayed_to(source(8 << 20), local="unix:" + path) as running, \
+            socket.socket(socket.AF_UNIX) as client:
+        client.connect(path)
+        eventually(lambda: running.count().down)
+        standstill(lambda: running.count().down)
+        client.shutdown(socket.SHUT_RDWR)
+        eventually(lambda: running.count().open == 0)
+
+
+def test_a_dial_that_ends_after_its_session_is_not_served():
+    dialled, go, lines = threading.Event(), threading.Event(), []
+    with Target(echo) as target:
+        lease = lease_on(target.address)
+
+        def connect():
+            remote = plexctl.connect_socket(*lease.route)
+            dialled.set()
+            go.wait(20)
+            return remote, lease
+        with plexctl.Forwarder(plexctl.parse_local_address("127.0.0.1:0"), connect,
+                               report=lines.append) as forwarder:
+            forwarder.start()
+            with dial(str(forwarder.local)) as client:
+                assert dialled.wait(10)
+                lease.over = plexctl.SessionOver("the session expired")
+                forwarder.reset_lease(lease)
+                go.set()
+                assert how_it_ends(client) == ("reset", b"")
+            eventually(lambda: lease.released == 1)
+            assert lines == ["warning: a connection was not served: the session expired"]
+
+
+def test_last_words_before_a_reset_arrive_also_where_the_client_has_just_ended(loop):
+    def speak(connection, _target):
+        connection.recv(5)
+        spoken.wait(10)
+        connection.sendall(b"error: too big")
+        time.sleep(0.1)
+        reset_close(connection)
+        spoken.clear()
+    spoken = threading.Event()
+    with relayed_to(speak, **loop) as running, dial(running.address) as client:
+        client.sendall(b"hello")
+        eventually(lambda: running.count().up == 5)
+        with held_up(running):
+            client.shutdown(socket.SHUT_WR)
+            spoken.set()
+            eventually(lambda: not spoken.is_set())
+        assert how_it_ends(client) == ("reset", b"error: too big")
+
+
+def test_dials_that_wait_for_a_question_without_an_answer_do_not_each_ask_again():
+    def no_answer(handler, plane):
+        plane.closing.wait(0.5)
+        drop(handler, plane)
+    with Simulation(one_at_a_time=False) as simulation, using_sessions(simulation.plane) as running:
+        simulation.plane.script("get", *[no_answer] * 20)
+        simulation.node.refuse(simulation.plane.issued[0])
+        with contextlib.ExitStack() as stack:
+            for client in [stack.enter_context(dial(running.address)) for _ in range(10)]:
+                assert how_it_ends(client) == ("reset", b"")
+        assert asked(simulation.plane, "get") <= 3
+        assert len(running.said("not served")) == 10
+
+
+def test_a_system_that_takes_no_time_limit_keeps_bulk_in_the_loop():
+    class Picky:
+        def setsockopt(self, *arguments):
+            raise OSError("Invalid argument")
+    relay = plexctl.Relay(lambda line: None)
+    try:
+        relay.dontwait = 1
+        flow = types.SimpleNamespace(source=Picky(), sink=Picky(), state=plexctl.READING, full_reads=4)
+        relay.start_bulk(flow)
+        assert (flow.state, flow.full_reads, relay.bulk_flows) == (plexctl.READING, 0, 0)
+    finally:
+        relay.close()
+
+
+def test_finishing_twice_is_finishing_once():
+    with forwarding(("127.0.0.1", 1)) as running:
+        for _ in range(2):
+            began = time.monotonic()
+            running.forwarder.finish()
+            assert time.monotonic() - began < 1.5
+
+
 # ---- tests: README and packaging ------------------------------------------------------------------
 
 PUBLISHED_EXAMPLES = [
