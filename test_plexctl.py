@@ -2449,6 +2449,14 @@ def test_help_and_usage_errors_load_nothing_dear(args, status):
     assert ("argparse" in modules) == (args[:1] == ["tcp-forward"])
 
 
+@pytest.mark.skipif(sys.version_info < (3, 9), reason="-v is buffered, and lost at os._exit")
+def test_a_run_over_http_does_not_wait_for_ssl(simulation):
+    with start_plexctl(forward_args(simulation.plane), python_flags=["-v"],
+                       env=simulation.plane.environment()) as process:
+        assert process.finish().returncode == 0
+    assert "import 'urllib.request'" in process.err and "ssl" not in process.err
+
+
 def test_it_imports_the_standard_library_alone():
     with open(PLEXCTL, encoding="utf-8") as stream:
         tree = ast.parse(stream.read())
