@@ -1296,9 +1296,11 @@ class Flow:
         import socket
 
         self.state = ENDED
+        if self.twin.state == ENDED:
+            self.pair.settle()
+            return
         try:
-            if self.twin.state != ENDED:
-                self.source.getpeername()
+            self.source.getpeername()
         except OSError:
             self.pair.reset()
             return
@@ -1433,7 +1435,8 @@ class Pair:
             if not self.relay.over:
                 self.relay.poller.unregister(fd)
             self.relay.handlers.pop(fd, None)
-            reset_on_close(sock, self.broken and sock is not self.spared)
+            if self.broken or sock is self.client:  # whom `add` had armed
+                reset_on_close(sock, self.broken and sock is not self.spared)
             sock.close()
         self.up.pending = self.down.pending = b""  # it may be long until the cycle is collected
         self.on_end(self)
@@ -1624,19 +1627,20 @@ class Relay:
         self._waker.close()
 
 
+LEG_OPTIONS: "List[Tuple[int, int, int]]" = []  # filled at the first use, which imports socket
+
+
 def set_leg_options(sock: "socket.socket") -> None:
     """TCP_NODELAY (two writes cost 44 ms without it), and keepalive that notices in 2 minutes."""
     import socket
 
-    if sock.family not in (socket.AF_INET, socket.AF_INET6):
-        return
-    for level, name, value in ((socket.IPPROTO_TCP, "TCP_NODELAY", 1),
-                               (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
-                               (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 60),
-                               (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 15),
-                               (socket.IPPROTO_TCP, "TCP_KEEPCNT", 4)):
-        if hasattr(socket, name):  # not everywhere
-            sock.setsockopt(level, getattr(socket, name), value)
+    if not LEG_OPTIONS:
+        LEG_OPTIONS[:] = [(level, getattr(socket, name), value) for level, name, value in (
+            (socket.IPPROTO_TCP, "TCP_NODELAY", 1), (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
+            (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 60), (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 15),
+            (socket.IPPROTO_TCP, "TCP_KEEPCNT", 4)) if hasattr(socket, name)]
+    for option in LEG_OPTIONS:
+        sock.setsockopt(*option)
 
 
 # ------------------------------------------------------------------------------- sessions in use
@@ -2232,7 +2236,8 @@ class Forwarder:
         """Serves from now on, in a thread."""
         import threading
 
-        set_leg_options(self._server.socket)  # Linux hands them on to what is accepted
+        if not self.local.path:
+            set_leg_options(self._server.socket)  # Linux hands them on to what is accepted
         self.relay.handlers[self._server.fileno()] = self._accept
         self.relay.poller.register(self._server.fileno(), READABLE)
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
