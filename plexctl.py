@@ -729,7 +729,6 @@ def find_proxy(server: Server, environ: "Mapping[str, str]") -> str:
 
     if server.scheme != "https":  # it would see the bearer token
         return ""
-
     proxy = environ.get("https_proxy") or environ.get("HTTPS_PROXY") or ""
     exempt = environ.get("no_proxy") or environ.get("NO_PROXY") or ""
     if not proxy or urllib.request.proxy_bypass_environment(  # type: ignore[attr-defined]
@@ -1873,11 +1872,12 @@ class Sessions:
 
     def _choose(self) -> "Optional[Lease]":
         """With the lock held: an idle lease, else the least busy one where no other may be had."""
-        now = elapsed_seconds()
-        usable = [lease for lease in self._leases if now < lease.expires_on]
-        if self.over or self._leaving or not usable:
+        now, best = elapsed_seconds(), None
+        for lease in self._leases:
+            if now < lease.expires_on and (best is None or lease.connections < best.connections):
+                best = lease
+        if self.over or self._leaving or best is None:
             return None
-        best = min(usable, key=lambda lease: lease.connections)
         if best.connections:
             if not self._is_full():
                 return None
@@ -2089,17 +2089,15 @@ class OwnerCheck:
         import socket
         import struct
 
-        def packed(address: str) -> bytes:
-            return socket.inet_pton(self._family, address).ljust(16, b"\0")
-
         # inet_diag_req_v2 with inet_diag_sockid (ports in network order), behind an nlmsghdr
         # of type SOCK_DIAG_BY_FAMILY with NLM_F_REQUEST
         self._sequence = self._sequence + 1 & 0xFFFFFFFF
-        request = (struct.pack("=IHHIIBBBBI", 72, 20, 1, self._sequence, 0,
-                               self._family, socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF)
-                   + struct.pack("!HH", source[1], destination[1])
-                   + packed(source[0]) + packed(destination[0])
-                   + struct.pack("=III", 0, 0xFFFFFFFF, 0xFFFFFFFF))
+        request = struct.pack(
+            "=IHHIIBBBBIHH16s16sIII", 72, 20, 1, self._sequence, 0,
+            self._family, socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF,
+            socket.htons(source[1]), socket.htons(destination[1]),
+            socket.inet_pton(self._family, source[0]), socket.inet_pton(self._family, destination[0]),
+            0, 0xFFFFFFFF, 0xFFFFFFFF)
         self._netlink.send(request)
         sequence = -1
         while sequence != self._sequence:  # a late answer to an earlier question is nobody's
