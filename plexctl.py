@@ -794,10 +794,14 @@ def create_tls_context(ca_file: "Optional[str]") -> "Any":
 
 
 class Fields:
-    """The fields of one JSON object of an answer, each checked as it is taken."""
+    """The fields of one JSON object of an answer, each checked as it is taken.
 
-    def __init__(self, what: str, document: "Any") -> None:
+    `conceal` takes secrets out of what is shown: a server may repeat what it was sent.
+    """
+
+    def __init__(self, what: str, document: "Any", conceal: "Callable[[str], str]") -> None:
         self.what = what
+        self.conceal = conceal
         self._document = document if isinstance(document, dict) else {}
 
     def bad(self, name: str) -> TransportError:
@@ -822,7 +826,7 @@ class Fields:
         """A string or a list of strings for people, escaped; "" for anything else."""
         value = self._document.get(name)
         words = value if isinstance(value, list) else [value]
-        return escape(", ".join(word for word in words if isinstance(word, str)))
+        return escape(self.conceal(", ".join(word for word in words if isinstance(word, str))))
 
 
 def parse_http_date(text: "Optional[str]") -> float:
@@ -851,15 +855,16 @@ def random_uuid() -> str:
     return "%08x-%04x-%04x-%04x-%04x%08x" % (a, b, c & 0x0FFF | 0x4000, d & 0x3FFF | 0x8000, e, f)
 
 
-def parse_problem(what: str, answer: Answer, token_source: str) -> ApiError:
+def parse_problem(what: str, answer: Answer, token_source: str,
+                  conceal: "Callable[[str], str]") -> ApiError:
     """The error of an answer that is not a success (RFC 9457 problem details, where it has them)."""
     import http.client
     import re
 
     try:
-        problem = Fields(what, parse_json(answer.body))
+        problem = Fields(what, parse_json(answer.body), conceal)
     except ValueError:
-        problem = Fields(what, None)
+        problem = Fields(what, None, conceal)
     status, code = answer.status, problem.shown("code")
     title = problem.shown("title") or http.client.responses.get(status, "")
     words = ("%d %s" % (status, title)).strip(), problem.shown("detail")
@@ -875,12 +880,12 @@ def parse_problem(what: str, answer: Answer, token_source: str) -> ApiError:
         if code == "step_up_required":
             challenge = " ".join(answer.headers.get_all("WWW-Authenticate", []))
             wanted = re.search(r'acr_values\s*=\s*(?:"([^"]*)"|([^\s,]+))', challenge)
-            acr = escape(wanted.group(1) or wanted.group(2) or "") if wanted else ""
+            acr = escape(conceal(wanted.group(1) or wanted.group(2) or "")) if wanted else ""
             text += "; re-authenticate%s and try again" % (" with acr_values " + acr if acr else "")
     elif status == 403:
         exit_code = EXIT_REBAC_DENIED if code == "rebac_denied" else EXIT_FORBIDDEN
     elif 300 <= status < 400:
-        location = escape(answer.headers.get("Location", ""))
+        location = escape(conceal(answer.headers.get("Location", "")))
         text += "; a redirect is never followed" + (": " + location if location else "")
     return ApiError(text, exit_code, status, code)
 
@@ -904,6 +909,7 @@ class ControlPlane:
         self.cancel = cancel or threading.Event()
         self._token = parse_token(token.reveal().encode("utf-8", "surrogateescape"), "bearer token")
         self._token_source = token.source
+        self._secrets = [self._token]
         self._report = report
         proxy = find_proxy(server, environ)
         self._peer = str(server) + (" through HTTPS_PROXY" if proxy else "")
@@ -934,7 +940,7 @@ class ControlPlane:
                     may_exist = False
                     on_issued(session_id)
                     return self._parse_issued(fields, session_id, asked_on, answer)
-                error: "PlexctlError" = parse_problem("IssueSession", answer, self._token_source)
+                error: "PlexctlError" = self._parse_problem("IssueSession", answer)
                 may_exist = (may_exist or error.passing and answer.status != 503
                              or 200 <= answer.status < 300)
                 pause = parse_retry_after(answer.headers.get("Retry-After"))
@@ -957,7 +963,7 @@ class ControlPlane:
         path = "/v1/projects/%s/sessions/%s" % (project_id, session_id)
         answer = self._exchange("GetSession", "GET", path, None, seconds)
         if answer.status != 200:
-            raise parse_problem("GetSession", answer, self._token_source)
+            raise self._parse_problem("GetSession", answer)
         return self._parse_session(self._parse_body("GetSession", answer), session_id)
 
     def revoke(self, project_id: str, session_id: str, seconds: float = EXCHANGE_SECONDS) -> None:
@@ -966,7 +972,7 @@ class ControlPlane:
         answer = self._exchange("RevokeSession", "POST", path,
                                 {"revoke_reason": "operator_request"}, seconds)
         if not 200 <= answer.status < 300 and answer.status not in (404, 409, 410):
-            raise parse_problem("RevokeSession", answer, self._token_source)
+            raise self._parse_problem("RevokeSession", answer)
 
     def _exchange(self, what: str, method: str, path: str, body: "Optional[Dict[str, Any]]",
                   seconds: float = EXCHANGE_SECONDS) -> Answer:
@@ -998,10 +1004,17 @@ class ControlPlane:
         self._report("%s %s: %d, %.3f s" % (method, path, answer.status, elapsed_seconds() - began))
         return answer
 
-    @staticmethod
-    def _parse_body(what: str, answer: Answer) -> Fields:
+    def _conceal(self, text: str) -> str:
+        for secret in self._secrets:
+            text = text.replace(secret.reveal(), "(secret)")
+        return text
+
+    def _parse_problem(self, what: str, answer: Answer) -> ApiError:
+        return parse_problem(what, answer, self._token_source, self._conceal)
+
+    def _parse_body(self, what: str, answer: Answer) -> Fields:
         try:
-            return Fields(what, parse_json(answer.body))
+            return Fields(what, parse_json(answer.body), self._conceal)
         except ValueError:
             raise TransportError("%s: the answer is not valid JSON" % what, final=True) from None
 
@@ -1027,13 +1040,15 @@ class ControlPlane:
         token = fields.take("token", str)
         if not re.fullmatch(r"[!-~]{1,65536}", token):
             raise fields.bad("token")
+        secret = Secret(token)
+        self._secrets.append(secret)
         expires_at = fields.take("expires_at", str)
         expires = fields.take("expires_at", parse_time)
-        inner = Fields("IssueSession", fields.take("session", dict, kind=dict))
+        inner = Fields("IssueSession", fields.take("session", dict, kind=dict), self._conceal)
         session = self._parse_session(inner, session_id)
         issued_at = session.issued_at or parse_http_date(answer.headers.get("Date")) or time.time()
         endpoint = fields.take_optional("listener_endpoint", self._parse_endpoint)
-        return IssuedSession(session_id, Secret(token), expires_at, expires - issued_at, asked_on,
+        return IssuedSession(session_id, secret, expires_at, expires - issued_at, asked_on,
                              session, endpoint or session.listener_endpoint)
 
 

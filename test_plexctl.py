@@ -6563,6 +6563,33 @@ def test_finishing_twice_is_finishing_once():
             assert time.monotonic() - began < 1.5
 
 
+@pytest.mark.parametrize("step", [
+    lambda token: problem("internal", detail="cannot use Authorization: Bearer %s" % token),
+    lambda token: problem("internal", title=token, code="x" * 290 + token),
+    lambda token: redirect("https://elsewhere.example.com/?token=" + token),
+    lambda token: Answer(401, dict(problem("step_up_required").body, detail=token),
+                         (("WWW-Authenticate", 'Bearer acr_values="%s"' % token),))],
+    ids=["detail", "cut short", "Location", "acr_values"])
+def test_a_server_that_repeats_the_bearer_token_does_not_have_it_shown(cli, simulation, step):
+    simulation.plane.script("issue", step(simulation.plane.bearer))
+    result = cli(forward_args(simulation.plane, "-v"), simulation.plane.environment())
+    assert result.status in (1, 3) and "(secret)" in result.err
+    assert simulation.plane.bearer[:8] not in result.err
+
+
+def test_a_server_that_repeats_the_session_token_does_not_have_it_shown(simulation):
+    def tell(handler, plane):
+        told = problem("internal", detail="token %s" % plane.sessions[0].token)
+        handler.wfile.write(handler.render(told))
+    simulation.plane.script("revoke", tell)
+    with start_plexctl(forward_args(simulation.plane, "--proxy"),
+                       env=simulation.plane.environment()) as process:
+        process.ready(2)
+        process.send_signal(signal.SIGTERM)
+        process.finish()
+    assert "token (secret)" in process.err
+
+
 # ---- tests: README and packaging ------------------------------------------------------------------
 
 PUBLISHED_EXAMPLES = [
