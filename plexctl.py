@@ -47,6 +47,7 @@ EXIT_SIGNAL_BASE = 128
 CONNECT_SECONDS = 10
 EXCHANGE_SECONDS = 30
 LEAVE_SECONDS = 10
+SYSLOG_SECONDS = 2
 CLOSE_SECONDS = 2
 HURRY_SECONDS = 1.0  # what a second signal leaves of the time to revoke
 ISSUE_ATTEMPTS = 3
@@ -363,8 +364,13 @@ def parse_json(raw: bytes) -> "Any":
             raise ValueError("duplicate key")
         return fields
 
+    def bounded(digits: str) -> int:
+        if len(digits) > 4300:  # newer Pythons refuse them; 3.6 takes a quarter of a minute for 1 MiB
+            raise ValueError("too many digits")
+        return int(digits)
+
     try:
-        document = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+        document = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_int=bounded)
         json.dumps(document, ensure_ascii=False, allow_nan=False).encode("utf-8")
         return document
     except (ValueError, RecursionError, MemoryError):
@@ -785,7 +791,8 @@ def create_tls_context(ca_file: "Optional[str]") -> "Any":
     try:
         context = ssl.create_default_context(cafile=ca_file)
     except (OSError, ValueError) as error:
-        raise UsageError("--ca-file: not a usable PEM bundle: %s" % show_error(error)) from error
+        source = "--ca-file: not a usable PEM bundle" if ca_file else "TLS cannot be set up"
+        raise UsageError("%s: %s" % (source, show_error(error))) from error
     if hasattr(ssl, "TLSVersion"):
         context.minimum_version = ssl.TLSVersion.TLSv1_2
     else:  # 3.6
@@ -1059,7 +1066,7 @@ class AuditLog:
     """The record of --reveal-secrets; it fails closed.
 
     The file is opened before a session is issued, and `record` returns only when the whole line
-    was written and, for a regular file, synced. Syslog gets a copy where the host has it.
+    was written and synced. Syslog gets a copy where the host has it.
     """
 
     def __init__(self, environ: "Mapping[str, str]", report: "Callable[[str], None]") -> None:
@@ -1082,11 +1089,9 @@ class AuditLog:
                 raise FileNotFoundError(errno.ENOENT, "no home directory for it")
             path = os.path.join(base, "plexctl", "audit.log")
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | OPEN_AT_ONCE
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | OPEN_AT_ONCE
         descriptor = os.open(path, flags, 0o600)
-        status = os.fstat(descriptor)
-        device = stat.S_ISCHR(status.st_mode) and not os.path.samestat(status, os.stat(os.devnull))
-        if not stat.S_ISREG(status.st_mode) and not device:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # a device may take anything, and keep nothing
             os.close(descriptor)
             raise FileNotFoundError(errno.ENOENT, "not a regular file")
         return descriptor
@@ -1107,13 +1112,14 @@ class AuditLog:
 
             def emit(self, record: logging.LogRecord) -> None:
                 line = (self.format(record) + "\n").encode("ascii")
+                size = os.lseek(descriptor, 0, os.SEEK_END)
+                if size and os.lseek(descriptor, -1, os.SEEK_END) and os.read(descriptor, 1) != b"\n":
+                    line = b"\n" + line  # behind what a full disk cut short
                 if os.write(descriptor, line) != len(line):
                     raise OSError(errno.ENOSPC, "short write")
-                try:
-                    os.fsync(descriptor)
-                except OSError as error:
-                    if error.errno != errno.EINVAL:  # a character device has nothing to sync
-                        raise
+                os.fsync(descriptor)
+                if not os.fstat(descriptor).st_nlink:
+                    raise OSError(errno.ENOENT, "the file was removed")
                 self.written += 1
 
         logger, handler = logging.getLogger("plexctl.audit"), OneWrite()
@@ -1159,20 +1165,29 @@ class AuditLog:
         else:
             return
         import logging.handlers
+        import threading
 
         class Syslog(logging.handlers.SysLogHandler):
             def handleError(self, record: logging.LogRecord) -> None:
                 raise sys.exc_info()[1] or OSError()
 
-        try:
-            handler = Syslog(address, facility=logging.handlers.SysLogHandler.LOG_AUTHPRIV)
+        def copy() -> None:
             try:
-                handler.handle(logging.makeLogRecord({
-                    "msg": "plexctl[%d]: %s" % (os.getpid(), message), "levelname": "INFO"}))
-            finally:
-                handler.close()
-        except OSError as error:
-            self._report("warning: syslog did not take the audit record: %s" % show_error(error))
+                handler = Syslog(address, facility=logging.handlers.SysLogHandler.LOG_AUTHPRIV)
+                try:
+                    handler.handle(logging.makeLogRecord({
+                        "msg": "plexctl[%d]: %s" % (os.getpid(), message), "levelname": "INFO"}))
+                finally:
+                    handler.close()
+            except OSError as error:
+                self._report("warning: syslog did not take the audit record: %s" % show_error(error))
+            done.set()
+
+        done = threading.Event()
+        if not start_thread(copy):
+            copy()
+        if not done.wait(SYSLOG_SECONDS):  # a full socket that nobody reads takes for ever
+            self._report("warning: syslog did not take the audit record within %d s" % SYSLOG_SECONDS)
 
 
 # ----------------------------------------------------------------------------------------- relay
@@ -2641,11 +2656,16 @@ class StdioRelay:
                 piece = piece[written:]
 
 
-def wait_for(fd: int, mask: int) -> None:
-    """Waits until a descriptor that came to us non-blocking is ready."""
+def wait_for(fd: int, mask: int, seconds: "Optional[float]" = None) -> bool:
+    """Waits until a descriptor is ready, for ever or for so long; whether it is."""
     import select
 
-    select.select([fd] if mask == READABLE else [], [fd] if mask == WRITABLE else [], [])
+    if sys.platform.startswith("linux"):  # where poll() takes terminals as well, and any number
+        poller = select.poll()
+        poller.register(fd, mask)
+        return bool(poller.poll(None if seconds is None else seconds * 1000))
+    ready = select.select([fd] if mask == READABLE else [], [fd] if mask == WRITABLE else [], [], seconds)
+    return bool(ready[0] or ready[1])
 
 
 def notify_systemd(state: str, environ: "Mapping[str, str]") -> None:
@@ -2746,10 +2766,8 @@ def write_all(stream: "Optional[IO[str]]", text: str) -> None:
 
 def is_writable(stream: "Optional[IO[str]]", seconds: float) -> bool:
     """Whether a line can be written without blocking; waits for that so long."""
-    import select
-
     try:
-        return bool(select.select([], [stream.fileno()], [], max(0.0, seconds))[1])  # type: ignore
+        return wait_for(stream.fileno(), WRITABLE, max(0.0, seconds))  # type: ignore[union-attr]
     except (OSError, ValueError, AttributeError):  # closed, or not a file: writing tells
         return True
 
@@ -2808,10 +2826,8 @@ class Console:
 
     def wait(self, seconds: float) -> None:
         """Until something happens, `seconds` at most. Raises Interrupted for a signal."""
-        import select
-
         pending = len(self.signals) > self._raised
-        if select.select([self.waker], [], [], 0 if pending and not self._finishing else seconds)[0]:
+        if wait_for(self.waker.fileno(), READABLE, 0 if pending and not self._finishing else seconds):
             self.waker.clear()
         if self._lines:  # or the live line is left alone
             self.flush()
@@ -3212,7 +3228,7 @@ class Run:
         """-- COMMAND: its terminal and its Ctrl-C are its own, SIGTERM and SIGHUP are handed on."""
         console = self.console
         console.wait(0)
-        console.ignored = (2,)
+        console.ignored = (2, 3)  # SIGINT and SIGQUIT
         child = self.start_command(program, forwarder.local)
         forwarder.raise_limit()  # after the start of COMMAND, which keeps the limits it was given
         has_port = True
@@ -3256,7 +3272,9 @@ class Run:
         arguments = [re.sub(r"\{(host|port|addr)\}", lambda found: environ[
             "PLEXCTL_LOCAL_" + found.group(1).upper()], argument) for argument in self.options.command]
         try:
-            child = subprocess.Popen(arguments, executable=program, env=environ)
+            # a file of the token could be read again
+            stdin = subprocess.DEVNULL if self.options.token_file == "-" else None
+            child = subprocess.Popen(arguments, executable=program, env=environ, stdin=stdin)
         except (OSError, ValueError) as error:
             raise PlexctlError("%s: cannot be executed: %s" % (escape(arguments[0]), show_error(error)),
                                EXIT_NOT_EXECUTABLE) from error
@@ -3301,7 +3319,7 @@ def reserve_standard_descriptors() -> None:
 
 
 def handle_signals(console: Console) -> "Callable[[], None]":
-    """SIGINT, SIGTERM and SIGHUP go to the console, the third of them ends the process at once.
+    """What would end the process goes to the console, the third of them ends the process at once.
 
     Returns what puts the handlers back that were there before.
     """
@@ -3318,7 +3336,7 @@ def handle_signals(console: Console) -> "Callable[[], None]":
                 end_by_signal(signum)
 
     before = {}
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM"):
         signum = getattr(signal, name, None)
         if signum is not None and signal.getsignal(signum) != signal.SIG_IGN:  # nohup, &
             before[signum] = signal.signal(signum, handle)
@@ -3352,13 +3370,13 @@ def perform(argv: "Optional[Sequence[str]]" = None,
             return EXIT_OK, 0
         options = parse_arguments(flags, command)
         console = Console(sys.stderr, options.mode in ("print", "--proxy"))
+        restore_handlers = handle_signals(console)
     except PlexctlError as error:
         return fail(str(error), error.exit_code), 0
-    except OSError as error:
+    except (OSError, ImportError) as error:  # no descriptors to load a module with
         return fail("cannot %s: %s" % ("write to standard output" if prints else "start",
                                        show_error(error)), EXIT_FAILURE), 0
     status, signum = EXIT_FAILURE, 0
-    restore_handlers = handle_signals(console)
     try:
         status = Run(options, os.environ if environ is None else environ, console, sys.stdout).execute()
     except Interrupted as interrupted:

@@ -2298,27 +2298,54 @@ def test_an_audit_log_in_an_unwritable_directory_costs_no_session(cli, simulatio
     assert is_audit_error(result, simulation.plane) and simulation.plane.requests == []
 
 
-@FULL
-@pytest.mark.parametrize("raises", [True, False])
-def test_an_audit_record_on_a_full_disk_reveals_nothing(cli, simulation, monkeypatch, raises):
-    monkeypatch.setattr(logging, "raiseExceptions", raises)
-    environ = simulation.plane.environment(PLEXCTL_AUDIT_LOG="/dev/full")
+@pytest.mark.skipif(not LINUX, reason="these devices")
+@pytest.mark.parametrize("device", ["/dev/full", "/dev/zero", "/dev/null"])
+def test_a_device_is_no_audit_log(cli, simulation, device):
+    environ = simulation.plane.environment(PLEXCTL_AUDIT_LOG=device)
     result = cli(forward_args(simulation.plane, "--reveal-secrets"), environ)
-    assert is_audit_error(result, simulation.plane)
-    assert_revoked_once(simulation.plane)
+    assert is_audit_error(result, simulation.plane) and simulation.plane.requests == []
 
 
 @pytest.mark.skipif(not LINUX, reason="a limit on the size of files")
-def test_an_audit_record_that_is_cut_short_reveals_nothing(simulation, tmp_path):
+@pytest.mark.parametrize("raises", [True, False])
+@pytest.mark.parametrize("limit", [150, 101], ids=["cut short", "full"])
+def test_an_audit_record_on_a_full_disk_reveals_nothing(simulation, tmp_path, limit, raises):
     def limit_file_size():
         import resource
-        resource.setrlimit(resource.RLIMIT_FSIZE, (150, 150))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     log = write_private(tmp_path / "audit.log", "x" * 100 + "\n")
-    words = [sys.executable, "-I", PLEXCTL] + forward_args(simulation.plane, "--reveal-secrets")
+    program = ("import logging, sys; logging.raiseExceptions = %r; sys.path.insert(0, %r); "
+               "import plexctl; plexctl.run()" % (raises, HERE))
+    words = [sys.executable, "-I", "-B", "-c", program] + forward_args(simulation.plane, "--reveal-secrets")
     environ = clean_environment(simulation.plane.environment(PLEXCTL_AUDIT_LOG=log))
     result = run_words(words, environ, preexec_fn=limit_file_size)
-    assert is_audit_error(result, simulation.plane) and os.path.getsize(log) == 150
+    assert is_audit_error(result, simulation.plane) and os.path.getsize(log) == limit
+    assert_revoked_once(simulation.plane)
+
+
+@pytest.mark.reveals
+def test_a_record_behind_one_that_was_cut_short_begins_a_line(cli, simulation, tmp_path):
+    log = write_private(tmp_path / "audit.log", '{"event": "session_tok')
+    environ = simulation.plane.environment(PLEXCTL_AUDIT_LOG=log)
+    for _ in range(2):
+        assert cli(forward_args(simulation.plane, "--reveal-secrets"), environ).status == 0
+    with open(log) as stream:
+        first, *records = stream.read().splitlines()
+    assert first == '{"event": "session_tok'
+    assert [json.loads(each)["session_id"] for each in records] == simulation.plane.issued
+
+
+@pytest.mark.skipif(os.name != "posix", reason="files that are open can be removed")
+def test_an_audit_log_that_was_removed_meanwhile_reveals_nothing(cli, simulation, tmp_path):
+    def remove(handler, _plane):
+        os.unlink(log)
+        handler.answer_really()
+    log = str(tmp_path / "audit.log")
+    simulation.plane.script("issue", remove)
+    result = cli(forward_args(simulation.plane, "--reveal-secrets"),
+                 simulation.plane.environment(PLEXCTL_AUDIT_LOG=log))
+    assert is_audit_error(result, simulation.plane)
     assert_revoked_once(simulation.plane)
 
 
@@ -6588,6 +6615,61 @@ def test_a_server_that_repeats_the_session_token_does_not_have_it_shown(simulati
         process.send_signal(signal.SIGTERM)
         process.finish()
     assert "token (secret)" in process.err
+
+
+@pytest.mark.skipif(not LINUX, reason="Linux has all of them")
+@pytest.mark.parametrize("name", ["SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM"])
+@pytest.mark.parametrize("flags", [["--proxy"], ["--", "sleep", "30"]], ids=["proxy", "COMMAND"])
+def test_other_signals_leave_no_session_either(simulation, flags, name):
+    signum = getattr(signal, name)
+    with start(simulation, *flags) as process:
+        if flags == ["--proxy"]:
+            process.ready(2)
+        else:
+            wait_until(lambda: "sleep" in children(process.pid))
+        process.send_signal(signum)
+        if flags != ["--proxy"] and signum == signal.SIGQUIT:  # the terminal sends it to COMMAND too
+            process.send_signal(signal.SIGTERM)
+        process.wait(20)
+    revoked_once(simulation.plane)
+
+
+def children(pid):
+    """The names of the programs that a process runs (Linux)."""
+    with open("/proc/%d/task/%d/children" % (pid, pid)) as stream:
+        pids = stream.read().split()
+    return " ".join(open("/proc/%s/comm" % each).read() for each in pids)
+
+
+def test_a_token_on_standard_input_is_not_handed_to_command(simulation, tmp_path):
+    path = write_private(tmp_path / "token", simulation.plane.bearer)
+    environ = simulation.plane.environment()
+    del environ["PLEXSPHERE_TOKEN"]
+    program = "import os, sys; os.lseek(0, 0, 0); sys.stdout.write(sys.stdin.read())"
+    with open(path) as stream:
+        result = run_plexctl(forward_args(simulation.plane, "--token-file", "-", "--", sys.executable, "-c",
+                                          program), env=environ, stdin=stream)
+    assert (result.returncode, result.stdout) == (0, "")
+
+
+def test_an_integer_of_a_million_digits_is_refused_at_once():
+    began = time.monotonic()
+    with pytest.raises(ValueError):
+        plexctl.parse_json(b'{"a": ' + b"7" * 1000000 + b"}")
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.skipif(not LINUX, reason="/proc")
+def test_it_waits_with_descriptors_beyond_what_select_takes(simulation):
+    def fill():
+        import resource
+        resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
+        for _ in range(1100):
+            os.set_inheritable(os.open(os.devnull, os.O_RDONLY), True)
+    words = [sys.executable, "-I", PLEXCTL] + forward_args(simulation.plane)
+    result = run_words(words, clean_environment(simulation.plane.environment()), preexec_fn=fill,
+                       close_fds=False)
+    assert (result.status, result.err) == (0, "")
 
 
 # ---- tests: README and packaging ------------------------------------------------------------------
