@@ -791,7 +791,8 @@ def create_tls_context(ca_file: "Optional[str]") -> "Any":
     try:
         context = ssl.create_default_context(cafile=ca_file)
     except (OSError, ValueError) as error:
-        source = "--ca-file: not a usable PEM bundle" if ca_file else "TLS cannot be set up"
+        source = "--ca-file: not a usable PEM bundle" if ca_file else (
+            "TLS cannot be set up (see SSL_CERT_FILE and SSLKEYLOGFILE)")
         raise UsageError("%s: %s" % (source, show_error(error))) from error
     if hasattr(ssl, "TLSVersion"):
         context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -1113,7 +1114,8 @@ class AuditLog:
             def emit(self, record: logging.LogRecord) -> None:
                 line = (self.format(record) + "\n").encode("ascii")
                 size = os.lseek(descriptor, 0, os.SEEK_END)
-                if size and os.lseek(descriptor, -1, os.SEEK_END) and os.read(descriptor, 1) != b"\n":
+                os.lseek(descriptor, max(0, size - 1), os.SEEK_SET)
+                if size and os.read(descriptor, 1) != b"\n":
                     line = b"\n" + line  # behind what a full disk cut short
                 if os.write(descriptor, line) != len(line):
                     raise OSError(errno.ENOSPC, "short write")
@@ -1179,9 +1181,10 @@ class AuditLog:
                         "msg": "plexctl[%d]: %s" % (os.getpid(), message), "levelname": "INFO"}))
                 finally:
                     handler.close()
-            except OSError as error:
+            except Exception as error:
                 self._report("warning: syslog did not take the audit record: %s" % show_error(error))
-            done.set()
+            finally:
+                done.set()
 
         done = threading.Event()
         if not start_thread(copy):
@@ -2209,7 +2212,8 @@ class Forwarder:
     `connect(failed, route)` blocks, and returns a connected socket and a lease, or raises
     PlexctlError; `take()`, where given, returns at once a lease whose `route`, (family, address), the
     loop may connect to by itself, or None. A lease's `release()` is called when its connection is
-    over. `Sessions` has both. Without sessions: `lambda *failed: (socket, lease)` will do.
+    over; one whose `over` has been set meanwhile is not used. `Sessions` has both. Without
+    sessions: `lambda *failed: (socket, lease)` will do.
 
     The address is bound when the object is made (PlexctlError if that fails) and served between
     `start` and `stop`. `report` takes lines, from the loop's thread.
@@ -3225,7 +3229,7 @@ class Run:
             show_seconds(self.sessions.seconds_left()))
 
     def run_command(self, program: str, forwarder: Forwarder) -> int:
-        """-- COMMAND: its terminal and its Ctrl-C are its own, SIGTERM and SIGHUP are handed on."""
+        """-- COMMAND: its terminal, Ctrl-C and Ctrl-\\ are its own, other signals are handed on."""
         console = self.console
         console.wait(0)
         console.ignored = (2, 3)  # SIGINT and SIGQUIT
@@ -3272,8 +3276,9 @@ class Run:
         arguments = [re.sub(r"\{(host|port|addr)\}", lambda found: environ[
             "PLEXCTL_LOCAL_" + found.group(1).upper()], argument) for argument in self.options.command]
         try:
-            # a file of the token could be read again
-            stdin = subprocess.DEVNULL if self.options.token_file == "-" else None
+            # COMMAND could read the token there, again or, of /dev/stdin, for the first time
+            has_token = self.options.token_file in ("-", "/dev/stdin", "/dev/fd/0")
+            stdin = subprocess.DEVNULL if has_token else None
             child = subprocess.Popen(arguments, executable=program, env=environ, stdin=stdin)
         except (OSError, ValueError) as error:
             raise PlexctlError("%s: cannot be executed: %s" % (escape(arguments[0]), show_error(error)),
@@ -3321,7 +3326,8 @@ def reserve_standard_descriptors() -> None:
 def handle_signals(console: Console) -> "Callable[[], None]":
     """What would end the process goes to the console, the third of them ends the process at once.
 
-    Returns what puts the handlers back that were there before.
+    Of the rarer ones only those that nobody else in the process has a handler for. Returns what
+    puts the handlers back that were there before.
     """
     import signal
     import threading
@@ -3338,7 +3344,11 @@ def handle_signals(console: Console) -> "Callable[[], None]":
     before = {}
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM"):
         signum = getattr(signal, name, None)
-        if signum is not None and signal.getsignal(signum) != signal.SIG_IGN:  # nohup, &
+        if signum is None:
+            continue
+        current = signal.getsignal(signum)
+        if current == signal.SIG_DFL or name in ("SIGINT", "SIGTERM", "SIGHUP") \
+                and current != signal.SIG_IGN:  # nohup, &
             before[signum] = signal.signal(signum, handle)
     quiet: "Dict[str, Any]" = {"warn_on_full_buffer": False} if sys.version_info >= (3, 7) else {}
     wakeup = signal.set_wakeup_fd(console.waker.written_fd(), **quiet)

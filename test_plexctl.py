@@ -2325,14 +2325,15 @@ def test_an_audit_record_on_a_full_disk_reveals_nothing(simulation, tmp_path, li
 
 
 @pytest.mark.reveals
-def test_a_record_behind_one_that_was_cut_short_begins_a_line(cli, simulation, tmp_path):
-    log = write_private(tmp_path / "audit.log", '{"event": "session_tok')
+@pytest.mark.parametrize("torn", ["{", '{"event": "session_tok'])
+def test_a_record_behind_one_that_was_cut_short_begins_a_line(cli, simulation, tmp_path, torn):
+    log = write_private(tmp_path / "audit.log", torn)
     environ = simulation.plane.environment(PLEXCTL_AUDIT_LOG=log)
     for _ in range(2):
         assert cli(forward_args(simulation.plane, "--reveal-secrets"), environ).status == 0
     with open(log) as stream:
         first, *records = stream.read().splitlines()
-    assert first == '{"event": "session_tok'
+    assert first == torn
     assert [json.loads(each)["session_id"] for each in records] == simulation.plane.issued
 
 
@@ -6619,36 +6620,53 @@ def test_a_server_that_repeats_the_session_token_does_not_have_it_shown(simulati
 
 @pytest.mark.skipif(not LINUX, reason="Linux has all of them")
 @pytest.mark.parametrize("name", ["SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM"])
-@pytest.mark.parametrize("flags", [["--proxy"], ["--", "sleep", "30"]], ids=["proxy", "COMMAND"])
+@pytest.mark.parametrize("flags", [["--proxy"], ["--", "sh", "-c", "echo started; exec sleep 30"]],
+                         ids=["proxy", "COMMAND"])
 def test_other_signals_leave_no_session_either(simulation, flags, name):
     signum = getattr(signal, name)
     with start(simulation, *flags) as process:
         if flags == ["--proxy"]:
             process.ready(2)
+            process.send_signal(signum)
+            ends_by(process, signum)
         else:
-            wait_until(lambda: "sleep" in children(process.pid))
-        process.send_signal(signum)
-        if flags != ["--proxy"] and signum == signal.SIGQUIT:  # the terminal sends it to COMMAND too
-            process.send_signal(signal.SIGTERM)
-        process.wait(20)
+            process.wait_for_output("started")
+            process.send_signal(signum)
+            if signum == signal.SIGQUIT:  # the terminal sends it to COMMAND too, who decides
+                signum = signal.SIGTERM
+                process.send_signal(signum)
+            assert process.finish().returncode == 128 + signum
     revoked_once(simulation.plane)
 
 
-def children(pid):
-    """The names of the programs that a process runs (Linux)."""
-    with open("/proc/%d/task/%d/children" % (pid, pid)) as stream:
-        pids = stream.read().split()
-    return " ".join(open("/proc/%s/comm" % each).read() for each in pids)
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="POSIX signals")
+def test_a_library_user_s_own_handlers_stay(cli, simulation):
+    def note(handler, _plane):
+        seen.append(signal.getsignal(signal.SIGUSR1))
+        handler.answer_really()
+
+    def mine(*_):
+        pass
+    seen = []
+    simulation.plane.script("issue", note)
+    before = signal.signal(signal.SIGUSR1, mine)
+    try:
+        assert cli(forward_args(simulation.plane), simulation.plane.environment()).status == 0
+        assert seen == [mine] and signal.getsignal(signal.SIGUSR1) == mine
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
-def test_a_token_on_standard_input_is_not_handed_to_command(simulation, tmp_path):
+@pytest.mark.skipif(not LINUX, reason="/dev/stdin")
+@pytest.mark.parametrize("token_file", ["-", "/dev/stdin", "/dev/fd/0"])
+def test_a_token_on_standard_input_is_not_handed_to_command(simulation, tmp_path, token_file):
     path = write_private(tmp_path / "token", simulation.plane.bearer)
     environ = simulation.plane.environment()
     del environ["PLEXSPHERE_TOKEN"]
     program = "import os, sys; os.lseek(0, 0, 0); sys.stdout.write(sys.stdin.read())"
     with open(path) as stream:
-        result = run_plexctl(forward_args(simulation.plane, "--token-file", "-", "--", sys.executable, "-c",
-                                          program), env=environ, stdin=stream)
+        args = ["--token-file", token_file, "--", sys.executable, "-c", program]
+        result = run_plexctl(forward_args(simulation.plane, *args), env=environ, stdin=stream)
     assert (result.returncode, result.stdout) == (0, "")
 
 
