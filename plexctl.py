@@ -12,14 +12,17 @@ Exit codes: 0 done; 1 transport or API failure, no listener endpoint, forwarder 
 over; 2 usage; 3 credentials; 4 forbidden; 77 ReBAC denial; with -- COMMAND the status of COMMAND;
 SIGINT, SIGTERM and SIGHUP end the process by that same signal, after the session is revoked.
 
-One file, standard library only, Python 3.6 to 3.14. Read it from the top: a section uses only
-those above it. Dear imports stand in the functions that need them, since --help and a usage
-error must not wait for ssl, urllib or socketserver, nor --help for argparse.
+One file, standard library only, Python 3.6 to 3.15. Read it from the top: a section uses only
+those above it.
 """
+import sys
+
+if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+    del sys.path[0]  # the directory of the script: another user's argparse.py may lie in /tmp
+
 import errno
 import gc
 import os
-import sys
 import time
 
 if __name__ == "__main__":
@@ -28,9 +31,51 @@ if __name__ == "__main__":
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # importing typing would take as long as compiling half of this file
     import argparse
+    import collections
+    import datetime
+    import email.utils
+    import http.client
+    import json
+    import logging
+    import mmap
+    import pwd
+    import re
+    import resource
+    import select
+    import selectors
+    import shutil
+    import signal
     import socket
+    import socketserver
+    import ssl
+    import stat
+    import struct
+    import subprocess
     import threading
-    from typing import Any, Callable, Dict, IO, List, Mapping, NoReturn, Optional, Sequence, Set, Tuple
+    import urllib.request
+    from typing import (Any, Callable, Dict, IO, List, Mapping, NoReturn, Optional, Sequence, Set, Tuple)
+
+
+class LazyModule:
+    """A module that is loaded at its first use, and takes this one's place then.
+
+    --help must not wait for ssl and urllib, which take longer than all else.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> "Any":
+        module = __import__(self._name)
+        globals()[module.__name__] = module
+        return getattr(module, attribute)
+
+
+LAZY_MODULES = (
+    "argparse", "collections", "datetime", "email.utils", "http.client", "json", "logging", "mmap",
+    "pwd", "re", "resource", "select", "selectors", "shutil", "signal", "socket", "socketserver", "ssl",
+    "stat", "struct", "subprocess", "threading", "urllib.request")
+globals().update((name.partition(".")[0], LazyModule(name)) for name in LAZY_MODULES)
 
 __version__ = "0.1.0"
 
@@ -121,8 +166,6 @@ class Interrupted(Exception):
     """The first SIGINT, SIGTERM or SIGHUP; raised where the main thread waits, nowhere else."""
 
     def __init__(self, signum: int) -> None:
-        import signal
-
         super().__init__("ended by " + signal.Signals(signum).name)
         self.signum = signum
 
@@ -166,8 +209,6 @@ def parse_port(text: str) -> int:
 
 def parse_seconds(text: str) -> float:
     """A number of seconds, 0 or more: digits with perhaps a decimal point."""
-    import re
-
     if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
         raise ValueError("must be a number of seconds, 0 or more")
     return float(text)
@@ -207,8 +248,6 @@ def pack_address(host: str) -> bytes:
 
     connect() takes 127.1, 0 and 010.0.0.1 for addresses; inet_pton does not.
     """
-    import socket
-
     try:
         packed = socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
     except (OSError, ValueError):
@@ -320,8 +359,6 @@ class Server(Record):
 
 def parse_server(text: str, allow_http: bool) -> Server:
     """An absolute https URL; http only for loopback, or where `allow_http` says so."""
-    import re
-
     found = re.fullmatch(URL_PATTERN, text)
     if not found:
         raise ValueError("must be an absolute https:// URL without user info, query, fragment "
@@ -339,9 +376,6 @@ def parse_server(text: str, allow_http: bool) -> Server:
 
 def parse_time(text: str) -> float:
     """An RFC 3339 date-time, as seconds since the epoch. A leap second counts as the one before."""
-    import datetime
-    import re
-
     found = re.fullmatch(TIME_PATTERN, text)
     if not found:
         raise ValueError("is not an RFC 3339 time")
@@ -356,8 +390,6 @@ def parse_time(text: str) -> float:
 
 def parse_json(raw: bytes) -> "Any":
     """Strict JSON (RFC 8259): UTF-8, no NaN, no duplicate keys, no lone surrogates."""
-    import json
-
     def unique(pairs: "List[Tuple[str, Any]]") -> "Dict[str, Any]":
         fields = dict(pairs)
         if len(fields) != len(pairs):
@@ -390,8 +422,6 @@ _CLOCK = 7 if sys.platform.startswith("linux") else getattr(time, "CLOCK_MONOTON
 
 def start_thread(function: "Callable[..., object]", *arguments: "Any") -> bool:
     """Runs it in a thread that does not keep the process alive; False if there are no more threads."""
-    import threading
-
     try:
         threading.Thread(target=function, args=arguments, daemon=True).start()
         return True
@@ -487,8 +517,6 @@ def read_secret_file(path: str, source: str) -> bytes:
     It is opened first and then judged by its descriptor, so that nothing can be swapped in
     between; non-blocking, since a FIFO without a writer would block `open` for ever.
     """
-    import stat
-
     if path == "-":
         return read_limited(0, source)
     try:
@@ -676,8 +704,6 @@ class Attempt:
     """One exchange, in a thread that can be given up on: a timeout of urllib's is per recv."""
 
     def __init__(self) -> None:
-        import threading
-
         self.done = threading.Event()
         self.sent = False
         self.answer: "Optional[Answer]" = None
@@ -687,8 +713,6 @@ class Attempt:
 
     def open_socket(self, address: "Tuple[str, int]", *arguments: "Any") -> "socket.socket":
         """A connected socket for http.client."""
-        import socket
-
         host: "Any" = address[0].encode("ascii")  # for a str, getaddrinfo loads the IDNA codec, 1 ms
         sock = socket.create_connection((host, address[1]), *arguments)
         # a duplicate is kept: ssl detaches the original, http.client forgets it after the head
@@ -699,8 +723,6 @@ class Attempt:
 
     def run(self, opener: "Any", request: "Any") -> None:
         """The exchange itself."""
-        import http.client
-
         try:
             with opener.open(request, timeout=CONNECT_SECONDS) as response:
                 self.answer = Answer(response.status, response.headers, b"")
@@ -719,8 +741,6 @@ class Attempt:
 
     def abandon(self) -> None:
         """Wakes the thread by shutting its socket down."""
-        import socket
-
         self._abandoned = True
         try:
             self._socket.shutdown(socket.SHUT_RDWR)
@@ -730,9 +750,6 @@ class Attempt:
 
 def find_proxy(server: Server, environ: "Mapping[str, str]") -> str:
     """The proxy URL for an https server, "" for none: HTTPS_PROXY unless NO_PROXY names the host."""
-    import re
-    import urllib.request
-
     if server.scheme != "https":  # it would see the bearer token
         return ""
     proxy = environ.get("https_proxy") or environ.get("HTTPS_PROXY") or ""
@@ -751,9 +768,6 @@ def create_opener(server: Server, ca_file: "Optional[str]", proxy: str) -> "Any"
     Put together by hand: the default one carries the bearer token to wherever a redirect points,
     to the proxy of plain http, and opens file: URLs; from 3.12 on it loads the CA bundle for http.
     """
-    import http.client
-    import urllib.request
-
     secure = server.scheme == "https"
     keywords = {"context": create_tls_context(ca_file)} if secure else {}
     base: "Any" = http.client.HTTPSConnection if secure else http.client.HTTPConnection
@@ -786,8 +800,6 @@ def create_opener(server: Server, ca_file: "Optional[str]", proxy: str) -> "Any"
 
 def create_tls_context(ca_file: "Optional[str]") -> "Any":
     """Certificates and host names verified, TLS 1.2 at least; no way to turn it off."""
-    import ssl
-
     try:
         context = ssl.create_default_context(cafile=ca_file)
     except (OSError, ValueError) as error:
@@ -839,8 +851,6 @@ class Fields:
 
 def parse_http_date(text: "Optional[str]") -> float:
     """A Date header (RFC 9110, section 5.6.7) in seconds since the epoch; 0 where it is none."""
-    import email.utils
-
     try:
         return email.utils.parsedate_to_datetime(text or "").timestamp()
     except (TypeError, ValueError, IndexError, OverflowError):
@@ -857,8 +867,6 @@ def parse_retry_after(text: "Optional[str]") -> "Optional[float]":
 
 def random_uuid() -> str:
     """A version 4 UUID (RFC 9562, section 5.4); importing uuid takes 20 ms on 3.6."""
-    import struct
-
     a, b, c, d, e, f = struct.unpack(">IHHHHI", os.urandom(16))
     return "%08x-%04x-%04x-%04x-%04x%08x" % (a, b, c & 0x0FFF | 0x4000, d & 0x3FFF | 0x8000, e, f)
 
@@ -866,9 +874,6 @@ def random_uuid() -> str:
 def parse_problem(what: str, answer: Answer, token_source: str,
                   conceal: "Callable[[str], str]") -> ApiError:
     """The error of an answer that is not a success (RFC 9457 problem details, where it has them)."""
-    import http.client
-    import re
-
     try:
         problem = Fields(what, parse_json(answer.body), conceal)
     except ValueError:
@@ -911,8 +916,6 @@ class ControlPlane:
                  environ: "Mapping[str, str]" = os.environ,
                  cancel: "Optional[threading.Event]" = None,
                  report: "Callable[[str], None]" = lambda line: None) -> None:
-        import threading
-
         self.server = server
         self.cancel = cancel or threading.Event()
         self._token = parse_token(token.reveal().encode("utf-8", "surrogateescape"), "bearer token")
@@ -984,10 +987,6 @@ class ControlPlane:
 
     def _exchange(self, what: str, method: str, path: str, body: "Optional[Dict[str, Any]]",
                   seconds: float = EXCHANGE_SECONDS) -> Answer:
-        import json
-        import re
-        import urllib.request
-
         request = urllib.request.Request(str(self.server) + path, method=method, headers={
             "Accept": "application/json, application/problem+json"})
         request.add_unredirected_header("Authorization", "Bearer " + self._token.reveal())
@@ -1043,8 +1042,6 @@ class ControlPlane:
 
     def _parse_issued(self, fields: Fields, session_id: str, asked_on: float,
                       answer: Answer) -> IssuedSession:
-        import re
-
         token = fields.take("token", str)
         if not re.fullmatch(r"[!-~]{1,65536}", token):
             raise fields.bad("token")
@@ -1081,8 +1078,6 @@ class AuditLog:
 
     @staticmethod
     def _open(environ: "Mapping[str, str]") -> int:
-        import stat
-
         path = environ.get("PLEXCTL_AUDIT_LOG", "")
         if not path:
             base = base_directory("XDG_STATE_HOME", os.path.join(".local", "state"), environ)
@@ -1103,9 +1098,6 @@ class AuditLog:
 
     def record(self, server: Server, request: SessionRequest, issued: IssuedSession) -> None:
         """Writes one JSON object in one line with one write; raises unless it is verifiably there."""
-        import json
-        import logging
-
         descriptor = self._descriptor
 
         class OneWrite(logging.Handler):
@@ -1141,13 +1133,9 @@ class AuditLog:
         self._copy_to_syslog(message)
 
     def _fields(self, server: Server, request: SessionRequest, issued: IssuedSession) -> "Dict[str, Any]":
-        import socket
-
         uid = os.getuid() if hasattr(os, "getuid") else None
         user = self._environ.get("USERNAME", "")
         if uid is not None:
-            import pwd
-
             try:
                 user = pwd.getpwuid(uid).pw_name
             except KeyError:
@@ -1167,7 +1155,6 @@ class AuditLog:
         else:
             return
         import logging.handlers
-        import threading
 
         class Syslog(logging.handlers.SysLogHandler):
             def handleError(self, record: logging.LogRecord) -> None:
@@ -1211,8 +1198,6 @@ class SelectorPoller:
     """The part of select.epoll that the relay uses, where there is no epoll (macOS, Windows)."""
 
     def __init__(self) -> None:
-        import selectors
-
         self._selector = selectors.DefaultSelector()
 
     def register(self, fd: int, mask: int) -> None:
@@ -1325,8 +1310,6 @@ class Flow:
 
         A reset looks the same once a send has consumed its error; but then the socket has no peer.
         """
-        import socket
-
         self.state = ENDED
         if self.twin.state == ENDED:
             self.pair.settle()
@@ -1353,15 +1336,11 @@ class Flow:
 
     def hang_up(self) -> None:
         """An error of `source` while it is not read; a flow that has not ended sees it at its next read."""
-        import socket
-
         if self.state == ENDED and self.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             self.pair.reset()
 
     def carry_in_bulk(self) -> None:
         """Runs in a thread of its own, with blocking calls; ends by handing the flow back."""
-        import mmap
-
         then: "Optional[Callable[[], None]]" = None
         try:
             # given back to the system at once, unlike a bytearray
@@ -1445,8 +1424,6 @@ class Pair:
 
     def reset(self) -> None:
         """Ends both directions now; a truncated stream must not look like a complete one."""
-        import socket
-
         if self not in self.relay.pairs:
             return
         self.broken = self.aborted = True
@@ -1476,9 +1453,6 @@ class Pair:
 
 def reset_on_close(sock: "socket.socket", reset: bool = True) -> None:
     """close() will send RST instead of FIN (SO_LINGER of zero), or as usual a FIN."""
-    import socket
-    import struct
-
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", reset, 0))
     except OSError:
@@ -1489,8 +1463,6 @@ class Waker:
     """A socket that a waiting thread watches, and that any other thread, or a signal, writes to."""
 
     def __init__(self) -> None:
-        import socket
-
         self._awake = False
         self._watched, self._written = socket.socketpair()
         self._watched.setblocking(False)
@@ -1537,10 +1509,6 @@ class Relay:
     """
 
     def __init__(self, report: "Callable[[str], None]", poller: "Any" = None) -> None:
-        import collections
-        import select
-        import socket
-
         self.poller = poller or (select.epoll() if hasattr(select, "epoll") else SelectorPoller())
         self.handlers: "Dict[int, Callable[[int], object]]" = {}
         self.pairs: "Set[Pair]" = set()
@@ -1613,9 +1581,6 @@ class Relay:
 
         The time limits of one recv and send keep the thread answering.
         """
-        import socket
-        import struct
-
         if not self.dontwait or self.bulk_flows >= BULK_FLOWS_MAX:
             return
         flow.full_reads = 0
@@ -1664,8 +1629,6 @@ LEG_OPTIONS: "List[Tuple[int, int, int]]" = []  # filled at the first use, which
 
 def set_leg_options(sock: "socket.socket") -> None:
     """TCP_NODELAY (two writes cost 44 ms without it), and keepalive that notices in 2 minutes."""
-    import socket
-
     if not LEG_OPTIONS:
         LEG_OPTIONS[:] = [(level, getattr(socket, name), value) for level, name, value in (
             (socket.IPPROTO_TCP, "TCP_NODELAY", 1), (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
@@ -1686,8 +1649,6 @@ class Lease:
     """
 
     def __init__(self, issued: IssuedSession, endpoint: Endpoint, lock: "Any") -> None:
-        import threading
-
         self.issued = issued
         self.endpoint = endpoint
         self.route: "Any" = None
@@ -1717,8 +1678,6 @@ class Sessions:
 
     def __init__(self, plane: ControlPlane, request: SessionRequest, report: "Callable[[str], None]",
                  limit: int = 1, renew: bool = False, wait_seconds: float = 90.0) -> None:
-        import threading
-
         self.over: "Optional[PlexctlError]" = None
         self.on_retired: "Callable[[Lease], None]" = lambda lease: None
         self._plane = plane
@@ -1970,8 +1929,6 @@ class Sessions:
 
     def _move(self, lease: Lease, endpoint: Endpoint) -> None:
         """Looks the endpoint's name up once; what it leads to is judged like the endpoint itself."""
-        import socket
-
         try:
             found = socket.getaddrinfo(endpoint.host, endpoint.port, 0, socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
@@ -2061,8 +2018,6 @@ def describe_end(session: Session) -> SessionOver:
 
 def connect_socket(family: int, address: "Any") -> "socket.socket":
     """A connected, blocking TCP socket; OSError within CONNECT_SECONDS if there is none."""
-    import socket
-
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.settimeout(CONNECT_SECONDS)
@@ -2095,8 +2050,6 @@ class OwnerCheck:
     """
 
     def __init__(self, family: int, local: "Tuple[str, int]") -> None:
-        import socket
-
         self._family = family
         self._local = local
         self._sequence = 0
@@ -2119,9 +2072,6 @@ class OwnerCheck:
             return None
 
     def _ask(self, source: "Tuple[str, int]", destination: "Tuple[str, int]") -> "Optional[int]":
-        import socket
-        import struct
-
         # inet_diag_req_v2 with inet_diag_sockid (ports in network order), behind an nlmsghdr
         # of type SOCK_DIAG_BY_FAMILY with NLM_F_REQUEST
         self._sequence = self._sequence + 1 & 0xFFFFFFFF
@@ -2149,9 +2099,6 @@ class OwnerCheck:
 
 def create_listener(local: LocalAddress, forwarder: "Forwarder") -> "Any":
     """A socketserver that binds and listens now; `forwarder` serves what it accepts, in its loop."""
-    import socket
-    import socketserver
-
     class Listener(socketserver.TCPServer):
         request_queue_size = BACKLOG_CONNECTIONS  # the default of 5 makes bursts wait a second
         allow_reuse_address = os.name == "posix"  # on Windows it would let others take the port
@@ -2224,8 +2171,6 @@ class Forwarder:
                  report: "Callable[[str], None]" = lambda line: None,
                  allow_other_users: bool = False, verbose: bool = False,
                  poller: "Any" = None) -> None:
-        import collections
-
         self._connect = connect
         self._take = take
         self._report = report
@@ -2266,8 +2211,6 @@ class Forwarder:
 
     def start(self) -> None:
         """Serves from now on, in a thread."""
-        import threading
-
         if not self.local.path:
             set_leg_options(self._server.socket)  # Linux hands them on to what is accepted
         self.relay.handlers[self._server.fileno()] = self._accept
@@ -2277,8 +2220,6 @@ class Forwarder:
 
     def finish(self) -> None:
         """Takes the connections that wait already, and no more."""
-        import threading
-
         stopped = threading.Event()
 
         def finish() -> None:
@@ -2358,8 +2299,6 @@ class Forwarder:
 
     def carry(self, client: "socket.socket", client_address: "Any") -> None:
         """Takes over an accepted connection."""
-        import socket
-
         if 2 * (len(self._leases) + len(self._connecting) + len(self._dialled_for)) >= self._capacity:
             self._warn_once("no more descriptors (ulimit -n): connections are refused")
             reset_on_close(client)
@@ -2560,10 +2499,9 @@ def count_capacity(raise_limit: bool = False) -> int:
     `raise_limit` first raises the soft limit of the process to the hard one.
     """
     try:
-        import resource
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     except ImportError:  # Windows, where select() takes 512
         return 500
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if raise_limit:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -2592,8 +2530,6 @@ class StdioRelay:
 
     def start(self) -> None:
         """Starts both directions."""
-        import threading
-
         for copy in (self._copy_up, self._copy_down):
             threading.Thread(target=self._run, args=(copy,), daemon=True).start()
 
@@ -2611,8 +2547,6 @@ class StdioRelay:
             self._on_end()
 
     def _copy_up(self) -> None:
-        import socket
-
         while True:
             try:
                 piece = os.read(0, CHUNK_BYTES)
@@ -2662,8 +2596,6 @@ class StdioRelay:
 
 def wait_for(fd: int, mask: int, seconds: "Optional[float]" = None) -> bool:
     """Waits until a descriptor is ready, for ever or for so long; whether it is."""
-    import select
-
     if sys.platform.startswith("linux"):  # where poll() takes terminals as well, and any number
         poller = select.poll()
         poller.register(fd, mask)
@@ -2674,8 +2606,6 @@ def wait_for(fd: int, mask: int, seconds: "Optional[float]" = None) -> bool:
 
 def notify_systemd(state: str, environ: "Mapping[str, str]") -> None:
     """sd_notify(3), for units of Type=notify."""
-    import socket
-
     path = environ.get("NOTIFY_SOCKET", "")
     if path[:1] not in ("/", "@") or not hasattr(socket, "AF_UNIX"):
         return
@@ -2701,8 +2631,6 @@ def is_executable(path: str) -> bool:
 
 def find_command(name: str, environ: "Mapping[str, str]") -> str:
     """The program a COMMAND names; exit 127 or 126 as a shell would, before anything is issued."""
-    import shutil
-
     path = environ.get("PATH", os.defpath)
     found = shutil.which(name, path=path)
     if found and is_executable(found):
@@ -2729,15 +2657,11 @@ def format_text(document: "Dict[str, Any]") -> str:
 
 def format_json(document: "Dict[str, Any]") -> str:
     """One line of JSON, ASCII only."""
-    import json
-
     return json.dumps(document) + "\n"
 
 
 def format_yaml(document: "Dict[str, Any]", indent: str = "") -> str:
     """The same keys; every string quoted as JSON quotes it, which YAML 1.2 reads the same way."""
-    import json
-
     text = ""
     for key, value in document.items():
         is_nested = isinstance(value, dict)
@@ -2785,8 +2709,6 @@ class Console:
     """
 
     def __init__(self, stream: "Optional[IO[str]]", live: bool) -> None:
-        import collections
-
         self.stream = stream
         self.signals: "List[int]" = []
         self.ignored: "Tuple[int, ...]" = ()
@@ -3026,8 +2948,6 @@ def split_arguments(argv: "Sequence[str]") -> "Tuple[List[str], Optional[List[st
 
 def create_parser() -> "argparse.ArgumentParser":
     """The parser of what `split_arguments` let through; a persistent flag may stand there twice."""
-    import argparse
-
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> "NoReturn":  # no value and no control character in it
             message = message.replace("the following arguments are required", "missing")
@@ -3266,9 +3186,6 @@ class Run:
 
     def start_command(self, program: str, local: LocalAddress) -> "Any":
         """Starts COMMAND with its placeholders and environment filled in; wakes us at its end."""
-        import re
-        import subprocess
-
         host, port = (local.path, "") if local.path else (local.host, str(local.port))
         environ = dict(self.environ, PLEXCTL_LOCAL_HOST=host, PLEXCTL_LOCAL_PORT=port,
                        PLEXCTL_LOCAL_ADDR=str(local))
@@ -3294,8 +3211,6 @@ class Run:
 
 def bind_for_a_moment(local: LocalAddress) -> int:
     """A port that is free now."""
-    import socket
-
     try:
         with socket.socket(socket.AF_INET6 if ":" in local.host else socket.AF_INET) as sock:
             sock.bind((local.host, 0))
@@ -3329,9 +3244,6 @@ def handle_signals(console: Console) -> "Callable[[], None]":
     Of the rarer ones only those that nobody else in the process has a handler for. Returns what
     puts the handlers back that were there before.
     """
-    import signal
-    import threading
-
     if threading.current_thread() is not threading.main_thread():
         return lambda: None
 
@@ -3363,8 +3275,6 @@ def handle_signals(console: Console) -> "Callable[[], None]":
 
 def end_by_signal(signum: int) -> None:
     """Ends the process as the signal would have: a shell sees 128 + n and stops its loops."""
-    import signal
-
     signal.signal(signum, signal.SIG_DFL)
     os.kill(os.getpid(), signum)
 
