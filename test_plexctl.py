@@ -8,11 +8,13 @@ The simulator is real sockets on loopback: a control plane that answers by the p
 with one listener per mediated session, and targets behind it. It needs only the standard library.
 """
 import collections
+import contextlib
 import hashlib
 import http.server
 import json
 import os
 import re
+import select
 import shlex
 import signal
 import socket
@@ -81,12 +83,10 @@ class Watched:
 class Listener:
     """A loopback listener; serve(connection, listener) runs for each connection, in a thread."""
 
-    def __init__(self, serve, one_at_a_time=False):
-        self.serve, self.one_at_a_time = serve, one_at_a_time
+    def __init__(self, serve):
+        self.serve = serve
         self.connections, self.closed, self._lock = set(), False, threading.Lock()
-        self._socket = socket.socket()
-        self._socket.bind(("127.0.0.1", 0))
-        self._socket.listen(1024)
+        self._socket = listening_socket()
         self._socket.settimeout(0.1)  # macOS: neither shutdown nor close wakes a blocked accept
         self.address = self._socket.getsockname()
         threading.Thread(target=self._accept, daemon=True).start()
@@ -105,10 +105,7 @@ class Listener:
                 late = self.closed
             if late:
                 hang_up(connection)
-            if self.one_at_a_time:
-                self._run(connection)
-            else:
-                threading.Thread(target=self._run, args=(connection,), daemon=True).start()
+            threading.Thread(target=self._run, args=(connection,), daemon=True).start()
 
     def _run(self, connection):
         try:
@@ -132,6 +129,14 @@ class Listener:
             self.closed = True
             for connection in self.connections:
                 hang_up(connection)
+
+
+def listening_socket():
+    """A socket that listens on a free port of loopback."""
+    sock = socket.socket()
+    sock.bind(("127.0.0.1", 0))
+    sock.listen(1024)
+    return sock
 
 
 def hang_up(sock, how=socket.SHUT_RDWR):
@@ -249,46 +254,202 @@ def silent(_connection, target):
     target.closing.wait()
 
 
+# ---- simulator: carrying bytes ------------------------------------------------------------------
+
+class Direction:
+    """One direction of a connection: what is read from `source` goes to `sink` in order, `delay` seconds
+    later, with about `room` bytes on the way. So do the end of input, as b"", and a reset, as None."""
+
+    def __init__(self, source, sink, delay, room):
+        self.source, self.sink, self.delay, self.room = source, sink, delay, room
+        self.line, self.size = collections.deque(), 0  # (when it is due, bytes), and how many
+        self.ended = False
+
+    def reads(self):
+        """Whether it takes more."""
+        return not self.ended and self.size < self.room
+
+    def read(self):
+        """Take what there is."""
+        try:
+            self.take(self.source.recv(1 << 18))
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.take(None)
+
+    def take(self, data):
+        """Put bytes, the end of input or a reset on the way."""
+        self.ended = not data
+        self.size += len(data or b"")
+        self.line.append((time.monotonic() + self.delay, data and memoryview(data)))
+
+    def seconds_left(self):
+        """How long until something is due; 0: it is, and has to be written; None: nothing is on the way."""
+        return max(0.0, self.line[0][0] - time.monotonic()) if self.line else None
+
+    def write(self):
+        """Hand on what is due, as far as that goes: "open", or "end" once the end of input is what is due.
+
+        ConnectionResetError if that is a reset; BrokenPipeError where the sink takes nothing more."""
+        while self.line and self.line[0][0] <= time.monotonic():
+            due, data = self.line.popleft()
+            if data is None:
+                raise ConnectionResetError
+            if not data:
+                return "end"
+            try:
+                sent = self.sink.send(data)
+            except BlockingIOError:
+                sent = 0
+            except OSError:
+                self.line.clear()
+                raise BrokenPipeError from None
+            self.size -= sent
+            if sent < len(data):
+                self.line.appendleft((due, data[sent:]))
+                break
+        return "open"
+
+
+def carry(client, target, delay=0, room=1, half_close=False, over=lambda: False, next_one=None):
+    """Carry bytes both ways between two sockets, and leave it to the caller to close them.
+
+    Returns when one side has ended its input and all that it sent has been handed on; with `half_close`
+    when both have, each end being passed on by itself. Or when over(), within 0.1 s. Raises
+    ConnectionResetError when a side has reset. If next_one, a listening socket, has a connection in its
+    backlog meanwhile, returns since when, else None."""
+    for each in (client, target):
+        each.setblocking(False)
+    up, down = Direction(client, target, delay, room), Direction(target, client, delay, room)
+    open_ways, waiting_since = [(up, down), (down, up)], None
+    while open_ways and not over():
+        seconds, wanted = 0.1, collections.defaultdict(int)
+        for way, _ in open_ways:
+            left = way.seconds_left()
+            if left == 0:
+                wanted[way.sink] |= WRITES
+            elif left is not None:
+                seconds = min(seconds, left)
+            if way.reads():
+                wanted[way.source] |= READS
+        if next_one and waiting_since is None:
+            wanted[next_one] |= READS
+        readable = wait_for_sockets(wanted, seconds)
+        for way, opposite in list(open_ways):
+            if way.source in readable and way.reads():
+                way.read()
+            try:
+                if way.write() == "open":
+                    continue
+            except BrokenPipeError:  # a reset that is the news of the other direction, and as long on its way
+                opposite.take(None)
+            else:
+                if not half_close:
+                    return waiting_since
+                hang_up(way.sink, socket.SHUT_WR)
+            open_ways.remove((way, opposite))
+            if way.line or not open_ways and opposite.line:
+                raise ConnectionResetError
+        if next_one in readable:
+            waiting_since = time.monotonic()
+    return waiting_since
+
+
+READS, WRITES = 1, 4  # as in poll(); Windows has select() alone
+
+
+def wait_for_sockets(wanted, seconds):
+    """Wait until one of {socket: READS, WRITES or both} is ready; those that can be read, or have failed.
+
+    One that another thread has closed meanwhile is passed over."""
+    by_fd = {sock.fileno(): sock for sock in wanted if sock.fileno() >= 0}
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        for fd, sock in by_fd.items():
+            poll.register(fd, wanted[sock])
+        ready = poll.poll(int(seconds * 1000) + (seconds > 0))
+        return {by_fd[fd] for fd, events in ready if events & ~WRITES}
+    reading, writing = ([sock for sock in by_fd.values() if wanted[sock] & bit] for bit in (READS, WRITES))
+    if not reading + writing:
+        time.sleep(seconds)
+        return []
+    return select.select(reading, writing, [], seconds)[0]
+
+
 # ---- simulator: the Node ------------------------------------------------------------------------
+
+class Wait(NamedTuple):
+    """A connection that was in a listener's backlog while another one was being served."""
+
+    session_id: str
+    seconds: float
+    served: bool  # False: the listener was closed first
+
 
 class Node(Watched):
     """The on-Node mediated listeners, one per session, all carrying connections to one address.
 
-    As on a real Node a listener serves one connection at a time (the next waits in the backlog),
-    and the end of input on either side ends both, unless half_close is true. A reset is passed on
-    as a reset. `connections` counts by session."""
+    By default as the real Node (plexsphere/plexd, February 2026): a listener serves one connection at a
+    time, the next one waits in the kernel's backlog; when either side ends its input, or resets, both
+    connections are closed, whatever was on its way; where the target cannot be reached the connection is
+    closed without a word; at most ten sessions at once, a further one never gets a listener; listener and
+    connections are closed at expiry and at a revocation.
 
-    def __init__(self, target_address, one_at_a_time=True, half_close=False):
+    kinder: several connections at once, half-closes are kept, a reset is passed on as a reset; each of
+        these also by itself: one_at_a_time, half_close, resets
+    delay: seconds that the way from plexctl takes, in each direction
+    late: seconds until a session has its listener and its endpoint is reported; a list has one number for
+        each session in turn, the last one for all further ones
+    cap: seconds after which listener and connections are closed, though the session is active
+    max_sessions: how many have a listener at once
+
+    What it saw: `connections` (accepted, by session), `most` (served at once, by session), `waits`."""
+
+    def __init__(self, target_address, *, kinder=False, one_at_a_time=None, half_close=None, resets=None,
+                 delay=0, late=0, cap=None, max_sessions=10):
         super().__init__()
-        self.target_address, self.half_close = target_address, half_close
-        self.one_at_a_time = one_at_a_time
-        self.connections, self._listeners = collections.Counter(), {}
+        self.target_address = target_address
+        self.one_at_a_time = not kinder if one_at_a_time is None else one_at_a_time
+        self.half_close = kinder if half_close is None else half_close
+        self.resets = kinder if resets is None else resets
+        self.delay, self.late, self.cap, self.max_sessions = delay, late, cap, max_sessions
+        self.connections, self.most, self.waits = collections.Counter(), collections.Counter(), []
+        self._listeners = collections.OrderedDict()
 
     def describe(self):
-        return "node accepted %s" % dict(self.connections)
+        return "node accepted %s, %s" % (dict(self.connections), self.waits)
 
-    def open(self, session_id):
-        """Listen for a session; returns the endpoint as host:port."""
-        def carry(connection, listener):
-            self._carry(session_id, connection, listener)
+    def open(self, session_id, seconds=float("inf")):
+        """Listen for a session that ends in so many seconds, now or when it is late."""
+        late = self.late
+        if isinstance(late, (list, tuple)):
+            late = late[min(len(self._listeners), len(late) - 1)]
         with self.changed:
-            self._listeners[session_id] = Listener(carry, self.one_at_a_time)
-        return self.endpoint(session_id)
+            self._listeners[session_id] = SessionListener(self, session_id, seconds, late)
 
     def endpoint(self, session_id):
-        """The session's endpoint, the last one if its listener is closed."""
-        return "%s:%d" % self._listeners[session_id].address
+        """The session's endpoint as host:port, the last one if its listener is closed; None before."""
+        return self._listeners[session_id].endpoint
+
+    def is_open(self, session_id):
+        """Whether the session has a listener, or carries a connection yet."""
+        return self._listeners[session_id].is_open()
 
     def busy(self, session_id):
         """How many connections the session's listener carries now."""
         return len(self._listeners[session_id].connections)
+
+    def waiting(self, session_id):
+        """Whether a connection waits in the listener's backlog."""
+        return self._listeners[session_id].somebody_waits()
 
     def refuse(self, session_id):
         """Close the listener only: what is open goes on, and the session stays active."""
         self._listeners[session_id].refuse()
 
     def close(self, session_id=None):
-        """Close one session's listener and connections, or all of them."""
+        """Close one session's listener and connections, or all of them; the session may stay active."""
         with self.changed:
             for each in [session_id] if session_id else self._listeners:
                 self._listeners[each].close()
@@ -298,44 +459,161 @@ class Node(Watched):
         """End every connection, and listen on another port for each session that is not closed."""
         with self.changed:
             for session_id, old in list(self._listeners.items()):
-                if not old.closed:
-                    self.open(session_id)
+                if old.is_open():
+                    self._listeners[session_id] = SessionListener(self, session_id, old.seconds_left(), 0)
                     old.close()
             self.changed.notify_all()
 
-    def _carry(self, session_id, client, listener):
-        with self.changed:
-            self.connections[session_id] += 1
-            self.changed.notify_all()
-        target = socket.create_connection(self.target_address, 5)
-        target.settimeout(None)
-        target.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        reset_seen = threading.Event()
-        back = threading.Thread(target=self._pump, args=(target, client, listener, reset_seen))
-        back.daemon = True
-        back.start()
-        self._pump(client, target, listener, reset_seen)
-        back.join()
-        if reset_seen.is_set():
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
-            target.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
-        target.close()
+    def has_room(self):
+        """Whether a further session may have a listener."""
+        return sum(each.is_open() for each in self._listeners.values()) < self.max_sessions
 
-    def _pump(self, here, there, listener, reset_seen):
+
+class SessionListener:
+    """What a Node has for a session: a listener, a thread that serves it, and connections."""
+
+    def __init__(self, node, session_id, seconds, late):
+        self.node, self.session_id, self.connections = node, session_id, set()
+        self.endpoint, self._socket, self._mesh, self._closing = None, None, None, threading.Event()
+        self._ends, self._lock = time.monotonic() + seconds, threading.Lock()
+        if not late:
+            self._open()
+        threading.Thread(target=self._run, args=(late,), daemon=True).start()
+
+    def _open(self):
+        with self.node.changed:
+            if self.node.has_room() and not self._closing.is_set():
+                self._socket = listening_socket()
+                self._socket.setblocking(False)
+                if self.node.cap is not None:
+                    self._ends = min(self._ends, time.monotonic() + self.node.cap)
+                address = self._socket.getsockname()
+                if self.node.delay:
+                    self._mesh = Mesh(address, self.node.delay)
+                    address = self._mesh.address
+                self.endpoint = "%s:%d" % address
+            self.node.changed.notify_all()
+
+    def is_open(self):
+        """Whether it was opened, and not closed since."""
+        return self._socket is not None and not self._closing.is_set()
+
+    def seconds_left(self):
+        """Until it closes by itself."""
+        return self._ends - time.monotonic()
+
+    def somebody_waits(self):
+        """Whether a connection stands in the backlog."""
+        return (self._socket is not None and self._socket.fileno() >= 0
+                and bool(wait_for_sockets({self._socket: READS}, 0)))
+
+    def _over(self):
+        return self._closing.is_set() or time.monotonic() >= self._ends
+
+    def _run(self, late):
+        if self._socket is None and not self._closing.wait(min(late, 1e6)):
+            self._open()
+        if self._socket is None:
+            return
+        waiting_since = None
+        while not self._over() and self._socket.fileno() >= 0:
+            if not wait_for_sockets({self._socket: READS}, 0.1):
+                continue
+            try:
+                connection = self._socket.accept()[0]
+            except BlockingIOError:  # it has gone meanwhile
+                continue
+            except OSError:
+                break
+            with self.node.changed:
+                self.node.connections[self.session_id] += 1
+                self._tell_wait(waiting_since, True)
+            waiting_since = None
+            with self._lock:
+                self.connections.add(connection)
+                self.node.most[self.session_id] = max(
+                    self.node.most[self.session_id], len(self.connections))
+            if self.node.one_at_a_time:
+                waiting_since = self._serve(connection)
+            else:
+                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+        with self.node.changed:
+            self._tell_wait(waiting_since, False)
+        while not self._over():
+            self._closing.wait(min(0.1, max(0, self.seconds_left())))
+        self.close()
+
+    def _tell_wait(self, since, served):
+        if since is not None:
+            self.node.waits.append(Wait(self.session_id, time.monotonic() - since, served))
+        self.node.changed.notify_all()
+
+    def _serve(self, client):
+        """Carry one connection to the target; returns since when the next one has been waiting, or None."""
+        target, finish = socket.socket(), socket.socket.close
         try:
-            for data in chunks(here):
-                there.sendall(data)
+            for each in (client, target):
+                each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self._reaches(target):
+                return carry(client, target, half_close=self.node.half_close, over=self._over,
+                             next_one=self._socket if self.node.one_at_a_time else None)
         except ConnectionResetError:
-            reset_seen.set()
+            finish = reset_close if self.node.resets else finish
+        finally:
+            with self._lock:
+                self.connections.discard(client)
+                for each in (client, target):
+                    finish(each)
+            with self.node.changed:
+                self.node.changed.notify_all()
+        return None
+
+    def _reaches(self, target):
+        target.settimeout(5)
+        try:
+            target.connect(self.node.target_address)
         except OSError:
-            pass
-        if reset_seen.is_set():
-            hang_up(there, socket.SHUT_RD)  # wakes the other direction, and sends nothing yet
-        elif self.half_close and not listener.closed:
-            hang_up(there, socket.SHUT_WR)
-        else:
-            hang_up(there)
-            hang_up(here)
+            return False
+        return True
+
+    def refuse(self):
+        """Accept nobody any more; what is open goes on."""
+        with self.node.changed:
+            for each in (self._mesh, self._socket):
+                if isinstance(each, Mesh):
+                    each.refuse()
+                elif each:
+                    hang_up(each)
+                    each.close()
+
+    def close(self):
+        """Accept nobody any more, and end what is open."""
+        self._closing.set()
+        self.refuse()
+        with self._lock:
+            for connection in self.connections:
+                hang_up(connection, socket.SHUT_RD)  # wakes its thread, and sends nothing yet
+
+
+class Mesh(Listener):
+    """The way from plexctl to a listener of the Node: what goes in comes out `delay` seconds later, on
+    either side; its own bandwidth is that of loopback."""
+
+    def __init__(self, address, delay):
+        self.far_end, self.delay, self._gone = address, delay, threading.Event()
+        super().__init__(self._carry)
+
+    def _carry(self, near, _listener):
+        far = socket.socket()
+        try:
+            far.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._gone.wait(self.delay)
+            far.connect(self.far_end)
+            carry(near, far, self.delay, 8 << 20, half_close=True)
+            far.close()
+        except OSError:
+            reset_close(far)
+            near.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
 
 
 # ---- simulator: the control plane ---------------------------------------------------------------
@@ -494,7 +772,7 @@ class MediatedSession:
 
     @property
     def endpoint(self):
-        """The listener endpoint as the Node reports it now."""
+        """The listener endpoint as the Node reports it now; None where it has not."""
         return self._plane.node.endpoint(self.id) if self._plane.node else self._plane.endpoint
 
     def view(self, with_endpoint):
@@ -503,8 +781,9 @@ class MediatedSession:
             "id": self.id, "project_id": self.project_id, "domain_id": DOMAIN_ID,
             "resource_id": self.resource_id, "identity_id": IDENTITY_ID, "kind": "tcp",
             "status": self.status, "issued_at": self.issued_at, "expires_at": self.expires_at,
-            "last_active_at": self.issued_at, "idle_timeout_seconds": 900, "target": self.target}
-        if with_endpoint:
+            "last_active_at": self.issued_at, "idle_timeout_seconds": self._plane.idle_timeout,
+            "target": self.target}
+        if with_endpoint and self.endpoint:
             view["listener_endpoint"] = self.endpoint
         if self.revoked_at:
             view.update(revoked_at=self.revoked_at, revoke_reason=self.revoke_reason)
@@ -518,7 +797,8 @@ class ControlPlane(Watched):
     node: a Node that opens a listener per session; without one every session has `endpoint`
     endpoint_on: where it is reported: on the IssuedSession ("issue"), on the session inside it
         ("session"), by GetSession only ("read", after so many reads without it), or "never"
-    ttl: seconds of a session that asks for none; session_limit: active sessions it allows
+    ttl: seconds of a session that asks for none; session_limit: active sessions it allows (429 beyond)
+    idle_timeout: seconds, as it says them on a session; revoke(..., "idle_timeout") does it
     clock_offset: seconds its clock is wrong by; date: whether it sends a Date header
     prefix: a path in front of /v1; bearer: the token it wants
 
@@ -526,12 +806,12 @@ class ControlPlane(Watched):
 
     def __init__(self, *, tls=None, node=None, endpoint="127.0.0.1:9", endpoint_on="issue",
                  reads_before_endpoint=0, ttl=1800, clock_offset=0, date=True, session_limit=None,
-                 prefix="", bearer=BEARER):
+                 prefix="", bearer=BEARER, idle_timeout=900):
         super().__init__()
         self.tls, self.node, self.prefix, self.bearer = tls, node, prefix, bearer
         self.endpoint, self.endpoint_on = endpoint, endpoint_on
         self.reads_before_endpoint, self.session_limit = reads_before_endpoint, session_limit
-        self.ttl, self.clock_offset, self.date = ttl, clock_offset, date
+        self.ttl, self.clock_offset, self.date, self.idle_timeout = ttl, clock_offset, date, idle_timeout
         self.requests, self.issued, self.revoked, self.closing = [], [], [], threading.Event()
         self._sessions, self._by_key = collections.OrderedDict(), {}
         self._scripts = collections.defaultdict(collections.deque)
@@ -565,6 +845,11 @@ class ControlPlane(Watched):
         """What the next requests of an operation get: an Answer, PASS, or f(handler, plane)."""
         with self.changed:
             self._scripts[operation].extend(answers)
+
+    def revocations(self):
+        """How often RevokeSession was asked for, by session id, whatever was answered."""
+        with self.changed:
+            return collections.Counter(each.ids[1] for each in self.requests if each.operation == "revoke")
 
     def revoke(self, session_id, reason="operator_request"):
         """Revoke as an operator does elsewhere (not in `revoked`); the Node ends connections."""
@@ -621,14 +906,14 @@ class ControlPlane(Watched):
                 return problem("session_limit_exceeded", request.path)
             session = MediatedSession(self, request.ids[0], request.body)
             if self.node:
-                self.node.open(session.id)
+                self.node.open(session.id, session.expires - self.now())
             self._sessions[session.id] = session
             self.issued.append(session.id)
             if "idempotency_key" in request.body:
                 self._by_key[request.body["idempotency_key"]] = session
         body = {"session_id": session.id, "token": session.token, "expires_at": session.expires_at,
                 "session": session.view(self.endpoint_on == "session")}
-        if self.endpoint_on == "issue":
+        if self.endpoint_on == "issue" and session.endpoint:
             body["listener_endpoint"] = session.endpoint
         return Answer(201, body, (("Location", "%s/%s" % (request.path, session.id)),))
 
@@ -759,9 +1044,12 @@ class PlaneHandler(http.server.BaseHTTPRequestHandler):
 class Simulation:
     """A target, a Node in front of it and a control plane, together: `target`, `node`, `plane`."""
 
-    def __init__(self, serve=echo, one_at_a_time=True, half_close=True, **plane_options):
+    def __init__(self, serve=echo, *, kinder=False, one_at_a_time=None, half_close=None, resets=None,
+                 delay=0, late=0, cap=None, max_sessions=10, **plane_options):
         self.target = Target(serve)
-        self.node = Node(self.target.address, one_at_a_time, half_close)
+        self.node = Node(self.target.address, kinder=kinder, one_at_a_time=one_at_a_time,
+                         half_close=half_close, resets=resets, delay=delay, late=late, cap=cap,
+                         max_sessions=max_sessions)
         self.plane = ControlPlane(node=self.node, **plane_options)
 
     def __enter__(self):
@@ -1159,7 +1447,6 @@ if __name__ == "__main__":
 
 import ast
 import base64
-import contextlib
 import copy
 import fcntl
 import gc
@@ -1169,7 +1456,6 @@ import logging
 import pickle
 import pty
 import resource
-import select
 import shutil
 import socketserver
 import ssl
