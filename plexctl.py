@@ -72,7 +72,9 @@ class LazyModule:
         try:
             module = __import__(self._name)
         except ImportError as error:
-            raise MissingModule(self._name, error) from error
+            raise PlexctlError("this Python cannot load its module %s (%s); install its whole standard "
+                               "library (Debian, Ubuntu: apt install python3), with OpenSSL where it is "
+                               "built from source" % (error.name or self._name, escape(error.msg))) from error
         globals()[module.__name__] = module
         return getattr(module, attribute)
 
@@ -127,23 +129,11 @@ class PlexctlError(Exception):
     passing = False
     may_exist = False
 
-    def __init__(self, message: str, exit_code: "Optional[int]" = None) -> None:
+    def __init__(self, message: str, exit_code: "Optional[int]" = None, **facts: "Any") -> None:
         super().__init__(message)
         if exit_code is not None:
             self.exit_code = exit_code
-
-
-class MissingModule(PlexctlError):
-    """This Python has not all of its standard library. Raised at a module's first use (LazyModule)."""
-
-    def __init__(self, name: str, error: ImportError) -> None:
-        missing = error.name or name
-        if isinstance(error, ModuleNotFoundError):
-            message = ("this Python has no module %s; install its whole standard library (Debian and "
-                       "Ubuntu: apt install python3), with OpenSSL if it is built from source" % missing)
-        else:
-            message = "this Python cannot load its module %s: %s" % (missing, ascii(error.msg)[1:-1])
-        super().__init__(message)
+        vars(self).update(facts)
 
 
 class UsageError(PlexctlError):
@@ -161,22 +151,16 @@ class CredentialsError(PlexctlError):
 class TransportError(PlexctlError):
     """No usable answer of the control plane."""
 
-    def __init__(self, message: str, passing: bool = False, may_exist: bool = False) -> None:
-        super().__init__(message)
-        self.passing = passing
-        self.may_exist = may_exist
-
 
 class ApiError(PlexctlError):
-    """The control plane answered with an error. `status` is HTTP's, `code` the problem's."""
+    """The control plane answered with an error. `status` is HTTP's, `code` the problem's.
 
-    def __init__(self, message: str, exit_code: int, status: int, code: str) -> None:
-        super().__init__(message, exit_code)
-        self.status = status
-        self.code = code
-        self.retry_after_seconds: Optional[float] = None  # None: the server did not say
-        # 409: the first request with this idempotency key is still being answered
-        self.passing = status in (502, 503, 504) or status == 409 and code == "idempotent_replay"
+    `retry_after_seconds` is None where the server did not say.
+    """
+
+    status = 0
+    code = ""
+    retry_after_seconds: "Optional[float]" = None
 
 
 class Cancelled(PlexctlError):
@@ -221,43 +205,40 @@ def send_datagram(path: str, data: bytes, seconds: float) -> None:
 
     A stream socket, as some syslogs have, gets a NUL behind it, which ends a record there.
     """
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+    for kind, end in ((socket.SOCK_DGRAM, b""), (socket.SOCK_STREAM, b"\0")):
+        with socket.socket(socket.AF_UNIX, kind) as sock:
             sock.settimeout(seconds)
-            sock.connect(path)
-            sock.send(data)
-    except OSError as error:
-        if error.errno != errno.EPROTOTYPE:
-            raise
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-            sock.settimeout(seconds)
-            sock.connect(path)
-            sock.sendall(data + b"\0")
+            try:
+                sock.connect(path)
+            except OSError as error:
+                if error.errno == errno.EPROTOTYPE and kind == socket.SOCK_DGRAM:
+                    continue
+                raise
+            return sock.sendall(data + end)
 
 
 # ---------------------------------------------------------------------------------------- values
 
 DIGITS = frozenset("0123456789")
-HEX_DIGITS = DIGITS | frozenset("abcdefABCDEF")
-NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ-_") | DIGITS
-INT_MAX_DIGITS = 18  # what fits into 64 bits
-JSON_INT_MAX_DIGITS = 4300  # newer Pythons refuse more; 3.6 takes a quarter of a minute for 1 MiB
 PORT_MAX = 65535
+JSON_INT_MAX_DIGITS = 4300  # newer Pythons refuse more; 3.6 takes a quarter of a minute for 1 MiB
 HOST_MAX_CHARACTERS = 253  # RFC 1035, section 2.3.4, as text
-LABEL_MAX_CHARACTERS = 63
 SOCKET_PATH_MAX_BYTES = 100  # sun_path has 104 on macOS, 108 on Linux
+UUID_PATTERN = r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
+NAME_PATTERN = r"(?a)(?:LABEL\.)*(?!0[xX]|[0-9]+\.?\Z)LABEL\.?".replace("LABEL", r"\w(?:[\w-]{0,61}\w)?")
 URL_PATTERN = r"(?=[!-~]*\Z)" \
     r"(?i:(https?))://(\[[0-9a-fA-F:.]+\]|[^\[\]/:?#@\\]+)(?::([0-9]{1,5}))?(/[^?#\\]*)?"
 TIME_PATTERN = r"([0-9]{4})-([0-9]{2})-([0-9]{2})[Tt]([0-9]{2}):([0-9]{2}):([0-5][0-9]|60)" \
     r"(\.[0-9]{1,9})?(?:[Zz]|([+-])([01][0-9]|2[0-3]):([0-5][0-9]))"
 LOOPBACK_NAMES = frozenset("localhost localhost4 localhost6 ip6-localhost ip6-loopback".split())
 MAPPED_PREFIX = b"\0" * 10 + b"\xff\xff"  # RFC 4291, section 2.5.5.2
+TEREDO_PREFIX = b"\x20\x01\0\0"
 EMBEDDED_IPV4 = (  # the beginning of an IPv6 address, and where an IPv4 address stands in it then
     (b"\0" * 12, 12),  # compatible: RFC 4291, section 2.5.5.1
     (b"\0" * 8 + b"\xff\xff\0\0", 12),  # translated: RFC 2765, section 2.1
     (b"\0\x64\xff\x9b" + b"\0" * 8, 12),  # NAT64: RFC 6052, section 2.1
     (b"\x20\x02", 2),  # 6to4: RFC 3056, section 2
-    (b"\x20\x01\0\0", 4))  # Teredo's server: RFC 4380, section 4
+    (TEREDO_PREFIX, 4))  # Teredo's server: RFC 4380, section 4
 
 
 def escape(text: str, limit: int = SHOWN_MAX_CHARACTERS) -> str:
@@ -268,15 +249,14 @@ def escape(text: str, limit: int = SHOWN_MAX_CHARACTERS) -> str:
 
 def parse_uuid(text: str) -> str:
     """The canonical 8-4-4-4-12 form (RFC 9562, section 4), in lower case."""
-    parts = text.split("-")
-    if [len(part) for part in parts] != [8, 4, 4, 4, 12] or not set("".join(parts)) <= HEX_DIGITS:
+    if not re.fullmatch(UUID_PATTERN, text):
         raise ValueError("must be a UUID of 8-4-4-4-12 hexadecimal digits")
     return text.lower()
 
 
 def parse_int(text: str, low: int, high: int) -> int:
     """Plain ASCII digits, `low` to `high`."""
-    if not 1 <= len(text) <= INT_MAX_DIGITS or not set(text) <= DIGITS or not low <= int(text) <= high:
+    if not re.fullmatch("[0-9]{1,18}", text) or not low <= int(text) <= high:
         raise ValueError("must be a whole number from %d to %d" % (low, high))
     return int(text)
 
@@ -315,11 +295,7 @@ def parse_target_host(text: str) -> str:
 
 def is_name(host: str) -> bool:
     """A DNS name whose last label cannot be taken for a number (RFC 1123, section 2.1)."""
-    labels = (host[:-1] if host.endswith(".") else host).split(".")
-    last = labels[-1].lower()
-    return (len(host) <= HOST_MAX_CHARACTERS and not set(last) <= DIGITS and not last.startswith("0x")
-            and all(1 <= len(label) <= LABEL_MAX_CHARACTERS and set(label) <= NAME_CHARACTERS
-                    and label == label.strip("-") for label in labels))
+    return len(host) <= HOST_MAX_CHARACTERS and bool(re.fullmatch(NAME_PATTERN, host))
 
 
 def pack_address(host: str) -> bytes:
@@ -350,24 +326,13 @@ def is_own_name(host: str) -> bool:
             or label in LOOPBACK_NAMES and (not domain or domain.startswith("localdomain")))
 
 
-def is_link_local(packed: bytes) -> bool:
-    """169.254.0.0/16, where clouds keep their metadata service (RFC 3927), and fe80::/10 (RFC 4291)."""
-    return packed[:2] == b"\xa9\xfe" if len(packed) == 4 else b"\xfe\x80" <= packed[:2] <= b"\xfe\xbf"
-
-
-def is_local_or_multicast(packed: bytes) -> bool:
-    """Loopback, unspecified, multicast, reserved and broadcast."""
-    if len(packed) == 4:
-        return packed[:1] == b"\x7f" or packed[:1] >= b"\xe0" or packed == b"\0" * 4
-    return packed[:1] == b"\xff" or packed in (b"\0" * 16, b"\0" * 15 + b"\1")
-
-
 def is_dialable(host: str, from_loopback: bool = False) -> bool:
     """Whether a listener endpoint may be at `host`, a name or an address.
 
-    Not on this machine, no multicast, nothing link-local, nor an IPv6 address in which such an IPv4
-    address stands. `from_loopback`: the control plane is on this machine as well, and so may be the
-    Node; not so link-local ones, since a control plane behind `ssh -L` is on loopback, too.
+    Not on this machine, no multicast, nothing link-local (169.254/16, where clouds keep their
+    metadata service, fe80::/10), nor an IPv6 address in which such an IPv4 address stands.
+    `from_loopback`: the control plane is on this machine, and so may be the Node; what is
+    link-local stays refused, since a control plane behind `ssh -L` is on loopback, too.
     """
     packed = pack_address(host.partition("%")[0])  # getaddrinfo gives fe80::1%eth0
     if not packed:
@@ -375,10 +340,16 @@ def is_dialable(host: str, from_loopback: bool = False) -> bool:
     found = [packed]
     if len(packed) == 16:
         found += [packed[at:at + 4] for prefix, at in EMBEDDED_IPV4 if packed.startswith(prefix)]
-    if packed.startswith(b"\x20\x01\0\0"):  # Teredo's client, every bit inverted
-        found.append(bytes(byte ^ 0xFF for byte in packed[12:]))
-    return not any(is_link_local(each) or not from_loopback and is_local_or_multicast(each)
-                   for each in found)
+        if packed.startswith(TEREDO_PREFIX):  # its client, every bit inverted
+            found.append(bytes(byte ^ 0xFF for byte in packed[12:]))
+    for each in found:
+        if each[:2] == b"\xa9\xfe" or len(each) == 16 and b"\xfe\x80" <= each[:2] <= b"\xfe\xbf":
+            return False
+        is_here = each[:1] == b"\x7f" if len(each) == 4 else each == b"\0" * 15 + b"\1"
+        is_multicast = each[:1] >= (b"\xe0" if len(each) == 4 else b"\xff")
+        if not from_loopback and (is_here or is_multicast or not any(each)):
+            return False
+    return True
 
 
 def join_host_port(host: str, port: int) -> str:
@@ -415,8 +386,7 @@ def parse_endpoint(text: str, lowest_port: int = 1) -> Endpoint:
     left, _, port = text.rpartition(":")
     host = left[1:-1] if left.startswith("[") and left.endswith("]") else left
     has_brackets = host != left
-    if len(port) > len(str(PORT_MAX)) or has_brackets != (":" in host) \
-            or not (is_name(host) or pack_address(host)):
+    if len(port) > 5 or has_brackets != (":" in host) or not (is_name(host) or pack_address(host)):
         raise ValueError("must be host:port, with brackets around an IPv6 address")
     return Endpoint(host, parse_int(port, lowest_port, PORT_MAX))
 
@@ -434,21 +404,20 @@ class LocalAddress(Record):
 
 def parse_local_address(text: str) -> LocalAddress:
     """127.0.0.1:0, [::1]:0 or unix:/path. `localhost` is taken for 127.0.0.1, so it stays literal."""
-    if text.startswith("unix:"):
-        path = text[len("unix:"):]
-        if not path.startswith("/") or not path.isprintable() \
-                or len(os.fsencode(path)) > SOCKET_PATH_MAX_BYTES:
+    scheme, _, path = text.partition(":")
+    if scheme == "unix":
+        if path[:1] != "/" or not path.isprintable() or len(os.fsencode(path)) > SOCKET_PATH_MAX_BYTES:
             raise ValueError("must be unix: and an absolute path of at most %d bytes" % SOCKET_PATH_MAX_BYTES)
         return LocalAddress("", 0, path)
     try:
         endpoint = parse_endpoint(text, lowest_port=0)
-        host = "127.0.0.1" if endpoint.host.lower() == "localhost" else endpoint.host
-        if pack_address(host):
-            return LocalAddress(host, endpoint.port)
     except ValueError:
-        pass
-    raise ValueError("must be ADDRESS:PORT, [ADDRESS]:PORT or unix:/path; a literal address, "
-                     "port 0 to %d" % PORT_MAX)
+        endpoint = Endpoint("", 0)
+    host = "127.0.0.1" if endpoint.host.lower() == "localhost" else endpoint.host
+    if not pack_address(host):
+        raise ValueError("must be ADDRESS:PORT, [ADDRESS]:PORT or unix:/path; a literal address, "
+                         "port 0 to %d" % PORT_MAX)
+    return LocalAddress(host, endpoint.port)
 
 
 class Server(Record):
@@ -523,22 +492,16 @@ def parse_json(raw: bytes) -> "Any":
 
 def show_bytes(count: int) -> str:
     """A byte count for people: 512 B, 1.5 KiB, 3.2 GiB."""
-    size, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if size < 1024:
-            break
-        size, unit = size / 1024, larger
-    return "%d B" % count if unit == "B" else "%.1f %s" % (size, unit)
+    power = min(4, max(0, count.bit_length() - 1) // 10)
+    return "%.1f %siB" % (count / 1024 ** power, " KMGT"[power]) if power else "%d B" % count
 
 
 def show_seconds(seconds: float) -> str:
     """A duration for people: 5s, 2m05s, 1h02m."""
     minutes, rest = divmod(max(0, int(seconds)), 60)
-    if not minutes:
-        return "%ds" % rest
-    if minutes < 60:
-        return "%dm%02ds" % (minutes, rest)
-    return "%dh%02dm" % divmod(minutes, 60)
+    if minutes >= 60:
+        return "%dh%02dm" % divmod(minutes, 60)
+    return "%dm%02ds" % (minutes, rest) if minutes else "%ds" % rest
 
 
 def show_error(error: BaseException) -> str:
@@ -571,7 +534,7 @@ CONFIG_SHAPE = ('{"default": "prod", "profiles": {"prod": '
 OPEN_AT_ONCE = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)  # Windows has neither
 OTHERS_BITS = 0o077
 OTHERS_WRITE_BITS = 0o022
-STDIN_RETRY_SECONDS = 0.05
+READ_RETRY_SECONDS = 0.05
 
 
 class Secret:
@@ -630,8 +593,8 @@ def read_limited(descriptor: int, source: str) -> bytes:
     while len(raw) <= SECRET_FILE_MAX_BYTES:
         try:
             piece = os.read(descriptor, SECRET_FILE_MAX_BYTES + 1 - len(raw))
-        except BlockingIOError:  # a standard input that came to us non-blocking
-            time.sleep(STDIN_RETRY_SECONDS)
+        except BlockingIOError:  # a pipe whose writer takes its time
+            time.sleep(READ_RETRY_SECONDS)
             continue
         except OSError as error:
             raise CredentialsError("%s: cannot be read: %s" % (source, show_error(error))) from error
@@ -646,32 +609,28 @@ def read_secret_file(path: str, source: str) -> bytes:
 
     It is opened first and then judged by its descriptor, so that nothing can be swapped in
     between; non-blocking, since a FIFO without a writer would block `open` for ever. The file that
-    is descriptor 0, by whatever name, is read from there: a second descriptor of a regular file
-    would start anew, and leave all of it for --stdio or COMMAND to give away.
+    is descriptor 0, by whatever name, is read there: opened once more it would start anew, and
+    all of it would be left for --stdio or COMMAND to give away.
     """
-    if path == "-":
-        return read_limited(0, source)
     at_stdin = is_standard_input(path)
     try:
-        descriptor = 0 if at_stdin else os.open(path, os.O_RDONLY | OPEN_AT_ONCE)
+        descriptor = os.dup(0) if at_stdin else os.open(path, os.O_RDONLY | OPEN_AT_ONCE)
     except (OSError, ValueError) as error:
         raise CredentialsError("%s: cannot be opened: %s" % (source, show_error(error))) from error
     try:
         status = os.fstat(descriptor)
-        if stat.S_ISREG(status.st_mode) or not at_stdin:
-            if not stat.S_ISREG(status.st_mode) and not stat.S_ISFIFO(status.st_mode):
-                raise CredentialsError("%s: must be a regular file or a pipe" % source)
+        is_file = stat.S_ISREG(status.st_mode)
+        if not (is_file or at_stdin or stat.S_ISFIFO(status.st_mode)):
+            raise CredentialsError("%s: must be a regular file or a pipe" % source)
+        if path != "-" and (is_file or not at_stdin):
             fault = find_file_fault(status, OTHERS_BITS)
             if fault:
                 raise CredentialsError("%s: %s" % (source, fault))
-        if not at_stdin and os.name == "posix":
-            os.set_blocking(descriptor, True)
-        if at_stdin and stat.S_ISREG(status.st_mode):
+        if path != "-" and is_file:
             os.lseek(descriptor, 0, os.SEEK_SET)
         return read_limited(descriptor, source)
     finally:
-        if not at_stdin:
-            os.close(descriptor)
+        os.close(descriptor)
 
 
 class Profile(Record):
@@ -784,6 +743,7 @@ def resolve_credentials(server_flag: "Optional[str]", profile_flag: "Optional[st
 # --------------------------------------------------------------------------------- control plane
 
 ISSUE = "IssueSession"
+SUCCESS = range(200, 300)
 JITTER_SECONDS = 0.2
 CANCEL_POLL_SECONDS = 0.1
 SESSION_TOKEN_PATTERN = r"[!-~]{1,65536}"
@@ -830,41 +790,20 @@ class Answer(Record):
     body: bytes
 
 
-def is_success(status: int) -> bool:
-    """2xx."""
-    return 200 <= status < 300
-
-
-def read_answer(response: "Any") -> Answer:
-    """Takes at most BODY_MAX_BYTES of body. The status of an error counts also without its body."""
-    try:
-        body = response.read(BODY_MAX_BYTES + 1)
-        if len(body) > BODY_MAX_BYTES:
-            raise OverflowError
-        if response.length:  # read(n) hides that fewer bytes came than were promised
-            raise http.client.IncompleteRead(b"")
-    except Exception:  # OSError, HTTPException, ValueError, MemoryError, ...
-        if is_success(response.status):
-            raise
-        body = b""
-    return Answer(response.status, response.headers, body)
-
-
 class Exchange:
     """One request and its answer, in a thread that can be given up on.
 
     A time-out of urllib's is for each recv, and looking a name up has none at all. `operation` and
-    `peer` are for messages.
+    `peer` are for messages; `sent`: the server may have the request.
     """
 
     def __init__(self, operation: str, peer: str) -> None:
+        self.sent = False
         self._operation = operation
         self._peer = peer
-        self._sent = False  # the server may have the request
         self._abandoned = False
         self._socket: Any = None
-        self._answer: Optional[Answer] = None
-        self._error: Optional[PlexctlError] = None
+        self._outcome: Any = None  # an Answer or a PlexctlError
         self._done = threading.Event()
 
     def run(self, opener: "Any", request: "Any", seconds: float,
@@ -874,16 +813,16 @@ class Exchange:
         if not start_thread(self._carry_out, opener, request):
             self._carry_out(opener, request)  # no more threads; the limits are those of each recv, then
         deadline = elapsed_seconds() + seconds
-        while not self._done.wait(min(CANCEL_POLL_SECONDS, max(0.0, deadline - elapsed_seconds()))):
+        while not self._done.wait(max(0.0, min(CANCEL_POLL_SECONDS, deadline - elapsed_seconds()))):
             if cancel is not None and cancel.is_set():
                 self._abandon()
                 raise Cancelled("%s: given up, the run is ending" % self._operation)
             if elapsed_seconds() >= deadline:
                 self._abandon()
                 raise self._fail("timed out after %.3g s" % seconds, True)
-        if self._error is not None:
-            raise self._error
-        return self._answer  # type: ignore[return-value]
+        if isinstance(self._outcome, PlexctlError):
+            raise self._outcome
+        return self._outcome  # type: ignore[no-any-return]
 
     def open_socket(self, address: "Tuple[str, int]", *arguments: "Any") -> "socket.socket":
         """A connected socket for http.client, in the exchange's thread."""
@@ -896,33 +835,43 @@ class Exchange:
             raise TimeoutError
         return sock
 
-    def begin_sending(self, sock: "Any") -> None:
-        """Connected, also to a proxy's other end, and TLS agreed upon: from here on it may be done."""
-        sock.settimeout(EXCHANGE_SECONDS)
-        self._sent = True
-
     def _carry_out(self, opener: "Any", request: "Any") -> None:
         try:
             with opener.open(request, timeout=CONNECT_SECONDS) as response:
-                self._answer = read_answer(response)
+                self._outcome = self._read(response)
         except PlexctlError as error:
-            self._error = error
+            self._outcome = error
         except Exception as error:  # OSError, HTTPException, ValueError, RecursionError, MemoryError, ...
             # made here and raised elsewhere: the context of an exception would hold the request
             reason = show_error(error)
             if re.search("issuer|self.signed", reason):
                 reason += " (--ca-file names another CA)"
             # another attempt makes no certificate good
-            self._error = self._fail(reason, not reason.startswith(("certificate", "TLS failed")))
+            self._outcome = self._fail(reason, not reason.startswith(("certificate", "TLS failed")))
         finally:
             if self._socket is not None:
                 self._socket.close()
             self._done.set()
 
+    @staticmethod
+    def _read(response: "Any") -> Answer:
+        body = b""
+        try:
+            body = response.read(BODY_MAX_BYTES + 1)
+            if len(body) > BODY_MAX_BYTES:
+                raise OverflowError
+            if response.length:  # read(n) hides that fewer bytes came than were promised
+                raise http.client.IncompleteRead(b"")
+        except Exception:  # the status of an error counts also without its body
+            if response.status in SUCCESS:
+                raise
+            body = b""
+        return Answer(response.status, response.headers, body)
+
     def _fail(self, reason: str, passing: bool) -> TransportError:
-        tried = "no complete answer from" if self._sent else "cannot connect to"
-        return TransportError("%s: %s %s: %s" % (self._operation, tried, self._peer, reason), passing,
-                              may_exist=self._sent and self._operation == ISSUE)
+        tried = "no complete answer from" if self.sent else "cannot connect to"
+        return TransportError("%s: %s %s: %s" % (self._operation, tried, self._peer, reason),
+                              passing=passing, may_exist=self.sent and self._operation == ISSUE)
 
     def _abandon(self) -> None:
         """Wakes the thread by shutting its socket down."""
@@ -933,23 +882,14 @@ class Exchange:
             pass
 
 
-class QuietLogging:
-    """Takes the place of the logging module while hashlib is loaded."""
-
-    @staticmethod
-    def exception(*words: object) -> None:
-        """Says nothing."""
-
-
-def load_urllib() -> None:
-    """Loads urllib.request without the tracebacks that its hashlib logs where a digest is missing (fips)."""
-    if "logging" in sys.modules:  # where there is more to it than ours, it is not ours to quieten
-        return
-    sys.modules["logging"] = QuietLogging  # type: ignore[assignment]
-    try:
-        __import__("hashlib")
-    finally:
-        del sys.modules["logging"]
+def load_hashlib() -> None:
+    """For urllib.request; it logs a traceback to stderr for each digest that is missing (fips)."""
+    if "logging" not in sys.modules:  # a logging that others have set up is not ours to quieten
+        sys.modules["logging"] = type("Quiet", (), {"exception": lambda *words: None})  # type: ignore
+        try:
+            __import__("hashlib")
+        finally:
+            del sys.modules["logging"]
 
 
 def find_proxy(server: Server, environ: "Environ") -> str:
@@ -1010,7 +950,8 @@ def create_opener(server: Server, ca_file: "Optional[str]", proxy: str) -> "Any"
 
         def connect(self) -> None:
             super().connect()
-            self._exchange.begin_sending(self.sock)
+            self.sock.settimeout(EXCHANGE_SECONDS)
+            self._exchange.sent = True
 
     class Handler(urllib.request.AbstractHTTPHandler):
         def carry(self, request: "Any") -> "Any":
@@ -1028,16 +969,11 @@ def create_opener(server: Server, ca_file: "Optional[str]", proxy: str) -> "Any"
 
 
 def conceal(text: str, secrets: "List[Secret]") -> str:
-    """`text` without the secrets in it: a server may repeat what it was sent."""
-    for secret in secrets:
-        text = re.sub(re.escape(secret.reveal()), "(secret)", text, flags=re.IGNORECASE)
+    """`text` without the secrets in it: a server may repeat what it was sent, in either case."""
+    for value in [secret.reveal() for secret in secrets]:
+        if len(value) >= FINDABLE_CHARACTERS and value.lower() in text.lower():
+            text = re.sub(re.escape(value), "(secret)", text, flags=re.IGNORECASE)
     return text
-
-
-def repeats_secret(text: str, secrets: "List[Secret]") -> bool:
-    """Whether a secret stands in `text`, which is to be used and shown as it is."""
-    return any(len(secret.reveal()) >= FINDABLE_CHARACTERS and secret.reveal().lower() in text.lower()
-               for secret in secrets)
 
 
 class Fields:
@@ -1049,15 +985,14 @@ class Fields:
         self._secrets = secrets
 
     def bad(self, name: str, why: str = "") -> TransportError:
-        """The error for a field that is missing or not what it should be."""
-        return TransportError("%s: the answer has no valid %s%s" % (
-            self._operation, name, ": " + why if why else ""))
+        """The error for this field."""
+        return TransportError("%s: the answer has no valid %s%s" % (self._operation, name, why))
 
     def take(self, name: str, parse: "Callable[[Any], Any]", kind: type = str) -> "Any":
         """A required field of this kind, as `parse` (which raises ValueError) makes it."""
         value = self._document.get(name)
-        if isinstance(value, str) and repeats_secret(value, self._secrets):
-            raise self.bad(name, "it repeats a secret")
+        if isinstance(value, str) and conceal(value, self._secrets) != value:
+            raise self.bad(name, ": it repeats a secret")
         try:
             if isinstance(value, kind):
                 return parse(value)
@@ -1098,49 +1033,6 @@ def random_uuid() -> str:
     return "%08x-%04x-%04x-%04x-%04x%08x" % (a, b, c & 0x0FFF | 0x4000, d & 0x3FFF | 0x8000, e, f)
 
 
-def advise(answer: Answer, code: str, token_source: str, secrets: "List[Secret]") -> str:
-    """What an operator can do about an error answer, to be put behind it; "" where nothing."""
-    if answer.status == 401:
-        advice = "; the token is from " + token_source if token_source else ""
-        if code != "step_up_required":
-            return advice
-        challenge = " ".join(answer.headers.get_all("WWW-Authenticate", []))
-        wanted = re.search(r'acr_values\s*=\s*(?:"([^"]*)"|([^\s,]+))', challenge)
-        acr = escape(conceal(wanted.group(1) or wanted.group(2) or "", secrets)) if wanted else ""
-        return "%s; re-authenticate%s and try again" % (advice, " with acr_values " + acr if acr else "")
-    if answer.status == 429:
-        return ("; a session counts until it runs out or is revoked, one of print mode as well; "
-                "--max-sessions says how many a proxy takes")
-    if 300 <= answer.status < 400:
-        location = escape(conceal(answer.headers.get("Location", ""), secrets))
-        return "; a redirect is never followed" + (": " + location if location else "")
-    return ""
-
-
-def parse_problem(operation: str, answer: Answer, token_source: str, secrets: "List[Secret]") -> ApiError:
-    """The error of an answer that is not a success (RFC 9457 problem details, where it has them)."""
-    try:
-        problem = Fields(operation, parse_json(answer.body), secrets)
-    except ValueError:
-        problem = Fields(operation, None, secrets)
-    status, code = answer.status, problem.shown("code")
-    title = problem.shown("title") or http.client.responses.get(status, "")
-    words = ("%d %s" % (status, title)).strip(), problem.shown("detail")
-    text = ": ".join((operation,) + tuple(filter(None, words)))
-    text += " (%s)" % code if code else ""
-    for name in ("reason", "relation_path", "correlation_id"):
-        if problem.shown(name):
-            text += "; %s %s" % (name.replace("_", " "), problem.shown(name))
-    exit_codes = {401: EXIT_CREDENTIALS, 403: EXIT_REBAC_DENIED if code == "rebac_denied" else EXIT_FORBIDDEN}
-    error = ApiError(text + advise(answer, code, token_source, secrets),
-                     exit_codes.get(status, EXIT_FAILURE), status, code)
-    error.retry_after_seconds = parse_retry_after(answer.headers.get("Retry-After"))
-    # a gateway that lost the answer, a first request that is under way, a success of another kind;
-    # 503 says that nothing was done
-    error.may_exist = operation == ISSUE and (error.passing and status != 503 or is_success(status))
-    return error
-
-
 class ControlPlane:
     """IssueSession, GetSession and RevokeSession of one server.
 
@@ -1161,7 +1053,7 @@ class ControlPlane:
         self._token_source = token.source
         self._secrets = [self._token]
         self._report = report
-        load_urllib()
+        load_hashlib()
         proxy = find_proxy(server, environ)
         self._peer = str(server) + (" through HTTPS_PROXY" if proxy else "")
         self._opener = create_opener(server, ca_file, proxy)
@@ -1187,8 +1079,8 @@ class ControlPlane:
         if not re.fullmatch(SESSION_TOKEN_PATTERN, token.reveal()):
             raise fields.bad("token")
         self._secrets.append(token)
-        if repeats_secret(session_id, [token]):
-            raise fields.bad("session_id", "it repeats a secret")
+        if conceal(session_id, [token]) != session_id:
+            raise fields.bad("session_id", ": it repeats a secret")
         expires_at = fields.take("expires_at", str)
         expires = fields.take("expires_at", parse_time)
         session = self._parse_session(
@@ -1200,8 +1092,8 @@ class ControlPlane:
 
     def get(self, project_id: str, session_id: str, seconds: float = EXCHANGE_SECONDS) -> Session:
         """The session as the control plane sees it now."""
-        path = "/v1/projects/%s/sessions/%s" % (project_id, session_id)
-        answer = self._exchange("GetSession", "GET", path, None, seconds, self.cancel)
+        answer = self._exchange("GetSession", "GET", "/v1/projects/%s/sessions/%s" % (project_id, session_id),
+                                None, seconds, self.cancel)
         if answer.status != 200:
             raise self._parse_problem("GetSession", answer)
         return self._parse_session(self._parse_body("GetSession", answer), session_id)
@@ -1210,7 +1102,7 @@ class ControlPlane:
         """Revokes the session. One that is gone already (404, 409, 410) counts as revoked."""
         path = "/v1/projects/%s/sessions/%s/revoke" % (project_id, session_id)
         answer = self._exchange("RevokeSession", "POST", path, {"revoke_reason": "operator_request"}, seconds)
-        if not is_success(answer.status) and answer.status not in (404, 409, 410):
+        if answer.status not in SUCCESS and answer.status not in (404, 409, 410):
             raise self._parse_problem("RevokeSession", answer)
 
     def _insist(self, path: str, body: "Dict[str, Any]") -> "Tuple[Answer, Fields, str]":
@@ -1221,7 +1113,7 @@ class ControlPlane:
                 answer = self._exchange(ISSUE, "POST", path, body)
                 if answer.status != 201:
                     raise self._parse_problem(ISSUE, answer)
-                may_exist = True
+                may_exist = True  # and nobody can revoke it if its id does not follow
                 fields = self._parse_body(ISSUE, answer)
                 return answer, fields, fields.take("session_id", parse_uuid)
             except (TransportError, ApiError) as failure:
@@ -1255,7 +1147,46 @@ class ControlPlane:
         return answer
 
     def _parse_problem(self, operation: str, answer: Answer) -> ApiError:
-        return parse_problem(operation, answer, self._token_source, self._secrets)
+        """The error of an answer that is not a success (RFC 9457 problem details, where it has them)."""
+        try:
+            problem = Fields(operation, parse_json(answer.body), self._secrets)
+        except ValueError:
+            problem = Fields(operation, None, self._secrets)
+        status, code = answer.status, problem.shown("code")
+        title = problem.shown("title") or http.client.responses.get(status, "")
+        words = operation, ("%d %s" % (status, title)).strip(), problem.shown("detail")
+        text = ": ".join(filter(None, words)) + (" (%s)" % code if code else "")
+        for name in ("reason", "relation_path", "correlation_id"):
+            if problem.shown(name):
+                text += "; %s %s" % (name.replace("_", " "), problem.shown(name))
+        forbidden = EXIT_REBAC_DENIED if code == "rebac_denied" else EXIT_FORBIDDEN
+        exit_code = {401: EXIT_CREDENTIALS, 403: forbidden}.get(status, EXIT_FAILURE)
+        # 409: the first request with this idempotency key is still being answered
+        passing = status in (502, 503, 504) or status == 409 and code == "idempotent_replay"
+        # a gateway that lost the answer, that first request, a success of another kind; 503 did nothing
+        may_exist = operation == ISSUE and (passing and status != 503 or status in SUCCESS)
+        return ApiError(text + self._advise(answer, code), exit_code, passing=passing, may_exist=may_exist,
+                        status=status, code=code,
+                        retry_after_seconds=parse_retry_after(answer.headers.get("Retry-After")))
+
+    def _advise(self, answer: Answer, code: str) -> str:
+        """What an operator can do about an error answer, to be put behind it."""
+        if answer.status == 401:
+            advice = "; the token is from " + self._token_source if self._token_source else ""
+            if code == "step_up_required":
+                challenge = " ".join(answer.headers.get_all("WWW-Authenticate", []))
+                wanted = re.search(r'acr_values\s*=\s*(?:"([^"]*)"|([^\s,]+))', challenge)
+                acr = conceal(wanted.group(1) or wanted.group(2) or "", self._secrets) if wanted else ""
+                advice += "; re-authenticate%s and try again" % (
+                    " with acr_values " + escape(acr) if acr else "")
+            return advice
+        if answer.status == 429:
+            return ("; a session counts until it runs out or is revoked, one of print mode as well; "
+                    "--max-sessions says how many a proxy takes")
+        if 300 <= answer.status < 400:
+            location = escape(conceal(answer.headers.get("Location", ""), self._secrets))
+            return "; a redirect is never followed" + (": " + location if location else "")
+        return ""
 
     def _parse_body(self, operation: str, answer: Answer) -> Fields:
         try:
@@ -1266,7 +1197,7 @@ class ControlPlane:
     def _parse_endpoint(self, text: str) -> Endpoint:
         endpoint = parse_endpoint(text)
         if not is_dialable(endpoint.host, is_loopback(self.server.host)):
-            raise ValueError("a listener cannot be there")
+            raise ValueError
         return endpoint
 
     def _parse_session(self, fields: Fields, session_id: str) -> Session:
