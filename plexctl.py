@@ -232,13 +232,12 @@ TIME_PATTERN = r"([0-9]{4})-([0-9]{2})-([0-9]{2})[Tt]([0-9]{2}):([0-9]{2}):([0-5
     r"(\.[0-9]{1,9})?(?:[Zz]|([+-])([01][0-9]|2[0-3]):([0-5][0-9]))"
 LOOPBACK_NAMES = frozenset("localhost localhost4 localhost6 ip6-localhost ip6-loopback".split())
 MAPPED_PREFIX = b"\0" * 10 + b"\xff\xff"  # RFC 4291, section 2.5.5.2
-TEREDO_PREFIX = b"\x20\x01\0\0"
+TEREDO_PREFIX = b"\x20\x01\0\0"  # RFC 4380, section 4; the IPv4 address in it is inverted
 EMBEDDED_IPV4 = (  # the beginning of an IPv6 address, and where an IPv4 address stands in it then
     (b"\0" * 12, 12),  # compatible: RFC 4291, section 2.5.5.1
     (b"\0" * 8 + b"\xff\xff\0\0", 12),  # translated: RFC 2765, section 2.1
     (b"\0\x64\xff\x9b" + b"\0" * 8, 12),  # NAT64: RFC 6052, section 2.1
-    (b"\x20\x02", 2),  # 6to4: RFC 3056, section 2
-    (TEREDO_PREFIX, 4))  # Teredo's server: RFC 4380, section 4
+    (b"\x20\x02", 2))  # 6to4: RFC 3056, section 2
 
 
 def escape(text: str, limit: int = SHOWN_MAX_CHARACTERS) -> str:
@@ -329,8 +328,8 @@ def is_own_name(host: str) -> bool:
 def is_dialable(host: str, from_loopback: bool = False) -> bool:
     """Whether a listener endpoint may be at `host`, a name or an address.
 
-    Not on this machine, no multicast, nothing link-local (169.254/16, where clouds keep their
-    metadata service, fe80::/10), nor an IPv6 address in which such an IPv4 address stands.
+    Not on this machine, no multicast, no Teredo, nothing link-local (169.254/16, where clouds keep
+    their metadata service, fe80::/10), nor an IPv6 address in which such an IPv4 address stands.
     `from_loopback`: the control plane is on this machine, and so may be the Node; what is
     link-local stays refused, since a control plane behind `ssh -L` is on loopback, too.
     """
@@ -340,13 +339,13 @@ def is_dialable(host: str, from_loopback: bool = False) -> bool:
     found = [packed]
     if len(packed) == 16:
         found += [packed[at:at + 4] for prefix, at in EMBEDDED_IPV4 if packed.startswith(prefix)]
-        if packed.startswith(TEREDO_PREFIX):  # its client, every bit inverted
-            found.append(bytes(byte ^ 0xFF for byte in packed[12:]))
     for each in found:
-        if each[:2] == b"\xa9\xfe" or len(each) == 16 and b"\xfe\x80" <= each[:2] <= b"\xfe\xbf":
+        is_ipv4 = len(each) == 4
+        if each.startswith(b"\xa9\xfe" if is_ipv4 else TEREDO_PREFIX) \
+                or not is_ipv4 and b"\xfe\x80" <= each[:2] <= b"\xfe\xbf":
             return False
-        is_here = each[:1] == b"\x7f" if len(each) == 4 else each == b"\0" * 15 + b"\1"
-        is_multicast = each[:1] >= (b"\xe0" if len(each) == 4 else b"\xff")
+        is_here = each[:1] == b"\x7f" if is_ipv4 else each == b"\0" * 15 + b"\1"
+        is_multicast = each[:1] >= (b"\xe0" if is_ipv4 else b"\xff")
         if not from_loopback and (is_here or is_multicast or not any(each)):
             return False
     return True
@@ -1252,29 +1251,27 @@ class AuditLog:
         self._environ = environ
         self._report = report
         self._syslog_sockets = syslog_sockets
-        path = environ.get("PLEXCTL_AUDIT_LOG", "")
+        given = environ.get("PLEXCTL_AUDIT_LOG", "")
         base = base_directory("XDG_STATE_HOME", os.path.join(".local", "state"), environ)
-        if not path and not base:
+        if not given and not base:
             raise PlexctlError("audit log: no home directory for it (PLEXCTL_AUDIT_LOG names a file)")
-        self._path = path or os.path.join(base, "plexctl", "audit.log")
-        self._name = "audit log " + escape(self._path)
+        path = given or os.path.join(base, "plexctl", "audit.log")
+        self._name = "audit log " + escape(path)
+        hint = "(PLEXCTL_AUDIT_LOG names another)"
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | OPEN_AT_ONCE
         try:
-            if not path:
-                make_private_directories(os.path.dirname(self._path))
-            self._descriptor = os.open(self._path, flags, 0o600)
+            if not given:
+                make_private_directories(os.path.dirname(path))
+            self._descriptor = os.open(path, flags, 0o600)
         except (OSError, ValueError) as error:
-            raise self._fail("cannot be opened: %s" % show_error(error)) from error
+            raise PlexctlError("%s: cannot be opened: %s %s" % (self._name, show_error(error), hint)) from error
         status = os.fstat(self._descriptor)
-        # a device may take anything, and keep nothing
-        fault = find_file_fault(status, OTHERS_WRITE_BITS) if stat.S_ISREG(status.st_mode) else (
-            "is not a regular file")
+        fault = find_file_fault(status, OTHERS_WRITE_BITS)
+        if not stat.S_ISREG(status.st_mode):  # a device may take anything, and keep nothing
+            fault = "is not a regular file"
         if fault:
             self.close()
-            raise self._fail(fault)
-
-    def _fail(self, why: str) -> PlexctlError:
-        return PlexctlError("%s: %s (PLEXCTL_AUDIT_LOG names another file)" % (self._name, why))
+            raise PlexctlError("%s: %s %s" % (self._name, fault, hint))
 
     def close(self) -> None:
         """Closes the file."""
@@ -1282,20 +1279,15 @@ class AuditLog:
 
     def record(self, server: Server, request: SessionRequest, issued: IssuedSession) -> None:
         """Writes one JSON object in one line with one write; raises unless it is verifiably there."""
-        append = self._append
-
-        class OneWrite(logging.Handler):
-            written = 0
-
-            def emit(self, record: logging.LogRecord) -> None:
-                append(self.format(record))
-                self.written += 1
-
-        logger, handler = logging.getLogger("plexctl.audit"), OneWrite()
-        logger.propagate = False  # whatever else put handlers on the root (hashlib does) is no audit log
+        message = json.dumps(self._fields(server, request, issued))
+        written: List[int] = []
+        handler = logging.Handler()
+        handler.emit = lambda record: written.append(  # type: ignore[method-assign]
+            self._append(record.getMessage()))
+        logger = logging.getLogger("plexctl.audit")
+        logger.propagate = False  # a handler of the root is no audit log, and may write to stderr
         if logger.level == logging.NOTSET:
             logger.setLevel(logging.INFO)
-        message = json.dumps(self._fields(server, request, issued))
         logger.addHandler(handler)
         try:
             logger.info("%s", message)
@@ -1304,15 +1296,15 @@ class AuditLog:
                                % (self._name, show_error(error))) from error
         finally:
             logger.removeHandler(handler)
-        if handler.written != 1:  # logging.disable, a level, a filter
+        if len(written) != 1:  # logging.disable, a level, a filter
             raise PlexctlError("%s: logging dropped the record; the token is not shown" % self._name)
         try:
             send_to_syslog(message, self._syslog_sockets)
         except OSError as error:
             self._report("warning: syslog did not take the audit record: %s" % show_error(error))
 
-    def _append(self, text: str) -> None:
-        """One line at the end of the file, synced; OSError unless all of it is there."""
+    def _append(self, text: str) -> int:
+        """Writes a line at the end of the file, synced; OSError unless all its bytes are there."""
         line = (text + "\n").encode("ascii")
         size = os.lseek(self._descriptor, 0, os.SEEK_END)
         os.lseek(self._descriptor, max(0, size - 1), os.SEEK_SET)
@@ -1323,6 +1315,7 @@ class AuditLog:
         os.fsync(self._descriptor)
         if not os.fstat(self._descriptor).st_nlink:
             raise OSError(errno.ENOENT, "the file was removed")
+        return len(line)
 
     def _fields(self, server: Server, request: SessionRequest, issued: IssuedSession) -> "Dict[str, Any]":
         uid = os.getuid() if hasattr(os, "getuid") else None
