@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # importing typing would take as long as compiling half of th
     import collections
     import datetime
     import email.utils
+    import hashlib
     import http.client
     import json
     import logging
@@ -71,18 +72,19 @@ class LazyModule:
     def __getattr__(self, attribute: str) -> "Any":
         try:
             module = __import__(self._name)
-        except ImportError as error:
-            raise PlexctlError("this Python cannot load its module %s (%s); install its whole standard "
-                               "library (Debian, Ubuntu: apt install python3), with OpenSSL where it is "
-                               "built from source" % (error.name or self._name, escape(error.msg))) from error
+        except (ImportError, OSError) as error:  # it is not there, or there are no descriptors left
+            raise PlexctlError("this Python cannot load its module %s: %s%s" % (
+                getattr(error, "name", None) or self._name, escape(getattr(error, "msg", show_error(error))),
+                "; install its whole standard library (Debian, Ubuntu: apt install python3), with OpenSSL "
+                "where it is built from source" if isinstance(error, ModuleNotFoundError) else "")) from error
         globals()[module.__name__] = module
         return getattr(module, attribute)
 
 
 LAZY_MODULES = (
-    "argparse", "collections", "datetime", "email.utils", "http.client", "json", "logging", "mmap",
-    "pwd", "re", "resource", "select", "selectors", "shutil", "signal", "socket", "socketserver", "ssl",
-    "stat", "struct", "subprocess", "threading", "urllib.request")
+    "argparse", "collections", "datetime", "email.utils", "hashlib", "http.client", "json", "logging",
+    "mmap", "pwd", "re", "resource", "select", "selectors", "shutil", "signal", "socket", "socketserver",
+    "ssl", "stat", "struct", "subprocess", "threading", "urllib.request")
 globals().update((name.partition(".")[0], LazyModule(name)) for name in LAZY_MODULES)
 
 __version__ = "0.1.0"
@@ -214,7 +216,8 @@ def send_datagram(path: str, data: bytes, seconds: float) -> None:
                 if error.errno == errno.EPROTOTYPE and kind == socket.SOCK_DGRAM:
                     continue
                 raise
-            return sock.sendall(data + end)
+            sock.sendall(data + end)
+            return
 
 
 # ---------------------------------------------------------------------------------------- values
@@ -886,7 +889,7 @@ def load_hashlib() -> None:
     if "logging" not in sys.modules:  # a logging that others have set up is not ours to quieten
         sys.modules["logging"] = type("Quiet", (), {"exception": lambda *words: None})  # type: ignore
         try:
-            __import__("hashlib")
+            hasattr(hashlib, "new")  # loads it
         finally:
             del sys.modules["logging"]
 
@@ -1072,7 +1075,7 @@ class ControlPlane:
         if request.ttl_seconds:
             body["requested_ttl_seconds"] = request.ttl_seconds
         asked_on = elapsed_seconds()
-        answer, fields, session_id = self._insist(path, body)
+        answer, fields, session_id = self._ask_until_issued(path, body)
         on_issued(session_id)
         token = Secret(fields.take("token", str))
         if not re.fullmatch(SESSION_TOKEN_PATTERN, token.reveal()):
@@ -1104,7 +1107,7 @@ class ControlPlane:
         if answer.status not in SUCCESS and answer.status not in (404, 409, 410):
             raise self._parse_problem("RevokeSession", answer)
 
-    def _insist(self, path: str, body: "Dict[str, Any]") -> "Tuple[Answer, Fields, str]":
+    def _ask_until_issued(self, path: str, body: "Dict[str, Any]") -> "Tuple[Answer, Fields, str]":
         """The answer to IssueSession, after attempts and pauses, and the id of the session that there is."""
         may_exist = False
         for attempt in range(1, ISSUE_ATTEMPTS + 1):
@@ -1264,7 +1267,8 @@ class AuditLog:
                 make_private_directories(os.path.dirname(path))
             self._descriptor = os.open(path, flags, 0o600)
         except (OSError, ValueError) as error:
-            raise PlexctlError("%s: cannot be opened: %s %s" % (self._name, show_error(error), hint)) from error
+            raise PlexctlError("%s: cannot be opened: %s %s"
+                               % (self._name, show_error(error), hint)) from error
         status = os.fstat(self._descriptor)
         fault = find_file_fault(status, OTHERS_WRITE_BITS)
         if not stat.S_ISREG(status.st_mode):  # a device may take anything, and keep nothing
