@@ -73,7 +73,7 @@ class LazyModule:
         try:
             module = __import__(self._name)
         except (ImportError, OSError) as error:  # it is not there, or there are no descriptors left
-            raise PlexctlError("this Python cannot load its module %s: %s%s" % (
+            raise MissingModule("this Python cannot load its module %s: %s%s" % (
                 getattr(error, "name", None) or self._name, escape(getattr(error, "msg", show_error(error))),
                 "; install its whole standard library (Debian, Ubuntu: apt install python3), with OpenSSL "
                 "where it is built from source" if isinstance(error, ModuleNotFoundError) else "")) from error
@@ -136,6 +136,10 @@ class PlexctlError(Exception):
         if exit_code is not None:
             self.exit_code = exit_code
         vars(self).update(facts)
+
+
+class MissingModule(PlexctlError, ImportError):
+    """A module of the standard library that cannot be loaded; found out at its first use."""
 
 
 class UsageError(PlexctlError):

@@ -2703,6 +2703,12 @@ def test_a_python_without_a_module_is_told_its_name(simulation, python, module, 
     assert simulation.plane.requests == []
 
 
+def test_a_module_that_another_system_has_not_may_be_caught_as_usual():
+    with pytest.raises(ImportError, match="cannot load its module there_is_none: No module named") as raised:
+        plexctl.LazyModule("there_is_none").anything()
+    assert isinstance(raised.value, plexctl.PlexctlError) and raised.value.exit_code == 1
+
+
 @pytest.mark.parametrize("python", find_pythons(), ids=os.path.basename)
 def test_a_digest_that_is_missing_does_not_put_a_traceback_on_stderr(simulation, python):
     program = ("import sys; sys.path.insert(0, %r); sys.modules.update(_hashlib=None, _md5=None)\n"
