@@ -1916,6 +1916,16 @@ def test_a_file_that_is_descriptor_0_is_judged_by_its_mode_and_read_from_its_beg
     assert result.status == status and len(simulation.plane.issued) == (not status)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="names of descriptors")
+@pytest.mark.parametrize("name", ["-", "/dev/stdin", "{path}"])
+def test_stdio_and_a_token_on_standard_input_exclude_each_other(simulation, tmp_path, name):
+    path = write_private(tmp_path / "token", BEARER)
+    args = forward_args(simulation.plane, "--stdio", "--token-file", name.format(path=path))
+    with open(path) as stdin:
+        result = run_words([sys.executable, "-I", PLEXCTL] + args, clean_environment(), stdin=stdin)
+    assert is_usage_error(result, "--token-file", "--stdio") and simulation.plane.requests == []
+
+
 @pytest.mark.skipif(os.name != "posix", reason="/dev/stdin")
 def test_a_socket_as_standard_input_is_read_by_any_name(simulation):
     for name in ("-", "/dev/stdin"):
