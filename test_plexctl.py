@@ -7069,14 +7069,14 @@ def test_a_library_user_s_own_handlers_stay(cli, simulation):
 
 
 @pytest.mark.skipif(not LINUX, reason="/dev/stdin")
-@pytest.mark.parametrize("token_file", ["-", "/dev/stdin", "/dev/fd/0"])
+@pytest.mark.parametrize("token_file", ["-", "/dev/stdin", "/dev/fd/0", "{path}"])
 def test_a_token_on_standard_input_is_not_handed_to_command(simulation, tmp_path, token_file):
     path = write_private(tmp_path / "token", simulation.plane.bearer)
     environ = simulation.plane.environment()
     del environ["PLEXSPHERE_TOKEN"]
     program = "import os, sys; os.lseek(0, 0, 0); sys.stdout.write(sys.stdin.read())"
     with open(path) as stream:
-        args = ["--token-file", token_file, "--", sys.executable, "-c", program]
+        args = ["--token-file", token_file.format(path=path), "--", sys.executable, "-c", program]
         result = run_plexctl(forward_args(simulation.plane, *args), env=environ, stdin=stream)
     assert (result.returncode, result.stdout) == (0, "")
 
