@@ -240,6 +240,14 @@ def wait_for(fd: int, mask: int, seconds: "Optional[float]" = None, stop_fd: int
     return fd in readable or fd in writable
 
 
+def open_nowhere(flags: int) -> int:
+    """A descriptor that takes or gives nothing, also where there is no /dev/null."""
+    try:
+        return os.open(os.devnull, flags)
+    except OSError:
+        return os.open(os.sep, os.O_RDONLY)
+
+
 def load_modules() -> None:
     """Whatever may be used later: Python may be upgraded under a proxy that runs."""
     for name in ("email", "http", "json", "mmap", "re", "select", "signal", "socket", "socketserver",
@@ -1369,7 +1377,6 @@ class AuditLog:
 
 FIRST_BUFFER_BYTES = 64 * 1024
 LARGEST_BUFFER_BYTES = 1024 * 1024
-PIPE_PIECE_BYTES = 4096  # what a pipe that poll calls writable takes without blocking
 TICK_SECONDS = 1.0
 QUIET_SECONDS = 2.0  # of the target, before a client's end of input is passed on
 FIRST_ASK_SECONDS = 0.05  # whether a client that has ended its input is gone; then ever less often
@@ -1379,7 +1386,7 @@ STRUCT_LINGER = "ii" if os.name == "posix" else "HH"
 
 
 class SelectPoller:
-    """What select.epoll does, by select(): for systems without it, and for terminals and files."""
+    """What select.epoll does, for systems without it."""
 
     def __init__(self) -> None:
         self._masks: "Dict[int, int]" = {}
@@ -1399,8 +1406,7 @@ class SelectPoller:
         readable, writable, _ = select.select(
             [fd for fd, mask in self._masks.items() if mask & READABLE],
             [fd for fd, mask in self._masks.items() if mask & WRITABLE], [], seconds)
-        return [(fd, READABLE * (fd in readable) | WRITABLE * (fd in writable))
-                for fd in set(readable + writable)]
+        return [(fd, READABLE) for fd in readable] + [(fd, WRITABLE) for fd in writable]
 
     def close(self) -> None:
         """There is nothing to release."""
@@ -1426,14 +1432,28 @@ def set_leg_options(sock: "socket.socket") -> None:
         sock.setsockopt(*option)
 
 
-def close_socket(sock: "socket.socket", reset: bool) -> None:
-    """Closes a leg with a reset for the peer, which it is set to, or in order."""
+def has_hung_up(sock: "socket.socket") -> bool:
+    """Whether the other end of a unix socket is closed; where poll() is missing nobody can know."""
+    return sock.fileno() < 0 or wait_for(sock.fileno(), 0, 0)
+
+
+def close_leg(sock: "socket.socket", reset: bool) -> None:
+    """Closes it with a reset for the peer, which it is set to, or in order."""
     try:
         if not reset:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack(STRUCT_LINGER, 0, 0))
     except OSError:
         pass
     sock.close()
+
+
+def is_connected(sock: "socket.socket") -> bool:
+    """False after a reset whose error somebody has read: what follows looks like an end of input."""
+    try:
+        sock.getpeername()
+        return True
+    except OSError:
+        return False
 
 
 def drain(sock: "socket.socket", seconds: float) -> bool:
@@ -1452,124 +1472,23 @@ def drain(sock: "socket.socket", seconds: float) -> bool:
             return False
 
 
-class SocketLeg:
-    """One end of a connection: a connected socket. `source_fd` is read, `sink_fd` written."""
-
-    def __init__(self, sock: "socket.socket") -> None:
-        sock.setblocking(False)
-        self.source_fd = self.sink_fd = sock.fileno()
-        self.read: "Callable[[memoryview], int]" = sock.recv_into
-        self.write: "Callable[[memoryview], int]" = sock.send
-        self.sock = sock
-
-    def end(self) -> bool:
-        """Passes an end of input on (the half-close of TCP); whether nothing more is read from here."""
-        self.sock.shutdown(socket.SHUT_WR)
-        return False
-
-    def is_at_end(self) -> bool:
-        """Whether it has ended its input without a byte; OSError where it was reset."""
-        try:
-            return not self.sock.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return False
-
-    def has_error(self) -> bool:
-        """Whether the peer has reset the connection."""
-        return self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
-
-    def is_connected(self) -> bool:
-        """False after a reset whose error somebody has read: its end looks like an end of input."""
-        try:
-            self.sock.getpeername()
-            return True
-        except OSError:
-            return False
-
-    def close(self, reset: bool) -> None:
-        """The end of it, with a reset for the peer or in order."""
-        close_socket(self.sock, reset)
-
-
-class StdioLeg:
-    """Descriptors 0 and 1 as one end. Their flags are left alone: they may be somebody's terminal."""
-
-    source_fd = 0
-    sink_fd = 1
-
-    def read(self, view: memoryview) -> int:
-        """What standard input has; 0 at its end, and where the terminal is gone (EIO)."""
-        try:
-            piece = os.read(0, len(view))
-        except BlockingIOError:
-            raise
-        except OSError:
-            return 0
-        view[:len(piece)] = piece
-        return len(piece)
-
-    def write(self, view: memoryview) -> int:
-        """What standard output takes without blocking."""
-        written = 0
-        while written < len(view) and wait_for(1, WRITABLE, 0):
-            written += os.write(1, view[written:written + PIPE_PIECE_BYTES])
-        if not written:
-            raise BlockingIOError
-        return written
-
-    def end(self) -> bool:
-        """The reader sees the end; the descriptor's number stays taken.
-
-        A terminal is read no more: it would wait for a key that nobody needs.
-        """
-        nowhere = open_nowhere(os.O_WRONLY)
-        os.dup2(nowhere, 1)
-        os.close(nowhere)
-        return os.isatty(0)
-
-    def is_at_end(self) -> bool:
-        """Not known."""
-        return False
-
-    def is_gone(self) -> bool:
-        """Whether the reader of standard output has gone."""
-        return wait_for(1, 0, 0)
-
-    def has_error(self) -> bool:
-        """A reader that is gone is no more than that."""
-        return False
-
-    def is_connected(self) -> bool:
-        """There is no reset on a pipe."""
-        return True
-
-    def close(self, reset: bool) -> None:
-        """Both descriptors stay."""
-
-
-def open_nowhere(flags: int) -> int:
-    """A descriptor that takes or gives nothing, also where there is no /dev/null."""
-    try:
-        return os.open(os.devnull, flags)
-    except OSError:
-        return os.open(os.sep, os.O_RDONLY)
-
-
 class Flow:
     """One direction of a connection: what `source` sends goes to `sink`."""
 
-    __slots__ = ("source", "sink", "buffer", "first_buffer", "pending", "moved",
-                 "largest", "has_ended", "is_over")
+    __slots__ = ("source", "sink", "fd", "sink_fd", "buffer", "first_buffer", "pending", "moved", "largest",
+                 "has_ended", "is_over")
 
-    def __init__(self, source: "Any", sink: "Any", buffer: memoryview) -> None:
+    def __init__(self, source: "socket.socket", sink: "socket.socket", buffer: memoryview) -> None:
         self.source = source
         self.sink = sink
+        self.fd = source.fileno()
+        self.sink_fd = sink.fileno()
         self.buffer = self.first_buffer = buffer
-        self.pending = self.buffer[:0]  # read, but not taken by the sink yet; until then nothing is read
+        self.pending = buffer[:0]  # read, but not taken by the sink yet: nothing more is read until it is
         self.moved = 0  # bytes
         self.largest = 0  # bytes that one read gave since the last `trim`
         self.has_ended = False  # the source's end of input was read
-        self.is_over = False  # and passed on; or the sink is gone
+        self.is_over = False  # and passed on; or nobody takes it any more
 
     def grow(self) -> None:
         """A larger buffer for a source that fills this one; given back at once, unlike a bytearray."""
@@ -1590,35 +1509,33 @@ class Flow:
 class Relay:
     """Carries one connection, both directions, in the thread that calls `carry`.
 
-    `client` and `remote` are legs, closed at the end; `linger` may take over the remote's socket.
-    `buffers`, two, are those to begin with; `poller` (select.epoll, or like it) watches `stop_fd` already.
-    That becomes readable when it is to stop, and `is_over` is asked that every second; `is_gone`
-    tells whether a client that has ended its input listens no more (False where nobody can know);
-    `on_remote_end` hears that the remote has ended first. Afterwards: `up` and `down` with what they
-    moved; `error` (OSError) and `lost` (the leg) of what broke it; `remote_ended_first`.
+    It closes both sockets, or hands the remote's to `linger`. `buffers`, two, are those to begin
+    with; `poller` (select.epoll, or like it) watches `stop_fd`, which becomes readable when it is to
+    stop; `is_over` is asked that every second. `is_gone` tells whether a client that has ended its
+    input listens no more (False where nobody can know); `on_remote_end` hears that the remote has
+    ended first. Afterwards: what `up` and `down` have moved, and the OSError that broke it, if any.
     """
 
-    def __init__(self, client: "Any", remote: SocketLeg, buffers: "List[memoryview]", poller: "Any",
-                 stop_fd: int, is_over: "Callable[[], bool]", is_gone: "Callable[[], bool]",
-                 on_remote_end: "Callable[[], object]", linger: "Callable[[socket.socket], object]") -> None:
+    def __init__(self, client: "socket.socket", remote: "socket.socket", buffers: "List[memoryview]",
+                 poller: "Any", stop_fd: int, is_over: "Callable[[], bool]", is_gone: "Callable[[], bool]",
+                 on_remote_end: "Callable[[], object]",
+                 linger: "Callable[[socket.socket], object]") -> None:
+        for sock in (client, remote):
+            sock.setblocking(False)
         self.up = Flow(client, remote, buffers[0])
         self.down = Flow(remote, client, buffers[1])
-        self.error: "Optional[OSError]" = None
-        self.lost: "Any" = None
+        self.error: "Optional[OSError]" = None  # one peer is lost: the other gets a reset, not an end
         self.remote_ended_first = False
-        self._client = client
-        self._remote = remote
+        self._poller = poller
         self._stop_fd = stop_fd
         self._is_over = is_over
         self._is_gone = is_gone
         self._on_remote_end = on_remote_end
         self._linger = linger
-        self._broken = False  # one peer is lost: the other one gets a reset, not an end of input
-        self._stopped = False
+        self._is_stopped = False
         self._client_is_gone = False
         self._quiet_since = self._ask_on = 0.0
         self._ask_pause = FIRST_ASK_SECONDS
-        self._poller = poller
         self._watched: "Dict[int, int]" = {}
 
     def carry(self) -> None:
@@ -1627,7 +1544,7 @@ class Relay:
         try:
             self._watch()
             check_on = elapsed_seconds() + TICK_SECONDS
-            while not (up.is_over and down.is_over or self._stopped):
+            while not (up.is_over and down.is_over or self._is_stopped):
                 for fd, events in self._poller.poll(self._pause()):
                     self._act(fd, events)
                 now = elapsed_seconds()
@@ -1637,45 +1554,44 @@ class Relay:
                     check_on = now + TICK_SECONDS
                     up.trim()
                     down.trim()
-                    self._stopped = self._stopped or self._is_over()
-        except OSError as error:  # poll itself, or a descriptor for the end of standard output
-            self._break(self._client, error)
+                    self._is_stopped = self._is_stopped or self._is_over()
+        except OSError as error:  # of the waiting itself
+            self._break(up, error)
         finally:
             self._close()
 
     def _act(self, fd: int, events: int) -> None:
         if fd == self._stop_fd:
-            self._stopped = True
-            return
+            self._is_stopped = True
         for flow in (self.up, self.down):
             if flow.pending:
-                if fd == flow.sink.sink_fd and events & ~READABLE:
+                if fd == flow.sink_fd and events & ~READABLE:
                     self._flush(flow)
                     if not flow.pending:
                         self._watch()
             elif not flow.has_ended:
-                if fd == flow.source.source_fd and events & ~WRITABLE:
+                if fd == flow.fd and events & ~WRITABLE:
                     self._pump(flow)
-            elif fd == flow.source.sink_fd and events & ~(READABLE | WRITABLE):
+            elif fd == flow.fd and events & ~(READABLE | WRITABLE):
                 self._hang_up(flow)
 
     def _pump(self, flow: Flow) -> None:
         """Moves what one read gives."""
         try:
-            count = flow.source.read(flow.buffer)
+            count = flow.source.recv_into(flow.buffer)
         except BlockingIOError:
             return
         except OSError as error:
-            self._break(flow.source, error)
+            self._break(flow, error)
             return
         if not count:
             self._end(flow)
             return
         if flow is self.down:
             self._quiet_since = 0.0
-        flow.pending = flow.buffer[:count]
         if count > flow.largest:
             flow.largest = count
+        flow.pending = flow.buffer[:count]
         self._flush(flow)
         if flow.pending:
             self._watch()
@@ -1684,7 +1600,7 @@ class Relay:
 
     def _flush(self, flow: Flow) -> None:
         try:
-            sent = flow.sink.write(flow.pending)
+            sent = flow.sink.send(flow.pending)
         except BlockingIOError:
             return
         except OSError as error:
@@ -1697,9 +1613,9 @@ class Relay:
         """End of input: the target's is passed on at once, a client's is held (see _hold_end)."""
         flow.has_ended = True
         other = self.down if flow is self.up else self.up
-        if not other.is_over and not flow.source.is_connected():
-            self._break(flow.source, ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)))
-        elif self._broken:
+        if not other.is_over and not is_connected(flow.source):
+            self._break(flow, ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)))
+        elif self.error is not None:
             flow.is_over = True
         elif flow is self.down:
             self._tell_remote_end()
@@ -1711,9 +1627,7 @@ class Relay:
 
         It is passed on once the target has been quiet, or has ended, or nobody waits for its answer.
         """
-        if self.down.pending:  # what the client does not read is not quiet
-            self._quiet_since = now
-        elif not self._quiet_since:
+        if self.down.pending or not self._quiet_since:  # what the client does not read is not quiet
             self._quiet_since = now
         if now >= self._ask_on and not self._client_is_gone:
             self._client_is_gone = self._is_gone()
@@ -1721,8 +1635,7 @@ class Relay:
             self._ask_pause = min(2 * self._ask_pause, TICK_SECONDS)
         if self._client_is_gone or self.down.is_over or now - self._quiet_since >= QUIET_SECONDS:
             self._pass_on(self.up)
-            if self._client_is_gone:
-                self.down.is_over = True
+            self.down.is_over = self.down.is_over or self._client_is_gone
             self._watch()
 
     def _pause(self) -> float:
@@ -1734,10 +1647,11 @@ class Relay:
         return max(0.0, min(self._ask_on - now, QUIET_SECONDS - quiet_for, TICK_SECONDS))
 
     def _pass_on(self, flow: Flow) -> None:
+        """The half-close of TCP."""
         flow.is_over = True
         try:
-            if not self._broken and flow.sink.end():
-                self.up.has_ended = self.up.is_over = True
+            if self.error is None:
+                flow.sink.shutdown(socket.SHUT_WR)
         except OSError as error:
             self._lose_sink(flow, error)
 
@@ -1745,45 +1659,41 @@ class Relay:
         """The sink's peer is gone. What it sent before is still read and delivered by the other flow."""
         flow.has_ended = flow.is_over = True
         flow.pending = flow.buffer[:0]
-        self._broken = True
-        if self.error is None:
-            self.error, self.lost = error, flow.sink
+        self.error = self.error or error
         self._watch()
 
     def _hang_up(self, flow: Flow) -> None:
-        """An error, or a client's hang-up, of a source that has ended its input."""
-        if flow is self.down or flow.source.has_error():
-            self._break(flow.source, ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)))
+        """A reset, or a client's close, of a source that has ended its input."""
+        if flow is self.down or flow.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self._break(flow, ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)))
         else:
             self._client_is_gone = True
             self.down.is_over = self.up.is_over  # else _hold_end passes the end on first
             self._watch()
 
-    def _break(self, leg: "Any", error: OSError) -> None:
+    def _break(self, flow: Flow, error: OSError) -> None:
         """Ends both directions now: a truncated stream must not look like a complete one."""
-        self._broken = True
-        if self.error is None:
-            self.error, self.lost = error, leg
-        if leg is self._remote:
+        if flow is self.down and self.error is None:
             self._tell_remote_end()
-        for flow in (self.up, self.down):
-            flow.has_ended = flow.is_over = True
+        self.error = self.error or error
+        for each in (self.up, self.down):
+            each.has_ended = each.is_over = True
 
     def _tell_remote_end(self) -> None:
-        if not (self.up.has_ended or self.remote_ended_first or self.lost is self._client):
+        if not self.up.has_ended and not self.remote_ended_first:
             self.remote_ended_first = True
             self._on_remote_end()
 
     def _watch(self) -> None:
-        """Tells the poller what each leg is waited for now."""
+        """Tells the poller what each socket is waited for now."""
         wanted: "Dict[int, int]" = {}
         for flow in (self.up, self.down):
             if flow.pending:
-                wanted[flow.sink.sink_fd] = wanted.get(flow.sink.sink_fd, 0) | WRITABLE
+                wanted[flow.sink_fd] = wanted.get(flow.sink_fd, 0) | WRITABLE
             elif not flow.has_ended:
-                wanted[flow.source.source_fd] = wanted.get(flow.source.source_fd, 0) | READABLE
-            elif not self._client_is_gone and ON_LINUX:  # for an error alone; elsewhere it is no such thing
-                wanted.setdefault(flow.source.sink_fd, 0)
+                wanted[flow.fd] = wanted.get(flow.fd, 0) | READABLE
+            elif ON_LINUX and not self._client_is_gone:  # epoll then tells of an error, and of no more
+                wanted.setdefault(flow.fd, 0)
         for fd in self._watched.keys() - wanted.keys():
             self._poller.unregister(fd)
         for fd, mask in wanted.items():
@@ -1794,46 +1704,105 @@ class Relay:
         self._watched = wanted
 
     def _close(self) -> None:
+        is_broken = self.error is not None
         for fd in self._watched:
-            self._poller.unregister(fd)
+            try:
+                self._poller.unregister(fd)
+            except OSError:  # never registered, for want of memory
+                pass
         # what is complete may be on its way yet; a client that is gone minds nothing
-        self._client.close(self._broken or not self.down.is_over or self._client_is_gone)
-        if self._client_is_gone and self.up.is_over and not self._broken:
-            self._linger(self._remote.sock)
+        close_leg(self.up.source, is_broken or not self.down.is_over or self._client_is_gone)
+        if self._client_is_gone and self.up.is_over and not is_broken:
+            self._linger(self.down.source)
         else:
-            self._remote.close(self._broken or not self.up.is_over)
+            close_leg(self.down.source, is_broken or not self.up.is_over)
 
 
 class Lingering:
     """Sockets to the Node whose clients are gone, until the Node has ended as well.
 
     close() would answer what is still to come with a reset, which can overtake what was sent.
-    `add` from any thread, `sweep` now and then from one.
     """
 
     def __init__(self) -> None:
-        self._sockets: "Dict[socket.socket, float]" = {}
+        self._deadlines: "Dict[socket.socket, float]" = {}
 
     def add(self, sock: "socket.socket") -> None:
-        """Takes over a socket whose sending side was shut down."""
+        """Takes over a socket whose sending side was shut down; from any thread."""
+        self._deadlines[sock] = elapsed_seconds() + LINGER_SECONDS
         if drain(sock, DRAIN_SECONDS):
-            close_socket(sock, False)
-        else:
-            self._sockets[sock] = elapsed_seconds() + LINGER_SECONDS
+            self._close(sock)
 
     def sweep(self) -> int:
         """Closes those that have ended or had their time; how many are left."""
-        for sock, deadline in list(self._sockets.items()):
+        for sock, deadline in list(self._deadlines.items()):
             if drain(sock, 0) or elapsed_seconds() >= deadline:
-                del self._sockets[sock]
-                close_socket(sock, False)
-        return len(self._sockets)
+                self._close(sock)
+        return len(self._deadlines)
 
     def close(self) -> None:
         """Closes all of them."""
-        for sock in list(self._sockets):
-            close_socket(sock, False)
-        self._sockets.clear()
+        for sock in list(self._deadlines):
+            self._close(sock)
+
+    def _close(self, sock: "socket.socket") -> None:
+        self._deadlines.pop(sock, None)
+        close_leg(sock, False)
+
+
+class Stdio:
+    """Descriptors 0 and 1 as a socket, `far`, by two threads that block: they may be terminals or files.
+
+    Their file status flags are left alone, since they may be somebody's terminal. `done` is set once
+    standard output has had everything; `error` then says why not (PlexctlError), or is None.
+    """
+
+    def __init__(self) -> None:
+        self.error: "Optional[PlexctlError]" = None
+        self.done = threading.Event()
+        self._near, self.far = socket.socketpair()
+        if not (start_thread(self._read) and start_thread(self._write)):
+            raise PlexctlError("cannot start a thread for standard input and output (ulimit -u)")
+
+    def _read(self) -> None:
+        try:
+            while True:
+                try:
+                    piece = os.read(0, FIRST_BUFFER_BYTES)
+                except BlockingIOError:
+                    wait_for(0, READABLE)
+                    continue
+                except OSError:  # EIO: the terminal is gone
+                    piece = b""
+                if not piece:
+                    self._near.shutdown(socket.SHUT_WR)
+                    return
+                self._near.sendall(piece)
+        except OSError:  # nobody takes it any more
+            pass
+
+    def _receive(self) -> bytes:
+        try:
+            return self._near.recv(FIRST_BUFFER_BYTES)
+        except OSError:  # the relay has closed it before it had taken everything
+            return b""
+
+    def _write(self) -> None:
+        try:
+            piece = self._receive()
+            while piece:
+                try:
+                    piece = piece[os.write(1, piece):] or self._receive()
+                except BlockingIOError:
+                    wait_for(1, WRITABLE)
+            nowhere = open_nowhere(os.O_WRONLY)  # the reader sees the end; the number stays taken
+            os.dup2(nowhere, 1)
+            os.close(nowhere)
+        except OSError as error:
+            self.error = PlexctlError("cannot write to standard output: %s" % show_error(error))
+        if self.error or os.isatty(0):  # it would wait for a key that nobody needs
+            self._near.shutdown(socket.SHUT_RDWR)
+        self.done.set()
 
 
 # --------------------------------------------------------------------------------------- workers
@@ -1890,16 +1859,19 @@ def dial(route: "Tuple[int, Any]", stop_fd: int) -> "socket.socket":
 class Connection:
     """One client, from its accept to its end.
 
-    `leg` is its end of the relay, `address` where it came from; `is_gone()` tells whether it listens
-    no more (False where nobody can know); `on_end(connection, error)` is called once, with a
-    PlexctlError where it failed.
+    `is_gone()` tells whether it listens no more (False where nobody can know); `on_end(connection,
+    error)` is called once, with a PlexctlError where it failed. `wants_reason`: that error is to say
+    as well why the session is over.
     """
 
-    def __init__(self, leg: "Any", on_end: "Callable[[Connection, Optional[PlexctlError]], object]",
-                 is_gone: "Callable[[], bool]" = lambda: False, address: "Any" = None) -> None:
-        self.leg = leg
+    def __init__(self, sock: "socket.socket", on_end: "Callable[..., object]",
+                 is_gone: "Callable[[], bool]" = lambda: False, address: "Any" = None,
+                 wants_reason: bool = False) -> None:
+        sock.setblocking(False)
+        self.sock = sock
         self.is_gone = is_gone
         self.address = address
+        self.wants_reason = wants_reason
         self.began = elapsed_seconds()
         self.relay: "Optional[Relay]" = None
         self._on_end = on_end
@@ -1910,14 +1882,16 @@ class Connection:
     def has_left(self) -> bool:
         """Whether a client that waits has reset its connection, or closed it without a byte."""
         try:
-            return self.leg.is_at_end() and self.is_gone()
+            return not self.sock.recv(1, socket.MSG_PEEK) and self.is_gone()
+        except BlockingIOError:
+            return False
         except OSError:
             return True
 
     def end(self, error: "Optional[PlexctlError]" = None) -> None:
         """It is over; a client that was not served gets a reset."""
         if self.relay is None:
-            self.leg.close(error is not None)
+            close_leg(self.sock, reset=True)
         on_end, self._on_end = self._on_end, lambda connection, error: None
         on_end(self, error)
 
@@ -2057,16 +2031,12 @@ class Worker:
             return
         dialled_on = elapsed_seconds()
         sessions.say("connection from %s to %s", connection, self.endpoint)
-        poller = self._poller
-        if not isinstance(connection.leg, SocketLeg):
-            poller = SelectPoller()
-            poller.register(sessions.stop_fd, READABLE)
         relay = connection.relay = Relay(
-            connection.leg, SocketLeg(remote), self._buffers, poller, sessions.stop_fd, self.is_over,
+            connection.sock, remote, self._buffers, self._poller, sessions.stop_fd, self.is_over,
             connection.is_gone, self.ask_in_thread, sessions.lingering.add)
         relay.carry()
-        if relay.remote_ended_first and not isinstance(connection.leg, SocketLeg):
-            self.ask()  # the exit status tells of a session that is over
+        if relay.remote_ended_first and connection.wants_reason:
+            self.ask()
         sessions.end(self, self._judge(relay, elapsed_seconds() - dialled_on))
 
     def _judge(self, relay: Relay, seconds: float) -> "Optional[PlexctlError]":
@@ -2081,9 +2051,7 @@ class Worker:
                 "the Node cannot reach it (--host and --port are as the Node sees them)"
                 % join_host_port(self._sessions.request.host, self._sessions.request.port))
         if relay.error is not None:
-            return ConnectionFailed("%s: %s" % (
-                "the connection ended" if isinstance(relay.lost, SocketLeg) else
-                "cannot write to standard output", show_error(relay.error)))
+            return ConnectionFailed("the connection ended: %s" % show_error(relay.error))
         return None
 
     def _dial(self) -> "socket.socket":
@@ -2323,7 +2291,7 @@ class Sessions:
                     if not connection.has_left():
                         worker.connection = connection
                         return connection
-                    connection.leg.close(True)
+                    close_leg(connection.sock, reset=True)
                 live = sum(each.is_ready and not each.is_ending for each in self._workers)
                 if live > self._minimum and elapsed_seconds() - idle_since >= IDLE_SECONDS:
                     break
@@ -2685,7 +2653,7 @@ def create_listener(local: LocalAddress, forwarder: "Forwarder") -> "Any":
             forwarder.tick()
 
         def shutdown_request(self, request: "Any") -> None:
-            close_socket(request, True)
+            close_leg(request, reset=True)
 
         def handle_error(self, request: "Any", client_address: "Any") -> None:
             forwarder.warn_once("a connection was dropped after %s" % type(sys.exc_info()[1]).__name__)
@@ -2812,15 +2780,15 @@ class Forwarder:
         """Takes over an accepted connection."""
         if self._sessions.count_descriptors() >= self._capacity:
             self.warn_once("no more descriptors (ulimit -n): connections are refused")
-            close_socket(client, True)
+            close_leg(client, reset=True)
             return
 
         def is_gone() -> bool:
             if self.local.path:
-                return client.fileno() < 0 or wait_for(client.fileno(), 0, 0)
+                return has_hung_up(client)
             return self._owners is not None and self._owners.find(address) == NOBODY
 
-        self._sessions.put(Connection(SocketLeg(client), self._end, is_gone, address))
+        self._sessions.put(Connection(client, self._end, is_gone, address))
 
     def tick(self) -> None:
         """To be called often. Nothing may end the accepting."""
@@ -3434,23 +3402,22 @@ class Run:
         """--stdio: one connection over descriptors 0 and 1."""
         self.establish()
         load_modules()
-        began = elapsed_seconds()
+        began, reason, stdio = elapsed_seconds(), "connection closed", Stdio()
         ended: "List[Optional[PlexctlError]]" = []
 
         def end(connection: Connection, error: "Optional[PlexctlError]") -> None:
-            ended.append(error)
+            stdio.done.wait(CLOSE_SECONDS if error else None)  # what came is still delivered
+            ended.append(stdio.error or error)
             self.foreground.waker.wake()
 
-        leg = StdioLeg()
-        self.sessions.put(Connection(leg, end, leg.is_gone))
-        reason = "connection closed"
+        self.sessions.put(Connection(stdio.far, end, lambda: has_hung_up(stdio.far), wants_reason=True))
         try:
             while not ended:
                 self.watch_sessions()
             if ended[0] is not None:
                 raise ended[0]
         except Interrupted as interrupted:
-            if not ended or ended[0] is not None:  # else it is no accident any more
+            if ended != [None]:  # else it is no accident any more
                 reason = str(interrupted)
                 raise
         except PlexctlError:
