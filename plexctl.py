@@ -1813,6 +1813,7 @@ ASK_SECONDS = 2  # between two questions about one session
 RECHECK_SECONDS = 60  # the reconcile period of a Node
 GONE_SECONDS = 30  # of refused dials, until a listener counts as gone
 REPLACE_SECONDS = 60  # between two replacements of sessions that never carried a connection
+LEAVE_PAUSE_SECONDS = 0.02
 RETRY_SECONDS = 5  # until a further session is asked for again
 UNREACHABLE_SECONDS = 10  # a Node that ends a connection within this, without a byte, had no target
 CONNECTING = (errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK)
@@ -2055,26 +2056,25 @@ class Worker:
         return None
 
     def _dial(self) -> "socket.socket":
-        """A connection to the listener; a new endpoint is tried once. PlexctlError says why there is none."""
-        route, stop_fd = self._route, self._sessions.stop_fd
-        try:
+        """A connection to the listener; PlexctlError says why there is none."""
+        for is_last in (False, True):
+            if self.is_over():
+                raise self.why or Stopped("interrupted")
+            route = self._route
             try:
-                if self.is_over():
-                    raise self.why or Stopped("interrupted")
-                remote = dial(route, stop_fd)
+                remote = dial(route, self._sessions.stop_fd)
             except OSError as failure:
                 has_answer = self.ask()
-                if self.why is None and self._route == route:
-                    if has_answer and isinstance(failure, ConnectionRefusedError):
-                        self._note_refusal()
-                    raise
-                remote = dial(self._route, stop_fd)
-        except OSError as failure:
-            raise self.why or PlexctlError("cannot connect to the listener endpoint %s: %s"
-                                           % (self.endpoint, show_error(failure))) from failure
-        self._refused_since = 0.0
-        self.has_carried = True
-        return remote
+                if self._route != route and not is_last:  # a new endpoint is tried once
+                    continue
+                if has_answer and self.why is None and isinstance(failure, ConnectionRefusedError):
+                    self._note_refusal()
+                raise self.why or PlexctlError("cannot connect to the listener endpoint %s: %s" % (
+                    self.endpoint, show_error(failure))) from failure
+            self._refused_since = 0.0
+            self.has_carried = True
+            return remote
+        raise Stopped("interrupted")
 
     def _note_refusal(self) -> None:
         """The listener is gone, though the control plane says that the session is active."""
@@ -2117,8 +2117,6 @@ class Worker:
             finally:
                 self._asked_on = elapsed_seconds()
                 self._recheck_on = self._asked_on + RECHECK_SECONDS
-            if self.why is not None:
-                sessions.note_end(self)
             return self._has_answer
 
 
@@ -2336,14 +2334,6 @@ class Sessions:
                 self._replaced_on = now
             return True
 
-    def note_end(self, worker: Worker) -> None:
-        """A session was found over: one that was revoked ends all."""
-        with self._changed:
-            if isinstance(worker.why, SessionRevoked):
-                self.over = self.over or worker.why
-            worker.turn.notify()
-            self._changed.notify_all()
-
     def dismiss(self, worker: Worker) -> None:
         """A worker's last act: what follows from its end, and the revocation."""
         if worker.connection is not None:
@@ -2437,6 +2427,7 @@ class Sessions:
 
     def stop(self, seconds: float = CLOSE_SECONDS) -> None:
         """Ends every connection, with a reset where it was not over; waits for that so long."""
+        deadline = elapsed_seconds() + seconds
         with self._changed:
             if self.is_stopped:
                 return
@@ -2448,11 +2439,10 @@ class Sessions:
             self._changed.notify_all()
         self.plane.cancel.set()
         self._stop_writer.close()
-        deadline = elapsed_seconds() + seconds
         with self._changed:
             while any(worker.connection for worker in self._workers) and elapsed_seconds() < deadline:
                 self._changed.wait(max(0.0, deadline - elapsed_seconds()))
-            dropped += [worker.connection for worker in self._workers if worker.connection]
+            dropped.extend(worker.connection for worker in self._workers if worker.connection)
             self._close_if_last()
         for connection in dropped:
             connection.end(Stopped("interrupted"))
@@ -2463,24 +2453,26 @@ class Sessions:
         deadline = elapsed_seconds() + seconds
         self.stop(0.0)
         while True:
-            with self.lock:
-                due = [session_id for session_id, begun in self._owed.items() if not begun]
+            with self._changed:
+                owed = [session_id for session_id, begun in self._owed.items() if begun or not self._keep]
+                left = deadline - elapsed_seconds()
+                if left <= 0 or not owed and not any(each.is_issuing for each in self._workers):
+                    return
+                due = [session_id for session_id in owed if not self._owed[session_id]]
+                if not due:
+                    self._changed.wait(min(TICK_SECONDS, left))
             for session_id in due:
                 if not start_thread(self._revoke, session_id):
                     self._revoke(session_id)
-            with self._changed:
-                left = deadline - elapsed_seconds()
-                if left <= 0 or not self._owed and not any(each.is_issuing for each in self._workers):
-                    return
-                self._changed.wait(min(0.1, left))
+            time.sleep(LEAVE_PAUSE_SECONDS if due else 0)  # they take them over
 
     def left_behind(self) -> "List[str]":
         """What `leave` could not settle, in words."""
         with self.lock:
-            words = ["session %s is not revoked, it will run out by itself" % each for each in self._owed]
-            if any(worker.is_issuing for worker in self._workers) and not words:
-                words = ["a session may have been issued, it will run out by itself"]
-            return words
+            if any(worker.is_issuing for worker in self._workers):
+                return ["a session may have been issued, it will run out by itself"]
+            return ["session %s is not revoked, it will run out by itself" % session_id
+                    for session_id, begun in self._owed.items() if begun or not self._keep]
 
     def _close_if_last(self) -> None:
         """With the lock held: nobody waits for it any more."""
@@ -2490,26 +2482,23 @@ class Sessions:
     def _revoke(self, session_id: str) -> None:
         """Once for each, whoever comes first; a failure that may pass is tried again."""
         with self._changed:
-            begun = self._owed.get(session_id, True)
-            if self._keep and self.is_stopped and not begun:
-                self._owed.pop(session_id)
-                self._changed.notify_all()
-            if begun or self._keep and self.is_stopped:
+            if self._owed.get(session_id, True) or self._keep and self.is_stopped:
                 return
             self._owed[session_id] = True
-        deadline = elapsed_seconds() + LEAVE_SECONDS
+        deadline, is_over = elapsed_seconds() + LEAVE_SECONDS, False
         try:
-            while True:
+            while not is_over:
                 try:
                     self.plane.revoke(self.request.project_id, session_id,
                                       max(0.5, deadline - elapsed_seconds()))
-                    return
+                    is_over = True
                 except PlexctlError as error:
-                    if not error.passing or elapsed_seconds() + POLL_MIN_SECONDS > deadline:
+                    is_over = not error.passing or elapsed_seconds() + POLL_MIN_SECONDS > deadline
+                    if is_over:
                         self.report("warning: session %s is not revoked, it will run out by itself: %s"
                                     % (session_id, error))
-                        return
-                time.sleep(POLL_MIN_SECONDS)
+                    else:
+                        time.sleep(POLL_MIN_SECONDS)
         finally:
             with self._changed:
                 self._owed.pop(session_id, None)
@@ -2693,18 +2682,12 @@ class Forwarder:
     """Listens on a local address, and puts every connection into the queue of `sessions`.
 
     The address is bound when the object is made (PlexctlError if that fails); `start` accepts, also
-    before the first session is there, and `stop` ends everything. `sessions` is a Sessions, or has
-    its `put(connection)`, `tick()`, `count()` and `stop()`. `report` takes lines, from any thread.
+    before the first session is there, and `stop` ends everything.
     """
 
-    def __init__(self, local: LocalAddress, sessions: Sessions,
-                 report: "Callable[[str], None]" = lambda line: None,
-                 allow_other_users: bool = False, verbose: bool = False) -> None:
+    def __init__(self, local: LocalAddress, sessions: Sessions, allow_other_users: bool = False) -> None:
         self.unidentified = 0  # connections not served, since their clients had gone already
         self._sessions = sessions
-        self._report = report
-        self._verbose = verbose
-        self._told: "Set[str]" = set()
         self._thread: "Optional[threading.Thread]" = None
         self._is_stopping = False
         self._tick_on = 0.0
@@ -2803,9 +2786,7 @@ class Forwarder:
 
     def warn_once(self, text: str) -> None:
         """A warning, once in a run."""
-        if text not in self._told:
-            self._told.add(text)
-            self._report("warning: " + text)
+        self._sessions.tell_once("warning: " + text)
 
     # Below: how
 
@@ -2814,8 +2795,8 @@ class Forwarder:
             return
         if not is_loopback(self.local.host):
             if not allow_other_users:
-                self._report("warning: %s is not a loopback address: any user, here and elsewhere, can "
-                             "use the port" % self.local)
+                self.warn_once("%s is not a loopback address: any user, here and elsewhere, can use the "
+                               "port" % self.local)
             return
         try:
             self._owners = OwnerCheck(self._server.address_family, (self.local.host, self.local.port))
@@ -2824,8 +2805,7 @@ class Forwarder:
             if getattr(error, "errno", None) in EXHAUSTED:
                 raise
         if not self._checks_owners and not allow_other_users:
-            self._report("warning: this host cannot tell whose a connection is: any local user can "
-                         "use the port")
+            self.warn_once("this host cannot tell whose a connection is: any local user can use the port")
 
     def _accept(self) -> None:
         while not self._is_stopping:
@@ -2844,10 +2824,10 @@ class Forwarder:
 
     def _end(self, connection: Connection, error: "Optional[PlexctlError]") -> None:
         relay = connection.relay
-        if self._verbose and relay is not None:
-            self._report("connection closed%s: %s up, %s down" % (
-                " (%s)" % error if error else "", show_bytes(relay.up.moved), show_bytes(relay.down.moved)))
-        elif error is not None and not isinstance(error, (SessionOver, ConnectionFailed, Stopped)):
+        if relay is not None:
+            self._sessions.say("connection closed%s: %s up, %s down", " (%s)" % error if error else "",
+                               show_bytes(relay.up.moved), show_bytes(relay.down.moved))
+        if error is not None and not isinstance(error, (SessionOver, ConnectionFailed, Stopped)):
             self.warn_once(str(error) if relay else "a connection was not served: %s" % error)
 
 
@@ -3433,8 +3413,7 @@ class Run:
         """--proxy and -- COMMAND: the local socket is bound first, an address in use costs nothing."""
         options, foreground = self.options, self.foreground
         began, reason = elapsed_seconds(), ""
-        with Forwarder(options.local_addr, self.sessions, self.report, options.allow_other_users,
-                       options.verbose > 0) as forwarder:
+        with Forwarder(options.local_addr, self.sessions, options.allow_other_users) as forwarder:
             forwarder.start()  # connections may come, and wait
             worker = self.establish()
             try:
