@@ -17,8 +17,14 @@ those above it.
 """
 import sys
 
-if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
-    del sys.path[0]  # the directory of the script: another user's argparse.py may lie in /tmp
+if __name__ == "__main__":
+    if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+        del sys.path[0]  # the directory of the script: another user's argparse.py may lie in /tmp
+    # until the handlers stand Ctrl-C ends the process: a KeyboardInterrupt amid an import can be lost
+    import _signal  # type: ignore[import-not-found]
+
+    if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+        _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
 import errno
 import gc
@@ -1680,7 +1686,7 @@ class Relay:
             each.has_ended = each.is_over = True
 
     def _tell_remote_end(self) -> None:
-        if not self.up.has_ended and not self.remote_ended_first:
+        if not self.up.is_over and not self.remote_ended_first:
             self.remote_ended_first = True
             self._on_remote_end()
 
