@@ -1482,7 +1482,7 @@ class Flow:
     """One direction of a connection: what `source` sends goes to `sink`."""
 
     __slots__ = ("source", "sink", "fd", "sink_fd", "buffer", "first_buffer", "pending", "moved", "largest",
-                 "has_ended", "is_over")
+                 "is_reading", "has_ended", "is_over")
 
     def __init__(self, source: "socket.socket", sink: "socket.socket", buffer: memoryview) -> None:
         self.source = source
@@ -1493,6 +1493,7 @@ class Flow:
         self.pending = buffer[:0]  # read, but not taken by the sink yet: nothing more is read until it is
         self.moved = 0  # bytes
         self.largest = 0  # bytes that one read gave since the last `trim`
+        self.is_reading = True  # False while the sink takes no more, and for ever after the end of input
         self.has_ended = False  # the source's end of input was read
         self.is_over = False  # and passed on; or nobody takes it any more
 
@@ -1546,16 +1547,21 @@ class Relay:
 
     def carry(self) -> None:
         """Returns once both directions are over; raises nothing that is the connection's own."""
-        up, down = self.up, self.down
+        up, down, poll = self.up, self.down, self._poller.poll
         try:
             self._watch()
-            check_on = elapsed_seconds() + TICK_SECONDS
+            pause, check_on = TICK_SECONDS, elapsed_seconds() + TICK_SECONDS
             while not (up.is_over and down.is_over or self._is_stopped):
-                for fd, events in self._poller.poll(self._pause()):
-                    self._act(fd, events)
+                for fd, events in poll(pause):
+                    if events == READABLE and fd == up.fd and up.is_reading:
+                        self._pump(up)
+                    elif events == READABLE and fd == down.fd and down.is_reading:
+                        self._pump(down)
+                    else:
+                        self._act(fd, events)
                 now = elapsed_seconds()
                 if up.has_ended and not up.is_over:
-                    self._hold_end(now)
+                    pause = self._hold_end(now)
                 if now >= check_on:
                     check_on = now + TICK_SECONDS
                     up.trim()
@@ -1567,15 +1573,16 @@ class Relay:
             self._close()
 
     def _act(self, fd: int, events: int) -> None:
+        """Whatever else may happen than that there is something to read."""
         if fd == self._stop_fd:
             self._is_stopped = True
         for flow in (self.up, self.down):
             if flow.pending:
                 if fd == flow.sink_fd and events & ~READABLE:
-                    self._flush(flow)
+                    self._send(flow)
                     if not flow.pending:
                         self._watch()
-            elif not flow.has_ended:
+            elif flow.is_reading:
                 if fd == flow.fd and events & ~WRITABLE:
                     self._pump(flow)
             elif fd == flow.fd and events & ~(READABLE | WRITABLE):
@@ -1593,18 +1600,17 @@ class Relay:
         if not count:
             self._end(flow)
             return
-        if flow is self.down:
-            self._quiet_since = 0.0
         if count > flow.largest:
             flow.largest = count
+        self._quiet_since = 0.0
         flow.pending = flow.buffer[:count]
-        self._flush(flow)
+        self._send(flow)
         if flow.pending:
             self._watch()
         elif count == len(flow.buffer):
             flow.grow()
 
-    def _flush(self, flow: Flow) -> None:
+    def _send(self, flow: Flow) -> None:
         try:
             sent = flow.sink.send(flow.pending)
         except BlockingIOError:
@@ -1628,10 +1634,11 @@ class Relay:
             self._pass_on(flow)
         self._watch()
 
-    def _hold_end(self, now: float) -> None:
+    def _hold_end(self, now: float) -> float:
         """The Node ends both directions at a client's end of input, and so would cut the answer off.
 
         It is passed on once the target has been quiet, or has ended, or nobody waits for its answer.
+        Returns how long to wait for the next event, in seconds.
         """
         if self.down.pending or not self._quiet_since:  # what the client does not read is not quiet
             self._quiet_since = now
@@ -1639,18 +1646,13 @@ class Relay:
             self._client_is_gone = self._is_gone()
             self._ask_on = now + self._ask_pause
             self._ask_pause = min(2 * self._ask_pause, TICK_SECONDS)
-        if self._client_is_gone or self.down.is_over or now - self._quiet_since >= QUIET_SECONDS:
+        quiet_on = self._quiet_since + QUIET_SECONDS
+        if self._client_is_gone or self.down.is_over or now >= quiet_on:
             self._pass_on(self.up)
             self.down.is_over = self.down.is_over or self._client_is_gone
             self._watch()
-
-    def _pause(self) -> float:
-        """How long to wait for the next event, in seconds."""
-        if not self.up.has_ended or self.up.is_over:
             return TICK_SECONDS
-        now = elapsed_seconds()
-        quiet_for = now - self._quiet_since if self._quiet_since else 0.0
-        return max(0.0, min(self._ask_on - now, QUIET_SECONDS - quiet_for, TICK_SECONDS))
+        return max(0.0, min(self._ask_on, quiet_on) - now)
 
     def _pass_on(self, flow: Flow) -> None:
         """The half-close of TCP."""
@@ -1684,6 +1686,7 @@ class Relay:
         self.error = self.error or error
         for each in (self.up, self.down):
             each.has_ended = each.is_over = True
+            each.is_reading = False
 
     def _tell_remote_end(self) -> None:
         if not self.up.is_over and not self.remote_ended_first:
@@ -1694,9 +1697,10 @@ class Relay:
         """Tells the poller what each socket is waited for now."""
         wanted: "Dict[int, int]" = {}
         for flow in (self.up, self.down):
+            flow.is_reading = not flow.pending and not flow.has_ended
             if flow.pending:
                 wanted[flow.sink_fd] = wanted.get(flow.sink_fd, 0) | WRITABLE
-            elif not flow.has_ended:
+            elif flow.is_reading:
                 wanted[flow.fd] = wanted.get(flow.fd, 0) | READABLE
             elif ON_LINUX and not self._client_is_gone:  # epoll then tells of an error, and of no more
                 wanted.setdefault(flow.fd, 0)
