@@ -17,8 +17,14 @@ those above it.
 """
 import sys
 
-if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
-    del sys.path[0]  # the directory of the script: another user's argparse.py may lie in /tmp
+if __name__ == "__main__":
+    if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+        del sys.path[0]  # the directory of the script: another user's argparse.py may lie in /tmp
+    # until the handlers stand Ctrl-C ends the process: a KeyboardInterrupt amid an import can be lost
+    import _signal  # type: ignore[import-not-found]
+
+    if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+        _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
 import errno
 import gc
@@ -238,6 +244,14 @@ def wait_for(fd: int, mask: int, seconds: "Optional[float]" = None, stop_fd: int
         ([fd] if mask == READABLE else []) + ([stop_fd] if stop_fd >= 0 else []),
         [fd] if mask == WRITABLE else [], [], None if seconds is None else max(0.0, seconds))
     return fd in readable or fd in writable
+
+
+def open_nowhere(flags: int) -> int:
+    """A descriptor that takes or gives nothing, also where there is no /dev/null."""
+    try:
+        return os.open(os.devnull, flags)
+    except OSError:
+        return os.open(os.sep, os.O_RDONLY)
 
 
 def load_modules() -> None:
@@ -1369,7 +1383,6 @@ class AuditLog:
 
 FIRST_BUFFER_BYTES = 64 * 1024
 LARGEST_BUFFER_BYTES = 1024 * 1024
-PIPE_PIECE_BYTES = 4096  # what a pipe that poll calls writable takes without blocking
 TICK_SECONDS = 1.0
 QUIET_SECONDS = 2.0  # of the target, before a client's end of input is passed on
 FIRST_ASK_SECONDS = 0.05  # whether a client that has ended its input is gone; then ever less often
@@ -1379,7 +1392,7 @@ STRUCT_LINGER = "ii" if os.name == "posix" else "HH"
 
 
 class SelectPoller:
-    """What select.epoll does, by select(): for systems without it, and for terminals and files."""
+    """What select.epoll does, for systems without it."""
 
     def __init__(self) -> None:
         self._masks: "Dict[int, int]" = {}
@@ -1399,8 +1412,7 @@ class SelectPoller:
         readable, writable, _ = select.select(
             [fd for fd, mask in self._masks.items() if mask & READABLE],
             [fd for fd, mask in self._masks.items() if mask & WRITABLE], [], seconds)
-        return [(fd, READABLE * (fd in readable) | WRITABLE * (fd in writable))
-                for fd in set(readable + writable)]
+        return [(fd, READABLE) for fd in readable] + [(fd, WRITABLE) for fd in writable]
 
     def close(self) -> None:
         """There is nothing to release."""
@@ -1426,14 +1438,28 @@ def set_leg_options(sock: "socket.socket") -> None:
         sock.setsockopt(*option)
 
 
-def close_socket(sock: "socket.socket", reset: bool) -> None:
-    """Closes a leg with a reset for the peer, which it is set to, or in order."""
+def has_hung_up(sock: "socket.socket") -> bool:
+    """Whether the other end of a unix socket is closed; where poll() is missing nobody can know."""
+    return sock.fileno() < 0 or wait_for(sock.fileno(), 0, 0)
+
+
+def close_leg(sock: "socket.socket", reset: bool) -> None:
+    """Closes it with a reset for the peer, which it is set to, or in order."""
     try:
         if not reset:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack(STRUCT_LINGER, 0, 0))
     except OSError:
         pass
     sock.close()
+
+
+def is_connected(sock: "socket.socket") -> bool:
+    """False after a reset whose error somebody has read: what follows looks like an end of input."""
+    try:
+        sock.getpeername()
+        return True
+    except OSError:
+        return False
 
 
 def drain(sock: "socket.socket", seconds: float) -> bool:
@@ -1452,124 +1478,24 @@ def drain(sock: "socket.socket", seconds: float) -> bool:
             return False
 
 
-class SocketLeg:
-    """One end of a connection: a connected socket. `source_fd` is read, `sink_fd` written."""
-
-    def __init__(self, sock: "socket.socket") -> None:
-        sock.setblocking(False)
-        self.source_fd = self.sink_fd = sock.fileno()
-        self.read: "Callable[[memoryview], int]" = sock.recv_into
-        self.write: "Callable[[memoryview], int]" = sock.send
-        self.sock = sock
-
-    def end(self) -> bool:
-        """Passes an end of input on (the half-close of TCP); whether nothing more is read from here."""
-        self.sock.shutdown(socket.SHUT_WR)
-        return False
-
-    def is_at_end(self) -> bool:
-        """Whether it has ended its input without a byte; OSError where it was reset."""
-        try:
-            return not self.sock.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return False
-
-    def has_error(self) -> bool:
-        """Whether the peer has reset the connection."""
-        return self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
-
-    def is_connected(self) -> bool:
-        """False after a reset whose error somebody has read: its end looks like an end of input."""
-        try:
-            self.sock.getpeername()
-            return True
-        except OSError:
-            return False
-
-    def close(self, reset: bool) -> None:
-        """The end of it, with a reset for the peer or in order."""
-        close_socket(self.sock, reset)
-
-
-class StdioLeg:
-    """Descriptors 0 and 1 as one end. Their flags are left alone: they may be somebody's terminal."""
-
-    source_fd = 0
-    sink_fd = 1
-
-    def read(self, view: memoryview) -> int:
-        """What standard input has; 0 at its end, and where the terminal is gone (EIO)."""
-        try:
-            piece = os.read(0, len(view))
-        except BlockingIOError:
-            raise
-        except OSError:
-            return 0
-        view[:len(piece)] = piece
-        return len(piece)
-
-    def write(self, view: memoryview) -> int:
-        """What standard output takes without blocking."""
-        written = 0
-        while written < len(view) and wait_for(1, WRITABLE, 0):
-            written += os.write(1, view[written:written + PIPE_PIECE_BYTES])
-        if not written:
-            raise BlockingIOError
-        return written
-
-    def end(self) -> bool:
-        """The reader sees the end; the descriptor's number stays taken.
-
-        A terminal is read no more: it would wait for a key that nobody needs.
-        """
-        nowhere = open_nowhere(os.O_WRONLY)
-        os.dup2(nowhere, 1)
-        os.close(nowhere)
-        return os.isatty(0)
-
-    def is_at_end(self) -> bool:
-        """Not known."""
-        return False
-
-    def is_gone(self) -> bool:
-        """Whether the reader of standard output has gone."""
-        return wait_for(1, 0, 0)
-
-    def has_error(self) -> bool:
-        """A reader that is gone is no more than that."""
-        return False
-
-    def is_connected(self) -> bool:
-        """There is no reset on a pipe."""
-        return True
-
-    def close(self, reset: bool) -> None:
-        """Both descriptors stay."""
-
-
-def open_nowhere(flags: int) -> int:
-    """A descriptor that takes or gives nothing, also where there is no /dev/null."""
-    try:
-        return os.open(os.devnull, flags)
-    except OSError:
-        return os.open(os.sep, os.O_RDONLY)
-
-
 class Flow:
     """One direction of a connection: what `source` sends goes to `sink`."""
 
-    __slots__ = ("source", "sink", "buffer", "first_buffer", "pending", "moved",
-                 "largest", "has_ended", "is_over")
+    __slots__ = ("source", "sink", "fd", "sink_fd", "buffer", "first_buffer", "pending", "moved", "largest",
+                 "is_reading", "has_ended", "is_over")
 
-    def __init__(self, source: "Any", sink: "Any", buffer: memoryview) -> None:
+    def __init__(self, source: "socket.socket", sink: "socket.socket", buffer: memoryview) -> None:
         self.source = source
         self.sink = sink
+        self.fd = source.fileno()
+        self.sink_fd = sink.fileno()
         self.buffer = self.first_buffer = buffer
-        self.pending = self.buffer[:0]  # read, but not taken by the sink yet; until then nothing is read
+        self.pending = buffer[:0]  # read, but not taken by the sink yet: nothing more is read until it is
         self.moved = 0  # bytes
         self.largest = 0  # bytes that one read gave since the last `trim`
+        self.is_reading = True  # False while the sink takes no more, and for ever after the end of input
         self.has_ended = False  # the source's end of input was read
-        self.is_over = False  # and passed on; or the sink is gone
+        self.is_over = False  # and passed on; or nobody takes it any more
 
     def grow(self) -> None:
         """A larger buffer for a source that fills this one; given back at once, unlike a bytearray."""
@@ -1590,101 +1516,103 @@ class Flow:
 class Relay:
     """Carries one connection, both directions, in the thread that calls `carry`.
 
-    `client` and `remote` are legs, closed at the end; `linger` may take over the remote's socket.
-    `buffers`, two, are those to begin with; `poller` (select.epoll, or like it) watches `stop_fd` already.
-    That becomes readable when it is to stop, and `is_over` is asked that every second; `is_gone`
-    tells whether a client that has ended its input listens no more (False where nobody can know);
-    `on_remote_end` hears that the remote has ended first. Afterwards: `up` and `down` with what they
-    moved; `error` (OSError) and `lost` (the leg) of what broke it; `remote_ended_first`.
+    It closes both sockets, or hands the remote's to `linger`. `buffers`, two, are those to begin
+    with; `poller` (select.epoll, or like it) watches `stop_fd`, which becomes readable when it is to
+    stop; `is_over` is asked that every second. `is_gone` tells whether a client that has ended its
+    input listens no more (False where nobody can know); `on_remote_end` hears that the remote has
+    ended first. Afterwards: what `up` and `down` have moved, and the OSError that broke it, if any.
     """
 
-    def __init__(self, client: "Any", remote: SocketLeg, buffers: "List[memoryview]", poller: "Any",
-                 stop_fd: int, is_over: "Callable[[], bool]", is_gone: "Callable[[], bool]",
-                 on_remote_end: "Callable[[], object]", linger: "Callable[[socket.socket], object]") -> None:
+    def __init__(self, client: "socket.socket", remote: "socket.socket", buffers: "List[memoryview]",
+                 poller: "Any", stop_fd: int, is_over: "Callable[[], bool]", is_gone: "Callable[[], bool]",
+                 on_remote_end: "Callable[[], object]",
+                 linger: "Callable[[socket.socket], object]") -> None:
+        for sock in (client, remote):
+            sock.setblocking(False)
         self.up = Flow(client, remote, buffers[0])
         self.down = Flow(remote, client, buffers[1])
-        self.error: "Optional[OSError]" = None
-        self.lost: "Any" = None
+        self.error: "Optional[OSError]" = None  # one peer is lost: the other gets a reset, not an end
         self.remote_ended_first = False
-        self._client = client
-        self._remote = remote
+        self._poller = poller
         self._stop_fd = stop_fd
         self._is_over = is_over
         self._is_gone = is_gone
         self._on_remote_end = on_remote_end
         self._linger = linger
-        self._broken = False  # one peer is lost: the other one gets a reset, not an end of input
-        self._stopped = False
+        self._is_stopped = False
         self._client_is_gone = False
         self._quiet_since = self._ask_on = 0.0
         self._ask_pause = FIRST_ASK_SECONDS
-        self._poller = poller
         self._watched: "Dict[int, int]" = {}
 
     def carry(self) -> None:
         """Returns once both directions are over; raises nothing that is the connection's own."""
-        up, down = self.up, self.down
+        up, down, poll = self.up, self.down, self._poller.poll
         try:
             self._watch()
-            check_on = elapsed_seconds() + TICK_SECONDS
-            while not (up.is_over and down.is_over or self._stopped):
-                for fd, events in self._poller.poll(self._pause()):
-                    self._act(fd, events)
+            pause, check_on = TICK_SECONDS, elapsed_seconds() + TICK_SECONDS
+            while not (up.is_over and down.is_over or self._is_stopped):
+                for fd, events in poll(pause):
+                    if events == READABLE and fd == up.fd and up.is_reading:
+                        self._pump(up)
+                    elif events == READABLE and fd == down.fd and down.is_reading:
+                        self._pump(down)
+                    else:
+                        self._act(fd, events)
                 now = elapsed_seconds()
                 if up.has_ended and not up.is_over:
-                    self._hold_end(now)
+                    pause = self._hold_end(now)
                 if now >= check_on:
                     check_on = now + TICK_SECONDS
                     up.trim()
                     down.trim()
-                    self._stopped = self._stopped or self._is_over()
-        except OSError as error:  # poll itself, or a descriptor for the end of standard output
-            self._break(self._client, error)
+                    self._is_stopped = self._is_stopped or self._is_over()
+        except OSError as error:  # of the waiting itself
+            self._break(up, error)
         finally:
             self._close()
 
     def _act(self, fd: int, events: int) -> None:
+        """Whatever else may happen than that there is something to read."""
         if fd == self._stop_fd:
-            self._stopped = True
-            return
+            self._is_stopped = True
         for flow in (self.up, self.down):
             if flow.pending:
-                if fd == flow.sink.sink_fd and events & ~READABLE:
-                    self._flush(flow)
+                if fd == flow.sink_fd and events & ~READABLE:
+                    self._send(flow)
                     if not flow.pending:
                         self._watch()
-            elif not flow.has_ended:
-                if fd == flow.source.source_fd and events & ~WRITABLE:
+            elif flow.is_reading:
+                if fd == flow.fd and events & ~WRITABLE:
                     self._pump(flow)
-            elif fd == flow.source.sink_fd and events & ~(READABLE | WRITABLE):
+            elif fd == flow.fd and events & ~(READABLE | WRITABLE):
                 self._hang_up(flow)
 
     def _pump(self, flow: Flow) -> None:
         """Moves what one read gives."""
         try:
-            count = flow.source.read(flow.buffer)
+            count = flow.source.recv_into(flow.buffer)
         except BlockingIOError:
             return
         except OSError as error:
-            self._break(flow.source, error)
+            self._break(flow, error)
             return
         if not count:
             self._end(flow)
             return
-        if flow is self.down:
-            self._quiet_since = 0.0
-        flow.pending = flow.buffer[:count]
         if count > flow.largest:
             flow.largest = count
-        self._flush(flow)
+        self._quiet_since = 0.0
+        flow.pending = flow.buffer[:count]
+        self._send(flow)
         if flow.pending:
             self._watch()
         elif count == len(flow.buffer):
             flow.grow()
 
-    def _flush(self, flow: Flow) -> None:
+    def _send(self, flow: Flow) -> None:
         try:
-            sent = flow.sink.write(flow.pending)
+            sent = flow.sink.send(flow.pending)
         except BlockingIOError:
             return
         except OSError as error:
@@ -1697,47 +1625,41 @@ class Relay:
         """End of input: the target's is passed on at once, a client's is held (see _hold_end)."""
         flow.has_ended = True
         other = self.down if flow is self.up else self.up
-        if not other.is_over and not flow.source.is_connected():
-            self._break(flow.source, ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)))
-        elif self._broken:
+        if not other.is_over and not is_connected(flow.source):
+            self._break(flow, ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)))
+        elif self.error is not None:
             flow.is_over = True
         elif flow is self.down:
             self._tell_remote_end()
             self._pass_on(flow)
         self._watch()
 
-    def _hold_end(self, now: float) -> None:
+    def _hold_end(self, now: float) -> float:
         """The Node ends both directions at a client's end of input, and so would cut the answer off.
 
         It is passed on once the target has been quiet, or has ended, or nobody waits for its answer.
+        Returns how long to wait for the next event, in seconds.
         """
-        if self.down.pending:  # what the client does not read is not quiet
-            self._quiet_since = now
-        elif not self._quiet_since:
+        if self.down.pending or not self._quiet_since:  # what the client does not read is not quiet
             self._quiet_since = now
         if now >= self._ask_on and not self._client_is_gone:
             self._client_is_gone = self._is_gone()
             self._ask_on = now + self._ask_pause
             self._ask_pause = min(2 * self._ask_pause, TICK_SECONDS)
-        if self._client_is_gone or self.down.is_over or now - self._quiet_since >= QUIET_SECONDS:
+        quiet_on = self._quiet_since + QUIET_SECONDS
+        if self._client_is_gone or self.down.is_over or now >= quiet_on:
             self._pass_on(self.up)
-            if self._client_is_gone:
-                self.down.is_over = True
+            self.down.is_over = self.down.is_over or self._client_is_gone
             self._watch()
-
-    def _pause(self) -> float:
-        """How long to wait for the next event, in seconds."""
-        if not self.up.has_ended or self.up.is_over:
             return TICK_SECONDS
-        now = elapsed_seconds()
-        quiet_for = now - self._quiet_since if self._quiet_since else 0.0
-        return max(0.0, min(self._ask_on - now, QUIET_SECONDS - quiet_for, TICK_SECONDS))
+        return max(0.0, min(self._ask_on, quiet_on) - now)
 
     def _pass_on(self, flow: Flow) -> None:
+        """The half-close of TCP."""
         flow.is_over = True
         try:
-            if not self._broken and flow.sink.end():
-                self.up.has_ended = self.up.is_over = True
+            if self.error is None:
+                flow.sink.shutdown(socket.SHUT_WR)
         except OSError as error:
             self._lose_sink(flow, error)
 
@@ -1745,45 +1667,43 @@ class Relay:
         """The sink's peer is gone. What it sent before is still read and delivered by the other flow."""
         flow.has_ended = flow.is_over = True
         flow.pending = flow.buffer[:0]
-        self._broken = True
-        if self.error is None:
-            self.error, self.lost = error, flow.sink
+        self.error = self.error or error
         self._watch()
 
     def _hang_up(self, flow: Flow) -> None:
-        """An error, or a client's hang-up, of a source that has ended its input."""
-        if flow is self.down or flow.source.has_error():
-            self._break(flow.source, ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)))
+        """A reset, or a client's close, of a source that has ended its input."""
+        if flow is self.down or flow.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self._break(flow, ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)))
         else:
             self._client_is_gone = True
             self.down.is_over = self.up.is_over  # else _hold_end passes the end on first
             self._watch()
 
-    def _break(self, leg: "Any", error: OSError) -> None:
+    def _break(self, flow: Flow, error: OSError) -> None:
         """Ends both directions now: a truncated stream must not look like a complete one."""
-        self._broken = True
-        if self.error is None:
-            self.error, self.lost = error, leg
-        if leg is self._remote:
+        if flow is self.down and self.error is None:
             self._tell_remote_end()
-        for flow in (self.up, self.down):
-            flow.has_ended = flow.is_over = True
+        self.error = self.error or error
+        for each in (self.up, self.down):
+            each.has_ended = each.is_over = True
+            each.is_reading = False
 
     def _tell_remote_end(self) -> None:
-        if not (self.up.has_ended or self.remote_ended_first or self.lost is self._client):
+        if not self.up.is_over and not self.remote_ended_first:
             self.remote_ended_first = True
             self._on_remote_end()
 
     def _watch(self) -> None:
-        """Tells the poller what each leg is waited for now."""
+        """Tells the poller what each socket is waited for now."""
         wanted: "Dict[int, int]" = {}
         for flow in (self.up, self.down):
+            flow.is_reading = not flow.pending and not flow.has_ended
             if flow.pending:
-                wanted[flow.sink.sink_fd] = wanted.get(flow.sink.sink_fd, 0) | WRITABLE
-            elif not flow.has_ended:
-                wanted[flow.source.source_fd] = wanted.get(flow.source.source_fd, 0) | READABLE
-            elif not self._client_is_gone and ON_LINUX:  # for an error alone; elsewhere it is no such thing
-                wanted.setdefault(flow.source.sink_fd, 0)
+                wanted[flow.sink_fd] = wanted.get(flow.sink_fd, 0) | WRITABLE
+            elif flow.is_reading:
+                wanted[flow.fd] = wanted.get(flow.fd, 0) | READABLE
+            elif ON_LINUX and not self._client_is_gone:  # epoll then tells of an error, and of no more
+                wanted.setdefault(flow.fd, 0)
         for fd in self._watched.keys() - wanted.keys():
             self._poller.unregister(fd)
         for fd, mask in wanted.items():
@@ -1794,46 +1714,105 @@ class Relay:
         self._watched = wanted
 
     def _close(self) -> None:
+        is_broken = self.error is not None
         for fd in self._watched:
-            self._poller.unregister(fd)
+            try:
+                self._poller.unregister(fd)
+            except OSError:  # never registered, for want of memory
+                pass
         # what is complete may be on its way yet; a client that is gone minds nothing
-        self._client.close(self._broken or not self.down.is_over or self._client_is_gone)
-        if self._client_is_gone and self.up.is_over and not self._broken:
-            self._linger(self._remote.sock)
+        close_leg(self.up.source, is_broken or not self.down.is_over or self._client_is_gone)
+        if self._client_is_gone and self.up.is_over and not is_broken:
+            self._linger(self.down.source)
         else:
-            self._remote.close(self._broken or not self.up.is_over)
+            close_leg(self.down.source, is_broken or not self.up.is_over)
 
 
 class Lingering:
     """Sockets to the Node whose clients are gone, until the Node has ended as well.
 
     close() would answer what is still to come with a reset, which can overtake what was sent.
-    `add` from any thread, `sweep` now and then from one.
     """
 
     def __init__(self) -> None:
-        self._sockets: "Dict[socket.socket, float]" = {}
+        self._deadlines: "Dict[socket.socket, float]" = {}
 
     def add(self, sock: "socket.socket") -> None:
-        """Takes over a socket whose sending side was shut down."""
+        """Takes over a socket whose sending side was shut down; from any thread."""
+        self._deadlines[sock] = elapsed_seconds() + LINGER_SECONDS
         if drain(sock, DRAIN_SECONDS):
-            close_socket(sock, False)
-        else:
-            self._sockets[sock] = elapsed_seconds() + LINGER_SECONDS
+            self._close(sock)
 
     def sweep(self) -> int:
         """Closes those that have ended or had their time; how many are left."""
-        for sock, deadline in list(self._sockets.items()):
+        for sock, deadline in list(self._deadlines.items()):
             if drain(sock, 0) or elapsed_seconds() >= deadline:
-                del self._sockets[sock]
-                close_socket(sock, False)
-        return len(self._sockets)
+                self._close(sock)
+        return len(self._deadlines)
 
     def close(self) -> None:
         """Closes all of them."""
-        for sock in list(self._sockets):
-            close_socket(sock, False)
-        self._sockets.clear()
+        for sock in list(self._deadlines):
+            self._close(sock)
+
+    def _close(self, sock: "socket.socket") -> None:
+        self._deadlines.pop(sock, None)
+        close_leg(sock, False)
+
+
+class Stdio:
+    """Descriptors 0 and 1 as a socket, `far`, by two threads that block: they may be terminals or files.
+
+    Their file status flags are left alone, since they may be somebody's terminal. `done` is set once
+    standard output has had everything; `error` then says why not (PlexctlError), or is None.
+    """
+
+    def __init__(self) -> None:
+        self.error: "Optional[PlexctlError]" = None
+        self.done = threading.Event()
+        self._near, self.far = socket.socketpair()
+        if not (start_thread(self._read) and start_thread(self._write)):
+            raise PlexctlError("cannot start a thread for standard input and output (ulimit -u)")
+
+    def _read(self) -> None:
+        try:
+            while True:
+                try:
+                    piece = os.read(0, FIRST_BUFFER_BYTES)
+                except BlockingIOError:
+                    wait_for(0, READABLE)
+                    continue
+                except OSError:  # EIO: the terminal is gone
+                    piece = b""
+                if not piece:
+                    self._near.shutdown(socket.SHUT_WR)
+                    return
+                self._near.sendall(piece)
+        except OSError:  # nobody takes it any more
+            pass
+
+    def _receive(self) -> bytes:
+        try:
+            return self._near.recv(FIRST_BUFFER_BYTES)
+        except OSError:  # the relay has closed it before it had taken everything
+            return b""
+
+    def _write(self) -> None:
+        try:
+            piece = self._receive()
+            while piece:
+                try:
+                    piece = piece[os.write(1, piece):] or self._receive()
+                except BlockingIOError:
+                    wait_for(1, WRITABLE)
+            nowhere = open_nowhere(os.O_WRONLY)  # the reader sees the end; the number stays taken
+            os.dup2(nowhere, 1)
+            os.close(nowhere)
+        except OSError as error:
+            self.error = PlexctlError("cannot write to standard output: %s" % show_error(error))
+        if self.error or os.isatty(0):  # it would wait for a key that nobody needs
+            self._near.shutdown(socket.SHUT_RDWR)
+        self.done.set()
 
 
 # --------------------------------------------------------------------------------------- workers
@@ -1844,6 +1823,7 @@ ASK_SECONDS = 2  # between two questions about one session
 RECHECK_SECONDS = 60  # the reconcile period of a Node
 GONE_SECONDS = 30  # of refused dials, until a listener counts as gone
 REPLACE_SECONDS = 60  # between two replacements of sessions that never carried a connection
+LEAVE_PAUSE_SECONDS = 0.02
 RETRY_SECONDS = 5  # until a further session is asked for again
 UNREACHABLE_SECONDS = 10  # a Node that ends a connection within this, without a byte, had no target
 CONNECTING = (errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK)
@@ -1890,16 +1870,19 @@ def dial(route: "Tuple[int, Any]", stop_fd: int) -> "socket.socket":
 class Connection:
     """One client, from its accept to its end.
 
-    `leg` is its end of the relay, `address` where it came from; `is_gone()` tells whether it listens
-    no more (False where nobody can know); `on_end(connection, error)` is called once, with a
-    PlexctlError where it failed.
+    `is_gone()` tells whether it listens no more (False where nobody can know); `on_end(connection,
+    error)` is called once, with a PlexctlError where it failed. `wants_reason`: that error is to say
+    as well why the session is over.
     """
 
-    def __init__(self, leg: "Any", on_end: "Callable[[Connection, Optional[PlexctlError]], object]",
-                 is_gone: "Callable[[], bool]" = lambda: False, address: "Any" = None) -> None:
-        self.leg = leg
+    def __init__(self, sock: "socket.socket", on_end: "Callable[..., object]",
+                 is_gone: "Callable[[], bool]" = lambda: False, address: "Any" = None,
+                 wants_reason: bool = False) -> None:
+        sock.setblocking(False)
+        self.sock = sock
         self.is_gone = is_gone
         self.address = address
+        self.wants_reason = wants_reason
         self.began = elapsed_seconds()
         self.relay: "Optional[Relay]" = None
         self._on_end = on_end
@@ -1910,14 +1893,16 @@ class Connection:
     def has_left(self) -> bool:
         """Whether a client that waits has reset its connection, or closed it without a byte."""
         try:
-            return self.leg.is_at_end() and self.is_gone()
+            return not self.sock.recv(1, socket.MSG_PEEK) and self.is_gone()
+        except BlockingIOError:
+            return False
         except OSError:
             return True
 
     def end(self, error: "Optional[PlexctlError]" = None) -> None:
         """It is over; a client that was not served gets a reset."""
         if self.relay is None:
-            self.leg.close(error is not None)
+            close_leg(self.sock, reset=True)
         on_end, self._on_end = self._on_end, lambda connection, error: None
         on_end(self, error)
 
@@ -2057,16 +2042,12 @@ class Worker:
             return
         dialled_on = elapsed_seconds()
         sessions.say("connection from %s to %s", connection, self.endpoint)
-        poller = self._poller
-        if not isinstance(connection.leg, SocketLeg):
-            poller = SelectPoller()
-            poller.register(sessions.stop_fd, READABLE)
         relay = connection.relay = Relay(
-            connection.leg, SocketLeg(remote), self._buffers, poller, sessions.stop_fd, self.is_over,
+            connection.sock, remote, self._buffers, self._poller, sessions.stop_fd, self.is_over,
             connection.is_gone, self.ask_in_thread, sessions.lingering.add)
         relay.carry()
-        if relay.remote_ended_first and not isinstance(connection.leg, SocketLeg):
-            self.ask()  # the exit status tells of a session that is over
+        if relay.remote_ended_first and connection.wants_reason:
+            self.ask()
         sessions.end(self, self._judge(relay, elapsed_seconds() - dialled_on))
 
     def _judge(self, relay: Relay, seconds: float) -> "Optional[PlexctlError]":
@@ -2081,32 +2062,29 @@ class Worker:
                 "the Node cannot reach it (--host and --port are as the Node sees them)"
                 % join_host_port(self._sessions.request.host, self._sessions.request.port))
         if relay.error is not None:
-            return ConnectionFailed("%s: %s" % (
-                "the connection ended" if isinstance(relay.lost, SocketLeg) else
-                "cannot write to standard output", show_error(relay.error)))
+            return ConnectionFailed("the connection ended: %s" % show_error(relay.error))
         return None
 
     def _dial(self) -> "socket.socket":
-        """A connection to the listener; a new endpoint is tried once. PlexctlError says why there is none."""
-        route, stop_fd = self._route, self._sessions.stop_fd
-        try:
+        """A connection to the listener; PlexctlError says why there is none."""
+        for is_last in (False, True):
+            if self.is_over():
+                raise self.why or Stopped("interrupted")
+            route = self._route
             try:
-                if self.is_over():
-                    raise self.why or Stopped("interrupted")
-                remote = dial(route, stop_fd)
+                remote = dial(route, self._sessions.stop_fd)
             except OSError as failure:
                 has_answer = self.ask()
-                if self.why is None and self._route == route:
-                    if has_answer and isinstance(failure, ConnectionRefusedError):
-                        self._note_refusal()
-                    raise
-                remote = dial(self._route, stop_fd)
-        except OSError as failure:
-            raise self.why or PlexctlError("cannot connect to the listener endpoint %s: %s"
-                                           % (self.endpoint, show_error(failure))) from failure
-        self._refused_since = 0.0
-        self.has_carried = True
-        return remote
+                if self._route != route and not is_last:  # a new endpoint is tried once
+                    continue
+                if has_answer and self.why is None and isinstance(failure, ConnectionRefusedError):
+                    self._note_refusal()
+                raise self.why or PlexctlError("cannot connect to the listener endpoint %s: %s" % (
+                    self.endpoint, show_error(failure))) from failure
+            self._refused_since = 0.0
+            self.has_carried = True
+            return remote
+        raise Stopped("interrupted")
 
     def _note_refusal(self) -> None:
         """The listener is gone, though the control plane says that the session is active."""
@@ -2149,8 +2127,6 @@ class Worker:
             finally:
                 self._asked_on = elapsed_seconds()
                 self._recheck_on = self._asked_on + RECHECK_SECONDS
-            if self.why is not None:
-                sessions.note_end(self)
             return self._has_answer
 
 
@@ -2234,7 +2210,7 @@ class Sessions:
                 for connection in left:
                     self._queue.remove(connection)
                 self._sweep_on = now + 10 * (elapsed_seconds() - now)  # however long the queue
-            if not self._renew and self.first is not None and now >= self.first.expires_on:
+            if self._is_time_up(now):
                 self.over = self.over or SessionOver("the session expired")
             self._grow(now)
         for connection in left:
@@ -2253,7 +2229,7 @@ class Sessions:
             carried = [worker.connection for worker in self._workers if worker.connection]
             relays = [connection.relay for connection in carried if connection.relay]
             return Counts(len(carried), len(self._queue), self._ended.ended,
-                          sum(worker.is_ready for worker in self._workers),
+                          sum(worker.is_ready and not worker.is_ending for worker in self._workers),
                           self._ended.up + sum(relay.up.moved for relay in relays),
                           self._ended.down + sum(relay.down.moved for relay in relays))
 
@@ -2281,10 +2257,10 @@ class Sessions:
         if self._verbose:
             self.report(line % words)
 
-    def tell_once(self, line: str) -> None:
-        """A line, once in a run."""
-        if line not in self._told:
-            self._told.add(line)
+    def tell_once(self, line: str, subject: str = "") -> None:
+        """A line, once in a run; or one of all that have the same subject."""
+        if (subject or line) not in self._told:
+            self._told.add(subject or line)
             self.report(line)
 
     # For the workers, each in its own thread
@@ -2321,16 +2297,17 @@ class Sessions:
                 while self._queue:
                     connection: Connection = self._queue.popleft()
                     if not connection.has_left():
+                        self._forget_idle(worker)
                         worker.connection = connection
                         return connection
-                    connection.leg.close(True)
+                    close_leg(connection.sock, reset=True)
                 live = sum(each.is_ready and not each.is_ending for each in self._workers)
                 if live > self._minimum and elapsed_seconds() - idle_since >= IDLE_SECONDS:
                     break
-                self._idle.append(worker)
+                if worker not in self._idle:
+                    self._idle.append(worker)
                 worker.turn.wait(TICK_SECONDS)
-                if worker in self._idle:
-                    self._idle.remove(worker)
+            self._forget_idle(worker)
             worker.is_ending = True
             return None
 
@@ -2368,14 +2345,6 @@ class Sessions:
                 self._replaced_on = now
             return True
 
-    def note_end(self, worker: Worker) -> None:
-        """A session was found over: one that was revoked ends all."""
-        with self._changed:
-            if isinstance(worker.why, SessionRevoked):
-                self.over = self.over or worker.why
-            worker.turn.notify()
-            self._changed.notify_all()
-
     def dismiss(self, worker: Worker) -> None:
         """A worker's last act: what follows from its end, and the revocation."""
         if worker.connection is not None:
@@ -2400,9 +2369,17 @@ class Sessions:
 
     # Below: how
 
+    def _is_time_up(self, now: float) -> bool:
+        """Without `renew` access is for the time of the first session."""
+        return not self._renew and self.first is not None and now >= self.first.expires_on
+
     def _call_idle(self) -> None:
         if self._idle:
             self._idle.pop().turn.notify()
+
+    def _forget_idle(self, worker: Worker) -> None:
+        if worker in self._idle:
+            self._idle.remove(worker)
 
     def _start_worker(self) -> None:
         """With the lock held."""
@@ -2425,8 +2402,8 @@ class Sessions:
         patience = GRACE_SECONDS if live else 0.0
         waited = sum(now - connection.began >= patience for connection in self._queue)
         if waited and len(live) - coming >= self._limit:
-            self._tell_limit("more connections at once than sessions (%d): they wait their turn "
-                             "(--max-sessions)" % self._limit)
+            self.tell_once("warning: more connections at once than sessions (%d): they wait their turn "
+                           "(--max-sessions)" % self._limit, "limit")
         wanted = waited - coming
         if self._minimum > 1:
             wanted = max(wanted, self._minimum - len(live))
@@ -2434,24 +2411,19 @@ class Sessions:
             for _ in range(min(wanted, self._limit - len(self._workers))):
                 self._start_worker()
 
-    def _tell_limit(self, text: str) -> None:
-        if "limit" not in self._told:
-            self._told.add("limit")
-            self.report("warning: " + text)
-
     def _follow(self, worker: Worker, why: PlexctlError) -> "List[Connection]":
         """With the lock held: what one's end means for the others. Returns whom to turn away."""
         others = sum(not each.is_ending for each in self._workers)
         refused = isinstance(why, ApiError) and why.status < 500
-        if isinstance(why, SessionRevoked) or not others and (
+        if isinstance(why, SessionRevoked) or self._is_time_up(elapsed_seconds()) or not others and (
                 self.first is None or refused or not self._renew):
             self.over = why
         elif worker.is_ready:
             self.report("%s%s" % (why, "; the next connection gets a new one" if self._renew else ""))
         elif others and (refused or isinstance(why, EndpointMissing)):
             self._limit = min(self._limit, others)
-            self._tell_limit("no further session, connections wait for the %d there %s: %s" % (
-                others, "is" if others == 1 else "are", why))
+            self.tell_once("warning: no further session, connections wait for the %d there %s: %s" % (
+                others, "is" if others == 1 else "are", why), "limit")
         else:
             self._retry_on = elapsed_seconds() + RETRY_SECONDS
             self.tell_once("warning: no further session for now: %s" % why)
@@ -2469,6 +2441,7 @@ class Sessions:
 
     def stop(self, seconds: float = CLOSE_SECONDS) -> None:
         """Ends every connection, with a reset where it was not over; waits for that so long."""
+        deadline = elapsed_seconds() + seconds
         with self._changed:
             if self.is_stopped:
                 return
@@ -2480,11 +2453,10 @@ class Sessions:
             self._changed.notify_all()
         self.plane.cancel.set()
         self._stop_writer.close()
-        deadline = elapsed_seconds() + seconds
         with self._changed:
             while any(worker.connection for worker in self._workers) and elapsed_seconds() < deadline:
                 self._changed.wait(max(0.0, deadline - elapsed_seconds()))
-            dropped += [worker.connection for worker in self._workers if worker.connection]
+            dropped.extend(worker.connection for worker in self._workers if worker.connection)
             self._close_if_last()
         for connection in dropped:
             connection.end(Stopped("interrupted"))
@@ -2495,24 +2467,26 @@ class Sessions:
         deadline = elapsed_seconds() + seconds
         self.stop(0.0)
         while True:
-            with self.lock:
-                due = [session_id for session_id, begun in self._owed.items() if not begun]
+            with self._changed:
+                owed = [session_id for session_id, begun in self._owed.items() if begun or not self._keep]
+                left = deadline - elapsed_seconds()
+                if left <= 0 or not owed and not any(each.is_issuing for each in self._workers):
+                    return
+                due = [session_id for session_id in owed if not self._owed[session_id]]
+                if not due:
+                    self._changed.wait(min(TICK_SECONDS, left))
             for session_id in due:
                 if not start_thread(self._revoke, session_id):
                     self._revoke(session_id)
-            with self._changed:
-                left = deadline - elapsed_seconds()
-                if left <= 0 or not self._owed and not any(each.is_issuing for each in self._workers):
-                    return
-                self._changed.wait(min(0.1, left))
+            time.sleep(LEAVE_PAUSE_SECONDS if due else 0)  # they take them over
 
     def left_behind(self) -> "List[str]":
         """What `leave` could not settle, in words."""
         with self.lock:
-            words = ["session %s is not revoked, it will run out by itself" % each for each in self._owed]
-            if any(worker.is_issuing for worker in self._workers) and not words:
-                words = ["a session may have been issued, it will run out by itself"]
-            return words
+            if any(worker.is_issuing for worker in self._workers):
+                return ["a session may have been issued, it will run out by itself"]
+            return ["session %s is not revoked, it will run out by itself" % session_id
+                    for session_id, begun in self._owed.items() if begun or not self._keep]
 
     def _close_if_last(self) -> None:
         """With the lock held: nobody waits for it any more."""
@@ -2522,26 +2496,23 @@ class Sessions:
     def _revoke(self, session_id: str) -> None:
         """Once for each, whoever comes first; a failure that may pass is tried again."""
         with self._changed:
-            begun = self._owed.get(session_id, True)
-            if self._keep and self.is_stopped and not begun:
-                self._owed.pop(session_id)
-                self._changed.notify_all()
-            if begun or self._keep and self.is_stopped:
+            if self._owed.get(session_id, True) or self._keep and self.is_stopped:
                 return
             self._owed[session_id] = True
-        deadline = elapsed_seconds() + LEAVE_SECONDS
+        deadline, is_over = elapsed_seconds() + LEAVE_SECONDS, False
         try:
-            while True:
+            while not is_over:
                 try:
                     self.plane.revoke(self.request.project_id, session_id,
                                       max(0.5, deadline - elapsed_seconds()))
-                    return
+                    is_over = True
                 except PlexctlError as error:
-                    if not error.passing or elapsed_seconds() + POLL_MIN_SECONDS > deadline:
+                    is_over = not error.passing or elapsed_seconds() + POLL_MIN_SECONDS > deadline
+                    if is_over:
                         self.report("warning: session %s is not revoked, it will run out by itself: %s"
                                     % (session_id, error))
-                        return
-                time.sleep(POLL_MIN_SECONDS)
+                    else:
+                        time.sleep(POLL_MIN_SECONDS)
         finally:
             with self._changed:
                 self._owed.pop(session_id, None)
@@ -2592,6 +2563,13 @@ class OwnerCheck:
             return uid if inode else NOBODY
         except OSError:
             return NOBODY
+
+    def is_gone(self, client: "Tuple[Any, ...]") -> bool:
+        """Whether no process has the client's socket open any more; False where the kernel does not tell."""
+        try:
+            return not self._ask(client, self._local)[1]
+        except OSError:
+            return False
 
     def _ask(self, source: "Tuple[Any, ...]", destination: "Tuple[Any, ...]",
              is_listener: bool = False) -> "Tuple[int, int]":
@@ -2685,7 +2663,7 @@ def create_listener(local: LocalAddress, forwarder: "Forwarder") -> "Any":
             forwarder.tick()
 
         def shutdown_request(self, request: "Any") -> None:
-            close_socket(request, True)
+            close_leg(request, reset=True)
 
         def handle_error(self, request: "Any", client_address: "Any") -> None:
             forwarder.warn_once("a connection was dropped after %s" % type(sys.exc_info()[1]).__name__)
@@ -2725,18 +2703,12 @@ class Forwarder:
     """Listens on a local address, and puts every connection into the queue of `sessions`.
 
     The address is bound when the object is made (PlexctlError if that fails); `start` accepts, also
-    before the first session is there, and `stop` ends everything. `sessions` is a Sessions, or has
-    its `put(connection)`, `tick()`, `count()` and `stop()`. `report` takes lines, from any thread.
+    before the first session is there, and `stop` ends everything.
     """
 
-    def __init__(self, local: LocalAddress, sessions: Sessions,
-                 report: "Callable[[str], None]" = lambda line: None,
-                 allow_other_users: bool = False, verbose: bool = False) -> None:
+    def __init__(self, local: LocalAddress, sessions: Sessions, allow_other_users: bool = False) -> None:
         self.unidentified = 0  # connections not served, since their clients had gone already
         self._sessions = sessions
-        self._report = report
-        self._verbose = verbose
-        self._told: "Set[str]" = set()
         self._thread: "Optional[threading.Thread]" = None
         self._is_stopping = False
         self._tick_on = 0.0
@@ -2771,8 +2743,8 @@ class Forwarder:
     def finish(self) -> None:
         """Accepts the connections that wait already, and no more."""
         self._stop_accepting()
-        self._server.timeout = 0
-        while wait_for(self._server.fileno(), READABLE, 0):
+        self._server.timeout, deadline = 0, elapsed_seconds() + CLOSE_SECONDS
+        while elapsed_seconds() < deadline and wait_for(self._server.fileno(), READABLE, 0):
             self._server.handle_request()
         self._server.server_close()
 
@@ -2812,15 +2784,15 @@ class Forwarder:
         """Takes over an accepted connection."""
         if self._sessions.count_descriptors() >= self._capacity:
             self.warn_once("no more descriptors (ulimit -n): connections are refused")
-            close_socket(client, True)
+            close_leg(client, reset=True)
             return
 
         def is_gone() -> bool:
             if self.local.path:
-                return client.fileno() < 0 or wait_for(client.fileno(), 0, 0)
-            return self._owners is not None and self._owners.find(address) == NOBODY
+                return has_hung_up(client)
+            return self._owners is not None and self._owners.is_gone(address)
 
-        self._sessions.put(Connection(SocketLeg(client), self._end, is_gone, address))
+        self._sessions.put(Connection(client, self._end, is_gone, address))
 
     def tick(self) -> None:
         """To be called often. Nothing may end the accepting."""
@@ -2835,9 +2807,7 @@ class Forwarder:
 
     def warn_once(self, text: str) -> None:
         """A warning, once in a run."""
-        if text not in self._told:
-            self._told.add(text)
-            self._report("warning: " + text)
+        self._sessions.tell_once("warning: " + text)
 
     # Below: how
 
@@ -2846,8 +2816,8 @@ class Forwarder:
             return
         if not is_loopback(self.local.host):
             if not allow_other_users:
-                self._report("warning: %s is not a loopback address: any user, here and elsewhere, can "
-                             "use the port" % self.local)
+                self.warn_once("%s is not a loopback address: any user, here and elsewhere, can use the "
+                               "port" % self.local)
             return
         try:
             self._owners = OwnerCheck(self._server.address_family, (self.local.host, self.local.port))
@@ -2856,30 +2826,31 @@ class Forwarder:
             if getattr(error, "errno", None) in EXHAUSTED:
                 raise
         if not self._checks_owners and not allow_other_users:
-            self._report("warning: this host cannot tell whose a connection is: any local user can "
-                         "use the port")
+            self.warn_once("this host cannot tell whose a connection is: any local user can use the port")
 
     def _accept(self) -> None:
-        while not self._is_stopping:
+        while True:
             try:
                 self._server.serve_forever(POLL_SECONDS)
-            except Exception as error:  # of its poll
+            except Exception as error:  # of its waiting itself
                 self.warn_once("cannot accept connections for now: %s" % show_error(error))
                 time.sleep(PAUSE_SECONDS)
+            if self._is_stopping:
+                return
 
     def _stop_accepting(self) -> None:
         self._is_stopping = True
         thread, self._thread = self._thread, None
         if thread is not None:
-            self._server.shutdown()
+            self._server.shutdown()  # which waits for serve_forever; _accept always comes to it
             thread.join(CLOSE_SECONDS)
 
     def _end(self, connection: Connection, error: "Optional[PlexctlError]") -> None:
         relay = connection.relay
-        if self._verbose and relay is not None:
-            self._report("connection closed%s: %s up, %s down" % (
-                " (%s)" % error if error else "", show_bytes(relay.up.moved), show_bytes(relay.down.moved)))
-        elif error is not None and not isinstance(error, (SessionOver, ConnectionFailed, Stopped)):
+        if relay is not None:
+            self._sessions.say("connection closed%s: %s up, %s down", " (%s)" % error if error else "",
+                               show_bytes(relay.up.moved), show_bytes(relay.down.moved))
+        if error is not None and not isinstance(error, (SessionOver, ConnectionFailed, Stopped)):
             self.warn_once(str(error) if relay else "a connection was not served: %s" % error)
 
 
@@ -3434,23 +3405,22 @@ class Run:
         """--stdio: one connection over descriptors 0 and 1."""
         self.establish()
         load_modules()
-        began = elapsed_seconds()
+        began, reason, stdio = elapsed_seconds(), "connection closed", Stdio()
         ended: "List[Optional[PlexctlError]]" = []
 
         def end(connection: Connection, error: "Optional[PlexctlError]") -> None:
-            ended.append(error)
+            stdio.done.wait(CLOSE_SECONDS if error else None)  # what came is still delivered
+            ended.append(stdio.error or error)
             self.foreground.waker.wake()
 
-        leg = StdioLeg()
-        self.sessions.put(Connection(leg, end, leg.is_gone))
-        reason = "connection closed"
+        self.sessions.put(Connection(stdio.far, end, lambda: has_hung_up(stdio.far), wants_reason=True))
         try:
             while not ended:
                 self.watch_sessions()
             if ended[0] is not None:
                 raise ended[0]
         except Interrupted as interrupted:
-            if not ended or ended[0] is not None:  # else it is no accident any more
+            if ended != [None]:  # else it is no accident any more
                 reason = str(interrupted)
                 raise
         except PlexctlError:
@@ -3466,8 +3436,7 @@ class Run:
         """--proxy and -- COMMAND: the local socket is bound first, an address in use costs nothing."""
         options, foreground = self.options, self.foreground
         began, reason = elapsed_seconds(), ""
-        with Forwarder(options.local_addr, self.sessions, self.report, options.allow_other_users,
-                       options.verbose > 0) as forwarder:
+        with Forwarder(options.local_addr, self.sessions, options.allow_other_users) as forwarder:
             forwarder.start()  # connections may come, and wait
             worker = self.establish()
             try:
