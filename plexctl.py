@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # importing typing would take as long as compiling half of th
     import argparse
     import collections
     import datetime
+    import difflib
     import email.utils
     import hashlib
     import http.client
@@ -87,9 +88,9 @@ class LazyModule:
 
 
 LAZY_MODULES = (
-    "argparse", "collections", "datetime", "email.utils", "hashlib", "http.client", "json", "logging",
-    "mmap", "pwd", "re", "resource", "select", "shutil", "signal", "socket", "socketserver", "ssl", "stat",
-    "struct", "subprocess", "threading", "urllib.request")
+    "argparse", "collections", "datetime", "difflib", "email.utils", "hashlib", "http.client", "json",
+    "logging", "mmap", "pwd", "re", "resource", "select", "shutil", "signal", "socket", "socketserver", "ssl",
+    "stat", "struct", "subprocess", "threading", "urllib.request")
 globals().update((name.partition(".")[0], LazyModule(name)) for name in LAZY_MODULES)
 
 __version__ = "0.1.0"
@@ -3176,7 +3177,7 @@ persistent flags, before or after the command:
 exit codes: 0 done, 1 failure, 2 usage, 3 credentials, 4 forbidden, 77 ReBAC denial, COMMAND's own
 """
 
-NO_COMMAND = "no such command; the one there is: tcp-forward"
+PRINTED = {"-h": DESCRIPTION, "--help": DESCRIPTION, "--version": "plexctl %s\n" % __version__}
 
 
 def parse_word(text: str) -> str:
@@ -3187,78 +3188,79 @@ def parse_word(text: str) -> str:
 
 
 def parse_switch(text: str) -> bool:
-    """The value of a boolean flag; a bare --flag was made --flag=true before."""
+    """The value of a boolean flag; `check_words` has made a bare --flag --flag=true."""
     if text not in ("true", "false"):
         raise ValueError("takes true or false, or nothing")
     return text == "true"
 
 
-REQUIRED_FLAGS: "Dict[str, Callable[[str], Any]]" = {
-    "--project-id": parse_uuid, "--resource-id": parse_uuid, "--host": parse_target_host,
-    "--port": parse_port}
-PERSISTENT_FLAGS: "Dict[str, Callable[[str], Any]]" = {
-    "--server": parse_word, "--profile": parse_word, "--token-file": parse_word,
-    "--output": one_of(*FORMATS), "--ca-file": parse_word, "--allow-http": parse_switch,
-    "--reveal-secrets": parse_switch, "--yes": parse_switch}
-FORWARD_FLAGS: "Dict[str, Callable[[str], Any]]" = dict(
-    REQUIRED_FLAGS, **PERSISTENT_FLAGS, **{
-        "--local-addr": parse_local_address, "--ttl-seconds": lambda text: parse_int(text, 0, 10 ** 9),
-        "--wait-seconds": parse_seconds, "--max-sessions": lambda text: parse_int(text, 1, 32),
-        "--min-sessions": lambda text: parse_int(text, 1, 32),
-        "--proxy": parse_switch, "--stdio": parse_switch, "--renew": parse_switch,
-        "--keep-session": parse_switch, "--allow-other-users": parse_switch})
+REQUIRED = object()
+SWITCH = (parse_switch, False)
+PERSISTENT_FLAGS: "Dict[str, Tuple[Callable[[str], Any], Any]]" = {  # what reads the value; the default
+    "--server": (parse_word, None), "--profile": (parse_word, None), "--token-file": (parse_word, None),
+    "--output": (one_of(*FORMATS), "text"), "--ca-file": (parse_word, None), "--allow-http": SWITCH,
+    "--reveal-secrets": SWITCH, "--yes": SWITCH, "--verbose": (parse_switch, [])}
+FLAGS: "Dict[str, Tuple[Callable[[str], Any], Any]]" = dict(PERSISTENT_FLAGS, **{
+    "--project-id": (parse_uuid, REQUIRED), "--resource-id": (parse_uuid, REQUIRED),
+    "--host": (parse_target_host, REQUIRED), "--port": (parse_port, REQUIRED),
+    "--local-addr": (parse_local_address, None), "--wait-seconds": (parse_seconds, 90.0),
+    "--ttl-seconds": (lambda text: parse_int(text, 0, 10 ** 9), 0),
+    "--max-sessions": (lambda text: parse_int(text, 1, 32), None),
+    "--min-sessions": (lambda text: parse_int(text, 1, 32), None),
+    "--proxy": SWITCH, "--stdio": SWITCH, "--renew": SWITCH, "--keep-session": SWITCH,
+    "--allow-other-users": SWITCH})
 DEFAULT_MAX_SESSIONS = 4
-DEFAULTS = {"--output": "text", "--ttl-seconds": 0, "--wait-seconds": 90.0}
 
 
-def split_arguments(argv: "Sequence[str]") -> "Tuple[List[str], Optional[List[str]], str]":
-    """The flags before `--`, each one word; the COMMAND behind it; and what -h or --version prints.
+def describe_unknown(flag: str) -> str:
+    """A flag without what may be a secret, and which known one was meant."""
+    if flag[:2] != "--":
+        return escape(flag[:2]) + "..." * (len(flag) > 2)
+    alike = ([name for name in (*FLAGS, *PRINTED) if name.startswith(flag)]
+             or difflib.get_close_matches(flag, (*FLAGS, *PRINTED), 1, 0.8))
+    return escape(flag, 40) + ("; is %s meant?" % " or ".join(alike) if flag[2:] and alike else "")
 
-    argparse would take the value of an unknown flag for a command, and show it; and the -h of a
-    COMMAND that stands without `--` for ours.
+
+def check_words(words: "Sequence[str]") -> "Tuple[str, List[str]]":
+    """What -h or --version prints, and the flags as argparse is to see them.
+
+    It would show an unknown flag's value, drop a value of `--` up to 3.12, not take -vv apart up to 3.7,
+    and take the -h of a COMMAND that stands without `--` for ours.
     """
     flags: "List[str]" = []
-    end = argv.index("--") if "--" in argv else len(argv)
     known, takes_value = PERSISTENT_FLAGS, False
-    for argument in argv[:end]:
-        flag, equals, _ = argument.partition("=")
-        is_flag = argument[:1] == "-" and not set(argument[1:2]) <= DIGITS
-        if argument in ("-h", "--help", "--version"):
-            return [], None, "plexctl %s\n" % __version__ if argument == "--version" else DESCRIPTION
-        if takes_value and not is_flag:
-            flags[-1] += "=" + argument
-            takes_value = False
-        elif not is_flag:
-            if known is FORWARD_FLAGS:
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if word in PRINTED:
+            return PRINTED[word], []
+        if word[:1] != "-" or set(word[1:2]) <= DIGITS:
+            if takes_value:
+                flags.append(word)
+            elif known is FLAGS:
                 raise UsageError("unexpected argument after the command: a COMMAND stands behind --")
-            if argument != "tcp-forward":
-                raise UsageError(NO_COMMAND)
-            known = FORWARD_FLAGS
-        elif argument == "--verbose" or not argument[1:].strip("v"):
-            # 3.6 and 3.7 do not take -vv apart where abbreviations are off
-            flags += ["-v"] * (1 if argument == "--verbose" else len(argument) - 1)
+            elif word == "tcp-forward":
+                known = FLAGS
+            else:
+                break
             takes_value = False
-        elif flag in known:
-            if argument == flag + "=--":  # argparse would drop it, up to 3.12
-                raise UsageError("%s: must not be --" % flag)
-            takes_value = not equals and known[flag] is not parse_switch
-            flags.append(argument if equals or takes_value else flag + "=true")
-        elif flag == "--verbose" or flag[:2] == "-v":
-            raise UsageError("--verbose: takes no value")
-        elif flag in FORWARD_FLAGS:
-            raise UsageError("%s: goes behind the command, tcp-forward" % flag)
-        else:
-            raise UsageError("unknown flag %s" % escape(flag if flag[:2] == "--" else flag[:2], 40))
-    if known is not FORWARD_FLAGS:
-        raise UsageError(NO_COMMAND)
-    return flags, list(argv[end + 1:]) if end < len(argv) else None, ""
+            continue
+        times, flag = (len(flag) - 1, "--verbose") if flag.rstrip("v") == "-" else (1, flag)
+        if flag not in known:
+            raise UsageError("%s: goes behind the command, tcp-forward" % flag if flag in FLAGS else
+                             "unknown flag " + describe_unknown(flag))
+        if value == "--":
+            raise UsageError("%s: must not be --" % flag)
+        takes_value = not equals and FLAGS[flag][0] is not parse_switch
+        flags += [flag + (equals + value if equals or takes_value else "=true")] * times
+    if known is not FLAGS:
+        raise UsageError("no such command; the one there is: tcp-forward")
+    return "", flags
 
 
 def create_parser() -> "argparse.ArgumentParser":
-    """The parser of what `split_arguments` let through; a persistent flag may stand there twice."""
+    """The parser of what `check_words` let through; of several values the last one counts."""
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> "NoReturn":  # no value and no control character in it
-            message = message.replace("the following arguments are required", "missing")
             raise UsageError(escape(message.replace("argument ", "", 1)))
 
     def checked(parse: "Callable[[str], Any]") -> "Callable[[str], Any]":
@@ -3272,50 +3274,53 @@ def create_parser() -> "argparse.ArgumentParser":
     # a width, or each add_argument would import shutil to ask the terminal for one
     parser = Parser(prog="plexctl", add_help=False, allow_abbrev=False,
                     formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100))
-    for flag, parse in FORWARD_FLAGS.items():
-        parser.add_argument(flag, type=checked(parse), required=flag in REQUIRED_FLAGS,
-                            default=DEFAULTS.get(flag, False if parse is parse_switch else None))
-    parser.add_argument("-v", "--verbose", action="count", default=0)
+    for flag, (parse, default) in FLAGS.items():
+        parser.add_argument(flag, type=checked(parse), required=default is REQUIRED, default=default,
+                            action="append" if default == [] else "store")
     return parser
 
 
-def parse_arguments(flags: "Sequence[str]", command: "Optional[List[str]]") -> "argparse.Namespace":
-    """The options, from what `split_arguments` returned; UsageError where they are not right."""
-    options = create_parser().parse_args(flags)
-    options.command = command
-    check_together(options)
-    return options
+def parse_arguments(argv: "Sequence[str]") -> "Tuple[str, Any]":
+    """What -h or --version prints, or the options; UsageError where they are not right."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    try:
+        prints, flags = check_words(argv[:end])
+        options = None if prints else create_parser().parse_args(flags)
+        if options is not None:
+            options.verbose = sum(options.verbose)
+            options.command = list(argv[end + 1:]) if end < len(argv) else None
+            check_together(options)
+        return prints, options
+    except UsageError as error:
+        raise UsageError("%s (see plexctl --help)" % error) from None
 
 
 def check_together(options: "argparse.Namespace") -> None:
-    """Flags that exclude or need one another; fills in `mode` and the default of --local-addr."""
-    modes = [name for name, given in (("--proxy", options.proxy), ("--stdio", options.stdio),
-                                      ("-- COMMAND", options.command is not None)) if given]
+    """Flags that exclude or need one another; fills in `mode` and what depends on others."""
+    def given(*flags: str) -> "List[str]":
+        return [flag for flag in flags if getattr(options, flag[2:].replace("-", "_"))]
+
+    modes = given("--proxy", "--stdio") + ["-- COMMAND"] * (options.command is not None)
     if len(modes) > 1:
         raise UsageError("%s and %s exclude each other" % tuple(modes[:2]))
-    if options.command is not None and not (options.command and options.command[0]):
+    if options.command is not None and not any(options.command[:1]):
         raise UsageError("--: a COMMAND must follow")
-    for flag, given, with_stdio in (
-            ("--renew", options.renew, False), ("--keep-session", options.keep_session, True),
-            ("--allow-other-users", options.allow_other_users, False),
-            ("--max-sessions", options.max_sessions, False), ("--min-sessions", options.min_sessions, False)):
-        if given and not modes:
-            raise UsageError("%s needs --proxy%s or -- COMMAND" % (flag, ", --stdio" if with_stdio else ""))
-        if given and options.stdio and not with_stdio:
-            raise UsageError("%s does not go with --stdio, which has one connection" % flag)
-    if not modes and options.local_addr and options.local_addr.path:
-        raise UsageError("--local-addr unix: needs --proxy or -- COMMAND")
-    if options.stdio and options.local_addr:
-        raise UsageError("--local-addr does not go with --stdio, which has no local socket")
+    options.mode = modes[0] if modes else "print"
+    listening = given("--max-sessions", "--min-sessions", "--renew", "--allow-other-users")
+    if options.local_addr and (options.stdio or options.local_addr.path):
+        listening.append("--local-addr unix:" if options.local_addr.path else "--local-addr")
+    if listening and options.mode in ("print", "--stdio"):
+        raise UsageError("%s needs --proxy or -- COMMAND" % listening[0])
+    if options.keep_session and not modes:
+        raise UsageError("--keep-session needs --proxy, --stdio or -- COMMAND")
     if options.stdio and is_standard_input(options.token_file or ""):
         raise UsageError("--token-file - does not go with --stdio: both read standard input")
-    options.max_sessions = options.max_sessions or max(DEFAULT_MAX_SESSIONS, options.min_sessions or 1)
+    options.max_sessions = options.max_sessions or DEFAULT_MAX_SESSIONS
     options.min_sessions = options.min_sessions or 1
     if options.min_sessions > options.max_sessions:
         raise UsageError("--min-sessions must not be more than --max-sessions (%d)" % options.max_sessions)
     if options.server:
         check_server(options.server, "--server", options.allow_http)
-    options.mode = modes[0] if modes else "print"
     options.local_addr = options.local_addr or LocalAddress("127.0.0.1", 0)
 
 
@@ -3654,11 +3659,10 @@ def perform(argv: "Optional[Sequence[str]]" = None,
     """The command, as an exit code and the number of the signal that ended it (0: none)."""
     prints = ""
     try:
-        flags, command, prints = split_arguments(sys.argv[1:] if argv is None else argv)
+        prints, options = parse_arguments(sys.argv[1:] if argv is None else argv)
         if prints:
             write_all(sys.stdout, prints)
             return EXIT_OK, 0
-        options = parse_arguments(flags, command)
         foreground = Foreground(sys.stderr, options.mode in ("print", "--proxy"))
         restore_handlers = handle_signals(foreground)
     except PlexctlError as error:

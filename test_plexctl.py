@@ -2394,13 +2394,19 @@ USAGE_ERRORS += [(["tcp-forward"] + REQUIRED_FLAGS + [flag, text], flag) for fla
     ("--local-addr", ["", "127.0.0.1", "127.1:0", "0:0", "[::1]", "::1:0", "127.0.0.1:65536",
                       "unix:/run/db.sock", "unix:x"]),
 ) for text in texts]
-USAGE_ERRORS += [(["tcp-forward"] + REQUIRED_FLAGS + ["--proxy", "--max-sessions", text], "--max-sessions")
-                 for text in BAD_NUMBERS + ["0", "33"]]
+USAGE_ERRORS += [(["tcp-forward"] + REQUIRED_FLAGS + ["--proxy", flag, text], flag)
+                 for flag in ("--max-sessions", "--min-sessions") for text in BAD_NUMBERS + ["0", "33"]]
 USAGE_ERRORS += [(["tcp-forward"] + REQUIRED_FLAGS + words, flag) for words, flag in (
     (["--proxy", "--stdio"], "--proxy"), (["--proxy", "--", "true"], "--proxy"),
     (["--stdio", "--", "true"], "--stdio"), (["--max-sessions", "2"], "--max-sessions"),
-    (["--max-sessions", "1"], "--max-sessions"), (["--renew"], "--renew"),
+    (["--max-sessions", "4"], "--max-sessions"), (["--min-sessions", "2"], "--min-sessions"),
+    (["--min-sessions", "1"], "--min-sessions"), (["--renew"], "--renew"),
     (["--keep-session"], "--keep-session"), (["--allow-other-users"], "--allow-other-users"),
+    (["--stdio", "--max-sessions", "4"], "--max-sessions"),
+    (["--stdio", "--min-sessions", "1"], "--min-sessions"), (["--stdio", "--renew"], "--renew"),
+    (["--stdio", "--allow-other-users"], "--allow-other-users"),
+    (["--proxy", "--min-sessions", "5"], "--min-sessions"),
+    (["--min-sessions", "3", "--max-sessions", "2", "--", "true"], "--min-sessions"),
     (["--local-addr", "127.0.0.1:0", "--stdio"], "--local-addr"),
     (["--local-addr", "unix:/x", "--stdio"], "--local-addr"), (["--"], "--"), (["--", ""], "--"),
     (["--proxy", "--"], "--"), (["--reveal"], "--reveal"), (["--reveal=true"], "--reveal"),
@@ -2408,7 +2414,7 @@ USAGE_ERRORS += [(["tcp-forward"] + REQUIRED_FLAGS + words, flag) for words, fla
     (["--serv=x"], "--serv"), (["--reveal-secrets=maybe"], "--reveal-secrets"),
     (["--reveal-secrets="], "--reveal-secrets"), (["--reveal-secrets=TRUE"], "--reveal-secrets"),
     (["--proxy=1"], "--proxy"), (["--yes=no"], "--yes"), (["--nonsense"], "--nonsense"), (["-x"], "-x"),
-    (["-vx"], "--verbose"), (["--verbose=2"], "--verbose"), (["--port"], "--port"),
+    (["-vx"], "-v..."), (["--verbose=2"], "--verbose"), (["--port"], "--port"),
     (["--server"], "--server"), (["--output", "--yes"], "--output"),
     (["argument"], "argument"), (["tcp-forward"], "argument"))]
 USAGE_ERRORS += [(words + ["tcp-forward"] + REQUIRED_FLAGS, flag) for words, flag in (
@@ -2428,8 +2434,41 @@ def test_a_usage_error_is_one_line_that_names_the_flag(cli, simulation, tmp_path
     audit_log = tmp_path / "audit.log"
     more = {} if "--server" in args else {"PLEXSPHERE_URL": simulation.plane.url}
     result = cli(args, dict(more, PLEXSPHERE_TOKEN=BEARER, PLEXCTL_AUDIT_LOG=str(audit_log)))
-    assert is_usage_error(result, flag) and simulation.plane.requests == []
+    assert is_usage_error(result, flag, "plexctl --help") and simulation.plane.requests == []
     assert "psk_x" not in result.err and not audit_log.exists()
+
+
+@pytest.mark.parametrize("flag, meant", [
+    ("--ttl", "--ttl-seconds"), ("--ttl=5", "--ttl-seconds"), ("--token", "--token-file"),
+    ("--max", "--max-sessions"), ("--reveal", "--reveal-secrets"), ("--ou", "--output"),
+    ("--prot", "--port"), ("--ports", "--port"), ("--pott", "--port"), ("--por", "--port"),
+    ("--yess", "--yes"), ("--resourceid", "--resource-id"), ("--project_id", "--project-id"),
+    ("--wait-second", "--wait-seconds"), ("--hlep", "--help"), ("--versoin", "--version"),
+    ("--verbos", "--verbose"), ("--allow", "--allow-http or --allow-other-users"),
+    ("--session-count", ""), ("--foo", ""), ("--x", ""), ("--=x", ""), ("-t", ""), ("-tfoo", "")], ids=shown)
+@pytest.mark.parametrize("where", ["before the command", "behind it"])
+def test_an_unknown_flag_that_is_almost_a_known_one_names_that_one(cli, flag, meant, where):
+    args = ["tcp-forward"] + REQUIRED_FLAGS
+    result = cli([flag] + args if where == "before the command" else args + [flag])
+    line = one_error_line(result, "unknown flag " + (flag.split("=")[0] if flag[:2] == "--" else flag[:2]))
+    assert result.status == 2 and ("; is %s meant?" % meant in line if meant else "meant" not in line)
+
+
+@pytest.mark.parametrize("flags", [
+    ["--proxy", "--max-sessions", "1"], ["--proxy", "--max-sessions", "32", "--min-sessions", "32"],
+    ["--proxy", "--min-sessions", "4"], ["--renew", "--min-sessions", "1", "--", "true"],
+    ["--max-sessions", "9", "--min-sessions", "9", "--allow-other-users", "--", "true"],
+    ["--stdio", "--keep-session", "--wait-seconds", "0.5"]], ids=shown)
+def test_flags_that_go_together_are_taken(flags):
+    prints, options = plexctl.parse_arguments(["tcp-forward"] + REQUIRED_FLAGS + flags)
+    assert not prints and 1 <= options.min_sessions <= options.max_sessions
+
+
+def test_the_defaults_are_the_published_ones():
+    _, options = plexctl.parse_arguments(["tcp-forward"] + REQUIRED_FLAGS)
+    assert (options.max_sessions, options.min_sessions, options.wait_seconds, options.ttl_seconds) == (
+        4, 1, 90, 0)
+    assert (options.mode, options.output, str(options.local_addr)) == ("print", "text", "127.0.0.1:0")
 
 
 @pytest.mark.parametrize("args", [["--token-file", "/nonexistent"], ["--profile", "gone"],
@@ -2488,7 +2527,7 @@ def test_a_unix_address_without_a_listener_is_told_what_it_needs(cli):
     assert result.status == 2 and "--stdio" not in line
 
 
-@pytest.mark.parametrize("flag", sorted(plexctl.FORWARD_FLAGS))
+@pytest.mark.parametrize("flag", sorted(plexctl.FLAGS))
 def test_two_hyphens_are_no_value(cli, simulation, flag):
     """argparse up to 3.12 drops them, and takes the flag for one with an empty list."""
     result = cli(forward_args(simulation.plane, flag + "=--"), simulation.plane.environment())
@@ -7283,7 +7322,7 @@ def test_the_published_examples_work_word_for_word(simulation, tmp_path, line):
 
 
 def test_the_readme_names_every_flag_and_only_these():
-    flags = set(plexctl.FORWARD_FLAGS) | {"--verbose", "--version", "--help"}
+    flags = set(plexctl.FLAGS) | {"--version", "--help"}
     assert flags == set(re.findall(r"(?m)^  (?:-\w, )?(--[\w-]+)", plexctl.DESCRIPTION))
     with open(os.path.join(HERE, "README.md")) as readme:
         named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", readme.read()))
