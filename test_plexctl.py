@@ -4126,9 +4126,9 @@ def test_one_client_serves_several_threads_at_once(lone_plane):
 MIB = 1 << 20
 WAYS = {  # how the relay works on this host, or would on another one
     "epoll": {},
-    "selectors": {"poller": plexctl.SelectorPoller},
+    "selectors": {"poller": plexctl.SelectPoller},
     "connect": {"take": False},  # every dial in a thread
-    "nonblocking": {"poller": plexctl.SelectorPoller, "dontwait": 0},  # as on Windows: no bulk threads
+    "nonblocking": {"poller": plexctl.SelectPoller, "dontwait": 0},  # as on Windows: no bulk threads
 }
 
 
@@ -4673,7 +4673,7 @@ def test_an_error_in_what_the_end_of_a_connection_calls_stops_nobody(loop, earli
 
 def test_the_selector_poller_watches_what_it_is_told():
     here, there = socket.socketpair()
-    poller, fd = plexctl.SelectorPoller(), here.fileno()
+    poller, fd = plexctl.SelectPoller(), here.fileno()
     with here, there:
         poller.register(fd, 0)
         assert poller.poll(0) == []
