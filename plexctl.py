@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # importing typing would take as long as compiling half of th
     import collections
     import datetime
     import email.utils
+    import hashlib
     import http.client
     import json
     import logging
@@ -54,6 +55,9 @@ if TYPE_CHECKING:  # importing typing would take as long as compiling half of th
     import urllib.request
     from typing import (Any, Callable, Dict, IO, List, Mapping, NoReturn, Optional, Sequence, Set, Tuple)
 
+    Environ = Mapping[str, str]
+    Report = Callable[[str], None]  # takes a line for people, from any thread
+
 
 class LazyModule:
     """A module that is loaded at its first use, and takes this one's place then.
@@ -65,15 +69,21 @@ class LazyModule:
         self._name = name
 
     def __getattr__(self, attribute: str) -> "Any":
-        module = __import__(self._name)
+        try:
+            module = __import__(self._name)
+        except (ImportError, OSError) as error:  # it is not there, or there are no descriptors left
+            raise MissingModule("this Python cannot load its module %s: %s%s" % (
+                getattr(error, "name", None) or self._name, escape(getattr(error, "msg", show_error(error))),
+                "; install its whole standard library (Debian, Ubuntu: apt install python3), with OpenSSL "
+                "where it is built from source" if isinstance(error, ModuleNotFoundError) else "")) from error
         globals()[module.__name__] = module
         return getattr(module, attribute)
 
 
 LAZY_MODULES = (
-    "argparse", "collections", "datetime", "email.utils", "http.client", "json", "logging", "mmap",
-    "pwd", "re", "resource", "select", "shutil", "signal", "socket", "socketserver", "ssl",
-    "stat", "struct", "subprocess", "threading", "urllib.request")
+    "argparse", "collections", "datetime", "email.utils", "hashlib", "http.client", "json", "logging",
+    "mmap", "pwd", "re", "resource", "select", "shutil", "signal", "socket", "socketserver", "ssl", "stat",
+    "struct", "subprocess", "threading", "urllib.request")
 globals().update((name.partition(".")[0], LazyModule(name)) for name in LAZY_MODULES)
 
 __version__ = "0.1.0"
@@ -112,18 +122,23 @@ SHOWN_MAX_CHARACTERS = 300
 class PlexctlError(Exception):
     """Anything that ends the command with one line on stderr.
 
-    `exit_code` is the process's exit status (int, section "Exit codes" of the README); `passing`:
-    the same may well succeed a little later; `may_exist`: a session may have been issued all the same.
+    `exit_code` is the process's exit status; `passing`: the same may well succeed a little later;
+    `may_exist`: a session may have been issued all the same.
     """
 
     exit_code = EXIT_FAILURE
     passing = False
     may_exist = False
 
-    def __init__(self, message: str, exit_code: "Optional[int]" = None) -> None:
+    def __init__(self, message: str, exit_code: "Optional[int]" = None, **facts: "Any") -> None:
         super().__init__(message)
         if exit_code is not None:
             self.exit_code = exit_code
+        vars(self).update(facts)
+
+
+class MissingModule(PlexctlError, ImportError):
+    """A module of the standard library that cannot be loaded; found out at its first use."""
 
 
 class UsageError(PlexctlError):
@@ -139,22 +154,22 @@ class CredentialsError(PlexctlError):
 
 
 class TransportError(PlexctlError):
-    """No usable answer. `sent`: the request may have reached the server; `final`: do not retry."""
-
-    def __init__(self, message: str, sent: bool = False, final: bool = False) -> None:
-        super().__init__(message)
-        self.sent = sent
-        self.passing = not final
+    """No usable answer of the control plane."""
 
 
 class ApiError(PlexctlError):
-    """The control plane answered with an error. `status` is HTTP's, `code` the problem's."""
+    """The control plane answered with an error. `status` is HTTP's, `code` the problem's.
 
-    def __init__(self, message: str, exit_code: int, status: int, code: str) -> None:
-        super().__init__(message, exit_code)
-        self.status = status
-        self.code = code
-        self.passing = status in (502, 503, 504) or status == 409 and code == "idempotent_replay"
+    `retry_after_seconds` is None where the server did not say.
+    """
+
+    status = 0
+    code = ""
+    retry_after_seconds: "Optional[float]" = None
+
+
+class Cancelled(PlexctlError):
+    """A question whose answer nobody waits for any more: the run is ending."""
 
 
 class SessionOver(PlexctlError):
@@ -169,15 +184,98 @@ class Interrupted(Exception):
         self.signum = signum
 
 
+# ---------------------------------------------------------------------------------------- system
+
+ON_LINUX = sys.platform.startswith("linux")
+READABLE, WRITABLE = 1, 4  # POLLIN and POLLOUT, EPOLLIN and EPOLLOUT
+# CLOCK_BOOTTIME counts suspend on Linux (7; Python names it from 3.7 on); on macOS
+# CLOCK_MONOTONIC does. On Windows time.monotonic() does.
+_CLOCK = 7 if ON_LINUX else getattr(time, "CLOCK_MONOTONIC", None)
+
+
+def elapsed_seconds() -> float:
+    """A clock that nobody sets, and that goes on while the machine sleeps."""
+    return time.clock_gettime(_CLOCK) if _CLOCK is not None else time.monotonic()
+
+
+def start_thread(function: "Callable[..., object]", *arguments: "Any") -> bool:
+    """Runs it in a thread that does not keep the process alive; False if there are no more threads."""
+    try:
+        threading.Thread(target=function, args=arguments, daemon=True).start()
+        return True
+    except RuntimeError:
+        return False
+
+
+def send_datagram(path: str, data: bytes, seconds: float) -> None:
+    """Sends it to a unix socket; OSError where that does not take it in time.
+
+    A stream socket, as some syslogs have, gets a NUL behind it, which ends a record there.
+    """
+    for kind, end in ((socket.SOCK_DGRAM, b""), (socket.SOCK_STREAM, b"\0")):
+        with socket.socket(socket.AF_UNIX, kind) as sock:
+            sock.settimeout(seconds)
+            try:
+                sock.connect(path)
+            except OSError as error:
+                if error.errno == errno.EPROTOTYPE and kind == socket.SOCK_DGRAM:
+                    continue
+                raise
+            sock.sendall(data + end)
+            return
+
+
+def wait_for(fd: int, mask: int, seconds: "Optional[float]" = None, stop_fd: int = -1) -> bool:
+    """Waits until a descriptor is ready, for ever, or for so long, or until `stop_fd` is readable."""
+    if ON_LINUX:  # where poll() takes terminals as well, and any number
+        poller = select.poll()
+        poller.register(fd, mask)
+        if stop_fd >= 0:
+            poller.register(stop_fd, READABLE)
+        ready = poller.poll(None if seconds is None else max(0.0, seconds) * 1000)
+        return any(each == fd for each, _ in ready)
+    readable, writable, _ = select.select(
+        ([fd] if mask == READABLE else []) + ([stop_fd] if stop_fd >= 0 else []),
+        [fd] if mask == WRITABLE else [], [], None if seconds is None else max(0.0, seconds))
+    return fd in readable or fd in writable
+
+
+def open_nowhere(flags: int) -> int:
+    """A descriptor that takes or gives nothing, also where there is no /dev/null."""
+    try:
+        return os.open(os.devnull, flags)
+    except OSError:
+        return os.open(os.sep, os.O_RDONLY)
+
+
+def load_modules() -> None:
+    """Whatever may be used later: Python may be upgraded under a proxy that runs."""
+    for name in ("email", "http", "json", "mmap", "re", "select", "signal", "socket", "socketserver",
+                 "struct", "threading", "urllib"):
+        getattr(globals()[name], "__name__")  # noqa: B009
+
+
 # ---------------------------------------------------------------------------------------- values
 
 DIGITS = frozenset("0123456789")
-HEX_DIGITS = DIGITS | frozenset("abcdefABCDEF")
-NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ-_") | DIGITS
+PORT_MAX = 65535
+JSON_INT_MAX_DIGITS = 4300  # newer Pythons refuse more; 3.6 takes a quarter of a minute for 1 MiB
+HOST_MAX_CHARACTERS = 253  # RFC 1035, section 2.3.4, as text
+SOCKET_PATH_MAX_BYTES = 100  # sun_path has 104 on macOS, 108 on Linux
+UUID_PATTERN = r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
+NAME_PATTERN = r"(?a)(?:LABEL\.)*(?!0[xX]|[0-9]+\.?\Z)LABEL\.?".replace("LABEL", r"\w(?:[\w-]{0,61}\w)?")
 URL_PATTERN = r"(?=[!-~]*\Z)" \
     r"(?i:(https?))://(\[[0-9a-fA-F:.]+\]|[^\[\]/:?#@\\]+)(?::([0-9]{1,5}))?(/[^?#\\]*)?"
 TIME_PATTERN = r"([0-9]{4})-([0-9]{2})-([0-9]{2})[Tt]([0-9]{2}):([0-9]{2}):([0-5][0-9]|60)" \
     r"(\.[0-9]{1,9})?(?:[Zz]|([+-])([01][0-9]|2[0-3]):([0-5][0-9]))"
+LOOPBACK_NAMES = frozenset("localhost localhost4 localhost6 ip6-localhost ip6-loopback".split())
+MAPPED_PREFIX = b"\0" * 10 + b"\xff\xff"  # RFC 4291, section 2.5.5.2
+TEREDO_PREFIX = b"\x20\x01\0\0"  # RFC 4380, section 4; the IPv4 address in it is inverted
+EMBEDDED_IPV4 = (  # the beginning of an IPv6 address, and where an IPv4 address stands in it then
+    (b"\0" * 12, 12),  # compatible: RFC 4291, section 2.5.5.1
+    (b"\0" * 8 + b"\xff\xff\0\0", 12),  # translated: RFC 2765, section 2.1
+    (b"\0\x64\xff\x9b" + b"\0" * 8, 12),  # NAT64: RFC 6052, section 2.1
+    (b"\x20\x02", 2))  # 6to4: RFC 3056, section 2
 
 
 def escape(text: str, limit: int = SHOWN_MAX_CHARACTERS) -> str:
@@ -188,22 +286,21 @@ def escape(text: str, limit: int = SHOWN_MAX_CHARACTERS) -> str:
 
 def parse_uuid(text: str) -> str:
     """The canonical 8-4-4-4-12 form (RFC 9562, section 4), in lower case."""
-    parts = text.split("-")
-    if [len(part) for part in parts] != [8, 4, 4, 4, 12] or not set("".join(parts)) <= HEX_DIGITS:
+    if not re.fullmatch(UUID_PATTERN, text):
         raise ValueError("must be a UUID of 8-4-4-4-12 hexadecimal digits")
     return text.lower()
 
 
 def parse_int(text: str, low: int, high: int) -> int:
     """Plain ASCII digits, `low` to `high`."""
-    if not 1 <= len(text) <= 18 or not set(text) <= DIGITS or not low <= int(text) <= high:
+    if not re.fullmatch("[0-9]{1,18}", text) or not low <= int(text) <= high:
         raise ValueError("must be a whole number from %d to %d" % (low, high))
     return int(text)
 
 
 def parse_port(text: str) -> int:
-    """A TCP port, 1 to 65535."""
-    return parse_int(text, 1, 65535)
+    """A TCP port that something can listen on."""
+    return parse_int(text, 1, PORT_MAX)
 
 
 def parse_seconds(text: str) -> float:
@@ -226,7 +323,7 @@ def parse_target_host(text: str) -> str:
     """A target host as the Node will see it: printable, no white space."""
     if not text.strip():
         raise ValueError("must not be empty")
-    if len(text) > 253 or not text.isprintable() or " " in text:
+    if len(text) > HOST_MAX_CHARACTERS or not text.isprintable() or " " in text:
         raise ValueError("must be a host name or address without white space")
     if text.count(":") == 1:
         raise ValueError("must be a host alone; its port goes in --port")
@@ -235,11 +332,7 @@ def parse_target_host(text: str) -> str:
 
 def is_name(host: str) -> bool:
     """A DNS name whose last label cannot be taken for a number (RFC 1123, section 2.1)."""
-    labels = (host[:-1] if host.endswith(".") else host).split(".")
-    last = labels[-1].lower()
-    return (len(host) <= 253 and not set(last) <= DIGITS and not last.startswith("0x")
-            and all(1 <= len(label) <= 63 and set(label) <= NAME_CHARACTERS
-                    and label == label.strip("-") for label in labels))
+    return len(host) <= HOST_MAX_CHARACTERS and bool(re.fullmatch(NAME_PATTERN, host))
 
 
 def pack_address(host: str) -> bytes:
@@ -251,8 +344,7 @@ def pack_address(host: str) -> bytes:
         packed = socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
     except (OSError, ValueError):
         return b""
-    mapped = b"\0" * 10 + b"\xff\xff"
-    return packed[12:] if packed.startswith(mapped) else packed
+    return packed[12:] if packed.startswith(MAPPED_PREFIX) else packed
 
 
 def is_loopback(host: str) -> bool:
@@ -262,13 +354,39 @@ def is_loopback(host: str) -> bool:
             or packed == b"\0" * 15 + b"\1")
 
 
-def is_dialable(host: str) -> bool:
-    """False for loopback, unspecified, multicast and broadcast addresses."""
-    if is_loopback(host) or host.lower().rstrip(".").endswith(".localhost"):
-        return False
-    packed = pack_address(host)
-    multicast = packed[:1] >= (b"\xe0" if len(packed) == 4 else b"\xff")
-    return not multicast and packed not in (b"\0" * 4, b"\0" * 16)
+def is_own_name(host: str) -> bool:
+    """Whether a name is one of this host's. Nothing is looked up."""
+    own = socket.gethostname().lower()
+    name = host.lower().rstrip(".")
+    label, _, domain = name.partition(".")
+    return (name in (own, own.partition(".")[0]) or name.endswith(".localhost")
+            or label in LOOPBACK_NAMES and (not domain or domain.startswith("localdomain")))
+
+
+def is_dialable(host: str, from_loopback: bool = False) -> bool:
+    """Whether a listener endpoint may be at `host`, a name or an address.
+
+    Not on this machine, no multicast, no Teredo, nothing link-local (169.254/16, where clouds keep
+    their metadata service, fe80::/10), nor an IPv6 address in which such an IPv4 address stands.
+    `from_loopback`: the control plane is on this machine, and so may be the Node; what is
+    link-local stays refused, since a control plane behind `ssh -L` is on loopback, too.
+    """
+    packed = pack_address(host.partition("%")[0])  # getaddrinfo gives fe80::1%eth0
+    if not packed:
+        return from_loopback or not is_own_name(host)
+    found = [packed]
+    if len(packed) == 16:
+        found += [packed[at:at + 4] for prefix, at in EMBEDDED_IPV4 if packed.startswith(prefix)]
+    for each in found:
+        is_ipv4 = len(each) == 4
+        if each.startswith(b"\xa9\xfe" if is_ipv4 else TEREDO_PREFIX) \
+                or not is_ipv4 and b"\xfe\x80" <= each[:2] <= b"\xfe\xbf":
+            return False
+        is_here = each[:1] == b"\x7f" if is_ipv4 else each == b"\0" * 15 + b"\1"
+        is_multicast = each[:1] >= (b"\xe0" if is_ipv4 else b"\xff")
+        if not from_loopback and (is_here or is_multicast or not any(each)):
+            return False
+    return True
 
 
 def join_host_port(host: str, port: int) -> str:
@@ -307,7 +425,7 @@ def parse_endpoint(text: str, lowest_port: int = 1) -> Endpoint:
     has_brackets = host != left
     if len(port) > 5 or has_brackets != (":" in host) or not (is_name(host) or pack_address(host)):
         raise ValueError("must be host:port, with brackets around an IPv6 address")
-    return Endpoint(host, parse_int(port, lowest_port, 65535))
+    return Endpoint(host, parse_int(port, lowest_port, PORT_MAX))
 
 
 class LocalAddress(Record):
@@ -323,20 +441,20 @@ class LocalAddress(Record):
 
 def parse_local_address(text: str) -> LocalAddress:
     """127.0.0.1:0, [::1]:0 or unix:/path. `localhost` is taken for 127.0.0.1, so it stays literal."""
-    if text.startswith("unix:"):
-        path = text[len("unix:"):]
-        if not path.startswith("/") or not path.isprintable() or len(os.fsencode(path)) > 100:
-            raise ValueError("must be unix: and an absolute path of at most 100 bytes")
+    scheme, _, path = text.partition(":")
+    if scheme == "unix":
+        if path[:1] != "/" or not path.isprintable() or len(os.fsencode(path)) > SOCKET_PATH_MAX_BYTES:
+            raise ValueError("must be unix: and an absolute path of at most %d bytes" % SOCKET_PATH_MAX_BYTES)
         return LocalAddress("", 0, path)
     try:
         endpoint = parse_endpoint(text, lowest_port=0)
-        host = "127.0.0.1" if endpoint.host.lower() == "localhost" else endpoint.host
-        if pack_address(host):
-            return LocalAddress(host, endpoint.port)
     except ValueError:
-        pass
-    raise ValueError("must be ADDRESS:PORT, [ADDRESS]:PORT or unix:/path; a literal address, "
-                     "port 0 to 65535")
+        endpoint = Endpoint("", 0)
+    host = "127.0.0.1" if endpoint.host.lower() == "localhost" else endpoint.host
+    if not pack_address(host):
+        raise ValueError("must be ADDRESS:PORT, [ADDRESS]:PORT or unix:/path; a literal address, "
+                         "port 0 to %d" % PORT_MAX)
+    return LocalAddress(host, endpoint.port)
 
 
 class Server(Record):
@@ -396,7 +514,7 @@ def parse_json(raw: bytes) -> "Any":
         return fields
 
     def bounded(digits: str) -> int:
-        if len(digits) > 4300:  # newer Pythons refuse them; 3.6 takes a quarter of a minute for 1 MiB
+        if len(digits) > JSON_INT_MAX_DIGITS:
             raise ValueError("too many digits")
         return int(digits)
 
@@ -409,50 +527,18 @@ def parse_json(raw: bytes) -> "Any":
     raise ValueError("not valid JSON")
 
 
-def elapsed_seconds() -> float:
-    """A clock that nobody sets, and that goes on while the machine sleeps."""
-    return time.clock_gettime(_CLOCK) if _CLOCK is not None else time.monotonic()
-
-
-# CLOCK_BOOTTIME counts suspend on Linux (7; Python names it from 3.7 on); on macOS
-# CLOCK_MONOTONIC does. On Windows time.monotonic() does.
-_CLOCK = 7 if sys.platform.startswith("linux") else getattr(time, "CLOCK_MONOTONIC", None)
-
-
-def load_modules() -> None:
-    """Whatever may be used later: Python may be upgraded under a proxy that runs."""
-    for name in LAZY_MODULES:
-        if name not in ("argparse", "shutil", "ssl", "pwd", "logging", "subprocess", "resource"):
-            __import__(name)
-
-
-def start_thread(function: "Callable[..., object]", *arguments: "Any") -> bool:
-    """Runs it in a thread that does not keep the process alive; False if there are no more threads."""
-    try:
-        threading.Thread(target=function, args=arguments, daemon=True).start()
-        return True
-    except RuntimeError:
-        return False
-
-
 def show_bytes(count: int) -> str:
     """A byte count for people: 512 B, 1.5 KiB, 3.2 GiB."""
-    size, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if size < 1024:
-            break
-        size, unit = size / 1024, larger
-    return "%d B" % count if unit == "B" else "%.1f %s" % (size, unit)
+    power = min(4, max(0, count.bit_length() - 1) // 10)
+    return "%.1f %siB" % (count / 1024 ** power, " KMGT"[power]) if power else "%d B" % count
 
 
 def show_seconds(seconds: float) -> str:
     """A duration for people: 5s, 2m05s, 1h02m."""
     minutes, rest = divmod(max(0, int(seconds)), 60)
-    if not minutes:
-        return "%ds" % rest
-    if minutes < 60:
-        return "%dm%02ds" % (minutes, rest)
-    return "%dh%02dm" % divmod(minutes, 60)
+    if minutes >= 60:
+        return "%dh%02dm" % divmod(minutes, 60)
+    return "%dm%02ds" % (minutes, rest) if minutes else "%ds" % rest
 
 
 def show_error(error: BaseException) -> str:
@@ -483,6 +569,9 @@ def show_error(error: BaseException) -> str:
 CONFIG_SHAPE = ('{"default": "prod", "profiles": {"prod": '
                 '{"server": "https://plexsphere.example.com", "token": "psk_..."}}}')
 OPEN_AT_ONCE = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)  # Windows has neither
+OTHERS_BITS = 0o077
+OTHERS_WRITE_BITS = 0o022
+READ_RETRY_SECONDS = 0.05
 
 
 class Secret:
@@ -517,33 +606,22 @@ def parse_token(raw: bytes, source: str) -> Secret:
     return Secret(kept.decode("ascii"), source)
 
 
-def read_secret_file(path: str, source: str) -> bytes:
-    """Reads a file that nobody else can read or replace; "-" is standard input.
+def find_file_fault(status: os.stat_result, bits: int) -> str:
+    """What speaks against a file that only we, or root, should have these permission bits for."""
+    if os.name != "posix":
+        return ""
+    if status.st_uid not in (os.geteuid(), 0):
+        return "is owned by uid %d, must be yours or root's" % status.st_uid
+    mode = stat.S_IMODE(status.st_mode)
+    return "has mode %04o, others may use it; chmod 600" % mode if mode & bits else ""
 
-    It is opened first and then judged by its descriptor, so that nothing can be swapped in
-    between; non-blocking, since a FIFO without a writer would block `open` for ever.
-    """
-    if path == "-":
-        return read_limited(0, source)
+
+def is_standard_input(path: str) -> bool:
+    """Whether it names the file that is descriptor 0: "-", /dev/stdin, or whatever was redirected."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | OPEN_AT_ONCE)
-    except (OSError, ValueError) as error:
-        raise CredentialsError("%s: cannot be opened: %s" % (source, show_error(error))) from error
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) and not stat.S_ISFIFO(status.st_mode):
-            raise CredentialsError("%s: must be a regular file or a pipe" % source)
-        if os.name == "posix":
-            if status.st_uid not in (os.geteuid(), 0):
-                raise CredentialsError("%s: is owned by uid %d, must be yours or root's"
-                                       % (source, status.st_uid))
-            if stat.S_IMODE(status.st_mode) & 0o077:
-                raise CredentialsError("%s: has mode %04o, others may use it; chmod 600"
-                                       % (source, stat.S_IMODE(status.st_mode)))
-            os.set_blocking(descriptor, True)
-        return read_limited(descriptor, source)
-    finally:
-        os.close(descriptor)
+        return path == "-" or os.path.samestat(os.stat(path), os.fstat(0))
+    except (OSError, ValueError):
+        return False
 
 
 def read_limited(descriptor: int, source: str) -> bytes:
@@ -552,8 +630,8 @@ def read_limited(descriptor: int, source: str) -> bytes:
     while len(raw) <= SECRET_FILE_MAX_BYTES:
         try:
             piece = os.read(descriptor, SECRET_FILE_MAX_BYTES + 1 - len(raw))
-        except BlockingIOError:  # a standard input that came to us non-blocking
-            time.sleep(0.05)
+        except BlockingIOError:  # a pipe whose writer takes its time
+            time.sleep(READ_RETRY_SECONDS)
             continue
         except OSError as error:
             raise CredentialsError("%s: cannot be read: %s" % (source, show_error(error))) from error
@@ -563,6 +641,35 @@ def read_limited(descriptor: int, source: str) -> bytes:
     raise CredentialsError("%s: is larger than %d bytes" % (source, SECRET_FILE_MAX_BYTES))
 
 
+def read_secret_file(path: str, source: str) -> bytes:
+    """Reads a file that nobody else can read or replace; "-" is standard input.
+
+    It is opened first and then judged by its descriptor, so that nothing can be swapped in
+    between; non-blocking, since a FIFO without a writer would block `open` for ever. The file that
+    is descriptor 0, by whatever name, is read there: opened once more it would start anew, and
+    all of it would be left for --stdio or COMMAND to give away.
+    """
+    at_stdin = is_standard_input(path)
+    try:
+        descriptor = os.dup(0) if at_stdin else os.open(path, os.O_RDONLY | OPEN_AT_ONCE)
+    except (OSError, ValueError) as error:
+        raise CredentialsError("%s: cannot be opened: %s" % (source, show_error(error))) from error
+    try:
+        status = os.fstat(descriptor)
+        is_file = stat.S_ISREG(status.st_mode)
+        if not (is_file or at_stdin or stat.S_ISFIFO(status.st_mode)):
+            raise CredentialsError("%s: must be a regular file or a pipe" % source)
+        if path != "-" and (is_file or not at_stdin):
+            fault = find_file_fault(status, OTHERS_BITS)
+            if fault:
+                raise CredentialsError("%s: %s" % (source, fault))
+        if path != "-" and is_file:
+            os.lseek(descriptor, 0, os.SEEK_SET)
+        return read_limited(descriptor, source)
+    finally:
+        os.close(descriptor)
+
+
 class Profile(Record):
     """One entry of the config file: server URL and token, either may be missing ("", None)."""
 
@@ -570,7 +677,7 @@ class Profile(Record):
     token: "Optional[Secret]" = None
 
 
-def base_directory(variable: str, below_home: str, environ: "Mapping[str, str]") -> str:
+def base_directory(variable: str, below_home: str, environ: "Environ") -> str:
     """An XDG base directory, "" where there is none (freedesktop.org, XDG Base Directory)."""
     given = environ.get(variable, "")
     if os.path.isabs(given):
@@ -584,7 +691,7 @@ def is_object(value: "Any", **types: type) -> bool:
     return isinstance(value, dict) and all(isinstance(value[name], types.get(name, ())) for name in value)
 
 
-def read_profile(name: str, environ: "Mapping[str, str]") -> Profile:
+def read_profile(name: str, environ: "Environ") -> Profile:
     """The profile called `name`, or for "" the config file's default one; an empty one if there is none."""
     base = base_directory("XDG_CONFIG_HOME", ".config", environ)
     path = os.path.join(base, "plexctl", "config.json")
@@ -628,42 +735,56 @@ def check_server(text: str, source: str, allow_http: bool) -> Server:
 
 def resolve_credentials(server_flag: "Optional[str]", profile_flag: "Optional[str]",
                         token_file: "Optional[str]", allow_http: bool,
-                        environ: "Mapping[str, str]") -> "Tuple[Server, Secret]":
-    """Server and bearer token in the order of the README.
+                        environ: "Environ") -> "Tuple[Server, Secret]":
+    """Server and bearer token, the first of each that is given in the order of the tables below.
 
     A token that stands in a profile goes to that profile's own server and to no other.
     """
-    profile = read_profile(profile_flag, environ) if profile_flag else Profile()
-    url, source = environ.get("PLEXSPHERE_URL", ""), "PLEXSPHERE_URL"
-    if server_flag:
-        url, source = server_flag, "--server"
-    elif profile.server:
-        url, source = profile.server, "server of the profile"
-    secret = environ.get("PLEXSPHERE_TOKEN", "")
-    has_token = token_file or profile.token or secret
-    if not url or not has_token:
-        default = read_profile("", environ)
-        if not url:
-            url, source = default.server, "server of the default profile"
-        if not has_token:
-            profile = default
-    if not url:
+    url = environ.get("PLEXSPHERE_URL")
+    variable = environ.get("PLEXSPHERE_TOKEN", "")
+    named = read_profile(profile_flag, environ) if profile_flag else Profile()
+    is_complete = (server_flag or named.server or url) and (token_file or named.token or variable)
+    default = Profile() if is_complete else read_profile("", environ)
+
+    servers = (("--server", server_flag), ("server of the profile", named.server), ("PLEXSPHERE_URL", url),
+               ("server of the default profile", default.server))
+    source, text = next((row for row in servers if row[1]), ("", None))
+    if not text:
         raise UsageError("no server: give --server, a profile, or PLEXSPHERE_URL")
-    server = check_server(url, source, allow_http)
-    if token_file:
-        return server, parse_token(read_secret_file(token_file, "--token-file"), "--token-file")
-    if profile.token is None:
-        if not secret:
-            raise CredentialsError("no credentials: give --token-file, a profile, or PLEXSPHERE_TOKEN")
-        return server, parse_token(secret.encode("utf-8", "surrogateescape"), "PLEXSPHERE_TOKEN")
-    if not profile.server or not check_server(
-            profile.server, "server of the profile", allow_http).same_origin(server):
-        raise CredentialsError("the token of a profile goes only to that profile's own server; "
-                               "give --token-file for another one")
-    return server, profile.token
+    server = check_server(text, source, allow_http)
+
+    def from_file(path: str) -> Secret:
+        # a name under which there is nothing may be the token itself, given by mistake
+        name = "--token-file " + escape(path) if os.path.lexists(path) else "--token-file"
+        return parse_token(read_secret_file(path, name), name)
+
+    def from_variable(value: str) -> Secret:
+        return parse_token(value.encode("utf-8", "surrogateescape"), "PLEXSPHERE_TOKEN")
+
+    def from_profile(profile: Profile) -> "Optional[Secret]":
+        if profile.token and not (profile.server and check_server(
+                profile.server, "server of the profile", allow_http).same_origin(server)):
+            raise CredentialsError("the token of a profile goes only to that profile's own server; "
+                                   "give --token-file for another one")
+        return profile.token
+
+    tokens: Tuple[Tuple[Any, Callable[[Any], Optional[Secret]]], ...] = (
+        (token_file, from_file), (named, from_profile), (variable, from_variable), (default, from_profile))
+    for given, take in tokens:
+        token = take(given) if given else None
+        if token is not None:
+            return server, token
+    raise CredentialsError("no credentials: give --token-file, a profile, or PLEXSPHERE_TOKEN")
 
 
 # --------------------------------------------------------------------------------- control plane
+
+ISSUE = "IssueSession"
+SUCCESS = range(200, 300)
+JITTER_SECONDS = 0.2
+CANCEL_POLL_SECONDS = 0.1
+SESSION_TOKEN_PATTERN = r"[!-~]{1,65536}"
+FINDABLE_CHARACTERS = 8  # of a secret; a shorter one is in any text
 
 
 class Session(Record):
@@ -706,55 +827,109 @@ class Answer(Record):
     body: bytes
 
 
-class Attempt:
-    """One exchange, in a thread that can be given up on: a timeout of urllib's is per recv."""
+class Exchange:
+    """One request and its answer, in a thread that can be given up on.
 
-    def __init__(self) -> None:
-        self.done = threading.Event()
+    A time-out of urllib's is for each recv, and looking a name up has none at all. `operation` and
+    `peer` are for messages; `sent`: the server may have the request.
+    """
+
+    def __init__(self, operation: str, peer: str) -> None:
         self.sent = False
-        self.answer: "Optional[Answer]" = None
-        self.error: "Optional[BaseException]" = None
+        self._operation = operation
+        self._peer = peer
         self._abandoned = False
-        self._socket: "Any" = None
+        self._socket: Any = None
+        self._outcome: Any = None  # an Answer or a PlexctlError
+        self._done = threading.Event()
+
+    def run(self, opener: "Any", request: "Any", seconds: float,
+            cancel: "Optional[threading.Event]") -> Answer:
+        """The answer, within `seconds`; TransportError if there is none, Cancelled once `cancel` is set."""
+        request.exchange = self
+        if not start_thread(self._carry_out, opener, request):
+            self._carry_out(opener, request)  # no more threads; the limits are those of each recv, then
+        deadline = elapsed_seconds() + seconds
+        while not self._done.wait(max(0.0, min(CANCEL_POLL_SECONDS, deadline - elapsed_seconds()))):
+            if cancel is not None and cancel.is_set():
+                self._abandon()
+                raise Cancelled("%s: given up, the run is ending" % self._operation)
+            if elapsed_seconds() >= deadline:
+                self._abandon()
+                raise self._fail("timed out after %.3g s" % seconds, True)
+        if isinstance(self._outcome, PlexctlError):
+            raise self._outcome
+        return self._outcome  # type: ignore[no-any-return]
 
     def open_socket(self, address: "Tuple[str, int]", *arguments: "Any") -> "socket.socket":
-        """A connected socket for http.client."""
-        host: "Any" = address[0].encode("ascii")  # for a str, getaddrinfo loads the IDNA codec, 1 ms
+        """A connected socket for http.client, in the exchange's thread."""
+        host: Any = address[0].encode("ascii")  # for a str, getaddrinfo loads the IDNA codec, 1 ms
         sock = socket.create_connection((host, address[1]), *arguments)
         # a duplicate is kept: ssl detaches the original, http.client forgets it after the head
         self._socket = sock.dup()
         if self._abandoned:  # the caller was told that nothing was sent
+            sock.close()
             raise TimeoutError
         return sock
 
-    def run(self, opener: "Any", request: "Any") -> None:
-        """The exchange itself."""
+    def _carry_out(self, opener: "Any", request: "Any") -> None:
         try:
             with opener.open(request, timeout=CONNECT_SECONDS) as response:
-                self.answer = Answer(response.status, response.headers, b"")
-                body = response.read(BODY_MAX_BYTES + 1)
-                if len(body) > BODY_MAX_BYTES:
-                    raise OverflowError
-                if response.length:  # read(n) hides that fewer bytes came than were promised
-                    raise http.client.IncompleteRead(b"")
-                self.answer.body = body
+                self._outcome = self._read(response)
+        except PlexctlError as error:
+            self._outcome = error
         except Exception as error:  # OSError, HTTPException, ValueError, RecursionError, MemoryError, ...
-            self.error = error
+            # made here and raised elsewhere: the context of an exception would hold the request
+            reason = show_error(error)
+            if re.search("issuer|self.signed", reason):
+                reason += " (--ca-file names another CA)"
+            # another attempt makes no certificate good
+            self._outcome = self._fail(reason, not reason.startswith(("certificate", "TLS failed")))
         finally:
             if self._socket is not None:
                 self._socket.close()
-            self.done.set()
+            self._done.set()
 
-    def abandon(self) -> None:
+    @staticmethod
+    def _read(response: "Any") -> Answer:
+        body = b""
+        try:
+            body = response.read(BODY_MAX_BYTES + 1)
+            if len(body) > BODY_MAX_BYTES:
+                raise OverflowError
+            if response.length:  # read(n) hides that fewer bytes came than were promised
+                raise http.client.IncompleteRead(b"")
+        except Exception:  # the status of an error counts also without its body
+            if response.status in SUCCESS:
+                raise
+            body = b""
+        return Answer(response.status, response.headers, body)
+
+    def _fail(self, reason: str, passing: bool) -> TransportError:
+        tried = "no complete answer from" if self.sent else "cannot connect to"
+        return TransportError("%s: %s %s: %s" % (self._operation, tried, self._peer, reason),
+                              passing=passing, may_exist=self.sent and self._operation == ISSUE)
+
+    def _abandon(self) -> None:
         """Wakes the thread by shutting its socket down."""
         self._abandoned = True
         try:
             self._socket.shutdown(socket.SHUT_RDWR)
-        except (OSError, AttributeError):
+        except (OSError, AttributeError):  # not open any more, or not yet
             pass
 
 
-def find_proxy(server: Server, environ: "Mapping[str, str]") -> str:
+def load_hashlib() -> None:
+    """For urllib.request; it logs a traceback to stderr for each digest that is missing (fips)."""
+    if "logging" not in sys.modules:  # a logging that others have set up is not ours to quieten
+        sys.modules["logging"] = type("Quiet", (), {"exception": lambda *words: None})  # type: ignore
+        try:
+            hasattr(hashlib, "new")  # loads it
+        finally:
+            del sys.modules["logging"]
+
+
+def find_proxy(server: Server, environ: "Environ") -> str:
     """The proxy URL for an https server, "" for none: HTTPS_PROXY unless NO_PROXY names the host."""
     if server.scheme != "https":  # it would see the bearer token
         return ""
@@ -768,6 +943,21 @@ def find_proxy(server: Server, environ: "Mapping[str, str]") -> str:
     return proxy
 
 
+def create_tls_context(ca_file: "Optional[str]") -> "Any":
+    """Certificates and host names verified, TLS 1.2 at least; no way to turn it off."""
+    try:
+        context = ssl.create_default_context(cafile=ca_file)
+    except (OSError, ValueError) as error:
+        source = "--ca-file %s: not a usable PEM bundle" % escape(ca_file) if ca_file else (
+            "TLS cannot be set up (see SSL_CERT_FILE and SSLKEYLOGFILE)")
+        raise UsageError("%s: %s" % (source, show_error(error))) from error
+    if hasattr(ssl, "TLSVersion"):
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+    else:  # 3.6
+        context.options |= ssl.OP_NO_SSLv3 | ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
+    return context
+
+
 def create_opener(server: Server, ca_file: "Optional[str]", proxy: str) -> "Any":
     """A urllib opener that knows one scheme, follows no redirect and raises on no status.
 
@@ -776,22 +966,33 @@ def create_opener(server: Server, ca_file: "Optional[str]", proxy: str) -> "Any"
     """
     secure = server.scheme == "https"
     keywords = {"context": create_tls_context(ca_file)} if secure else {}
-    base: "Any" = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+    base: Any = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+
+    class Response(http.client.HTTPResponse):
+        def _read_status(self) -> "Any":
+            """Reads interim answers over (RFC 9110, section 15.2); http.client does so with 100 alone."""
+            while True:
+                found = super()._read_status()  # type: ignore[misc]
+                if not 100 <= found[1] < 200 or found[1] == http.client.SWITCHING_PROTOCOLS:
+                    return found
+                http.client.parse_headers(self.fp)
 
     class Connection(base):  # type: ignore[misc]
-        def __init__(self, host: str, attempt: Attempt, **more: "Any") -> None:
+        response_class = Response
+
+        def __init__(self, host: str, exchange: Exchange, **more: "Any") -> None:
             super().__init__(host, **more)
-            self._attempt = attempt
-            self._create_connection = attempt.open_socket
+            self._exchange = exchange
+            self._create_connection = exchange.open_socket
 
         def connect(self) -> None:
             super().connect()
-            self.sock.settimeout(EXCHANGE_SECONDS)  # from here on the request is under way
-            self._attempt.sent = True
+            self.sock.settimeout(EXCHANGE_SECONDS)
+            self._exchange.sent = True
 
     class Handler(urllib.request.AbstractHTTPHandler):
         def carry(self, request: "Any") -> "Any":
-            return self.do_open(Connection, request, attempt=request.attempt, **keywords)  # type: ignore
+            return self.do_open(Connection, request, exchange=request.exchange, **keywords)  # type: ignore
 
         http_open = https_open = carry
         http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
@@ -804,39 +1005,31 @@ def create_opener(server: Server, ca_file: "Optional[str]", proxy: str) -> "Any"
     return opener
 
 
-def create_tls_context(ca_file: "Optional[str]") -> "Any":
-    """Certificates and host names verified, TLS 1.2 at least; no way to turn it off."""
-    try:
-        context = ssl.create_default_context(cafile=ca_file)
-    except (OSError, ValueError) as error:
-        source = "--ca-file: not a usable PEM bundle" if ca_file else (
-            "TLS cannot be set up (see SSL_CERT_FILE and SSLKEYLOGFILE)")
-        raise UsageError("%s: %s" % (source, show_error(error))) from error
-    if hasattr(ssl, "TLSVersion"):
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-    else:  # 3.6
-        context.options |= ssl.OP_NO_SSLv3 | ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
-    return context
+def conceal(text: str, secrets: "List[Secret]") -> str:
+    """`text` without the secrets in it: a server may repeat what it was sent, in either case."""
+    for value in [secret.reveal() for secret in secrets]:
+        if len(value) >= FINDABLE_CHARACTERS and value.lower() in text.lower():
+            text = re.sub(re.escape(value), "(secret)", text, flags=re.IGNORECASE)
+    return text
 
 
 class Fields:
-    """The fields of one JSON object of an answer, each checked as it is taken.
+    """The fields of one JSON object of an answer, each checked as it is taken."""
 
-    `conceal` takes secrets out of what is shown: a server may repeat what it was sent.
-    """
-
-    def __init__(self, what: str, document: "Any", conceal: "Callable[[str], str]") -> None:
-        self.what = what
-        self.conceal = conceal
+    def __init__(self, operation: str, document: "Any", secrets: "List[Secret]") -> None:
+        self._operation = operation
         self._document = document if isinstance(document, dict) else {}
+        self._secrets = secrets
 
-    def bad(self, name: str) -> TransportError:
-        """The error for a field that is missing or not what it should be."""
-        return TransportError("%s: the answer has no valid %s" % (self.what, name), final=True)
+    def bad(self, name: str, why: str = "") -> TransportError:
+        """The error for this field."""
+        return TransportError("%s: the answer has no valid %s%s" % (self._operation, name, why))
 
     def take(self, name: str, parse: "Callable[[Any], Any]", kind: type = str) -> "Any":
         """A required field of this kind, as `parse` (which raises ValueError) makes it."""
         value = self._document.get(name)
+        if isinstance(value, str) and conceal(value, self._secrets) != value:
+            raise self.bad(name, ": it repeats a secret")
         try:
             if isinstance(value, kind):
                 return parse(value)
@@ -852,7 +1045,7 @@ class Fields:
         """A string or a list of strings for people, escaped; "" for anything else."""
         value = self._document.get(name)
         words = value if isinstance(value, list) else [value]
-        return escape(self.conceal(", ".join(word for word in words if isinstance(word, str))))
+        return escape(conceal(", ".join(word for word in words if isinstance(word, str)), self._secrets))
 
 
 def parse_http_date(text: "Optional[str]") -> float:
@@ -877,57 +1070,27 @@ def random_uuid() -> str:
     return "%08x-%04x-%04x-%04x-%04x%08x" % (a, b, c & 0x0FFF | 0x4000, d & 0x3FFF | 0x8000, e, f)
 
 
-def parse_problem(what: str, answer: Answer, token_source: str,
-                  conceal: "Callable[[str], str]") -> ApiError:
-    """The error of an answer that is not a success (RFC 9457 problem details, where it has them)."""
-    try:
-        problem = Fields(what, parse_json(answer.body), conceal)
-    except ValueError:
-        problem = Fields(what, None, conceal)
-    status, code = answer.status, problem.shown("code")
-    title = problem.shown("title") or http.client.responses.get(status, "")
-    words = ("%d %s" % (status, title)).strip(), problem.shown("detail")
-    text = ": ".join((what,) + tuple(filter(None, words)))
-    text += " (%s)" % code if code else ""
-    for name in ("reason", "relation_path", "correlation_id"):
-        if problem.shown(name):
-            text += "; %s %s" % (name.replace("_", " "), problem.shown(name))
-    exit_code = EXIT_FAILURE
-    if status == 401:
-        exit_code = EXIT_CREDENTIALS
-        text += "; the token is from " + token_source if token_source else ""
-        if code == "step_up_required":
-            challenge = " ".join(answer.headers.get_all("WWW-Authenticate", []))
-            wanted = re.search(r'acr_values\s*=\s*(?:"([^"]*)"|([^\s,]+))', challenge)
-            acr = escape(conceal(wanted.group(1) or wanted.group(2) or "")) if wanted else ""
-            text += "; re-authenticate%s and try again" % (" with acr_values " + acr if acr else "")
-    elif status == 403:
-        exit_code = EXIT_REBAC_DENIED if code == "rebac_denied" else EXIT_FORBIDDEN
-    elif 300 <= status < 400:
-        location = escape(conceal(answer.headers.get("Location", "")))
-        text += "; a redirect is never followed" + (": " + location if location else "")
-    return ApiError(text, exit_code, status, code)
-
-
 class ControlPlane:
-    """IssueSession, GetSession and RevokeSession (api/sessions.openapi.yaml) of one server.
+    """IssueSession, GetSession and RevokeSession of one server.
 
     Safe to use from several threads. Every call ends within its limit and raises PlexctlError:
     UsageError for what was given here, TransportError for no or a malformed answer, ApiError for
-    an error answer. `cancel` (threading.Event) ends pauses and further attempts. `report` takes a
-    line per exchange: method, path, status, seconds; never a header or a body.
+    an error answer. `cancel` (threading.Event) ends pauses and further attempts, and gives up on a
+    GetSession at once (Cancelled); not on the others, whose outcome is to be known. `report` takes
+    a line per exchange: method, path, status, seconds; never a header or a body.
     """
 
     def __init__(self, server: Server, token: Secret, ca_file: "Optional[str]" = None,
-                 environ: "Mapping[str, str]" = os.environ,
+                 environ: "Environ" = os.environ,
                  cancel: "Optional[threading.Event]" = None,
-                 report: "Callable[[str], None]" = lambda line: None) -> None:
+                 report: "Report" = lambda line: None) -> None:
         self.server = server
         self.cancel = cancel or threading.Event()
         self._token = parse_token(token.reveal().encode("utf-8", "surrogateescape"), "bearer token")
         self._token_source = token.source
         self._secrets = [self._token]
         self._report = report
+        load_hashlib()
         proxy = find_proxy(server, environ)
         self._peer = str(server) + (" through HTTPS_PROXY" if proxy else "")
         self._opener = create_opener(server, ca_file, proxy)
@@ -940,45 +1103,34 @@ class ControlPlane:
         rest of the answer is judged: the caller can then revoke it whatever follows.
         """
         path = "/v1/projects/%s/sessions" % request.project_id
-        body = {"resource_id": request.resource_id, "kind": "tcp",
-                "target": {"tcp": {"host": request.host, "port": request.port}},
-                "idempotency_key": random_uuid()}  # type: Dict[str, Any]
+        body: Dict[str, Any] = {
+            "resource_id": request.resource_id, "kind": "tcp",
+            "target": {"tcp": {"host": request.host, "port": request.port}},
+            "idempotency_key": random_uuid()}
         if request.ttl_seconds:
             body["requested_ttl_seconds"] = request.ttl_seconds
         asked_on = elapsed_seconds()
-        may_exist = False
-        for attempt in range(1, ISSUE_ATTEMPTS + 1):
-            try:
-                answer = self._exchange("IssueSession", "POST", path, body)
-                if answer.status == 201:
-                    may_exist = True  # until its id is known, and somebody revokes it
-                    fields = self._parse_body("IssueSession", answer)
-                    session_id = fields.take("session_id", parse_uuid)
-                    may_exist = False
-                    on_issued(session_id)
-                    return self._parse_issued(fields, session_id, asked_on, answer)
-                error: "PlexctlError" = self._parse_problem("IssueSession", answer)
-                may_exist = (may_exist or error.passing and answer.status != 503
-                             or 200 <= answer.status < 300)
-                pause = parse_retry_after(answer.headers.get("Retry-After"))
-            except TransportError as failure:
-                error, pause = failure, None
-                may_exist = may_exist or failure.sent
-            if not error.passing or attempt == ISSUE_ATTEMPTS or self.cancel.is_set():
-                break
-            wait = pause if pause is not None else attempt * 0.5 * (0.8 + 0.4 * os.urandom(1)[0] / 255)
-            self._report("%s; trying again in %.1f s" % (error, wait))
-            if self.cancel.wait(wait):
-                break
-        error.may_exist = may_exist
-        if may_exist:
-            error.args = ("%s; a session may exist all the same, it will run out by itself" % error,)
-        raise error
+        answer, fields, session_id = self._ask_until_issued(path, body)
+        on_issued(session_id)
+        token = Secret(fields.take("token", str))
+        if not re.fullmatch(SESSION_TOKEN_PATTERN, token.reveal()):
+            raise fields.bad("token")
+        self._secrets.append(token)
+        if conceal(session_id, [token]) != session_id:
+            raise fields.bad("session_id", ": it repeats a secret")
+        expires_at = fields.take("expires_at", str)
+        expires = fields.take("expires_at", parse_time)
+        session = self._parse_session(
+            Fields(ISSUE, fields.take("session", dict, kind=dict), self._secrets), session_id)
+        issued_at = session.issued_at or parse_http_date(answer.headers.get("Date")) or time.time()
+        endpoint = fields.take_optional("listener_endpoint", self._parse_endpoint)
+        return IssuedSession(session_id, token, expires_at, expires - issued_at, asked_on,
+                             session, endpoint or session.listener_endpoint)
 
     def get(self, project_id: str, session_id: str, seconds: float = EXCHANGE_SECONDS) -> Session:
         """The session as the control plane sees it now."""
-        path = "/v1/projects/%s/sessions/%s" % (project_id, session_id)
-        answer = self._exchange("GetSession", "GET", path, None, seconds)
+        answer = self._exchange("GetSession", "GET", "/v1/projects/%s/sessions/%s" % (project_id, session_id),
+                                None, seconds, self.cancel)
         if answer.status != 200:
             raise self._parse_problem("GetSession", answer)
         return self._parse_session(self._parse_body("GetSession", answer), session_id)
@@ -986,54 +1138,102 @@ class ControlPlane:
     def revoke(self, project_id: str, session_id: str, seconds: float = EXCHANGE_SECONDS) -> None:
         """Revokes the session. One that is gone already (404, 409, 410) counts as revoked."""
         path = "/v1/projects/%s/sessions/%s/revoke" % (project_id, session_id)
-        answer = self._exchange("RevokeSession", "POST", path,
-                                {"revoke_reason": "operator_request"}, seconds)
-        if not 200 <= answer.status < 300 and answer.status not in (404, 409, 410):
+        answer = self._exchange("RevokeSession", "POST", path, {"revoke_reason": "operator_request"}, seconds)
+        if answer.status not in SUCCESS and answer.status not in (404, 409, 410):
             raise self._parse_problem("RevokeSession", answer)
 
-    def _exchange(self, what: str, method: str, path: str, body: "Optional[Dict[str, Any]]",
-                  seconds: float = EXCHANGE_SECONDS) -> Answer:
+    def _ask_until_issued(self, path: str, body: "Dict[str, Any]") -> "Tuple[Answer, Fields, str]":
+        """The answer to IssueSession, after attempts and pauses, and the id of the session that there is."""
+        may_exist = False
+        for attempt in range(1, ISSUE_ATTEMPTS + 1):
+            try:
+                answer = self._exchange(ISSUE, "POST", path, body)
+                if answer.status != 201:
+                    raise self._parse_problem(ISSUE, answer)
+                may_exist = True  # and nobody can revoke it if its id does not follow
+                fields = self._parse_body(ISSUE, answer)
+                return answer, fields, fields.take("session_id", parse_uuid)
+            except (TransportError, ApiError) as failure:
+                error: PlexctlError = failure
+            may_exist = may_exist or error.may_exist
+            if not error.passing or attempt == ISSUE_ATTEMPTS or self.cancel.is_set():
+                break
+            wait = getattr(error, "retry_after_seconds", None)
+            if wait is None:
+                wait = attempt * POLL_MIN_SECONDS + JITTER_SECONDS * (os.urandom(1)[0] / 255 - 0.5)
+            self._report("%s; trying again in %.1f s" % (error, wait))
+            if self.cancel.wait(wait):
+                break
+        error.may_exist = may_exist
+        error.args = (str(error) + (" (after %d attempts)" % attempt if attempt > 1 else "") + (
+            "; a session may exist all the same, it will run out by itself" if may_exist else ""),)
+        raise error
+
+    def _exchange(self, operation: str, method: str, path: str, body: "Optional[Dict[str, Any]]",
+                  seconds: float = EXCHANGE_SECONDS,
+                  cancel: "Optional[threading.Event]" = None) -> Answer:
         request = urllib.request.Request(str(self.server) + path, method=method, headers={
             "Accept": "application/json, application/problem+json"})
         request.add_unredirected_header("Authorization", "Bearer " + self._token.reveal())
         if body is not None:
             request.data = json.dumps(body).encode("ascii")
             request.add_header("Content-Type", "application/json")
-        attempt = Attempt()
-        request.attempt = attempt  # type: ignore[attr-defined]
         began = elapsed_seconds()
-        if not start_thread(attempt.run, self._opener, request):
-            attempt.run(self._opener, request)  # the limits are those of each recv, then
-        if not attempt.done.wait(seconds):
-            attempt.abandon()
-            raise TransportError("%s: no complete answer within %.3g s" % (what, seconds), attempt.sent)
-        answer = attempt.answer
-        if answer is None or attempt.error and 200 <= answer.status < 300:
-            reason = show_error(attempt.error or OSError())
-            final = reason.startswith(("certificate", "TLS failed"))
-            reason += " (--ca-file names another CA)" if re.search("issuer|self.signed", reason) else ""
-            raise TransportError("%s: no complete answer from %s: %s" % (what, self._peer, reason),
-                                 attempt.sent, final)
+        answer = Exchange(operation, self._peer).run(self._opener, request, seconds, cancel)
         self._report("%s %s: %d, %.3f s" % (method, path, answer.status, elapsed_seconds() - began))
         return answer
 
-    def _conceal(self, text: str) -> str:
-        for secret in self._secrets:
-            text = text.replace(secret.reveal(), "(secret)")
-        return text
-
-    def _parse_problem(self, what: str, answer: Answer) -> ApiError:
-        return parse_problem(what, answer, self._token_source, self._conceal)
-
-    def _parse_body(self, what: str, answer: Answer) -> Fields:
+    def _parse_problem(self, operation: str, answer: Answer) -> ApiError:
+        """The error of an answer that is not a success (RFC 9457 problem details, where it has them)."""
         try:
-            return Fields(what, parse_json(answer.body), self._conceal)
+            problem = Fields(operation, parse_json(answer.body), self._secrets)
         except ValueError:
-            raise TransportError("%s: the answer is not valid JSON" % what, final=True) from None
+            problem = Fields(operation, None, self._secrets)
+        status, code = answer.status, problem.shown("code")
+        title = problem.shown("title") or http.client.responses.get(status, "")
+        words = operation, ("%d %s" % (status, title)).strip(), problem.shown("detail")
+        text = ": ".join(filter(None, words)) + (" (%s)" % code if code else "")
+        for name in ("reason", "relation_path", "correlation_id"):
+            if problem.shown(name):
+                text += "; %s %s" % (name.replace("_", " "), problem.shown(name))
+        forbidden = EXIT_REBAC_DENIED if code == "rebac_denied" else EXIT_FORBIDDEN
+        exit_code = {401: EXIT_CREDENTIALS, 403: forbidden}.get(status, EXIT_FAILURE)
+        # 409: the first request with this idempotency key is still being answered
+        passing = status in (502, 503, 504) or status == 409 and code == "idempotent_replay"
+        # a gateway that lost the answer, that first request, a success of another kind; 503 did nothing
+        may_exist = operation == ISSUE and (passing and status != 503 or status in SUCCESS)
+        return ApiError(text + self._advise(answer, code), exit_code, passing=passing, may_exist=may_exist,
+                        status=status, code=code,
+                        retry_after_seconds=parse_retry_after(answer.headers.get("Retry-After")))
+
+    def _advise(self, answer: Answer, code: str) -> str:
+        """What an operator can do about an error answer, to be put behind it."""
+        if answer.status == 401:
+            advice = "; the token is from " + self._token_source if self._token_source else ""
+            if code == "step_up_required":
+                challenge = " ".join(answer.headers.get_all("WWW-Authenticate", []))
+                wanted = re.search(r'acr_values\s*=\s*(?:"([^"]*)"|([^\s,]+))', challenge)
+                acr = conceal(wanted.group(1) or wanted.group(2) or "", self._secrets) if wanted else ""
+                advice += "; re-authenticate%s and try again" % (
+                    " with acr_values " + escape(acr) if acr else "")
+            return advice
+        if answer.status == 429:
+            return ("; a session counts until it runs out or is revoked, one of print mode as well; "
+                    "--max-sessions says how many a proxy takes")
+        if 300 <= answer.status < 400:
+            location = escape(conceal(answer.headers.get("Location", ""), self._secrets))
+            return "; a redirect is never followed" + (": " + location if location else "")
+        return ""
+
+    def _parse_body(self, operation: str, answer: Answer) -> Fields:
+        try:
+            return Fields(operation, parse_json(answer.body), self._secrets)
+        except ValueError:
+            raise TransportError("%s: the answer is not valid JSON" % operation) from None
 
     def _parse_endpoint(self, text: str) -> Endpoint:
         endpoint = parse_endpoint(text)
-        if not is_dialable(endpoint.host) and not is_loopback(self.server.host):
+        if not is_dialable(endpoint.host, is_loopback(self.server.host)):
             raise ValueError
         return endpoint
 
@@ -1046,24 +1246,35 @@ class ControlPlane:
                        fields.take_optional("listener_endpoint", self._parse_endpoint),
                        fields.shown("revoke_reason"))
 
-    def _parse_issued(self, fields: Fields, session_id: str, asked_on: float,
-                      answer: Answer) -> IssuedSession:
-        token = fields.take("token", str)
-        if not re.fullmatch(r"[!-~]{1,65536}", token):
-            raise fields.bad("token")
-        secret = Secret(token)
-        self._secrets.append(secret)
-        expires_at = fields.take("expires_at", str)
-        expires = fields.take("expires_at", parse_time)
-        inner = Fields("IssueSession", fields.take("session", dict, kind=dict), self._conceal)
-        session = self._parse_session(inner, session_id)
-        issued_at = session.issued_at or parse_http_date(answer.headers.get("Date")) or time.time()
-        endpoint = fields.take_optional("listener_endpoint", self._parse_endpoint)
-        return IssuedSession(session_id, secret, expires_at, expires - issued_at, asked_on,
-                             session, endpoint or session.listener_endpoint)
-
 
 # ----------------------------------------------------------------------------------------- audit
+
+SYSLOG_SOCKETS = ("/dev/log", "/var/run/syslog")  # Linux and others; macOS
+SYSLOG_AUTHPRIV_INFO = 10 * 8 + 6  # RFC 3164, section 4.1.1: facility * 8 + severity
+
+
+def make_private_directories(path: str) -> None:
+    """Makes every directory that is missing 0700; os.makedirs does so with the last one alone (3.7)."""
+    missing = []
+    while not os.path.isdir(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    for each in reversed(missing):
+        try:
+            os.mkdir(each, 0o700)
+            os.chmod(each, 0o700)  # a umask may have taken our own bits
+        except FileExistsError:  # another plexctl was faster; if it is no directory, the next call says so
+            pass
+
+
+def send_to_syslog(message: str, sockets: "Sequence[str]", seconds: float = SYSLOG_SECONDS) -> None:
+    """One line for the host's syslog (RFC 3164, without a host name), where it has one; OSError."""
+    for path in sockets:
+        if os.path.exists(path):
+            month_to_second = time.ctime()[4:19]  # strftime would take the locale's names
+            line = "<%d>%s plexctl[%d]: %s" % (SYSLOG_AUTHPRIV_INFO, month_to_second, os.getpid(), message)
+            send_datagram(path, line.encode("ascii"), seconds)
+            return
 
 
 class AuditLog:
@@ -1073,30 +1284,33 @@ class AuditLog:
     was written and synced. Syslog gets a copy where the host has it.
     """
 
-    def __init__(self, environ: "Mapping[str, str]", report: "Callable[[str], None]") -> None:
-        self._report = report
+    def __init__(self, environ: "Environ", report: "Report",
+                 syslog_sockets: "Sequence[str]" = SYSLOG_SOCKETS) -> None:
         self._environ = environ
-        try:
-            self._descriptor = self._open(environ)
-        except (OSError, ValueError) as error:
-            raise PlexctlError("audit log: cannot be opened: %s (PLEXCTL_AUDIT_LOG names another "
-                               "file)" % show_error(error)) from error
-
-    @staticmethod
-    def _open(environ: "Mapping[str, str]") -> int:
-        path = environ.get("PLEXCTL_AUDIT_LOG", "")
-        if not path:
-            base = base_directory("XDG_STATE_HOME", os.path.join(".local", "state"), environ)
-            if not base:
-                raise FileNotFoundError(errno.ENOENT, "no home directory for it")
-            path = os.path.join(base, "plexctl", "audit.log")
-            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        self._report = report
+        self._syslog_sockets = syslog_sockets
+        given = environ.get("PLEXCTL_AUDIT_LOG", "")
+        base = base_directory("XDG_STATE_HOME", os.path.join(".local", "state"), environ)
+        if not given and not base:
+            raise PlexctlError("audit log: no home directory for it (PLEXCTL_AUDIT_LOG names a file)")
+        path = given or os.path.join(base, "plexctl", "audit.log")
+        self._name = "audit log " + escape(path)
+        hint = "(PLEXCTL_AUDIT_LOG names another)"
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | OPEN_AT_ONCE
-        descriptor = os.open(path, flags, 0o600)
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # a device may take anything, and keep nothing
-            os.close(descriptor)
-            raise FileNotFoundError(errno.ENOENT, "not a regular file")
-        return descriptor
+        try:
+            if not given:
+                make_private_directories(os.path.dirname(path))
+            self._descriptor = os.open(path, flags, 0o600)
+        except (OSError, ValueError) as error:
+            raise PlexctlError("%s: cannot be opened: %s %s"
+                               % (self._name, show_error(error), hint)) from error
+        status = os.fstat(self._descriptor)
+        fault = find_file_fault(status, OTHERS_WRITE_BITS)
+        if not stat.S_ISREG(status.st_mode):  # a device may take anything, and keep nothing
+            fault = "is not a regular file"
+        if fault:
+            self.close()
+            raise PlexctlError("%s: %s %s" % (self._name, fault, hint))
 
     def close(self) -> None:
         """Closes the file."""
@@ -1104,39 +1318,43 @@ class AuditLog:
 
     def record(self, server: Server, request: SessionRequest, issued: IssuedSession) -> None:
         """Writes one JSON object in one line with one write; raises unless it is verifiably there."""
-        descriptor = self._descriptor
-
-        class OneWrite(logging.Handler):
-            written = 0
-
-            def emit(self, record: logging.LogRecord) -> None:
-                line = (self.format(record) + "\n").encode("ascii")
-                size = os.lseek(descriptor, 0, os.SEEK_END)
-                os.lseek(descriptor, max(0, size - 1), os.SEEK_SET)
-                if size and os.read(descriptor, 1) != b"\n":
-                    line = b"\n" + line  # behind what a full disk cut short
-                if os.write(descriptor, line) != len(line):
-                    raise OSError(errno.ENOSPC, "short write")
-                os.fsync(descriptor)
-                if not os.fstat(descriptor).st_nlink:
-                    raise OSError(errno.ENOENT, "the file was removed")
-                self.written += 1
-
-        logger, handler = logging.getLogger("plexctl.audit"), OneWrite()
+        message = json.dumps(self._fields(server, request, issued))
+        written: List[int] = []
+        handler = logging.Handler()
+        handler.emit = lambda record: written.append(  # type: ignore[method-assign]
+            self._append(record.getMessage()))
+        logger = logging.getLogger("plexctl.audit")
+        logger.propagate = False  # a handler of the root is no audit log, and may write to stderr
         if logger.level == logging.NOTSET:
             logger.setLevel(logging.INFO)
-        message = json.dumps(self._fields(server, request, issued))
         logger.addHandler(handler)
         try:
             logger.info("%s", message)
         except OSError as error:
-            raise PlexctlError("audit log: the record was not written: %s; the token is not shown"
-                               % show_error(error)) from error
+            raise PlexctlError("%s: the record was not written: %s; the token is not shown"
+                               % (self._name, show_error(error))) from error
         finally:
             logger.removeHandler(handler)
-        if handler.written != 1:  # logging.disable, a level, a filter
-            raise PlexctlError("audit log: logging dropped the record; the token is not shown")
-        self._copy_to_syslog(message)
+        if len(written) != 1:  # logging.disable, a level, a filter
+            raise PlexctlError("%s: logging dropped the record; the token is not shown" % self._name)
+        try:
+            send_to_syslog(message, self._syslog_sockets)
+        except OSError as error:
+            self._report("warning: syslog did not take the audit record: %s" % show_error(error))
+
+    def _append(self, text: str) -> int:
+        """Writes a line at the end of the file, synced; OSError unless all its bytes are there."""
+        line = (text + "\n").encode("ascii")
+        size = os.lseek(self._descriptor, 0, os.SEEK_END)
+        os.lseek(self._descriptor, max(0, size - 1), os.SEEK_SET)
+        if size and os.read(self._descriptor, 1) != b"\n":
+            line = b"\n" + line  # behind what a full disk cut short
+        if os.write(self._descriptor, line) != len(line):
+            raise OSError(errno.ENOSPC, "short write")
+        os.fsync(self._descriptor)
+        if not os.fstat(self._descriptor).st_nlink:
+            raise OSError(errno.ENOENT, "the file was removed")
+        return len(line)
 
     def _fields(self, server: Server, request: SessionRequest, issued: IssuedSession) -> "Dict[str, Any]":
         uid = os.getuid() if hasattr(os, "getuid") else None
@@ -1154,45 +1372,11 @@ class AuditLog:
                 "target": join_host_port(request.host, request.port),
                 "expires_at": issued.expires_at}
 
-    def _copy_to_syslog(self, message: str) -> None:
-        for address in ("/dev/log", "/var/run/syslog"):
-            if os.path.exists(address):
-                break
-        else:
-            return
-        import logging.handlers
-
-        class Syslog(logging.handlers.SysLogHandler):
-            def handleError(self, record: logging.LogRecord) -> None:
-                raise sys.exc_info()[1] or OSError()
-
-        def copy() -> None:
-            try:
-                handler = Syslog(address, facility=logging.handlers.SysLogHandler.LOG_AUTHPRIV)
-                try:
-                    handler.handle(logging.makeLogRecord({
-                        "msg": "plexctl[%d]: %s" % (os.getpid(), message), "levelname": "INFO"}))
-                finally:
-                    handler.close()
-            except Exception as error:
-                self._report("warning: syslog did not take the audit record: %s" % show_error(error))
-            finally:
-                done.set()
-
-        done = threading.Event()
-        if not start_thread(copy):
-            copy()
-        if not done.wait(SYSLOG_SECONDS):  # a full socket that nobody reads takes for ever
-            self._report("warning: syslog did not take the audit record within %d s" % SYSLOG_SECONDS)
-
 
 # ----------------------------------------------------------------------------------------- relay
 
-READABLE, WRITABLE = 1, 4  # POLLIN and POLLOUT
-ON_LINUX = sys.platform.startswith("linux")
 FIRST_BUFFER_BYTES = 64 * 1024
 LARGEST_BUFFER_BYTES = 1024 * 1024
-PIPE_PIECE_BYTES = 4096  # what a pipe that poll calls writable takes without blocking
 TICK_SECONDS = 1.0
 QUIET_SECONDS = 2.0  # of the target, before a client's end of input is passed on
 FIRST_ASK_SECONDS = 0.05  # whether a client that has ended its input is gone; then ever less often
@@ -1202,7 +1386,7 @@ STRUCT_LINGER = "ii" if os.name == "posix" else "HH"
 
 
 class SelectPoller:
-    """What select.epoll does, by select(): for systems without it, and for terminals and files."""
+    """What select.epoll does, for systems without it."""
 
     def __init__(self) -> None:
         self._masks: "Dict[int, int]" = {}
@@ -1222,26 +1406,10 @@ class SelectPoller:
         readable, writable, _ = select.select(
             [fd for fd, mask in self._masks.items() if mask & READABLE],
             [fd for fd, mask in self._masks.items() if mask & WRITABLE], [], seconds)
-        return [(fd, READABLE * (fd in readable) | WRITABLE * (fd in writable))
-                for fd in set(readable + writable)]
+        return [(fd, READABLE) for fd in readable] + [(fd, WRITABLE) for fd in writable]
 
     def close(self) -> None:
         """There is nothing to release."""
-
-
-def wait_for(fd: int, mask: int, seconds: "Optional[float]" = None, stop_fd: int = -1) -> bool:
-    """Waits until a descriptor is ready, for ever, or for so long, or until `stop_fd` is readable."""
-    if ON_LINUX:  # where poll() takes terminals as well, and any number
-        poller = select.poll()
-        poller.register(fd, mask)
-        if stop_fd >= 0:
-            poller.register(stop_fd, READABLE)
-        ready = poller.poll(None if seconds is None else max(0.0, seconds) * 1000)
-        return any(each == fd for each, _ in ready)
-    readable, writable, _ = select.select(
-        ([fd] if mask == READABLE else []) + ([stop_fd] if stop_fd >= 0 else []),
-        [fd] if mask == WRITABLE else [], [], None if seconds is None else max(0.0, seconds))
-    return fd in readable or fd in writable
 
 
 LEG_OPTIONS: "List[Tuple[int, int, Any]]" = []  # filled at the first use, which loads socket
@@ -1264,14 +1432,28 @@ def set_leg_options(sock: "socket.socket") -> None:
         sock.setsockopt(*option)
 
 
-def close_socket(sock: "socket.socket", reset: bool) -> None:
-    """Closes a leg with a reset for the peer, which it is set to, or in order."""
+def has_hung_up(sock: "socket.socket") -> bool:
+    """Whether the other end of a unix socket is closed; where poll() is missing nobody can know."""
+    return sock.fileno() < 0 or wait_for(sock.fileno(), 0, 0)
+
+
+def close_leg(sock: "socket.socket", reset: bool) -> None:
+    """Closes it with a reset for the peer, which it is set to, or in order."""
     try:
         if not reset:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack(STRUCT_LINGER, 0, 0))
     except OSError:
         pass
     sock.close()
+
+
+def is_connected(sock: "socket.socket") -> bool:
+    """False after a reset whose error somebody has read: what follows looks like an end of input."""
+    try:
+        sock.getpeername()
+        return True
+    except OSError:
+        return False
 
 
 def drain(sock: "socket.socket", seconds: float) -> bool:
@@ -1290,124 +1472,23 @@ def drain(sock: "socket.socket", seconds: float) -> bool:
             return False
 
 
-class SocketLeg:
-    """One end of a connection: a connected socket. `source_fd` is read, `sink_fd` written."""
-
-    def __init__(self, sock: "socket.socket") -> None:
-        sock.setblocking(False)
-        self.source_fd = self.sink_fd = sock.fileno()
-        self.read: "Callable[[memoryview], int]" = sock.recv_into
-        self.write: "Callable[[memoryview], int]" = sock.send
-        self.sock = sock
-
-    def end(self) -> bool:
-        """Passes an end of input on (the half-close of TCP); whether nothing more is read from here."""
-        self.sock.shutdown(socket.SHUT_WR)
-        return False
-
-    def is_at_end(self) -> bool:
-        """Whether it has ended its input without a byte; OSError where it was reset."""
-        try:
-            return not self.sock.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return False
-
-    def has_error(self) -> bool:
-        """Whether the peer has reset the connection."""
-        return self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
-
-    def is_connected(self) -> bool:
-        """False after a reset whose error somebody has read: its end looks like an end of input."""
-        try:
-            self.sock.getpeername()
-            return True
-        except OSError:
-            return False
-
-    def close(self, reset: bool) -> None:
-        """The end of it, with a reset for the peer or in order."""
-        close_socket(self.sock, reset)
-
-
-class StdioLeg:
-    """Descriptors 0 and 1 as one end. Their flags are left alone: they may be somebody's terminal."""
-
-    source_fd = 0
-    sink_fd = 1
-
-    def read(self, view: memoryview) -> int:
-        """What standard input has; 0 at its end, and where the terminal is gone (EIO)."""
-        try:
-            piece = os.read(0, len(view))
-        except BlockingIOError:
-            raise
-        except OSError:
-            return 0
-        view[:len(piece)] = piece
-        return len(piece)
-
-    def write(self, view: memoryview) -> int:
-        """What standard output takes without blocking."""
-        written = 0
-        while written < len(view) and wait_for(1, WRITABLE, 0):
-            written += os.write(1, view[written:written + PIPE_PIECE_BYTES])
-        if not written:
-            raise BlockingIOError
-        return written
-
-    def end(self) -> bool:
-        """The reader sees the end; the descriptor's number stays taken.
-
-        A terminal is read no more: it would wait for a key that nobody needs.
-        """
-        nowhere = open_nowhere(os.O_WRONLY)
-        os.dup2(nowhere, 1)
-        os.close(nowhere)
-        return os.isatty(0)
-
-    def is_at_end(self) -> bool:
-        """Not known."""
-        return False
-
-    def is_gone(self) -> bool:
-        """Whether the reader of standard output has gone."""
-        return wait_for(1, 0, 0)
-
-    def has_error(self) -> bool:
-        """A reader that is gone is no more than that."""
-        return False
-
-    def is_connected(self) -> bool:
-        """There is no reset on a pipe."""
-        return True
-
-    def close(self, reset: bool) -> None:
-        """Both descriptors stay."""
-
-
-def open_nowhere(flags: int) -> int:
-    """A descriptor that takes or gives nothing, also where there is no /dev/null."""
-    try:
-        return os.open(os.devnull, flags)
-    except OSError:
-        return os.open(os.sep, os.O_RDONLY)
-
-
 class Flow:
     """One direction of a connection: what `source` sends goes to `sink`."""
 
-    __slots__ = ("source", "sink", "buffer", "first_buffer", "pending", "moved",
-                 "largest", "has_ended", "is_over")
+    __slots__ = ("source", "sink", "fd", "sink_fd", "buffer", "first_buffer", "pending", "moved", "largest",
+                 "has_ended", "is_over")
 
-    def __init__(self, source: "Any", sink: "Any", buffer: memoryview) -> None:
+    def __init__(self, source: "socket.socket", sink: "socket.socket", buffer: memoryview) -> None:
         self.source = source
         self.sink = sink
+        self.fd = source.fileno()
+        self.sink_fd = sink.fileno()
         self.buffer = self.first_buffer = buffer
-        self.pending = self.buffer[:0]  # read, but not taken by the sink yet; until then nothing is read
+        self.pending = buffer[:0]  # read, but not taken by the sink yet: nothing more is read until it is
         self.moved = 0  # bytes
         self.largest = 0  # bytes that one read gave since the last `trim`
         self.has_ended = False  # the source's end of input was read
-        self.is_over = False  # and passed on; or the sink is gone
+        self.is_over = False  # and passed on; or nobody takes it any more
 
     def grow(self) -> None:
         """A larger buffer for a source that fills this one; given back at once, unlike a bytearray."""
@@ -1428,35 +1509,33 @@ class Flow:
 class Relay:
     """Carries one connection, both directions, in the thread that calls `carry`.
 
-    `client` and `remote` are legs, closed at the end; `linger` may take over the remote's socket.
-    `buffers`, two, are those to begin with; `poller` (select.epoll, or like it) watches `stop_fd` already.
-    That becomes readable when it is to stop, and `is_over` is asked that every second; `is_gone`
-    tells whether a client that has ended its input listens no more (False where nobody can know);
-    `on_remote_end` hears that the remote has ended first. Afterwards: `up` and `down` with what they
-    moved; `error` (OSError) and `lost` (the leg) of what broke it; `remote_ended_first`.
+    It closes both sockets, or hands the remote's to `linger`. `buffers`, two, are those to begin
+    with; `poller` (select.epoll, or like it) watches `stop_fd`, which becomes readable when it is to
+    stop; `is_over` is asked that every second. `is_gone` tells whether a client that has ended its
+    input listens no more (False where nobody can know); `on_remote_end` hears that the remote has
+    ended first. Afterwards: what `up` and `down` have moved, and the OSError that broke it, if any.
     """
 
-    def __init__(self, client: "Any", remote: SocketLeg, buffers: "List[memoryview]", poller: "Any",
-                 stop_fd: int, is_over: "Callable[[], bool]", is_gone: "Callable[[], bool]",
-                 on_remote_end: "Callable[[], object]", linger: "Callable[[socket.socket], object]") -> None:
+    def __init__(self, client: "socket.socket", remote: "socket.socket", buffers: "List[memoryview]",
+                 poller: "Any", stop_fd: int, is_over: "Callable[[], bool]", is_gone: "Callable[[], bool]",
+                 on_remote_end: "Callable[[], object]",
+                 linger: "Callable[[socket.socket], object]") -> None:
+        for sock in (client, remote):
+            sock.setblocking(False)
         self.up = Flow(client, remote, buffers[0])
         self.down = Flow(remote, client, buffers[1])
-        self.error: "Optional[OSError]" = None
-        self.lost: "Any" = None
+        self.error: "Optional[OSError]" = None  # one peer is lost: the other gets a reset, not an end
         self.remote_ended_first = False
-        self._client = client
-        self._remote = remote
+        self._poller = poller
         self._stop_fd = stop_fd
         self._is_over = is_over
         self._is_gone = is_gone
         self._on_remote_end = on_remote_end
         self._linger = linger
-        self._broken = False  # one peer is lost: the other one gets a reset, not an end of input
-        self._stopped = False
+        self._is_stopped = False
         self._client_is_gone = False
         self._quiet_since = self._ask_on = 0.0
         self._ask_pause = FIRST_ASK_SECONDS
-        self._poller = poller
         self._watched: "Dict[int, int]" = {}
 
     def carry(self) -> None:
@@ -1465,7 +1544,7 @@ class Relay:
         try:
             self._watch()
             check_on = elapsed_seconds() + TICK_SECONDS
-            while not (up.is_over and down.is_over or self._stopped):
+            while not (up.is_over and down.is_over or self._is_stopped):
                 for fd, events in self._poller.poll(self._pause()):
                     self._act(fd, events)
                 now = elapsed_seconds()
@@ -1475,45 +1554,44 @@ class Relay:
                     check_on = now + TICK_SECONDS
                     up.trim()
                     down.trim()
-                    self._stopped = self._stopped or self._is_over()
-        except OSError as error:  # poll itself, or a descriptor for the end of standard output
-            self._break(self._client, error)
+                    self._is_stopped = self._is_stopped or self._is_over()
+        except OSError as error:  # of the waiting itself
+            self._break(up, error)
         finally:
             self._close()
 
     def _act(self, fd: int, events: int) -> None:
         if fd == self._stop_fd:
-            self._stopped = True
-            return
+            self._is_stopped = True
         for flow in (self.up, self.down):
             if flow.pending:
-                if fd == flow.sink.sink_fd and events & ~READABLE:
+                if fd == flow.sink_fd and events & ~READABLE:
                     self._flush(flow)
                     if not flow.pending:
                         self._watch()
             elif not flow.has_ended:
-                if fd == flow.source.source_fd and events & ~WRITABLE:
+                if fd == flow.fd and events & ~WRITABLE:
                     self._pump(flow)
-            elif fd == flow.source.sink_fd and events & ~(READABLE | WRITABLE):
+            elif fd == flow.fd and events & ~(READABLE | WRITABLE):
                 self._hang_up(flow)
 
     def _pump(self, flow: Flow) -> None:
         """Moves what one read gives."""
         try:
-            count = flow.source.read(flow.buffer)
+            count = flow.source.recv_into(flow.buffer)
         except BlockingIOError:
             return
         except OSError as error:
-            self._break(flow.source, error)
+            self._break(flow, error)
             return
         if not count:
             self._end(flow)
             return
         if flow is self.down:
             self._quiet_since = 0.0
-        flow.pending = flow.buffer[:count]
         if count > flow.largest:
             flow.largest = count
+        flow.pending = flow.buffer[:count]
         self._flush(flow)
         if flow.pending:
             self._watch()
@@ -1522,7 +1600,7 @@ class Relay:
 
     def _flush(self, flow: Flow) -> None:
         try:
-            sent = flow.sink.write(flow.pending)
+            sent = flow.sink.send(flow.pending)
         except BlockingIOError:
             return
         except OSError as error:
@@ -1535,9 +1613,9 @@ class Relay:
         """End of input: the target's is passed on at once, a client's is held (see _hold_end)."""
         flow.has_ended = True
         other = self.down if flow is self.up else self.up
-        if not other.is_over and not flow.source.is_connected():
-            self._break(flow.source, ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)))
-        elif self._broken:
+        if not other.is_over and not is_connected(flow.source):
+            self._break(flow, ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)))
+        elif self.error is not None:
             flow.is_over = True
         elif flow is self.down:
             self._tell_remote_end()
@@ -1549,9 +1627,7 @@ class Relay:
 
         It is passed on once the target has been quiet, or has ended, or nobody waits for its answer.
         """
-        if self.down.pending:  # what the client does not read is not quiet
-            self._quiet_since = now
-        elif not self._quiet_since:
+        if self.down.pending or not self._quiet_since:  # what the client does not read is not quiet
             self._quiet_since = now
         if now >= self._ask_on and not self._client_is_gone:
             self._client_is_gone = self._is_gone()
@@ -1559,8 +1635,7 @@ class Relay:
             self._ask_pause = min(2 * self._ask_pause, TICK_SECONDS)
         if self._client_is_gone or self.down.is_over or now - self._quiet_since >= QUIET_SECONDS:
             self._pass_on(self.up)
-            if self._client_is_gone:
-                self.down.is_over = True
+            self.down.is_over = self.down.is_over or self._client_is_gone
             self._watch()
 
     def _pause(self) -> float:
@@ -1572,10 +1647,11 @@ class Relay:
         return max(0.0, min(self._ask_on - now, QUIET_SECONDS - quiet_for, TICK_SECONDS))
 
     def _pass_on(self, flow: Flow) -> None:
+        """The half-close of TCP."""
         flow.is_over = True
         try:
-            if not self._broken and flow.sink.end():
-                self.up.has_ended = self.up.is_over = True
+            if self.error is None:
+                flow.sink.shutdown(socket.SHUT_WR)
         except OSError as error:
             self._lose_sink(flow, error)
 
@@ -1583,45 +1659,41 @@ class Relay:
         """The sink's peer is gone. What it sent before is still read and delivered by the other flow."""
         flow.has_ended = flow.is_over = True
         flow.pending = flow.buffer[:0]
-        self._broken = True
-        if self.error is None:
-            self.error, self.lost = error, flow.sink
+        self.error = self.error or error
         self._watch()
 
     def _hang_up(self, flow: Flow) -> None:
-        """An error, or a client's hang-up, of a source that has ended its input."""
-        if flow is self.down or flow.source.has_error():
-            self._break(flow.source, ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)))
+        """A reset, or a client's close, of a source that has ended its input."""
+        if flow is self.down or flow.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self._break(flow, ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)))
         else:
             self._client_is_gone = True
             self.down.is_over = self.up.is_over  # else _hold_end passes the end on first
             self._watch()
 
-    def _break(self, leg: "Any", error: OSError) -> None:
+    def _break(self, flow: Flow, error: OSError) -> None:
         """Ends both directions now: a truncated stream must not look like a complete one."""
-        self._broken = True
-        if self.error is None:
-            self.error, self.lost = error, leg
-        if leg is self._remote:
+        if flow is self.down and self.error is None:
             self._tell_remote_end()
-        for flow in (self.up, self.down):
-            flow.has_ended = flow.is_over = True
+        self.error = self.error or error
+        for each in (self.up, self.down):
+            each.has_ended = each.is_over = True
 
     def _tell_remote_end(self) -> None:
-        if not (self.up.has_ended or self.remote_ended_first or self.lost is self._client):
+        if not self.up.has_ended and not self.remote_ended_first:
             self.remote_ended_first = True
             self._on_remote_end()
 
     def _watch(self) -> None:
-        """Tells the poller what each leg is waited for now."""
+        """Tells the poller what each socket is waited for now."""
         wanted: "Dict[int, int]" = {}
         for flow in (self.up, self.down):
             if flow.pending:
-                wanted[flow.sink.sink_fd] = wanted.get(flow.sink.sink_fd, 0) | WRITABLE
+                wanted[flow.sink_fd] = wanted.get(flow.sink_fd, 0) | WRITABLE
             elif not flow.has_ended:
-                wanted[flow.source.source_fd] = wanted.get(flow.source.source_fd, 0) | READABLE
-            elif not self._client_is_gone and ON_LINUX:  # for an error alone; elsewhere it is no such thing
-                wanted.setdefault(flow.source.sink_fd, 0)
+                wanted[flow.fd] = wanted.get(flow.fd, 0) | READABLE
+            elif ON_LINUX and not self._client_is_gone:  # epoll then tells of an error, and of no more
+                wanted.setdefault(flow.fd, 0)
         for fd in self._watched.keys() - wanted.keys():
             self._poller.unregister(fd)
         for fd, mask in wanted.items():
@@ -1632,46 +1704,105 @@ class Relay:
         self._watched = wanted
 
     def _close(self) -> None:
+        is_broken = self.error is not None
         for fd in self._watched:
-            self._poller.unregister(fd)
+            try:
+                self._poller.unregister(fd)
+            except OSError:  # never registered, for want of memory
+                pass
         # what is complete may be on its way yet; a client that is gone minds nothing
-        self._client.close(self._broken or not self.down.is_over or self._client_is_gone)
-        if self._client_is_gone and self.up.is_over and not self._broken:
-            self._linger(self._remote.sock)
+        close_leg(self.up.source, is_broken or not self.down.is_over or self._client_is_gone)
+        if self._client_is_gone and self.up.is_over and not is_broken:
+            self._linger(self.down.source)
         else:
-            self._remote.close(self._broken or not self.up.is_over)
+            close_leg(self.down.source, is_broken or not self.up.is_over)
 
 
 class Lingering:
     """Sockets to the Node whose clients are gone, until the Node has ended as well.
 
     close() would answer what is still to come with a reset, which can overtake what was sent.
-    `add` from any thread, `sweep` now and then from one.
     """
 
     def __init__(self) -> None:
-        self._sockets: "Dict[socket.socket, float]" = {}
+        self._deadlines: "Dict[socket.socket, float]" = {}
 
     def add(self, sock: "socket.socket") -> None:
-        """Takes over a socket whose sending side was shut down."""
+        """Takes over a socket whose sending side was shut down; from any thread."""
+        self._deadlines[sock] = elapsed_seconds() + LINGER_SECONDS
         if drain(sock, DRAIN_SECONDS):
-            close_socket(sock, False)
-        else:
-            self._sockets[sock] = elapsed_seconds() + LINGER_SECONDS
+            self._close(sock)
 
     def sweep(self) -> int:
         """Closes those that have ended or had their time; how many are left."""
-        for sock, deadline in list(self._sockets.items()):
+        for sock, deadline in list(self._deadlines.items()):
             if drain(sock, 0) or elapsed_seconds() >= deadline:
-                del self._sockets[sock]
-                close_socket(sock, False)
-        return len(self._sockets)
+                self._close(sock)
+        return len(self._deadlines)
 
     def close(self) -> None:
         """Closes all of them."""
-        for sock in list(self._sockets):
-            close_socket(sock, False)
-        self._sockets.clear()
+        for sock in list(self._deadlines):
+            self._close(sock)
+
+    def _close(self, sock: "socket.socket") -> None:
+        self._deadlines.pop(sock, None)
+        close_leg(sock, False)
+
+
+class Stdio:
+    """Descriptors 0 and 1 as a socket, `far`, by two threads that block: they may be terminals or files.
+
+    Their file status flags are left alone, since they may be somebody's terminal. `done` is set once
+    standard output has had everything; `error` then says why not (PlexctlError), or is None.
+    """
+
+    def __init__(self) -> None:
+        self.error: "Optional[PlexctlError]" = None
+        self.done = threading.Event()
+        self._near, self.far = socket.socketpair()
+        if not (start_thread(self._read) and start_thread(self._write)):
+            raise PlexctlError("cannot start a thread for standard input and output (ulimit -u)")
+
+    def _read(self) -> None:
+        try:
+            while True:
+                try:
+                    piece = os.read(0, FIRST_BUFFER_BYTES)
+                except BlockingIOError:
+                    wait_for(0, READABLE)
+                    continue
+                except OSError:  # EIO: the terminal is gone
+                    piece = b""
+                if not piece:
+                    self._near.shutdown(socket.SHUT_WR)
+                    return
+                self._near.sendall(piece)
+        except OSError:  # nobody takes it any more
+            pass
+
+    def _receive(self) -> bytes:
+        try:
+            return self._near.recv(FIRST_BUFFER_BYTES)
+        except OSError:  # the relay has closed it before it had taken everything
+            return b""
+
+    def _write(self) -> None:
+        try:
+            piece = self._receive()
+            while piece:
+                try:
+                    piece = piece[os.write(1, piece):] or self._receive()
+                except BlockingIOError:
+                    wait_for(1, WRITABLE)
+            nowhere = open_nowhere(os.O_WRONLY)  # the reader sees the end; the number stays taken
+            os.dup2(nowhere, 1)
+            os.close(nowhere)
+        except OSError as error:
+            self.error = PlexctlError("cannot write to standard output: %s" % show_error(error))
+        if self.error or os.isatty(0):  # it would wait for a key that nobody needs
+            self._near.shutdown(socket.SHUT_RDWR)
+        self.done.set()
 
 
 # --------------------------------------------------------------------------------------- workers
@@ -1682,6 +1813,7 @@ ASK_SECONDS = 2  # between two questions about one session
 RECHECK_SECONDS = 60  # the reconcile period of a Node
 GONE_SECONDS = 30  # of refused dials, until a listener counts as gone
 REPLACE_SECONDS = 60  # between two replacements of sessions that never carried a connection
+LEAVE_PAUSE_SECONDS = 0.02
 RETRY_SECONDS = 5  # until a further session is asked for again
 UNREACHABLE_SECONDS = 10  # a Node that ends a connection within this, without a byte, had no target
 CONNECTING = (errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK)
@@ -1728,15 +1860,19 @@ def dial(route: "Tuple[int, Any]", stop_fd: int) -> "socket.socket":
 class Connection:
     """One client, from its accept to its end.
 
-    `leg` is its end of the relay, `address` where it came from; `is_gone()` tells whether it listens no more (False where nobody
-    can know); `on_end(connection, error)` is called once, with a PlexctlError where it failed.
+    `is_gone()` tells whether it listens no more (False where nobody can know); `on_end(connection,
+    error)` is called once, with a PlexctlError where it failed. `wants_reason`: that error is to say
+    as well why the session is over.
     """
 
-    def __init__(self, leg: "Any", on_end: "Callable[[Connection, Optional[PlexctlError]], object]",
-                 is_gone: "Callable[[], bool]" = lambda: False, address: "Any" = None) -> None:
-        self.leg = leg
+    def __init__(self, sock: "socket.socket", on_end: "Callable[..., object]",
+                 is_gone: "Callable[[], bool]" = lambda: False, address: "Any" = None,
+                 wants_reason: bool = False) -> None:
+        sock.setblocking(False)
+        self.sock = sock
         self.is_gone = is_gone
         self.address = address
+        self.wants_reason = wants_reason
         self.began = elapsed_seconds()
         self.relay: "Optional[Relay]" = None
         self._on_end = on_end
@@ -1747,14 +1883,16 @@ class Connection:
     def has_left(self) -> bool:
         """Whether a client that waits has reset its connection, or closed it without a byte."""
         try:
-            return self.leg.is_at_end() and self.is_gone()
+            return not self.sock.recv(1, socket.MSG_PEEK) and self.is_gone()
+        except BlockingIOError:
+            return False
         except OSError:
             return True
 
     def end(self, error: "Optional[PlexctlError]" = None) -> None:
         """It is over; a client that was not served gets a reset."""
         if self.relay is None:
-            self.leg.close(error is not None)
+            close_leg(self.sock, reset=True)
         on_end, self._on_end = self._on_end, lambda connection, error: None
         on_end(self, error)
 
@@ -1878,7 +2016,7 @@ class Worker:
         except (OSError, UnicodeError) as error:
             raise PlexctlError("listener endpoint %s: %s" % (endpoint, show_error(error))) from error
         family, _, _, _, address = found[0]
-        if not is_dialable(str(address[0])) and not is_loopback(self._sessions.plane.server.host):
+        if not is_dialable(str(address[0]), is_loopback(self._sessions.plane.server.host)):
             raise PlexctlError("listener endpoint %s: leads to %s, which is refused"
                                % (endpoint, address[0]))
         self.endpoint, self._route = endpoint, (family, address)
@@ -1894,16 +2032,12 @@ class Worker:
             return
         dialled_on = elapsed_seconds()
         sessions.say("connection from %s to %s", connection, self.endpoint)
-        poller = self._poller
-        if not isinstance(connection.leg, SocketLeg):
-            poller = SelectPoller()
-            poller.register(sessions.stop_fd, READABLE)
         relay = connection.relay = Relay(
-            connection.leg, SocketLeg(remote), self._buffers, poller, sessions.stop_fd, self.is_over,
+            connection.sock, remote, self._buffers, self._poller, sessions.stop_fd, self.is_over,
             connection.is_gone, self.ask_in_thread, sessions.lingering.add)
         relay.carry()
-        if relay.remote_ended_first and not isinstance(connection.leg, SocketLeg):
-            self.ask()  # the exit status tells of a session that is over
+        if relay.remote_ended_first and connection.wants_reason:
+            self.ask()
         sessions.end(self, self._judge(relay, elapsed_seconds() - dialled_on))
 
     def _judge(self, relay: Relay, seconds: float) -> "Optional[PlexctlError]":
@@ -1918,32 +2052,29 @@ class Worker:
                 "the Node cannot reach it (--host and --port are as the Node sees them)"
                 % join_host_port(self._sessions.request.host, self._sessions.request.port))
         if relay.error is not None:
-            return ConnectionFailed("%s: %s" % (
-                "the connection ended" if isinstance(relay.lost, SocketLeg) else
-                "cannot write to standard output", show_error(relay.error)))
+            return ConnectionFailed("the connection ended: %s" % show_error(relay.error))
         return None
 
     def _dial(self) -> "socket.socket":
-        """A connection to the listener; a new endpoint is tried once. PlexctlError says why there is none."""
-        route, stop_fd = self._route, self._sessions.stop_fd
-        try:
+        """A connection to the listener; PlexctlError says why there is none."""
+        for is_last in (False, True):
+            if self.is_over():
+                raise self.why or Stopped("interrupted")
+            route = self._route
             try:
-                if self.is_over():
-                    raise self.why or Stopped("interrupted")
-                remote = dial(route, stop_fd)
+                remote = dial(route, self._sessions.stop_fd)
             except OSError as failure:
                 has_answer = self.ask()
-                if self.why is None and self._route == route:
-                    if has_answer and isinstance(failure, ConnectionRefusedError):
-                        self._note_refusal()
-                    raise
-                remote = dial(self._route, stop_fd)
-        except OSError as failure:
-            raise self.why or PlexctlError("cannot connect to the listener endpoint %s: %s"
-                                           % (self.endpoint, show_error(failure))) from failure
-        self._refused_since = 0.0
-        self.has_carried = True
-        return remote
+                if self._route != route and not is_last:  # a new endpoint is tried once
+                    continue
+                if has_answer and self.why is None and isinstance(failure, ConnectionRefusedError):
+                    self._note_refusal()
+                raise self.why or PlexctlError("cannot connect to the listener endpoint %s: %s" % (
+                    self.endpoint, show_error(failure))) from failure
+            self._refused_since = 0.0
+            self.has_carried = True
+            return remote
+        raise Stopped("interrupted")
 
     def _note_refusal(self) -> None:
         """The listener is gone, though the control plane says that the session is active."""
@@ -1986,8 +2117,6 @@ class Worker:
             finally:
                 self._asked_on = elapsed_seconds()
                 self._recheck_on = self._asked_on + RECHECK_SECONDS
-            if self.why is not None:
-                sessions.note_end(self)
             return self._has_answer
 
 
@@ -2160,7 +2289,7 @@ class Sessions:
                     if not connection.has_left():
                         worker.connection = connection
                         return connection
-                    connection.leg.close(True)
+                    close_leg(connection.sock, reset=True)
                 live = sum(each.is_ready and not each.is_ending for each in self._workers)
                 if live > self._minimum and elapsed_seconds() - idle_since >= IDLE_SECONDS:
                     break
@@ -2204,14 +2333,6 @@ class Sessions:
             if not worker.has_carried:
                 self._replaced_on = now
             return True
-
-    def note_end(self, worker: Worker) -> None:
-        """A session was found over: one that was revoked ends all."""
-        with self._changed:
-            if isinstance(worker.why, SessionRevoked):
-                self.over = self.over or worker.why
-            worker.turn.notify()
-            self._changed.notify_all()
 
     def dismiss(self, worker: Worker) -> None:
         """A worker's last act: what follows from its end, and the revocation."""
@@ -2306,6 +2427,7 @@ class Sessions:
 
     def stop(self, seconds: float = CLOSE_SECONDS) -> None:
         """Ends every connection, with a reset where it was not over; waits for that so long."""
+        deadline = elapsed_seconds() + seconds
         with self._changed:
             if self.is_stopped:
                 return
@@ -2317,11 +2439,10 @@ class Sessions:
             self._changed.notify_all()
         self.plane.cancel.set()
         self._stop_writer.close()
-        deadline = elapsed_seconds() + seconds
         with self._changed:
             while any(worker.connection for worker in self._workers) and elapsed_seconds() < deadline:
                 self._changed.wait(max(0.0, deadline - elapsed_seconds()))
-            dropped += [worker.connection for worker in self._workers if worker.connection]
+            dropped.extend(worker.connection for worker in self._workers if worker.connection)
             self._close_if_last()
         for connection in dropped:
             connection.end(Stopped("interrupted"))
@@ -2332,24 +2453,26 @@ class Sessions:
         deadline = elapsed_seconds() + seconds
         self.stop(0.0)
         while True:
-            with self.lock:
-                due = [session_id for session_id, begun in self._owed.items() if not begun]
+            with self._changed:
+                owed = [session_id for session_id, begun in self._owed.items() if begun or not self._keep]
+                left = deadline - elapsed_seconds()
+                if left <= 0 or not owed and not any(each.is_issuing for each in self._workers):
+                    return
+                due = [session_id for session_id in owed if not self._owed[session_id]]
+                if not due:
+                    self._changed.wait(min(TICK_SECONDS, left))
             for session_id in due:
                 if not start_thread(self._revoke, session_id):
                     self._revoke(session_id)
-            with self._changed:
-                left = deadline - elapsed_seconds()
-                if left <= 0 or not self._owed and not any(each.is_issuing for each in self._workers):
-                    return
-                self._changed.wait(min(0.1, left))
+            time.sleep(LEAVE_PAUSE_SECONDS if due else 0)  # they take them over
 
     def left_behind(self) -> "List[str]":
         """What `leave` could not settle, in words."""
         with self.lock:
-            words = ["session %s is not revoked, it will run out by itself" % each for each in self._owed]
-            if any(worker.is_issuing for worker in self._workers) and not words:
-                words = ["a session may have been issued, it will run out by itself"]
-            return words
+            if any(worker.is_issuing for worker in self._workers):
+                return ["a session may have been issued, it will run out by itself"]
+            return ["session %s is not revoked, it will run out by itself" % session_id
+                    for session_id, begun in self._owed.items() if begun or not self._keep]
 
     def _close_if_last(self) -> None:
         """With the lock held: nobody waits for it any more."""
@@ -2359,26 +2482,23 @@ class Sessions:
     def _revoke(self, session_id: str) -> None:
         """Once for each, whoever comes first; a failure that may pass is tried again."""
         with self._changed:
-            begun = self._owed.get(session_id, True)
-            if self._keep and self.is_stopped and not begun:
-                self._owed.pop(session_id)
-                self._changed.notify_all()
-            if begun or self._keep and self.is_stopped:
+            if self._owed.get(session_id, True) or self._keep and self.is_stopped:
                 return
             self._owed[session_id] = True
-        deadline = elapsed_seconds() + LEAVE_SECONDS
+        deadline, is_over = elapsed_seconds() + LEAVE_SECONDS, False
         try:
-            while True:
+            while not is_over:
                 try:
                     self.plane.revoke(self.request.project_id, session_id,
                                       max(0.5, deadline - elapsed_seconds()))
-                    return
+                    is_over = True
                 except PlexctlError as error:
-                    if not error.passing or elapsed_seconds() + POLL_MIN_SECONDS > deadline:
+                    is_over = not error.passing or elapsed_seconds() + POLL_MIN_SECONDS > deadline
+                    if is_over:
                         self.report("warning: session %s is not revoked, it will run out by itself: %s"
                                     % (session_id, error))
-                        return
-                time.sleep(POLL_MIN_SECONDS)
+                    else:
+                        time.sleep(POLL_MIN_SECONDS)
         finally:
             with self._changed:
                 self._owed.pop(session_id, None)
@@ -2522,7 +2642,7 @@ def create_listener(local: LocalAddress, forwarder: "Forwarder") -> "Any":
             forwarder.tick()
 
         def shutdown_request(self, request: "Any") -> None:
-            close_socket(request, True)
+            close_leg(request, reset=True)
 
         def handle_error(self, request: "Any", client_address: "Any") -> None:
             forwarder.warn_once("a connection was dropped after %s" % type(sys.exc_info()[1]).__name__)
@@ -2562,18 +2682,12 @@ class Forwarder:
     """Listens on a local address, and puts every connection into the queue of `sessions`.
 
     The address is bound when the object is made (PlexctlError if that fails); `start` accepts, also
-    before the first session is there, and `stop` ends everything. `sessions` is a Sessions, or has
-    its `put(connection)`, `tick()`, `count()` and `stop()`. `report` takes lines, from any thread.
+    before the first session is there, and `stop` ends everything.
     """
 
-    def __init__(self, local: LocalAddress, sessions: Sessions,
-                 report: "Callable[[str], None]" = lambda line: None,
-                 allow_other_users: bool = False, verbose: bool = False) -> None:
+    def __init__(self, local: LocalAddress, sessions: Sessions, allow_other_users: bool = False) -> None:
         self.unidentified = 0  # connections not served, since their clients had gone already
         self._sessions = sessions
-        self._report = report
-        self._verbose = verbose
-        self._told: "Set[str]" = set()
         self._thread: "Optional[threading.Thread]" = None
         self._is_stopping = False
         self._tick_on = 0.0
@@ -2649,15 +2763,15 @@ class Forwarder:
         """Takes over an accepted connection."""
         if self._sessions.count_descriptors() >= self._capacity:
             self.warn_once("no more descriptors (ulimit -n): connections are refused")
-            close_socket(client, True)
+            close_leg(client, reset=True)
             return
 
         def is_gone() -> bool:
             if self.local.path:
-                return client.fileno() < 0 or wait_for(client.fileno(), 0, 0)
+                return has_hung_up(client)
             return self._owners is not None and self._owners.find(address) == NOBODY
 
-        self._sessions.put(Connection(SocketLeg(client), self._end, is_gone, address))
+        self._sessions.put(Connection(client, self._end, is_gone, address))
 
     def tick(self) -> None:
         """To be called often. Nothing may end the accepting."""
@@ -2672,9 +2786,7 @@ class Forwarder:
 
     def warn_once(self, text: str) -> None:
         """A warning, once in a run."""
-        if text not in self._told:
-            self._told.add(text)
-            self._report("warning: " + text)
+        self._sessions.tell_once("warning: " + text)
 
     # Below: how
 
@@ -2683,8 +2795,8 @@ class Forwarder:
             return
         if not is_loopback(self.local.host):
             if not allow_other_users:
-                self._report("warning: %s is not a loopback address: any user, here and elsewhere, can "
-                             "use the port" % self.local)
+                self.warn_once("%s is not a loopback address: any user, here and elsewhere, can use the "
+                               "port" % self.local)
             return
         try:
             self._owners = OwnerCheck(self._server.address_family, (self.local.host, self.local.port))
@@ -2693,8 +2805,7 @@ class Forwarder:
             if getattr(error, "errno", None) in EXHAUSTED:
                 raise
         if not self._checks_owners and not allow_other_users:
-            self._report("warning: this host cannot tell whose a connection is: any local user can "
-                         "use the port")
+            self.warn_once("this host cannot tell whose a connection is: any local user can use the port")
 
     def _accept(self) -> None:
         while not self._is_stopping:
@@ -2713,10 +2824,10 @@ class Forwarder:
 
     def _end(self, connection: Connection, error: "Optional[PlexctlError]") -> None:
         relay = connection.relay
-        if self._verbose and relay is not None:
-            self._report("connection closed%s: %s up, %s down" % (
-                " (%s)" % error if error else "", show_bytes(relay.up.moved), show_bytes(relay.down.moved)))
-        elif error is not None and not isinstance(error, (SessionOver, ConnectionFailed, Stopped)):
+        if relay is not None:
+            self._sessions.say("connection closed%s: %s up, %s down", " (%s)" % error if error else "",
+                               show_bytes(relay.up.moved), show_bytes(relay.down.moved))
+        if error is not None and not isinstance(error, (SessionOver, ConnectionFailed, Stopped)):
             self.warn_once(str(error) if relay else "a connection was not served: %s" % error)
 
 
@@ -2724,9 +2835,7 @@ def notify_systemd(state: str, environ: "Mapping[str, str]") -> None:
     """sd_notify(3), for units of Type=notify; OSError where it does not arrive."""
     path = environ.get("NOTIFY_SOCKET", "")
     if path[:1] in ("/", "@") and hasattr(socket, "AF_UNIX"):
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.settimeout(1.0)
-            sock.sendto(state.encode("ascii"), "\0" + path[1:] if path[0] == "@" else path)
+        send_datagram("\0" + path[1:] if path[0] == "@" else path, state.encode("ascii"), NOTIFY_SECONDS)
 
 
 def is_executable(path: str) -> bool:
@@ -2794,6 +2903,7 @@ def format_yaml(document: "Dict[str, Any]", width: int = 0, indent: str = "") ->
 FORMATS: "Dict[str, Callable[[Dict[str, Any], int], str]]" = {
     "text": format_text, "json": format_json, "yaml": format_yaml}
 FAILED_WAIT_SECONDS = 0.1
+NOTIFY_SECONDS = 1.0
 STATUS_SECONDS = 60
 DELIVERY_SECONDS = 0.02
 
@@ -3174,7 +3284,7 @@ def check_together(options: "argparse.Namespace") -> None:
         raise UsageError("--local-addr unix: needs --proxy or -- COMMAND")
     if options.stdio and options.local_addr:
         raise UsageError("--local-addr does not go with --stdio, which has no local socket")
-    if options.stdio and options.token_file == "-":
+    if options.stdio and is_standard_input(options.token_file or ""):
         raise UsageError("--token-file - does not go with --stdio: both read standard input")
     options.max_sessions = options.max_sessions or max(DEFAULT_MAX_SESSIONS, options.min_sessions or 1)
     options.min_sessions = options.min_sessions or 1
@@ -3272,23 +3382,22 @@ class Run:
         """--stdio: one connection over descriptors 0 and 1."""
         self.establish()
         load_modules()
-        began = elapsed_seconds()
+        began, reason, stdio = elapsed_seconds(), "connection closed", Stdio()
         ended: "List[Optional[PlexctlError]]" = []
 
         def end(connection: Connection, error: "Optional[PlexctlError]") -> None:
-            ended.append(error)
+            stdio.done.wait(CLOSE_SECONDS if error else None)  # what came is still delivered
+            ended.append(stdio.error or error)
             self.foreground.waker.wake()
 
-        leg = StdioLeg()
-        self.sessions.put(Connection(leg, end, leg.is_gone))
-        reason = "connection closed"
+        self.sessions.put(Connection(stdio.far, end, lambda: has_hung_up(stdio.far), wants_reason=True))
         try:
             while not ended:
                 self.watch_sessions()
             if ended[0] is not None:
                 raise ended[0]
         except Interrupted as interrupted:
-            if not ended or ended[0] is not None:  # else it is no accident any more
+            if ended != [None]:  # else it is no accident any more
                 reason = str(interrupted)
                 raise
         except PlexctlError:
@@ -3304,8 +3413,7 @@ class Run:
         """--proxy and -- COMMAND: the local socket is bound first, an address in use costs nothing."""
         options, foreground = self.options, self.foreground
         began, reason = elapsed_seconds(), ""
-        with Forwarder(options.local_addr, self.sessions, self.report, options.allow_other_users,
-                       options.verbose > 0) as forwarder:
+        with Forwarder(options.local_addr, self.sessions, options.allow_other_users) as forwarder:
             forwarder.start()  # connections may come, and wait
             worker = self.establish()
             try:
@@ -3426,7 +3534,7 @@ class Run:
             "PLEXCTL_LOCAL_" + found.group(1).upper()], argument) for argument in self.options.command]
         try:
             # COMMAND could read the token there, again or, of /dev/stdin, for the first time
-            has_token = self.options.token_file in ("-", "/dev/stdin", "/dev/fd/0")
+            has_token = is_standard_input(self.options.token_file or "")
             stdin = subprocess.DEVNULL if has_token else None
             child = subprocess.Popen(arguments, executable=program, env=environ, stdin=stdin)
         except (OSError, ValueError) as error:
@@ -3544,9 +3652,6 @@ def perform(argv: "Optional[Sequence[str]]" = None,
     except PlexctlError as error:
         status = error.exit_code
         foreground.report("error: %s" % error)
-    except ImportError as error:
-        foreground.report("error: this Python lacks the module %s; install all of its standard library"
-                          % escape(error.name or "?"))
     except Exception as error:  # a defect; its text may hold what it was given
         foreground.report("error: internal error: %s" % show_error(error))
     finally:
