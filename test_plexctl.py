@@ -6374,7 +6374,8 @@ def test_the_end_of_stdin_is_a_half_close_and_a_late_answer_arrives(make_pipe):
         connection.sendall(LATE_ANSWER)
 
     reader, writer = make_pipe()
-    with Simulation(serve) as simulation, start(simulation, "--stdio", stdin=reader) as process:
+    with Simulation(serve, half_close=True) as simulation, \
+            start(simulation, "--stdio", stdin=reader) as process:
         writer.write(b"a question")
         reader.close()
         writer.close()
@@ -6413,8 +6414,12 @@ def test_a_stdout_closed_by_its_reader_is_an_error(make_pipe):
 
 
 def test_a_reset_by_the_target_is_an_error_of_stdio(make_pipe):
+    def greet_and_reset(connection, target):
+        connection.sendall(b"hello")
+        resetter(5)(connection, target)
+
     reader, writer = make_pipe()
-    with Simulation(resetter(5)) as simulation:
+    with Simulation(greet_and_reset, resets=True) as simulation:
         with start(simulation, "--stdio", stdin=reader) as process:
             writer.write(b"12345")
             result = process.finish(5)
@@ -7228,7 +7233,7 @@ def test_stdio_takes_no_reset_for_a_clean_end(simulation, tmp_path):
         connection.sendall(b"a" * 200000)
         time.sleep(0.2)
         reset_close(connection)
-    with Simulation(answer_and_reset) as simulation, open("/dev/zero", "rb") as zeros:
+    with Simulation(answer_and_reset, resets=True) as simulation, open("/dev/zero", "rb") as zeros:
         process = subprocess.Popen(plexctl_command(forward_args(simulation.plane, "--stdio"), sys.executable),
                                    env=clean_environment(simulation.plane.environment()), stdin=zeros,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
