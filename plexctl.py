@@ -17,8 +17,14 @@ those above it.
 """
 import sys
 
-if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
-    del sys.path[0]  # the directory of the script: another user's argparse.py may lie in /tmp
+if __name__ == "__main__":
+    if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+        del sys.path[0]  # the directory of the script: another user's argparse.py may lie in /tmp
+    # until the handlers stand Ctrl-C ends the process: a KeyboardInterrupt amid an import can be lost
+    import _signal  # type: ignore[import-not-found]
+
+    if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+        _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
 import errno
 import gc
@@ -1680,7 +1686,7 @@ class Relay:
             each.has_ended = each.is_over = True
 
     def _tell_remote_end(self) -> None:
-        if not self.up.has_ended and not self.remote_ended_first:
+        if not self.up.is_over and not self.remote_ended_first:
             self.remote_ended_first = True
             self._on_remote_end()
 
@@ -2200,7 +2206,7 @@ class Sessions:
                 for connection in left:
                     self._queue.remove(connection)
                 self._sweep_on = now + 10 * (elapsed_seconds() - now)  # however long the queue
-            if not self._renew and self.first is not None and now >= self.first.expires_on:
+            if self._is_time_up(now):
                 self.over = self.over or SessionOver("the session expired")
             self._grow(now)
         for connection in left:
@@ -2219,7 +2225,7 @@ class Sessions:
             carried = [worker.connection for worker in self._workers if worker.connection]
             relays = [connection.relay for connection in carried if connection.relay]
             return Counts(len(carried), len(self._queue), self._ended.ended,
-                          sum(worker.is_ready for worker in self._workers),
+                          sum(worker.is_ready and not worker.is_ending for worker in self._workers),
                           self._ended.up + sum(relay.up.moved for relay in relays),
                           self._ended.down + sum(relay.down.moved for relay in relays))
 
@@ -2247,10 +2253,10 @@ class Sessions:
         if self._verbose:
             self.report(line % words)
 
-    def tell_once(self, line: str) -> None:
-        """A line, once in a run."""
-        if line not in self._told:
-            self._told.add(line)
+    def tell_once(self, line: str, subject: str = "") -> None:
+        """A line, once in a run; or one of all that have the same subject."""
+        if (subject or line) not in self._told:
+            self._told.add(subject or line)
             self.report(line)
 
     # For the workers, each in its own thread
@@ -2287,16 +2293,17 @@ class Sessions:
                 while self._queue:
                     connection: Connection = self._queue.popleft()
                     if not connection.has_left():
+                        self._forget_idle(worker)
                         worker.connection = connection
                         return connection
                     close_leg(connection.sock, reset=True)
                 live = sum(each.is_ready and not each.is_ending for each in self._workers)
                 if live > self._minimum and elapsed_seconds() - idle_since >= IDLE_SECONDS:
                     break
-                self._idle.append(worker)
+                if worker not in self._idle:
+                    self._idle.append(worker)
                 worker.turn.wait(TICK_SECONDS)
-                if worker in self._idle:
-                    self._idle.remove(worker)
+            self._forget_idle(worker)
             worker.is_ending = True
             return None
 
@@ -2358,9 +2365,17 @@ class Sessions:
 
     # Below: how
 
+    def _is_time_up(self, now: float) -> bool:
+        """Without `renew` access is for the time of the first session."""
+        return not self._renew and self.first is not None and now >= self.first.expires_on
+
     def _call_idle(self) -> None:
         if self._idle:
             self._idle.pop().turn.notify()
+
+    def _forget_idle(self, worker: Worker) -> None:
+        if worker in self._idle:
+            self._idle.remove(worker)
 
     def _start_worker(self) -> None:
         """With the lock held."""
@@ -2383,8 +2398,8 @@ class Sessions:
         patience = GRACE_SECONDS if live else 0.0
         waited = sum(now - connection.began >= patience for connection in self._queue)
         if waited and len(live) - coming >= self._limit:
-            self._tell_limit("more connections at once than sessions (%d): they wait their turn "
-                             "(--max-sessions)" % self._limit)
+            self.tell_once("warning: more connections at once than sessions (%d): they wait their turn "
+                           "(--max-sessions)" % self._limit, "limit")
         wanted = waited - coming
         if self._minimum > 1:
             wanted = max(wanted, self._minimum - len(live))
@@ -2392,24 +2407,19 @@ class Sessions:
             for _ in range(min(wanted, self._limit - len(self._workers))):
                 self._start_worker()
 
-    def _tell_limit(self, text: str) -> None:
-        if "limit" not in self._told:
-            self._told.add("limit")
-            self.report("warning: " + text)
-
     def _follow(self, worker: Worker, why: PlexctlError) -> "List[Connection]":
         """With the lock held: what one's end means for the others. Returns whom to turn away."""
         others = sum(not each.is_ending for each in self._workers)
         refused = isinstance(why, ApiError) and why.status < 500
-        if isinstance(why, SessionRevoked) or not others and (
+        if isinstance(why, SessionRevoked) or self._is_time_up(elapsed_seconds()) or not others and (
                 self.first is None or refused or not self._renew):
             self.over = why
         elif worker.is_ready:
             self.report("%s%s" % (why, "; the next connection gets a new one" if self._renew else ""))
         elif others and (refused or isinstance(why, EndpointMissing)):
             self._limit = min(self._limit, others)
-            self._tell_limit("no further session, connections wait for the %d there %s: %s" % (
-                others, "is" if others == 1 else "are", why))
+            self.tell_once("warning: no further session, connections wait for the %d there %s: %s" % (
+                others, "is" if others == 1 else "are", why), "limit")
         else:
             self._retry_on = elapsed_seconds() + RETRY_SECONDS
             self.tell_once("warning: no further session for now: %s" % why)
@@ -2549,6 +2559,13 @@ class OwnerCheck:
             return uid if inode else NOBODY
         except OSError:
             return NOBODY
+
+    def is_gone(self, client: "Tuple[Any, ...]") -> bool:
+        """Whether no process has the client's socket open any more; False where the kernel does not tell."""
+        try:
+            return not self._ask(client, self._local)[1]
+        except OSError:
+            return False
 
     def _ask(self, source: "Tuple[Any, ...]", destination: "Tuple[Any, ...]",
              is_listener: bool = False) -> "Tuple[int, int]":
@@ -2722,8 +2739,8 @@ class Forwarder:
     def finish(self) -> None:
         """Accepts the connections that wait already, and no more."""
         self._stop_accepting()
-        self._server.timeout = 0
-        while wait_for(self._server.fileno(), READABLE, 0):
+        self._server.timeout, deadline = 0, elapsed_seconds() + CLOSE_SECONDS
+        while elapsed_seconds() < deadline and wait_for(self._server.fileno(), READABLE, 0):
             self._server.handle_request()
         self._server.server_close()
 
@@ -2769,7 +2786,7 @@ class Forwarder:
         def is_gone() -> bool:
             if self.local.path:
                 return has_hung_up(client)
-            return self._owners is not None and self._owners.find(address) == NOBODY
+            return self._owners is not None and self._owners.is_gone(address)
 
         self._sessions.put(Connection(client, self._end, is_gone, address))
 
@@ -2808,18 +2825,20 @@ class Forwarder:
             self.warn_once("this host cannot tell whose a connection is: any local user can use the port")
 
     def _accept(self) -> None:
-        while not self._is_stopping:
+        while True:
             try:
                 self._server.serve_forever(POLL_SECONDS)
-            except Exception as error:  # of its poll
+            except Exception as error:  # of its waiting itself
                 self.warn_once("cannot accept connections for now: %s" % show_error(error))
                 time.sleep(PAUSE_SECONDS)
+            if self._is_stopping:
+                return
 
     def _stop_accepting(self) -> None:
         self._is_stopping = True
         thread, self._thread = self._thread, None
         if thread is not None:
-            self._server.shutdown()
+            self._server.shutdown()  # which waits for serve_forever; _accept always comes to it
             thread.join(CLOSE_SECONDS)
 
     def _end(self, connection: Connection, error: "Optional[PlexctlError]") -> None:
