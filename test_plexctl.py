@@ -513,7 +513,7 @@ class SessionListener:
         return self._closing.is_set() or time.monotonic() >= self._ends
 
     def _run(self, late):
-        if self._socket is None and not self._closing.wait(min(late, 1e6)):
+        if late and not self._closing.wait(min(late, 1e6)):
             self._open()
         if self._socket is None:
             return
