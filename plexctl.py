@@ -1382,7 +1382,7 @@ class AuditLog:
 # ----------------------------------------------------------------------------------------- relay
 
 FIRST_BUFFER_BYTES = 64 * 1024
-LARGEST_BUFFER_BYTES = 1024 * 1024
+LARGEST_BUFFER_BYTES = 768 * 1024
 TICK_SECONDS = 1.0
 QUIET_SECONDS = 2.0  # of the target, before a client's end of input is passed on
 FIRST_ASK_SECONDS = 0.05  # whether a client that has ended its input is gone; then ever less often
@@ -1501,7 +1501,7 @@ class Flow:
         """A larger buffer for a source that fills this one; given back at once, unlike a bytearray."""
         if len(self.buffer) < LARGEST_BUFFER_BYTES:
             try:
-                self.buffer = memoryview(mmap.mmap(-1, 2 * len(self.buffer)))
+                self.buffer = memoryview(mmap.mmap(-1, min(2 * len(self.buffer), LARGEST_BUFFER_BYTES)))
             except (OSError, ValueError):  # no memory: it will do
                 pass
 
@@ -1520,7 +1520,7 @@ class Relay:
     with; `poller` (select.epoll, or like it) watches `stop_fd`, which becomes readable when it is to
     stop; `is_over` is asked that every second. `is_gone` tells whether a client that has ended its
     input listens no more (False where nobody can know); `on_remote_end` hears that the remote has
-    ended first. Afterwards: what `up` and `down` have moved, and the OSError that broke it, if any.
+    ended first. Afterwards: what `up` and `down` have moved, and the `error` that broke it, if any.
     """
 
     def __init__(self, client: "socket.socket", remote: "socket.socket", buffers: "List[memoryview]",
@@ -1531,7 +1531,7 @@ class Relay:
             sock.setblocking(False)
         self.up = Flow(client, remote, buffers[0])
         self.down = Flow(remote, client, buffers[1])
-        self.error: "Optional[OSError]" = None  # one peer is lost: the other gets a reset, not an end
+        self.error: "Optional[Exception]" = None  # one peer is lost: the other gets a reset, not an end
         self.remote_ended_first = False
         self._poller = poller
         self._stop_fd = stop_fd
@@ -1567,7 +1567,7 @@ class Relay:
                     up.trim()
                     down.trim()
                     self._is_stopped = self._is_stopped or self._is_over()
-        except OSError as error:  # of the waiting itself
+        except Exception as error:  # of the waiting itself, or a defect: it ends this connection alone
             self._break(up, error)
         finally:
             self._close()
@@ -1679,7 +1679,7 @@ class Relay:
             self.down.is_over = self.up.is_over  # else _hold_end passes the end on first
             self._watch()
 
-    def _break(self, flow: Flow, error: OSError) -> None:
+    def _break(self, flow: Flow, error: Exception) -> None:
         """Ends both directions now: a truncated stream must not look like a complete one."""
         if flow is self.down and self.error is None:
             self._tell_remote_end()
@@ -1798,8 +1798,9 @@ class Stdio:
             return b""
 
     def _write(self) -> None:
+        first = b""
         try:
-            piece = self._receive()
+            piece = first = self._receive()
             while piece:
                 try:
                     piece = piece[os.write(1, piece):] or self._receive()
@@ -1810,7 +1811,7 @@ class Stdio:
             os.close(nowhere)
         except OSError as error:
             self.error = PlexctlError("cannot write to standard output: %s" % show_error(error))
-        if self.error or os.isatty(0):  # it would wait for a key that nobody needs
+        if self.error or not first or os.isatty(0):  # where it would wait for a key that nobody needs
             self._near.shutdown(socket.SHUT_RDWR)
         self.done.set()
 
@@ -2062,7 +2063,8 @@ class Worker:
                 "the Node cannot reach it (--host and --port are as the Node sees them)"
                 % join_host_port(self._sessions.request.host, self._sessions.request.port))
         if relay.error is not None:
-            return ConnectionFailed("the connection ended: %s" % show_error(relay.error))
+            kind = ConnectionFailed if isinstance(relay.error, OSError) else PlexctlError
+            return kind("the connection ended: %s" % show_error(relay.error))
         return None
 
     def _dial(self) -> "socket.socket":
