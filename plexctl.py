@@ -10,10 +10,21 @@ and revokes the session when it ends.
 
 Exit codes: 0 done; 1 transport or API failure, no listener endpoint, forwarder error, session
 over; 2 usage; 3 credentials; 4 forbidden; 77 ReBAC denial; with -- COMMAND the status of COMMAND;
-SIGINT, SIGTERM and SIGHUP end the process by that same signal, after the session is revoked.
+SIGINT, SIGTERM, SIGHUP and the rarer ones end the process by that same signal, after the session
+is revoked.
 
 One file, standard library only, Python 3.6 to 3.15. Read it from the top: a section uses only
 those above it.
+
+Threads: the main one waits for signals, and alone writes to stdout and stderr; what may block runs
+in a daemon thread that it waits for. Each HTTP exchange has one more, given up on at its deadline,
+since a name look-up has no time-out. One thread accepts connections (Forwarder) and puts them into a
+queue; one worker a session (Worker) takes them from there and carries one after another (Relay). The
+queue, the workers and the sessions that are still to be revoked are in Sessions, under its one lock.
+
+The credential: the bearer token is read in the section credentials, and sent in the section control
+plane; the session token comes in there, and what is done with it ends with the section audit, but for
+the line of --reveal-secrets in Run.establish. What follows the section audit moves bytes.
 """
 import sys
 
@@ -3358,7 +3369,8 @@ class Run:
         try:
             if options.mode == "print":
                 return self.print_coordinates()
-            gc.enable()
+            if __name__ == "__main__":
+                gc.enable()
             if options.mode == "--stdio":
                 return self.carry_stdio()
             return self.forward(program)
@@ -3677,6 +3689,8 @@ def perform(argv: "Optional[Sequence[str]]" = None,
     except PlexctlError as error:
         status = error.exit_code
         foreground.report("error: %s" % error)
+    except (OSError, MemoryError) as error:
+        foreground.report("error: the system refuses: %s" % show_error(error))
     except Exception as error:  # a defect; its text may hold what it was given
         foreground.report("error: internal error: %s" % show_error(error))
     finally:
