@@ -1577,7 +1577,9 @@ class Relay:
                     check_on = now + TICK_SECONDS
                     up.trim()
                     down.trim()
-                    self._is_stopped = self._is_stopped or self._is_over()
+                    # the Node has ended, and so serves another one; a client may keep its end open for ever
+                    is_deaf = down.is_over and not up.has_ended and self._is_quiet(up, now)
+                    self._is_stopped = self._is_stopped or is_deaf or self._is_over()
         except Exception as error:  # of the waiting itself, or a defect: it ends this connection alone
             self._break(up, error)
         finally:
@@ -1651,19 +1653,23 @@ class Relay:
         It is passed on once the target has been quiet, or has ended, or nobody waits for its answer.
         Returns how long to wait for the next event, in seconds.
         """
-        if self.down.pending or not self._quiet_since:  # what the client does not read is not quiet
-            self._quiet_since = now
+        is_quiet = self._is_quiet(self.down, now)
         if now >= self._ask_on and not self._client_is_gone:
             self._client_is_gone = self._is_gone()
             self._ask_on = now + self._ask_pause
             self._ask_pause = min(2 * self._ask_pause, TICK_SECONDS)
-        quiet_on = self._quiet_since + QUIET_SECONDS
-        if self._client_is_gone or self.down.is_over or now >= quiet_on:
+        if self._client_is_gone or self.down.is_over or is_quiet:
             self._pass_on(self.up)
             self.down.is_over = self.down.is_over or self._client_is_gone
             self._watch()
             return TICK_SECONDS
-        return max(0.0, min(self._ask_on, quiet_on) - now)
+        return max(0.0, min(self._ask_on, self._quiet_since + QUIET_SECONDS) - now)
+
+    def _is_quiet(self, flow: Flow, now: float) -> bool:
+        """Whether nothing was read for QUIET_SECONDS; what the sink does not take yet is not quiet."""
+        if flow.pending or not self._quiet_since:
+            self._quiet_since = now
+        return now - self._quiet_since >= QUIET_SECONDS
 
     def _pass_on(self, flow: Flow) -> None:
         """The half-close of TCP."""
@@ -2757,7 +2763,8 @@ class Forwarder:
         """Accepts the connections that wait already, and no more."""
         self._stop_accepting()
         self._server.timeout, deadline = 0, elapsed_seconds() + CLOSE_SECONDS
-        while elapsed_seconds() < deadline and wait_for(self._server.fileno(), READABLE, 0):
+        while self._server.fileno() >= 0 and elapsed_seconds() < deadline and wait_for(
+                self._server.fileno(), READABLE, 0):
             self._server.handle_request()
         self._server.server_close()
 
