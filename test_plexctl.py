@@ -6348,25 +6348,103 @@ def test_a_process_that_is_killed_resets_its_clients():
                 pass
 
 
+EVERY_SIGNAL = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGXCPU",
+                "SIGVTALRM", "SIGPROF", "SIGIO", "SIGPWR")
+
+
+def may_dump_core():
+    """Any core file may be written, of a process that preexec_fn is run in."""
+    resource.setrlimit(resource.RLIMIT_CORE, (resource.getrlimit(resource.RLIMIT_CORE)[1],) * 2)
+
+
 @pytest.mark.skipif(not LINUX, reason="Linux has all of them")
-@pytest.mark.parametrize("name", ["SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM"])
-@pytest.mark.parametrize("flags", [["--proxy"], ["--", "sh", "-c", "echo started; exec sleep 30"]],
-                         ids=["proxy", "COMMAND"])
-def test_other_signals_leave_no_session_either(simulation, flags, name):
+@pytest.mark.parametrize("name", EVERY_SIGNAL)
+@pytest.mark.parametrize("mode", ["waiting for the Node", "proxy", "stdio"])
+def test_every_signal_revokes_and_ends_it_without_a_core_file(simulation, tmp_path, make_pipe, name, mode):
     signum = getattr(signal, name)
-    with start(simulation, *flags) as process:
-        if flags == ["--proxy"]:
+    reader, writer = make_pipe()
+    if mode == "waiting for the Node":
+        simulation.plane.endpoint_on = "never"
+    with start(simulation, "--stdio" if mode == "stdio" else "--proxy", stdin=reader, cwd=str(tmp_path),
+               preexec_fn=may_dump_core) as process:
+        if mode == "waiting for the Node":
+            process.wait_for_output("waiting for the Node")
+        elif mode == "proxy":
             process.ready(2)
-            process.send_signal(signum)
-            ends_by(process, signum)
         else:
-            process.wait_for_output("started")
-            process.send_signal(signum)
-            if signum == signal.SIGQUIT:  # the terminal sends it to COMMAND too, who decides
-                signum = signal.SIGTERM
-                process.send_signal(signum)
-            assert process.finish().returncode == 128 + signum
+            writer.write(b"hello")
+            process.wait_for_output("hello")
+        process.send_signal(signum)
+        with process.changed:  # nobody else asks for the status meanwhile
+            _, status = os.waitpid(process.pid, 0)
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signum, (status, process.err)
+        assert not os.WCOREDUMP(status) and os.listdir(str(tmp_path)) == []
+        process.finish()
+        assert not any(word in process.err for word in BAD_WORDS + ("plexctl: error",)), process.err
     revoked_once(simulation.plane)
+
+
+@pytest.mark.skipif(not LINUX, reason="Linux has all of them")
+@pytest.mark.parametrize("name", EVERY_SIGNAL[3:])
+def test_other_signals_beside_a_command_leave_no_session_either(simulation, name):
+    signum = getattr(signal, name)
+    with start(simulation, "--", "sh", "-c", "echo started; exec sleep 30") as process:
+        process.wait_for_output("started")
+        process.send_signal(signum)
+        if signum == signal.SIGQUIT:  # the terminal sends it to COMMAND too, who decides
+            signum = signal.SIGTERM
+            process.send_signal(signum)
+        assert process.finish().returncode == 128 + signum
+    revoked_once(simulation.plane)
+
+
+def test_a_third_signal_ends_it_at_once(simulation):
+    simulation.plane.script("revoke", hold(60))
+    with start(simulation, "--proxy") as process:
+        process.ready(2)
+        process.send_signal(signal.SIGTERM)
+        simulation.plane.wait_for(lambda: revoke_requests(simulation.plane))
+        began = time.monotonic()
+        for signum in (signal.SIGINT, signal.SIGQUIT):
+            process.send_signal(signum)
+            wait_until(lambda: process.poll() is not None or not pending_signals(process.pid))
+        result = process.finish(5)
+        took = time.monotonic() - began
+    assert -result.returncode in (signal.SIGINT, signal.SIGQUIT), process.describe()
+    assert took > 0.9 or "is not revoked" not in result.stderr  # which is said after the second's second
+    assert not any(word in result.stderr for word in BAD_WORDS), result.stderr
+
+
+IMPORTING = """
+import os, sys, time
+module = sys.argv.pop(1)
+class Slow:
+    def find_spec(self, name, path=None, target=None):
+        if name == module:
+            os.write(2, b"importing")
+            time.sleep(60)
+sys.meta_path.insert(0, Slow())
+sys.argv[0] = %r
+with open(sys.argv[0], encoding="utf-8") as stream:
+    program = compile(stream.read(), sys.argv[0], "exec")
+sys.modules.pop(module, None)
+exec(program, {"__name__": "__main__", "__builtins__": __builtins__})
+""" % PLEXCTL
+
+
+@pytest.mark.skipif(not LINUX, reason="watches /proc")
+@pytest.mark.parametrize("python", find_pythons(), ids=os.path.basename)
+@pytest.mark.parametrize("module", ["argparse", "collections", "socket", "threading"])
+def test_ctrl_c_before_the_handlers_stand_has_its_default_action(simulation, python, module):
+    """A KeyboardInterrupt amid an import may be lost in a weak reference's callback."""
+    words = [python, "-B", "-S", "-c", IMPORTING, module] + forward_args(simulation.plane)
+    with Process(words, env=clean_environment(simulation.plane.environment()),
+                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) as process:
+        process.wait_for_output("importing")
+        assert not signal_mask(process.pid, "SigCgt") >> signal.SIGINT - 1 & 1
+        process.send_signal(signal.SIGINT)
+        assert ends_by(process, signal.SIGINT).stderr == "importing"
+    assert simulation.plane.requests == []
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="POSIX signals")
@@ -6722,6 +6800,48 @@ def test_a_token_on_standard_input_is_not_handed_to_command(simulation, tmp_path
         args = ["--token-file", token_file.format(path=path), "--", sys.executable, "-c", program]
         result = run_plexctl(forward_args(simulation.plane, *args), env=environ, stdin=stream)
     assert (result.returncode, result.stdout) == (0, "")
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGCHLD"), reason="POSIX signals")
+@pytest.mark.parametrize("status", [0, 7])
+def test_the_status_is_command_s_own_also_where_sigchld_was_ignored(simulation, status):
+    program = ("import signal, sys; print(signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL, flush=True);"
+               "sys.exit(%d)" % status)
+    result = run_python(simulation, program, preexec_fn=lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN))
+    assert (result.returncode, result.stdout) == (status, "True\n"), result.stderr
+    revoked_once(simulation.plane)
+
+
+COUNT = """
+import os, signal
+def tell(signum, frame):
+    os.write(1, b"%d\\n" % signum)
+for signum in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+    signal.signal(signum, tell)
+os.write(1, b"%d\\n" % os.getpid())
+while True:
+    signal.pause()
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="POSIX signals")
+def test_hangups_reach_command_as_often_as_they_come_and_a_second_sigterm_ends_it(simulation):
+    signals = [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2] * 4 + [signal.SIGTERM, signal.SIGHUP]
+    with start(simulation, "--", sys.executable, "-c", COUNT) as process:
+        command_pid = int(process.ready())
+        try:
+            for count, signum in enumerate(signals, 2):
+                process.send_signal(signum)
+                process.ready(count)
+            process.send_signal(signal.SIGTERM)
+            assert -process.wait(20) == signal.SIGTERM
+            process.ready(len(signals) + 2)  # COMMAND hears of that one too, and is left to itself
+        finally:
+            os.kill(command_pid, signal.SIGKILL)
+        result = process.finish()
+    assert [int(line) for line in result.stdout.split()][1:] == signals + [signal.SIGTERM]
+    assert not any(word in result.stderr for word in BAD_WORDS + ("plexctl: error",)), result.stderr
+    revoked_once(simulation.plane)
 
 
 # ---- tests: stdio --------------------------------------------------------------------------------
