@@ -1754,28 +1754,27 @@ class Lingering:
 
     def __init__(self) -> None:
         self._deadlines: "Dict[socket.socket, float]" = {}
+        self._is_closed = False
 
     def add(self, sock: "socket.socket") -> None:
         """Takes over a socket whose sending side was shut down; from any thread."""
-        self._deadlines[sock] = elapsed_seconds() + LINGER_SECONDS
-        if drain(sock, DRAIN_SECONDS):
-            self._close(sock)
+        if drain(sock, DRAIN_SECONDS) or self._is_closed:
+            close_leg(sock, reset=False)
+        else:
+            self._deadlines[sock] = elapsed_seconds() + LINGER_SECONDS
 
     def sweep(self) -> int:
-        """Closes those that have ended or had their time; how many are left."""
+        """Closes those that have ended or had their time; how many are left. From one thread."""
         for sock, deadline in list(self._deadlines.items()):
-            if drain(sock, 0) or elapsed_seconds() >= deadline:
-                self._close(sock)
+            if self._is_closed or drain(sock, 0) or elapsed_seconds() >= deadline:
+                self._deadlines.pop(sock, None)
+                close_leg(sock, reset=False)
         return len(self._deadlines)
 
     def close(self) -> None:
         """Closes all of them."""
-        for sock in list(self._deadlines):
-            self._close(sock)
-
-    def _close(self, sock: "socket.socket") -> None:
-        self._deadlines.pop(sock, None)
-        close_leg(sock, False)
+        self._is_closed = True
+        self.sweep()
 
 
 class Stdio:
@@ -1858,10 +1857,6 @@ class EndpointMissing(PlexctlError):
 
 class ConnectionFailed(PlexctlError):
     """One connection broke after it had been dialled."""
-
-
-class Stopped(PlexctlError):
-    """What was asked for is not wanted any more."""
 
 
 def dial(route: "Tuple[int, Any]", stop_fd: int) -> "socket.socket":
@@ -2032,7 +2027,7 @@ class Worker:
                 if not error.passing:
                     raise
             if sessions.plane.cancel.wait(max(0.0, min(pause, deadline - elapsed_seconds()))):
-                raise Stopped("interrupted")
+                raise Cancelled("interrupted")
             pause = min(pause * 1.5, POLL_MAX_SECONDS)
         raise EndpointMissing("the Node reported no listener endpoint within %s; is it up? "
                               "(--wait-seconds)" % limit)
@@ -2072,7 +2067,7 @@ class Worker:
     def _judge(self, relay: Relay, seconds: float) -> "Optional[PlexctlError]":
         """What there is to say of a connection that was carried; None where it went well."""
         if self._sessions.is_stopped:
-            return Stopped("interrupted")
+            return Cancelled("interrupted")
         if self.why is not None:
             return self.why
         if relay.remote_ended_first and not relay.down.moved and seconds < UNREACHABLE_SECONDS:
@@ -2089,7 +2084,7 @@ class Worker:
         """A connection to the listener; PlexctlError says why there is none."""
         for is_last in (False, True):
             if self.is_over():
-                raise self.why or Stopped("interrupted")
+                raise self.why or Cancelled("interrupted")
             route = self._route
             try:
                 remote = dial(route, self._sessions.stop_fd)
@@ -2104,7 +2099,7 @@ class Worker:
             self._refused_since = 0.0
             self.has_carried = True
             return remote
-        raise Stopped("interrupted")
+        raise Cancelled("interrupted")
 
     def _note_refusal(self) -> None:
         """The listener is gone, though the control plane says that the session is active."""
@@ -2205,7 +2200,7 @@ class Sessions:
                 self._start_worker()
             while self.first is None:
                 if self.over or self.is_stopped:
-                    raise self.over or Stopped("interrupted")
+                    raise self.over or Cancelled("interrupted")
                 self._changed.wait(TICK_SECONDS)
             return self.first
 
@@ -2218,7 +2213,7 @@ class Sessions:
                 if not self._workers:
                     self._grow(elapsed_seconds())
                 return
-        connection.end(self.over or Stopped("interrupted"))
+        connection.end(self.over or Cancelled("interrupted"))
 
     def tick(self) -> None:
         """To be called several times a second: who has left, who has waited for long, whose time is up."""
@@ -2234,7 +2229,7 @@ class Sessions:
                 self.over = self.over or SessionOver("the session expired")
             self._grow(now)
         for connection in left:
-            connection.end(Stopped("the client has left"))
+            connection.end(Cancelled("the client has left"))
         self.lingering.sweep()
         lifetime = self.first.issued.lifetime_seconds if self.first and self.first.issued else 0.0
         left_seconds = self.seconds_left()
@@ -2368,7 +2363,7 @@ class Sessions:
     def dismiss(self, worker: Worker) -> None:
         """A worker's last act: what follows from its end, and the revocation."""
         if worker.connection is not None:
-            self.end(worker, worker.why or Stopped("interrupted"))
+            self.end(worker, worker.why or Cancelled("interrupted"))
         turned_away: "List[Connection]" = []
         with self._changed:
             worker.is_ending = True
@@ -2479,7 +2474,7 @@ class Sessions:
             dropped.extend(worker.connection for worker in self._workers if worker.connection)
             self._close_if_last()
         for connection in dropped:
-            connection.end(Stopped("interrupted"))
+            connection.end(Cancelled("interrupted"))
         self.lingering.close()
 
     def leave(self, seconds: float = LEAVE_SECONDS) -> None:
@@ -2871,7 +2866,7 @@ class Forwarder:
         if relay is not None:
             self._sessions.say("connection closed%s: %s up, %s down", " (%s)" % error if error else "",
                                show_bytes(relay.up.moved), show_bytes(relay.down.moved))
-        if error is not None and not isinstance(error, (SessionOver, ConnectionFailed, Stopped)):
+        if error is not None and not isinstance(error, (SessionOver, ConnectionFailed, Cancelled)):
             self.warn_once(str(error) if relay else "a connection was not served: %s" % error)
 
 
