@@ -6611,6 +6611,134 @@ def test_too_few_threads_are_an_error_that_leaves_no_session(simulation, lone_co
     assert result.status == 0, result.err
 
 
+MODES = {"print": [], "proxy": ["--proxy"], "stdio": ["--stdio"], "COMMAND": ["--", "true"],
+         "COMMAND that speaks": ["--", "sh", "-c", "echo hello || exit 1"]}
+
+
+@FULL
+@pytest.mark.parametrize("redirections", [">/dev/full", ">&-", "2>/dev/full", "2>&-", ">/dev/full 2>/dev/full",
+                                          "<&- >&- 2>&-", "</dev/full >/dev/full 2>&-"])
+@pytest.mark.parametrize("mode", sorted(MODES))
+def test_no_path_ends_in_120(mode, redirections):
+    with Simulation(source(10), ttl=3) as simulation:  # which ends the proxy
+        result = run_redirected(redirections, forward_args(simulation.plane, "-v", *MODES[mode]),
+                                simulation.plane.environment())
+        takes_output = ">/dev/full" not in redirections.replace("2>/dev/full", "") and " >&-" not in (
+            " " + redirections)
+        wanted = {"proxy": 1, "COMMAND": 0}.get(mode, 0 if takes_output else 1)
+        assert result.status == wanted, (result, simulation.plane.describe())
+        assert not any(word in result.err for word in BAD_WORDS), result.err
+        if mode == "print" and wanted == 0:
+            assert simulation.plane.revoked == []
+        else:
+            revoked_once_or_expired(simulation.plane)
+
+
+def revoked_once_or_expired(plane):
+    """One session was issued, and asked to be revoked once, whether or not it had expired by then."""
+    assert len(plane.issued) == 1 and revoke_requests(plane) == plane.issued, plane.describe()
+
+
+@pytest.mark.skipif(not ROOT or not LINUX or not shutil.which("unshare"), reason="needs root and unshare")
+@pytest.mark.parametrize("redirections", ["", "<&-", "<&- 2>&-", "<&- >&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("mode", ["print", "stdio", "COMMAND"])
+def test_closed_descriptors_do_no_harm_where_there_is_no_null_device(simulation, mode, redirections):
+    hide = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs none /dev && test ! -e /dev/null && exec "$@"', "sh"]
+    if run_words(hide + ["true"]).status:
+        pytest.skip("no mount namespaces here")
+    words = hide + ["sh", "-c", 'exec "$@" ' + redirections, "sh"] + plexctl_command(
+        forward_args(simulation.plane, *MODES[mode]), sys.executable)
+    result = run_words(words, clean_environment(simulation.plane.environment()))
+    assert not any(word in result.err for word in BAD_WORDS), result.err
+    assert result.status == (mode != "COMMAND" and ">&-" in redirections.replace("2>&-", "")), result
+    if mode == "print" and result.status == 0:
+        assert parse_document(result.out, "text")["session_id"] == simulation.plane.issued[0]
+    else:
+        revoked_once(simulation.plane)
+
+
+@pytest.mark.parametrize("how, words", [("expires", "the session expired"), ("is revoked", "the session was revoked")])
+def test_a_reason_is_said_once_in_a_run(simulation, how, words):
+    flags = ["--ttl-seconds", 2] if how == "expires" else []
+    with start(simulation, "--proxy", "-v", *flags) as process:
+        address = proxy_address(process)
+        with dial(address) as client:
+            client.sendall(b"hello")
+            assert client.recv(9) == b"hello"
+            if how == "is revoked":
+                simulation.plane.revoke(simulation.plane.issued[0])
+            result = process.finish(20)
+    assert result.returncode == 1 and words in error_of(result)
+    assert result.stderr.count(words) == 1 and len(re.findall("1 connection, ", result.stderr)) == 1, result.stderr
+
+
+@pytest.mark.skipif(not LINUX, reason="counts descriptors")
+def test_a_hard_limit_of_64_descriptors_serves_several_connections_at_once(simulation):
+    with start(simulation, "--proxy", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))) \
+            as process, contextlib.ExitStack() as stack:
+        address = proxy_address(process)
+        clients = [stack.enter_context(dial(address)) for _ in range(4)]
+        for client in clients:
+            client.sendall(b"hello")
+        for client in clients:  # all of them are open meanwhile
+            assert client.recv(9) == b"hello"
+        assert len(simulation.plane.issued) == 4
+        stack.close()
+        for _ in range(100):
+            assert exchange(address, b"again") == b"again"
+        process.send_signal(signal.SIGTERM)
+        result = ends_by(process, signal.SIGTERM, 10)
+    assert "104 connections" in result.stderr, result.stderr
+
+
+@pytest.mark.skipif(not LINUX, reason="counts descriptors")
+@pytest.mark.parametrize("mode", ["proxy", "COMMAND"])
+def test_bulk_under_too_few_descriptors_arrives_or_is_refused_in_one_line(simulation, mode):
+    fetch = ("import hashlib, socket, sys; data = hashlib.shake_128(b'0').digest(4 << 20); sock ="
+             "socket.create_connection(('127.0.0.1', int(sys.argv[1])), 20); import threading;"
+             "threading.Thread(target=sock.sendall, args=(data,), daemon=True).start()\n"
+             "got = b''\nwhile len(got) < len(data):\n    piece = sock.recv(1 << 20)\n"
+             "    if not piece: sys.exit('cut off')\n    got += piece\n"
+             "sys.exit(0 if got == data else 'other bytes')")
+    arrived = 0
+    for limit in list(range(8, 24, 3)) + [12]:
+        def few(limit=limit):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+        if mode == "COMMAND":
+            result = run_python(simulation, fetch.replace("sys.argv[1]", "os.environ['PLEXCTL_LOCAL_PORT']; import os"),
+                                preexec_fn=few) if False else run_command(
+                                    simulation, sys.executable, "-c", fetch, "{port}", preexec_fn=few)
+            status, text = result.returncode, result.stderr
+            arrived += status == 0
+            assert status in (0, 1, 126), (limit, result)
+        else:
+            with start(simulation, "--proxy", "--output", "json", preexec_fn=few) as process:
+                process.wait_for(lambda: process.out or process.poll() is not None, 20)
+                if process.out:
+                    with contextlib.suppress(ConnectionResetError):
+                        with dial(json.loads(process.out)["local_addr"]) as client:
+                            threading.Thread(target=send_quietly, args=(client, pattern(4 << 20)), daemon=True).start()
+                            got = b"".join(iter(lambda: client.recv(1 << 20), b""))
+                            assert got == pattern(4 << 20) or "warning" in process.err, (limit, len(got), process.err)
+                            arrived += got == pattern(4 << 20)
+                    process.send_signal(signal.SIGTERM)
+                    assert process.finish(15).returncode == -signal.SIGTERM, process.describe()
+                else:
+                    assert process.finish().returncode == 1
+                    assert process.err.count("plexctl: error: ") == 1, process.err
+                text = process.err
+        assert not any(word in text for word in BAD_WORDS), (limit, text)
+        assert simulation.plane.active() == [], (limit, text)
+    assert arrived
+
+
+def send_quietly(sock, data):
+    """Send it and a half-close, in a thread; a connection that ends is no matter."""
+    with contextlib.suppress(OSError):
+        sock.sendall(data)
+        sock.shutdown(socket.SHUT_WR)
+
+
 # ---- tests: COMMAND ------------------------------------------------------------------------------
 
 TELL = "import json, os, sys; print(json.dumps([sys.argv[1:], dict(os.environ)]))"
@@ -7067,6 +7195,87 @@ def test_stdio_takes_no_reset_for_a_clean_end(make_pipe):
         reading.join(20)
         assert result.returncode == 1 and "the connection ended" in error_of(result)
         revoked_once(simulation.plane)
+
+
+def test_stdio_of_a_revoked_session_exits_1_at_once(simulation, make_pipe):
+    reader, writer = make_pipe()
+    with start(simulation, "--stdio", stdin=reader) as process:
+        writer.write(b"hello")
+        process.wait_for_output("hello")
+        simulation.plane.revoke(simulation.plane.issued[0])  # the Node ends the connection
+        result = process.finish(10)
+    assert result.returncode == 1 and "the session was revoked" in error_of(result)
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("closed", [False, True], ids=["stdin stays open", "stdin has ended"])
+def test_stdio_of_a_target_that_cannot_be_reached_exits_1(simulation, make_pipe, closed):
+    reader, writer = make_pipe()
+    simulation.target.close()
+    with start(simulation, "--stdio", stdin=reader) as process:
+        reader.close()
+        if closed:
+            writer.close()
+        result = process.finish(20)
+    assert result.returncode == 1 and "%s:%d" % (HOST, PORT) in error_of(result)
+    assert result.stderr.count("\n") == 1 and "--host and --port" in result.stderr
+    revoked_once(simulation.plane)
+
+
+@pytest.mark.parametrize("signum", SIGNALS[1:])
+def test_a_signal_after_the_connection_s_end_is_no_accident(simulation, signum):
+    simulation.plane.script("revoke", hold(60))
+    with start(simulation, "--stdio") as process:  # stdin has ended
+        simulation.plane.wait_for(lambda: revoke_requests(simulation.plane))
+        process.send_signal(signum)
+        assert process.finish(10).returncode == 0, process.describe()
+    assert process.err.count("\n") == 1 and "is not revoked" in process.err
+
+
+def test_ssh_that_hangs_up_on_its_proxycommand_causes_no_error(make_pipe):
+    """It does so as soon as it has read the end of stdout; stdin is still open then."""
+    (out_reader, out_writer), (in_reader, in_writer) = make_pipe(), make_pipe()
+    with Simulation(source(10)) as simulation:
+        with start(simulation, "--stdio", stdin=in_reader, stdout=out_writer) as process:
+            in_reader.close()
+            out_writer.close()
+            assert b"".join(iter(lambda: out_reader.read(99), b"")) == pattern(10)
+            process.send_signal(signal.SIGHUP)
+            in_writer.close()
+            result = process.finish(10)
+        assert (result.returncode, result.stderr) == (0, "")
+        revoked_once(simulation.plane)
+
+
+def test_stdio_ends_by_a_signal_amid_the_connection_and_says_nothing(simulation, make_pipe):
+    reader, writer = make_pipe()
+    with start(simulation, "--stdio", stdin=reader) as process:
+        writer.write(b"hello")
+        process.wait_for_output("hello")
+        process.send_signal(signal.SIGHUP)
+        assert ends_by(process, signal.SIGHUP).stderr == ""
+    revoked_once(simulation.plane)
+
+
+@pytest.mark.parametrize("flags, warned", [
+    (["--proxy"], True), (["--proxy", "--renew"], False), (["--stdio"], False), (["--stdio", "-v"], True)],
+    ids=shown)
+def test_the_last_minute_is_warned_of_where_somebody_wants_to_know(simulation, make_pipe, flags, warned):
+    reader, writer = make_pipe()
+    with start(simulation, "--ttl-seconds", 61, *flags, stdin=reader) as process:
+        if "--proxy" in flags:
+            address = proxy_address(process)
+        else:
+            writer.write(b"hello")
+            process.wait_for_output("hello")
+        began = time.monotonic()
+        process.wait_for(lambda: "are left" in process.err or not warned and time.monotonic() - began > 3)
+        if "--proxy" in flags:
+            assert exchange(address, b"hello") == b"hello"
+        process.send_signal(signal.SIGTERM)
+        result = ends_by(process, signal.SIGTERM)
+    assert len(re.findall(r"plexctl: warning: (?:1m00|59)s of the session are left\n", result.stderr)) == warned
+    assert "are left" not in result.stderr or warned
 
 
 # ---- tests: terminal -----------------------------------------------------------------------------
