@@ -15,18 +15,17 @@ SIGINT, SIGTERM and SIGHUP end the process by that same signal, after the sessio
 One file, standard library only, Python 3.6 to 3.15. Read it from the top: a section uses only
 those above it.
 """
+import gc  # like sys it is built in, and so not looked for in sys.path
 import sys
-
-if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
-    del sys.path[0]  # the directory of the script: another user's argparse.py may lie in /tmp
-
-import errno
-import gc
-import os
-import time
 
 if __name__ == "__main__":
     gc.disable()  # while modules load it takes 2 ms and finds nothing; the modes that stay enable it
+    if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+        del sys.path[0]  # the directory of the script: another user's argparse.py may lie in /tmp
+
+import errno
+import os
+import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # importing typing would take as long as compiling half of this file
@@ -108,7 +107,6 @@ ISSUE_ATTEMPTS = 3
 RETRY_AFTER_MAX_SECONDS = 5
 POLL_MIN_SECONDS = 0.5
 POLL_MAX_SECONDS = 3.0
-RECHECK_SECONDS = 60  # the reconcile period of a Node
 WARN_LEFT_SECONDS = (300, 60)
 BODY_MAX_BYTES = 1024 * 1024
 SECRET_FILE_MAX_BYTES = 64 * 1024
@@ -227,16 +225,15 @@ def send_datagram(path: str, data: bytes, seconds: float) -> None:
 
 def wait_for(fd: int, mask: int, seconds: "Optional[float]" = None, stop_fd: int = -1) -> bool:
     """Waits until a descriptor is ready, for ever, or for so long, or until `stop_fd` is readable."""
+    seconds = None if seconds is None else max(0.0, seconds)
     if ON_LINUX:  # where poll() takes terminals as well, and any number
         poller = select.poll()
         poller.register(fd, mask)
         if stop_fd >= 0:
             poller.register(stop_fd, READABLE)
-        ready = poller.poll(None if seconds is None else max(0.0, seconds) * 1000)
-        return any(each == fd for each, _ in ready)
-    readable, writable, _ = select.select(
-        ([fd] if mask == READABLE else []) + ([stop_fd] if stop_fd >= 0 else []),
-        [fd] if mask == WRITABLE else [], [], None if seconds is None else max(0.0, seconds))
+        return any(each == fd for each, _ in poller.poll(None if seconds is None else seconds * 1000))
+    readers = [each for each in (stop_fd, fd if mask == READABLE else -1) if each >= 0]
+    readable, writable, _ = select.select(readers, [fd] if mask == WRITABLE else [], [], seconds)
     return fd in readable or fd in writable
 
 
