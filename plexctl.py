@@ -256,23 +256,24 @@ def load_modules() -> None:
 
 DIGITS = frozenset("0123456789")
 PORT_MAX = 65535
-JSON_INT_MAX_DIGITS = 4300  # newer Pythons refuse more; 3.6 takes a quarter of a minute for 1 MiB
 HOST_MAX_CHARACTERS = 253  # RFC 1035, section 2.3.4, as text
 SOCKET_PATH_MAX_BYTES = 100  # sun_path has 104 on macOS, 108 on Linux
 UUID_PATTERN = r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
-NAME_PATTERN = r"(?a)(?:LABEL\.)*(?!0[xX]|[0-9]+\.?\Z)LABEL\.?".replace("LABEL", r"\w(?:[\w-]{0,61}\w)?")
-URL_PATTERN = r"(?=[!-~]*\Z)" \
-    r"(?i:(https?))://(\[[0-9a-fA-F:.]+\]|[^\[\]/:?#@\\]+)(?::([0-9]{1,5}))?(/[^?#\\]*)?"
+NAME_PATTERN = r"(?a)(?=.{1,253}\Z)(?:LABEL\.)*(?!0[xX]|[0-9]+\.?\Z)LABEL\.?".replace(
+    "LABEL", r"\w(?:[\w-]{0,61}\w)?")  # the last label cannot be taken for a number: RFC 1123, section 2.1
+URL_PATTERN = r"(?=[!-~]*\Z)(?i:(https?))://([^/?#@\\]+?)(:[0-9]{1,5})?(/[^?#\\]*)?"
 TIME_PATTERN = r"([0-9]{4})-([0-9]{2})-([0-9]{2})[Tt]([0-9]{2}):([0-9]{2}):([0-5][0-9]|60)" \
     r"(\.[0-9]{1,9})?(?:[Zz]|([+-])([01][0-9]|2[0-3]):([0-5][0-9]))"
 LOOPBACK_NAMES = frozenset("localhost localhost4 localhost6 ip6-localhost ip6-loopback".split())
-MAPPED_PREFIX = b"\0" * 10 + b"\xff\xff"  # RFC 4291, section 2.5.5.2
-TEREDO_PREFIX = b"\x20\x01\0\0"  # RFC 4380, section 4; the IPv4 address in it is inverted
-EMBEDDED_IPV4 = (  # the beginning of an IPv6 address, and where an IPv4 address stands in it then
-    (b"\0" * 12, 12),  # compatible: RFC 4291, section 2.5.5.1
-    (b"\0" * 8 + b"\xff\xff\0\0", 12),  # translated: RFC 2765, section 2.1
-    (b"\0\x64\xff\x9b" + b"\0" * 8, 12),  # NAT64: RFC 6052, section 2.1
-    (b"\x20\x02", 2))  # 6to4: RFC 3056, section 2
+LOOPBACK_NETWORKS = ("127.0.0.0/8", "::1/128")
+OTHERS_NETWORKS = ("0.0.0.0/32", "::/128", "224.0.0.0/3", "ff00::/8")  # unspecified; multicast, reserved
+LINK_LOCAL_NETWORKS = ("169.254.0.0/16", "fe80::/10", "2001::/32")  # and Teredo, which hides an IPv4 address
+IPV4_INSIDE = (  # networks of IPv6 addresses in which an IPv4 address stands, from this byte on
+    ("::/96", 12),  # compatible: RFC 4291, section 2.5.5.1
+    ("::ffff:0:0:0/96", 12),  # translated: RFC 2765, section 2.1
+    ("64:ff9b::/96", 12),  # NAT64: RFC 6052, section 2.1
+    ("2002::/16", 2))  # 6to4: RFC 3056, section 2
+IPV4_MAPPED = b"\0" * 10 + b"\xff\xff"  # what such an address begins with: RFC 4291, section 2.5.5.2
 
 
 def escape(text: str, limit: int = SHOWN_MAX_CHARACTERS) -> str:
@@ -318,22 +319,15 @@ def one_of(*words: str) -> "Callable[[str], str]":
 
 def parse_target_host(text: str) -> str:
     """A target host as the Node will see it: printable, no white space."""
-    if not text.strip():
-        raise ValueError("must not be empty")
-    if len(text) > HOST_MAX_CHARACTERS or not text.isprintable() or " " in text:
+    if not 1 <= len(text) <= HOST_MAX_CHARACTERS or not text.isprintable() or " " in text:
         raise ValueError("must be a host name or address without white space")
     if text.count(":") == 1:
         raise ValueError("must be a host alone; its port goes in --port")
     return text
 
 
-def is_name(host: str) -> bool:
-    """A DNS name whose last label cannot be taken for a number (RFC 1123, section 2.1)."""
-    return len(host) <= HOST_MAX_CHARACTERS and bool(re.fullmatch(NAME_PATTERN, host))
-
-
 def pack_address(host: str) -> bytes:
-    """The 4 or 16 bytes of an IP address literal; b"" for anything else.
+    """The 4 or 16 bytes of an IP address literal (4 of an IPv4-mapped one, too); b"" for anything else.
 
     connect() takes 127.1, 0 and 010.0.0.1 for addresses; inet_pton does not.
     """
@@ -341,14 +335,24 @@ def pack_address(host: str) -> bytes:
         packed = socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
     except (OSError, ValueError):
         return b""
-    return packed[12:] if packed.startswith(MAPPED_PREFIX) else packed
+    return packed[12:] if packed.startswith(IPV4_MAPPED) else packed
+
+
+def is_within(packed: bytes, *networks: str) -> bool:
+    """Whether a packed address lies in one of these networks, written as in RFC 4632, section 3.1."""
+    for network in networks:
+        prefix, _, bits = network.partition("/")
+        first = pack_address(prefix)
+        rest = 8 * len(first) - int(bits)
+        if len(first) == len(packed) and (
+                int.from_bytes(first, "big") >> rest == int.from_bytes(packed, "big") >> rest):
+            return True
+    return False
 
 
 def is_loopback(host: str) -> bool:
     """Whether `host` (a literal or a name) can only be this machine."""
-    packed = pack_address(host)
-    return (host.lower().rstrip(".") == "localhost" or packed[:1] == b"\x7f" and len(packed) == 4
-            or packed == b"\0" * 15 + b"\1")
+    return host.lower().rstrip(".") == "localhost" or is_within(pack_address(host), *LOOPBACK_NETWORKS)
 
 
 def is_own_name(host: str) -> bool:
@@ -371,19 +375,10 @@ def is_dialable(host: str, from_loopback: bool = False) -> bool:
     packed = pack_address(host.partition("%")[0])  # getaddrinfo gives fe80::1%eth0
     if not packed:
         return from_loopback or not is_own_name(host)
-    found = [packed]
-    if len(packed) == 16:
-        found += [packed[at:at + 4] for prefix, at in EMBEDDED_IPV4 if packed.startswith(prefix)]
-    for each in found:
-        is_ipv4 = len(each) == 4
-        if each.startswith(b"\xa9\xfe" if is_ipv4 else TEREDO_PREFIX) \
-                or not is_ipv4 and b"\xfe\x80" <= each[:2] <= b"\xfe\xbf":
-            return False
-        is_here = each[:1] == b"\x7f" if is_ipv4 else each == b"\0" * 15 + b"\1"
-        is_multicast = each[:1] >= (b"\xe0" if is_ipv4 else b"\xff")
-        if not from_loopback and (is_here or is_multicast or not any(each)):
-            return False
-    return True
+    refused = LINK_LOCAL_NETWORKS if from_loopback else (
+        LINK_LOCAL_NETWORKS + LOOPBACK_NETWORKS + OTHERS_NETWORKS)
+    embedded = [packed[at:at + 4] for network, at in IPV4_INSIDE if is_within(packed, network)]
+    return not any(is_within(each, *refused) for each in [packed] + embedded)
 
 
 def join_host_port(host: str, port: int) -> str:
@@ -420,7 +415,8 @@ def parse_endpoint(text: str, lowest_port: int = 1) -> Endpoint:
     left, _, port = text.rpartition(":")
     host = left[1:-1] if left.startswith("[") and left.endswith("]") else left
     has_brackets = host != left
-    if len(port) > 5 or has_brackets != (":" in host) or not (is_name(host) or pack_address(host)):
+    if len(port) > 5 or has_brackets != (":" in host) or not (
+            re.fullmatch(NAME_PATTERN, host) or pack_address(host)):
         raise ValueError("must be host:port, with brackets around an IPv6 address")
     return Endpoint(host, parse_int(port, lowest_port, PORT_MAX))
 
@@ -445,17 +441,17 @@ def parse_local_address(text: str) -> LocalAddress:
         return LocalAddress("", 0, path)
     try:
         endpoint = parse_endpoint(text, lowest_port=0)
+        host = "127.0.0.1" if endpoint.host.lower() == "localhost" else endpoint.host
+        if pack_address(host):
+            return LocalAddress(host, endpoint.port)
     except ValueError:
-        endpoint = Endpoint("", 0)
-    host = "127.0.0.1" if endpoint.host.lower() == "localhost" else endpoint.host
-    if not pack_address(host):
-        raise ValueError("must be ADDRESS:PORT, [ADDRESS]:PORT or unix:/path; a literal address, "
-                         "port 0 to %d" % PORT_MAX)
-    return LocalAddress(host, endpoint.port)
+        pass
+    raise ValueError("must be ADDRESS:PORT, [ADDRESS]:PORT or unix:/path; a literal address, "
+                     "port 0 to %d" % PORT_MAX)
 
 
 class Server(Record):
-    """A control plane's address. `prefix` has no slash at its end; `str()` gives the URL."""
+    """A control plane's URL; the host in lower case, no slash at the end of `prefix`."""
 
     scheme: str
     host: str
@@ -467,8 +463,7 @@ class Server(Record):
 
     def same_origin(self, other: "Server") -> bool:
         """Same scheme, host and port (RFC 6454, section 5)."""
-        return ((self.scheme, self.host.lower(), self.port)
-                == (other.scheme, other.host.lower(), other.port))
+        return (self.scheme, self.host, self.port) == (other.scheme, other.host, other.port)
 
 
 def parse_server(text: str, allow_http: bool) -> Server:
@@ -478,14 +473,14 @@ def parse_server(text: str, allow_http: bool) -> Server:
         raise ValueError("must be an absolute https:// URL without user info, query, fragment "
                          "or white space")
     scheme, host, port, prefix = found.groups("")
-    scheme = scheme.lower()
+    is_plain = scheme.lower() == "http"
     try:
-        endpoint = parse_endpoint("%s:%s" % (host, port or (443 if scheme == "https" else 80)))
+        endpoint = parse_endpoint(host.lower() + (port or (":80" if is_plain else ":443")))
     except ValueError:
         raise ValueError("has no valid host and port") from None
-    if scheme == "http" and not allow_http and not is_loopback(endpoint.host):
+    if is_plain and not allow_http and not is_loopback(endpoint.host):
         raise ValueError("must be https:// (plain http is for loopback; --allow-http permits it)")
-    return Server(scheme, endpoint.host, endpoint.port, prefix.rstrip("/"))
+    return Server(scheme.lower(), endpoint.host, endpoint.port, prefix.rstrip("/"))
 
 
 def parse_time(text: str) -> float:
@@ -493,9 +488,8 @@ def parse_time(text: str) -> float:
     found = re.fullmatch(TIME_PATTERN, text)
     if not found:
         raise ValueError("is not an RFC 3339 time")
-    parts = found.groups("0")
-    year, month, day, hour, minute, second = map(int, parts[:6])
-    fraction, sign, zone_hours, zone_minutes = parts[6:]
+    *numbers, fraction, sign, zone_hours, zone_minutes = found.groups("0")
+    year, month, day, hour, minute, second = map(int, numbers)
     moment = datetime.datetime(year, month, day, hour, minute, min(second, 59),
                                tzinfo=datetime.timezone.utc)
     offset = int(zone_hours) * 3600 + int(zone_minutes) * 60
@@ -503,20 +497,16 @@ def parse_time(text: str) -> float:
 
 
 def parse_json(raw: bytes) -> "Any":
-    """Strict JSON (RFC 8259): UTF-8, no NaN, no duplicate keys, no lone surrogates."""
+    """Strict JSON (RFC 8259): UTF-8, no NaN, no duplicate keys, no lone surrogates. Numbers are floats."""
     def unique(pairs: "List[Tuple[str, Any]]") -> "Dict[str, Any]":
         fields = dict(pairs)
         if len(fields) != len(pairs):
             raise ValueError("duplicate key")
         return fields
 
-    def bounded(digits: str) -> int:
-        if len(digits) > JSON_INT_MAX_DIGITS:
-            raise ValueError("too many digits")
-        return int(digits)
-
     try:
-        document = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_int=bounded)
+        # an int of 1 MiB takes 3.6 a quarter of a minute; a float is infinite then, and so refused
+        document = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_int=float)
         json.dumps(document, ensure_ascii=False, allow_nan=False).encode("utf-8")
         return document
     except (ValueError, RecursionError, MemoryError):
@@ -540,17 +530,15 @@ def show_seconds(seconds: float) -> str:
 
 def show_error(error: BaseException) -> str:
     """Why something failed, without what it was given: a message may hold a header or a body."""
-    kind = type(error).__name__
     reason = getattr(error, "reason", None)  # URLError's and SSLError's
     if isinstance(reason, BaseException):
         return show_error(reason)
-    verify_message = getattr(error, "verify_message", None)
-    if verify_message:
-        return "certificate not trusted: " + escape(verify_message)
-    if reason == "CERTIFICATE_VERIFY_FAILED":  # 3.6 has no verify_message
-        return "certificate not trusted"
-    if kind == "CertificateError":  # 3.6; a ValueError there
-        return "certificate not trusted: it is for another host name"
+    kind = type(error).__name__
+    verify_message = getattr(error, "verify_message", "")  # 3.6 has none
+    if kind == "CertificateError" and not verify_message:  # 3.6; a ValueError there
+        verify_message = "it is for another host name"
+    if verify_message or reason == "CERTIFICATE_VERIFY_FAILED":
+        return "certificate not trusted" + (": " + escape(verify_message) if verify_message else "")
     if kind == "SSLError" and reason:
         return "TLS failed: " + escape(reason.replace("_", " ").lower())
     _, by_proxy, answer = str(error).partition("Tunnel connection failed: ")  # http.client's words
