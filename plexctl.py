@@ -554,9 +554,6 @@ def show_error(error: BaseException) -> str:
 CONFIG_SHAPE = ('{"default": "prod", "profiles": {"prod": '
                 '{"server": "https://plexsphere.example.com", "token": "psk_..."}}}')
 OPEN_AT_ONCE = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)  # Windows has neither
-OTHERS_BITS = 0o077
-OTHERS_WRITE_BITS = 0o022
-READ_RETRY_SECONDS = 0.05
 
 
 class Secret:
@@ -591,14 +588,16 @@ def parse_token(raw: bytes, source: str) -> Secret:
     return Secret(kept.decode("ascii"), source)
 
 
-def find_file_fault(status: os.stat_result, bits: int) -> str:
-    """What speaks against a file that only we, or root, should have these permission bits for."""
+def find_file_fault(status: os.stat_result, forbidden_bits: int, may_be_pipe: bool = False) -> str:
+    """What speaks against a file that only we, or root, should be able to use; "" for nothing."""
+    if not (stat.S_ISREG(status.st_mode) or may_be_pipe and stat.S_ISFIFO(status.st_mode)):
+        return "must be a regular file" + (" or a pipe" if may_be_pipe else "")
     if os.name != "posix":
         return ""
     if status.st_uid not in (os.geteuid(), 0):
         return "is owned by uid %d, must be yours or root's" % status.st_uid
     mode = stat.S_IMODE(status.st_mode)
-    return "has mode %04o, others may use it; chmod 600" % mode if mode & bits else ""
+    return "has mode %04o, others may use it; chmod 600" % mode if mode & forbidden_bits else ""
 
 
 def is_standard_input(path: str) -> bool:
@@ -616,7 +615,7 @@ def read_limited(descriptor: int, source: str) -> bytes:
         try:
             piece = os.read(descriptor, SECRET_FILE_MAX_BYTES + 1 - len(raw))
         except BlockingIOError:  # a pipe whose writer takes its time
-            time.sleep(READ_RETRY_SECONDS)
+            wait_for(descriptor, READABLE)
             continue
         except OSError as error:
             raise CredentialsError("%s: cannot be read: %s" % (source, show_error(error))) from error
@@ -627,13 +626,15 @@ def read_limited(descriptor: int, source: str) -> bytes:
 
 
 def read_secret_file(path: str, source: str) -> bytes:
-    """Reads a file that nobody else can read or replace; "-" is standard input.
+    """Reads a file that nobody else can read or replace; "-" is standard input, as it is.
 
     It is opened first and then judged by its descriptor, so that nothing can be swapped in
     between; non-blocking, since a FIFO without a writer would block `open` for ever. The file that
     is descriptor 0, by whatever name, is read there: opened once more it would start anew, and
     all of it would be left for --stdio or COMMAND to give away.
     """
+    if path == "-":
+        return read_limited(0, source)
     at_stdin = is_standard_input(path)
     try:
         descriptor = os.dup(0) if at_stdin else os.open(path, os.O_RDONLY | OPEN_AT_ONCE)
@@ -642,13 +643,10 @@ def read_secret_file(path: str, source: str) -> bytes:
     try:
         status = os.fstat(descriptor)
         is_file = stat.S_ISREG(status.st_mode)
-        if not (is_file or at_stdin or stat.S_ISFIFO(status.st_mode)):
-            raise CredentialsError("%s: must be a regular file or a pipe" % source)
-        if path != "-" and (is_file or not at_stdin):
-            fault = find_file_fault(status, OTHERS_BITS)
-            if fault:
-                raise CredentialsError("%s: %s" % (source, fault))
-        if path != "-" and is_file:
+        fault = find_file_fault(status, 0o077, may_be_pipe=True) if is_file or not at_stdin else ""
+        if fault:
+            raise CredentialsError("%s: %s" % (source, fault))
+        if is_file:
             os.lseek(descriptor, 0, os.SEEK_SET)
         return read_limited(descriptor, source)
     finally:
@@ -662,13 +660,12 @@ class Profile(Record):
     token: "Optional[Secret]" = None
 
 
-def base_directory(variable: str, below_home: str, environ: "Environ") -> str:
-    """An XDG base directory, "" where there is none (freedesktop.org, XDG Base Directory)."""
-    given = environ.get(variable, "")
-    if os.path.isabs(given):
-        return given
-    home = environ.get("HOME") or os.path.expanduser("~")
-    return os.path.join(home, below_home) if os.path.isabs(home) else ""
+def find_own_file(variable: str, below_home: str, name: str, environ: "Environ") -> str:
+    """plexctl's file in an XDG base directory (freedesktop.org); "" where there is no home for it."""
+    base = environ.get(variable, "")
+    if not os.path.isabs(base):
+        base = os.path.join(environ.get("HOME") or os.path.expanduser("~"), below_home)
+    return os.path.join(base, "plexctl", name) if os.path.isabs(base) else ""
 
 
 def is_object(value: "Any", **types: type) -> bool:
@@ -678,11 +675,10 @@ def is_object(value: "Any", **types: type) -> bool:
 
 def read_profile(name: str, environ: "Environ") -> Profile:
     """The profile called `name`, or for "" the config file's default one; an empty one if there is none."""
-    base = base_directory("XDG_CONFIG_HOME", ".config", environ)
-    path = os.path.join(base, "plexctl", "config.json")
+    path = find_own_file("XDG_CONFIG_HOME", ".config", "config.json", environ)
     source = "config file " + escape(path)
     try:
-        os.lstat(path if base else "")
+        os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         if name:
             raise CredentialsError("--profile: no such profile, there is no %s" % source) from None
@@ -699,15 +695,15 @@ def read_profile(name: str, environ: "Environ") -> Profile:
     wanted = name or document.get("default")
     if not wanted:
         return Profile()
-    entry = profiles.get(wanted)
-    if entry is None:
+    if wanted not in profiles:
         raise CredentialsError("%s: has no such profile as %s names, but %s" % (
             source, "--profile" if name else '"default"',
             escape(", ".join(sorted(profiles))) or "none at all"))
-    token = entry.get("token")
-    if token is not None:
-        token = parse_token(token.encode("utf-8"), "token of a profile in " + source)
-    return Profile(entry.get("server", ""), token)
+    profile = Profile(profiles[wanted].get("server", ""))
+    if "token" in profiles[wanted]:
+        raw = profiles[wanted]["token"].encode("utf-8")
+        profile.token = parse_token(raw, "token of a profile in " + source)
+    return profile
 
 
 def check_server(text: str, source: str, allow_http: bool) -> Server:
@@ -721,7 +717,7 @@ def check_server(text: str, source: str, allow_http: bool) -> Server:
 def resolve_credentials(server_flag: "Optional[str]", profile_flag: "Optional[str]",
                         token_file: "Optional[str]", allow_http: bool,
                         environ: "Environ") -> "Tuple[Server, Secret]":
-    """Server and bearer token, the first of each that is given in the order of the tables below.
+    """Server and bearer token: of each the first that is given, in the order in which they stand here.
 
     A token that stands in a profile goes to that profile's own server and to no other.
     """
@@ -738,28 +734,20 @@ def resolve_credentials(server_flag: "Optional[str]", profile_flag: "Optional[st
         raise UsageError("no server: give --server, a profile, or PLEXSPHERE_URL")
     server = check_server(text, source, allow_http)
 
-    def from_file(path: str) -> Secret:
+    if token_file:
         # a name under which there is nothing may be the token itself, given by mistake
-        name = "--token-file " + escape(path) if os.path.lexists(path) else "--token-file"
-        return parse_token(read_secret_file(path, name), name)
-
-    def from_variable(value: str) -> Secret:
-        return parse_token(value.encode("utf-8", "surrogateescape"), "PLEXSPHERE_TOKEN")
-
-    def from_profile(profile: Profile) -> "Optional[Secret]":
-        if profile.token and not (profile.server and check_server(
-                profile.server, "server of the profile", allow_http).same_origin(server)):
-            raise CredentialsError("the token of a profile goes only to that profile's own server; "
-                                   "give --token-file for another one")
-        return profile.token
-
-    tokens: Tuple[Tuple[Any, Callable[[Any], Optional[Secret]]], ...] = (
-        (token_file, from_file), (named, from_profile), (variable, from_variable), (default, from_profile))
-    for given, take in tokens:
-        token = take(given) if given else None
-        if token is not None:
-            return server, token
-    raise CredentialsError("no credentials: give --token-file, a profile, or PLEXSPHERE_TOKEN")
+        source = "--token-file " + escape(token_file) if os.path.lexists(token_file) else "--token-file"
+        return server, parse_token(read_secret_file(token_file, source), source)
+    if variable and not named.token:
+        return server, parse_token(variable.encode("utf-8", "surrogateescape"), "PLEXSPHERE_TOKEN")
+    profile = named if named.token else default
+    if not profile.token:
+        raise CredentialsError("no credentials: give --token-file, a profile, or PLEXSPHERE_TOKEN")
+    if not profile.server or not check_server(
+            profile.server, "server of the profile", allow_http).same_origin(server):
+        raise CredentialsError("the token of a profile goes only to that profile's own server; "
+                               "give --token-file for another one")
+    return server, profile.token
 
 
 # --------------------------------------------------------------------------------- control plane
@@ -1275,27 +1263,23 @@ class AuditLog:
         self._report = report
         self._syslog_sockets = syslog_sockets
         given = environ.get("PLEXCTL_AUDIT_LOG", "")
-        base = base_directory("XDG_STATE_HOME", os.path.join(".local", "state"), environ)
-        if not given and not base:
+        path = given or find_own_file("XDG_STATE_HOME", ".local/state", "audit.log", environ)
+        if not path:
             raise PlexctlError("audit log: no home directory for it (PLEXCTL_AUDIT_LOG names a file)")
-        path = given or os.path.join(base, "plexctl", "audit.log")
         self._name = "audit log " + escape(path)
-        hint = "(PLEXCTL_AUDIT_LOG names another)"
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | OPEN_AT_ONCE
         try:
             if not given:
                 make_private_directories(os.path.dirname(path))
             self._descriptor = os.open(path, flags, 0o600)
         except (OSError, ValueError) as error:
-            raise PlexctlError("%s: cannot be opened: %s %s"
-                               % (self._name, show_error(error), hint)) from error
-        status = os.fstat(self._descriptor)
-        fault = find_file_fault(status, OTHERS_WRITE_BITS)
-        if not stat.S_ISREG(status.st_mode):  # a device may take anything, and keep nothing
-            fault = "is not a regular file"
+            raise PlexctlError("%s: cannot be opened: %s (PLEXCTL_AUDIT_LOG names another)"
+                               % (self._name, show_error(error))) from error
+        # a device may take anything, and keep nothing
+        fault = find_file_fault(os.fstat(self._descriptor), 0o022)
         if fault:
             self.close()
-            raise PlexctlError("%s: %s %s" % (self._name, fault, hint))
+            raise PlexctlError("%s: %s (PLEXCTL_AUDIT_LOG names another)" % (self._name, fault))
 
     def close(self) -> None:
         """Closes the file."""
