@@ -752,8 +752,9 @@ def resolve_credentials(server_flag: "Optional[str]", profile_flag: "Optional[st
 
 # --------------------------------------------------------------------------------- control plane
 
-ISSUE = "IssueSession"
+ISSUE, GET, REVOKE = "IssueSession", "GetSession", "RevokeSession"
 SUCCESS = range(200, 300)
+EXPECTED = {ISSUE: {201}, GET: {200}, REVOKE: {*SUCCESS, 404, 409, 410}}  # a session that is gone is revoked
 JITTER_SECONDS = 0.2
 CANCEL_POLL_SECONDS = 0.1
 SESSION_TOKEN_PATTERN = r"[!-~]{1,65536}"
@@ -792,47 +793,42 @@ class SessionRequest(Record):
     ttl_seconds: int = 0  # 0: the server's default
 
 
-class Answer(Record):
-    """One HTTP answer."""
-
-    status: int
-    headers: "Any"  # email.message.Message
-    body: bytes
-
-
 class Exchange:
-    """One request and its answer, in a thread that can be given up on.
+    """One request, in a thread that can be given up on, and its answer: `status`, `headers`, `body`.
 
-    A time-out of urllib's is for each recv, and looking a name up has none at all. `operation` and
-    `peer` are for messages; `sent`: the server may have the request.
+    A time-out of urllib's is for each recv, and looking a name up has none at all. `peer` is for
+    messages; `sent`: the server may have the request.
     """
 
+    status = 0
+    headers: "Any" = None  # email.message.Message
+    body = b""
+    sent = False
+    _is_given_up = False
+    _socket: "Any" = None
+    _error: "Optional[PlexctlError]" = None
+
     def __init__(self, operation: str, peer: str) -> None:
-        self.sent = False
-        self._operation = operation
+        self.operation = operation
         self._peer = peer
-        self._abandoned = False
-        self._socket: Any = None
-        self._outcome: Any = None  # an Answer or a PlexctlError
         self._done = threading.Event()
 
     def run(self, opener: "Any", request: "Any", seconds: float,
-            cancel: "Optional[threading.Event]") -> Answer:
-        """The answer, within `seconds`; TransportError if there is none, Cancelled once `cancel` is set."""
+            cancel: "Optional[threading.Event]") -> None:
+        """Gets the answer within `seconds`, or TransportError; Cancelled once `cancel` is set."""
         request.exchange = self
         if not start_thread(self._carry_out, opener, request):
             self._carry_out(opener, request)  # no more threads; the limits are those of each recv, then
         deadline = elapsed_seconds() + seconds
         while not self._done.wait(max(0.0, min(CANCEL_POLL_SECONDS, deadline - elapsed_seconds()))):
             if cancel is not None and cancel.is_set():
-                self._abandon()
-                raise Cancelled("%s: given up, the run is ending" % self._operation)
+                self._give_up()
+                raise Cancelled("%s: given up, the run is ending" % self.operation)
             if elapsed_seconds() >= deadline:
-                self._abandon()
+                self._give_up()
                 raise self._fail("timed out after %.3g s" % seconds, True)
-        if isinstance(self._outcome, PlexctlError):
-            raise self._outcome
-        return self._outcome  # type: ignore[no-any-return]
+        if self._error is not None:
+            raise self._error
 
     def open_socket(self, address: "Tuple[str, int]", *arguments: "Any") -> "socket.socket":
         """A connected socket for http.client, in the exchange's thread."""
@@ -840,7 +836,7 @@ class Exchange:
         sock = socket.create_connection((host, address[1]), *arguments)
         # a duplicate is kept: ssl detaches the original, http.client forgets it after the head
         self._socket = sock.dup()
-        if self._abandoned:  # the caller was told that nothing was sent
+        if self._is_given_up:  # the caller was told that nothing was sent
             sock.close()
             raise TimeoutError
         return sock
@@ -848,48 +844,47 @@ class Exchange:
     def _carry_out(self, opener: "Any", request: "Any") -> None:
         try:
             with opener.open(request, timeout=CONNECT_SECONDS) as response:
-                self._outcome = self._read(response)
+                self.status = response.status
+                self.headers = response.headers
+                self.body = read_body(response)
         except PlexctlError as error:
-            self._outcome = error
+            self._error = error
         except Exception as error:  # OSError, HTTPException, ValueError, RecursionError, MemoryError, ...
             # made here and raised elsewhere: the context of an exception would hold the request
             reason = show_error(error)
             if re.search("issuer|self.signed", reason):
                 reason += " (--ca-file names another CA)"
             # another attempt makes no certificate good
-            self._outcome = self._fail(reason, not reason.startswith(("certificate", "TLS failed")))
+            self._error = self._fail(reason, not reason.startswith(("certificate", "TLS failed")))
         finally:
             if self._socket is not None:
                 self._socket.close()
             self._done.set()
 
-    @staticmethod
-    def _read(response: "Any") -> Answer:
-        body = b""
-        try:
-            body = response.read(BODY_MAX_BYTES + 1)
-            if len(body) > BODY_MAX_BYTES:
-                raise OverflowError
-            if response.length:  # read(n) hides that fewer bytes came than were promised
-                raise http.client.IncompleteRead(b"")
-        except Exception:  # the status of an error counts also without its body
-            if response.status in SUCCESS:
-                raise
-            body = b""
-        return Answer(response.status, response.headers, body)
-
     def _fail(self, reason: str, passing: bool) -> TransportError:
         tried = "no complete answer from" if self.sent else "cannot connect to"
-        return TransportError("%s: %s %s: %s" % (self._operation, tried, self._peer, reason),
-                              passing=passing, may_exist=self.sent and self._operation == ISSUE)
+        return TransportError("%s: %s %s: %s" % (self.operation, tried, self._peer, reason),
+                              passing=passing, may_exist=self.sent and self.operation == ISSUE)
 
-    def _abandon(self) -> None:
-        """Wakes the thread by shutting its socket down."""
-        self._abandoned = True
+    def _give_up(self) -> None:
+        self._is_given_up = True
         try:
-            self._socket.shutdown(socket.SHUT_RDWR)
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
         except (OSError, AttributeError):  # not open any more, or not yet
             pass
+
+
+def read_body(response: "Any") -> bytes:
+    """All of it; nothing of an error's that is not complete, since its status counts by itself."""
+    try:
+        body: bytes = response.read(BODY_MAX_BYTES + 1)
+        if len(body) > BODY_MAX_BYTES or response.length:  # which read(n) does not look at
+            raise http.client.IncompleteRead(b"")
+        return body
+    except Exception:
+        if response.status in SUCCESS:
+            raise
+        return b""
 
 
 def load_hashlib() -> None:
@@ -1039,8 +1034,8 @@ def parse_retry_after(text: "Optional[str]") -> "Optional[float]":
 
 def random_uuid() -> str:
     """A version 4 UUID (RFC 9562, section 5.4); importing uuid takes 20 ms on 3.6."""
-    a, b, c, d, e, f = struct.unpack(">IHHHHI", os.urandom(16))
-    return "%08x-%04x-%04x-%04x-%04x%08x" % (a, b, c & 0x0FFF | 0x4000, d & 0x3FFF | 0x8000, e, f)
+    digits = os.urandom(16).hex()
+    return "-".join((digits[:8], digits[8:12], "4" + digits[13:16], "8" + digits[17:20], digits[20:]))
 
 
 class ControlPlane:
@@ -1089,8 +1084,7 @@ class ControlPlane:
         if not re.fullmatch(SESSION_TOKEN_PATTERN, token.reveal()):
             raise fields.bad("token")
         self._secrets.append(token)
-        if conceal(session_id, [token]) != session_id:
-            raise fields.bad("session_id", ": it repeats a secret")
+        fields.take("session_id", parse_uuid)  # once more: the token must not be in it
         expires_at = fields.take("expires_at", str)
         expires = fields.take("expires_at", parse_time)
         session = self._parse_session(
@@ -1102,29 +1096,22 @@ class ControlPlane:
 
     def get(self, project_id: str, session_id: str, seconds: float = EXCHANGE_SECONDS) -> Session:
         """The session as the control plane sees it now."""
-        answer = self._exchange("GetSession", "GET", "/v1/projects/%s/sessions/%s" % (project_id, session_id),
-                                None, seconds, self.cancel)
-        if answer.status != 200:
-            raise self._parse_problem("GetSession", answer)
-        return self._parse_session(self._parse_body("GetSession", answer), session_id)
+        path = "/v1/projects/%s/sessions/%s" % (project_id, session_id)
+        return self._parse_session(self._parse_body(self._exchange(GET, path, None, seconds)), session_id)
 
     def revoke(self, project_id: str, session_id: str, seconds: float = EXCHANGE_SECONDS) -> None:
         """Revokes the session. One that is gone already (404, 409, 410) counts as revoked."""
         path = "/v1/projects/%s/sessions/%s/revoke" % (project_id, session_id)
-        answer = self._exchange("RevokeSession", "POST", path, {"revoke_reason": "operator_request"}, seconds)
-        if answer.status not in SUCCESS and answer.status not in (404, 409, 410):
-            raise self._parse_problem("RevokeSession", answer)
+        self._exchange(REVOKE, path, {"revoke_reason": "operator_request"}, seconds)
 
-    def _ask_until_issued(self, path: str, body: "Dict[str, Any]") -> "Tuple[Answer, Fields, str]":
+    def _ask_until_issued(self, path: str, body: "Dict[str, Any]") -> "Tuple[Exchange, Fields, str]":
         """The answer to IssueSession, after attempts and pauses, and the id of the session that there is."""
         may_exist = False
         for attempt in range(1, ISSUE_ATTEMPTS + 1):
             try:
-                answer = self._exchange(ISSUE, "POST", path, body)
-                if answer.status != 201:
-                    raise self._parse_problem(ISSUE, answer)
+                answer = self._exchange(ISSUE, path, body)
                 may_exist = True  # and nobody can revoke it if its id does not follow
-                fields = self._parse_body(ISSUE, answer)
+                fields = self._parse_body(answer)
                 return answer, fields, fields.take("session_id", parse_uuid)
             except (TransportError, ApiError) as failure:
                 error: PlexctlError = failure
@@ -1142,29 +1129,33 @@ class ControlPlane:
             "; a session may exist all the same, it will run out by itself" if may_exist else ""),)
         raise error
 
-    def _exchange(self, operation: str, method: str, path: str, body: "Optional[Dict[str, Any]]",
-                  seconds: float = EXCHANGE_SECONDS,
-                  cancel: "Optional[threading.Event]" = None) -> Answer:
-        request = urllib.request.Request(str(self.server) + path, method=method, headers={
+    def _exchange(self, operation: str, path: str, body: "Optional[Dict[str, Any]]",
+                  seconds: float = EXCHANGE_SECONDS) -> Exchange:
+        """An exchange with one of the answers that are expected; ApiError for any other."""
+        request = urllib.request.Request(str(self.server) + path, headers={
             "Accept": "application/json, application/problem+json"})
         request.add_unredirected_header("Authorization", "Bearer " + self._token.reveal())
-        if body is not None:
+        if body is not None:  # and then it is a POST
             request.data = json.dumps(body).encode("ascii")
             request.add_header("Content-Type", "application/json")
         began = elapsed_seconds()
-        answer = Exchange(operation, self._peer).run(self._opener, request, seconds, cancel)
-        self._report("%s %s: %d, %.3f s" % (method, path, answer.status, elapsed_seconds() - began))
+        answer = Exchange(operation, self._peer)
+        answer.run(self._opener, request, seconds, self.cancel if operation == GET else None)
+        self._report("%s %s: %d, %.3f s" % (
+            request.get_method(), path, answer.status, elapsed_seconds() - began))
+        if answer.status not in EXPECTED[operation]:
+            raise self._parse_problem(answer)
         return answer
 
-    def _parse_problem(self, operation: str, answer: Answer) -> ApiError:
-        """The error of an answer that is not a success (RFC 9457 problem details, where it has them)."""
+    def _parse_problem(self, answer: Exchange) -> ApiError:
+        """The error of an unexpected answer (RFC 9457 problem details, where it has them)."""
         try:
-            problem = Fields(operation, parse_json(answer.body), self._secrets)
-        except ValueError:
-            problem = Fields(operation, None, self._secrets)
+            problem = self._parse_body(answer)
+        except TransportError:
+            problem = Fields(answer.operation, None, self._secrets)
         status, code = answer.status, problem.shown("code")
         title = problem.shown("title") or http.client.responses.get(status, "")
-        words = operation, ("%d %s" % (status, title)).strip(), problem.shown("detail")
+        words = answer.operation, ("%d %s" % (status, title)).strip(), problem.shown("detail")
         text = ": ".join(filter(None, words)) + (" (%s)" % code if code else "")
         for name in ("reason", "relation_path", "correlation_id"):
             if problem.shown(name):
@@ -1174,35 +1165,34 @@ class ControlPlane:
         # 409: the first request with this idempotency key is still being answered
         passing = status in (502, 503, 504) or status == 409 and code == "idempotent_replay"
         # a gateway that lost the answer, that first request, a success of another kind; 503 did nothing
-        may_exist = operation == ISSUE and (passing and status != 503 or status in SUCCESS)
+        may_exist = answer.operation == ISSUE and (passing and status != 503 or status in SUCCESS)
         return ApiError(text + self._advise(answer, code), exit_code, passing=passing, may_exist=may_exist,
                         status=status, code=code,
                         retry_after_seconds=parse_retry_after(answer.headers.get("Retry-After")))
 
-    def _advise(self, answer: Answer, code: str) -> str:
+    def _advise(self, answer: Exchange, code: str) -> str:
         """What an operator can do about an error answer, to be put behind it."""
-        if answer.status == 401:
-            advice = "; the token is from " + self._token_source if self._token_source else ""
-            if code == "step_up_required":
-                challenge = " ".join(answer.headers.get_all("WWW-Authenticate", []))
-                wanted = re.search(r'acr_values\s*=\s*(?:"([^"]*)"|([^\s,]+))', challenge)
-                acr = conceal(wanted.group(1) or wanted.group(2) or "", self._secrets) if wanted else ""
-                advice += "; re-authenticate%s and try again" % (
-                    " with acr_values " + escape(acr) if acr else "")
-            return advice
         if answer.status == 429:
             return ("; a session counts until it runs out or is revoked, one of print mode as well; "
                     "--max-sessions says how many a proxy takes")
         if 300 <= answer.status < 400:
             location = escape(conceal(answer.headers.get("Location", ""), self._secrets))
             return "; a redirect is never followed" + (": " + location if location else "")
-        return ""
+        advice = ""
+        if answer.status == 401 and self._token_source:
+            advice = "; the token is from " + self._token_source
+        if answer.status == 401 and code == "step_up_required":
+            challenge = " ".join(answer.headers.get_all("WWW-Authenticate", []))
+            found = re.search(r'acr_values\s*=\s*("[^"]+"|[^\s",]+)', challenge)
+            acr = escape(conceal(found.group(1).strip('"'), self._secrets)) if found else ""
+            advice += "; re-authenticate%s and try again" % (" with acr_values " + acr if acr else "")
+        return advice
 
-    def _parse_body(self, operation: str, answer: Answer) -> Fields:
+    def _parse_body(self, answer: Exchange) -> Fields:
         try:
-            return Fields(operation, parse_json(answer.body), self._secrets)
+            return Fields(answer.operation, parse_json(answer.body), self._secrets)
         except ValueError:
-            raise TransportError("%s: the answer is not valid JSON" % operation) from None
+            raise TransportError("%s: the answer is not valid JSON" % answer.operation) from None
 
     def _parse_endpoint(self, text: str) -> Endpoint:
         endpoint = parse_endpoint(text)
