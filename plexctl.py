@@ -59,10 +59,7 @@ if TYPE_CHECKING:  # importing typing would take as long as compiling half of th
 
 
 class LazyModule:
-    """A module that is loaded at its first use, and takes this one's place then.
-
-    --help must not wait for ssl and urllib, which take longer than all else.
-    """
+    """A module that is loaded at its first use; --help must not wait for ssl and urllib."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -156,10 +153,7 @@ class TransportError(PlexctlError):
 
 
 class ApiError(PlexctlError):
-    """The control plane answered with an error. `status` is HTTP's, `code` the problem's.
-
-    `retry_after_seconds` is None where the server did not say.
-    """
+    """The control plane answered with an error: HTTP's status, the problem's code, Retry-After if any."""
 
     status = 0
     code = ""
@@ -557,10 +551,7 @@ OPEN_AT_ONCE = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)  # Wind
 
 
 class Secret:
-    """A string that does not show itself: `repr` and `str` are masked, `reveal()` is the way in.
-
-    `source` says where it came from, for messages.
-    """
+    """A string that does not show itself; `source`, for messages, says where it came from."""
 
     __slots__ = ("_value", "source")
 
@@ -975,7 +966,7 @@ def create_opener(server: Server, ca_file: "Optional[str]", proxy: str) -> "Any"
 
 def conceal(text: str, secrets: "List[Secret]") -> str:
     """`text` without the secrets in it: a server may repeat what it was sent, in either case."""
-    for value in [secret.reveal() for secret in secrets]:
+    for value in (secret.reveal() for secret in secrets):
         if len(value) >= FINDABLE_CHARACTERS and value.lower() in text.lower():
             text = re.sub(re.escape(value), "(secret)", text, flags=re.IGNORECASE)
     return text
@@ -1216,18 +1207,16 @@ SYSLOG_SOCKETS = ("/dev/log", "/var/run/syslog")  # Linux and others; macOS
 SYSLOG_AUTHPRIV_INFO = 10 * 8 + 6  # RFC 3164, section 4.1.1: facility * 8 + severity
 
 
-def make_private_directories(path: str) -> None:
-    """Makes every directory that is missing 0700; os.makedirs does so with the last one alone (3.7)."""
-    missing = []
-    while not os.path.isdir(path):
-        missing.append(path)
-        path = os.path.dirname(path)
-    for each in reversed(missing):
-        try:
-            os.mkdir(each, 0o700)
-            os.chmod(each, 0o700)  # a umask may have taken our own bits
-        except FileExistsError:  # another plexctl was faster; if it is no directory, the next call says so
-            pass
+def make_private_directory(path: str) -> None:
+    """Makes it, and what is missing above it, 0700; os.makedirs does so with the last one alone (3.7)."""
+    if os.path.isdir(path):
+        return
+    make_private_directory(os.path.dirname(path))
+    try:
+        os.mkdir(path, 0o700)
+        os.chmod(path, 0o700)  # a umask may have taken our own bits
+    except FileExistsError:  # another plexctl was faster; if it is no directory, the next call says so
+        pass
 
 
 def send_to_syslog(message: str, sockets: "Sequence[str]", seconds: float = SYSLOG_SECONDS) -> None:
@@ -1258,52 +1247,52 @@ class AuditLog:
             raise PlexctlError("audit log: no home directory for it (PLEXCTL_AUDIT_LOG names a file)")
         self._name = "audit log " + escape(path)
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | OPEN_AT_ONCE
+        self._descriptor = -1
         try:
             if not given:
-                make_private_directories(os.path.dirname(path))
+                make_private_directory(os.path.dirname(path))
             self._descriptor = os.open(path, flags, 0o600)
+            fault = find_file_fault(os.fstat(self._descriptor), 0o022)  # a device might keep nothing
         except (OSError, ValueError) as error:
-            raise PlexctlError("%s: cannot be opened: %s (PLEXCTL_AUDIT_LOG names another)"
-                               % (self._name, show_error(error))) from error
-        # a device may take anything, and keep nothing
-        fault = find_file_fault(os.fstat(self._descriptor), 0o022)
+            fault = "cannot be opened: " + show_error(error)
         if fault:
             self.close()
             raise PlexctlError("%s: %s (PLEXCTL_AUDIT_LOG names another)" % (self._name, fault))
 
     def close(self) -> None:
         """Closes the file."""
-        os.close(self._descriptor)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
 
     def record(self, server: Server, request: SessionRequest, issued: IssuedSession) -> None:
         """Writes one JSON object in one line with one write; raises unless it is verifiably there."""
         message = json.dumps(self._fields(server, request, issued))
-        written: List[int] = []
+        self._has_written = False
         handler = logging.Handler()
-        handler.emit = lambda record: written.append(  # type: ignore[method-assign]
-            self._append(record.getMessage()))
+        handler.emit = self._append  # type: ignore[method-assign]
         logger = logging.getLogger("plexctl.audit")
         logger.propagate = False  # a handler of the root is no audit log, and may write to stderr
         if logger.level == logging.NOTSET:
             logger.setLevel(logging.INFO)
         logger.addHandler(handler)
+        why = "logging dropped it"  # logging.disable, a level, a filter
         try:
             logger.info("%s", message)
         except OSError as error:
-            raise PlexctlError("%s: the record was not written: %s; the token is not shown"
-                               % (self._name, show_error(error))) from error
+            why = show_error(error)
         finally:
             logger.removeHandler(handler)
-        if len(written) != 1:  # logging.disable, a level, a filter
-            raise PlexctlError("%s: logging dropped the record; the token is not shown" % self._name)
+        if not self._has_written:
+            raise PlexctlError("%s: the record was not written: %s; the token is not shown"
+                               % (self._name, why))
         try:
             send_to_syslog(message, self._syslog_sockets)
         except OSError as error:
             self._report("warning: syslog did not take the audit record: %s" % show_error(error))
 
-    def _append(self, text: str) -> int:
+    def _append(self, record: "logging.LogRecord") -> None:
         """Writes a line at the end of the file, synced; OSError unless all its bytes are there."""
-        line = (text + "\n").encode("ascii")
+        line = (record.getMessage() + "\n").encode("ascii")
         size = os.lseek(self._descriptor, 0, os.SEEK_END)
         os.lseek(self._descriptor, max(0, size - 1), os.SEEK_SET)
         if size and os.read(self._descriptor, 1) != b"\n":
@@ -1313,7 +1302,7 @@ class AuditLog:
         os.fsync(self._descriptor)
         if not os.fstat(self._descriptor).st_nlink:
             raise OSError(errno.ENOENT, "the file was removed")
-        return len(line)
+        self._has_written = True
 
     def _fields(self, server: Server, request: SessionRequest, issued: IssuedSession) -> "Dict[str, Any]":
         uid = os.getuid() if hasattr(os, "getuid") else None
@@ -1327,8 +1316,7 @@ class AuditLog:
                 "user": user, "uid": uid, "sudo_user": self._environ.get("SUDO_USER"),
                 "hostname": socket.gethostname(), "pid": os.getpid(), "server": str(server),
                 "project_id": request.project_id, "resource_id": request.resource_id,
-                "session_id": issued.session_id,
-                "target": join_host_port(request.host, request.port),
+                "session_id": issued.session_id, "target": join_host_port(request.host, request.port),
                 "expires_at": issued.expires_at}
 
 
