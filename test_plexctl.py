@@ -3026,6 +3026,16 @@ def test_it_imports_the_standard_library_alone():
     assert (result.status, result.err) == (0, "")
 
 
+@pytest.mark.parametrize("name", ["json", "argparse", "socket", "logging"])
+def test_a_module_that_lies_beside_the_file_is_not_loaded(simulation, tmp_path, name):
+    """In /tmp, say, where anybody may put one."""
+    shutil.copy(PLEXCTL, str(tmp_path))
+    (tmp_path / (name + ".py")).write_text("raise SystemExit('loaded')")
+    words = [sys.executable, str(tmp_path / "plexctl.py")] + forward_args(simulation.plane)
+    result = run_words(words, clean_environment(simulation.plane.environment()), cwd="/")
+    assert (result.status, result.err) == (0, "")
+
+
 # ---- tests: control plane ------------------------------------------------------------------------
 
 
@@ -5970,6 +5980,21 @@ def test_a_stderr_that_nobody_reads_does_not_keep_it_from_revoking(simulation, m
     revoked_once(simulation.plane)
 
 
+def test_a_signal_that_would_dump_core_leaves_no_file_with_the_tokens(simulation, tmp_path):
+    def allow():
+        resource.setrlimit(resource.RLIMIT_CORE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    if resource.getrlimit(resource.RLIMIT_CORE)[1] != resource.RLIM_INFINITY:
+        pytest.skip("core files are not allowed here")
+    with start(simulation, "--proxy", cwd=str(tmp_path), preexec_fn=allow) as process:
+        proxy_address(process)
+        process.send_signal(signal.SIGQUIT)
+        ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert (ended.si_code, ended.si_status) == (2, signal.SIGQUIT)  # CLD_KILLED; CLD_DUMPED is 3
+        ends_by(process, signal.SIGQUIT)
+    assert os.listdir(str(tmp_path)) == []
+    revoked_once(simulation.plane)
+
+
 # ---- tests: exit codes ---------------------------------------------------------------------------
 
 EXIT_CODES = [  # id, status, flags, answers to IssueSession, sessions issued
@@ -7397,11 +7422,26 @@ PUBLISHED_EXAMPLES = [
     ' --local-addr 127.0.0.1:15432 --reveal-secrets']
 
 
+def readme(title=""):
+    """The README; or what stands below a heading in it (`### psql`), up to the next one."""
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        text = file.read()
+    if not title:
+        return text
+    below = text[text.index("\n%s\n" % title) + len(title) + 2:]
+    return re.split(r"(?m)^#{2,%d} " % title.index(" "), below)[0]
+
+
+def code_blocks(text):
+    """The indented blocks of a piece of Markdown."""
+    blocks = re.findall(r"(?m)(?:^    .*\n|^\n(?=    ))+", text + "\n")
+    return [re.sub("(?m)^    ", "", block).strip("\n") for block in blocks]
+
+
 @pytest.mark.reveals
 @pytest.mark.parametrize("line", PUBLISHED_EXAMPLES, ids=["plain", "reveal-secrets"])
 def test_the_published_examples_work_word_for_word(simulation, tmp_path, line):
-    with open(os.path.join(HERE, "README.md")) as readme:
-        assert "\n    %s\n" % line in readme.read()
+    assert "\n    %s\n" % line in readme()
     environ = simulation.plane.environment(PLEXCTL_AUDIT_LOG=str(tmp_path / "audit.log"))
     script = 'plexctl() { "%s" -I "%s" "$@"; }\n%s\n' % (sys.executable, PLEXCTL, line)
     done = subprocess.run(["bash", "-c", script], env=clean_environment(environ), stdin=subprocess.DEVNULL,
@@ -7423,9 +7463,274 @@ def test_the_published_examples_work_word_for_word(simulation, tmp_path, line):
 def test_the_readme_names_every_flag_and_only_these():
     flags = set(plexctl.FORWARD_FLAGS) | {"--verbose", "--version", "--help"}
     assert flags == set(re.findall(r"(?m)^  (?:-\w, )?(--[\w-]+)", plexctl.DESCRIPTION))
-    with open(os.path.join(HERE, "README.md")) as readme:
-        named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", readme.read()))
-    assert named - flags == {"--check", "--full", "--soak", "--lg"}  # sha256sum's and .ci/bench.py's
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", readme()))
+    assert named == flags
+
+
+@contextlib.contextmanager
+def recipe(simulation, tmp_path, block, **popen):
+    """A block of the README, as it stands, in bash; with plexctl.py in HOME, where it is run as well.
+
+    plexctl and python3 are ours; `ssh bastion` runs its command here, as sshd would."""
+    python = shlex.quote(sys.executable)
+    for name, line in (("plexctl", python + " -I ~/plexctl.py \"$@\""), ("python3", python + " \"$@\""),
+                       ("ssh", "sh -c 'shift; exec sh -c \"$*\"' ssh \"$@\"")):
+        tool = tmp_path / "bin" / name
+        tool.parent.mkdir(exist_ok=True)
+        tool.write_text("#!/bin/sh\nexec %s\n" % line)
+        tool.chmod(0o755)
+    shutil.copy(PLEXCTL, str(tmp_path))
+    target = re.search('TARGET="(.*)"', readme("## Recipes")).group(1)
+    env = simulation.plane.environment(HOME=str(tmp_path), TARGET=target, PATH=os.pathsep.join(
+        [str(tmp_path / "bin"), os.environ["PATH"]]))
+    with Process(["bash", "-c", block], cwd=str(tmp_path), env=clean_environment(env), **popen) as process:
+        yield process
+
+
+def run_recipe(simulation, tmp_path, block, **popen):
+    """A block of the README that comes to an end; its stdout."""
+    with recipe(simulation, tmp_path, block, **popen) as process:
+        result = process.finish(60)
+    assert result.returncode == 0, process.describe()
+    assert "plexctl: error" not in result.stderr, result.stderr
+    return result.stdout
+
+
+def answer_http(connection, _target):
+    """Answer one request."""
+    connection.recv(1 << 16)
+    connection.sendall(b"HTTP/1.0 200 OK\r\n\r\nhello\n")
+
+
+def skip_if_taken(block):
+    """A recipe with a port of its own cannot run where somebody has it."""
+    port = int(re.search(r"--local-addr 127[.]0[.]0[.]1:([0-9]+)", block).group(1))
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind(("127.0.0.1", port))
+        except OSError:
+            pytest.skip("port %d is taken" % port)
+    return "127.0.0.1:%d" % port
+
+
+def recipe_blocks(name):
+    """The blocks of a recipe."""
+    return code_blocks(readme("### " + name))
+
+
+def test_every_recipe_is_run_by_a_test():
+    names = set(re.findall("(?m)^### (.*)$", readme())) - {"The session token"}  # a published example
+    tests = {name for name in globals() if name.startswith("test_the_recipe_called_")}
+    assert {"test_the_recipe_called_" + name.lower().replace(" ", "_") for name in names} == tests
+
+
+@pytest.mark.realworld
+def test_the_recipe_called_psql(simulation, postgres, tmp_path):
+    need("psql")
+    blocks = recipe_blocks("psql")
+    (tmp_path / "query").write_text("select 41 + 1 as answer;\n")
+    with open(str(tmp_path / "query")) as query:
+        assert "\n     42\n" in run_recipe(simulation, tmp_path, blocks[0], stdin=query)
+    revoked_once(simulation.plane)
+
+
+@pytest.mark.realworld
+def test_the_recipe_called_ssh(simulation, ssh_options, tmp_path):
+    ssh, = need("ssh")
+    blocks = recipe_blocks("ssh")
+    (tmp_path / "config").write_text(blocks[0] + "\n")
+    words = [ssh, "-F", str(tmp_path / "config")] + ssh_options[2:] + ["behind-the-node", "echo hello"]
+    line = " ".join(shlex.quote(word) for word in words)
+    assert run_recipe(simulation, tmp_path, line) == "hello\n"
+    simulation.plane.wait_for(lambda: simulation.plane.revoked)
+    revoked_once(simulation.plane)
+
+
+@pytest.mark.realworld
+def test_the_recipe_called_curl_or_a_browser(tmp_path):
+    need("curl")
+    blocks = recipe_blocks("curl or a browser")
+    once, browser = blocks[0].splitlines()
+    with Simulation(answer_http) as simulation:
+        assert run_recipe(simulation, tmp_path, once) == "hello\n"
+        revoked_once(simulation.plane)
+        address = skip_if_taken(browser)
+        with recipe(simulation, tmp_path, browser) as process:
+            process.ready(2)
+            assert exchange(address, b"GET / HTTP/1.0\r\n\r\n").endswith(b"hello\n")
+            process.send_signal(signal.SIGINT)
+            ends_by(process, signal.SIGINT)
+        revoked_once(simulation.plane, 2)
+
+
+def test_the_recipe_called_a_connection_pool(simulation, tmp_path):
+    blocks = recipe_blocks("A connection pool")
+    address = skip_if_taken(blocks[0])
+    with recipe(simulation, tmp_path, blocks[0]) as process, contextlib.ExitStack() as stack:
+        process.ready(2)
+        simulation.plane.wait_for(lambda: len(simulation.plane.issued) == 4)
+        for pooled in [stack.enter_context(dial(address)) for _ in range(4)]:
+            pooled.sendall(b"x")
+            assert pooled.recv(1) == b"x"
+        assert len(simulation.plane.issued) == 4
+        process.send_signal(signal.SIGTERM)
+        ends_by(process, signal.SIGTERM)
+    revoked_once(simulation.plane, 4)
+
+
+def test_the_recipe_called_systemd(simulation, tmp_path):
+    blocks = recipe_blocks("systemd")
+    unit = dict(line.split("=", 1) for line in blocks[0].splitlines() if "=" in line)
+    address = skip_if_taken(unit["ExecStart"])
+    assert unit["Environment"].startswith("PLEXSPHERE_URL=") and unit["Type"] == "notify"
+    (tmp_path / "token").write_text(simulation.plane.bearer)
+    (tmp_path / "token").chmod(0o600)
+    line = unit["ExecStart"].replace("/usr/bin/python3", "exec python3").replace(
+        "/usr/local/lib/", "~/") + " < " + unit["StandardInput"].replace("file:/etc/plexctl/", "")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
+        told.bind(str(tmp_path / "notify"))
+        told.settimeout(20)
+        script = "unset PLEXSPHERE_TOKEN; export NOTIFY_SOCKET=~/notify; " + line
+        with recipe(simulation, tmp_path, script) as process:
+            process.ready(2)
+            assert told.recv(100) == b"READY=1"
+            assert exchange(address, b"x") == b"x"
+            process.send_signal(signal.SIGTERM)
+            ends_by(process, signal.SIGTERM)
+            assert told.recv(100) == b"STOPPING=1"
+    revoked_once(simulation.plane)
+
+
+def test_systemd_has_nothing_against_the_unit(tmp_path):
+    analyze = shutil.which("systemd-analyze")
+    if not analyze or not os.path.exists("/usr/bin/python3"):
+        pytest.skip("no systemd")
+    (tmp_path / "plexctl-test.service").write_text(recipe_blocks("systemd")[0] + "\n")
+    done = subprocess.run([analyze, "verify", str(tmp_path / "plexctl-test.service")], stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, universal_newlines=True)
+    assert [line for line in done.stdout.splitlines() if "plexctl-test" in line] == []
+
+
+def test_the_recipe_called_ci(simulation, tmp_path):
+    blocks = recipe_blocks("CI")
+    shown = run_recipe(simulation, tmp_path, blocks[0])
+    assert re.sub(r":[0-9]+$", ":42337", shown.splitlines()[0]) + "\nstatus 3" == blocks[1]
+    revoked_once(simulation.plane)
+
+
+@pytest.mark.realworld
+def test_the_recipe_called_json_and_jq(tmp_path):
+    need("curl", "jq")
+    blocks = recipe_blocks("JSON and jq")
+    with Simulation(answer_http) as simulation:
+        assert run_recipe(simulation, tmp_path, blocks[0]) == simulation.plane.sessions[0].endpoint + "\n"
+        assert run_recipe(simulation, tmp_path, blocks[1]) == "hello\n"
+        assert simulation.plane.revoked == simulation.plane.issued[1:]
+
+
+def test_the_recipe_called_nothing_copied_at_all(simulation, tmp_path):
+    blocks = recipe_blocks("Nothing copied at all")
+    document = parse_document(run_recipe(simulation, tmp_path, blocks[0]), "text")
+    assert document["session_id"] == simulation.plane.issued[0]
+
+
+def test_the_library_example_works(simulation):
+    code = code_blocks(readme("## As a library"))[0]
+    assert code.count('"https://plexsphere.example.com"') == code.count('"psk_..."') == 1
+    code = code.replace("https://plexsphere.example.com", simulation.plane.url)
+    code = code.replace("psk_...", simulation.plane.bearer)
+    with Process([sys.executable, "-u", "-c", code], cwd=HERE, env=clean_environment()) as process:
+        process.wait_for_output("listening on")
+        address = process.out.split()[-1]
+        with dial(address) as client:
+            client.sendall(b"x")
+            assert client.recv(1) == b"x"
+            simulation.plane.revoke(simulation.plane.issued[0], "policy_violation")
+            process.wait_for_output("over: the session was revoked (policy_violation)")
+        assert process.finish().returncode == 0, process.describe()
+
+
+def literal(node):
+    """The text of a string in the syntax tree; None for anything else. Python 3.6 and 3.7 have Str."""
+    kinds = {"Constant": "value", "Str": "s"}
+    value = getattr(node, kinds.get(type(node).__name__, ""), None)
+    return value if isinstance(value, str) else None
+
+
+def written_texts(node):
+    """What an expression may give, with %s and whatever is put together left as it is."""
+    if literal(node) is not None:
+        return [literal(node)]
+    if isinstance(node, ast.IfExp):
+        return written_texts(node.body) + written_texts(node.orelse)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mod):
+        return written_texts(node.left)
+    if isinstance(node, ast.BinOp):
+        return [left + right for left in written_texts(node.left) or ["%s"]
+                for right in written_texts(node.right) or ["%s"]]
+    return []
+
+
+def shortened(text):
+    """A message as the README writes it: `...` for what varies, no `warning: ` or `error: ` before it."""
+    text = re.sub("(?:%[-.0-9]*[a-z]|[.]{3})+", "...", text)
+    return re.sub("^(?:warning|error): ", "", text)
+
+
+def messages_of_the_source():
+    """What plexctl.py may say to an operator, shortened: line -> text."""
+    with open(PLEXCTL, encoding="utf-8") as file:
+        tree = ast.parse(file.read())
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    names = {name for name, value in vars(plexctl).items()
+             if isinstance(value, type) and issubclass(value, plexctl.PlexctlError)}
+    found = {}
+    for function in functions:
+        # what these raise never gets as far as stderr
+        unseen = ("parse_json", "unique", "bounded", "parse_time")
+        values = {"ValueError"} if function.name not in unseen else set()
+        for call in ast.walk(function):
+            if not (isinstance(call, ast.Call) and call.args):
+                continue
+            name = getattr(call.func, "id", getattr(call.func, "attr", ""))
+            for text in written_texts(call.args[0]):
+                told = name in ("tell_once", "warn_once", "fail") or (
+                    name in ("report", "_report") and text.startswith(("warning: ", "error: ")))
+                text = shortened(text)
+                if (told or name in names | values) and len(re.sub("[^a-z]", "", text)) > 6:
+                    found[call.lineno, text] = text
+    assert len(found) > 80
+    return found
+
+
+def told_in_the_readme():
+    """The messages that the README has a word on."""
+    page = readme("## When it says ..., do ...")
+    return [shortened(span) for row in re.findall(r"(?m)^\| (`.*?) \| .* \|$", page)
+            for span in re.findall("`([^`]+)`", row)]
+
+
+def test_the_readme_says_what_to_do_about_every_message():
+    known = [re.compile(".*".join(map(re.escape, span.split("...")))) for span in told_in_the_readme()]
+    missing = {key: text for key, text in messages_of_the_source().items()
+               if not any(each.fullmatch(text) or each.fullmatch("...: " + text) for each in known)}
+    assert not missing, missing
+
+
+def test_the_readme_has_no_message_that_there_is_not(cli):
+    with open(PLEXCTL, encoding="utf-8") as file:
+        texts = [literal(node) for node in ast.walk(ast.parse(file.read()))]
+    texts = "\n".join(text for text in texts if text)
+    texts += cli(["tcp-forward"]).err + cli(["tcp-forward", "--host"]).err + "403"
+    stale = [span for span in told_in_the_readme() for part in span.split("...")
+             if part.strip(" :;") not in texts]
+    assert stale == []
+
+
+def test_every_claim_has_a_test_that_there_is():
+    named = set(re.findall(r"\btest_\w+", readme())) - {"test_plexctl"}
+    assert named and named - set(globals()) == set()
 
 
 def test_a_console_script_of_one_module_is_installed(tmp_path):
