@@ -10,10 +10,21 @@ and revokes the session when it ends.
 
 Exit codes: 0 done; 1 transport or API failure, no listener endpoint, forwarder error, session
 over; 2 usage; 3 credentials; 4 forbidden; 77 ReBAC denial; with -- COMMAND the status of COMMAND;
-SIGINT, SIGTERM and SIGHUP end the process by that same signal, after the session is revoked.
+SIGINT, SIGTERM, SIGHUP and the rarer ones end the process by that same signal, after the session
+is revoked.
 
 One file, standard library only, Python 3.6 to 3.15. Read it from the top: a section uses only
 those above it.
+
+Threads: the main one waits for signals, and alone writes to stdout and stderr; what may block runs
+in a daemon thread that it waits for. Each HTTP exchange has one more, given up on at its deadline,
+since a name look-up has no time-out. One thread accepts connections (Forwarder) and puts them into a
+queue; one worker a session (Worker) takes them from there and carries one after another (Relay). The
+queue, the workers and the sessions that are still to be revoked are in Sessions, under its one lock.
+
+The credential: the bearer token is read in the section credentials, and sent in the section control
+plane; the session token comes in there, and what is done with it ends with the section audit, but for
+the line of --reveal-secrets in Run.establish. What follows the section audit moves bytes.
 """
 import sys
 
@@ -1382,7 +1393,7 @@ class AuditLog:
 # ----------------------------------------------------------------------------------------- relay
 
 FIRST_BUFFER_BYTES = 64 * 1024
-LARGEST_BUFFER_BYTES = 1024 * 1024
+LARGEST_BUFFER_BYTES = 768 * 1024
 TICK_SECONDS = 1.0
 QUIET_SECONDS = 2.0  # of the target, before a client's end of input is passed on
 FIRST_ASK_SECONDS = 0.05  # whether a client that has ended its input is gone; then ever less often
@@ -1482,7 +1493,7 @@ class Flow:
     """One direction of a connection: what `source` sends goes to `sink`."""
 
     __slots__ = ("source", "sink", "fd", "sink_fd", "buffer", "first_buffer", "pending", "moved", "largest",
-                 "has_ended", "is_over")
+                 "is_reading", "has_ended", "is_over")
 
     def __init__(self, source: "socket.socket", sink: "socket.socket", buffer: memoryview) -> None:
         self.source = source
@@ -1493,6 +1504,7 @@ class Flow:
         self.pending = buffer[:0]  # read, but not taken by the sink yet: nothing more is read until it is
         self.moved = 0  # bytes
         self.largest = 0  # bytes that one read gave since the last `trim`
+        self.is_reading = True  # False while the sink takes no more, and for ever after the end of input
         self.has_ended = False  # the source's end of input was read
         self.is_over = False  # and passed on; or nobody takes it any more
 
@@ -1500,7 +1512,7 @@ class Flow:
         """A larger buffer for a source that fills this one; given back at once, unlike a bytearray."""
         if len(self.buffer) < LARGEST_BUFFER_BYTES:
             try:
-                self.buffer = memoryview(mmap.mmap(-1, 2 * len(self.buffer)))
+                self.buffer = memoryview(mmap.mmap(-1, min(2 * len(self.buffer), LARGEST_BUFFER_BYTES)))
             except (OSError, ValueError):  # no memory: it will do
                 pass
 
@@ -1519,7 +1531,7 @@ class Relay:
     with; `poller` (select.epoll, or like it) watches `stop_fd`, which becomes readable when it is to
     stop; `is_over` is asked that every second. `is_gone` tells whether a client that has ended its
     input listens no more (False where nobody can know); `on_remote_end` hears that the remote has
-    ended first. Afterwards: what `up` and `down` have moved, and the OSError that broke it, if any.
+    ended first. Afterwards: what `up` and `down` have moved, and the `error` that broke it, if any.
     """
 
     def __init__(self, client: "socket.socket", remote: "socket.socket", buffers: "List[memoryview]",
@@ -1530,7 +1542,7 @@ class Relay:
             sock.setblocking(False)
         self.up = Flow(client, remote, buffers[0])
         self.down = Flow(remote, client, buffers[1])
-        self.error: "Optional[OSError]" = None  # one peer is lost: the other gets a reset, not an end
+        self.error: "Optional[Exception]" = None  # one peer is lost: the other gets a reset, not an end
         self.remote_ended_first = False
         self._poller = poller
         self._stop_fd = stop_fd
@@ -1546,36 +1558,44 @@ class Relay:
 
     def carry(self) -> None:
         """Returns once both directions are over; raises nothing that is the connection's own."""
-        up, down = self.up, self.down
+        up, down, poll = self.up, self.down, self._poller.poll
         try:
             self._watch()
-            check_on = elapsed_seconds() + TICK_SECONDS
+            pause, check_on = TICK_SECONDS, elapsed_seconds() + TICK_SECONDS
             while not (up.is_over and down.is_over or self._is_stopped):
-                for fd, events in self._poller.poll(self._pause()):
-                    self._act(fd, events)
+                for fd, events in poll(pause):
+                    if events == READABLE and fd == up.fd and up.is_reading:
+                        self._pump(up)
+                    elif events == READABLE and fd == down.fd and down.is_reading:
+                        self._pump(down)
+                    else:
+                        self._act(fd, events)
                 now = elapsed_seconds()
                 if up.has_ended and not up.is_over:
-                    self._hold_end(now)
+                    pause = self._hold_end(now)
                 if now >= check_on:
                     check_on = now + TICK_SECONDS
                     up.trim()
                     down.trim()
-                    self._is_stopped = self._is_stopped or self._is_over()
-        except OSError as error:  # of the waiting itself
+                    # the Node has ended, and so serves another one; a client may keep its end open for ever
+                    is_deaf = down.is_over and not up.has_ended and self._is_quiet(up, now)
+                    self._is_stopped = self._is_stopped or is_deaf or self._is_over()
+        except Exception as error:  # of the waiting itself, or a defect: it ends this connection alone
             self._break(up, error)
         finally:
             self._close()
 
     def _act(self, fd: int, events: int) -> None:
+        """Whatever else may happen than that there is something to read."""
         if fd == self._stop_fd:
             self._is_stopped = True
         for flow in (self.up, self.down):
             if flow.pending:
                 if fd == flow.sink_fd and events & ~READABLE:
-                    self._flush(flow)
+                    self._send(flow)
                     if not flow.pending:
                         self._watch()
-            elif not flow.has_ended:
+            elif flow.is_reading:
                 if fd == flow.fd and events & ~WRITABLE:
                     self._pump(flow)
             elif fd == flow.fd and events & ~(READABLE | WRITABLE):
@@ -1593,18 +1613,17 @@ class Relay:
         if not count:
             self._end(flow)
             return
-        if flow is self.down:
-            self._quiet_since = 0.0
         if count > flow.largest:
             flow.largest = count
+        self._quiet_since = 0.0
         flow.pending = flow.buffer[:count]
-        self._flush(flow)
+        self._send(flow)
         if flow.pending:
             self._watch()
         elif count == len(flow.buffer):
             flow.grow()
 
-    def _flush(self, flow: Flow) -> None:
+    def _send(self, flow: Flow) -> None:
         try:
             sent = flow.sink.send(flow.pending)
         except BlockingIOError:
@@ -1628,29 +1647,29 @@ class Relay:
             self._pass_on(flow)
         self._watch()
 
-    def _hold_end(self, now: float) -> None:
+    def _hold_end(self, now: float) -> float:
         """The Node ends both directions at a client's end of input, and so would cut the answer off.
 
         It is passed on once the target has been quiet, or has ended, or nobody waits for its answer.
+        Returns how long to wait for the next event, in seconds.
         """
-        if self.down.pending or not self._quiet_since:  # what the client does not read is not quiet
-            self._quiet_since = now
+        is_quiet = self._is_quiet(self.down, now)
         if now >= self._ask_on and not self._client_is_gone:
             self._client_is_gone = self._is_gone()
             self._ask_on = now + self._ask_pause
             self._ask_pause = min(2 * self._ask_pause, TICK_SECONDS)
-        if self._client_is_gone or self.down.is_over or now - self._quiet_since >= QUIET_SECONDS:
+        if self._client_is_gone or self.down.is_over or is_quiet:
             self._pass_on(self.up)
             self.down.is_over = self.down.is_over or self._client_is_gone
             self._watch()
-
-    def _pause(self) -> float:
-        """How long to wait for the next event, in seconds."""
-        if not self.up.has_ended or self.up.is_over:
             return TICK_SECONDS
-        now = elapsed_seconds()
-        quiet_for = now - self._quiet_since if self._quiet_since else 0.0
-        return max(0.0, min(self._ask_on - now, QUIET_SECONDS - quiet_for, TICK_SECONDS))
+        return max(0.0, min(self._ask_on, self._quiet_since + QUIET_SECONDS) - now)
+
+    def _is_quiet(self, flow: Flow, now: float) -> bool:
+        """Whether nothing was read for QUIET_SECONDS; what the sink does not take yet is not quiet."""
+        if flow.pending or not self._quiet_since:
+            self._quiet_since = now
+        return now - self._quiet_since >= QUIET_SECONDS
 
     def _pass_on(self, flow: Flow) -> None:
         """The half-close of TCP."""
@@ -1677,13 +1696,14 @@ class Relay:
             self.down.is_over = self.up.is_over  # else _hold_end passes the end on first
             self._watch()
 
-    def _break(self, flow: Flow, error: OSError) -> None:
+    def _break(self, flow: Flow, error: Exception) -> None:
         """Ends both directions now: a truncated stream must not look like a complete one."""
         if flow is self.down and self.error is None:
             self._tell_remote_end()
         self.error = self.error or error
         for each in (self.up, self.down):
             each.has_ended = each.is_over = True
+            each.is_reading = False
 
     def _tell_remote_end(self) -> None:
         if not self.up.is_over and not self.remote_ended_first:
@@ -1694,9 +1714,10 @@ class Relay:
         """Tells the poller what each socket is waited for now."""
         wanted: "Dict[int, int]" = {}
         for flow in (self.up, self.down):
+            flow.is_reading = not flow.pending and not flow.has_ended
             if flow.pending:
                 wanted[flow.sink_fd] = wanted.get(flow.sink_fd, 0) | WRITABLE
-            elif not flow.has_ended:
+            elif flow.is_reading:
                 wanted[flow.fd] = wanted.get(flow.fd, 0) | READABLE
             elif ON_LINUX and not self._client_is_gone:  # epoll then tells of an error, and of no more
                 wanted.setdefault(flow.fd, 0)
@@ -1794,8 +1815,9 @@ class Stdio:
             return b""
 
     def _write(self) -> None:
+        first = b""
         try:
-            piece = self._receive()
+            piece = first = self._receive()
             while piece:
                 try:
                     piece = piece[os.write(1, piece):] or self._receive()
@@ -1806,7 +1828,7 @@ class Stdio:
             os.close(nowhere)
         except OSError as error:
             self.error = PlexctlError("cannot write to standard output: %s" % show_error(error))
-        if self.error or os.isatty(0):  # it would wait for a key that nobody needs
+        if self.error or not first or os.isatty(0):  # where it would wait for a key that nobody needs
             self._near.shutdown(socket.SHUT_RDWR)
         self.done.set()
 
@@ -2058,7 +2080,8 @@ class Worker:
                 "the Node cannot reach it (--host and --port are as the Node sees them)"
                 % join_host_port(self._sessions.request.host, self._sessions.request.port))
         if relay.error is not None:
-            return ConnectionFailed("the connection ended: %s" % show_error(relay.error))
+            kind = ConnectionFailed if isinstance(relay.error, OSError) else PlexctlError
+            return kind("the connection ended: %s" % show_error(relay.error))
         return None
 
     def _dial(self) -> "socket.socket":
@@ -2740,7 +2763,8 @@ class Forwarder:
         """Accepts the connections that wait already, and no more."""
         self._stop_accepting()
         self._server.timeout, deadline = 0, elapsed_seconds() + CLOSE_SECONDS
-        while elapsed_seconds() < deadline and wait_for(self._server.fileno(), READABLE, 0):
+        while self._server.fileno() >= 0 and elapsed_seconds() < deadline and wait_for(
+                self._server.fileno(), READABLE, 0):
             self._server.handle_request()
         self._server.server_close()
 
@@ -3352,7 +3376,8 @@ class Run:
         try:
             if options.mode == "print":
                 return self.print_coordinates()
-            gc.enable()
+            if __name__ == "__main__":
+                gc.enable()
             if options.mode == "--stdio":
                 return self.carry_stdio()
             return self.forward(program)
@@ -3671,6 +3696,8 @@ def perform(argv: "Optional[Sequence[str]]" = None,
     except PlexctlError as error:
         status = error.exit_code
         foreground.report("error: %s" % error)
+    except (OSError, MemoryError) as error:
+        foreground.report("error: the system refuses: %s" % show_error(error))
     except Exception as error:  # a defect; its text may hold what it was given
         foreground.report("error: internal error: %s" % show_error(error))
     finally:

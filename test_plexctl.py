@@ -2,11 +2,13 @@
 
     python3 test_plexctl.py          show plexctl at work on the simulator, and check what it does
     python3 test_plexctl.py serve    keep the simulator running, to try plexctl by hand
+                                     [--delay SECONDS] [--late SECONDS] [--kinder] [--target HOST:PORT]
     python3 -m pytest                the tests
 
 The simulator is real sockets on loopback: a control plane that answers by the published API, a Node
 with one listener per mediated session, and targets behind it. It needs only the standard library.
 """
+import argparse
 import collections
 import contextlib
 import hashlib
@@ -511,7 +513,7 @@ class SessionListener:
         return self._closing.is_set() or time.monotonic() >= self._ends
 
     def _run(self, late):
-        if self._socket is None and not self._closing.wait(min(late, 1e6)):
+        if late and not self._closing.wait(min(late, 1e6)):
             self._open()
         if self._socket is None:
             return
@@ -1415,12 +1417,13 @@ def demonstrate():
     return 0
 
 
-def serve_simulation():
+def serve_simulation(target=None, **node_options):
     """Keep control plane, Node and echo target up until Ctrl-C; returns the exit status."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with Simulation() as simulation:
+        with Simulation(**node_options) as simulation:
+            simulation.node.target_address = target or simulation.target.address
             for item in sorted(simulation.plane.environment().items(), reverse=True):
                 say("export %s=%s" % item)
             command = [sys.executable, PLEXCTL, "tcp-forward"] + REQUIRED_FLAGS + ["--proxy"]
@@ -1431,12 +1434,29 @@ def serve_simulation():
         return 0
 
 
+def address_of(text):
+    """HOST:PORT as an address."""
+    host, port = text.rsplit(":", 1)
+    return host, int(port)
+
+
 def demo_main(argv):
     """`python3 test_plexctl.py [serve]`."""
-    if argv not in ([], ["serve"]):
-        print("usage: test_plexctl.py [serve]", file=sys.stderr)
-        return 2
-    return serve_simulation() if argv else demonstrate()
+    if not argv:
+        return demonstrate()
+    parser = argparse.ArgumentParser(prog="test_plexctl.py",
+                                     description="Without arguments: a demonstration.")
+    parser.add_argument("serve", choices=["serve"], help="keep the simulator running, until Ctrl-C")
+    parser.add_argument("--delay", type=float, default=0, metavar="SECONDS",
+                        help="what the way to the Node takes, in each direction")
+    parser.add_argument("--late", type=float, default=0, metavar="SECONDS",
+                        help="until the Node has a session's listener, and reports it")
+    parser.add_argument("--kinder", action="store_true",
+                        help="a Node with several connections at once, and half-closes")
+    parser.add_argument("--target", type=address_of, metavar="HOST:PORT", help="a target instead of the echo")
+    options = vars(parser.parse_args(argv))
+    del options["serve"]
+    return serve_simulation(**options)
 
 
 if __name__ == "__main__":
@@ -1527,6 +1547,147 @@ def one_error_line(result, *words):
 def forward_args(plane, *more):
     """The command line with the published ids, for this control plane."""
     return ["tcp-forward", "--server", plane.url] + REQUIRED_FLAGS + [str(word) for word in more]
+
+
+# ---- tests: the simulator's Node -----------------------------------------------------------------
+
+@contextlib.contextmanager
+def node_to(serve, sessions=("first",), **options):
+    """A Node with a Target behind it, and sessions that were opened: (node, target, first endpoint)."""
+    with Target(serve) as target, Node(target.address, **options) as node:
+        for session_id in sessions:
+            node.open(session_id)
+        yield node, target, node.endpoint(sessions[0])
+
+
+def can_be_dialled(endpoint):
+    """Whether somebody listens there."""
+    try:
+        dial(endpoint).close()
+        return True
+    except ConnectionError:
+        return False
+
+
+def test_the_second_connection_waits_until_the_node_has_served_the_first():
+    with node_to(echo) as (node, target, endpoint), dial(endpoint) as first, dial(endpoint) as second:
+        first.sendall(b"1")
+        second.sendall(b"2")
+        assert first.recv(1) == b"1"
+        node.wait_for(lambda: node.waiting("first"))
+        assert (node.busy("first"), target.accepted) == (1, 1)
+        first.close()
+        assert second.recv(1) == b"2"
+        assert node.connections == {"first": 2} and node.most == {"first": 1}
+        assert [(wait.session_id, wait.served) for wait in node.waits] == [("first", True)]
+
+
+def test_one_connection_after_another_waits_for_nothing():
+    with node_to(echo) as (node, _, endpoint):
+        for _ in range(20):
+            with dial(endpoint) as client:
+                client.sendall(b"x")
+                assert client.recv(1) == b"x"
+            node.wait_for(lambda: not node.busy("first"))
+        assert node.connections == {"first": 20} and node.waits == []
+
+
+@pytest.mark.parametrize("delay", [0, 0.02])
+def test_either_end_of_input_ends_both_directions_at_the_node(delay):
+    with node_to(late_answer(threading.Event()), delay=delay) as (_, target, endpoint):
+        with dial(endpoint) as client:
+            client.sendall(b"question")
+            client.shutdown(socket.SHUT_WR)
+            assert client.recv(1) == b""  # nobody waits for the answer
+    with node_to(source(1 << 20), delay=delay) as (_, target, endpoint), dial(endpoint) as client:
+        assert b"".join(chunks(client)) == pattern(1 << 20)
+        target.wait_for(lambda: target.ends == ["eof"])  # though the client has not ended anything
+
+
+def test_a_target_that_the_node_cannot_reach_ends_the_connection_without_a_word():
+    with node_to(echo) as (node, _, endpoint), socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        node.target_address = nobody.getsockname()
+        with dial(endpoint) as client:
+            assert client.recv(1) == b""
+        node.target_address = ("127.0.0.1", 1)
+        assert can_be_dialled(endpoint)
+
+
+def test_the_eleventh_session_never_gets_a_listener():
+    with node_to(echo, range(11)) as (node, _, _):
+        assert [node.endpoint(number) is None for number in range(11)] == [False] * 10 + [True]
+        node.close(3)
+        node.open("later")
+        assert node.endpoint("later") and node.endpoint(10) is None
+
+
+@pytest.mark.parametrize("how", ["cap", "expiry", "revocation", "restart"])
+def test_the_node_closes_listener_and_connection(how):
+    options = {"cap": {"cap": 0.5}, "expiry": {"ttl": 0.5}}.get(how, {})
+    with Simulation(**options) as simulation:
+        plane, node = simulation.plane, simulation.node
+        session_id = issued_by(plane)
+        endpoint = node.endpoint(session_id)
+        with dial(endpoint) as client:
+            client.sendall(b"x")
+            assert client.recv(1) == b"x"
+            if how == "revocation":
+                plane.revoke(session_id)
+            elif how == "restart":
+                node.restart()
+            assert client.recv(1) == b""
+        node.wait_for(lambda: not can_be_dialled(endpoint))
+        assert (session_id in plane.active()) == (how in ("cap", "restart"))
+        assert node.is_open(session_id) == (how == "restart") == (node.endpoint(session_id) != endpoint)
+
+
+def issued_by(plane):
+    """The id of a session that was asked for without plexctl's command line."""
+    return str(create_client(plane).issue(session_request()).session_id)
+
+
+def test_a_delay_is_one_of_time_and_not_of_bandwidth():
+    with node_to(echo, delay=0.1) as (node, _, endpoint), dial(endpoint) as client:
+        began = time.monotonic()
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+        assert 0.2 <= time.monotonic() - began < 2
+        data, began = pattern(8 << 20), time.monotonic()
+        sender = threading.Thread(target=client.sendall, args=(data,))
+        sender.start()
+        assert read_exactly(client, len(data)) == data
+        sender.join(10)
+        assert time.monotonic() - began < 5
+        began = time.monotonic()
+        client.shutdown(socket.SHUT_WR)
+        assert client.recv(1) == b"" and 0.2 <= time.monotonic() - began < 2
+
+
+def test_a_session_whose_listener_is_late_has_no_endpoint_before():
+    with Simulation(late=[0, 0.3, float("inf")]) as simulation:
+        node = simulation.node
+        first, second, third = [issued_by(simulation.plane) for _ in range(3)]
+        views = [session.view(True) for session in simulation.plane.sessions]
+        assert ["listener_endpoint" in view for view in views] == [True, False, False]
+        node.wait_for(lambda: node.endpoint(second))
+        assert node.is_open(first) and node.is_open(second) and not node.is_open(third)
+
+
+def test_the_kinder_node_serves_several_and_keeps_half_closes_and_resets():
+    with node_to(echo, kinder=True) as (node, target, endpoint):
+        with dial(endpoint) as first, dial(endpoint) as second:
+            first.sendall(b"1")
+            second.sendall(b"2")
+            assert (first.recv(1), second.recv(1)) == (b"1", b"2")
+        assert exchange(endpoint, pattern(1 << 20)) == pattern(1 << 20)
+        target.wait_for(lambda: len(target.ends) == 3)
+        client = dial(endpoint)
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+        reset_close(client)
+        target.wait_for(lambda: target.ends[3:] == ["reset"])
+        assert node.most["first"] > 1 and node.waits == []
 
 
 # ---- tests: tables and helpers ------------------------------------------------------------------
@@ -6238,7 +6399,8 @@ def test_the_end_of_stdin_is_a_half_close_and_a_late_answer_arrives(make_pipe):
         connection.sendall(LATE_ANSWER)
 
     reader, writer = make_pipe()
-    with Simulation(serve) as simulation, start(simulation, "--stdio", stdin=reader) as process:
+    with Simulation(serve, half_close=True) as simulation, \
+            start(simulation, "--stdio", stdin=reader) as process:
         writer.write(b"a question")
         reader.close()
         writer.close()
@@ -6277,8 +6439,12 @@ def test_a_stdout_closed_by_its_reader_is_an_error(make_pipe):
 
 
 def test_a_reset_by_the_target_is_an_error_of_stdio(make_pipe):
+    def greet_and_reset(connection, target):
+        connection.sendall(b"hello")
+        resetter(5)(connection, target)
+
     reader, writer = make_pipe()
-    with Simulation(resetter(5)) as simulation:
+    with Simulation(greet_and_reset, resets=True) as simulation:
         with start(simulation, "--stdio", stdin=reader) as process:
             writer.write(b"12345")
             result = process.finish(5)
@@ -6626,6 +6792,13 @@ def test_the_proxy_with_closed_descriptors(simulation, closed):
 
 # ---- tests: real programs ------------------------------------------------------------------------
 
+@pytest.fixture(params=[0, 0.02], ids=["no delay", "20 ms"])
+def far(request, simulation):
+    """The simulation with a Node that is so far away."""
+    simulation.node.delay = request.param
+    return simulation
+
+
 def need(*names):
     """The programs' paths; the test is skipped where one is missing."""
     path = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"]
@@ -6643,19 +6816,36 @@ def postgres_roots():
 
 
 @contextlib.contextmanager
-def serving(simulation, command, port, **popen):
-    """Runs a server, waits until it accepts, and puts it behind the Node."""
+def serving(command, port, **popen):
+    """Runs a server, and waits until it accepts; its address."""
     with Process(command, **popen) as server:
         def accepts():
             assert server.poll() is None, server.describe()
             with contextlib.suppress(OSError):
                 socket.create_connection(("127.0.0.1", port), 5).close()
                 return True
-        wait_until(accepts, 20)
-        simulation.node.target_address = ("127.0.0.1", port)
-        yield server
+        wait_until(accepts, 30)
+        yield "127.0.0.1", port
         server.terminate()
         server.finish()
+
+
+@contextlib.contextmanager
+def directory_of(*users):
+    """A directory that belongs to the first of these users that there is (to us, unless we are root), as some
+    servers do not run as root; and the words that run a command as that user."""
+    directory, as_user = tempfile.mkdtemp(prefix="plexctl-test-"), []
+    try:
+        if ROOT:
+            import pwd
+            names = {entry.pw_name for entry in pwd.getpwall()}
+            user = pwd.getpwnam([name for name in users + ("nobody",) if name in names][0])
+            os.chown(directory, user.pw_uid, user.pw_gid)
+            as_user = need("setpriv") + ["--reuid=%d" % user.pw_uid, "--regid=%d" % user.pw_gid,
+                                         "--clear-groups"]
+        yield directory, as_user
+    finally:
+        shutil.rmtree(directory)
 
 
 def run_program(*command, **popen):
@@ -6664,42 +6854,90 @@ def run_program(*command, **popen):
     options.update(popen)
     result = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             timeout=60, **options)
-    assert result.returncode == 0, (command, result.stderr)
+    assert result.returncode == 0, (command, result.stdout[-2000:], result.stderr)
     return result.stdout
 
 
 @contextlib.contextmanager
-def proxy_port(simulation):
-    """The port of a running proxy, which in the end has revoked its one session."""
-    with start(simulation, "--proxy") as process:
+def proxy_port(simulation, *flags, sessions=1):
+    """The port of a running proxy, which issues at most so many sessions, dials none that has a connection
+    (which would wait at the Node), and revokes each just once."""
+    with start(simulation, "--proxy", *flags) as process:
         yield proxy_address(process).rsplit(":", 1)[1]
         process.send_signal(signal.SIGTERM)
         ends_by(process, signal.SIGTERM)
-    revoked_once(simulation.plane)
+    assert 1 <= len(simulation.plane.issued) <= sessions
+    revoked_once(simulation.plane, len(simulation.plane.issued))
+    assert all(wait.seconds < 1 for wait in simulation.node.waits), simulation.node.waits
+
+
+class Conversation:
+    """A program on a terminal of its own: type to it, and wait for its words."""
+
+    def __init__(self, terminal, start, *command, **popen):
+        self.screen, self.read = terminal(200), 0
+        self.process = start(*command, **dict(popen, **self.screen.controlling()))
+
+    def type(self, keys):
+        """Press keys."""
+        self.screen.type(keys.encode())
+
+    def expect(self, words, seconds=20):
+        """Wait for words that are not on the screen yet, but for those that came before the last ones."""
+        def find():
+            position = self.screen.seen.find(words.encode(), self.read)
+            return position >= 0 and position + 1
+        with contextlib.suppress(AssertionError):
+            wait_until(lambda: find() or self.process.poll() is not None, seconds)
+        self.read = find()
+        assert self.read, "no %r: %s, %r" % (words, self.process.describe(), self.screen.read())
+
+    def finish(self, seconds=20):
+        """Its exit status."""
+        status = self.process.finish(seconds).returncode
+        self.screen.read()
+        return status
+
+
+@contextlib.contextmanager
+def conversation(simulation, terminal, way, sessions, client, **env):
+    """A Conversation with a client program: through a proxy, or as plexctl's COMMAND."""
+    env = clean_environment(dict(env, TERM="dumb"))
+    if way == "command":
+        yield Conversation(terminal, lambda *command, **popen: start(simulation, "--", *command, **popen),
+                           *client("{host}", "{port}"), env=env)
+        revoked_once(simulation.plane, len(simulation.plane.issued))
+        assert len(simulation.plane.issued) <= sessions
+    else:
+        with proxy_port(simulation, sessions=sessions) as port:
+            yield Conversation(terminal, lambda *command, **popen: Process(list(command), **popen),
+                               *client("127.0.0.1", port), env=env)
+
+
+@pytest.fixture(scope="module")
+def postgres_server():
+    """The address of a PostgreSQL server with a superuser called postgres and no password."""
+    initdb, server = need("initdb", "postgres")
+    port = free_port()
+    with directory_of("postgres") as (directory, as_user):
+        run_program(*(as_user + [initdb, "-D", directory + "/data", "-A", "trust", "-U", "postgres",
+                                 "--no-sync", "--locale=C", "-E", "UTF8"]), cwd=directory)
+        command = as_user + [server, "-D", directory + "/data", "-p", str(port), "-k", directory,
+                             "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"]
+        with serving(command, port, cwd=directory) as address:
+            yield address
 
 
 @pytest.fixture
-def postgres(simulation):
-    """A PostgreSQL server behind the Node, with a superuser called postgres and no password."""
-    initdb, server = need("initdb", "postgres")
-    directory, port = tempfile.mkdtemp(prefix="plexctl-postgres-"), free_port()
-    other_user = []
-    try:
-        if ROOT:  # it does not run as root
-            import pwd
-            names = {entry.pw_name for entry in pwd.getpwall()}
-            user = pwd.getpwnam("postgres" if "postgres" in names else "nobody")
-            os.chown(directory, user.pw_uid, user.pw_gid)
-            other_user = need("setpriv") + ["--reuid=%d" % user.pw_uid, "--regid=%d" % user.pw_gid,
-                                            "--clear-groups"]
-        run_program(*(other_user + [initdb, "-D", directory + "/data", "-A", "trust", "-U", "postgres",
-                                    "--no-sync", "--locale=C", "-E", "UTF8"]), cwd=directory)
-        command = other_user + [server, "-D", directory + "/data", "-p", str(port), "-k", directory,
-                                "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"]
-        with serving(simulation, command, port, cwd=directory):
-            yield
-    finally:
-        shutil.rmtree(directory)
+def postgres(far, postgres_server):
+    """The simulation with that server behind the Node."""
+    far.node.target_address = postgres_server
+    return far
+
+
+def psql_to(host, port, *more):
+    """psql's command line."""
+    return need("psql") + ["-XAtq", "-h", host, "-p", str(port), "-U", "postgres"] + list(more)
 
 
 HASHES_SQL = "select md5(i::text) from generate_series(1, 100000) i"
@@ -6711,52 +6949,155 @@ def hashes():
 
 
 @pytest.mark.realworld
-def test_psql_through_the_proxy(simulation, postgres):
-    psql, = need("psql")
-    with proxy_port(simulation) as port:
-        client = [psql, "-XAtq", "-h", "127.0.0.1", "-p", port, "-U", "postgres", "-v", "ON_ERROR_STOP=1"]
+def test_psql_through_the_proxy(postgres):
+    with proxy_port(postgres) as port:
+        client = psql_to("127.0.0.1", port, "-v", "ON_ERROR_STOP=1")
         assert run_program(*(client + ["-c", HASHES_SQL])) == hashes()
-        run_program(*(client + ["-c", "create table t (v text)"]))
+        run_program(*(client + ["-c", "drop table if exists t", "-c", "create table t (v text)"]))
         run_program(*(client + ["-c", "copy t from stdin"]), input=hashes())
         assert run_program(*(client + ["-c", "copy t to stdout"])) == hashes()
         notices = "do $$ begin for i in 1..3 loop perform pg_sleep(0.1); end loop; end $$; select 'done'"
         assert run_program(*(client + ["-c", notices])) == b"done\n"
-    assert sum(simulation.node.connections.values()) == 5
+    assert sum(postgres.node.connections.values()) == 5
 
 
 @pytest.mark.realworld
-def test_psql_as_command(simulation, postgres):
-    psql, = need("psql")
-    client = [psql, "-XAtq", "-h", "{host}", "-p", "{port}", "-U", "postgres"]
-    result = run_command(simulation, *(client + ["-c", HASHES_SQL]))
+def test_psql_as_command(postgres):
+    client = psql_to("{host}", "{port}")
+    result = run_command(postgres, *(client + ["-c", HASHES_SQL]))
     assert (result.returncode, result.stdout) == (0, hashes().decode()), result.stderr
-    assert run_command(simulation, *(client + ["-c", "select"]), input="").returncode == 0
-    failed = run_command(simulation, *(client + ["-v", "ON_ERROR_STOP=1", "-f", "-"]), input="nonsense;")
+    assert run_command(postgres, *(client + ["-c", "select"]), input="").returncode == 0
+    failed = run_command(postgres, *(client + ["-v", "ON_ERROR_STOP=1", "-f", "-"]), input="nonsense;")
     assert failed.returncode == 3, failed.stderr  # psql's own
-    revoked_once(simulation.plane, 3)
+    revoked_once(postgres.plane, 3)
 
 
 @pytest.mark.realworld
-def test_redis_cli_through_the_proxy_and_as_command(simulation, tmp_path):
-    server, client = need("redis-server", "redis-cli")
-    port = free_port()
-    value = pattern(1 << 20).hex().encode()
-    command = [server, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
-    with serving(simulation, command, port):
-        with start(simulation, "--proxy") as process:
-            local = proxy_address(process).rsplit(":", 1)[1]
-            assert run_program(client, "-p", local, "-x", "set", "big", input=value) == b"OK\n"
-            assert run_program(client, "-p", local, "get", "big") == value + b"\n"
-            pipelined = b"".join(b"RPUSH list %d\r\n" % number for number in range(50000))
-            assert b"errors: 0, replies: 50000" in run_program(client, "-p", local, "--pipe", input=pipelined)
-            numbers = b"".join(b"%d\n" % number for number in range(50000))
-            assert run_program(client, "-p", local, "lrange", "list", "0", "-1") == numbers
-        result = run_command(simulation, client, "-h", "{host}", "-p", "{port}", "llen", "list")
-        assert (result.returncode, result.stdout) == (0, "50000\n"), result.stderr
+@pytest.mark.parametrize("late", [0, [0, 1]], ids=["", "a further session is late"])
+@pytest.mark.parametrize("way", ["proxy", "command"])
+def test_psql_cancels_a_query_and_goes_on(postgres, terminal, way, late):
+    """The cancel request is a second connection, and psql waits for its end."""
+    def sleeps():
+        sql = "select count(*) from pg_stat_activity where state = 'active' and query like 'select pg_sleep%'"
+        return run_program(*psql_to(*postgres.node.target_address + ("-c", sql))) == b"1\n"
+    postgres.node.late = late
+    with conversation(postgres, terminal, way, 2, lambda *to: psql_to(*to + ("-n",))) as psql:
+        for _ in range(2):
+            psql.type("select pg_sleep(30);\n")
+            wait_until(sleeps, 20)
+            psql.type("\x03")
+            psql.expect("canceling statement")
+            psql.type("select 6*7;\n")
+            psql.expect("42")
+        psql.type("\\q\n")
+        assert psql.finish() == 0
+
+
+@pytest.mark.realworld
+@pytest.mark.parametrize("flags", [("-c", "4", "-t", "10"), ("-C", "-c", "4", "-j", "2", "-T", "5")],
+                         ids=["4 clients", "a connection for each transaction"])
+def test_pgbench(postgres, flags):
+    pgbench, = need("pgbench")
+    client = [pgbench, "-h", "127.0.0.1", "-U", "postgres"]
+    run_program(*client, "-i", "-q", "-p", postgres.node.target_address[1], "postgres")
+    with proxy_port(postgres, sessions=4) as port:
+        told = run_program(*client, "-n", "-p", port, *flags, "postgres").decode()
+    done, failed = [int(re.search(words + r": ([0-9]+)", told).group(1))
+                    for words in ("actually processed", "failed transactions")]
+    assert done >= 10 and failed == 0, told
 
 
 @pytest.fixture
-def ssh_options(simulation, tmp_path):
+def redis(far, tmp_path):
+    """The simulation with a Redis server behind the Node."""
+    server, port = need("redis-server")[0], free_port()
+    command = [server, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
+    with serving(command, port) as far.node.target_address:
+        yield far
+
+
+@pytest.mark.realworld
+def test_redis_cli_through_the_proxy_and_as_command(redis):
+    client, = need("redis-cli")
+    value = pattern(1 << 20).hex().encode()
+    with proxy_port(redis) as local:
+        assert run_program(client, "-p", local, "-x", "set", "big", input=value) == b"OK\n"
+        assert run_program(client, "-p", local, "get", "big") == value + b"\n"
+        pipelined = b"".join(b"RPUSH list %d\r\n" % number for number in range(50000))
+        assert b"errors: 0, replies: 50000" in run_program(client, "-p", local, "--pipe", input=pipelined)
+        numbers = b"".join(b"%d\n" % number for number in range(50000))
+        assert run_program(client, "-p", local, "lrange", "list", "0", "-1") == numbers
+    result = run_command(redis, client, "-h", "{host}", "-p", "{port}", "llen", "list")
+    assert (result.returncode, result.stdout) == (0, "50000\n"), result.stderr
+
+
+@pytest.mark.realworld
+def test_redis_benchmark(redis):
+    """Four clients at once, and new ones for each of five tests."""
+    client, = need("redis-benchmark")
+    with proxy_port(redis, sessions=4) as local:
+        told = run_program(client, "-p", local, "-c", "4", "-n", 400 if redis.node.delay else 2000, "-q",
+                           "-t", "set,get,incr,lpush,rpop").decode()
+    assert re.findall(r"(\w+): [0-9.]+ requests per second", told) == ["SET", "GET", "INCR", "LPUSH", "RPOP"]
+
+
+@pytest.fixture(scope="module")
+def mariadb_server():
+    """The address of a MariaDB server whose root has no password."""
+    server, install = need("mariadbd", "mariadb-install-db")
+    port = free_port()
+    with directory_of("mysql") as (directory, as_user):
+        where = ["--no-defaults", "--datadir=%s/data" % directory]
+        run_program(*(as_user + [install] + where + ["--auth-root-authentication-method=normal",
+                                                     "--skip-test-db"]), cwd=directory)
+        command = as_user + [server] + where + [
+            "--socket=%s/socket" % directory, "--pid-file=%s/pid" % directory, "--port=%d" % port,
+            "--bind-address=127.0.0.1", "--skip-name-resolve"]
+        with serving(command, port, cwd=directory) as address:
+            yield address
+
+
+@pytest.mark.realworld
+@pytest.mark.parametrize("way", ["proxy", "command"])
+def test_mariadb_kills_a_query_and_goes_on(far, mariadb_server, terminal, way):
+    """Its Ctrl-C is a KILL over a second connection."""
+    def client(host, port, *more):
+        return need("mariadb") + ["--no-defaults", "-A", "-h", host, "-P", str(port), "-u", "root",
+                                  "--protocol=tcp"] + list(more)
+
+    def sleeps():
+        sql = "select count(*) from information_schema.processlist where info = 'select sleep(30)'"
+        return run_program(*client(*mariadb_server + ("-N", "-B", "-e", sql))) == b"1\n"
+    far.node.target_address = mariadb_server
+    with conversation(far, terminal, way, 2, client) as mariadb:
+        mariadb.expect("> ")
+        for _ in range(2):
+            mariadb.type("select sleep(30);\n")
+            wait_until(sleeps, 20)
+            mariadb.type("\x03")
+            mariadb.expect("query killed")
+            mariadb.type("select 6*7;\n")
+            mariadb.expect("42")
+        mariadb.type("\\q\n")
+        assert mariadb.finish() == 0
+
+
+@pytest.mark.realworld
+@pytest.mark.parametrize("flags", [(), ("-R",), ("-P", "3")], ids=["up", "down", "3 at once"])
+def test_iperf3(far, flags):
+    """One connection for control beside those of the data."""
+    iperf3, = need("iperf3")
+    port = free_port()
+    with serving([iperf3, "-s", "-p", str(port), "-B", "127.0.0.1"], port) as far.node.target_address:
+        with proxy_port(far, sessions=4) as local:
+            told = json.loads(run_program(iperf3, "-c", "127.0.0.1", "-p", local, "-n", "64M", "-J",
+                                          *flags).decode())
+    assert "error" not in told and told["end"]["sum_sent"]["bytes"] >= 64 * MIB, told
+    assert told["end"]["sum_received"]["bytes"] > MIB  # it does not wait for what is still on its way
+
+
+@pytest.fixture
+def ssh_options(far, tmp_path):
     """An sshd behind the Node; the options that its clients need."""
     server, keygen = need("sshd", "ssh-keygen")
     if ROOT and not os.path.isdir("/run/sshd"):
@@ -6769,7 +7110,8 @@ def ssh_options(simulation, tmp_path):
                 "UsePAM no", "Subsystem sftp internal-sftp"]
     (tmp_path / "sshd_config").write_text("\n".join(settings) + "\n")
     (tmp_path / "known_hosts").write_text("plexctl-target " + (tmp_path / "host.pub").read_text())
-    with serving(simulation, [server, "-D", "-e", "-f", str(tmp_path / "sshd_config")], port):
+    command = [server, "-D", "-e", "-f", str(tmp_path / "sshd_config")]
+    with serving(command, port) as far.node.target_address:
         options = ["BatchMode=yes", "IdentitiesOnly=yes", "IdentityFile=%s" % (tmp_path / "user"),
                    "HostKeyAlias=plexctl-target", "StrictHostKeyChecking=yes", "User=" + getpass.getuser(),
                    "UserKnownHostsFile=%s" % (tmp_path / "known_hosts"), "LogLevel=ERROR"]
@@ -6778,16 +7120,16 @@ def ssh_options(simulation, tmp_path):
 
 @pytest.mark.realworld
 @pytest.mark.parametrize("way", ["proxy", "ProxyCommand"])
-def test_ssh_and_scp(simulation, ssh_options, tmp_path, way):
+def test_ssh_and_scp(far, ssh_options, tmp_path, way):
     ssh, scp = need("ssh", "scp")
     data = pattern(8 << 20)
     (tmp_path / "data").write_bytes(data)
     with contextlib.ExitStack() as stack:
-        env = dict(os.environ, **simulation.plane.environment())
+        env = dict(os.environ, **far.plane.environment())
         if way == "proxy":
-            ssh_options += ["-o", "Port=" + stack.enter_context(proxy_port(simulation))]
+            ssh_options += ["-o", "Port=" + stack.enter_context(proxy_port(far))]
         else:
-            command = plexctl_command(forward_args(simulation.plane, "--stdio"), sys.executable)
+            command = plexctl_command(forward_args(far.plane, "--stdio"), sys.executable)
             ssh_options += ["-o", "ProxyCommand=" + " ".join(shlex.quote(word) for word in command)]
         ssh = [ssh] + ssh_options + ["127.0.0.1"]
         assert run_program(*(ssh + ["cat"]), input=data, env=env) == data
@@ -6797,15 +7139,15 @@ def test_ssh_and_scp(simulation, ssh_options, tmp_path, way):
         run_program(*([scp] + ssh_options + [copied, tmp_path / "back"]), env=env)
         assert (tmp_path / "back").read_bytes() == data
     if way == "ProxyCommand":
-        simulation.plane.wait_for(lambda: len(simulation.plane.revoked) == 4)
-        revoked_once(simulation.plane, 4)
+        far.plane.wait_for(lambda: len(far.plane.revoked) == 4)
+        revoked_once(far.plane, 4)
 
 
-def big_file(path, mebibytes):
+def big_file(path, mebibytes, first=0):
     """Writes a file no two MiB of which are alike; its SHA-256."""
     piece, digest = pattern((1 << 20) - 8), hashlib.sha256()
     with open(str(path), "wb") as stream:
-        for number in range(mebibytes):
+        for number in range(first, first + mebibytes):
             block = struct.pack(">Q", number) + piece
             stream.write(block)
             digest.update(block)
@@ -6822,17 +7164,19 @@ def hash_of(path):
 
 
 @pytest.fixture
-def web_server(simulation, tmp_path):
-    """An HTTP/1.1 server with keep-alive behind the Node; it serves the files of the directory it gives."""
+def web_server(far, tmp_path):
+    """An HTTP/1.1 server with keep-alive, for 2 s, behind the Node; the directory whose files it serves."""
     class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+        protocol_version, timeout = "HTTP/1.1", 2
 
         def do_GET(self):
             with open(str(tmp_path / os.path.basename(self.path)), "rb") as stream:
                 self.send_response(200)
                 self.send_header("Content-Length", str(os.fstat(stream.fileno()).st_size))
                 self.end_headers()
+                self.connection.settimeout(60)
                 shutil.copyfileobj(stream, self.wfile, 1 << 18)
+                self.connection.settimeout(self.timeout)
 
         def log_message(self, *_):
             """Say nothing."""
@@ -6842,30 +7186,43 @@ def web_server(simulation, tmp_path):
 
     with Server(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        simulation.node.target_address = server.server_address
+        far.node.target_address = server.server_address
         yield tmp_path
         server.shutdown()
 
 
 @pytest.mark.realworld
-def test_curl_keeps_one_connection_alive(simulation, web_server):
+def test_curl_keeps_one_connection_alive(far, web_server):
     curl, = need("curl")
     digests = [big_file(web_server / name, size) for name, size in (("one", 1), ("two", 3))]
-    with proxy_port(simulation) as port:
+    with proxy_port(far) as port:
         urls = ["http://127.0.0.1:%s/%s" % (port, name) for name in ("one", "two")]
         connects = run_program(curl, "-sS", "-w", "%{num_connects} ", "-o", web_server / "a", urls[0],
                                "-o", web_server / "b", urls[1])
         assert connects == b"1 0 "
     assert [hash_of(web_server / name) for name in ("a", "b")] == digests
-    assert sum(simulation.node.connections.values()) == 1
+    assert sum(far.node.connections.values()) == 1
 
 
 @pytest.mark.realworld
-def test_curl_downloads_a_large_file_byte_for_byte(simulation, web_server):
+@pytest.mark.parametrize("files", [4, 8], ids=["4 files", "8 files"])
+def test_curl_downloads_several_files_at_once(far, web_server, files):
+    """curl keeps a connection whose file is there, so the fifth file waits for the server to close one."""
+    curl, = need("curl")
+    digests = [big_file(web_server / ("from%d" % number), 8, 8 * number) for number in range(files)]
+    with proxy_port(far, sessions=4) as port:
+        words = [["-o", web_server / ("to%d" % number), "http://127.0.0.1:%s/from%d" % (port, number)]
+                 for number in range(files)]
+        run_program(curl, "-sS", "--parallel", "--fail", *sum(words, []))
+    assert [hash_of(web_server / ("to%d" % number)) for number in range(files)] == digests
+
+
+@pytest.mark.realworld
+def test_curl_downloads_a_large_file_byte_for_byte(far, web_server):
     curl, = need("curl")
     size = int(os.environ.get("LARGE_MEBIBYTES", "256"))
     digest = big_file(web_server / "large", size)
-    with proxy_port(simulation) as port:
+    with proxy_port(far) as port:
         run_program(curl, "-sS", "-o", web_server / "copy", "http://127.0.0.1:%s/large" % port)
     assert os.path.getsize(str(web_server / "copy")) == size << 20
     assert hash_of(web_server / "copy") == digest
@@ -6902,7 +7259,7 @@ def test_stdio_takes_no_reset_for_a_clean_end(simulation, tmp_path):
         connection.sendall(b"a" * 200000)
         time.sleep(0.2)
         reset_close(connection)
-    with Simulation(answer_and_reset) as simulation, open("/dev/zero", "rb") as zeros:
+    with Simulation(answer_and_reset, resets=True) as simulation, open("/dev/zero", "rb") as zeros:
         process = subprocess.Popen(plexctl_command(forward_args(simulation.plane, "--stdio"), sys.executable),
                                    env=clean_environment(simulation.plane.environment()), stdin=zeros,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
