@@ -7998,9 +7998,9 @@ def test_the_library_example_works(simulation):
     code = code.replace("https://plexsphere.example.com", simulation.plane.url)
     code = code.replace("psk_...", simulation.plane.bearer)
     with Process([sys.executable, "-u", "-c", code], cwd=HERE, env=clean_environment()) as process:
-        process.wait_for_output("listening on")
-        address = process.out.split()[-1]
-        with dial(address) as client:
+        said, address = process.ready().rsplit(" ", 1)
+        assert said == "listening on"
+        with dial(address.strip()) as client:
             client.sendall(b"x")
             assert client.recv(1) == b"x"
             simulation.plane.revoke(simulation.plane.issued[0], "policy_violation")
