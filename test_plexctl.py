@@ -3281,6 +3281,16 @@ def test_it_imports_the_standard_library_alone():
     assert (result.status, result.err) == (0, "")
 
 
+@pytest.mark.parametrize("name", ["json", "argparse", "socket", "logging"])
+def test_a_module_that_lies_beside_the_file_is_not_loaded(simulation, tmp_path, name):
+    """In /tmp, say, where anybody may put one."""
+    shutil.copy(PLEXCTL, str(tmp_path))
+    (tmp_path / (name + ".py")).write_text("raise SystemExit('loaded')")
+    words = [sys.executable, str(tmp_path / "plexctl.py")] + forward_args(simulation.plane)
+    result = run_words(words, clean_environment(simulation.plane.environment()), cwd="/")
+    assert (result.status, result.err) == (0, "")
+
+
 # ---- tests: control plane ------------------------------------------------------------------------
 
 
@@ -7124,6 +7134,21 @@ def test_it_waits_with_descriptors_beyond_what_select_takes(simulation):
     result = run_words(words, clean_environment(simulation.plane.environment()), preexec_fn=fill,
                        close_fds=False)
     assert (result.status, result.err) == (0, "")
+
+
+def test_a_signal_that_would_dump_core_leaves_no_file_with_the_tokens(simulation, tmp_path):
+    def allow():
+        resource.setrlimit(resource.RLIMIT_CORE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    if resource.getrlimit(resource.RLIMIT_CORE)[1] != resource.RLIM_INFINITY:
+        pytest.skip("core files are not allowed here")
+    with start(simulation, "--proxy", cwd=str(tmp_path), preexec_fn=allow) as process:
+        proxy_address(process)
+        process.send_signal(signal.SIGQUIT)
+        ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert (ended.si_code, ended.si_status) == (2, signal.SIGQUIT)  # CLD_KILLED; CLD_DUMPED is 3
+        ends_by(process, signal.SIGQUIT)
+    assert os.listdir(str(tmp_path)) == []
+    revoked_once(simulation.plane)
 
 
 # ---- tests: exit codes ---------------------------------------------------------------------------
