@@ -10,15 +10,32 @@ and revokes the session when it ends.
 
 Exit codes: 0 done; 1 transport or API failure, no listener endpoint, forwarder error, session
 over; 2 usage; 3 credentials; 4 forbidden; 77 ReBAC denial; with -- COMMAND the status of COMMAND;
-SIGINT, SIGTERM and SIGHUP end the process by that same signal, after the session is revoked.
+SIGINT, SIGTERM, SIGHUP and the rarer ones end the process by that same signal, after the session
+is revoked.
 
 One file, standard library only, Python 3.6 to 3.15. Read it from the top: a section uses only
 those above it.
+
+Threads: the main one waits for signals, and alone writes to stdout and stderr; what may block runs
+in a daemon thread that it waits for. Each HTTP exchange has one more, given up on at its deadline,
+since a name look-up has no time-out. One thread accepts connections (Forwarder) and puts them into a
+queue; one worker a session (Worker) takes them from there and carries one after another (Relay). The
+queue, the workers and the sessions that are still to be revoked are in Sessions, under its one lock.
+
+The credential: the bearer token is read in the section credentials, and sent in the section control
+plane; the session token comes in there, and what is done with it ends with the section audit, but for
+the line of --reveal-secrets in Run.establish. What follows the section audit moves bytes.
 """
 import sys
 
-if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
-    del sys.path[0]  # the directory of the script: another user's argparse.py may lie in /tmp
+if __name__ == "__main__":
+    if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+        del sys.path[0]  # the directory of the script: another user's argparse.py may lie in /tmp
+    # until the handlers stand Ctrl-C ends the process: a KeyboardInterrupt amid an import can be lost
+    import _signal  # type: ignore[import-not-found]
+
+    if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+        _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
 import errno
 import gc
@@ -34,6 +51,7 @@ if TYPE_CHECKING:  # importing typing would take as long as compiling half of th
     import collections
     import datetime
     import email.utils
+    import hashlib
     import http.client
     import json
     import logging
@@ -42,7 +60,6 @@ if TYPE_CHECKING:  # importing typing would take as long as compiling half of th
     import re
     import resource
     import select
-    import selectors
     import shutil
     import signal
     import socket
@@ -55,6 +72,9 @@ if TYPE_CHECKING:  # importing typing would take as long as compiling half of th
     import urllib.request
     from typing import (Any, Callable, Dict, IO, List, Mapping, NoReturn, Optional, Sequence, Set, Tuple)
 
+    Environ = Mapping[str, str]
+    Report = Callable[[str], None]  # takes a line for people, from any thread
+
 
 class LazyModule:
     """A module that is loaded at its first use, and takes this one's place then.
@@ -66,15 +86,21 @@ class LazyModule:
         self._name = name
 
     def __getattr__(self, attribute: str) -> "Any":
-        module = __import__(self._name)
+        try:
+            module = __import__(self._name)
+        except (ImportError, OSError) as error:  # it is not there, or there are no descriptors left
+            raise MissingModule("this Python cannot load its module %s: %s%s" % (
+                getattr(error, "name", None) or self._name, escape(getattr(error, "msg", show_error(error))),
+                "; install its whole standard library (Debian, Ubuntu: apt install python3), with OpenSSL "
+                "where it is built from source" if isinstance(error, ModuleNotFoundError) else "")) from error
         globals()[module.__name__] = module
         return getattr(module, attribute)
 
 
 LAZY_MODULES = (
-    "argparse", "collections", "datetime", "email.utils", "http.client", "json", "logging", "mmap",
-    "pwd", "re", "resource", "select", "selectors", "shutil", "signal", "socket", "socketserver", "ssl",
-    "stat", "struct", "subprocess", "threading", "urllib.request")
+    "argparse", "collections", "datetime", "email.utils", "hashlib", "http.client", "json", "logging",
+    "mmap", "pwd", "re", "resource", "select", "shutil", "signal", "socket", "socketserver", "ssl", "stat",
+    "struct", "subprocess", "threading", "urllib.request")
 globals().update((name.partition(".")[0], LazyModule(name)) for name in LAZY_MODULES)
 
 __version__ = "0.1.0"
@@ -113,18 +139,23 @@ SHOWN_MAX_CHARACTERS = 300
 class PlexctlError(Exception):
     """Anything that ends the command with one line on stderr.
 
-    `exit_code` is the process's exit status (int, section "Exit codes" of the README); `passing`:
-    the same may well succeed a little later; `may_exist`: a session may have been issued all the same.
+    `exit_code` is the process's exit status; `passing`: the same may well succeed a little later;
+    `may_exist`: a session may have been issued all the same.
     """
 
     exit_code = EXIT_FAILURE
     passing = False
     may_exist = False
 
-    def __init__(self, message: str, exit_code: "Optional[int]" = None) -> None:
+    def __init__(self, message: str, exit_code: "Optional[int]" = None, **facts: "Any") -> None:
         super().__init__(message)
         if exit_code is not None:
             self.exit_code = exit_code
+        vars(self).update(facts)
+
+
+class MissingModule(PlexctlError, ImportError):
+    """A module of the standard library that cannot be loaded; found out at its first use."""
 
 
 class UsageError(PlexctlError):
@@ -140,22 +171,22 @@ class CredentialsError(PlexctlError):
 
 
 class TransportError(PlexctlError):
-    """No usable answer. `sent`: the request may have reached the server; `final`: do not retry."""
-
-    def __init__(self, message: str, sent: bool = False, final: bool = False) -> None:
-        super().__init__(message)
-        self.sent = sent
-        self.passing = not final
+    """No usable answer of the control plane."""
 
 
 class ApiError(PlexctlError):
-    """The control plane answered with an error. `status` is HTTP's, `code` the problem's."""
+    """The control plane answered with an error. `status` is HTTP's, `code` the problem's.
 
-    def __init__(self, message: str, exit_code: int, status: int, code: str) -> None:
-        super().__init__(message, exit_code)
-        self.status = status
-        self.code = code
-        self.passing = status in (502, 503, 504) or status == 409 and code == "idempotent_replay"
+    `retry_after_seconds` is None where the server did not say.
+    """
+
+    status = 0
+    code = ""
+    retry_after_seconds: "Optional[float]" = None
+
+
+class Cancelled(PlexctlError):
+    """A question whose answer nobody waits for any more: the run is ending."""
 
 
 class SessionOver(PlexctlError):
@@ -170,15 +201,98 @@ class Interrupted(Exception):
         self.signum = signum
 
 
+# ---------------------------------------------------------------------------------------- system
+
+ON_LINUX = sys.platform.startswith("linux")
+READABLE, WRITABLE = 1, 4  # POLLIN and POLLOUT, EPOLLIN and EPOLLOUT
+# CLOCK_BOOTTIME counts suspend on Linux (7; Python names it from 3.7 on); on macOS
+# CLOCK_MONOTONIC does. On Windows time.monotonic() does.
+_CLOCK = 7 if ON_LINUX else getattr(time, "CLOCK_MONOTONIC", None)
+
+
+def elapsed_seconds() -> float:
+    """A clock that nobody sets, and that goes on while the machine sleeps."""
+    return time.clock_gettime(_CLOCK) if _CLOCK is not None else time.monotonic()
+
+
+def start_thread(function: "Callable[..., object]", *arguments: "Any") -> bool:
+    """Runs it in a thread that does not keep the process alive; False if there are no more threads."""
+    try:
+        threading.Thread(target=function, args=arguments, daemon=True).start()
+        return True
+    except RuntimeError:
+        return False
+
+
+def send_datagram(path: str, data: bytes, seconds: float) -> None:
+    """Sends it to a unix socket; OSError where that does not take it in time.
+
+    A stream socket, as some syslogs have, gets a NUL behind it, which ends a record there.
+    """
+    for kind, end in ((socket.SOCK_DGRAM, b""), (socket.SOCK_STREAM, b"\0")):
+        with socket.socket(socket.AF_UNIX, kind) as sock:
+            sock.settimeout(seconds)
+            try:
+                sock.connect(path)
+            except OSError as error:
+                if error.errno == errno.EPROTOTYPE and kind == socket.SOCK_DGRAM:
+                    continue
+                raise
+            sock.sendall(data + end)
+            return
+
+
+def wait_for(fd: int, mask: int, seconds: "Optional[float]" = None, stop_fd: int = -1) -> bool:
+    """Waits until a descriptor is ready, for ever, or for so long, or until `stop_fd` is readable."""
+    if ON_LINUX:  # where poll() takes terminals as well, and any number
+        poller = select.poll()
+        poller.register(fd, mask)
+        if stop_fd >= 0:
+            poller.register(stop_fd, READABLE)
+        ready = poller.poll(None if seconds is None else max(0.0, seconds) * 1000)
+        return any(each == fd for each, _ in ready)
+    readable, writable, _ = select.select(
+        ([fd] if mask == READABLE else []) + ([stop_fd] if stop_fd >= 0 else []),
+        [fd] if mask == WRITABLE else [], [], None if seconds is None else max(0.0, seconds))
+    return fd in readable or fd in writable
+
+
+def open_nowhere(flags: int) -> int:
+    """A descriptor that takes or gives nothing, also where there is no /dev/null."""
+    try:
+        return os.open(os.devnull, flags)
+    except OSError:
+        return os.open(os.sep, os.O_RDONLY)
+
+
+def load_modules() -> None:
+    """Whatever may be used later: Python may be upgraded under a proxy that runs."""
+    for name in ("email", "http", "json", "mmap", "re", "select", "signal", "socket", "socketserver",
+                 "struct", "threading", "urllib"):
+        getattr(globals()[name], "__name__")  # noqa: B009
+
+
 # ---------------------------------------------------------------------------------------- values
 
 DIGITS = frozenset("0123456789")
-HEX_DIGITS = DIGITS | frozenset("abcdefABCDEF")
-NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ-_") | DIGITS
+PORT_MAX = 65535
+JSON_INT_MAX_DIGITS = 4300  # newer Pythons refuse more; 3.6 takes a quarter of a minute for 1 MiB
+HOST_MAX_CHARACTERS = 253  # RFC 1035, section 2.3.4, as text
+SOCKET_PATH_MAX_BYTES = 100  # sun_path has 104 on macOS, 108 on Linux
+UUID_PATTERN = r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
+NAME_PATTERN = r"(?a)(?:LABEL\.)*(?!0[xX]|[0-9]+\.?\Z)LABEL\.?".replace("LABEL", r"\w(?:[\w-]{0,61}\w)?")
 URL_PATTERN = r"(?=[!-~]*\Z)" \
     r"(?i:(https?))://(\[[0-9a-fA-F:.]+\]|[^\[\]/:?#@\\]+)(?::([0-9]{1,5}))?(/[^?#\\]*)?"
 TIME_PATTERN = r"([0-9]{4})-([0-9]{2})-([0-9]{2})[Tt]([0-9]{2}):([0-9]{2}):([0-5][0-9]|60)" \
     r"(\.[0-9]{1,9})?(?:[Zz]|([+-])([01][0-9]|2[0-3]):([0-5][0-9]))"
+LOOPBACK_NAMES = frozenset("localhost localhost4 localhost6 ip6-localhost ip6-loopback".split())
+MAPPED_PREFIX = b"\0" * 10 + b"\xff\xff"  # RFC 4291, section 2.5.5.2
+TEREDO_PREFIX = b"\x20\x01\0\0"  # RFC 4380, section 4; the IPv4 address in it is inverted
+EMBEDDED_IPV4 = (  # the beginning of an IPv6 address, and where an IPv4 address stands in it then
+    (b"\0" * 12, 12),  # compatible: RFC 4291, section 2.5.5.1
+    (b"\0" * 8 + b"\xff\xff\0\0", 12),  # translated: RFC 2765, section 2.1
+    (b"\0\x64\xff\x9b" + b"\0" * 8, 12),  # NAT64: RFC 6052, section 2.1
+    (b"\x20\x02", 2))  # 6to4: RFC 3056, section 2
 
 
 def escape(text: str, limit: int = SHOWN_MAX_CHARACTERS) -> str:
@@ -189,22 +303,21 @@ def escape(text: str, limit: int = SHOWN_MAX_CHARACTERS) -> str:
 
 def parse_uuid(text: str) -> str:
     """The canonical 8-4-4-4-12 form (RFC 9562, section 4), in lower case."""
-    parts = text.split("-")
-    if [len(part) for part in parts] != [8, 4, 4, 4, 12] or not set("".join(parts)) <= HEX_DIGITS:
+    if not re.fullmatch(UUID_PATTERN, text):
         raise ValueError("must be a UUID of 8-4-4-4-12 hexadecimal digits")
     return text.lower()
 
 
 def parse_int(text: str, low: int, high: int) -> int:
     """Plain ASCII digits, `low` to `high`."""
-    if not 1 <= len(text) <= 18 or not set(text) <= DIGITS or not low <= int(text) <= high:
+    if not re.fullmatch("[0-9]{1,18}", text) or not low <= int(text) <= high:
         raise ValueError("must be a whole number from %d to %d" % (low, high))
     return int(text)
 
 
 def parse_port(text: str) -> int:
-    """A TCP port, 1 to 65535."""
-    return parse_int(text, 1, 65535)
+    """A TCP port that something can listen on."""
+    return parse_int(text, 1, PORT_MAX)
 
 
 def parse_seconds(text: str) -> float:
@@ -227,7 +340,7 @@ def parse_target_host(text: str) -> str:
     """A target host as the Node will see it: printable, no white space."""
     if not text.strip():
         raise ValueError("must not be empty")
-    if len(text) > 253 or not text.isprintable() or " " in text:
+    if len(text) > HOST_MAX_CHARACTERS or not text.isprintable() or " " in text:
         raise ValueError("must be a host name or address without white space")
     if text.count(":") == 1:
         raise ValueError("must be a host alone; its port goes in --port")
@@ -236,11 +349,7 @@ def parse_target_host(text: str) -> str:
 
 def is_name(host: str) -> bool:
     """A DNS name whose last label cannot be taken for a number (RFC 1123, section 2.1)."""
-    labels = (host[:-1] if host.endswith(".") else host).split(".")
-    last = labels[-1].lower()
-    return (len(host) <= 253 and not set(last) <= DIGITS and not last.startswith("0x")
-            and all(1 <= len(label) <= 63 and set(label) <= NAME_CHARACTERS
-                    and label == label.strip("-") for label in labels))
+    return len(host) <= HOST_MAX_CHARACTERS and bool(re.fullmatch(NAME_PATTERN, host))
 
 
 def pack_address(host: str) -> bytes:
@@ -252,8 +361,7 @@ def pack_address(host: str) -> bytes:
         packed = socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
     except (OSError, ValueError):
         return b""
-    mapped = b"\0" * 10 + b"\xff\xff"
-    return packed[12:] if packed.startswith(mapped) else packed
+    return packed[12:] if packed.startswith(MAPPED_PREFIX) else packed
 
 
 def is_loopback(host: str) -> bool:
@@ -263,13 +371,39 @@ def is_loopback(host: str) -> bool:
             or packed == b"\0" * 15 + b"\1")
 
 
-def is_dialable(host: str) -> bool:
-    """False for loopback, unspecified, multicast and broadcast addresses."""
-    if is_loopback(host) or host.lower().rstrip(".").endswith(".localhost"):
-        return False
-    packed = pack_address(host)
-    multicast = packed[:1] >= (b"\xe0" if len(packed) == 4 else b"\xff")
-    return not multicast and packed not in (b"\0" * 4, b"\0" * 16)
+def is_own_name(host: str) -> bool:
+    """Whether a name is one of this host's. Nothing is looked up."""
+    own = socket.gethostname().lower()
+    name = host.lower().rstrip(".")
+    label, _, domain = name.partition(".")
+    return (name in (own, own.partition(".")[0]) or name.endswith(".localhost")
+            or label in LOOPBACK_NAMES and (not domain or domain.startswith("localdomain")))
+
+
+def is_dialable(host: str, from_loopback: bool = False) -> bool:
+    """Whether a listener endpoint may be at `host`, a name or an address.
+
+    Not on this machine, no multicast, no Teredo, nothing link-local (169.254/16, where clouds keep
+    their metadata service, fe80::/10), nor an IPv6 address in which such an IPv4 address stands.
+    `from_loopback`: the control plane is on this machine, and so may be the Node; what is
+    link-local stays refused, since a control plane behind `ssh -L` is on loopback, too.
+    """
+    packed = pack_address(host.partition("%")[0])  # getaddrinfo gives fe80::1%eth0
+    if not packed:
+        return from_loopback or not is_own_name(host)
+    found = [packed]
+    if len(packed) == 16:
+        found += [packed[at:at + 4] for prefix, at in EMBEDDED_IPV4 if packed.startswith(prefix)]
+    for each in found:
+        is_ipv4 = len(each) == 4
+        if each.startswith(b"\xa9\xfe" if is_ipv4 else TEREDO_PREFIX) \
+                or not is_ipv4 and b"\xfe\x80" <= each[:2] <= b"\xfe\xbf":
+            return False
+        is_here = each[:1] == b"\x7f" if is_ipv4 else each == b"\0" * 15 + b"\1"
+        is_multicast = each[:1] >= (b"\xe0" if is_ipv4 else b"\xff")
+        if not from_loopback and (is_here or is_multicast or not any(each)):
+            return False
+    return True
 
 
 def join_host_port(host: str, port: int) -> str:
@@ -308,7 +442,7 @@ def parse_endpoint(text: str, lowest_port: int = 1) -> Endpoint:
     has_brackets = host != left
     if len(port) > 5 or has_brackets != (":" in host) or not (is_name(host) or pack_address(host)):
         raise ValueError("must be host:port, with brackets around an IPv6 address")
-    return Endpoint(host, parse_int(port, lowest_port, 65535))
+    return Endpoint(host, parse_int(port, lowest_port, PORT_MAX))
 
 
 class LocalAddress(Record):
@@ -324,20 +458,20 @@ class LocalAddress(Record):
 
 def parse_local_address(text: str) -> LocalAddress:
     """127.0.0.1:0, [::1]:0 or unix:/path. `localhost` is taken for 127.0.0.1, so it stays literal."""
-    if text.startswith("unix:"):
-        path = text[len("unix:"):]
-        if not path.startswith("/") or not path.isprintable() or len(os.fsencode(path)) > 100:
-            raise ValueError("must be unix: and an absolute path of at most 100 bytes")
+    scheme, _, path = text.partition(":")
+    if scheme == "unix":
+        if path[:1] != "/" or not path.isprintable() or len(os.fsencode(path)) > SOCKET_PATH_MAX_BYTES:
+            raise ValueError("must be unix: and an absolute path of at most %d bytes" % SOCKET_PATH_MAX_BYTES)
         return LocalAddress("", 0, path)
     try:
         endpoint = parse_endpoint(text, lowest_port=0)
-        host = "127.0.0.1" if endpoint.host.lower() == "localhost" else endpoint.host
-        if pack_address(host):
-            return LocalAddress(host, endpoint.port)
     except ValueError:
-        pass
-    raise ValueError("must be ADDRESS:PORT, [ADDRESS]:PORT or unix:/path; a literal address, "
-                     "port 0 to 65535")
+        endpoint = Endpoint("", 0)
+    host = "127.0.0.1" if endpoint.host.lower() == "localhost" else endpoint.host
+    if not pack_address(host):
+        raise ValueError("must be ADDRESS:PORT, [ADDRESS]:PORT or unix:/path; a literal address, "
+                         "port 0 to %d" % PORT_MAX)
+    return LocalAddress(host, endpoint.port)
 
 
 class Server(Record):
@@ -397,7 +531,7 @@ def parse_json(raw: bytes) -> "Any":
         return fields
 
     def bounded(digits: str) -> int:
-        if len(digits) > 4300:  # newer Pythons refuse them; 3.6 takes a quarter of a minute for 1 MiB
+        if len(digits) > JSON_INT_MAX_DIGITS:
             raise ValueError("too many digits")
         return int(digits)
 
@@ -410,43 +544,18 @@ def parse_json(raw: bytes) -> "Any":
     raise ValueError("not valid JSON")
 
 
-def elapsed_seconds() -> float:
-    """A clock that nobody sets, and that goes on while the machine sleeps."""
-    return time.clock_gettime(_CLOCK) if _CLOCK is not None else time.monotonic()
-
-
-# CLOCK_BOOTTIME counts suspend on Linux (7; Python names it from 3.7 on); on macOS
-# CLOCK_MONOTONIC does. On Windows time.monotonic() does.
-_CLOCK = 7 if sys.platform.startswith("linux") else getattr(time, "CLOCK_MONOTONIC", None)
-
-
-def start_thread(function: "Callable[..., object]", *arguments: "Any") -> bool:
-    """Runs it in a thread that does not keep the process alive; False if there are no more threads."""
-    try:
-        threading.Thread(target=function, args=arguments, daemon=True).start()
-        return True
-    except RuntimeError:
-        return False
-
-
 def show_bytes(count: int) -> str:
     """A byte count for people: 512 B, 1.5 KiB, 3.2 GiB."""
-    size, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if size < 1024:
-            break
-        size, unit = size / 1024, larger
-    return "%d B" % count if unit == "B" else "%.1f %s" % (size, unit)
+    power = min(4, max(0, count.bit_length() - 1) // 10)
+    return "%.1f %siB" % (count / 1024 ** power, " KMGT"[power]) if power else "%d B" % count
 
 
 def show_seconds(seconds: float) -> str:
     """A duration for people: 5s, 2m05s, 1h02m."""
     minutes, rest = divmod(max(0, int(seconds)), 60)
-    if not minutes:
-        return "%ds" % rest
-    if minutes < 60:
-        return "%dm%02ds" % (minutes, rest)
-    return "%dh%02dm" % divmod(minutes, 60)
+    if minutes >= 60:
+        return "%dh%02dm" % divmod(minutes, 60)
+    return "%dm%02ds" % (minutes, rest) if minutes else "%ds" % rest
 
 
 def show_error(error: BaseException) -> str:
@@ -477,6 +586,9 @@ def show_error(error: BaseException) -> str:
 CONFIG_SHAPE = ('{"default": "prod", "profiles": {"prod": '
                 '{"server": "https://plexsphere.example.com", "token": "psk_..."}}}')
 OPEN_AT_ONCE = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)  # Windows has neither
+OTHERS_BITS = 0o077
+OTHERS_WRITE_BITS = 0o022
+READ_RETRY_SECONDS = 0.05
 
 
 class Secret:
@@ -511,33 +623,22 @@ def parse_token(raw: bytes, source: str) -> Secret:
     return Secret(kept.decode("ascii"), source)
 
 
-def read_secret_file(path: str, source: str) -> bytes:
-    """Reads a file that nobody else can read or replace; "-" is standard input.
+def find_file_fault(status: os.stat_result, bits: int) -> str:
+    """What speaks against a file that only we, or root, should have these permission bits for."""
+    if os.name != "posix":
+        return ""
+    if status.st_uid not in (os.geteuid(), 0):
+        return "is owned by uid %d, must be yours or root's" % status.st_uid
+    mode = stat.S_IMODE(status.st_mode)
+    return "has mode %04o, others may use it; chmod 600" % mode if mode & bits else ""
 
-    It is opened first and then judged by its descriptor, so that nothing can be swapped in
-    between; non-blocking, since a FIFO without a writer would block `open` for ever.
-    """
-    if path == "-":
-        return read_limited(0, source)
+
+def is_standard_input(path: str) -> bool:
+    """Whether it names the file that is descriptor 0: "-", /dev/stdin, or whatever was redirected."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | OPEN_AT_ONCE)
-    except (OSError, ValueError) as error:
-        raise CredentialsError("%s: cannot be opened: %s" % (source, show_error(error))) from error
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) and not stat.S_ISFIFO(status.st_mode):
-            raise CredentialsError("%s: must be a regular file or a pipe" % source)
-        if os.name == "posix":
-            if status.st_uid not in (os.geteuid(), 0):
-                raise CredentialsError("%s: is owned by uid %d, must be yours or root's"
-                                       % (source, status.st_uid))
-            if stat.S_IMODE(status.st_mode) & 0o077:
-                raise CredentialsError("%s: has mode %04o, others may use it; chmod 600"
-                                       % (source, stat.S_IMODE(status.st_mode)))
-            os.set_blocking(descriptor, True)
-        return read_limited(descriptor, source)
-    finally:
-        os.close(descriptor)
+        return path == "-" or os.path.samestat(os.stat(path), os.fstat(0))
+    except (OSError, ValueError):
+        return False
 
 
 def read_limited(descriptor: int, source: str) -> bytes:
@@ -546,8 +647,8 @@ def read_limited(descriptor: int, source: str) -> bytes:
     while len(raw) <= SECRET_FILE_MAX_BYTES:
         try:
             piece = os.read(descriptor, SECRET_FILE_MAX_BYTES + 1 - len(raw))
-        except BlockingIOError:  # a standard input that came to us non-blocking
-            time.sleep(0.05)
+        except BlockingIOError:  # a pipe whose writer takes its time
+            time.sleep(READ_RETRY_SECONDS)
             continue
         except OSError as error:
             raise CredentialsError("%s: cannot be read: %s" % (source, show_error(error))) from error
@@ -557,6 +658,35 @@ def read_limited(descriptor: int, source: str) -> bytes:
     raise CredentialsError("%s: is larger than %d bytes" % (source, SECRET_FILE_MAX_BYTES))
 
 
+def read_secret_file(path: str, source: str) -> bytes:
+    """Reads a file that nobody else can read or replace; "-" is standard input.
+
+    It is opened first and then judged by its descriptor, so that nothing can be swapped in
+    between; non-blocking, since a FIFO without a writer would block `open` for ever. The file that
+    is descriptor 0, by whatever name, is read there: opened once more it would start anew, and
+    all of it would be left for --stdio or COMMAND to give away.
+    """
+    at_stdin = is_standard_input(path)
+    try:
+        descriptor = os.dup(0) if at_stdin else os.open(path, os.O_RDONLY | OPEN_AT_ONCE)
+    except (OSError, ValueError) as error:
+        raise CredentialsError("%s: cannot be opened: %s" % (source, show_error(error))) from error
+    try:
+        status = os.fstat(descriptor)
+        is_file = stat.S_ISREG(status.st_mode)
+        if not (is_file or at_stdin or stat.S_ISFIFO(status.st_mode)):
+            raise CredentialsError("%s: must be a regular file or a pipe" % source)
+        if path != "-" and (is_file or not at_stdin):
+            fault = find_file_fault(status, OTHERS_BITS)
+            if fault:
+                raise CredentialsError("%s: %s" % (source, fault))
+        if path != "-" and is_file:
+            os.lseek(descriptor, 0, os.SEEK_SET)
+        return read_limited(descriptor, source)
+    finally:
+        os.close(descriptor)
+
+
 class Profile(Record):
     """One entry of the config file: server URL and token, either may be missing ("", None)."""
 
@@ -564,7 +694,7 @@ class Profile(Record):
     token: "Optional[Secret]" = None
 
 
-def base_directory(variable: str, below_home: str, environ: "Mapping[str, str]") -> str:
+def base_directory(variable: str, below_home: str, environ: "Environ") -> str:
     """An XDG base directory, "" where there is none (freedesktop.org, XDG Base Directory)."""
     given = environ.get(variable, "")
     if os.path.isabs(given):
@@ -578,7 +708,7 @@ def is_object(value: "Any", **types: type) -> bool:
     return isinstance(value, dict) and all(isinstance(value[name], types.get(name, ())) for name in value)
 
 
-def read_profile(name: str, environ: "Mapping[str, str]") -> Profile:
+def read_profile(name: str, environ: "Environ") -> Profile:
     """The profile called `name`, or for "" the config file's default one; an empty one if there is none."""
     base = base_directory("XDG_CONFIG_HOME", ".config", environ)
     path = os.path.join(base, "plexctl", "config.json")
@@ -622,42 +752,56 @@ def check_server(text: str, source: str, allow_http: bool) -> Server:
 
 def resolve_credentials(server_flag: "Optional[str]", profile_flag: "Optional[str]",
                         token_file: "Optional[str]", allow_http: bool,
-                        environ: "Mapping[str, str]") -> "Tuple[Server, Secret]":
-    """Server and bearer token in the order of the README.
+                        environ: "Environ") -> "Tuple[Server, Secret]":
+    """Server and bearer token, the first of each that is given in the order of the tables below.
 
     A token that stands in a profile goes to that profile's own server and to no other.
     """
-    profile = read_profile(profile_flag, environ) if profile_flag else Profile()
-    url, source = environ.get("PLEXSPHERE_URL", ""), "PLEXSPHERE_URL"
-    if server_flag:
-        url, source = server_flag, "--server"
-    elif profile.server:
-        url, source = profile.server, "server of the profile"
-    secret = environ.get("PLEXSPHERE_TOKEN", "")
-    has_token = token_file or profile.token or secret
-    if not url or not has_token:
-        default = read_profile("", environ)
-        if not url:
-            url, source = default.server, "server of the default profile"
-        if not has_token:
-            profile = default
-    if not url:
+    url = environ.get("PLEXSPHERE_URL")
+    variable = environ.get("PLEXSPHERE_TOKEN", "")
+    named = read_profile(profile_flag, environ) if profile_flag else Profile()
+    is_complete = (server_flag or named.server or url) and (token_file or named.token or variable)
+    default = Profile() if is_complete else read_profile("", environ)
+
+    servers = (("--server", server_flag), ("server of the profile", named.server), ("PLEXSPHERE_URL", url),
+               ("server of the default profile", default.server))
+    source, text = next((row for row in servers if row[1]), ("", None))
+    if not text:
         raise UsageError("no server: give --server, a profile, or PLEXSPHERE_URL")
-    server = check_server(url, source, allow_http)
-    if token_file:
-        return server, parse_token(read_secret_file(token_file, "--token-file"), "--token-file")
-    if profile.token is None:
-        if not secret:
-            raise CredentialsError("no credentials: give --token-file, a profile, or PLEXSPHERE_TOKEN")
-        return server, parse_token(secret.encode("utf-8", "surrogateescape"), "PLEXSPHERE_TOKEN")
-    if not profile.server or not check_server(
-            profile.server, "server of the profile", allow_http).same_origin(server):
-        raise CredentialsError("the token of a profile goes only to that profile's own server; "
-                               "give --token-file for another one")
-    return server, profile.token
+    server = check_server(text, source, allow_http)
+
+    def from_file(path: str) -> Secret:
+        # a name under which there is nothing may be the token itself, given by mistake
+        name = "--token-file " + escape(path) if os.path.lexists(path) else "--token-file"
+        return parse_token(read_secret_file(path, name), name)
+
+    def from_variable(value: str) -> Secret:
+        return parse_token(value.encode("utf-8", "surrogateescape"), "PLEXSPHERE_TOKEN")
+
+    def from_profile(profile: Profile) -> "Optional[Secret]":
+        if profile.token and not (profile.server and check_server(
+                profile.server, "server of the profile", allow_http).same_origin(server)):
+            raise CredentialsError("the token of a profile goes only to that profile's own server; "
+                                   "give --token-file for another one")
+        return profile.token
+
+    tokens: Tuple[Tuple[Any, Callable[[Any], Optional[Secret]]], ...] = (
+        (token_file, from_file), (named, from_profile), (variable, from_variable), (default, from_profile))
+    for given, take in tokens:
+        token = take(given) if given else None
+        if token is not None:
+            return server, token
+    raise CredentialsError("no credentials: give --token-file, a profile, or PLEXSPHERE_TOKEN")
 
 
 # --------------------------------------------------------------------------------- control plane
+
+ISSUE = "IssueSession"
+SUCCESS = range(200, 300)
+JITTER_SECONDS = 0.2
+CANCEL_POLL_SECONDS = 0.1
+SESSION_TOKEN_PATTERN = r"[!-~]{1,65536}"
+FINDABLE_CHARACTERS = 8  # of a secret; a shorter one is in any text
 
 
 class Session(Record):
@@ -700,55 +844,109 @@ class Answer(Record):
     body: bytes
 
 
-class Attempt:
-    """One exchange, in a thread that can be given up on: a timeout of urllib's is per recv."""
+class Exchange:
+    """One request and its answer, in a thread that can be given up on.
 
-    def __init__(self) -> None:
-        self.done = threading.Event()
+    A time-out of urllib's is for each recv, and looking a name up has none at all. `operation` and
+    `peer` are for messages; `sent`: the server may have the request.
+    """
+
+    def __init__(self, operation: str, peer: str) -> None:
         self.sent = False
-        self.answer: "Optional[Answer]" = None
-        self.error: "Optional[BaseException]" = None
+        self._operation = operation
+        self._peer = peer
         self._abandoned = False
-        self._socket: "Any" = None
+        self._socket: Any = None
+        self._outcome: Any = None  # an Answer or a PlexctlError
+        self._done = threading.Event()
+
+    def run(self, opener: "Any", request: "Any", seconds: float,
+            cancel: "Optional[threading.Event]") -> Answer:
+        """The answer, within `seconds`; TransportError if there is none, Cancelled once `cancel` is set."""
+        request.exchange = self
+        if not start_thread(self._carry_out, opener, request):
+            self._carry_out(opener, request)  # no more threads; the limits are those of each recv, then
+        deadline = elapsed_seconds() + seconds
+        while not self._done.wait(max(0.0, min(CANCEL_POLL_SECONDS, deadline - elapsed_seconds()))):
+            if cancel is not None and cancel.is_set():
+                self._abandon()
+                raise Cancelled("%s: given up, the run is ending" % self._operation)
+            if elapsed_seconds() >= deadline:
+                self._abandon()
+                raise self._fail("timed out after %.3g s" % seconds, True)
+        if isinstance(self._outcome, PlexctlError):
+            raise self._outcome
+        return self._outcome  # type: ignore[no-any-return]
 
     def open_socket(self, address: "Tuple[str, int]", *arguments: "Any") -> "socket.socket":
-        """A connected socket for http.client."""
-        host: "Any" = address[0].encode("ascii")  # for a str, getaddrinfo loads the IDNA codec, 1 ms
+        """A connected socket for http.client, in the exchange's thread."""
+        host: Any = address[0].encode("ascii")  # for a str, getaddrinfo loads the IDNA codec, 1 ms
         sock = socket.create_connection((host, address[1]), *arguments)
         # a duplicate is kept: ssl detaches the original, http.client forgets it after the head
         self._socket = sock.dup()
         if self._abandoned:  # the caller was told that nothing was sent
+            sock.close()
             raise TimeoutError
         return sock
 
-    def run(self, opener: "Any", request: "Any") -> None:
-        """The exchange itself."""
+    def _carry_out(self, opener: "Any", request: "Any") -> None:
         try:
             with opener.open(request, timeout=CONNECT_SECONDS) as response:
-                self.answer = Answer(response.status, response.headers, b"")
-                body = response.read(BODY_MAX_BYTES + 1)
-                if len(body) > BODY_MAX_BYTES:
-                    raise OverflowError
-                if response.length:  # read(n) hides that fewer bytes came than were promised
-                    raise http.client.IncompleteRead(b"")
-                self.answer.body = body
+                self._outcome = self._read(response)
+        except PlexctlError as error:
+            self._outcome = error
         except Exception as error:  # OSError, HTTPException, ValueError, RecursionError, MemoryError, ...
-            self.error = error
+            # made here and raised elsewhere: the context of an exception would hold the request
+            reason = show_error(error)
+            if re.search("issuer|self.signed", reason):
+                reason += " (--ca-file names another CA)"
+            # another attempt makes no certificate good
+            self._outcome = self._fail(reason, not reason.startswith(("certificate", "TLS failed")))
         finally:
             if self._socket is not None:
                 self._socket.close()
-            self.done.set()
+            self._done.set()
 
-    def abandon(self) -> None:
+    @staticmethod
+    def _read(response: "Any") -> Answer:
+        body = b""
+        try:
+            body = response.read(BODY_MAX_BYTES + 1)
+            if len(body) > BODY_MAX_BYTES:
+                raise OverflowError
+            if response.length:  # read(n) hides that fewer bytes came than were promised
+                raise http.client.IncompleteRead(b"")
+        except Exception:  # the status of an error counts also without its body
+            if response.status in SUCCESS:
+                raise
+            body = b""
+        return Answer(response.status, response.headers, body)
+
+    def _fail(self, reason: str, passing: bool) -> TransportError:
+        tried = "no complete answer from" if self.sent else "cannot connect to"
+        return TransportError("%s: %s %s: %s" % (self._operation, tried, self._peer, reason),
+                              passing=passing, may_exist=self.sent and self._operation == ISSUE)
+
+    def _abandon(self) -> None:
         """Wakes the thread by shutting its socket down."""
         self._abandoned = True
         try:
             self._socket.shutdown(socket.SHUT_RDWR)
-        except (OSError, AttributeError):
+        except (OSError, AttributeError):  # not open any more, or not yet
             pass
 
 
-def find_proxy(server: Server, environ: "Mapping[str, str]") -> str:
+def load_hashlib() -> None:
+    """For urllib.request; it logs a traceback to stderr for each digest that is missing (fips)."""
+    if "logging" not in sys.modules:  # a logging that others have set up is not ours to quieten
+        sys.modules["logging"] = type("Quiet", (), {"exception": lambda *words: None})  # type: ignore
+        try:
+            hasattr(hashlib, "new")  # loads it
+        finally:
+            del sys.modules["logging"]
+
+
+def find_proxy(server: Server, environ: "Environ") -> str:
     """The proxy URL for an https server, "" for none: HTTPS_PROXY unless NO_PROXY names the host."""
     if server.scheme != "https":  # it would see the bearer token
         return ""
@@ -762,6 +960,21 @@ def find_proxy(server: Server, environ: "Mapping[str, str]") -> str:
     return proxy
 
 
+def create_tls_context(ca_file: "Optional[str]") -> "Any":
+    """Certificates and host names verified, TLS 1.2 at least; no way to turn it off."""
+    try:
+        context = ssl.create_default_context(cafile=ca_file)
+    except (OSError, ValueError) as error:
+        source = "--ca-file %s: not a usable PEM bundle" % escape(ca_file) if ca_file else (
+            "TLS cannot be set up (see SSL_CERT_FILE and SSLKEYLOGFILE)")
+        raise UsageError("%s: %s" % (source, show_error(error))) from error
+    if hasattr(ssl, "TLSVersion"):
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+    else:  # 3.6
+        context.options |= ssl.OP_NO_SSLv3 | ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
+    return context
+
+
 def create_opener(server: Server, ca_file: "Optional[str]", proxy: str) -> "Any":
     """A urllib opener that knows one scheme, follows no redirect and raises on no status.
 
@@ -770,22 +983,33 @@ def create_opener(server: Server, ca_file: "Optional[str]", proxy: str) -> "Any"
     """
     secure = server.scheme == "https"
     keywords = {"context": create_tls_context(ca_file)} if secure else {}
-    base: "Any" = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+    base: Any = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+
+    class Response(http.client.HTTPResponse):
+        def _read_status(self) -> "Any":
+            """Reads interim answers over (RFC 9110, section 15.2); http.client does so with 100 alone."""
+            while True:
+                found = super()._read_status()  # type: ignore[misc]
+                if not 100 <= found[1] < 200 or found[1] == http.client.SWITCHING_PROTOCOLS:
+                    return found
+                http.client.parse_headers(self.fp)
 
     class Connection(base):  # type: ignore[misc]
-        def __init__(self, host: str, attempt: Attempt, **more: "Any") -> None:
+        response_class = Response
+
+        def __init__(self, host: str, exchange: Exchange, **more: "Any") -> None:
             super().__init__(host, **more)
-            self._attempt = attempt
-            self._create_connection = attempt.open_socket
+            self._exchange = exchange
+            self._create_connection = exchange.open_socket
 
         def connect(self) -> None:
             super().connect()
-            self.sock.settimeout(EXCHANGE_SECONDS)  # from here on the request is under way
-            self._attempt.sent = True
+            self.sock.settimeout(EXCHANGE_SECONDS)
+            self._exchange.sent = True
 
     class Handler(urllib.request.AbstractHTTPHandler):
         def carry(self, request: "Any") -> "Any":
-            return self.do_open(Connection, request, attempt=request.attempt, **keywords)  # type: ignore
+            return self.do_open(Connection, request, exchange=request.exchange, **keywords)  # type: ignore
 
         http_open = https_open = carry
         http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
@@ -798,39 +1022,31 @@ def create_opener(server: Server, ca_file: "Optional[str]", proxy: str) -> "Any"
     return opener
 
 
-def create_tls_context(ca_file: "Optional[str]") -> "Any":
-    """Certificates and host names verified, TLS 1.2 at least; no way to turn it off."""
-    try:
-        context = ssl.create_default_context(cafile=ca_file)
-    except (OSError, ValueError) as error:
-        source = "--ca-file: not a usable PEM bundle" if ca_file else (
-            "TLS cannot be set up (see SSL_CERT_FILE and SSLKEYLOGFILE)")
-        raise UsageError("%s: %s" % (source, show_error(error))) from error
-    if hasattr(ssl, "TLSVersion"):
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-    else:  # 3.6
-        context.options |= ssl.OP_NO_SSLv3 | ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
-    return context
+def conceal(text: str, secrets: "List[Secret]") -> str:
+    """`text` without the secrets in it: a server may repeat what it was sent, in either case."""
+    for value in [secret.reveal() for secret in secrets]:
+        if len(value) >= FINDABLE_CHARACTERS and value.lower() in text.lower():
+            text = re.sub(re.escape(value), "(secret)", text, flags=re.IGNORECASE)
+    return text
 
 
 class Fields:
-    """The fields of one JSON object of an answer, each checked as it is taken.
+    """The fields of one JSON object of an answer, each checked as it is taken."""
 
-    `conceal` takes secrets out of what is shown: a server may repeat what it was sent.
-    """
-
-    def __init__(self, what: str, document: "Any", conceal: "Callable[[str], str]") -> None:
-        self.what = what
-        self.conceal = conceal
+    def __init__(self, operation: str, document: "Any", secrets: "List[Secret]") -> None:
+        self._operation = operation
         self._document = document if isinstance(document, dict) else {}
+        self._secrets = secrets
 
-    def bad(self, name: str) -> TransportError:
-        """The error for a field that is missing or not what it should be."""
-        return TransportError("%s: the answer has no valid %s" % (self.what, name), final=True)
+    def bad(self, name: str, why: str = "") -> TransportError:
+        """The error for this field."""
+        return TransportError("%s: the answer has no valid %s%s" % (self._operation, name, why))
 
     def take(self, name: str, parse: "Callable[[Any], Any]", kind: type = str) -> "Any":
         """A required field of this kind, as `parse` (which raises ValueError) makes it."""
         value = self._document.get(name)
+        if isinstance(value, str) and conceal(value, self._secrets) != value:
+            raise self.bad(name, ": it repeats a secret")
         try:
             if isinstance(value, kind):
                 return parse(value)
@@ -846,7 +1062,7 @@ class Fields:
         """A string or a list of strings for people, escaped; "" for anything else."""
         value = self._document.get(name)
         words = value if isinstance(value, list) else [value]
-        return escape(self.conceal(", ".join(word for word in words if isinstance(word, str))))
+        return escape(conceal(", ".join(word for word in words if isinstance(word, str)), self._secrets))
 
 
 def parse_http_date(text: "Optional[str]") -> float:
@@ -871,57 +1087,27 @@ def random_uuid() -> str:
     return "%08x-%04x-%04x-%04x-%04x%08x" % (a, b, c & 0x0FFF | 0x4000, d & 0x3FFF | 0x8000, e, f)
 
 
-def parse_problem(what: str, answer: Answer, token_source: str,
-                  conceal: "Callable[[str], str]") -> ApiError:
-    """The error of an answer that is not a success (RFC 9457 problem details, where it has them)."""
-    try:
-        problem = Fields(what, parse_json(answer.body), conceal)
-    except ValueError:
-        problem = Fields(what, None, conceal)
-    status, code = answer.status, problem.shown("code")
-    title = problem.shown("title") or http.client.responses.get(status, "")
-    words = ("%d %s" % (status, title)).strip(), problem.shown("detail")
-    text = ": ".join((what,) + tuple(filter(None, words)))
-    text += " (%s)" % code if code else ""
-    for name in ("reason", "relation_path", "correlation_id"):
-        if problem.shown(name):
-            text += "; %s %s" % (name.replace("_", " "), problem.shown(name))
-    exit_code = EXIT_FAILURE
-    if status == 401:
-        exit_code = EXIT_CREDENTIALS
-        text += "; the token is from " + token_source if token_source else ""
-        if code == "step_up_required":
-            challenge = " ".join(answer.headers.get_all("WWW-Authenticate", []))
-            wanted = re.search(r'acr_values\s*=\s*(?:"([^"]*)"|([^\s,]+))', challenge)
-            acr = escape(conceal(wanted.group(1) or wanted.group(2) or "")) if wanted else ""
-            text += "; re-authenticate%s and try again" % (" with acr_values " + acr if acr else "")
-    elif status == 403:
-        exit_code = EXIT_REBAC_DENIED if code == "rebac_denied" else EXIT_FORBIDDEN
-    elif 300 <= status < 400:
-        location = escape(conceal(answer.headers.get("Location", "")))
-        text += "; a redirect is never followed" + (": " + location if location else "")
-    return ApiError(text, exit_code, status, code)
-
-
 class ControlPlane:
-    """IssueSession, GetSession and RevokeSession (api/sessions.openapi.yaml) of one server.
+    """IssueSession, GetSession and RevokeSession of one server.
 
     Safe to use from several threads. Every call ends within its limit and raises PlexctlError:
     UsageError for what was given here, TransportError for no or a malformed answer, ApiError for
-    an error answer. `cancel` (threading.Event) ends pauses and further attempts. `report` takes a
-    line per exchange: method, path, status, seconds; never a header or a body.
+    an error answer. `cancel` (threading.Event) ends pauses and further attempts, and gives up on a
+    GetSession at once (Cancelled); not on the others, whose outcome is to be known. `report` takes
+    a line per exchange: method, path, status, seconds; never a header or a body.
     """
 
     def __init__(self, server: Server, token: Secret, ca_file: "Optional[str]" = None,
-                 environ: "Mapping[str, str]" = os.environ,
+                 environ: "Environ" = os.environ,
                  cancel: "Optional[threading.Event]" = None,
-                 report: "Callable[[str], None]" = lambda line: None) -> None:
+                 report: "Report" = lambda line: None) -> None:
         self.server = server
         self.cancel = cancel or threading.Event()
         self._token = parse_token(token.reveal().encode("utf-8", "surrogateescape"), "bearer token")
         self._token_source = token.source
         self._secrets = [self._token]
         self._report = report
+        load_hashlib()
         proxy = find_proxy(server, environ)
         self._peer = str(server) + (" through HTTPS_PROXY" if proxy else "")
         self._opener = create_opener(server, ca_file, proxy)
@@ -934,45 +1120,34 @@ class ControlPlane:
         rest of the answer is judged: the caller can then revoke it whatever follows.
         """
         path = "/v1/projects/%s/sessions" % request.project_id
-        body = {"resource_id": request.resource_id, "kind": "tcp",
-                "target": {"tcp": {"host": request.host, "port": request.port}},
-                "idempotency_key": random_uuid()}  # type: Dict[str, Any]
+        body: Dict[str, Any] = {
+            "resource_id": request.resource_id, "kind": "tcp",
+            "target": {"tcp": {"host": request.host, "port": request.port}},
+            "idempotency_key": random_uuid()}
         if request.ttl_seconds:
             body["requested_ttl_seconds"] = request.ttl_seconds
         asked_on = elapsed_seconds()
-        may_exist = False
-        for attempt in range(1, ISSUE_ATTEMPTS + 1):
-            try:
-                answer = self._exchange("IssueSession", "POST", path, body)
-                if answer.status == 201:
-                    may_exist = True  # until its id is known, and somebody revokes it
-                    fields = self._parse_body("IssueSession", answer)
-                    session_id = fields.take("session_id", parse_uuid)
-                    may_exist = False
-                    on_issued(session_id)
-                    return self._parse_issued(fields, session_id, asked_on, answer)
-                error: "PlexctlError" = self._parse_problem("IssueSession", answer)
-                may_exist = (may_exist or error.passing and answer.status != 503
-                             or 200 <= answer.status < 300)
-                pause = parse_retry_after(answer.headers.get("Retry-After"))
-            except TransportError as failure:
-                error, pause = failure, None
-                may_exist = may_exist or failure.sent
-            if not error.passing or attempt == ISSUE_ATTEMPTS or self.cancel.is_set():
-                break
-            wait = pause if pause is not None else attempt * 0.5 * (0.8 + 0.4 * os.urandom(1)[0] / 255)
-            self._report("%s; trying again in %.1f s" % (error, wait))
-            if self.cancel.wait(wait):
-                break
-        error.may_exist = may_exist
-        if may_exist:
-            error.args = ("%s; a session may exist all the same, it will run out by itself" % error,)
-        raise error
+        answer, fields, session_id = self._ask_until_issued(path, body)
+        on_issued(session_id)
+        token = Secret(fields.take("token", str))
+        if not re.fullmatch(SESSION_TOKEN_PATTERN, token.reveal()):
+            raise fields.bad("token")
+        self._secrets.append(token)
+        if conceal(session_id, [token]) != session_id:
+            raise fields.bad("session_id", ": it repeats a secret")
+        expires_at = fields.take("expires_at", str)
+        expires = fields.take("expires_at", parse_time)
+        session = self._parse_session(
+            Fields(ISSUE, fields.take("session", dict, kind=dict), self._secrets), session_id)
+        issued_at = session.issued_at or parse_http_date(answer.headers.get("Date")) or time.time()
+        endpoint = fields.take_optional("listener_endpoint", self._parse_endpoint)
+        return IssuedSession(session_id, token, expires_at, expires - issued_at, asked_on,
+                             session, endpoint or session.listener_endpoint)
 
     def get(self, project_id: str, session_id: str, seconds: float = EXCHANGE_SECONDS) -> Session:
         """The session as the control plane sees it now."""
-        path = "/v1/projects/%s/sessions/%s" % (project_id, session_id)
-        answer = self._exchange("GetSession", "GET", path, None, seconds)
+        answer = self._exchange("GetSession", "GET", "/v1/projects/%s/sessions/%s" % (project_id, session_id),
+                                None, seconds, self.cancel)
         if answer.status != 200:
             raise self._parse_problem("GetSession", answer)
         return self._parse_session(self._parse_body("GetSession", answer), session_id)
@@ -980,54 +1155,102 @@ class ControlPlane:
     def revoke(self, project_id: str, session_id: str, seconds: float = EXCHANGE_SECONDS) -> None:
         """Revokes the session. One that is gone already (404, 409, 410) counts as revoked."""
         path = "/v1/projects/%s/sessions/%s/revoke" % (project_id, session_id)
-        answer = self._exchange("RevokeSession", "POST", path,
-                                {"revoke_reason": "operator_request"}, seconds)
-        if not 200 <= answer.status < 300 and answer.status not in (404, 409, 410):
+        answer = self._exchange("RevokeSession", "POST", path, {"revoke_reason": "operator_request"}, seconds)
+        if answer.status not in SUCCESS and answer.status not in (404, 409, 410):
             raise self._parse_problem("RevokeSession", answer)
 
-    def _exchange(self, what: str, method: str, path: str, body: "Optional[Dict[str, Any]]",
-                  seconds: float = EXCHANGE_SECONDS) -> Answer:
+    def _ask_until_issued(self, path: str, body: "Dict[str, Any]") -> "Tuple[Answer, Fields, str]":
+        """The answer to IssueSession, after attempts and pauses, and the id of the session that there is."""
+        may_exist = False
+        for attempt in range(1, ISSUE_ATTEMPTS + 1):
+            try:
+                answer = self._exchange(ISSUE, "POST", path, body)
+                if answer.status != 201:
+                    raise self._parse_problem(ISSUE, answer)
+                may_exist = True  # and nobody can revoke it if its id does not follow
+                fields = self._parse_body(ISSUE, answer)
+                return answer, fields, fields.take("session_id", parse_uuid)
+            except (TransportError, ApiError) as failure:
+                error: PlexctlError = failure
+            may_exist = may_exist or error.may_exist
+            if not error.passing or attempt == ISSUE_ATTEMPTS or self.cancel.is_set():
+                break
+            wait = getattr(error, "retry_after_seconds", None)
+            if wait is None:
+                wait = attempt * POLL_MIN_SECONDS + JITTER_SECONDS * (os.urandom(1)[0] / 255 - 0.5)
+            self._report("%s; trying again in %.1f s" % (error, wait))
+            if self.cancel.wait(wait):
+                break
+        error.may_exist = may_exist
+        error.args = (str(error) + (" (after %d attempts)" % attempt if attempt > 1 else "") + (
+            "; a session may exist all the same, it will run out by itself" if may_exist else ""),)
+        raise error
+
+    def _exchange(self, operation: str, method: str, path: str, body: "Optional[Dict[str, Any]]",
+                  seconds: float = EXCHANGE_SECONDS,
+                  cancel: "Optional[threading.Event]" = None) -> Answer:
         request = urllib.request.Request(str(self.server) + path, method=method, headers={
             "Accept": "application/json, application/problem+json"})
         request.add_unredirected_header("Authorization", "Bearer " + self._token.reveal())
         if body is not None:
             request.data = json.dumps(body).encode("ascii")
             request.add_header("Content-Type", "application/json")
-        attempt = Attempt()
-        request.attempt = attempt  # type: ignore[attr-defined]
         began = elapsed_seconds()
-        if not start_thread(attempt.run, self._opener, request):
-            attempt.run(self._opener, request)  # the limits are those of each recv, then
-        if not attempt.done.wait(seconds):
-            attempt.abandon()
-            raise TransportError("%s: no complete answer within %.3g s" % (what, seconds), attempt.sent)
-        answer = attempt.answer
-        if answer is None or attempt.error and 200 <= answer.status < 300:
-            reason = show_error(attempt.error or OSError())
-            final = reason.startswith(("certificate", "TLS failed"))
-            reason += " (--ca-file names another CA)" if re.search("issuer|self.signed", reason) else ""
-            raise TransportError("%s: no complete answer from %s: %s" % (what, self._peer, reason),
-                                 attempt.sent, final)
+        answer = Exchange(operation, self._peer).run(self._opener, request, seconds, cancel)
         self._report("%s %s: %d, %.3f s" % (method, path, answer.status, elapsed_seconds() - began))
         return answer
 
-    def _conceal(self, text: str) -> str:
-        for secret in self._secrets:
-            text = text.replace(secret.reveal(), "(secret)")
-        return text
-
-    def _parse_problem(self, what: str, answer: Answer) -> ApiError:
-        return parse_problem(what, answer, self._token_source, self._conceal)
-
-    def _parse_body(self, what: str, answer: Answer) -> Fields:
+    def _parse_problem(self, operation: str, answer: Answer) -> ApiError:
+        """The error of an answer that is not a success (RFC 9457 problem details, where it has them)."""
         try:
-            return Fields(what, parse_json(answer.body), self._conceal)
+            problem = Fields(operation, parse_json(answer.body), self._secrets)
         except ValueError:
-            raise TransportError("%s: the answer is not valid JSON" % what, final=True) from None
+            problem = Fields(operation, None, self._secrets)
+        status, code = answer.status, problem.shown("code")
+        title = problem.shown("title") or http.client.responses.get(status, "")
+        words = operation, ("%d %s" % (status, title)).strip(), problem.shown("detail")
+        text = ": ".join(filter(None, words)) + (" (%s)" % code if code else "")
+        for name in ("reason", "relation_path", "correlation_id"):
+            if problem.shown(name):
+                text += "; %s %s" % (name.replace("_", " "), problem.shown(name))
+        forbidden = EXIT_REBAC_DENIED if code == "rebac_denied" else EXIT_FORBIDDEN
+        exit_code = {401: EXIT_CREDENTIALS, 403: forbidden}.get(status, EXIT_FAILURE)
+        # 409: the first request with this idempotency key is still being answered
+        passing = status in (502, 503, 504) or status == 409 and code == "idempotent_replay"
+        # a gateway that lost the answer, that first request, a success of another kind; 503 did nothing
+        may_exist = operation == ISSUE and (passing and status != 503 or status in SUCCESS)
+        return ApiError(text + self._advise(answer, code), exit_code, passing=passing, may_exist=may_exist,
+                        status=status, code=code,
+                        retry_after_seconds=parse_retry_after(answer.headers.get("Retry-After")))
+
+    def _advise(self, answer: Answer, code: str) -> str:
+        """What an operator can do about an error answer, to be put behind it."""
+        if answer.status == 401:
+            advice = "; the token is from " + self._token_source if self._token_source else ""
+            if code == "step_up_required":
+                challenge = " ".join(answer.headers.get_all("WWW-Authenticate", []))
+                wanted = re.search(r'acr_values\s*=\s*(?:"([^"]*)"|([^\s,]+))', challenge)
+                acr = conceal(wanted.group(1) or wanted.group(2) or "", self._secrets) if wanted else ""
+                advice += "; re-authenticate%s and try again" % (
+                    " with acr_values " + escape(acr) if acr else "")
+            return advice
+        if answer.status == 429:
+            return ("; a session counts until it runs out or is revoked, one of print mode as well; "
+                    "--max-sessions says how many a proxy takes")
+        if 300 <= answer.status < 400:
+            location = escape(conceal(answer.headers.get("Location", ""), self._secrets))
+            return "; a redirect is never followed" + (": " + location if location else "")
+        return ""
+
+    def _parse_body(self, operation: str, answer: Answer) -> Fields:
+        try:
+            return Fields(operation, parse_json(answer.body), self._secrets)
+        except ValueError:
+            raise TransportError("%s: the answer is not valid JSON" % operation) from None
 
     def _parse_endpoint(self, text: str) -> Endpoint:
         endpoint = parse_endpoint(text)
-        if not is_dialable(endpoint.host) and not is_loopback(self.server.host):
+        if not is_dialable(endpoint.host, is_loopback(self.server.host)):
             raise ValueError
         return endpoint
 
@@ -1040,24 +1263,35 @@ class ControlPlane:
                        fields.take_optional("listener_endpoint", self._parse_endpoint),
                        fields.shown("revoke_reason"))
 
-    def _parse_issued(self, fields: Fields, session_id: str, asked_on: float,
-                      answer: Answer) -> IssuedSession:
-        token = fields.take("token", str)
-        if not re.fullmatch(r"[!-~]{1,65536}", token):
-            raise fields.bad("token")
-        secret = Secret(token)
-        self._secrets.append(secret)
-        expires_at = fields.take("expires_at", str)
-        expires = fields.take("expires_at", parse_time)
-        inner = Fields("IssueSession", fields.take("session", dict, kind=dict), self._conceal)
-        session = self._parse_session(inner, session_id)
-        issued_at = session.issued_at or parse_http_date(answer.headers.get("Date")) or time.time()
-        endpoint = fields.take_optional("listener_endpoint", self._parse_endpoint)
-        return IssuedSession(session_id, secret, expires_at, expires - issued_at, asked_on,
-                             session, endpoint or session.listener_endpoint)
-
 
 # ----------------------------------------------------------------------------------------- audit
+
+SYSLOG_SOCKETS = ("/dev/log", "/var/run/syslog")  # Linux and others; macOS
+SYSLOG_AUTHPRIV_INFO = 10 * 8 + 6  # RFC 3164, section 4.1.1: facility * 8 + severity
+
+
+def make_private_directories(path: str) -> None:
+    """Makes every directory that is missing 0700; os.makedirs does so with the last one alone (3.7)."""
+    missing = []
+    while not os.path.isdir(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    for each in reversed(missing):
+        try:
+            os.mkdir(each, 0o700)
+            os.chmod(each, 0o700)  # a umask may have taken our own bits
+        except FileExistsError:  # another plexctl was faster; if it is no directory, the next call says so
+            pass
+
+
+def send_to_syslog(message: str, sockets: "Sequence[str]", seconds: float = SYSLOG_SECONDS) -> None:
+    """One line for the host's syslog (RFC 3164, without a host name), where it has one; OSError."""
+    for path in sockets:
+        if os.path.exists(path):
+            month_to_second = time.ctime()[4:19]  # strftime would take the locale's names
+            line = "<%d>%s plexctl[%d]: %s" % (SYSLOG_AUTHPRIV_INFO, month_to_second, os.getpid(), message)
+            send_datagram(path, line.encode("ascii"), seconds)
+            return
 
 
 class AuditLog:
@@ -1067,30 +1301,33 @@ class AuditLog:
     was written and synced. Syslog gets a copy where the host has it.
     """
 
-    def __init__(self, environ: "Mapping[str, str]", report: "Callable[[str], None]") -> None:
-        self._report = report
+    def __init__(self, environ: "Environ", report: "Report",
+                 syslog_sockets: "Sequence[str]" = SYSLOG_SOCKETS) -> None:
         self._environ = environ
-        try:
-            self._descriptor = self._open(environ)
-        except (OSError, ValueError) as error:
-            raise PlexctlError("audit log: cannot be opened: %s (PLEXCTL_AUDIT_LOG names another "
-                               "file)" % show_error(error)) from error
-
-    @staticmethod
-    def _open(environ: "Mapping[str, str]") -> int:
-        path = environ.get("PLEXCTL_AUDIT_LOG", "")
-        if not path:
-            base = base_directory("XDG_STATE_HOME", os.path.join(".local", "state"), environ)
-            if not base:
-                raise FileNotFoundError(errno.ENOENT, "no home directory for it")
-            path = os.path.join(base, "plexctl", "audit.log")
-            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        self._report = report
+        self._syslog_sockets = syslog_sockets
+        given = environ.get("PLEXCTL_AUDIT_LOG", "")
+        base = base_directory("XDG_STATE_HOME", os.path.join(".local", "state"), environ)
+        if not given and not base:
+            raise PlexctlError("audit log: no home directory for it (PLEXCTL_AUDIT_LOG names a file)")
+        path = given or os.path.join(base, "plexctl", "audit.log")
+        self._name = "audit log " + escape(path)
+        hint = "(PLEXCTL_AUDIT_LOG names another)"
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | OPEN_AT_ONCE
-        descriptor = os.open(path, flags, 0o600)
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # a device may take anything, and keep nothing
-            os.close(descriptor)
-            raise FileNotFoundError(errno.ENOENT, "not a regular file")
-        return descriptor
+        try:
+            if not given:
+                make_private_directories(os.path.dirname(path))
+            self._descriptor = os.open(path, flags, 0o600)
+        except (OSError, ValueError) as error:
+            raise PlexctlError("%s: cannot be opened: %s %s"
+                               % (self._name, show_error(error), hint)) from error
+        status = os.fstat(self._descriptor)
+        fault = find_file_fault(status, OTHERS_WRITE_BITS)
+        if not stat.S_ISREG(status.st_mode):  # a device may take anything, and keep nothing
+            fault = "is not a regular file"
+        if fault:
+            self.close()
+            raise PlexctlError("%s: %s %s" % (self._name, fault, hint))
 
     def close(self) -> None:
         """Closes the file."""
@@ -1098,39 +1335,43 @@ class AuditLog:
 
     def record(self, server: Server, request: SessionRequest, issued: IssuedSession) -> None:
         """Writes one JSON object in one line with one write; raises unless it is verifiably there."""
-        descriptor = self._descriptor
-
-        class OneWrite(logging.Handler):
-            written = 0
-
-            def emit(self, record: logging.LogRecord) -> None:
-                line = (self.format(record) + "\n").encode("ascii")
-                size = os.lseek(descriptor, 0, os.SEEK_END)
-                os.lseek(descriptor, max(0, size - 1), os.SEEK_SET)
-                if size and os.read(descriptor, 1) != b"\n":
-                    line = b"\n" + line  # behind what a full disk cut short
-                if os.write(descriptor, line) != len(line):
-                    raise OSError(errno.ENOSPC, "short write")
-                os.fsync(descriptor)
-                if not os.fstat(descriptor).st_nlink:
-                    raise OSError(errno.ENOENT, "the file was removed")
-                self.written += 1
-
-        logger, handler = logging.getLogger("plexctl.audit"), OneWrite()
+        message = json.dumps(self._fields(server, request, issued))
+        written: List[int] = []
+        handler = logging.Handler()
+        handler.emit = lambda record: written.append(  # type: ignore[method-assign]
+            self._append(record.getMessage()))
+        logger = logging.getLogger("plexctl.audit")
+        logger.propagate = False  # a handler of the root is no audit log, and may write to stderr
         if logger.level == logging.NOTSET:
             logger.setLevel(logging.INFO)
-        message = json.dumps(self._fields(server, request, issued))
         logger.addHandler(handler)
         try:
             logger.info("%s", message)
         except OSError as error:
-            raise PlexctlError("audit log: the record was not written: %s; the token is not shown"
-                               % show_error(error)) from error
+            raise PlexctlError("%s: the record was not written: %s; the token is not shown"
+                               % (self._name, show_error(error))) from error
         finally:
             logger.removeHandler(handler)
-        if handler.written != 1:  # logging.disable, a level, a filter
-            raise PlexctlError("audit log: logging dropped the record; the token is not shown")
-        self._copy_to_syslog(message)
+        if len(written) != 1:  # logging.disable, a level, a filter
+            raise PlexctlError("%s: logging dropped the record; the token is not shown" % self._name)
+        try:
+            send_to_syslog(message, self._syslog_sockets)
+        except OSError as error:
+            self._report("warning: syslog did not take the audit record: %s" % show_error(error))
+
+    def _append(self, text: str) -> int:
+        """Writes a line at the end of the file, synced; OSError unless all its bytes are there."""
+        line = (text + "\n").encode("ascii")
+        size = os.lseek(self._descriptor, 0, os.SEEK_END)
+        os.lseek(self._descriptor, max(0, size - 1), os.SEEK_SET)
+        if size and os.read(self._descriptor, 1) != b"\n":
+            line = b"\n" + line  # behind what a full disk cut short
+        if os.write(self._descriptor, line) != len(line):
+            raise OSError(errno.ENOSPC, "short write")
+        os.fsync(self._descriptor)
+        if not os.fstat(self._descriptor).st_nlink:
+            raise OSError(errno.ENOENT, "the file was removed")
+        return len(line)
 
     def _fields(self, server: Server, request: SessionRequest, issued: IssuedSession) -> "Dict[str, Any]":
         uid = os.getuid() if hasattr(os, "getuid") else None
@@ -1148,709 +1389,634 @@ class AuditLog:
                 "target": join_host_port(request.host, request.port),
                 "expires_at": issued.expires_at}
 
-    def _copy_to_syslog(self, message: str) -> None:
-        for address in ("/dev/log", "/var/run/syslog"):
-            if os.path.exists(address):
-                break
-        else:
-            return
-        import logging.handlers
-
-        class Syslog(logging.handlers.SysLogHandler):
-            def handleError(self, record: logging.LogRecord) -> None:
-                raise sys.exc_info()[1] or OSError()
-
-        def copy() -> None:
-            try:
-                handler = Syslog(address, facility=logging.handlers.SysLogHandler.LOG_AUTHPRIV)
-                try:
-                    handler.handle(logging.makeLogRecord({
-                        "msg": "plexctl[%d]: %s" % (os.getpid(), message), "levelname": "INFO"}))
-                finally:
-                    handler.close()
-            except Exception as error:
-                self._report("warning: syslog did not take the audit record: %s" % show_error(error))
-            finally:
-                done.set()
-
-        done = threading.Event()
-        if not start_thread(copy):
-            copy()
-        if not done.wait(SYSLOG_SECONDS):  # a full socket that nobody reads takes for ever
-            self._report("warning: syslog did not take the audit record within %d s" % SYSLOG_SECONDS)
-
 
 # ----------------------------------------------------------------------------------------- relay
 
-CHUNK_BYTES = 64 * 1024
-BULK_BYTES = 2048 * 1024
-BULK_BESIDE_OTHERS_BYTES = 512 * 1024  # shorter turns let a keystroke in between
-BULK_AFTER_FULL_READS = 4
-BULK_FLOWS_MAX = 64
-BULK_WAIT_MICROSECONDS = 500000  # of a thread in one recv or send, before the loop takes over
+FIRST_BUFFER_BYTES = 64 * 1024
+LARGEST_BUFFER_BYTES = 768 * 1024
 TICK_SECONDS = 1.0
-READABLE, WRITABLE = 1, 4  # EPOLLIN and EPOLLOUT
-ERRORS_ONCE = 1 << 31  # EPOLLET: an error or hang-up that nobody reads would be reported for ever
-READING, BLOCKED, BULK, ENDED = range(4)  # what a Flow is doing
+QUIET_SECONDS = 2.0  # of the target, before a client's end of input is passed on
+FIRST_ASK_SECONDS = 0.05  # whether a client that has ended its input is gone; then ever less often
+DRAIN_SECONDS = 0.05  # for the Node's answer to an end of input, before it is left to Lingering
+LINGER_SECONDS = 10
+STRUCT_LINGER = "ii" if os.name == "posix" else "HH"
 
 
-class SelectorPoller:
-    """The part of select.epoll that the relay uses, where there is no epoll (macOS, Windows)."""
+class SelectPoller:
+    """What select.epoll does, for systems without it."""
 
     def __init__(self) -> None:
-        self._selector = selectors.DefaultSelector()
+        self._masks: "Dict[int, int]" = {}
 
     def register(self, fd: int, mask: int) -> None:
-        """Watches `fd` for READABLE, WRITABLE, both or, for now, nothing."""
-        self.modify(fd, mask)
+        """Watches `fd` for READABLE, WRITABLE, both, or nothing."""
+        self._masks[fd] = mask
 
-    def modify(self, fd: int, mask: int) -> None:
-        """Changes what `fd` is watched for."""
-        events = (1 if mask & READABLE else 0) | (2 if mask & WRITABLE else 0)
-        if fd in self._selector.get_map():
-            self._selector.unregister(fd)
-        if events:
-            self._selector.register(fd, events)
+    modify = register
 
     def unregister(self, fd: int) -> None:
         """Forgets `fd`."""
-        self.modify(fd, 0)
+        del self._masks[fd]
 
-    def poll(self, timeout: float) -> "List[Tuple[int, int]]":
-        """(fd, events) pairs, after at most `timeout` seconds."""
-        return [(key.fd, (READABLE if events & 1 else 0) | (WRITABLE if events & 2 else 0))
-                for key, events in self._selector.select(timeout)]
-
-    def close(self) -> None:
-        """Releases what the system gave."""
-        self._selector.close()
-
-
-class Flow:
-    """One direction of a connection: what `source` sends goes to `sink`.
-
-    The loop moves up to CHUNK_BYTES a turn. A flow whose reads keep filling the chunk gets a
-    thread with a large buffer, until it pauses or its sink blocks. At most BULK_BYTES are held.
-    Only the one that holds the flow (by `state`: the loop, or for BULK the thread) touches the rest.
-    """
-
-    __slots__ = ("pair", "twin", "source", "sink", "pending", "full_reads", "moved", "state")
-
-    def __init__(self, pair: "Pair", source: "socket.socket", sink: "socket.socket") -> None:
-        self.pair = pair
-        self.twin = self
-        self.source = source
-        self.sink = sink
-        self.pending = b""
-        self.full_reads = 0
-        self.moved = 0
-        self.state = READING
-
-    def on_events(self, events: int) -> None:
-        """The loop's call: something happened to `source`, which the twin writes to."""
-        if events & ~READABLE and self.twin.state == BLOCKED:  # a hang-up alone has send() tell why
-            self.twin.flush()
-        if events & ~WRITABLE and self.pair in self.pair.relay.pairs:
-            if self.state == READING:
-                self.pump()
-            else:
-                self.hang_up()
-
-    def pump(self) -> None:
-        """Moves what one read gives."""
-        relay = self.pair.relay
-        view = relay.view
-        try:
-            count = self.source.recv_into(view, 0, relay.dontwait)
-        except BlockingIOError:
-            return
-        except OSError:
-            self.pair.reset()
-            return
-        if not count:
-            self.end()
-            return
-        try:
-            sent = self.sink.send(view[:count], relay.dontwait)
-        except BlockingIOError:
-            sent = 0
-        except OSError:
-            self.lose_sink()
-            return
-        self.moved += sent
-        if sent < count:
-            self.pending = bytes(view[sent:count])
-            self.state = BLOCKED  # nothing is read until the sink has taken it
-            self.full_reads = 0
-            self.pair.watch()
-        elif count == CHUNK_BYTES:
-            self.full_reads += 1
-            if self.full_reads >= BULK_AFTER_FULL_READS and not self.pair.broken:
-                relay.start_bulk(self)
-        else:
-            self.full_reads = 0
-
-    def flush(self) -> None:
-        """The sink takes more."""
-        try:
-            sent = self.sink.send(self.pending, self.pair.relay.dontwait)
-        except BlockingIOError:
-            return
-        except OSError:
-            self.lose_sink()
-            return
-        self.moved += sent
-        self.pending = self.pending[sent:]
-        if not self.pending:
-            self.state = READING
-            self.pair.watch()
-
-    def end(self) -> None:
-        """End of input: passed on as a half-close, the twin goes on.
-
-        A reset looks the same once a send has consumed its error; but then the socket has no peer.
-        """
-        self.state = ENDED
-        if self.twin.state == ENDED:
-            self.pair.settle()
-            return
-        try:
-            self.source.getpeername()
-        except OSError:
-            self.pair.reset()
-            return
-        try:
-            if not self.pair.broken:
-                self.sink.shutdown(socket.SHUT_WR)
-        except OSError:
-            self.lose_sink()
-        else:
-            self.pair.settle()
-
-    def lose_sink(self) -> None:
-        """The sink's peer is gone. What it sent before is still read and delivered by the twin."""
-        self.state = ENDED
-        self.pending = b""
-        self.pair.broken = True
-        self.pair.settle()
-
-    def hang_up(self) -> None:
-        """An error of `source` while it is not read; a flow that has not ended sees it at its next read."""
-        if self.state == ENDED and self.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            self.pair.reset()
-
-    def carry_in_bulk(self) -> None:
-        """Runs in a thread of its own, with blocking calls; ends by handing the flow back."""
-        then: "Optional[Callable[[], None]]" = None
-        try:
-            # given back to the system at once, unlike a bytearray
-            with mmap.mmap(-1, BULK_BYTES) as buffer, memoryview(buffer) as view:
-                while then is None and not self.pair.broken:
-                    then = self.pump_in_bulk(view)
-        except (OSError, ValueError):  # no memory for the buffer: the loop goes on with it
-            pass
-        finally:
-            self.pair.relay.post(self.leave_bulk, then or self.pump)
-
-    def pump_in_bulk(self, view: memoryview) -> "Optional[Callable[[], None]]":
-        """Moves what one read gives; what the loop is to do next, None: go on unless it was broken."""
-        relay = self.pair.relay
-        others = len(relay.pairs) > relay.bulk_flows
-        try:
-            count = self.source.recv_into(view, BULK_BESIDE_OTHERS_BYTES if others else BULK_BYTES)
-        except BlockingIOError:  # nothing came for BULK_WAIT_MICROSECONDS
-            return self.pump
-        except OSError:
-            return self.pair.reset
-        if not count:
-            return self.end
-        sent = 0
-        try:
-            while sent < count and not self.pair.aborted:
-                taken = self.sink.send(view[sent:count])
-                sent += taken
-                self.moved += taken
-        except BlockingIOError:  # nothing went for as long
-            self.pending = bytes(view[sent:count])
-            return self.flush
-        except OSError:
-            return self.lose_sink
-        return None
-
-    def leave_bulk(self, then: "Callable[[], None]") -> None:
-        """Back in the loop's hands."""
-        self.pair.relay.bulk_flows -= 1
-        if self.pair.aborted:
-            self.state = ENDED
-            self.pair.settle()
-        else:
-            self.state = BLOCKED if self.pending else READING
-            self.pair.watch()
-            then()
-
-
-class Pair:
-    """The two sockets of one connection, and both flows between them."""
-
-    __slots__ = ("relay", "client", "remote", "up", "down", "broken", "aborted", "spared", "on_end")
-
-    def __init__(self, relay: "Relay", client: "socket.socket", remote: "socket.socket",
-                 on_end: "Callable[[Pair], None]") -> None:
-        self.relay = relay
-        self.client = client
-        self.remote = remote
-        self.broken = False  # one peer is gone: the other one gets a reset, not an end of input
-        self.aborted = False
-        self.spared: "Any" = None  # the socket that is closed without a reset all the same
-        self.on_end = on_end
-        self.up = Flow(self, client, remote)
-        self.down = Flow(self, remote, client)
-        self.up.twin, self.down.twin = self.down, self.up
-
-    def watch(self) -> None:
-        """Tells the poller what each socket is waited for."""
-        for flow in (self.up, self.down):
-            mask = READABLE if flow.state == READING else 0
-            if flow.twin.state == BLOCKED:
-                mask |= WRITABLE
-            self.relay.poller.modify(flow.source.fileno(), mask or ERRORS_ONCE)
-
-    def settle(self) -> None:
-        """After a flow has ended: closes what nobody needs any more."""
-        if self.up.state == ENDED and self.down.state == ENDED:
-            self._close()
-        else:
-            self.watch()
-
-    def reset(self) -> None:
-        """Ends both directions now; a truncated stream must not look like a complete one."""
-        if self not in self.relay.pairs:
-            return
-        self.broken = self.aborted = True
-        for flow in (self.up, self.down):
-            if flow.state == BULK:  # its thread holds the sockets: wake it, close when it is out
-                try:
-                    flow.source.shutdown(socket.SHUT_RD)
-                except OSError:
-                    pass
-            else:
-                flow.state = ENDED
-        self.settle()
-
-    def _close(self) -> None:
-        self.relay.pairs.discard(self)
-        for sock in (self.client, self.remote):
-            fd = sock.fileno()
-            if not self.relay.over:
-                self.relay.poller.unregister(fd)
-            self.relay.handlers.pop(fd, None)
-            if self.broken or sock is self.client:  # whom `add` had armed
-                reset_on_close(sock, self.broken and sock is not self.spared)
-            sock.close()
-        self.up.pending = self.down.pending = b""  # it may be long until the cycle is collected
-        self.on_end(self)
-
-
-def reset_on_close(sock: "socket.socket", reset: bool = True) -> None:
-    """close() will send RST instead of FIN (SO_LINGER of zero), or as usual a FIN."""
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", reset, 0))
-    except OSError:
-        pass
-
-
-class Waker:
-    """A socket that a waiting thread watches, and that any other thread, or a signal, writes to."""
-
-    def __init__(self) -> None:
-        self._awake = False
-        self._watched, self._written = socket.socketpair()
-        self._watched.setblocking(False)
-        self._written.setblocking(False)
-
-    def fileno(self) -> int:
-        """The descriptor to watch."""
-        return self._watched.fileno()
-
-    def written_fd(self) -> int:
-        """The descriptor for signal.set_wakeup_fd."""
-        return self._written.fileno()
-
-    def wake(self) -> None:
-        """Ends the wait, or the next one."""
-        if not self._awake:
-            self._awake = True
-            try:
-                self._written.send(b"\0")
-            except OSError:  # full, which wakes as well; or closed
-                pass
-
-    def clear(self, events: int = READABLE) -> None:
-        """To be called when awake, before anything is done of what it was woken for."""
-        try:
-            self._watched.recv(4096)
-        except BlockingIOError:
-            pass
-        self._awake = False  # not before: recv would take the byte of a wake() in between
+    def poll(self, seconds: float) -> "List[Tuple[int, int]]":
+        """(fd, events) pairs, after at most so long."""
+        readable, writable, _ = select.select(
+            [fd for fd, mask in self._masks.items() if mask & READABLE],
+            [fd for fd, mask in self._masks.items() if mask & WRITABLE], [], seconds)
+        return [(fd, READABLE) for fd in readable] + [(fd, WRITABLE) for fd in writable]
 
     def close(self) -> None:
-        """Closes both sockets."""
-        self._watched.close()
-        self._written.close()
+        """There is nothing to release."""
 
 
-class Relay:
-    """One event loop for every connection that is idle or chatty, and threads for bulk.
-
-    `run` is the loop; `post` gives it something to do from another thread. The rest belongs to
-    the loop's thread. Connected sockets are blocking: the loop passes MSG_DONTWAIT, the threads
-    do not, so a flow changes hands without a system call. Without MSG_DONTWAIT (Windows) they are
-    non-blocking, and the loop keeps every flow.
-    """
-
-    def __init__(self, report: "Callable[[str], None]", poller: "Any" = None) -> None:
-        self.poller = poller or (select.epoll() if hasattr(select, "epoll") else SelectorPoller())
-        self.handlers: "Dict[int, Callable[[int], object]]" = {}
-        self.pairs: "Set[Pair]" = set()
-        self.view = memoryview(bytearray(CHUNK_BYTES))
-        # macOS has MSG_DONTWAIT, but waits in send() all the same
-        self.dontwait = socket.MSG_DONTWAIT if sys.platform.startswith("linux") else 0
-        self.bulk_flows = 0
-        self.on_tick: "Callable[[], None]" = lambda: None
-        self._report = report
-        self._posted: "Any" = collections.deque()
-        self._running = True
-        self.over = False
-        self._waker = Waker()
-        self.handlers[self._waker.fileno()] = self._waker.clear
-        self.poller.register(self._waker.fileno(), READABLE)
-
-    def add(self, client: "socket.socket", remote: "socket.socket",
-            on_end: "Callable[[Pair], None]") -> Pair:
-        """Carries bytes between two connected sockets from now on; the relay closes them."""
-        for sock in (client, remote):
-            sock.setblocking(bool(self.dontwait))
-        reset_on_close(client)  # unless closed in order: not even SIGKILL may look like a clean end
-        pair = Pair(self, client, remote, on_end)
-        for flow in (pair.up, pair.down):  # both are known before either may be acted on
-            fd = flow.source.fileno()
-            self.handlers[fd] = flow.on_events
-            self.poller.register(fd, READABLE)
-        self.pairs.add(pair)
-        return pair
-
-    def post(self, action: "Callable[..., None]", *arguments: "Any") -> None:
-        """Has the loop call `action` soon; from any thread."""
-        self._posted.append((action, arguments))
-        if self.over:  # there is no loop any more that could mind
-            self._run_posted()
-        else:
-            self._waker.wake()
-
-    def run(self) -> None:
-        """The loop. Nothing but `stop` ends it: an error ends only the connection it came from."""
-        poll, handlers = self.poller.poll, self.handlers
-        next_tick = elapsed_seconds() + TICK_SECONDS
-        while self._running:
-            for fd, events in poll(TICK_SECONDS):
-                handler = handlers.get(fd)
-                if handler is not None:
-                    try:
-                        handler(events)
-                    except Exception as error:
-                        self._contain(handler, error)
-            if elapsed_seconds() >= next_tick:
-                next_tick = elapsed_seconds() + TICK_SECONDS
-                self._posted.append((self.on_tick, ()))
-            if self._posted:
-                self._run_posted()
-        self.close()
-
-    def stop(self) -> None:
-        """Has the loop reset what is left and end."""
-        def last() -> None:
-            for pair in list(self.pairs):
-                if pair.up.state == ENDED and not pair.broken:
-                    pair.spared = pair.remote  # all that the client sent may still be on its way
-                pair.reset()
-            self._running = False
-        self.post(last)
-
-    def start_bulk(self, flow: Flow) -> None:
-        """Hands a flow to a thread: on Linux, and for a bounded number of flows.
-
-        The time limits of one recv and send keep the thread answering.
-        """
-        if not self.dontwait or self.bulk_flows >= BULK_FLOWS_MAX:
-            return
-        flow.full_reads = 0
-        limit = struct.pack("ll", 0, BULK_WAIT_MICROSECONDS)
-        try:
-            flow.source.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-            flow.sink.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-        except OSError:  # a 32-bit system whose time_t has 64 bits wants another structure
-            return
-        if start_thread(flow.carry_in_bulk):  # else the loop goes on with it
-            self.bulk_flows += 1
-            flow.state = BULK
-            flow.pair.watch()
-
-    def _run_posted(self) -> None:
-        while self._posted:
-            try:
-                action, arguments = self._posted.popleft()
-            except IndexError:  # after the loop's end several threads may be here
-                return
-            try:
-                action(*arguments)
-            except Exception as error:
-                self._report("warning: %s in the relay" % type(error).__name__)
-
-    def _contain(self, handler: "Any", error: Exception) -> None:
-        self._report("warning: a connection was dropped after %s" % show_error(error))
-        owner = getattr(handler, "__self__", None)
-        if isinstance(owner, Flow):
-            self.post(owner.pair.reset)
-
-    def close(self) -> None:
-        """Releases what the loop held: at its end, or instead of ever running it."""
-        deadline = elapsed_seconds() + CLOSE_SECONDS
-        while self.pairs and elapsed_seconds() < deadline:  # threads that hand back their flows
-            time.sleep(0.01)
-            self._run_posted()
-        self.over = True  # from here on whoever posts runs it, and there is no poller
-        self._run_posted()
-        self.poller.close()
-        self._waker.close()
-
-
-LEG_OPTIONS: "List[Tuple[int, int, int]]" = []  # filled at the first use, which imports socket
+LEG_OPTIONS: "List[Tuple[int, int, Any]]" = []  # filled at the first use, which loads socket
 
 
 def set_leg_options(sock: "socket.socket") -> None:
-    """TCP_NODELAY (two writes cost 44 ms without it), and keepalive that notices in 2 minutes."""
+    """What both legs of a connection have; on Linux a listener hands it on to what it accepts.
+
+    TCP_NODELAY (a request in two writes costs 44 ms without it), keepalive that notices in two
+    minutes, urgent data in the stream, and close() sends a reset unless it was called in order:
+    not even SIGKILL may let a stream that was cut off look complete.
+    """
     if not LEG_OPTIONS:
         LEG_OPTIONS[:] = [(level, getattr(socket, name), value) for level, name, value in (
             (socket.IPPROTO_TCP, "TCP_NODELAY", 1), (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
             (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 60), (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 15),
-            (socket.IPPROTO_TCP, "TCP_KEEPCNT", 4)) if hasattr(socket, name)]
+            (socket.IPPROTO_TCP, "TCP_KEEPCNT", 4), (socket.SOL_SOCKET, "SO_OOBINLINE", 1),
+            (socket.SOL_SOCKET, "SO_LINGER", struct.pack(STRUCT_LINGER, 1, 0))) if hasattr(socket, name)]
     for option in LEG_OPTIONS:
         sock.setsockopt(*option)
 
 
-# ------------------------------------------------------------------------------- sessions in use
+def has_hung_up(sock: "socket.socket") -> bool:
+    """Whether the other end of a unix socket is closed; where poll() is missing nobody can know."""
+    return sock.fileno() < 0 or wait_for(sock.fileno(), 0, 0)
 
 
-class Lease:
-    """One session in use: where its listener is, until when, and by how many connections.
-
-    `route` is the (family, address) that a socket's constructor and `connect` take, None while the
-    name is not looked up; `over` says why the session is over, None while it is not.
-    """
-
-    def __init__(self, issued: IssuedSession, endpoint: Endpoint, lock: "Any") -> None:
-        self.issued = issued
-        self.endpoint = endpoint
-        self.route: "Any" = None
-        self.connections = 0
-        self.expires_on = issued.issued_on + issued.lifetime_seconds
-        self.over: "Optional[SessionOver]" = None
-        self.refreshing = threading.Lock()
-        self.refreshed_on = 0.0
-        self.has_answer = False
-        self.rechecked_on = elapsed_seconds()
-        self._lock = lock
-
-    def release(self) -> None:
-        """One connection less."""
-        with self._lock:
-            self.connections -= 1
+def close_leg(sock: "socket.socket", reset: bool) -> None:
+    """Closes it with a reset for the peer, which it is set to, or in order."""
+    try:
+        if not reset:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack(STRUCT_LINGER, 0, 0))
+    except OSError:
+        pass
+    sock.close()
 
 
-class Sessions:
-    """Which session a connection gets: issued on demand, renewed, shared, and all revoked in the end.
+def is_connected(sock: "socket.socket") -> bool:
+    """False after a reset whose error somebody has read: what follows looks like an end of input."""
+    try:
+        sock.getpeername()
+        return True
+    except OSError:
+        return False
 
-    `limit` sessions at once (a Node's listener serves one connection at a time); `renew`: one that
-    has run out is replaced for the next connection. Every session_id that the control plane ever
-    gave is owed a revocation until `keep` or `leave`. `report` takes lines from any thread;
-    `on_retired` is told of a lease whose connections must go.
-    """
 
-    def __init__(self, plane: ControlPlane, request: SessionRequest, report: "Callable[[str], None]",
-                 limit: int = 1, renew: bool = False, wait_seconds: float = 90.0) -> None:
-        self.over: "Optional[PlexctlError]" = None
-        self.on_retired: "Callable[[Lease], None]" = lambda lease: None
-        self._plane = plane
-        self._request = request
-        self._report = report
-        self._limit = limit
-        self._renew = renew
-        self._wait_seconds = wait_seconds
-        self._changed = threading.Condition()
-        self._leases: "List[Lease]" = []
-        self._issuing = 0
-        self._owed: "Dict[str, bool]" = {}  # by session_id; True: it is being revoked
-        self._keep = False
-        self._leaving = False
-        self._told_of_sharing = False
-        self._warned_at = float("inf")
-
-    # What a connection asks for
-
-    def establish(self) -> Lease:
-        """Issues a session and waits until its Node reports the listener; PlexctlError if not."""
-        with self._changed:
-            if self._leaving:
-                raise PlexctlError("interrupted")
-            self._issuing += 1
-        return self._add()
-
-    def take(self) -> "Optional[Lease]":
-        """A lease with a known address, at once; None where `connect` has to go and get one."""
-        with self._changed:
-            lease = self._choose()
-            if lease is None or lease.route is None:
-                return None
-            lease.connections += 1
-            return lease
-
-    def connect(self, failed: "Optional[Lease]" = None, route: "Any" = None,
-                error: "Optional[OSError]" = None) -> "Tuple[socket.socket, Lease]":
-        """A socket connected to a listener endpoint, and its lease, to be released by the caller.
-
-        Blocks for as long as it takes. With `failed`, a lease whose `route` could not be
-        connected to (`error` says why), it gives that one back and asks GetSession; a new endpoint
-        is tried once. PlexctlError if all fails.
-        """
-        if failed is None:
-            failed, route = self._acquire_route()
-            try:
-                return connect_socket(*route), failed
-            except OSError as refusal:
-                error = refusal
-        failed.release()
-        asked = self._refresh(failed, route)
-        if failed.over is None and failed.route == route:
-            idle = failed.connections == 0
-            if not (asked and idle and self._renew and isinstance(error, ConnectionRefusedError)):
-                raise PlexctlError("listener endpoint %s: %s"
-                                   % (failed.endpoint, show_error(error or OSError())))
-            # the Node's own cap, which the control plane does not know of
-            self._end(failed, SessionOver("the Node has closed the session's listener"), renewable=True)
-        lease, route = self._acquire_route()
+def drain(sock: "socket.socket", seconds: float) -> bool:
+    """Reads and forgets for so long; whether the peer has ended by then."""
+    deadline = elapsed_seconds() + seconds
+    while True:
         try:
-            return connect_socket(*route), lease
-        except OSError as refusal:
-            lease.release()
-            raise PlexctlError("listener endpoint %s: %s"
-                               % (lease.endpoint, show_error(refusal))) from refusal
+            if not sock.recv(FIRST_BUFFER_BYTES):
+                return True
+        except BlockingIOError:
+            if not wait_for(sock.fileno(), READABLE, deadline - elapsed_seconds()):
+                return False
+        except OSError:
+            return True
+        if elapsed_seconds() > deadline:
+            return False
 
-    # The clock
 
-    def tick(self) -> None:
-        """To be called every second or so: expiry, warnings before it, and news from the server."""
+class Flow:
+    """One direction of a connection: what `source` sends goes to `sink`."""
+
+    __slots__ = ("source", "sink", "fd", "sink_fd", "buffer", "first_buffer", "pending", "moved", "largest",
+                 "is_reading", "has_ended", "is_over")
+
+    def __init__(self, source: "socket.socket", sink: "socket.socket", buffer: memoryview) -> None:
+        self.source = source
+        self.sink = sink
+        self.fd = source.fileno()
+        self.sink_fd = sink.fileno()
+        self.buffer = self.first_buffer = buffer
+        self.pending = buffer[:0]  # read, but not taken by the sink yet: nothing more is read until it is
+        self.moved = 0  # bytes
+        self.largest = 0  # bytes that one read gave since the last `trim`
+        self.is_reading = True  # False while the sink takes no more, and for ever after the end of input
+        self.has_ended = False  # the source's end of input was read
+        self.is_over = False  # and passed on; or nobody takes it any more
+
+    def grow(self) -> None:
+        """A larger buffer for a source that fills this one; given back at once, unlike a bytearray."""
+        if len(self.buffer) < LARGEST_BUFFER_BYTES:
+            try:
+                self.buffer = memoryview(mmap.mmap(-1, min(2 * len(self.buffer), LARGEST_BUFFER_BYTES)))
+            except (OSError, ValueError):  # no memory: it will do
+                pass
+
+    def trim(self) -> None:
+        """The first buffer again, where a larger one was of no use since the last call."""
+        if self.largest <= len(self.first_buffer) < len(self.buffer) and not self.pending:
+            self.buffer = self.first_buffer
+            self.pending = self.buffer[:0]
+        self.largest = 0
+
+
+class Relay:
+    """Carries one connection, both directions, in the thread that calls `carry`.
+
+    It closes both sockets, or hands the remote's to `linger`. `buffers`, two, are those to begin
+    with; `poller` (select.epoll, or like it) watches `stop_fd`, which becomes readable when it is to
+    stop; `is_over` is asked that every second. `is_gone` tells whether a client that has ended its
+    input listens no more (False where nobody can know); `on_remote_end` hears that the remote has
+    ended first. Afterwards: what `up` and `down` have moved, and the `error` that broke it, if any.
+    """
+
+    def __init__(self, client: "socket.socket", remote: "socket.socket", buffers: "List[memoryview]",
+                 poller: "Any", stop_fd: int, is_over: "Callable[[], bool]", is_gone: "Callable[[], bool]",
+                 on_remote_end: "Callable[[], object]",
+                 linger: "Callable[[socket.socket], object]") -> None:
+        for sock in (client, remote):
+            sock.setblocking(False)
+        self.up = Flow(client, remote, buffers[0])
+        self.down = Flow(remote, client, buffers[1])
+        self.error: "Optional[Exception]" = None  # one peer is lost: the other gets a reset, not an end
+        self.remote_ended_first = False
+        self._poller = poller
+        self._stop_fd = stop_fd
+        self._is_over = is_over
+        self._is_gone = is_gone
+        self._on_remote_end = on_remote_end
+        self._linger = linger
+        self._is_stopped = False
+        self._client_is_gone = False
+        self._quiet_since = self._ask_on = 0.0
+        self._ask_pause = FIRST_ASK_SECONDS
+        self._watched: "Dict[int, int]" = {}
+
+    def carry(self) -> None:
+        """Returns once both directions are over; raises nothing that is the connection's own."""
+        up, down, poll = self.up, self.down, self._poller.poll
+        try:
+            self._watch()
+            pause, check_on = TICK_SECONDS, elapsed_seconds() + TICK_SECONDS
+            while not (up.is_over and down.is_over or self._is_stopped):
+                for fd, events in poll(pause):
+                    if events == READABLE and fd == up.fd and up.is_reading:
+                        self._pump(up)
+                    elif events == READABLE and fd == down.fd and down.is_reading:
+                        self._pump(down)
+                    else:
+                        self._act(fd, events)
+                now = elapsed_seconds()
+                if up.has_ended and not up.is_over:
+                    pause = self._hold_end(now)
+                if now >= check_on:
+                    check_on = now + TICK_SECONDS
+                    up.trim()
+                    down.trim()
+                    self._is_stopped = self._is_stopped or self._is_over()
+        except Exception as error:  # of the waiting itself, or a defect: it ends this connection alone
+            self._break(up, error)
+        finally:
+            self._close()
+
+    def _act(self, fd: int, events: int) -> None:
+        """Whatever else may happen than that there is something to read."""
+        if fd == self._stop_fd:
+            self._is_stopped = True
+        for flow in (self.up, self.down):
+            if flow.pending:
+                if fd == flow.sink_fd and events & ~READABLE:
+                    self._send(flow)
+                    if not flow.pending:
+                        self._watch()
+            elif flow.is_reading:
+                if fd == flow.fd and events & ~WRITABLE:
+                    self._pump(flow)
+            elif fd == flow.fd and events & ~(READABLE | WRITABLE):
+                self._hang_up(flow)
+
+    def _pump(self, flow: Flow) -> None:
+        """Moves what one read gives."""
+        try:
+            count = flow.source.recv_into(flow.buffer)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._break(flow, error)
+            return
+        if not count:
+            self._end(flow)
+            return
+        if count > flow.largest:
+            flow.largest = count
+        self._quiet_since = 0.0
+        flow.pending = flow.buffer[:count]
+        self._send(flow)
+        if flow.pending:
+            self._watch()
+        elif count == len(flow.buffer):
+            flow.grow()
+
+    def _send(self, flow: Flow) -> None:
+        try:
+            sent = flow.sink.send(flow.pending)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._lose_sink(flow, error)
+            return
+        flow.moved += sent
+        flow.pending = flow.pending[sent:]
+
+    def _end(self, flow: Flow) -> None:
+        """End of input: the target's is passed on at once, a client's is held (see _hold_end)."""
+        flow.has_ended = True
+        other = self.down if flow is self.up else self.up
+        if not other.is_over and not is_connected(flow.source):
+            self._break(flow, ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)))
+        elif self.error is not None:
+            flow.is_over = True
+        elif flow is self.down:
+            self._tell_remote_end()
+            self._pass_on(flow)
+        self._watch()
+
+    def _hold_end(self, now: float) -> float:
+        """The Node ends both directions at a client's end of input, and so would cut the answer off.
+
+        It is passed on once the target has been quiet, or has ended, or nobody waits for its answer.
+        Returns how long to wait for the next event, in seconds.
+        """
+        if self.down.pending or not self._quiet_since:  # what the client does not read is not quiet
+            self._quiet_since = now
+        if now >= self._ask_on and not self._client_is_gone:
+            self._client_is_gone = self._is_gone()
+            self._ask_on = now + self._ask_pause
+            self._ask_pause = min(2 * self._ask_pause, TICK_SECONDS)
+        quiet_on = self._quiet_since + QUIET_SECONDS
+        if self._client_is_gone or self.down.is_over or now >= quiet_on:
+            self._pass_on(self.up)
+            self.down.is_over = self.down.is_over or self._client_is_gone
+            self._watch()
+            return TICK_SECONDS
+        return max(0.0, min(self._ask_on, quiet_on) - now)
+
+    def _pass_on(self, flow: Flow) -> None:
+        """The half-close of TCP."""
+        flow.is_over = True
+        try:
+            if self.error is None:
+                flow.sink.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            self._lose_sink(flow, error)
+
+    def _lose_sink(self, flow: Flow, error: OSError) -> None:
+        """The sink's peer is gone. What it sent before is still read and delivered by the other flow."""
+        flow.has_ended = flow.is_over = True
+        flow.pending = flow.buffer[:0]
+        self.error = self.error or error
+        self._watch()
+
+    def _hang_up(self, flow: Flow) -> None:
+        """A reset, or a client's close, of a source that has ended its input."""
+        if flow is self.down or flow.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self._break(flow, ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)))
+        else:
+            self._client_is_gone = True
+            self.down.is_over = self.up.is_over  # else _hold_end passes the end on first
+            self._watch()
+
+    def _break(self, flow: Flow, error: Exception) -> None:
+        """Ends both directions now: a truncated stream must not look like a complete one."""
+        if flow is self.down and self.error is None:
+            self._tell_remote_end()
+        self.error = self.error or error
+        for each in (self.up, self.down):
+            each.has_ended = each.is_over = True
+            each.is_reading = False
+
+    def _tell_remote_end(self) -> None:
+        if not self.up.is_over and not self.remote_ended_first:
+            self.remote_ended_first = True
+            self._on_remote_end()
+
+    def _watch(self) -> None:
+        """Tells the poller what each socket is waited for now."""
+        wanted: "Dict[int, int]" = {}
+        for flow in (self.up, self.down):
+            flow.is_reading = not flow.pending and not flow.has_ended
+            if flow.pending:
+                wanted[flow.sink_fd] = wanted.get(flow.sink_fd, 0) | WRITABLE
+            elif flow.is_reading:
+                wanted[flow.fd] = wanted.get(flow.fd, 0) | READABLE
+            elif ON_LINUX and not self._client_is_gone:  # epoll then tells of an error, and of no more
+                wanted.setdefault(flow.fd, 0)
+        for fd in self._watched.keys() - wanted.keys():
+            self._poller.unregister(fd)
+        for fd, mask in wanted.items():
+            if fd not in self._watched:
+                self._poller.register(fd, mask)
+            elif mask != self._watched[fd]:
+                self._poller.modify(fd, mask)
+        self._watched = wanted
+
+    def _close(self) -> None:
+        is_broken = self.error is not None
+        for fd in self._watched:
+            try:
+                self._poller.unregister(fd)
+            except OSError:  # never registered, for want of memory
+                pass
+        # what is complete may be on its way yet; a client that is gone minds nothing
+        close_leg(self.up.source, is_broken or not self.down.is_over or self._client_is_gone)
+        if self._client_is_gone and self.up.is_over and not is_broken:
+            self._linger(self.down.source)
+        else:
+            close_leg(self.down.source, is_broken or not self.up.is_over)
+
+
+class Lingering:
+    """Sockets to the Node whose clients are gone, until the Node has ended as well.
+
+    close() would answer what is still to come with a reset, which can overtake what was sent.
+    """
+
+    def __init__(self) -> None:
+        self._deadlines: "Dict[socket.socket, float]" = {}
+
+    def add(self, sock: "socket.socket") -> None:
+        """Takes over a socket whose sending side was shut down; from any thread."""
+        self._deadlines[sock] = elapsed_seconds() + LINGER_SECONDS
+        if drain(sock, DRAIN_SECONDS):
+            self._close(sock)
+
+    def sweep(self) -> int:
+        """Closes those that have ended or had their time; how many are left."""
+        for sock, deadline in list(self._deadlines.items()):
+            if drain(sock, 0) or elapsed_seconds() >= deadline:
+                self._close(sock)
+        return len(self._deadlines)
+
+    def close(self) -> None:
+        """Closes all of them."""
+        for sock in list(self._deadlines):
+            self._close(sock)
+
+    def _close(self, sock: "socket.socket") -> None:
+        self._deadlines.pop(sock, None)
+        close_leg(sock, False)
+
+
+class Stdio:
+    """Descriptors 0 and 1 as a socket, `far`, by two threads that block: they may be terminals or files.
+
+    Their file status flags are left alone, since they may be somebody's terminal. `done` is set once
+    standard output has had everything; `error` then says why not (PlexctlError), or is None.
+    """
+
+    def __init__(self) -> None:
+        self.error: "Optional[PlexctlError]" = None
+        self.done = threading.Event()
+        self._near, self.far = socket.socketpair()
+        if not (start_thread(self._read) and start_thread(self._write)):
+            raise PlexctlError("cannot start a thread for standard input and output (ulimit -u)")
+
+    def _read(self) -> None:
+        try:
+            while True:
+                try:
+                    piece = os.read(0, FIRST_BUFFER_BYTES)
+                except BlockingIOError:
+                    wait_for(0, READABLE)
+                    continue
+                except OSError:  # EIO: the terminal is gone
+                    piece = b""
+                if not piece:
+                    self._near.shutdown(socket.SHUT_WR)
+                    return
+                self._near.sendall(piece)
+        except OSError:  # nobody takes it any more
+            pass
+
+    def _receive(self) -> bytes:
+        try:
+            return self._near.recv(FIRST_BUFFER_BYTES)
+        except OSError:  # the relay has closed it before it had taken everything
+            return b""
+
+    def _write(self) -> None:
+        first = b""
+        try:
+            piece = first = self._receive()
+            while piece:
+                try:
+                    piece = piece[os.write(1, piece):] or self._receive()
+                except BlockingIOError:
+                    wait_for(1, WRITABLE)
+            nowhere = open_nowhere(os.O_WRONLY)  # the reader sees the end; the number stays taken
+            os.dup2(nowhere, 1)
+            os.close(nowhere)
+        except OSError as error:
+            self.error = PlexctlError("cannot write to standard output: %s" % show_error(error))
+        if self.error or not first or os.isatty(0):  # where it would wait for a key that nobody needs
+            self._near.shutdown(socket.SHUT_RDWR)
+        self.done.set()
+
+
+# --------------------------------------------------------------------------------------- workers
+
+GRACE_SECONDS = 0.3  # a connection waits so long for a session to become idle, before one is issued for it
+IDLE_SECONDS = 60  # after which a session above the minimum is given back
+ASK_SECONDS = 2  # between two questions about one session
+RECHECK_SECONDS = 60  # the reconcile period of a Node
+GONE_SECONDS = 30  # of refused dials, until a listener counts as gone
+REPLACE_SECONDS = 60  # between two replacements of sessions that never carried a connection
+LEAVE_PAUSE_SECONDS = 0.02
+RETRY_SECONDS = 5  # until a further session is asked for again
+UNREACHABLE_SECONDS = 10  # a Node that ends a connection within this, without a byte, had no target
+CONNECTING = (errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK)
+
+
+class SessionRevoked(SessionOver):
+    """It was taken away, or is not there any more: never replaced by another one."""
+
+
+class EndpointMissing(PlexctlError):
+    """The Node reported no listener in time."""
+
+
+class ConnectionFailed(PlexctlError):
+    """One connection broke after it had been dialled."""
+
+
+class Stopped(PlexctlError):
+    """What was asked for is not wanted any more."""
+
+
+def dial(route: "Tuple[int, Any]", stop_fd: int) -> "socket.socket":
+    """A TCP socket connected to (family, address); OSError in time, or once `stop_fd` is readable."""
+    family, address = route
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        error = sock.connect_ex(address)
+        if error in CONNECTING:  # on loopback it often is over a moment later, and says so once more
+            error = sock.connect_ex(address)
+        if error in CONNECTING:
+            error = errno.ETIMEDOUT
+            if wait_for(sock.fileno(), WRITABLE, CONNECT_SECONDS, stop_fd):
+                error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error not in (0, errno.EISCONN):
+            raise OSError(error, os.strerror(error))
+        set_leg_options(sock)
+        return sock
+    except BaseException:
+        sock.close()
+        raise
+
+
+class Connection:
+    """One client, from its accept to its end.
+
+    `is_gone()` tells whether it listens no more (False where nobody can know); `on_end(connection,
+    error)` is called once, with a PlexctlError where it failed. `wants_reason`: that error is to say
+    as well why the session is over.
+    """
+
+    def __init__(self, sock: "socket.socket", on_end: "Callable[..., object]",
+                 is_gone: "Callable[[], bool]" = lambda: False, address: "Any" = None,
+                 wants_reason: bool = False) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self.is_gone = is_gone
+        self.address = address
+        self.wants_reason = wants_reason
+        self.began = elapsed_seconds()
+        self.relay: "Optional[Relay]" = None
+        self._on_end = on_end
+
+    def __str__(self) -> str:
+        return join_host_port(*self.address[:2]) if isinstance(self.address, tuple) else "a local process"
+
+    def has_left(self) -> bool:
+        """Whether a client that waits has reset its connection, or closed it without a byte."""
+        try:
+            return not self.sock.recv(1, socket.MSG_PEEK) and self.is_gone()
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    def end(self, error: "Optional[PlexctlError]" = None) -> None:
+        """It is over; a client that was not served gets a reset."""
+        if self.relay is None:
+            close_leg(self.sock, reset=True)
+        on_end, self._on_end = self._on_end, lambda connection, error: None
+        on_end(self, error)
+
+
+class Counts(Record):
+    """Totals: connections `open`, `waiting` and `ended`; live `sessions`; bytes `up` and `down`."""
+
+    open: int = 0
+    waiting: int = 0
+    ended: int = 0
+    sessions: int = 0
+    up: int = 0
+    down: int = 0
+
+
+class Worker:
+    """One session, from its issue to its revocation, in a thread of its own (`run`).
+
+    It does what the Node's listener does: one connection after another, never two at once. `issued`
+    and `endpoint` are known once it `is_ready`; `why` is what has ended it.
+    """
+
+    def __init__(self, sessions: "Sessions") -> None:
+        self.session_id = ""
+        self.issued: "Optional[IssuedSession]" = None
+        self.endpoint: "Optional[Endpoint]" = None
+        self.expires_on = float("inf")
+        self.why: "Optional[PlexctlError]" = None
+        self.is_issuing = True
+        self.is_ready = False
+        self.is_ending = False
+        self.has_carried = False
+        self.connection: "Optional[Connection]" = None
+        self.turn = threading.Condition(sessions.lock)
+        self._sessions = sessions
+        self._poller: "Any" = None
+        self._buffers = [memoryview(bytearray(FIRST_BUFFER_BYTES)) for _ in range(2)]
+        self._route: "Any" = None  # family and address of the endpoint
+        self._refused_since = 0.0
+        self._asking = threading.Lock()
+        self._asked_on = 0.0
+        self._has_answer = False
+        self._recheck_on = elapsed_seconds() + RECHECK_SECONDS
+
+    def run(self) -> None:
+        """The session's whole life."""
+        sessions = self._sessions
+        try:
+            self._poller = select.epoll() if ON_LINUX else SelectPoller()
+            self._poller.register(sessions.stop_fd, READABLE)
+            self._move(self._issue())
+            sessions.add_ready(self)
+            connection = sessions.take(self)
+            while connection is not None:
+                self._serve(connection)
+                connection = sessions.take(self)
+        except PlexctlError as error:
+            self.why = error
+        except Exception as error:  # no memory or descriptors, or a defect
+            self.why = PlexctlError("a session was given up after %s" % show_error(error))
+        finally:
+            self.is_issuing = False
+            if self._poller is not None:
+                self._poller.close()
+            sessions.dismiss(self)
+
+    def is_over(self) -> bool:
+        """Whether it carries no more; asked every second."""
         now = elapsed_seconds()
-        for lease in tuple(self._leases):
-            if now >= lease.expires_on:
-                self._end(lease, SessionOver("the session expired"), renewable=True)
-            elif now - lease.rechecked_on >= RECHECK_SECONDS:
-                lease.rechecked_on = now
-                start_thread(self._refresh, lease)
-        left = self.seconds_left()
-        longest = max((lease.issued.lifetime_seconds for lease in tuple(self._leases)), default=0.0)
-        for threshold in reversed(WARN_LEFT_SECONDS):
-            if 0 < left <= threshold < min(longest, self._warned_at):
-                self._warned_at = threshold
-                self._report("warning: %s of the session are left" % show_seconds(left + 0.5))
+        if self.why is None and now >= self.expires_on:
+            self.why = SessionOver("the session expired")
+        if self.why is None and now >= self._recheck_on:
+            self.ask_in_thread()
+        return self.why is not None or self._sessions.is_stopped
 
-    def seconds_left(self) -> float:
-        """Until the first of the sessions runs out; 0 where there is none."""
-        with self._changed:
-            ends = [lease.expires_on for lease in self._leases]
-        return max(0.0, min(ends, default=0.0) - elapsed_seconds())
-
-    # Leaving
-
-    def keep(self) -> None:
-        """The sessions are in the operator's hands from now on: `leave` will not revoke them."""
-        self._keep = True
-
-    def leave(self, seconds: float = LEAVE_SECONDS) -> None:
-        """Revokes what is owed, also what is just being issued; returns after `seconds` at most."""
-        deadline = elapsed_seconds() + seconds
-        self._plane.cancel.set()
-        with self._changed:
-            self._leaving = True
-            if self._keep:
-                self._owed = {key: True for key, begun in self._owed.items() if begun}
-        while elapsed_seconds() < deadline:
-            with self._changed:
-                for session_id in list(self._owed):
-                    self._start_revoking(session_id)
-                not_begun = [session_id for session_id, begun in self._owed.items() if not begun]
-                self._owed.update(dict.fromkeys(not_begun, True))
-                if not not_begun:
-                    if not self._owed and not self._issuing:
-                        return
-                    self._changed.wait(min(0.5, deadline - elapsed_seconds()))
-            for session_id in not_begun:  # no more threads
-                self._revoke(session_id)
-
-    def left_behind(self) -> "List[str]":
-        """What `leave` could not settle, in words."""
-        with self._changed:
-            if self._issuing and not self._owed:
-                return ["a session may have been issued, it will run out by itself"]
-            return ["session %s is not revoked, it will run out by itself" % session_id
-                    for session_id in self._owed]
-
-    # Below: how
-
-    def _add(self) -> Lease:
-        """One session more; the caller has counted it in `_issuing`."""
-        session_ids: "List[str]" = []
+    def _issue(self) -> Endpoint:
+        """Issues the session and waits until its Node has reported the listener."""
+        sessions = self._sessions
 
         def owe(session_id: str) -> None:
-            session_ids.append(session_id)
-            with self._changed:
-                self._owed[session_id] = False
-                self._changed.notify_all()  # leave() may be waiting for it
+            self.session_id = session_id
+            sessions.owe(session_id)
 
-        try:
-            issued = self._plane.issue(self._request, owe)
-            if issued.session.status != "active" or issued.lifetime_seconds <= 0:
-                raise SessionOver("the session was over when it arrived")
-            lease = Lease(issued, issued.listener_endpoint or self._await_endpoint(issued), self._changed)
-            with self._changed:
-                if self._leaving:
-                    raise PlexctlError("interrupted")
-                self._leases.append(lease)
-            return lease
-        except PlexctlError as error:
-            with self._changed:
-                for session_id in session_ids:
-                    self._start_revoking(session_id)
-            if self._leaving and error.may_exist:  # whoever asked for it does not listen any more
-                self._report("warning: %s" % error)
-            raise
-        finally:
-            with self._changed:
-                self._issuing -= 1
-                self._changed.notify_all()
+        issued = self.issued = sessions.plane.issue(sessions.next_request(), owe)
+        self.is_issuing = False
+        self.expires_on = issued.issued_on + issued.lifetime_seconds
+        if issued.session.status != "active" or issued.lifetime_seconds <= 0:
+            raise SessionOver("the session was over when it arrived")
+        return issued.listener_endpoint or self._await_endpoint()
 
-    def _await_endpoint(self, issued: IssuedSession) -> Endpoint:
-        deadline, pause = elapsed_seconds() + self._wait_seconds, POLL_MIN_SECONDS
-        if self._wait_seconds:
-            self._report("waiting for the Node to report its listener (up to %s)"
-                         % show_seconds(self._wait_seconds))
-        while True:
+    def _await_endpoint(self) -> Endpoint:
+        sessions, pause = self._sessions, POLL_MIN_SECONDS
+        deadline = elapsed_seconds() + sessions.wait_seconds
+        limit = show_seconds(sessions.wait_seconds)
+        if sessions.wait_seconds:
+            tell = sessions.say if sessions.first else sessions.tell_once
+            tell("waiting for the Node to report its listener (up to %s)" % limit)
+        while elapsed_seconds() < deadline:
             left = deadline - elapsed_seconds()
-            if left <= 0:
-                raise PlexctlError("the Node reported no listener endpoint within %s; is it up? "
-                                   "(--wait-seconds)" % show_seconds(self._wait_seconds))
             try:
-                session = self._plane.get(self._request.project_id, issued.session_id,
-                                          min(EXCHANGE_SECONDS, max(1.0, left)))
+                session = sessions.plane.get(sessions.request.project_id, self.session_id,
+                                             min(EXCHANGE_SECONDS, max(1.0, left)))
                 if session.status != "active":
                     raise describe_end(session)
                 if session.listener_endpoint:
@@ -1858,249 +2024,617 @@ class Sessions:
             except (TransportError, ApiError) as error:
                 if not error.passing:
                     raise
-            if self._plane.cancel.wait(min(pause, deadline - elapsed_seconds())):
-                raise PlexctlError("interrupted")
+            if sessions.plane.cancel.wait(max(0.0, min(pause, deadline - elapsed_seconds()))):
+                raise Stopped("interrupted")
             pause = min(pause * 1.5, POLL_MAX_SECONDS)
+        raise EndpointMissing("the Node reported no listener endpoint within %s; is it up? "
+                              "(--wait-seconds)" % limit)
 
-    def _choose(self) -> "Optional[Lease]":
-        """With the lock held: an idle lease, else the least busy one where no other may be had."""
-        now, best = elapsed_seconds(), None
-        for lease in self._leases:
-            if now < lease.expires_on and (best is None or lease.connections < best.connections):
-                best = lease
-        if self.over or self._leaving or best is None:
-            return None
-        if best.connections:
-            if not self._is_full():
-                return None
-            if not self._told_of_sharing:
-                self._told_of_sharing = True
-                self._report("warning: more connections at once than sessions (%d): the Node serves "
-                             "one at a time and may make them wait; see --max-sessions" % self._limit)
-        return best
-
-    def _is_full(self) -> bool:
-        """With the lock held. The server may still count sessions that are being revoked."""
-        return len(self._leases) + self._issuing + sum(self._owed.values()) >= self._limit
-
-    def _acquire(self) -> Lease:
-        """A lease for one connection, issued if need be."""
-        while True:
-            with self._changed:
-                if self.over:
-                    raise self.over
-                if self._leaving:
-                    raise PlexctlError("interrupted")
-                lease = self._choose()
-                if lease is not None:
-                    lease.connections += 1
-                    return lease
-                if self._is_full():
-                    self._changed.wait(0.2)  # one is on its way, or tick() has yet to see an end
-                    continue
-                self._issuing += 1
-            try:
-                self._add()
-            except PlexctlError as error:
-                refused = isinstance(error, ApiError) and error.status < 500
-                with self._changed:
-                    if not self._leases:
-                        if refused:  # a renewal that the server refuses ends it
-                            self.over = self.over or error
-                        raise
-                    if refused:
-                        self._limit = len(self._leases)
-                    lease = min(self._leases, key=lambda each: each.connections)
-                    lease.connections += 1
-                if not self._leaving:
-                    self._report("warning: no further session, connections share what there is: %s" % error)
-                return lease
-
-    def _acquire_route(self) -> "Tuple[Lease, Any]":
-        """A lease for one connection, and where it leads now: another dial may move it."""
-        lease = self._acquire()
-        try:
-            if lease.route is None:
-                self._move(lease, lease.endpoint)
-            return lease, lease.route
-        except PlexctlError:
-            lease.release()
-            raise
-
-    def _move(self, lease: Lease, endpoint: Endpoint) -> None:
+    def _move(self, endpoint: Endpoint) -> None:
         """Looks the endpoint's name up once; what it leads to is judged like the endpoint itself."""
+        host: "Any" = endpoint.host.encode("ascii")  # for a str, getaddrinfo loads the IDNA codec, 1 ms
         try:
-            found = socket.getaddrinfo(endpoint.host, endpoint.port, 0, socket.SOCK_STREAM)
+            found = socket.getaddrinfo(host, endpoint.port, 0, socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
             raise PlexctlError("listener endpoint %s: %s" % (endpoint, show_error(error))) from error
         family, _, _, _, address = found[0]
-        if not is_dialable(str(address[0])) and not is_loopback(self._plane.server.host):
+        if not is_dialable(str(address[0]), is_loopback(self._sessions.plane.server.host)):
             raise PlexctlError("listener endpoint %s: leads to %s, which is refused"
                                % (endpoint, address[0]))
-        lease.endpoint, lease.route = endpoint, (family, address)
+        self.endpoint, self._route = endpoint, (family, address)
 
-    def _refresh(self, lease: Lease, failed_route: "Any" = None) -> bool:
-        """Asks GetSession and acts on it; whether there was an answer. Raises nothing.
+    def _serve(self, connection: Connection) -> None:
+        """One connection, from the dial to its end."""
+        sessions = self._sessions
+        try:
+            remote = self._dial()
+        except PlexctlError as error:
+            if not sessions.put_back(self):
+                sessions.end(self, error)
+            return
+        dialled_on = elapsed_seconds()
+        sessions.say("connection from %s to %s", connection, self.endpoint)
+        relay = connection.relay = Relay(
+            connection.sock, remote, self._buffers, self._poller, sessions.stop_fd, self.is_over,
+            connection.is_gone, self.ask_in_thread, sessions.lingering.add)
+        relay.carry()
+        if relay.remote_ended_first and connection.wants_reason:
+            self.ask()
+        sessions.end(self, self._judge(relay, elapsed_seconds() - dialled_on))
 
-        One question at a time serves everyone who came before it was asked, or whose
-        `failed_route` is not the lease's any more.
-        """
-        wanted_on = elapsed_seconds()
-        with lease.refreshing:
-            if lease.over or failed_route not in (None, lease.route):
-                return True
-            if lease.refreshed_on >= wanted_on:
-                return lease.has_answer
-            lease.refreshed_on = elapsed_seconds()
-            lease.has_answer = True
+    def _judge(self, relay: Relay, seconds: float) -> "Optional[PlexctlError]":
+        """What there is to say of a connection that was carried; None where it went well."""
+        if self._sessions.is_stopped:
+            return Stopped("interrupted")
+        if self.why is not None:
+            return self.why
+        if relay.remote_ended_first and not relay.down.moved and seconds < UNREACHABLE_SECONDS:
+            return PlexctlError(
+                "the Node ended the connection at once and nothing came back: nothing listens at %s, or "
+                "the Node cannot reach it (--host and --port are as the Node sees them)"
+                % join_host_port(self._sessions.request.host, self._sessions.request.port))
+        if relay.error is not None:
+            kind = ConnectionFailed if isinstance(relay.error, OSError) else PlexctlError
+            return kind("the connection ended: %s" % show_error(relay.error))
+        return None
+
+    def _dial(self) -> "socket.socket":
+        """A connection to the listener; PlexctlError says why there is none."""
+        for is_last in (False, True):
+            if self.is_over():
+                raise self.why or Stopped("interrupted")
+            route = self._route
             try:
-                session = self._plane.get(self._request.project_id, lease.issued.session_id)
+                remote = dial(route, self._sessions.stop_fd)
+            except OSError as failure:
+                has_answer = self.ask()
+                if self._route != route and not is_last:  # a new endpoint is tried once
+                    continue
+                if has_answer and self.why is None and isinstance(failure, ConnectionRefusedError):
+                    self._note_refusal()
+                raise self.why or PlexctlError("cannot connect to the listener endpoint %s: %s" % (
+                    self.endpoint, show_error(failure))) from failure
+            self._refused_since = 0.0
+            self.has_carried = True
+            return remote
+        raise Stopped("interrupted")
+
+    def _note_refusal(self) -> None:
+        """The listener is gone, though the control plane says that the session is active."""
+        now = elapsed_seconds()
+        self._refused_since = self._refused_since or now
+        if self._sessions.may_replace(self):
+            self.why = SessionOver("the Node has closed the session's listener")
+        elif now - self._refused_since >= GONE_SECONDS:
+            self.why = SessionOver("the Node has closed the session's listener and opened no other one "
+                                   "for %d s" % GONE_SECONDS)
+
+    def ask_in_thread(self) -> None:
+        """To be called for any hint that the session may be over."""
+        if elapsed_seconds() - self._asked_on >= ASK_SECONDS and not self._asking.locked():
+            start_thread(self.ask)
+
+    def ask(self) -> bool:
+        """Asks GetSession and acts on it; whether there is an answer. Raises nothing.
+
+        One question at a time, and one in ASK_SECONDS, serves all who want to know.
+        """
+        sessions = self._sessions
+        with self._asking:
+            if self.why is not None or elapsed_seconds() - self._asked_on < ASK_SECONDS:
+                return self._has_answer
+            self._has_answer = False
+            try:
+                session = sessions.plane.get(sessions.request.project_id, self.session_id)
+                self._has_answer = True
                 if session.status != "active":
-                    self._end(lease, describe_end(session), session.status == "expired"
-                              or session.revoke_reason in ("ttl_expired", "idle_timeout"))
-                elif session.listener_endpoint and session.listener_endpoint != lease.endpoint:
-                    self._report("the Node reports a new listener endpoint: %s" % session.listener_endpoint)
-                    self._move(lease, session.listener_endpoint)
-                return True
+                    self.why = describe_end(session)
+                elif session.listener_endpoint not in (None, self.endpoint):
+                    sessions.say("the Node reports a new listener endpoint: %s", session.listener_endpoint)
+                    self._move(session.listener_endpoint)
             except PlexctlError as error:
                 if isinstance(error, ApiError) and error.status in (404, 410):
-                    self._end(lease, SessionOver("the session is gone"), renewable=False)
-                else:
-                    self._report("warning: %s" % error)
-                lease.has_answer = False
-                return False
-
-    def _end(self, lease: Lease, why: SessionOver, renewable: bool) -> None:
-        """One that may be renewed makes room for the next one; any other ends all."""
-        with self._changed:
-            if lease not in self._leases:
-                return
-            lease.over = why
-            self._changed.notify_all()
-            if not (renewable and self._renew):
-                self.over = self.over or why
-                return
-            self._leases.remove(lease)
-            self._warned_at = float("inf")
-            self._start_revoking(lease.issued.session_id)
-        self._report("%s; the next connection gets a new one" % why)
-        self.on_retired(lease)
-
-    def _start_revoking(self, session_id: str) -> None:
-        """With the lock held. Does nothing if it has begun; where it cannot begin leave() does it."""
-        if self._owed.get(session_id) is False:
-            self._owed[session_id] = start_thread(self._revoke, session_id)
-
-    def _revoke(self, session_id: str) -> None:
-        deadline = elapsed_seconds() + LEAVE_SECONDS
-        while True:
-            try:
-                self._plane.revoke(self._request.project_id, session_id,
-                                   max(0.5, deadline - elapsed_seconds()))
-                break
-            except PlexctlError as error:
-                if not error.passing or elapsed_seconds() + POLL_MIN_SECONDS > deadline:
-                    self._report("warning: session %s is not revoked, it will run out by itself: %s"
-                                 % (session_id, error))
-                    break
-            time.sleep(POLL_MIN_SECONDS)
-        with self._changed:
-            self._owed.pop(session_id, None)
-            self._changed.notify_all()
+                    self.why = SessionRevoked("the session is gone")
+                elif not sessions.is_stopped:
+                    sessions.tell_once("warning: %s" % error)
+            finally:
+                self._asked_on = elapsed_seconds()
+                self._recheck_on = self._asked_on + RECHECK_SECONDS
+            return self._has_answer
 
 
 def describe_end(session: Session) -> SessionOver:
     """Why a session is no longer active."""
     reason = " (%s)" % session.revoke_reason if session.revoke_reason else ""
-    return SessionOver("the session %s%s" % (
-        "was revoked" if session.status == "revoked" else "expired", reason))
+    if session.status == "revoked" and session.revoke_reason not in ("ttl_expired", "idle_timeout"):
+        return SessionRevoked("the session was revoked" + reason)
+    return SessionOver("the session expired" + reason)
 
 
-def connect_socket(family: int, address: "Any") -> "socket.socket":
-    """A connected, blocking TCP socket; OSError within CONNECT_SECONDS if there is none."""
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        sock.settimeout(CONNECT_SECONDS)
-        sock.connect(address)
-        sock.settimeout(None)
-        set_leg_options(sock)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
+class Sessions:
+    """The workers, and the queue of the connections that they serve, first come first served.
+
+    At most `limit` sessions at once, `minimum` of them issued at the start; `renew`: one that has run
+    out is replaced. Every session_id that the control plane ever gave is owed a revocation, until
+    `keep` or `leave`. `report` takes lines, from any thread; more of them with `verbose`.
+    """
+
+    def __init__(self, plane: ControlPlane, request: SessionRequest, report: "Callable[[str], None]",
+                 limit: int = 4, minimum: int = 1, renew: bool = False, wait_seconds: float = 90.0,
+                 verbose: bool = False) -> None:
+        self.plane = plane
+        self.request = request
+        self.report = report
+        self.wait_seconds = wait_seconds
+        self.over: "Optional[PlexctlError]" = None  # what has ended all of them
+        self.first: "Optional[Worker]" = None  # that was ready
+        self.is_stopped = False
+        self.lock = threading.Lock()
+        self.lingering = Lingering()
+        self._changed = threading.Condition(self.lock)
+        self._limit = limit
+        self._minimum = minimum
+        self._renew = renew
+        self._verbose = verbose
+        self._workers: "List[Worker]" = []
+        self._idle: "List[Worker]" = []  # the last one is taken first, so that the others can be given back
+        self._queue: "Any" = collections.deque()
+        self._ended = Counts()
+        self._owed: "Dict[str, bool]" = {}  # by session_id; True: it is being revoked
+        self._keep = False
+        self._replaced_on = -float("inf")
+        self._retry_on = self._sweep_on = 0.0
+        self._warned_at = float("inf")
+        self._told: "Set[str]" = set()
+        self._stop_reader, self._stop_writer = socket.socketpair()
+        self.stop_fd = self._stop_reader.fileno()  # readable from `stop` on
+
+    # For whoever forwards
+
+    def establish(self) -> Worker:
+        """Issues the first sessions, and waits until the Node of one of them reports its listener."""
+        with self._changed:
+            for _ in range(self._minimum):
+                self._start_worker()
+            while self.first is None:
+                if self.over or self.is_stopped:
+                    raise self.over or Stopped("interrupted")
+                self._changed.wait(TICK_SECONDS)
+            return self.first
+
+    def put(self, connection: Connection) -> None:
+        """One connection more: it is carried as soon as a session is idle."""
+        with self.lock:
+            if not self.is_stopped and not self.over:
+                self._queue.append(connection)
+                self._call_idle()
+                if not self._workers:
+                    self._grow(elapsed_seconds())
+                return
+        connection.end(self.over or Stopped("interrupted"))
+
+    def tick(self) -> None:
+        """To be called several times a second: who has left, who has waited for long, whose time is up."""
+        now = elapsed_seconds()
+        left = []
+        with self.lock:
+            if now >= self._sweep_on:
+                left = [connection for connection in self._queue if connection.has_left()]
+                for connection in left:
+                    self._queue.remove(connection)
+                self._sweep_on = now + 10 * (elapsed_seconds() - now)  # however long the queue
+            if self._is_time_up(now):
+                self.over = self.over or SessionOver("the session expired")
+            self._grow(now)
+        for connection in left:
+            connection.end(Stopped("the client has left"))
+        self.lingering.sweep()
+        lifetime = self.first.issued.lifetime_seconds if self.first and self.first.issued else 0.0
+        left_seconds = self.seconds_left()
+        for threshold in () if self._renew else reversed(WARN_LEFT_SECONDS):
+            if 0 < left_seconds <= threshold < min(lifetime, self._warned_at):
+                self._warned_at = threshold
+                self.report("warning: %s of the session are left" % show_seconds(left_seconds + 0.5))
+
+    def count(self) -> Counts:
+        """The totals so far; from any thread."""
+        with self.lock:
+            carried = [worker.connection for worker in self._workers if worker.connection]
+            relays = [connection.relay for connection in carried if connection.relay]
+            return Counts(len(carried), len(self._queue), self._ended.ended,
+                          sum(worker.is_ready and not worker.is_ending for worker in self._workers),
+                          self._ended.up + sum(relay.up.moved for relay in relays),
+                          self._ended.down + sum(relay.down.moved for relay in relays))
+
+    def count_descriptors(self) -> int:
+        """How many descriptors the connections may take, those that wait and those that are carried."""
+        return len(self._queue) + 2 * self._limit
+
+    def seconds_left(self) -> float:
+        """Until the sessions run out, with `renew` the first of them; 0 where there is none."""
+        with self.lock:
+            workers = [worker for worker in self._workers if worker.is_ready]
+            if not self._renew and self.first is not None:
+                workers = [self.first]
+            return max(0.0, min((each.expires_on for each in workers), default=0.0) - elapsed_seconds())
+
+    def is_delivering(self) -> bool:
+        """Whether bytes of clients that are gone are still on their way to the target."""
+        with self.lock:
+            connections = [worker.connection for worker in self._workers if worker.connection]
+            connections.extend(self._queue)
+        return any(connection.is_gone() for connection in connections) or self.lingering.sweep() > 0
+
+    def say(self, line: str, *words: "Any") -> None:
+        """A line for who wants to know more."""
+        if self._verbose:
+            self.report(line % words)
+
+    def tell_once(self, line: str, subject: str = "") -> None:
+        """A line, once in a run; or one of all that have the same subject."""
+        if (subject or line) not in self._told:
+            self._told.add(subject or line)
+            self.report(line)
+
+    # For the workers, each in its own thread
+
+    def next_request(self) -> SessionRequest:
+        """What to ask for: without `renew` a further session may not outlive the first one."""
+        asked = self.request
+        if self._renew or self.first is None:
+            return asked
+        left = max(1, int(self.first.expires_on - elapsed_seconds()))
+        return SessionRequest(asked.project_id, asked.resource_id, asked.host, asked.port,
+                              min(asked.ttl_seconds or left, left))
+
+    def owe(self, session_id: str) -> None:
+        """There is a session of this id, to be revoked whatever follows."""
+        with self._changed:
+            self._owed[session_id] = False
+            self._changed.notify_all()  # leave() may be waiting for it
+
+    def add_ready(self, worker: Worker) -> None:
+        """Its Node has reported the listener."""
+        with self._changed:
+            worker.is_ready = True
+            self.first = self.first or worker
+            self._changed.notify_all()
+        self.say("session %s: listener endpoint %s, expires at %s", worker.session_id, worker.endpoint,
+                 worker.issued and worker.issued.expires_at)
+
+    def take(self, worker: Worker) -> "Optional[Connection]":
+        """The next connection for an idle worker; None where it is to end."""
+        with self.lock:
+            idle_since = elapsed_seconds()
+            while not worker.is_over() and not self.over:
+                while self._queue:
+                    connection: Connection = self._queue.popleft()
+                    if not connection.has_left():
+                        self._forget_idle(worker)
+                        worker.connection = connection
+                        return connection
+                    close_leg(connection.sock, reset=True)
+                live = sum(each.is_ready and not each.is_ending for each in self._workers)
+                if live > self._minimum and elapsed_seconds() - idle_since >= IDLE_SECONDS:
+                    break
+                if worker not in self._idle:
+                    self._idle.append(worker)
+                worker.turn.wait(TICK_SECONDS)
+            self._forget_idle(worker)
+            worker.is_ending = True
+            return None
+
+    def put_back(self, worker: Worker) -> bool:
+        """Hands the connection of a session that has just ended to another one, where there may be one."""
+        with self.lock:
+            others = any(each.why is None and not each.is_ending for each in self._workers)
+            if self.is_stopped or self.over or not worker.why or not (others or self._renew):
+                return False
+            self._queue.appendleft(worker.connection)
+            worker.connection = None
+            self._call_idle()
+            return True
+
+    def end(self, worker: Worker, error: "Optional[PlexctlError]") -> None:
+        """The worker's connection is over."""
+        with self._changed:
+            connection, worker.connection = worker.connection, None
+            if connection is None:  # stop() was faster
+                return
+            self._ended.ended += 1
+            if connection.relay is not None:
+                self._ended.up += connection.relay.up.moved
+                self._ended.down += connection.relay.down.moved
+            self._changed.notify_all()
+        connection.end(error)
+
+    def may_replace(self, worker: Worker) -> bool:
+        """Whether one whose listener is gone is replaced at once: a Node may refuse everybody."""
+        now = elapsed_seconds()
+        with self.lock:
+            if not self._renew or not worker.has_carried and now - self._replaced_on < REPLACE_SECONDS:
+                return False
+            if not worker.has_carried:
+                self._replaced_on = now
+            return True
+
+    def dismiss(self, worker: Worker) -> None:
+        """A worker's last act: what follows from its end, and the revocation."""
+        if worker.connection is not None:
+            self.end(worker, worker.why or Stopped("interrupted"))
+        turned_away: "List[Connection]" = []
+        with self._changed:
+            worker.is_ending = True
+            if worker.why and not self.over and not self.is_stopped:
+                turned_away = self._follow(worker, worker.why)
+            elif worker.why and worker.why.may_exist:  # whoever asked for it does not listen any more
+                self.report("warning: %s" % worker.why)
+            self._changed.notify_all()
+        for connection in turned_away:
+            connection.end(worker.why)
+        if worker.is_ready:
+            self.say("session %s given back", worker.session_id)
+        self._revoke(worker.session_id)
+        with self._changed:
+            self._workers.remove(worker)
+            self._close_if_last()
+            self._changed.notify_all()
+
+    # Below: how
+
+    def _is_time_up(self, now: float) -> bool:
+        """Without `renew` access is for the time of the first session."""
+        return not self._renew and self.first is not None and now >= self.first.expires_on
+
+    def _call_idle(self) -> None:
+        if self._idle:
+            self._idle.pop().turn.notify()
+
+    def _forget_idle(self, worker: Worker) -> None:
+        if worker in self._idle:
+            self._idle.remove(worker)
+
+    def _start_worker(self) -> None:
+        """With the lock held."""
+        worker = Worker(self)
+        self._workers.append(worker)
+        if not start_thread(worker.run):
+            self._workers.remove(worker)
+            why = PlexctlError("cannot start a thread for a session (ulimit -u)")
+            if not self._workers:
+                self.over = self.over or why
+            self._limit = max(1, len(self._workers))
+            self.tell_once("warning: %s" % why)
+
+    def _grow(self, now: float) -> None:
+        """With the lock held: starts the workers that are wanted now."""
+        if self.first is None or self.is_stopped or self.over or now < self._retry_on:
+            return
+        live = [worker for worker in self._workers if not worker.is_ending]
+        coming = sum(not worker.is_ready for worker in live)
+        patience = GRACE_SECONDS if live else 0.0
+        waited = sum(now - connection.began >= patience for connection in self._queue)
+        if waited and len(live) - coming >= self._limit:
+            self.tell_once("warning: more connections at once than sessions (%d): they wait their turn "
+                           "(--max-sessions)" % self._limit, "limit")
+        wanted = waited - coming
+        if self._minimum > 1:
+            wanted = max(wanted, self._minimum - len(live))
+        if self._renew or self.first.expires_on - now >= 1:
+            for _ in range(min(wanted, self._limit - len(self._workers))):
+                self._start_worker()
+
+    def _follow(self, worker: Worker, why: PlexctlError) -> "List[Connection]":
+        """With the lock held: what one's end means for the others. Returns whom to turn away."""
+        others = sum(not each.is_ending for each in self._workers)
+        refused = isinstance(why, ApiError) and why.status < 500
+        if isinstance(why, SessionRevoked) or self._is_time_up(elapsed_seconds()) or not others and (
+                self.first is None or refused or not self._renew):
+            self.over = why
+        elif worker.is_ready:
+            self.report("%s%s" % (why, "; the next connection gets a new one" if self._renew else ""))
+        elif others and (refused or isinstance(why, EndpointMissing)):
+            self._limit = min(self._limit, others)
+            self.tell_once("warning: no further session, connections wait for the %d there %s: %s" % (
+                others, "is" if others == 1 else "are", why), "limit")
+        else:
+            self._retry_on = elapsed_seconds() + RETRY_SECONDS
+            self.tell_once("warning: no further session for now: %s" % why)
+        if others or self.over or worker.is_ready:
+            return []
+        turned_away = list(self._queue)
+        self._queue.clear()
+        return turned_away
+
+    # Leaving
+
+    def keep(self) -> None:
+        """The sessions are in the operator's hands from now on: `leave` will not revoke them."""
+        self._keep = True
+
+    def stop(self, seconds: float = CLOSE_SECONDS) -> None:
+        """Ends every connection, with a reset where it was not over; waits for that so long."""
+        deadline = elapsed_seconds() + seconds
+        with self._changed:
+            if self.is_stopped:
+                return
+            self.is_stopped = True
+            dropped = list(self._queue)
+            self._queue.clear()
+            for worker in self._workers:
+                worker.turn.notify()
+            self._changed.notify_all()
+        self.plane.cancel.set()
+        self._stop_writer.close()
+        with self._changed:
+            while any(worker.connection for worker in self._workers) and elapsed_seconds() < deadline:
+                self._changed.wait(max(0.0, deadline - elapsed_seconds()))
+            dropped.extend(worker.connection for worker in self._workers if worker.connection)
+            self._close_if_last()
+        for connection in dropped:
+            connection.end(Stopped("interrupted"))
+        self.lingering.close()
+
+    def leave(self, seconds: float = LEAVE_SECONDS) -> None:
+        """Revokes what is owed, also what is just being issued; returns after `seconds` at most."""
+        deadline = elapsed_seconds() + seconds
+        self.stop(0.0)
+        while True:
+            with self._changed:
+                owed = [session_id for session_id, begun in self._owed.items() if begun or not self._keep]
+                left = deadline - elapsed_seconds()
+                if left <= 0 or not owed and not any(each.is_issuing for each in self._workers):
+                    return
+                due = [session_id for session_id in owed if not self._owed[session_id]]
+                if not due:
+                    self._changed.wait(min(TICK_SECONDS, left))
+            for session_id in due:
+                if not start_thread(self._revoke, session_id):
+                    self._revoke(session_id)
+            time.sleep(LEAVE_PAUSE_SECONDS if due else 0)  # they take them over
+
+    def left_behind(self) -> "List[str]":
+        """What `leave` could not settle, in words."""
+        with self.lock:
+            if any(worker.is_issuing for worker in self._workers):
+                return ["a session may have been issued, it will run out by itself"]
+            return ["session %s is not revoked, it will run out by itself" % session_id
+                    for session_id, begun in self._owed.items() if begun or not self._keep]
+
+    def _close_if_last(self) -> None:
+        """With the lock held: nobody waits for it any more."""
+        if self.is_stopped and not self._workers:
+            self._stop_reader.close()
+
+    def _revoke(self, session_id: str) -> None:
+        """Once for each, whoever comes first; a failure that may pass is tried again."""
+        with self._changed:
+            if self._owed.get(session_id, True) or self._keep and self.is_stopped:
+                return
+            self._owed[session_id] = True
+        deadline, is_over = elapsed_seconds() + LEAVE_SECONDS, False
+        try:
+            while not is_over:
+                try:
+                    self.plane.revoke(self.request.project_id, session_id,
+                                      max(0.5, deadline - elapsed_seconds()))
+                    is_over = True
+                except PlexctlError as error:
+                    is_over = not error.passing or elapsed_seconds() + POLL_MIN_SECONDS > deadline
+                    if is_over:
+                        self.report("warning: session %s is not revoked, it will run out by itself: %s"
+                                    % (session_id, error))
+                    else:
+                        time.sleep(POLL_MIN_SECONDS)
+        finally:
+            with self._changed:
+                self._owed.pop(session_id, None)
+                self._changed.notify_all()
 
 
 # ------------------------------------------------------------------------------------- forwarder
 
-BACKLOG_CONNECTIONS = 1024
-ACCEPTS_PER_TURN = 64
-CONNECTING_THREADS_MAX = 32
-RESERVED_DESCRIPTORS = 64
-PAUSE_SECONDS = 1.0
-SETTLE_SECONDS = 0.05
+BACKLOG_CONNECTIONS = 1024  # the default of 5 makes bursts wait a second
+POLL_SECONDS = 0.1  # between two looks at who waits
+PAUSE_SECONDS = 0.5  # after an accept() that failed
+RESERVED_DESCRIPTORS = 24  # for exchanges with the control plane, and the standard library
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
-CONNECTING = (errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK)
+TCP_SYN_SENT, TCP_LISTEN = 2, 10
+SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, NETLINK_SOCK_DIAG = 20, 1, 4
+NOBODY = 0xFFFFFFFF  # no uid: (uid_t) -1
 
 
 class OwnerCheck:
     """Which user holds the other end of a loopback connection, by the kernel's word.
 
     sock_diag(7), inet_diag: one netlink request with the exact addresses, about 10 microseconds.
-    OSError from the constructor where the host cannot answer.
+    OSError from the constructor where the host cannot answer. Usable from several threads.
     """
 
     def __init__(self, family: int, local: "Tuple[str, int]") -> None:
         self._family = family
         self._local = local
         self._sequence = 0
-        self._netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 4)  # NETLINK_SOCK_DIAG
+        self._lock = threading.Lock()
+        self._netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG)
         try:
             self._netlink.connect((0, 0))
             self._netlink.setblocking(False)
+            # asked so, the kernel finds sockets that are bound to the device and others alike
+            self._device = socket.if_nametoindex("lo")
             nobody = "0.0.0.0" if family == socket.AF_INET else "::"  # noqa: S104
-            if self._ask(local, (nobody, 0)) != os.geteuid():  # our own listener
+            if self._ask(local, (nobody, 0), is_listener=True)[0] != os.geteuid():
                 raise OSError(errno.EOPNOTSUPP, "no answer")
         except BaseException:
             self.close()
             raise
 
-    def find(self, client: "Tuple[str, int]") -> "Optional[int]":
-        """The uid that owns the client's socket, None where it has none any more."""
+    def find(self, client: "Tuple[Any, ...]") -> int:
+        """The uid that holds the client's socket; NOBODY where no process has it open any more."""
         try:
-            return self._ask(client, self._local)
+            uid, inode = self._ask(client, self._local)
+            return uid if inode else NOBODY
         except OSError:
-            return None
+            return NOBODY
 
-    def _ask(self, source: "Tuple[str, int]", destination: "Tuple[str, int]") -> "Optional[int]":
-        # inet_diag_req_v2 with inet_diag_sockid (ports in network order), behind an nlmsghdr
-        # of type SOCK_DIAG_BY_FAMILY with NLM_F_REQUEST
-        self._sequence = self._sequence + 1 & 0xFFFFFFFF
-        request = struct.pack(
-            "=IHHIIBBBBIHH16s16sIII", 72, 20, 1, self._sequence, 0,
-            self._family, socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF,
-            socket.htons(source[1]), socket.htons(destination[1]),
-            socket.inet_pton(self._family, source[0]), socket.inet_pton(self._family, destination[0]),
-            0, 0xFFFFFFFF, 0xFFFFFFFF)
-        self._netlink.send(request)
-        sequence = -1
-        while sequence != self._sequence:  # a late answer to an earlier question is nobody's
-            answer = self._netlink.recv(4096)
-            kind, _, sequence = struct.unpack_from("=HHI", answer, 4)
-        if kind != 20 or len(answer) < 88:
-            return None  # NLMSG_ERROR: there is no such socket
-        uid, inode = struct.unpack_from("=II", answer, 80)  # inet_diag_msg after nlmsghdr
-        # a socket that its process has closed has no inode, and uid 0 whoever it was
-        return int(uid) if inode else None
+    def is_gone(self, client: "Tuple[Any, ...]") -> bool:
+        """Whether no process has the client's socket open any more; False where the kernel does not tell."""
+        try:
+            return not self._ask(client, self._local)[1]
+        except OSError:
+            return False
+
+    def _ask(self, source: "Tuple[Any, ...]", destination: "Tuple[Any, ...]",
+             is_listener: bool = False) -> "Tuple[int, int]":
+        """The uid and inode of a socket, of a connection unless `is_listener`; (NOBODY, 0) for none."""
+        ports = struct.pack(">HH", source[1], destination[1])
+        with self._lock:
+            self._sequence = self._sequence + 1 & 0xFFFFFFFF
+            # nlmsghdr, inet_diag_req_v2, and in it inet_diag_sockid
+            self._netlink.send(struct.pack(
+                "=IHHIIBBBBI4s16s16sIII", 72, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, self._sequence, 0,
+                self._family, socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF, ports,
+                socket.inet_pton(self._family, source[0]), socket.inet_pton(self._family, destination[0]),
+                self._device, 0xFFFFFFFF, 0xFFFFFFFF))
+            sequence = -1
+            while sequence != self._sequence:  # a late answer to an earlier question is nobody's
+                answer = self._netlink.recv(4096)
+                kind, _, sequence = struct.unpack_from("=HHI", answer, 4)
+        if kind != SOCK_DIAG_BY_FAMILY or len(answer) < 88:
+            return NOBODY, 0  # NLMSG_ERROR: there is no such socket
+        # inet_diag_msg behind the nlmsghdr: family, state, timer, retrans, ports. Where it finds no
+        # connection, the kernel answers with a listener on the source's port
+        state, found_ports = struct.unpack_from("=xBxx4s", answer, 16)
+        if found_ports != ports or not is_listener and state in (TCP_LISTEN, TCP_SYN_SENT):
+            return NOBODY, 0
+        return struct.unpack_from("=II", answer, 80)
 
     def close(self) -> None:
         """Closes the netlink socket."""
         self._netlink.close()
 
 
+def has_unmapped_uid() -> bool:
+    """Whether our own uid is what a user namespace shows for every uid that it does not know."""
+    try:
+        with open("/proc/sys/kernel/overflowuid", encoding="ascii") as file:
+            overflow = int(file.read())
+    except (OSError, ValueError):
+        overflow = 65534
+    if os.geteuid() != overflow:
+        return False
+    try:
+        with open("/proc/self/uid_map", encoding="ascii") as file:
+            return file.read().split() != ["0", "0", str(NOBODY)]
+    except OSError:
+        return True
+
+
 def create_listener(local: LocalAddress, forwarder: "Forwarder") -> "Any":
-    """A socketserver that binds and listens now; `forwarder` serves what it accepts, in its loop."""
+    """A socketserver that binds and listens now; what it accepts goes to `forwarder`."""
+
     class Listener(socketserver.TCPServer):
-        request_queue_size = BACKLOG_CONNECTIONS  # the default of 5 makes bursts wait a second
+        request_queue_size = BACKLOG_CONNECTIONS
         allow_reuse_address = os.name == "posix"  # on Windows it would let others take the port
         identity: "Optional[os.stat_result]" = None
         if local.path:
@@ -2120,15 +2654,32 @@ def create_listener(local: LocalAddress, forwarder: "Forwarder") -> "Any":
             self.socket.setblocking(False)
             if local.path:
                 self.identity = os.lstat(local.path)
+            else:
+                set_leg_options(self.socket)
 
-        def serve_forever(self, poll_interval: float = TICK_SECONDS) -> None:
-            forwarder.relay.run()
+        def get_request(self) -> "Any":
+            try:
+                return super().get_request()
+            except OSError as error:
+                if error.errno in EXHAUSTED:
+                    forwarder.warn_once("cannot accept connections for now: %s" % show_error(error))
+                    time.sleep(PAUSE_SECONDS)  # do not spin
+                raise
 
         def verify_request(self, request: "Any", client_address: "Any") -> bool:
-            return forwarder.may_serve(client_address)
+            return forwarder.may_serve(request, client_address)
 
         def process_request(self, request: "Any", client_address: "Any") -> None:
-            forwarder.carry(request, client_address)
+            forwarder.queue(request, client_address)
+
+        def service_actions(self) -> None:
+            forwarder.tick()
+
+        def shutdown_request(self, request: "Any") -> None:
+            close_leg(request, reset=True)
+
+        def handle_error(self, request: "Any", client_address: "Any") -> None:
+            forwarder.warn_once("a connection was dropped after %s" % type(sys.exc_info()[1]).__name__)
 
         def server_close(self) -> None:
             super().server_close()
@@ -2144,64 +2695,48 @@ def create_listener(local: LocalAddress, forwarder: "Forwarder") -> "Any":
                            % (escape(str(local)), show_error(error))) from error
 
 
-class Counts(Record):
-    """Totals of a forwarder: connections `open` and `served`, bytes `up` and `down`."""
+def count_capacity(raise_limit: bool = False) -> int:
+    """How many descriptors connections may take, so that some are left for everything else.
 
-    open: int = 0
-    served: int = 0
-    up: int = 0
-    down: int = 0
+    `raise_limit` first raises the soft limit of the process to the hard one.
+    """
+    if not ON_LINUX:  # select() takes no more
+        return 400
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if raise_limit:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+        except (OSError, ValueError):
+            pass
+    return 1 << 30 if soft == resource.RLIM_INFINITY else max(2, soft - RESERVED_DESCRIPTORS)
 
 
 class Forwarder:
-    """Listens on a local address and carries every connection to where `connect` leads.
+    """Listens on a local address, and puts every connection into the queue of `sessions`.
 
-    `connect(failed, route)` blocks, and returns a connected socket and a lease, or raises
-    PlexctlError; `take()`, where given, returns at once a lease whose `route`, (family, address), the
-    loop may connect to by itself, or None. A lease's `release()` is called when its connection is
-    over; one whose `over` has been set meanwhile is not used. `Sessions` has both. Without
-    sessions: `lambda *failed: (socket, lease)` will do.
-
-    The address is bound when the object is made (PlexctlError if that fails) and served between
-    `start` and `stop`. `report` takes lines, from the loop's thread.
+    The address is bound when the object is made (PlexctlError if that fails); `start` accepts, also
+    before the first session is there, and `stop` ends everything.
     """
 
-    def __init__(self, local: LocalAddress, connect: "Callable[..., Tuple[Any, Any]]",
-                 take: "Optional[Callable[[], Any]]" = None,
-                 report: "Callable[[str], None]" = lambda line: None,
-                 allow_other_users: bool = False, verbose: bool = False,
-                 poller: "Any" = None) -> None:
-        self._connect = connect
-        self._take = take
-        self._report = report
-        self._verbose = verbose
+    def __init__(self, local: LocalAddress, sessions: Sessions, allow_other_users: bool = False) -> None:
         self.unidentified = 0  # connections not served, since their clients had gone already
-        self._told: "Set[str]" = set()
-        self._connecting: "Dict[int, Any]" = {}
-        self._dialled_for: "Set[Any]" = set()
-        self._waiting: "Any" = collections.deque()
-        self._connecting_threads = 0
-        self._leases: "Dict[Pair, Any]" = {}
-        self._ended = Counts()
+        self._sessions = sessions
         self._thread: "Optional[threading.Thread]" = None
-        self._stopped = False
-        self._moved = -1
-        self._moved_on = self._owed_on = 0.0
-        self._resume_on = 0.0
+        self._is_stopping = False
+        self._tick_on = 0.0
         self._capacity = count_capacity()
         self._server = create_listener(local, self)
         self.local = local
         if not local.path:
             self.local = LocalAddress(local.host, self._server.server_address[1])
         self._owners: "Optional[OwnerCheck]" = None
+        self._checks_owners = False
         try:
-            self.relay = Relay(report, poller)
-            if not allow_other_users:
-                self._owners = self._create_owner_check()
+            self._create_owner_check(allow_other_users)
         except OSError as error:
             self._server.server_close()
             raise PlexctlError("cannot carry connections: %s" % show_error(error)) from error
-        self.relay.on_tick = self._tick
 
     def __enter__(self) -> "Forwarder":
         return self
@@ -2210,52 +2745,27 @@ class Forwarder:
         self.stop()
 
     def start(self) -> None:
-        """Serves from now on, in a thread."""
-        if not self.local.path:
-            set_leg_options(self._server.socket)  # Linux hands them on to what is accepted
-        self.relay.handlers[self._server.fileno()] = self._accept
-        self.relay.poller.register(self._server.fileno(), READABLE)
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
-        self._thread.start()
+        """Accepts from now on, in a thread; PlexctlError where there is none."""
+        self._thread = threading.Thread(target=self._accept, daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self._thread = None
+            raise PlexctlError("cannot start a thread to accept connections (ulimit -u)") from None
 
     def finish(self) -> None:
-        """Takes the connections that wait already, and no more."""
-        stopped = threading.Event()
-
-        def finish() -> None:
-            while self._server.fileno() >= 0 and self._accept():
-                pass
-            self._stop_listening()
-            stopped.set()
-
-        self.relay.post(finish)
-        stopped.wait(CLOSE_SECONDS)
-        self._owed_on = elapsed_seconds()
-
-    def delivering(self) -> bool:
-        """After `finish`: whether bytes of clients that have ended are still on their way, and move."""
-        now, pairs = elapsed_seconds(), tuple(self._leases)
-        owed = [pair for pair in pairs if pair.up.state != READING]
-        moved = sum(pair.up.moved + pair.down.moved for pair in owed) + self._ended.up + self._ended.down
-        if moved != self._moved:
-            self._moved, self._moved_on = moved, now
-        if owed or self._connecting or self._dialled_for:
-            self._owed_on = now
-        settled = SETTLE_SECONDS * (5 if pairs else 1)  # an end that the loop has not seen yet
-        return now - self._moved_on < CLOSE_SECONDS and now - self._owed_on < settled
+        """Accepts the connections that wait already, and no more."""
+        self._stop_accepting()
+        self._server.timeout, deadline = 0, elapsed_seconds() + CLOSE_SECONDS
+        while elapsed_seconds() < deadline and wait_for(self._server.fileno(), READABLE, 0):
+            self._server.handle_request()
+        self._server.server_close()
 
     def stop(self) -> None:
         """Stops listening and ends every connection, within CLOSE_SECONDS or so."""
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            self.relay.post(self._stop_listening)
-            self.relay.post(self._stop_dialling)
-            self.relay.stop()
-            thread.join(CLOSE_SECONDS + TICK_SECONDS)
-        elif not self._stopped:
-            self.relay.close()
-        self._stopped = True
+        self._stop_accepting()
         self._server.server_close()
+        self._sessions.stop()
         if self._owners is not None:
             self._owners.close()
 
@@ -2263,358 +2773,105 @@ class Forwarder:
         """Raises the process's limit of descriptors, and takes as many connections as that allows."""
         self._capacity = count_capacity(raise_limit=True)
 
-    def reset_lease(self, lease: "Any") -> None:
-        """Ends the connections that use `lease`; from any thread."""
-        def reset() -> None:
-            for pair, its in list(self._leases.items()):
-                if its is lease:
-                    pair.reset()
-        self.relay.post(reset)
+    # What the listener asks, in its thread
 
-    def count(self) -> Counts:
-        """The totals so far; from any thread."""
-        pairs, ended = tuple(self._leases), self._ended
-        return Counts(len(pairs), ended.served + len(pairs),
-                      ended.up + sum(pair.up.moved for pair in pairs),
-                      ended.down + sum(pair.down.moved for pair in pairs))
-
-    # What the listener asks, in the loop's thread
-
-    def may_serve(self, client_address: "Any") -> bool:
-        """Whether the user behind this connection may use the port (section 7 of the design)."""
-        if self._owners is None:
+    def may_serve(self, client: "socket.socket", address: "Any") -> bool:
+        """Whether the user behind this connection may use the port: ours or root, by the kernel's word."""
+        if not self._checks_owners or self._owners is None:
             return True
-        uid = self._owners.find(client_address[:2])
+        uid = self._owners.find(address)
+        try:
+            client.getpeername()  # its socket may be dead, and the address another one's by now
+        except OSError:
+            uid = NOBODY
         if uid in (0, os.geteuid()):
             return True
-        if uid is None:
+        if uid == NOBODY:
             self.unidentified += 1
-            self._warn_once("a client had closed its connection before its owner could be asked for: not "
-                            "served (clients that send and close at once want unix: or "
-                            "--allow-other-users)")
         else:
-            self._warn_once("turned away connections of uid %d (--allow-other-users lets other users "
-                            "in)" % uid)
+            self.warn_once("turned away connections of uid %d (--allow-other-users lets other users in)"
+                           % uid)
         return False
 
-    def carry(self, client: "socket.socket", client_address: "Any") -> None:
+    def queue(self, client: "socket.socket", address: "Any") -> None:
         """Takes over an accepted connection."""
-        if 2 * (len(self._leases) + len(self._connecting) + len(self._dialled_for)) >= self._capacity:
-            self._warn_once("no more descriptors (ulimit -n): connections are refused")
-            reset_on_close(client)
-            client.close()
+        if self._sessions.count_descriptors() >= self._capacity:
+            self.warn_once("no more descriptors (ulimit -n): connections are refused")
+            close_leg(client, reset=True)
             return
-        lease = self._take() if self._take else None
-        if lease is None:
-            self._connect_in_thread(client, client_address)
+
+        def is_gone() -> bool:
+            if self.local.path:
+                return has_hung_up(client)
+            return self._owners is not None and self._owners.is_gone(address)
+
+        self._sessions.put(Connection(client, self._end, is_gone, address))
+
+    def tick(self) -> None:
+        """To be called often. Nothing may end the accepting."""
+        now = elapsed_seconds()
+        if now < self._tick_on:
             return
-        family, address = route = lease.route
+        self._tick_on = now + POLL_SECONDS
         try:
-            remote = socket.socket(family, socket.SOCK_STREAM)
-        except OSError as failure:
-            self._fail(client, lease, failure)
-            return
-        remote.setblocking(False)
-        error = remote.connect_ex(address)
-        if error in CONNECTING:  # on loopback it often is over a moment later
-            error = remote.connect_ex(address)
-        self._go_on((client, client_address, remote, lease, route), error)
+            self._sessions.tick()
+        except Exception as error:
+            self.warn_once("%s while looking after connections" % show_error(error))
+
+    def warn_once(self, text: str) -> None:
+        """A warning, once in a run."""
+        self._sessions.tell_once("warning: " + text)
 
     # Below: how
 
-    def _create_owner_check(self) -> "Optional[OwnerCheck]":
+    def _create_owner_check(self, allow_other_users: bool) -> None:
         if self.local.path:
-            return None
+            return
         if not is_loopback(self.local.host):
-            self._report("warning: %s is not a loopback address: any user, here and elsewhere, can "
-                         "use the port" % self.local)
-            return None
+            if not allow_other_users:
+                self.warn_once("%s is not a loopback address: any user, here and elsewhere, can use the "
+                               "port" % self.local)
+            return
         try:
-            return OwnerCheck(self._server.address_family, (self.local.host, self.local.port))
+            self._owners = OwnerCheck(self._server.address_family, (self.local.host, self.local.port))
+            self._checks_owners = not allow_other_users and not has_unmapped_uid()
         except (OSError, AttributeError) as error:
             if getattr(error, "errno", None) in EXHAUSTED:
-                self.relay.close()
                 raise
-            self._report("warning: this host cannot tell whose a connection is: any local user can "
-                         "use the port")
-            return None
+        if not self._checks_owners and not allow_other_users:
+            self.warn_once("this host cannot tell whose a connection is: any local user can use the port")
 
-    def _accept(self, events: int = READABLE) -> bool:
-        """Up to ACCEPTS_PER_TURN connections; whether more may wait."""
-        server = self._server
-        for _ in range(ACCEPTS_PER_TURN):
-            try:
-                client, client_address = server.get_request()
-            except BlockingIOError:
-                return False
-            except OSError as error:
-                if error.errno in EXHAUSTED:  # do not spin
-                    self._warn_once("cannot accept connections for now: %s" % show_error(error))
-                    self.relay.poller.modify(server.fileno(), 0)
-                    self._resume_on = elapsed_seconds() + PAUSE_SECONDS
-                    return False
-                continue  # that connection is gone already
-            if server.verify_request(client, client_address):
-                server.process_request(client, client_address)
-            else:
-                client.close()
-        return True
-
-    def _tick(self) -> None:
-        now = elapsed_seconds()
-        if self._resume_on and now >= self._resume_on:
-            self._resume_on = 0.0
-            self.relay.poller.modify(self._server.fileno(), READABLE)
-        self._start_connecting()
-        for attempt, deadline in list(self._connecting.values()):
-            if now >= deadline:
-                self._go_on(attempt, errno.ETIMEDOUT)
-
-    def _go_on(self, attempt: "Any", error: int) -> None:
-        """`attempt`: client, its address, remote, lease and route; `error`: what connect() said."""
-        client, client_address, remote, lease, route = attempt
-        fd = remote.fileno()
-        try:
-            if error in CONNECTING:
-                if fd not in self._connecting:
-                    self.relay.poller.register(fd, WRITABLE)
-                    # connect() again tells how it stands
-                    self.relay.handlers[fd] = lambda events: self._go_on(attempt, remote.connect_ex(route[1]))
-                    self._connecting[fd] = attempt, elapsed_seconds() + CONNECT_SECONDS
-                return
-            self._forget_attempt(fd)
-            if error not in (0, errno.EISCONN):
-                raise OSError(error, os.strerror(error))
-            set_leg_options(remote)
-        except OSError as failure:
-            remote.close()
-            self._connect_in_thread(client, client_address, lease, route, failure)
-        else:
-            self._begin(client, client_address, remote, lease)
-
-    def _forget_attempt(self, fd: int) -> None:
-        if self._connecting.pop(fd, None):
-            self.relay.poller.unregister(fd)
-            del self.relay.handlers[fd]
-
-    def _connect_in_thread(self, *job: "Any") -> None:
-        """`job`: client, its address, and where a first attempt failed the lease, its route and the error."""
-        self._dialled_for.add(job[0])
-        self._waiting.append(job)
-        self._start_connecting()
-
-    def _start_connecting(self) -> None:
-        while self._waiting and self._connecting_threads < CONNECTING_THREADS_MAX:
-            if not start_thread(self._connect_one, *self._waiting[0]):  # _tick tries again
-                return
-            self._connecting_threads += 1
-            self._waiting.popleft()
-
-    def _connect_one(self, client: "socket.socket", client_address: "Any", *failed: "Any") -> None:
-        try:
-            remote, lease = self._connect(*failed)
-        except Exception as error:
-            self.relay.post(self._fail, client, None, error)
-        else:
-            self.relay.post(self._begin, client, client_address, remote, lease)
-        self.relay.post(self._end_connecting)
-
-    def _end_connecting(self) -> None:
-        self._connecting_threads -= 1
-        self._start_connecting()
-
-    def _begin(self, client: "socket.socket", client_address: "Any", remote: "socket.socket",
-               lease: "Any") -> None:
-        self._dialled_for.discard(client)
-        over = getattr(lease, "over", None)
-        if over is not None:  # meanwhile; reset_lease did not see this connection
-            remote.close()
-            self._fail(client, lease, over)
-            return
-        try:
-            self._leases[self.relay.add(client, remote, self._end)] = lease
-        except OSError as error:  # stopped meanwhile, or the poller takes no more
-            remote.close()
-            self._fail(client, lease, error)
-            return
-        if self._verbose:
-            self._report("connection %d from %s to %s" % (
-                self._ended.served + len(self._leases),
-                "%s:%d" % client_address[:2] if isinstance(client_address, tuple) else "a local process",
-                join_host_port(*lease.route[1][:2])))
-
-    def _end(self, pair: Pair) -> None:
-        lease = self._leases.pop(pair)
-        ended = self._ended
-        ended.served += 1
-        ended.up += pair.up.moved
-        ended.down += pair.down.moved
-        lease.release()
-        if self._verbose:
-            self._report("connection closed%s: %s up, %s down" % (
-                " by a reset" if pair.broken else "", show_bytes(pair.up.moved),
-                show_bytes(pair.down.moved)))
-
-    def _fail(self, client: "socket.socket", lease: "Any", error: Exception) -> None:
-        """A connection that could not be served is reset."""
-        self._dialled_for.discard(client)
-        if client.fileno() >= 0:  # not stopped meanwhile
-            self._report("warning: a connection was not served: %s" % (
-                error if isinstance(error, PlexctlError) else show_error(error)))
-        if lease is not None:
-            lease.release()
-        reset_on_close(client)
-        client.close()
-
-    def _warn_once(self, text: str) -> None:
-        if text not in self._told:
-            self._told.add(text)
-            self._report("warning: " + text)
-
-    def _stop_listening(self) -> None:
-        fd = self._server.fileno()
-        if self.relay.handlers.pop(fd, None):
-            self.relay.poller.unregister(fd)
-            self._resume_on = 0.0
-            self._server.server_close()
-
-    def _stop_dialling(self) -> None:
-        for (client, _, remote, lease, _), _ in list(self._connecting.values()):
-            self._forget_attempt(remote.fileno())
-            remote.close()
-            lease.release()
-            self._dialled_for.add(client)
-        while self._waiting:
-            _, _, *failed = self._waiting.popleft()
-            if failed:
-                failed[0].release()
-        for client in self._dialled_for:
-            reset_on_close(client)
-            client.close()
-
-
-def count_capacity(raise_limit: bool = False) -> int:
-    """How many descriptors connections may take, so that some are left for everything else.
-
-    `raise_limit` first raises the soft limit of the process to the hard one.
-    """
-    try:
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    except ImportError:  # Windows, where select() takes 512
-        return 500
-    if raise_limit:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-            soft = hard
-        except (OSError, ValueError):  # macOS has a lower limit of its own
-            pass
-    return 1 << 30 if soft == resource.RLIM_INFINITY else max(2, soft - RESERVED_DESCRIPTORS)
-
-
-class StdioRelay:
-    """One connection between descriptors 0 and 1 and a remote socket, with blocking threads.
-
-    The file status flags of the descriptors are left alone: they may be somebody's terminal.
-    `on_end` is called once it is over, from one of the threads; then `error` says why it failed
-    (PlexctlError) or is None. `up` and `down` count bytes.
-    """
-
-    def __init__(self, remote: "socket.socket", on_end: "Callable[[], None]") -> None:
-        self.error: "Optional[PlexctlError]" = None
-        self.up = self.down = 0
-        self.over = False
-        self._half_closed = False
-        self._remote = remote
-        self._on_end = on_end
-        self._ended: "List[Any]" = []
-
-    def start(self) -> None:
-        """Starts both directions."""
-        for copy in (self._copy_up, self._copy_down):
-            threading.Thread(target=self._run, args=(copy,), daemon=True).start()
-
-    def _run(self, copy: "Callable[[], None]") -> None:
-        try:
-            copy()
-        except PlexctlError as error:
-            self.error = error
-        except Exception as error:
-            self.error = PlexctlError("the connection ended: %s" % show_error(error))
-        self._ended.append(copy)
-        # a terminal would wait for a key that nobody needs any more
-        if self.error or len(self._ended) == 2 or copy == self._copy_down and os.isatty(0):
-            self.over = True
-            self._on_end()
-
-    def _copy_up(self) -> None:
+    def _accept(self) -> None:
         while True:
             try:
-                piece = os.read(0, CHUNK_BYTES)
-            except BlockingIOError:
-                wait_for(0, READABLE)
-                continue
-            except OSError:  # EIO: the terminal is gone
-                piece = b""
-            try:
-                if not piece:
-                    self._half_closed = True
-                    self._remote.shutdown(socket.SHUT_WR)
-                    return
-                self._remote.sendall(piece)
-                self.up += len(piece)
-            except OSError:  # what the other side sent before is still delivered
+                self._server.serve_forever(POLL_SECONDS)
+            except Exception as error:  # of its waiting itself
+                self.warn_once("cannot accept connections for now: %s" % show_error(error))
+                time.sleep(PAUSE_SECONDS)
+            if self._is_stopping:
                 return
 
-    def _copy_down(self) -> None:
-        view = memoryview(bytearray(BULK_BESIDE_OTHERS_BYTES))
-        while True:
-            try:
-                count = self._remote.recv_into(view)
-                if not count and not self._half_closed:  # after a reset whose error sendall consumed
-                    self._remote.getpeername()
-            except OSError as error:
-                raise PlexctlError("the connection ended: %s" % show_error(error)) from error
-            if not count:  # the reader sees the end; the descriptor's number stays taken
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, 1)
-                os.close(nowhere)
-                return
-            piece = view[:count]
-            while piece:
-                try:
-                    written = os.write(1, piece)
-                except BlockingIOError:
-                    wait_for(1, WRITABLE)
-                    continue
-                except OSError as error:
-                    reset_on_close(self._remote)
-                    raise PlexctlError("cannot write to standard output: %s"
-                                       % show_error(error)) from error
-                self.down += written
-                piece = piece[written:]
+    def _stop_accepting(self) -> None:
+        self._is_stopping = True
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._server.shutdown()  # which waits for serve_forever; _accept always comes to it
+            thread.join(CLOSE_SECONDS)
 
-
-def wait_for(fd: int, mask: int, seconds: "Optional[float]" = None) -> bool:
-    """Waits until a descriptor is ready, for ever or for so long; whether it is."""
-    if sys.platform.startswith("linux"):  # where poll() takes terminals as well, and any number
-        poller = select.poll()
-        poller.register(fd, mask)
-        return bool(poller.poll(None if seconds is None else seconds * 1000))
-    ready = select.select([fd] if mask == READABLE else [], [fd] if mask == WRITABLE else [], [], seconds)
-    return bool(ready[0] or ready[1])
+    def _end(self, connection: Connection, error: "Optional[PlexctlError]") -> None:
+        relay = connection.relay
+        if relay is not None:
+            self._sessions.say("connection closed%s: %s up, %s down", " (%s)" % error if error else "",
+                               show_bytes(relay.up.moved), show_bytes(relay.down.moved))
+        if error is not None and not isinstance(error, (SessionOver, ConnectionFailed, Stopped)):
+            self.warn_once(str(error) if relay else "a connection was not served: %s" % error)
 
 
 def notify_systemd(state: str, environ: "Mapping[str, str]") -> None:
-    """sd_notify(3), for units of Type=notify."""
+    """sd_notify(3), for units of Type=notify; OSError where it does not arrive."""
     path = environ.get("NOTIFY_SOCKET", "")
-    if path[:1] not in ("/", "@") or not hasattr(socket, "AF_UNIX"):
-        return
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.settimeout(1.0)
-            sock.sendto(state.encode("ascii"), "\0" + path[1:] if path[0] == "@" else path)
-    except OSError:
-        pass
+    if path[:1] in ("/", "@") and hasattr(socket, "AF_UNIX"):
+        send_datagram("\0" + path[1:] if path[0] == "@" else path, state.encode("ascii"), NOTIFY_SECONDS)
 
 
 def is_executable(path: str) -> bool:
@@ -2643,34 +2900,48 @@ def find_command(name: str, environ: "Mapping[str, str]") -> str:
 # ---------------------------------------------------------------------------------------- output
 
 
-def format_text(document: "Dict[str, Any]") -> str:
-    """A header line and a row, columns aligned."""
+def terminal_width(stream: "Optional[IO[str]]") -> int:
+    """In columns; 80 where nobody knows."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80  # type: ignore[union-attr]
+    except (OSError, ValueError, AttributeError):
+        return 80
+
+
+def format_text(document: "Dict[str, Any]", width: int = 0) -> str:
+    """A header line and a row, columns aligned; one line per column on a terminal of less `width`."""
     cells = dict(document, target=join_host_port(**document["target"]))
-    header = row = ""
+    header = row = lines = ""
     for name in ("local_addr", "listener_endpoint", "target", "session_id", "expires_at"):
         cell = escape(cells[name])
-        width = max(len(name), len(cell)) + 2
-        header += name.upper().ljust(width)
-        row += cell.ljust(width)
-    return "%s\n%s\n" % (header.rstrip(), row.rstrip())
+        column = max(len(name), len(cell)) + 2
+        header += name.upper().ljust(column)
+        row += cell.ljust(column)
+        lines += "%-19s%s\n" % (name.upper(), cell)
+    return lines if 0 < width < len(row.rstrip()) else "%s\n%s\n" % (header.rstrip(), row.rstrip())
 
 
-def format_json(document: "Dict[str, Any]") -> str:
+def format_json(document: "Dict[str, Any]", width: int = 0) -> str:
     """One line of JSON, ASCII only."""
     return json.dumps(document) + "\n"
 
 
-def format_yaml(document: "Dict[str, Any]", indent: str = "") -> str:
+def format_yaml(document: "Dict[str, Any]", width: int = 0, indent: str = "") -> str:
     """The same keys; every string quoted as JSON quotes it, which YAML 1.2 reads the same way."""
     text = ""
     for key, value in document.items():
         is_nested = isinstance(value, dict)
-        shown = "\n" + format_yaml(value, indent + "  ") if is_nested else " %s\n" % json.dumps(value)
+        shown = "\n" + format_yaml(value, width, indent + "  ") if is_nested else " %s\n" % json.dumps(value)
         text += "%s%s:%s" % (indent, key, shown)
     return text
 
 
-FORMATS = {"text": format_text, "json": format_json, "yaml": format_yaml}
+FORMATS: "Dict[str, Callable[[Dict[str, Any], int], str]]" = {
+    "text": format_text, "json": format_json, "yaml": format_yaml}
+FAILED_WAIT_SECONDS = 0.1
+NOTIFY_SECONDS = 1.0
+STATUS_SECONDS = 60
+DELIVERY_SECONDS = 0.02
 
 
 def write_all(stream: "Optional[IO[str]]", text: str) -> None:
@@ -2695,69 +2966,132 @@ def write_all(stream: "Optional[IO[str]]", text: str) -> None:
 def is_writable(stream: "Optional[IO[str]]", seconds: float) -> bool:
     """Whether a line can be written without blocking; waits for that so long."""
     try:
-        return wait_for(stream.fileno(), WRITABLE, max(0.0, seconds))  # type: ignore[union-attr]
+        return wait_for(stream.fileno(), WRITABLE, seconds)  # type: ignore[union-attr]
     except (OSError, ValueError, AttributeError):  # closed, or not a file: writing tells
         return True
 
 
-class Console:
-    """The main thread's place: it writes to stderr, and waits for signals and other threads.
+class Waker:
+    """A socket that the main thread waits at, and that any other thread, or a signal, writes to."""
 
-    Any thread may `report` a line; only the main thread writes it, in `wait`, `call` or `flush`.
-    A signal is raised as Interrupted by the next wait; `signals` holds all of them, but for the
-    `ignored` ones.
-    """
+    def __init__(self) -> None:
+        self._is_awake = False
+        self._watched, self._written = socket.socketpair()
+        self._watched.setblocking(False)
+        self._written.setblocking(False)
 
-    def __init__(self, stream: "Optional[IO[str]]", live: bool) -> None:
+    def written_fd(self) -> int:
+        """The descriptor for signal.set_wakeup_fd."""
+        return self._written.fileno()
+
+    def wake(self) -> None:
+        """Ends the wait, or the next one."""
+        if not self._is_awake:
+            self._is_awake = True
+            try:
+                self._written.send(b"\0")
+            except OSError:  # full, which wakes as well; or closed
+                pass
+
+    def wait(self, seconds: float) -> None:
+        """Until somebody wakes it, for so long at most. Where waiting fails, what follows it must happen."""
+        try:
+            wait_for(self._watched.fileno(), READABLE, seconds)
+            self._watched.recv(4096)
+        except BlockingIOError:
+            pass
+        except OSError:
+            time.sleep(min(seconds, FAILED_WAIT_SECONDS))
+        self._is_awake = False  # not before: recv would take the byte of a wake() in between
+
+    def close(self) -> None:
+        """Closes both sockets."""
+        self._watched.close()
+        self._written.close()
+
+
+class Messages:
+    """What goes to stderr: lines of any thread, and the live line. Only the main thread writes."""
+
+    def __init__(self, stream: "Optional[IO[str]]", live: bool, wake: "Callable[[], None]") -> None:
         self.stream = stream
-        self.signals: "List[int]" = []
-        self.ignored: "Tuple[int, ...]" = ()
-        self._live = live and stream is not None and stream.isatty()
-        self._shown = 0
-        self._raised = 0
-        self._finishing = False
+        self.is_live = live and stream is not None and stream.isatty()
+        self._wake = wake
+        self._shown = 0  # characters of the live line that stand there
         self._lines: "Any" = collections.deque()
-        self.waker = Waker()
 
     def report(self, line: str) -> None:
         """One line for stderr; from any thread."""
         self._lines.append(line)
-        self.waker.wake()
+        self._wake()
 
-    def flush(self, seconds: float = 0.0) -> None:
-        """Writes what was reported and wipes the live line, as far as stderr takes it in `seconds`.
+    def flush(self, seconds: float = 0.0, wipe: bool = True) -> None:
+        """Writes what was reported, and wipes the live line, as far as stderr takes it in `seconds`.
 
         A stderr that takes nothing (a full pipe, a terminal stopped by Ctrl-S) is no reason to
         stop, nor to keep a signal waiting.
         """
         deadline = elapsed_seconds() + seconds
-        while (self._lines or self._shown) and is_writable(self.stream, deadline - elapsed_seconds()):
+        while (self._lines or self._shown and wipe) and is_writable(
+                self.stream, deadline - elapsed_seconds()):
             self._redraw("plexctl: %s\n" % self._lines.popleft() if self._lines else "")
 
     def show(self, line: str) -> None:
         """Draws the live line, cut to the terminal; nothing where there is no terminal."""
-        if not self._live or not is_writable(self.stream, 0) or self._in_background():
-            return
-        line = line[:self._width() - 1]
-        self._redraw(line)
-        self._shown = len(line)
+        if self.is_live and is_writable(self.stream, 0) and not self._is_in_background():
+            line = line[:terminal_width(self.stream) - 1]
+            self._redraw(line)
+            self._shown = len(line)
 
-    def write(self, text: str, stream: "Optional[IO[str]]", name: str) -> None:
-        """Writes text to a stream at once; PlexctlError unless all of it was taken."""
-        self.flush()
+    def _is_in_background(self) -> bool:
+        """Whether the terminal is another process group's now (`plexctl ... &`)."""
         try:
-            self.call(lambda: write_all(stream, text))
-        except (OSError, ValueError) as error:
-            raise PlexctlError("cannot write to %s: %s" % (name, show_error(error))) from error
+            return os.tcgetpgrp(self.stream.fileno()) != os.getpgrp()  # type: ignore[union-attr]
+        except (OSError, ValueError, AttributeError):
+            return False
+
+    def _redraw(self, text: str) -> None:
+        """Writes `text` in place of the live line, as far as stderr takes it."""
+        if self._shown:
+            rows = (self._shown - 1) // terminal_width(self.stream)  # several after it was narrowed
+            text = ("\x1b[%dA" % rows if rows else "") + "\r\x1b[J" + text
+            self._shown = 0
+        try:
+            write_all(self.stream, text)
+        except (OSError, ValueError):
+            pass
+
+
+class Foreground:
+    """The main thread: it waits for signals and for other threads, and writes their messages.
+
+    A signal's whole life is here: `handle` hears it, `wait` raises it as Interrupted (`finish`
+    only hurries), and an `ignored` one is nobody's. `signals` holds those that were heard.
+    """
+
+    def __init__(self, stream: "Optional[IO[str]]", live: bool) -> None:
+        self.waker = Waker()
+        self.messages = Messages(stream, live, self.waker.wake)
+        self.report = self.messages.report
+        self.signals: "List[int]" = []
+        self.ignored: "Tuple[int, ...]" = ()
+        self.passed_on: "Tuple[int, ...]" = ()  # they do not count: COMMAND's to act on
+        self._raised = 0
+        self._is_finishing = False
+
+    def handle(self, signum: int, frame: object) -> None:
+        """The handler: a third signal that asks for the end ends the process at once."""
+        if signum not in self.ignored:
+            self.signals.append(signum)
+            if sum(each not in self.passed_on for each in self.signals) > 2:
+                end_by_signal(signum)
 
     def wait(self, seconds: float) -> None:
         """Until something happens, `seconds` at most. Raises Interrupted for a signal."""
-        pending = len(self.signals) > self._raised
-        if wait_for(self.waker.fileno(), READABLE, 0 if pending and not self._finishing else seconds):
-            self.waker.clear()
-        if self._lines:  # or the live line is left alone
-            self.flush()
-        if len(self.signals) > self._raised and not self._finishing:
+        has_signal = len(self.signals) > self._raised and not self._is_finishing
+        self.waker.wait(0 if has_signal else seconds)
+        self.messages.flush(wipe=False)
+        if len(self.signals) > self._raised and not self._is_finishing:
             self._raised += 1
             raise Interrupted(self.signals[self._raised - 1])
 
@@ -2768,21 +3102,29 @@ class Console:
         while not outcome:
             self.wait(TICK_SECONDS)
             if status is not None and not outcome:
-                self.show(status())
+                self.messages.show(status())
         result, error = outcome[0]
         if error is not None:
             raise error
         return result
 
     def finish(self, function: "Callable[[], None]", seconds: float) -> None:
-        """Runs what must still be done, for `seconds` at most; a further signal cuts it short."""
-        self._finishing = True
+        """Runs what must still be done, for `seconds` at most; a further signal leaves HURRY_SECONDS."""
+        self._is_finishing = True
         outcome = self._start(function)
         deadline = elapsed_seconds() + seconds
         while not outcome and elapsed_seconds() < deadline:
             if len(self.signals) > self._raised:
                 deadline = min(deadline, elapsed_seconds() + HURRY_SECONDS)
-            self.wait(max(0.0, deadline - elapsed_seconds()))
+            self.wait(max(0.0, min(TICK_SECONDS, deadline - elapsed_seconds())))
+
+    def write(self, text: str, stream: "Optional[IO[str]]", name: str) -> None:
+        """Writes text to a stream at once; PlexctlError unless all of it was taken."""
+        self.messages.flush()
+        try:
+            self.call(lambda: write_all(stream, text))
+        except (OSError, ValueError) as error:
+            raise PlexctlError("cannot write to %s: %s" % (name, show_error(error))) from error
 
     def _start(self, function: "Callable[[], Any]") -> "List[Tuple[Any, Optional[BaseException]]]":
         """Runs it in a thread; its result or error is put in the list that is returned."""
@@ -2798,30 +3140,6 @@ class Console:
         if not start_thread(run):  # better without an ear for signals than not at all
             run()
         return outcome
-
-    def _in_background(self) -> bool:
-        """Whether the terminal is another process group's now (`plexctl ... &`)."""
-        try:
-            return os.tcgetpgrp(self.stream.fileno()) != os.getpgrp()  # type: ignore[union-attr]
-        except (OSError, ValueError, AttributeError):
-            return False
-
-    def _width(self) -> int:
-        try:
-            return os.get_terminal_size(self.stream.fileno()).columns or 80  # type: ignore[union-attr]
-        except (OSError, ValueError):
-            return 80
-
-    def _redraw(self, text: str) -> None:
-        """Writes `text` in place of the live line, as far as stderr takes it."""
-        if self._shown:
-            rows = (self._shown - 1) // self._width()  # more than one after the window was narrowed
-            text = ("\x1b[%dA" % rows if rows else "") + "\r\x1b[J" + text
-            self._shown = 0
-        try:
-            write_all(self.stream, text)
-        except (OSError, ValueError):
-            pass
 
 
 # ---------------------------------------------------------------------------------- command line
@@ -2850,7 +3168,8 @@ how:
                         and {addr} in its arguments, PLEXCTL_LOCAL_HOST, _PORT and _ADDR in its
                         environment say where
   --wait-seconds N      how long to wait for the Node to report its listener (default 90)
-  --max-sessions N      sessions the proxy may hold at once, 1 to 32 (default 1)
+  --max-sessions N      sessions the proxy may hold at once, 1 to 32 (default 4): one a connection
+  --min-sessions N      how many of them are issued at the start and kept ready (default 1)
   --renew               issue a new session when one has run out, instead of ending
   --keep-session        do not revoke on exit
   --allow-other-users   let other local users use the local port
@@ -2898,8 +3217,10 @@ FORWARD_FLAGS: "Dict[str, Callable[[str], Any]]" = dict(
     REQUIRED_FLAGS, **PERSISTENT_FLAGS, **{
         "--local-addr": parse_local_address, "--ttl-seconds": lambda text: parse_int(text, 0, 10 ** 9),
         "--wait-seconds": parse_seconds, "--max-sessions": lambda text: parse_int(text, 1, 32),
+        "--min-sessions": lambda text: parse_int(text, 1, 32),
         "--proxy": parse_switch, "--stdio": parse_switch, "--renew": parse_switch,
         "--keep-session": parse_switch, "--allow-other-users": parse_switch})
+DEFAULT_MAX_SESSIONS = 4
 DEFAULTS = {"--output": "text", "--ttl-seconds": 0, "--wait-seconds": 90.0}
 
 
@@ -2987,17 +3308,24 @@ def check_together(options: "argparse.Namespace") -> None:
         raise UsageError("%s and %s exclude each other" % tuple(modes[:2]))
     if options.command is not None and not (options.command and options.command[0]):
         raise UsageError("--: a COMMAND must follow")
-    for flag, given in (("--renew", options.renew), ("--keep-session", options.keep_session),
-                        ("--allow-other-users", options.allow_other_users),
-                        ("--max-sessions", options.max_sessions)):
+    for flag, given, with_stdio in (
+            ("--renew", options.renew, False), ("--keep-session", options.keep_session, True),
+            ("--allow-other-users", options.allow_other_users, False),
+            ("--max-sessions", options.max_sessions, False), ("--min-sessions", options.min_sessions, False)):
         if given and not modes:
-            raise UsageError("%s needs --proxy, --stdio or -- COMMAND" % flag)
+            raise UsageError("%s needs --proxy%s or -- COMMAND" % (flag, ", --stdio" if with_stdio else ""))
+        if given and options.stdio and not with_stdio:
+            raise UsageError("%s does not go with --stdio, which has one connection" % flag)
     if not modes and options.local_addr and options.local_addr.path:
         raise UsageError("--local-addr unix: needs --proxy or -- COMMAND")
     if options.stdio and options.local_addr:
         raise UsageError("--local-addr does not go with --stdio, which has no local socket")
-    if options.stdio and options.token_file == "-":
+    if options.stdio and is_standard_input(options.token_file or ""):
         raise UsageError("--token-file - does not go with --stdio: both read standard input")
+    options.max_sessions = options.max_sessions or max(DEFAULT_MAX_SESSIONS, options.min_sessions or 1)
+    options.min_sessions = options.min_sessions or 1
+    if options.min_sessions > options.max_sessions:
+        raise UsageError("--min-sessions must not be more than --max-sessions (%d)" % options.max_sessions)
     if options.server:
         check_server(options.server, "--server", options.allow_http)
     options.mode = modes[0] if modes else "print"
@@ -3007,29 +3335,37 @@ def check_together(options: "argparse.Namespace") -> None:
 class Run:
     """One invocation: the options, and what every mode of it needs."""
 
-    def __init__(self, options: "argparse.Namespace", environ: "Mapping[str, str]", console: Console,
+    def __init__(self, options: "argparse.Namespace", environ: "Mapping[str, str]", foreground: Foreground,
                  stdout: "Optional[IO[str]]") -> None:
         self.options = options
         self.environ = environ
-        self.console = console
+        self.foreground = foreground
         self.stdout = stdout
         self.request = SessionRequest(options.project_id, options.resource_id, options.host,
                                       options.port, options.ttl_seconds)
+        self.report = foreground.report
+        if options.mode == "--stdio" and not options.verbose:
+            self.report = self.report_left_behind  # ssh's terminal may be in raw mode
+        self.told_systemd = ""
+        self.tell_systemd_on = 0.0
+
+    def report_left_behind(self, line: str) -> None:
+        """What even a silent mode must say."""
+        if line.startswith("warning: session "):
+            self.foreground.report(line)
 
     def execute(self) -> int:
         """The exit code. PlexctlError and Interrupted leave no session behind either."""
-        options, console = self.options, self.console
+        options, foreground = self.options, self.foreground
         program = find_command(options.command[0], self.environ) if options.command else ""
-        server, token = console.call(lambda: resolve_credentials(
+        server, token = foreground.call(lambda: resolve_credentials(
             options.server, options.profile, options.token_file, options.allow_http, self.environ))
         self.server = server
-        if __name__ == "__main__" and server.scheme == "http":
-            sys.modules.setdefault("ssl", None)  # type: ignore  # urllib would load it: 4 ms for nothing
         plane = ControlPlane(server, token, options.ca_file, self.environ,
-                             report=console.report if options.verbose else lambda line: None)
-        self.audit = AuditLog(self.environ, console.report) if options.reveal_secrets else None
-        self.sessions = Sessions(plane, self.request, console.report, options.max_sessions or 1,
-                                 options.renew and not options.stdio, options.wait_seconds)
+                             report=foreground.report if options.verbose else lambda line: None)
+        self.audit = AuditLog(self.environ, foreground.report) if options.reveal_secrets else None
+        self.sessions = Sessions(plane, self.request, self.report, options.max_sessions, options.min_sessions,
+                                 options.renew, options.wait_seconds, options.verbose > 0)
         try:
             if options.mode == "print":
                 return self.print_coordinates()
@@ -3039,150 +3375,191 @@ class Run:
                 return self.carry_stdio()
             return self.forward(program)
         finally:
-            console.finish(self.sessions.leave, LEAVE_SECONDS)
+            foreground.finish(self.sessions.leave, LEAVE_SECONDS)
             for words in self.sessions.left_behind():
-                console.report("warning: " + words)
+                foreground.report("warning: " + words)
             if self.audit is not None:  # not before: an interrupted record may still be on its way
                 self.audit.close()
 
-    def establish(self) -> Lease:
+    def establish(self) -> Worker:
         """The first session, and its token where it is to be revealed."""
         began = elapsed_seconds()
-        lease = self.console.call(self.sessions.establish, lambda: "waiting for the Node: %s"
-                                  % show_seconds(elapsed_seconds() - began))  # type: Lease
-        if self.audit is not None:
-            audit = self.audit
-            self.console.call(lambda: audit.record(self.server, self.request, lease.issued))
-            self.console.write("plexctl: warning: the next line is the session token, a secret\n"
-                               "PLEXCTL_SESSION_TOKEN=%s\n" % lease.issued.token.reveal(),
-                               self.console.stream, "standard error")
+        worker: Worker = self.foreground.call(self.sessions.establish, lambda: "waiting for the Node: %s"
+                                              % show_seconds(elapsed_seconds() - began))
+        issued = worker.issued
+        if self.audit is not None and issued is not None:
+            audit, token = self.audit, issued.token
+            self.foreground.call(lambda: audit.record(self.server, self.request, issued))
+            self.foreground.write("plexctl: warning: the next line is the session token, a secret\n"
+                                  "PLEXCTL_SESSION_TOKEN=%s\n" % token.reveal(),
+                                  self.foreground.messages.stream, "standard error")
         if self.options.keep_session:
             self.sessions.keep()
-        return lease
+        return worker
 
-    def print_document(self, local: LocalAddress, lease: Lease) -> None:
+    def print_document(self, local: LocalAddress, worker: Worker) -> None:
         """The one document of stdout; PlexctlError unless all of it was taken."""
-        document = {"session_id": lease.issued.session_id, "kind": "tcp", "local_addr": str(local),
-                    "listener_endpoint": str(lease.endpoint),
+        document = {"session_id": worker.session_id, "kind": "tcp", "local_addr": str(local),
+                    "listener_endpoint": str(worker.endpoint),
                     "target": {"host": self.request.host, "port": self.request.port},
-                    "expires_at": lease.issued.expires_at}
-        self.console.write(FORMATS[self.options.output](document), self.stdout, "standard output")
+                    "expires_at": worker.issued and worker.issued.expires_at}
+        width = terminal_width(self.stdout) if self.stdout is not None and self.stdout.isatty() else 0
+        self.foreground.write(FORMATS[self.options.output](document, width), self.stdout, "standard output")
 
     def print_coordinates(self) -> int:
         """Print mode: nothing is bound for longer than a moment, nothing dialled or revoked."""
         local = self.options.local_addr
         if not local.port:
             local = LocalAddress(local.host, bind_for_a_moment(local))
-        lease = self.establish()
-        self.print_document(local, lease)
+        self.print_document(local, self.establish())
         self.sessions.keep()
         return EXIT_OK
 
     def carry_stdio(self) -> int:
         """--stdio: one connection over descriptors 0 and 1."""
         self.establish()
-        remote, _ = self.console.call(self.sessions.connect)
-        relay = StdioRelay(remote, self.console.waker.wake)
-        began, reason = elapsed_seconds(), "interrupted"
-        relay.start()
+        load_modules()
+        began, reason, stdio = elapsed_seconds(), "connection closed", Stdio()
+        ended: "List[Optional[PlexctlError]]" = []
+
+        def end(connection: Connection, error: "Optional[PlexctlError]") -> None:
+            stdio.done.wait(CLOSE_SECONDS if error else None)  # what came is still delivered
+            ended.append(stdio.error or error)
+            self.foreground.waker.wake()
+
+        self.sessions.put(Connection(stdio.far, end, lambda: has_hung_up(stdio.far), wants_reason=True))
         try:
-            while not relay.over:
+            while not ended:
                 self.watch_sessions()
-            if relay.error is not None:
-                raise relay.error
-            reason = "connection closed"
-        except (PlexctlError, Interrupted) as error:
-            reason = str(error)
+            if ended[0] is not None:
+                raise ended[0]
+        except Interrupted as interrupted:
+            if ended != [None]:  # else it is no accident any more
+                reason = str(interrupted)
+                raise
+        except PlexctlError:
+            reason = ""
             raise
         finally:
-            self.console.report(describe_total(Counts(0, 1, relay.up, relay.down), began, reason))
-            if reason != "connection closed":
-                reset_on_close(remote)
-            remote.close()
+            self.sessions.stop()
+            if self.options.verbose:
+                self.report(describe_total(self.sessions.count(), began, reason))
         return EXIT_OK
 
     def forward(self, program: str) -> int:
         """--proxy and -- COMMAND: the local socket is bound first, an address in use costs nothing."""
-        options, console, sessions = self.options, self.console, self.sessions
-        began, reason = elapsed_seconds(), "interrupted"
-        with Forwarder(options.local_addr, sessions.connect, sessions.take, console.report,
-                       options.allow_other_users, options.verbose > 0) as forwarder:
-            lease = self.establish()
-            sessions.on_retired = forwarder.reset_lease
+        options, foreground = self.options, self.foreground
+        began, reason = elapsed_seconds(), ""
+        with Forwarder(options.local_addr, self.sessions, options.allow_other_users) as forwarder:
+            forwarder.start()  # connections may come, and wait
+            worker = self.establish()
             try:
-                forwarder.start()
-                notify_systemd("READY=1", self.environ)
+                load_modules()
+                self.tell_systemd("READY=1")
                 if program:
-                    status = self.run_command(program, forwarder)
                     reason = "COMMAND ended"
-                    return status
+                    return self.run_command(program, forwarder)
                 forwarder.raise_limit()
-                self.print_document(forwarder.local, lease)
+                self.print_document(forwarder.local, worker)
                 while True:
                     self.watch_sessions()
-                    console.show(self.describe_now(forwarder))
-            except (PlexctlError, Interrupted) as error:
-                reason = str(error)
+                    words = self.describe_now(forwarder)
+                    foreground.messages.show(words)
+                    if elapsed_seconds() >= self.tell_systemd_on:
+                        self.tell_systemd("STATUS=" + words)
+            except Interrupted as interrupted:
+                reason = str(interrupted)
+                raise
+            except PlexctlError:
+                reason = ""
                 raise
             finally:
-                console.ignored = ()
-                notify_systemd("STOPPING=1", self.environ)
-                console.finish(forwarder.stop, CLOSE_SECONDS + 1)
+                foreground.ignored = foreground.passed_on = ()
+                self.tell_systemd("STOPPING=1")
+                foreground.finish(forwarder.stop, CLOSE_SECONDS + 1)
                 if forwarder.unidentified:
-                    reason += "; %d not served, closed before their owner could be asked for" % (
-                        forwarder.unidentified)
-                console.report(describe_total(forwarder.count(), began, reason))
+                    reason += "; %d not served, closed before their owner could be asked for (unix: and " \
+                              "--allow-other-users do not ask)" % forwarder.unidentified
+                foreground.report(describe_total(self.sessions.count(), began, reason))
 
     def watch_sessions(self, seconds: float = TICK_SECONDS) -> None:
         """One turn of waiting; raises what ended the sessions."""
-        self.console.wait(seconds)
-        self.sessions.tick()
+        self.foreground.wait(seconds)
+        if self.options.mode == "--stdio":
+            self.sessions.tick()
         if self.sessions.over is not None:
             raise self.sessions.over
 
     def describe_now(self, forwarder: Forwarder) -> str:
         """The live line."""
-        counts = forwarder.count()
-        return "%s -> %s  %d open, %d served  up %s  down %s  %s left" % (
+        counts, left = self.sessions.count(), self.sessions.seconds_left()
+        return "%s -> %s  %d open, %d waiting, %d ended  %d session%s  up %s  down %s%s" % (
             forwarder.local, escape(join_host_port(self.request.host, self.request.port), 60),
-            counts.open, counts.served, show_bytes(counts.up), show_bytes(counts.down),
-            show_seconds(self.sessions.seconds_left()))
+            counts.open, counts.waiting, counts.ended, counts.sessions, "" if counts.sessions == 1 else "s",
+            show_bytes(counts.up), show_bytes(counts.down),
+            "  %s left" % show_seconds(left) if left else "")
+
+    def tell_systemd(self, state: str) -> None:
+        """Once for each state; one that cannot be told is a warning."""
+        if state == self.told_systemd:
+            return
+        self.told_systemd = state
+        self.tell_systemd_on = elapsed_seconds() + STATUS_SECONDS
+        try:
+            notify_systemd(state, self.environ)
+        except (OSError, ValueError) as error:
+            self.sessions.tell_once("warning: NOTIFY_SOCKET: systemd was not told: %s" % show_error(error))
 
     def run_command(self, program: str, forwarder: Forwarder) -> int:
         """-- COMMAND: its terminal, Ctrl-C and Ctrl-\\ are its own, other signals are handed on."""
-        console = self.console
-        console.wait(0)
-        console.ignored = (2, 3)  # SIGINT and SIGQUIT
+        foreground = self.foreground
+        foreground.wait(0)
+        foreground.ignored = (signal.SIGINT, getattr(signal, "SIGQUIT", signal.SIGINT))
+        foreground.passed_on = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGUSR1", "SIGUSR2")
+                                     if hasattr(signal, name))
         child = self.start_command(program, forwarder.local)
         forwarder.raise_limit()  # after the start of COMMAND, which keeps the limits it was given
-        has_port = True
+        has_port, terminated = True, False
         while child.poll() is None:
             try:
                 if has_port:
                     self.watch_sessions()
                 else:
-                    console.wait(TICK_SECONDS)
+                    foreground.wait(TICK_SECONDS)
             except Interrupted as interrupted:
                 try:
                     child.send_signal(interrupted.signum)
-                except ProcessLookupError:  # it ended just now
+                except OSError:  # it ended just now, or is another user's by now
                     pass
-                if len(console.signals) > 1:
-                    raise
+                if interrupted.signum not in foreground.passed_on:
+                    if terminated:
+                        raise
+                    terminated = True
             except PlexctlError as error:
-                console.report("warning: %s; the port is closed, COMMAND goes on" % error)
+                foreground.report("warning: %s; the port is closed, COMMAND goes on" % error)
                 forwarder.stop()
                 has_port = False
-        console.ignored = ()
+        foreground.ignored = foreground.passed_on = ()
         if has_port:  # what COMMAND sent right before its end still arrives
-            forwarder.finish()
-            try:
-                while forwarder.delivering():
-                    self.watch_sessions(0.02)
-            except PlexctlError as error:
-                console.report("warning: %s" % error)
+            self.deliver(forwarder)
         status = int(child.returncode)
         return status if status >= 0 else EXIT_SIGNAL_BASE - status
+
+    def deliver(self, forwarder: Forwarder) -> None:
+        """Until what clients have sent that are gone has arrived, as long as it moves."""
+        forwarder.finish()
+        moved, give_up_on = -1, 0.0
+        try:
+            while self.sessions.is_delivering():
+                counts = self.sessions.count()
+                if counts.up != moved:
+                    moved, give_up_on = counts.up, elapsed_seconds() + CLOSE_SECONDS
+                if elapsed_seconds() > give_up_on:
+                    return
+                self.watch_sessions(DELIVERY_SECONDS)
+                forwarder.tick()
+        except PlexctlError as error:
+            self.foreground.report("warning: %s" % error)
 
     def start_command(self, program: str, local: LocalAddress) -> "Any":
         """Starts COMMAND with its placeholders and environment filled in; wakes us at its end."""
@@ -3194,7 +3571,7 @@ class Run:
             "PLEXCTL_LOCAL_" + found.group(1).upper()], argument) for argument in self.options.command]
         try:
             # COMMAND could read the token there, again or, of /dev/stdin, for the first time
-            has_token = self.options.token_file in ("-", "/dev/stdin", "/dev/fd/0")
+            has_token = is_standard_input(self.options.token_file or "")
             stdin = subprocess.DEVNULL if has_token else None
             child = subprocess.Popen(arguments, executable=program, env=environ, stdin=stdin)
         except (OSError, ValueError) as error:
@@ -3203,7 +3580,7 @@ class Run:
 
         def await_end() -> None:
             child.wait()
-            self.console.waker.wake()
+            self.foreground.waker.wake()
 
         start_thread(await_end)  # else run_command sees it at its next turn
         return child
@@ -3220,10 +3597,10 @@ def bind_for_a_moment(local: LocalAddress) -> int:
 
 
 def describe_total(counts: Counts, began: float, reason: str) -> str:
-    """The line at the end."""
-    return "%d connection%s, %s up, %s down, %s: %s" % (
-        counts.served, "" if counts.served == 1 else "s", show_bytes(counts.up),
-        show_bytes(counts.down), show_seconds(elapsed_seconds() - began), reason)
+    """The line at the end; the reason is an error's where it is empty."""
+    return "%d connection%s, %s up, %s down, %s%s" % (
+        counts.ended, "" if counts.ended == 1 else "s", show_bytes(counts.up),
+        show_bytes(counts.down), show_seconds(elapsed_seconds() - began), reason and ": " + reason)
 
 
 # ------------------------------------------------------------------------------------------ main
@@ -3235,35 +3612,34 @@ def reserve_standard_descriptors() -> None:
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDONLY)  # the lowest free number; writing to it fails
+            open_nowhere(os.O_RDONLY)  # the lowest free number; writing to it fails
 
 
-def handle_signals(console: Console) -> "Callable[[], None]":
-    """What would end the process goes to the console, the third of them ends the process at once.
+SIGNALS_OF_THE_END = ("SIGINT", "SIGTERM", "SIGHUP")
+RARER_SIGNALS = ("SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGXCPU", "SIGVTALRM", "SIGPROF", "SIGIO",
+                 "SIGPWR")
+
+
+def handle_signals(foreground: Foreground) -> "Callable[[], None]":
+    """What would end the process goes to the foreground, the third of them ends the process at once.
 
     Of the rarer ones only those that nobody else in the process has a handler for. Returns what
     puts the handlers back that were there before.
     """
     if threading.current_thread() is not threading.main_thread():
         return lambda: None
-
-    def handle(signum: int, frame: object) -> None:
-        if signum not in console.ignored:
-            console.signals.append(signum)
-            if len(console.signals) > 2:
-                end_by_signal(signum)
-
-    before = {}
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM"):
+    before: "Dict[int, Any]" = {}
+    for name in SIGNALS_OF_THE_END + RARER_SIGNALS:
         signum = getattr(signal, name, None)
         if signum is None:
             continue
         current = signal.getsignal(signum)
-        if current == signal.SIG_DFL or name in ("SIGINT", "SIGTERM", "SIGHUP") \
-                and current != signal.SIG_IGN:  # nohup, &
-            before[signum] = signal.signal(signum, handle)
+        if current == signal.SIG_DFL or name in SIGNALS_OF_THE_END and current != signal.SIG_IGN:  # nohup, &
+            before[signum] = signal.signal(signum, foreground.handle)
+    if hasattr(signal, "SIGCHLD") and signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
+        before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or COMMAND has no status
     quiet: "Dict[str, Any]" = {"warn_on_full_buffer": False} if sys.version_info >= (3, 7) else {}
-    wakeup = signal.set_wakeup_fd(console.waker.written_fd(), **quiet)
+    wakeup = signal.set_wakeup_fd(foreground.waker.written_fd(), **quiet)
 
     def restore() -> None:
         signal.set_wakeup_fd(wakeup)
@@ -3274,7 +3650,15 @@ def handle_signals(console: Console) -> "Callable[[], None]":
 
 
 def end_by_signal(signum: int) -> None:
-    """Ends the process as the signal would have: a shell sees 128 + n and stops its loops."""
+    """Ends the process as the signal would have: a shell sees 128 + n and stops its loops.
+
+    But without a core file, which would hold the tokens: a limit of 1 byte is the one that the
+    kernel honours for a core_pattern that is a pipe as well (core(5)).
+    """
+    try:
+        resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
+    except (ImportError, OSError, ValueError):
+        pass
     signal.signal(signum, signal.SIG_DFL)
     os.kill(os.getpid(), signum)
 
@@ -3289,8 +3673,8 @@ def perform(argv: "Optional[Sequence[str]]" = None,
             write_all(sys.stdout, prints)
             return EXIT_OK, 0
         options = parse_arguments(flags, command)
-        console = Console(sys.stderr, options.mode in ("print", "--proxy"))
-        restore_handlers = handle_signals(console)
+        foreground = Foreground(sys.stderr, options.mode in ("print", "--proxy"))
+        restore_handlers = handle_signals(foreground)
     except PlexctlError as error:
         return fail(str(error), error.exit_code), 0
     except (OSError, ImportError) as error:  # no descriptors to load a module with
@@ -3298,19 +3682,21 @@ def perform(argv: "Optional[Sequence[str]]" = None,
                                        show_error(error)), EXIT_FAILURE), 0
     status, signum = EXIT_FAILURE, 0
     try:
-        status = Run(options, os.environ if environ is None else environ, console, sys.stdout).execute()
+        status = Run(options, os.environ if environ is None else environ, foreground, sys.stdout).execute()
     except Interrupted as interrupted:
         signum = interrupted.signum
         status = EXIT_SIGNAL_BASE + signum
     except PlexctlError as error:
         status = error.exit_code
-        console.report("error: %s" % error)
+        foreground.report("error: %s" % error)
+    except (OSError, MemoryError) as error:
+        foreground.report("error: the system refuses: %s" % show_error(error))
     except Exception as error:  # a defect; its text may hold what it was given
-        console.report("error: internal error: %s" % show_error(error))
+        foreground.report("error: internal error: %s" % show_error(error))
     finally:
-        console.flush(HURRY_SECONDS)
+        foreground.messages.flush(HURRY_SECONDS)
         restore_handlers()
-        console.waker.close()
+        foreground.waker.close()
     return status, signum
 
 

@@ -1800,6 +1800,37 @@ def test_loopback_unspecified_and_multicast_addresses_are_known(host, loopback, 
     assert (plexctl.is_loopback(host), plexctl.is_dialable(host)) == (loopback, dialable)
 
 
+@pytest.mark.parametrize("host", [
+    "169.254.169.254", "169.254.0.1", "fe80::1", "FEBF::1", "fe80::1%eth0", "::ffff:169.254.169.254",
+    "::169.254.169.254", "::ffff:0:169.254.169.254", "64:ff9b::a9fe:a9fe", "2002:a9fe:a9fe::1",
+    "2001:0:4136:e378:8000:63bf:5601:5601"])
+def test_a_link_local_endpoint_is_refused_whoever_names_it(host):
+    assert not plexctl.is_dialable(host) and not plexctl.is_dialable(host, from_loopback=True)
+
+
+@pytest.mark.parametrize("host", [
+    "::127.0.0.1", "::7f00:1", "::ffff:0:127.0.0.1", "64:ff9b::127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::",
+    "64:ff9b::", "64:ff9b::e000:1",
+    "2002:ffff:ffff::"])
+def test_an_ipv6_address_with_a_refused_ipv4_address_in_it_is_refused(host):
+    assert not plexctl.is_dialable(host) and plexctl.is_dialable(host, from_loopback=True)
+
+
+@pytest.mark.parametrize("host", [
+    "64:ff9b::a00:5", "64:ff9b::100.64.0.12", "2002:a00:5::1", "2001:db8::169.254.169.254", "fec0::1",
+    "fd00::7f00:1", "169.253.0.1", "2001:1::1"])
+def test_an_address_that_only_looks_like_one_of_these_is_taken(host):
+    assert plexctl.is_dialable(host)
+
+
+@pytest.mark.parametrize("host", [
+    socket.gethostname(), socket.gethostname().upper() + ".", socket.gethostname().partition(".")[0],
+    "localhost.localdomain", "ip6-localhost", "ip6-loopback", "localhost6.localdomain6", "x.y.localhost."])
+def test_a_name_of_this_host_is_no_endpoint_unless_the_server_is_here_too(host):
+    assert not plexctl.is_dialable(host) and plexctl.is_dialable(host, from_loopback=True)
+    assert plexctl.is_dialable("other-" + socket.gethostname() + ".example")
+
+
 @pytest.mark.parametrize("text, expected", [
     ("plain ~ text", "plain ~ text"), ("a\nb\r\t", "a\\nb\\r\\t"), ("\x1b[31m\x07", "\\x1b[31m\\x07"),
     ("\x7f\x9b", "\\x7f\\x9b"), ("\xe9\u202e\u2028", "\\xe9\\u202e\\u2028"), ("\U0001f600", "\\U0001f600"),
@@ -2140,6 +2171,63 @@ def test_a_token_file_cannot_be_swapped_between_the_check_and_the_use(tmp_path):
 def test_a_token_comes_from_standard_input(simulation):
     result = run_plexctl(forward_args(simulation.plane, "--token-file", "-"), input=BEARER + "\r\n")
     assert (result.returncode, result.stderr) == (0, "") and len(simulation.plane.issued) == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names of descriptors")
+@pytest.mark.parametrize("name", ["/dev/stdin", "/dev/fd/0", "/proc/self/fd/0", "{path}", "{link}", "-"])
+def test_a_token_file_that_is_descriptor_0_leaves_nothing_there(tmp_path, name):
+    path, link = write_private(tmp_path / "token", BEARER + "\n"), str(tmp_path / "link")
+    os.symlink(path, link)
+    name = name.format(path=path, link=link)
+    if not os.path.lexists(name) and name != "-":
+        pytest.skip("no " + name)
+    program = ("import os, sys; sys.path.insert(0, %r); import plexctl; name = sys.argv[1]\n"
+               "assert plexctl.is_standard_input(name) and not plexctl.is_standard_input('/dev/null')\n"
+               "print(len(plexctl.read_secret_file(name, 'here')), os.read(0, 100))" % HERE)
+    with open(path) as stdin:
+        words = [sys.executable, "-I", "-B", "-c", program, name]
+        result = run_words(words, clean_environment(), stdin=stdin)
+    assert (result.status, result.out, result.err) == (0, "%d b''\n" % len(BEARER + "\n"), "")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names of descriptors")
+@pytest.mark.parametrize("mode, status", [(0o600, 0), (0o644, 3)])
+def test_a_file_that_is_descriptor_0_is_judged_by_its_mode_and_read_from_its_beginning(
+        simulation, tmp_path, mode, status):
+    path = write_private(tmp_path / "token", BEARER, mode)
+    with open(path) as stdin:
+        stdin.seek(0, os.SEEK_END)
+        words = [sys.executable, "-I", PLEXCTL] + forward_args(simulation.plane, "--token-file", path)
+        result = run_words(words, clean_environment(), stdin=stdin)
+    assert result.status == status and len(simulation.plane.issued) == (not status)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names of descriptors")
+@pytest.mark.parametrize("name", ["-", "/dev/stdin", "{path}"])
+def test_stdio_and_a_token_on_standard_input_exclude_each_other(simulation, tmp_path, name):
+    path = write_private(tmp_path / "token", BEARER)
+    args = forward_args(simulation.plane, "--stdio", "--token-file", name.format(path=path))
+    with open(path) as stdin:
+        result = run_words([sys.executable, "-I", PLEXCTL] + args, clean_environment(), stdin=stdin)
+    assert is_usage_error(result, "--token-file", "--stdio") and simulation.plane.requests == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="/dev/stdin")
+def test_a_socket_as_standard_input_is_read_by_any_name(simulation):
+    for name in ("-", "/dev/stdin"):
+        ours, its = socket.socketpair()
+        with ours, its:
+            ours.sendall(BEARER.encode())
+            ours.shutdown(socket.SHUT_WR)
+            words = [sys.executable, "-I", PLEXCTL] + forward_args(simulation.plane, "--token-file", name)
+            assert run_words(words, clean_environment(), stdin=its).status == 0
+
+
+def test_a_message_names_the_token_file_unless_there_is_none(cli, simulation, tmp_path):
+    """What names nothing may be the token itself."""
+    path = write_private(tmp_path / "token", "two words")
+    one_error_line(cli(forward_args(simulation.plane, "--token-file", path)), "--token-file " + path)
+    one_error_line(cli(forward_args(simulation.plane, "--token-file", BEARER)), "--token-file: cannot be")
 
 
 @pytest.mark.parametrize("redirections", ["<&-", "</dev/null"])
@@ -2545,9 +2633,9 @@ def test_the_audit_log_is_where_the_environment_says(cli, simulation, tmp_path, 
 
 
 def is_audit_error(result, plane):
-    """Exit 1, one line about the audit log, nothing printed; no token anywhere (the autouse check)."""
+    """Exit 1, one line with the audit log's path, nothing printed; no token anywhere (the autouse check)."""
     assert (result.status, result.out) == (1, "") and "PLEXCTL_SESSION_TOKEN" not in result.err
-    one_error_line(result, "audit log")
+    assert re.match(r"plexctl: error: audit log (/|\\)", one_error_line(result))
     assert not plane.active()
     return True
 
@@ -2582,6 +2670,119 @@ def test_an_audit_log_in_an_unwritable_directory_costs_no_session(cli, simulatio
     environ = simulation.plane.environment(PLEXCTL_AUDIT_LOG=str(tmp_path / "audit.log"))
     result = cli(forward_args(simulation.plane, "--reveal-secrets"), environ)
     assert is_audit_error(result, simulation.plane) and simulation.plane.requests == []
+    one_error_line(result, "audit log " + str(tmp_path / "audit.log"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permission bits")
+@pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
+def test_an_audit_log_that_others_may_write_costs_no_session(cli, simulation, tmp_path, mode):
+    log = write_private(tmp_path / "audit.log", "", mode)
+    result = cli(forward_args(simulation.plane, "--reveal-secrets"),
+                 simulation.plane.environment(PLEXCTL_AUDIT_LOG=log))
+    assert is_audit_error(result, simulation.plane) and simulation.plane.requests == []
+    one_error_line(result, log, "%04o" % mode)
+
+
+@pytest.mark.skipif(not ROOT, reason="needs root to give files away")
+def test_an_audit_log_of_another_user_costs_no_session(cli, simulation, tmp_path):
+    log = write_private(tmp_path / "audit.log", "")
+    os.chown(log, 65534, 0)
+    result = cli(forward_args(simulation.plane, "--reveal-secrets"),
+                 simulation.plane.environment(PLEXCTL_AUDIT_LOG=log))
+    assert is_audit_error(result, simulation.plane) and simulation.plane.requests == []
+    one_error_line(result, log, "65534")
+
+
+@pytest.mark.reveals
+@pytest.mark.skipif(os.name != "posix", reason="permission bits")
+@pytest.mark.parametrize("umask", [0, 0o022, 0o277])
+@pytest.mark.parametrize("variable, made", [
+    ("XDG_STATE_HOME", ["a", "a/b", "a/b/plexctl"]),
+    ("HOME", ["a", "a/b", "a/b/.local", "a/b/.local/state", "a/b/.local/state/plexctl"])])
+def test_every_directory_made_for_the_audit_log_is_private(cli, simulation, tmp_path, variable, made, umask):
+    environ = simulation.plane.environment(**{variable: str(tmp_path / "a" / "b")})
+    before = os.umask(umask)
+    try:
+        result = cli(forward_args(simulation.plane, "--reveal-secrets"), environ)
+    finally:
+        os.umask(before)
+    assert result.status == 0
+    assert [stat.S_IMODE(os.stat(str(tmp_path / name)).st_mode) for name in made] == [0o700] * len(made)
+
+
+@pytest.fixture
+def syslog(tmp_path):
+    """Where a syslog may listen, and what AuditLog.record says with one there; {kind: report lines}."""
+    path = str(tmp_path / "log")
+
+    def record():
+        lines, environ = [], {"PLEXCTL_AUDIT_LOG": str(tmp_path / "audit.log")}
+        log = plexctl.AuditLog(environ, lines.append, (str(tmp_path / "none"), path))
+        session = plexctl.Session(PROJECT_ID, "active", 0.0, None, "")
+        issued = plexctl.IssuedSession(PROJECT_ID, plexctl.Secret(BEARER), "2099-05-02T10:30:00Z", 5.0, 0.0,
+                                       session, None)
+        try:
+            log.record(plexctl.parse_server("https://plane.example", False), session_request(), issued)
+        finally:
+            log.close()
+        assert len(read_records(tmp_path / "audit.log")) == 1
+        return lines
+    return types.SimpleNamespace(path=path, record=record)
+
+
+SYSLOG_LINE = rb"<86>[A-Z][a-z]{2} [ 123]\d \d\d:\d\d:\d\d plexctl\[%d\]: (\{.*\})" % os.getpid()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="unix sockets")
+@pytest.mark.parametrize("kind, end", [("SOCK_DGRAM", b""), ("SOCK_STREAM", b"\0")])
+def test_syslog_gets_a_copy_of_the_audit_record(syslog, kind, end):
+    with socket.socket(socket.AF_UNIX, getattr(socket, kind)) as server:
+        server.bind(syslog.path)
+        if kind == "SOCK_STREAM":
+            server.listen(1)
+        assert syslog.record() == []
+        server.settimeout(10)
+        received = server.accept()[0] if kind == "SOCK_STREAM" else server
+        with received:
+            found = re.match(SYSLOG_LINE + end + b"$", received.recv(10000))
+    assert set(json.loads(found.group(1).decode())) == AUDIT_FIELDS
+
+
+@pytest.mark.skipif(not LINUX, reason="how much a unix socket takes")
+@pytest.mark.parametrize("case", ["full", "closed", "no socket"])
+def test_a_syslog_that_takes_nothing_is_a_warning_in_time(syslog, monkeypatch, case):
+    began = time.monotonic()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as server, \
+            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        if case == "no socket":
+            open(syslog.path, "w").close()
+        else:
+            server.bind(syslog.path)
+        if case == "closed":
+            server.close()
+        elif case == "full":
+            other.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                while True:
+                    other.sendto(b"x", syslog.path)
+        line, = syslog.record()
+    assert line.startswith("warning: syslog did not take the audit record: ")
+    assert time.monotonic() - began < 10
+
+
+def test_the_audit_logger_hands_nothing_on(syslog):
+    seen = []
+
+    class Listener(logging.Handler):
+        def emit(self, record):
+            seen.append(record)
+    listener = Listener()
+    logging.getLogger().addHandler(listener)
+    try:
+        syslog.record()
+    finally:
+        logging.getLogger().removeHandler(listener)
+    assert seen == []
 
 
 @pytest.mark.skipif(not LINUX, reason="these devices")
@@ -2656,7 +2857,7 @@ def test_a_record_that_logging_drops_reveals_nothing(cli, simulation, tmp_path, 
     result = cli(forward_args(simulation.plane, "--reveal-secrets"), environ)
     assert is_audit_error(result, simulation.plane)
     assert_revoked_once(simulation.plane)
-    assert quiet_logging.handlers == []
+    assert not [each for each in quiet_logging.handlers if "lambda" in repr(vars(each))]
 
 
 @FULL
@@ -2769,6 +2970,48 @@ def test_a_run_over_http_does_not_wait_for_ssl(simulation):
                        env=simulation.plane.environment()) as process:
         assert process.finish().returncode == 0
     assert "import 'urllib.request'" in process.err and "ssl" not in process.err
+
+
+WITHOUT = """
+import sys
+missing = sys.argv.pop(1)
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name == missing:
+            raise ModuleNotFoundError("No module named %%r" %% name, name=name)
+sys.meta_path.insert(0, Missing())
+sys.path.insert(0, %r)
+import plexctl
+plexctl.run()
+"""
+
+
+@pytest.mark.parametrize("python", find_pythons(), ids=os.path.basename)
+@pytest.mark.parametrize("module, loaded_for", [
+    ("_ssl", "https"), ("ssl", "https"), ("urllib.request", "http"), ("urllib", "http"), ("json", "http"),
+    ("email", "http"), ("http", "http"), ("hashlib", "http")])
+def test_a_python_without_a_module_is_told_its_name(simulation, python, module, loaded_for):
+    words = [python, "-I", "-B", "-S", "-c", WITHOUT % HERE, module, "tcp-forward", "--server",
+             simulation.plane.url.replace("http:", loaded_for + ":")] + REQUIRED_FLAGS
+    result = run_words(words, clean_environment({"PLEXSPHERE_TOKEN": BEARER}))
+    assert (result.status, result.out) == (1, "")
+    one_error_line(result, "this Python cannot load its module %s: " % module, "install")
+    assert simulation.plane.requests == []
+
+
+def test_a_module_that_another_system_has_not_may_be_caught_as_usual():
+    with pytest.raises(ImportError, match="cannot load its module there_is_none: No module named") as raised:
+        plexctl.LazyModule("there_is_none").anything()
+    assert isinstance(raised.value, plexctl.PlexctlError) and raised.value.exit_code == 1
+
+
+@pytest.mark.parametrize("python", find_pythons(), ids=os.path.basename)
+def test_a_digest_that_is_missing_does_not_put_a_traceback_on_stderr(simulation, python):
+    program = ("import sys; sys.path.insert(0, %r); sys.modules.update(_hashlib=None, _md5=None)\n"
+               "import plexctl\nplexctl.run()" % HERE)
+    result = run_words([python, "-I", "-B", "-S", "-c", program] + forward_args(simulation.plane),
+                       clean_environment(simulation.plane.environment()))
+    assert (result.status, result.err) == (0, "")
 
 
 def test_it_imports_the_standard_library_alone():
@@ -2890,7 +3133,7 @@ def sending(raw):
 def exchanges_under_way():
     """The threads of exchanges that still run."""
     return [thread for thread in threading.enumerate()
-            if isinstance(getattr(getattr(thread, "_target", None), "__self__", None), plexctl.Attempt)]
+            if isinstance(getattr(getattr(thread, "_target", None), "__self__", None), plexctl.Exchange)]
 
 
 def assert_nothing_remains(listener):
@@ -3101,7 +3344,7 @@ def test_there_are_three_attempts_and_no_more(cli, lone_plane, name):
     lone_plane.script("issue", *[PASSING[name]] * 3)
     result = forward_to(cli, lone_plane)
     assert (result.status, result.out, len(lone_plane.requests)) == (1, "", 3)
-    one_error_line(result, name)
+    one_error_line(result, name, "(after 3 attempts)")
 
 
 def test_a_lost_answer_is_asked_for_again_after_growing_pauses(cli, lone_plane):
@@ -3121,7 +3364,8 @@ def test_a_refused_connection_is_tried_again_and_leaves_no_doubt_about_a_session
         result = cli(["tcp-forward", "-v", "--server", url] + REQUIRED_FLAGS, {"PLEXSPHERE_TOKEN": BEARER})
     assert (result.status, result.out) == (1, "")
     assert result.err.count("trying again") == 2
-    assert MAY_EXIST not in last_error_line(result, "IssueSession", "refused")
+    assert last_error_line(result) == (
+        "plexctl: error: IssueSession: cannot connect to %s: Connection refused (after 3 attempts)" % url)
 
 
 @pytest.mark.parametrize("status", [
@@ -3245,6 +3489,12 @@ def test_cancelling_ends_the_attempts(lone_plane, when):
     assert time.monotonic() - began < 3 and len(lone_plane.requests) == 1
 
 
+def test_a_429_says_which_sessions_count(cli, lone_plane):
+    lone_plane.script("issue", problem("session_limit_exceeded"))
+    one_error_line(forward_to(cli, lone_plane), "429", "--max-sessions", "print mode",
+                   "until it runs out or is revoked")
+
+
 # Redirects
 
 @pytest.mark.parametrize("operation", ["issue", "get", "revoke"])
@@ -3295,11 +3545,11 @@ def test_an_exchange_ends_in_time_and_nothing_remains_of_it(lone_plane, step):
     session_id = client.issue(session_request()).session_id
     lone_plane.script("get", step)
     began = time.monotonic()
-    with pytest.raises(plexctl.TransportError, match="no complete answer") as raised:
+    with pytest.raises(plexctl.TransportError, match="no complete answer from http://127") as raised:
         client.get(PROJECT_ID, session_id, 0.5)
     # a newer http.client gives up on "100 Continue for ever" by itself
     assert 0.4 * (step is not continue_for_ever) < time.monotonic() - began < 4
-    assert raised.value.sent and raised.value.exit_code == 1
+    assert raised.value.passing and raised.value.exit_code == 1
     assert_nothing_remains(lone_plane._listener)
 
 
@@ -3328,7 +3578,7 @@ def test_a_server_that_accepts_and_never_speaks_tls_is_given_up_on(short_limits)
     try:
         client = create_client(None, url="https://127.0.0.1:%d" % listener.address[1])
         began = time.monotonic()
-        with pytest.raises(plexctl.TransportError, match="GetSession: no complete answer"):
+        with pytest.raises(plexctl.TransportError, match="GetSession: cannot connect to https://127"):
             client.get(PROJECT_ID, OTHER_ID, 5)
         assert 0.4 < time.monotonic() - began < 4
         assert_nothing_remains(listener)
@@ -3347,7 +3597,7 @@ def test_a_tls_handshake_that_drips_is_given_up_on_and_leaves_no_thread():
     try:
         client = create_client(None, url="https://127.0.0.1:%d" % listener.address[1])
         began = time.monotonic()
-        with pytest.raises(plexctl.TransportError, match="no complete answer"):
+        with pytest.raises(plexctl.TransportError, match="cannot connect to https://127"):
             client.get(PROJECT_ID, OTHER_ID, 0.5)
         assert time.monotonic() - began < 4
         assert_nothing_remains(listener)
@@ -3363,11 +3613,119 @@ def test_nothing_is_sent_once_the_caller_was_told_that_there_is_no_answer(tls_fi
         return context.wrap_socket(sock, **options)
     with ControlPlane(tls=types.SimpleNamespace(wrap_socket=late)) as plane:
         client = create_client(plane, ca_file=tls_files.ca)
-        with pytest.raises(plexctl.TransportError) as raised:
+        with pytest.raises(plexctl.TransportError, match="cannot connect to"):
             client.get(PROJECT_ID, OTHER_ID, 0.5)
         may_go_on.set()
         assert_nothing_remains(plane._listener)
-        assert not raised.value.sent and plane.requests == []
+        assert plane.requests == []
+
+
+def test_a_question_under_way_is_given_up_on_when_the_run_ends(lone_plane):
+    client = create_client(lone_plane)
+    session_id = client.issue(session_request()).session_id
+    lone_plane.script("get", never_answer)
+    raised = []
+
+    def ask():
+        try:
+            client.get(PROJECT_ID, session_id)
+        except plexctl.PlexctlError as error:
+            raised.append((error, time.monotonic()))
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    lone_plane.wait_for(lambda: requests_of(lone_plane, "get"))
+    began = time.monotonic()
+    client.cancel.set()
+    thread.join(20)
+    (error, ended), = raised
+    assert isinstance(error, plexctl.Cancelled) and not error.passing and not error.may_exist
+    assert ended - began < 1  # 0.1 s, on a machine with nothing else to do
+    assert_nothing_remains(lone_plane._listener)
+
+
+@pytest.mark.parametrize("operation", ["issue", "revoke"])
+def test_what_changes_something_is_not_given_up_on_when_the_run_ends(lone_plane, operation):
+    client, told = create_client(lone_plane), []
+    session_id = client.issue(session_request()).session_id
+
+    def step(handler, _plane):
+        client.cancel.set()
+        lone_plane.closing.wait(0.5)
+        handler.answer_really()
+    lone_plane.script(operation, step)
+    if operation == "issue":
+        client.issue(session_request(), told.append)
+        assert told == lone_plane.issued[1:] and len(told) == 1
+    else:
+        client.revoke(PROJECT_ID, session_id)
+        assert lone_plane.revoked == [session_id]
+
+
+def test_an_exchange_runs_in_place_where_no_thread_can_be_started(lone_plane):
+    program = """
+import sys, threading
+def refuse(thread):
+    raise RuntimeError("can't start new thread")
+threading.Thread.start = refuse
+sys.path.insert(0, %r)
+import plexctl
+project_id, resource_id, url, token = sys.argv[1:]
+plane = plexctl.ControlPlane(plexctl.parse_server(url, False), plexctl.Secret(token), environ={})
+session_id = plane.issue(plexctl.SessionRequest(project_id, resource_id, "10.0.0.5", 1)).session_id
+assert plane.get(project_id, session_id).status == "active"
+plane.revoke(project_id, session_id)
+""" % HERE
+    words = [sys.executable, "-I", "-B", "-c", program, PROJECT_ID, RESOURCE_ID, lone_plane.url, BEARER]
+    assert run_words(words, clean_environment()) == Result(0, "", "")
+    assert_one_revoked(lone_plane)
+
+
+# Interim answers
+
+HINTS = b"HTTP/1.1 103 Early Hints\r\nLink: </x>; rel=preload\r\nX: %d\r\n\r\n"
+INTERIM = {"100": b"HTTP/1.1 100 Continue\r\n\r\n", "102": b"HTTP/1.1 102 Processing\r\n\r\n",
+           "103": HINTS % 1, "199": b"HTTP/1.0 199\r\n\r\n",
+           "many": b"".join(HINTS % number for number in range(3000))}
+
+
+@pytest.mark.parametrize("name", sorted(INTERIM))
+@pytest.mark.parametrize("secure", [False, True], ids=["http", "https"])
+def test_interim_answers_are_read_over(cli, tls_files, name, secure):
+    def step(handler, _plane):
+        handler.wfile.write(INTERIM[name])
+        handler.answer_really()
+    with ControlPlane(tls=tls_context(tls_files.server) if secure else None) as plane:
+        plane.script("issue", step)
+        result = forward_to(cli, plane, *(["--ca-file", tls_files.ca] if secure else []))
+        assert (result.status, result.err, len(plane.requests)) == (0, "", 1)
+
+
+def hint_for_ever(handler, plane):
+    """Send `103 Early Hints` over and over, until the client has had enough."""
+    while not plane.closing.wait(0.001):
+        handler.wfile.write(HINTS % 1)
+
+
+def test_interim_answers_for_ever_end_with_the_exchange(lone_plane):
+    client = create_client(lone_plane)
+    lone_plane.script("get", hint_for_ever)
+    began = time.monotonic()
+    with pytest.raises(plexctl.TransportError, match="no complete answer"):
+        client.get(PROJECT_ID, OTHER_ID, 0.5)
+    assert time.monotonic() - began < 4
+    assert_nothing_remains(lone_plane._listener)
+
+
+@pytest.mark.parametrize("raw", [b"HTTP/1.1 103 Early Hints\r\n\r\n", b"HTTP/1.1 103 Early Hints\r\nX",
+                                 b"HTTP/1.1 103 x\r\n" + b"A: b\r\n" * 300 + b"\r\n",
+                                 b"HTTP/1.1 103 x\r\nA: " + b"b" * (1 << 17),
+                                 b"HTTP/1.1 101 Switching Protocols\r\n\r\n"],
+                         ids=["alone", "torn", "many headers", "endless header", "101"])
+def test_an_interim_answer_with_nothing_behind_it_is_a_failure(lone_plane, raw):
+    lone_plane.script("get", sending(raw))
+    with pytest.raises(plexctl.PlexctlError, match="GetSession: ") as raised:
+        create_client(lone_plane).get(PROJECT_ID, OTHER_ID, 5)
+    assert raised.value.exit_code == 1
 
 
 # Bodies
@@ -3403,7 +3761,7 @@ def test_an_answer_that_is_not_complete_http_is_a_transport_failure(lone_plane, 
     wanted = "^GetSession: no complete answer from http:[ -~]+: [ -~]+$"
     with pytest.raises(plexctl.TransportError, match=wanted) as raised:
         create_client(lone_plane).get(PROJECT_ID, OTHER_ID, 5)
-    assert raised.value.exit_code == 1 and raised.value.sent
+    assert raised.value.exit_code == 1 and raised.value.passing
     assert time.monotonic() - began < 4
     assert_nothing_remains(lone_plane._listener)
 
@@ -3496,7 +3854,8 @@ def test_fields_that_nobody_knows_and_odd_but_valid_values_are_taken(cli, lone_p
 @pytest.mark.parametrize("text", [
     "127.0.0.1:80", "127.5.6.7:80", "localhost:80", "LocalHost.:80", "a.localhost:80", "[::1]:80",
     "[0:0:0:0:0:0:0:1]:80", "[::ffff:127.0.0.1]:80", "[::ffff:7f00:1]:80", "0.0.0.0:80", "[::]:80",
-    "[::ffff:0.0.0.0]:80", "224.0.0.1:80", "239.255.255.255:80", "255.255.255.255:80", "[ff02::1]:80"])
+    "[::ffff:0.0.0.0]:80", "224.0.0.1:80", "239.255.255.255:80", "255.255.255.255:80", "[ff02::1]:80",
+    "ip6-localhost:80", socket.gethostname() + ":80"])
 def test_an_endpoint_on_this_machine_is_refused_unless_the_server_is_there_too(tls_files, text):
     for url in ("https://cp.example.com", "https://100.64.0.1", "https://[2001:db8::1]"):
         with pytest.raises(ValueError):
@@ -3511,6 +3870,59 @@ def test_an_endpoint_on_this_machine_is_refused_unless_the_server_is_there_too(t
 def test_any_other_endpoint_is_taken(tls_files, text):
     client = create_client(None, url="https://cp.example.com", ca_file=tls_files.ca)
     assert str(client._parse_endpoint(text)) == text
+
+
+@pytest.mark.parametrize("endpoint", [
+    "169.254.169.254:80", "[fe80::1]:80", "[64:ff9b::a9fe:a9fe]:80", "[::ffff:169.254.169.254]:80"])
+def test_a_link_local_endpoint_is_revoked_wherever_the_server_is(cli, lone_plane, endpoint):
+    lone_plane.endpoint = endpoint
+    result = forward_to(cli, lone_plane)
+    assert (result.status, result.out) == (1, "")
+    one_error_line(result, "listener_endpoint")
+    assert_one_revoked(lone_plane)
+
+
+def test_an_endpoint_that_repeats_the_bearer_token_is_refused(cli):
+    for endpoint in ("%s.example:80", "x.%s:80", "%s:80"):
+        with ControlPlane(bearer="psk-0123456789abcdef", endpoint=endpoint % "PSK-0123456789abcdef") as plane:
+            result = forward_to(cli, plane)
+            assert (result.status, result.out) == (1, "")
+            line = one_error_line(result, "listener_endpoint", "repeats a secret")
+            assert "0123456789" not in line
+            assert_one_revoked(plane)
+
+
+@pytest.mark.parametrize("path", [("listener_endpoint",), ("session", "listener_endpoint")])
+def test_an_endpoint_that_repeats_the_session_token_is_refused(cli, lone_plane, path):
+    def change(body):
+        body["token"] = "0123456789abcdef-token"
+        with_it = body if len(path) == 1 else body["session"]
+        with_it["listener_endpoint"] = "node.0123456789abcdef-token:80"
+    lone_plane.script("issue", altered(change))
+    result = forward_to(cli, lone_plane)
+    assert (result.status, result.out) == (1, "")
+    assert "0123456789" not in one_error_line(result, "listener_endpoint", "repeats a secret")
+    assert_one_revoked(lone_plane)
+
+
+@pytest.mark.parametrize("token", [OTHER_ID, OTHER_ID.upper()])
+def test_a_session_id_that_is_the_bearer_or_the_session_token_is_not_shown(cli, token):
+    with ControlPlane(bearer=token) as plane:
+        plane.script("issue", with_field(("session_id",), OTHER_ID))
+        result = forward_to(cli, plane)
+        assert (result.status, result.out) == (1, "")
+        assert "ffffffff" not in one_error_line(result, "session_id", "repeats a secret", MAY_EXIST)
+    with ControlPlane() as plane:
+        plane.script("issue", altered(lambda body: body.update(token=body["session_id"])))
+        result = forward_to(cli, plane)
+        assert (result.status, result.out) == (1, "")
+        assert plane.issued[0] not in one_error_line(result, "session_id", "repeats a secret")
+        assert_one_revoked(plane)
+
+
+def test_a_token_of_a_few_characters_is_not_looked_for_in_everything(cli):
+    with ControlPlane(bearer="127") as plane:
+        assert forward_to(cli, plane).status == 0
 
 
 # What the server says must not drive the terminal
@@ -3737,10 +4149,11 @@ def test_a_proxy_that_refuses_is_told_of(tls_plane, tls_files, tunnels):
     environ = {"HTTPS_PROXY": tunnels.url.replace("//", "//me:hunter2@")}
     client = plexctl.ControlPlane(plexctl.parse_server(tls_plane.url, False), plexctl.Secret(BEARER),
                                   tls_files.ca, environ)
-    with pytest.raises(plexctl.TransportError, match="(?i)proxy|tunnel") as raised:
+    words = "cannot connect to .* through HTTPS_PROXY: the proxy refused"
+    with pytest.raises(plexctl.TransportError, match=words) as raised:
         client.get(PROJECT_ID, OTHER_ID, 5)
     assert re.match(r"[ -~]+\Z", str(raised.value)) and "hunter2" not in str(raised.value)
-    assert not raised.value.sent and tls_plane.requests == []
+    assert tls_plane.requests == []
 
 
 def test_an_endpoint_on_this_machine_is_revoked_where_the_server_is_elsewhere(cli, tls_files, tunnels):
@@ -3879,9 +4292,6 @@ def test_no_exception_shows_a_secret(lone_plane, short_limits, step):
 def test_an_exchange_that_fails_in_an_unforeseen_way_shows_only_the_class(lone_plane, error):
     def fail(request, timeout):
         raise error("Bearer " + request.get_header("Authorization", BEARER))
-    attempt = plexctl.Attempt()
-    attempt.run(types.SimpleNamespace(open=fail), types.SimpleNamespace(get_header=lambda *names: BEARER))
-    assert attempt.done.is_set() and type(attempt.error) is error
     client = create_client(lone_plane)
     client._opener = types.SimpleNamespace(open=fail)
     with pytest.raises(plexctl.TransportError, match=error.__name__) as raised:
@@ -3965,9 +4375,9 @@ def test_one_client_serves_several_threads_at_once(lone_plane):
 MIB = 1 << 20
 WAYS = {  # how the relay works on this host, or would on another one
     "epoll": {},
-    "selectors": {"poller": plexctl.SelectorPoller},
+    "selectors": {"poller": plexctl.SelectPoller},
     "connect": {"take": False},  # every dial in a thread
-    "nonblocking": {"poller": plexctl.SelectorPoller, "dontwait": 0},  # as on Windows: no bulk threads
+    "nonblocking": {"poller": plexctl.SelectPoller, "dontwait": 0},  # as on Windows: no bulk threads
 }
 
 
@@ -4512,7 +4922,7 @@ def test_an_error_in_what_the_end_of_a_connection_calls_stops_nobody(loop, earli
 
 def test_the_selector_poller_watches_what_it_is_told():
     here, there = socket.socketpair()
-    poller, fd = plexctl.SelectorPoller(), here.fileno()
+    poller, fd = plexctl.SelectPoller(), here.fileno()
     with here, there:
         poller.register(fd, 0)
         assert poller.poll(0) == []
@@ -6945,14 +7355,14 @@ def test_a_library_user_s_own_handlers_stay(cli, simulation):
 
 
 @pytest.mark.skipif(not LINUX, reason="/dev/stdin")
-@pytest.mark.parametrize("token_file", ["-", "/dev/stdin", "/dev/fd/0"])
+@pytest.mark.parametrize("token_file", ["-", "/dev/stdin", "/dev/fd/0", "{path}"])
 def test_a_token_on_standard_input_is_not_handed_to_command(simulation, tmp_path, token_file):
     path = write_private(tmp_path / "token", simulation.plane.bearer)
     environ = simulation.plane.environment()
     del environ["PLEXSPHERE_TOKEN"]
     program = "import os, sys; os.lseek(0, 0, 0); sys.stdout.write(sys.stdin.read())"
     with open(path) as stream:
-        args = ["--token-file", token_file, "--", sys.executable, "-c", program]
+        args = ["--token-file", token_file.format(path=path), "--", sys.executable, "-c", program]
         result = run_plexctl(forward_args(simulation.plane, *args), env=environ, stdin=stream)
     assert (result.returncode, result.stdout) == (0, "")
 

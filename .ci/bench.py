@@ -1,44 +1,41 @@
 #!/usr/bin/env python3
-"""Measures plexctl beside other TCP forwarders on loopback, and its start-up beside other ways to do it.
+"""Measures plexctl beside other TCP forwarders on loopback, and its start-up beside what it stands in for.
 
-    python3 .ci/bench.py                       forwarders, memory and start-up: about a quarter of an hour
-    python3 .ci/bench.py --tests up1,ping1,mem --rounds 3
-    python3 .ci/bench.py --startup --full      the start-up table alone, https too
-    python3 .ci/bench.py --soak 300            the mixed load alone
-    python3 .ci/bench.py --forwarder 'go=gofwd 127.0.0.1:{l} 127.0.0.1:{r}'
+    .ci/bench.py --lg lg --go gofwd                      everything, five rounds
+    .ci/bench.py --only plexctl,haproxy --tests conn1,conn8,memory
+    .ci/bench.py --plexctl before=old/plexctl.py --plexctl after=plexctl.py
+    .ci/bench.py --soak 60                               mixed load on plexctl, nothing else
 
-Markdown goes to stdout, progress to stderr; the exit status is 1 if plexctl failed a test. Standard library
-only, Python 3.6 to 3.14. CPU time, memory and the soak are read from Linux's /proc, and left out elsewhere.
+Linux, Python 3.8 or later. Markdown goes to stdout, progress to stderr. The exit status is 1 if plexctl
+failed in anything; it never depends on how fast anything was.
 
-Every forwarder stays up for the whole run, with a server of its own behind it. Each test goes round all of
-them in turn, the order rotates each round, and medians are reported: on a machine with other work only the
-ratios mean something. plexctl runs as its users run it, peer check and session lease on, against a small
-control plane. Memory is taken from fresh instances. Start-up includes what `site` does: a .pth file in
-site-packages can cost more than the whole program, so --python may name the interpreter of a fresh venv.
+All forwarders stay up, each with a server of its own. Each test goes round them in turn; printed are medians
+and the ratio to haproxy: on a machine with other work only ratios mean something. There are at most ten
+connections, since a Node holds ten sessions, and no test depends on a half-close, which a Node does not
+carry: bulk clients count what their socket takes or gives, and close.
 
-What it cannot do: load generator and server are Python too, and use processor time that a fast forwarder
-could have used. All ratios are therefore compressed towards 1, compared to a load generator in C: least for
-bulk, most for 64 clients and connections per second. --lg takes a compiled one with the same sub-commands
-(serve, tput, ping, conn, idle), each of which prints a line of JSON.
+The load is Python as well, and takes processor time from a fast forwarder: ratios move towards 1, least for
+bulk, most for short connections. --lg names a compiled one, for all but bulk: `lg serve PORT`, `lg ping PORT
+CLIENTS SECONDS BYTES`, `lg conn PORT CLIENTS SECONDS`; a line of JSON is the result.
 """
 
 import argparse
-import errno
+import collections
+import concurrent.futures
+import contextlib
 import http.server
-import itertools
 import json
+import multiprocessing
+import operator
 import os
-import platform
 import random
 import re
 import select
-import shlex
 import shutil
 import signal
 import socket
 import socketserver
 import statistics
-import struct
 import subprocess
 import sys
 import tempfile
@@ -47,409 +44,145 @@ import time
 import uuid
 
 SELF = os.path.abspath(__file__)
-HAS_PROC = os.path.exists("/proc/self/stat")
-CHUNK_BYTES = 256 * 1024
-PATIENCE_SECONDS = 60
-# Name -> arguments of the load generator, and of a second one beside it. {p}: port, {s} and {b}: seconds.
-TESTS = {
-    "up1": ("tput {p} up 1 {s}", ""), "down1": ("tput {p} down 1 {s}", ""), "up8": ("tput {p} up 8 {s}", ""),
-    "ping1": ("ping {p} 1 {s} 64", ""), "ping64": ("ping {p} 64 {s} 64", ""),
-    "conn1": ("conn {p} 1 {s}", ""), "conn32": ("conn {p} 32 {s}", ""),
-    "mix": ("ping {p} 1 {s} 64", "tput {p} up 1 {b}"),
-}
-LESS = " (less is better)"
-# Rows of the tables: test, key in its result, label.
-ROWS = [
-    ("up1", "gBps", "1 stream up, GB/s"), ("up1", "cpu_per_gb", "1 stream up, CPU s per GB" + LESS),
-    ("down1", "gBps", "1 stream down, GB/s"), ("down1", "cpu_per_gb", "1 stream down, CPU s per GB" + LESS),
-    ("up8", "gBps", "8 streams up, GB/s"), ("up8", "cpu_per_gb", "8 streams up, CPU s per GB" + LESS),
-    ("ping1", "rate", "ping-pong, round trips/s"), ("ping1", "p50", "ping-pong, p50 us" + LESS),
-    ("ping1", "p99", "ping-pong, p99 us" + LESS), ("ping64", "rate", "64 clients, round trips/s"),
-    ("ping64", "p50", "64 clients, p50 us" + LESS), ("ping64", "p99", "64 clients, p99 us" + LESS),
-    ("conn1", "rate", "short connections, one at a time, per s"),
-    ("conn32", "rate", "short connections, 32 at once, per s"),
-    ("mix", "p99", "ping-pong beside a bulk stream, p99 us" + LESS),
-    ("mix", "beside", "the bulk stream beside it, GB/s"),
-    ("mem1000", "rss", "KiB per idle connection, RSS at 1,000" + LESS),
-    ("mem1000", "pss", "the same as PSS, shared pages counted once" + LESS),
-    ("mem5000", "rss", "KiB per idle connection, RSS at 5,000" + LESS),
-    ("mem5000", "pss", "the same as PSS, shared pages counted once" + LESS),
-]
+CHUNK_BYTES, HELD_BYTES = 2**18, 2**24
+SESSIONS, PATIENCE_SECONDS, IDLE_SECONDS = 10, 30, 3
+TESTS = {"up1": ("up", 1), "down1": ("down", 1), "up8": ("up", 8), "ping1": ("ping", 1), "ping8": ("ping", 8),
+         "conn1": ("conn", 1), "conn8": ("conn", 8), "beside": ("ping", 1), "memory": (), "startup": ()}
+ROWS = {                                                # test, key in its result: label
+    ("up1", "rate"): "1 stream up, GB/s", ("down1", "rate"): "1 stream down, GB/s",
+    ("up8", "rate"): "8 streams up, GB/s", ("up1", "cpu"): "1 stream up, CPU s per GB *",
+    ("ping1", "p50"): "1 client's ping-pong, p50 us *", ("ping8", "rate"): "8 clients' ping-pong, per s",
+    ("conn1", "rate"): "short connections, one at a time, per s",
+    ("conn8", "rate"): "short connections, 8 at once, per s",
+    ("beside", "rate"): "ping-pong beside a bulk stream, per s",
+    ("beside", "p99"): "ping-pong beside a bulk stream, p99 us *",
+    ("memory", "rest"): "memory at rest, RSS in MiB *",
+    ("memory", "bulk"): "memory with 10 connections that have carried bulk *",
+    ("memory", "idle"): "memory once these 10 are idle again *",
+    ("startup", "help"): '`--help`, without: `python3 -I -c "import argparse"`, ms *',
+    ("startup", "print"): "print mode over http, without: a urllib.request script, ms *"}
 
 
-# --- Load generator: the hidden sub-command _lg -------------------------------------------------------------
+# --- Load: the hidden sub-command _lg -----------------------------------------------------------------------
 
-if hasattr(select, "epoll"):
-    new_poller, SECOND, IN, OUT = select.epoll, 1, select.EPOLLIN, select.EPOLLOUT
-else:                                                   # the same calls, but in milliseconds
-    new_poller, SECOND, IN, OUT = select.poll, 1000, select.POLLIN, select.POLLOUT
-
-
-def dial(port):
-    """A connection to a loopback port, without Nagle's delay."""
-    sock = socket.create_connection(("127.0.0.1", port), 30)
+def dial(port, mode=b"E"):
+    """A connection. Its first byte tells the server what to do: E echo, S swallow, G give."""
+    sock = socket.create_connection(("127.0.0.1", port), 5)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.sendall(mode)
+    if mode == b"E" and sock.recv(1) != mode:
+        raise ConnectionError("no echo")
     sock.settimeout(None)
     return sock
 
 
-def receive_all(sock, end=float("inf")):
-    """Reads to the end of input, half-closes its own side at the time `end`, returns the number of bytes."""
-    buffer, total, count = bytearray(CHUNK_BYTES), 0, 1
-    while count:
-        count = sock.recv_into(buffer)
-        total += count
-        if time.perf_counter() >= end:
-            sock.shutdown(socket.SHUT_WR)
-            end = float("inf")
-    return total
+def client(kind, port, seconds):
+    """One client, in a process of its own: how much it did, the time of each step, the time of all."""
+    now, times, total, buffer = time.perf_counter, [], 0, bytearray(CHUNK_BYTES)
+    chunk, small, whole = bytes(CHUNK_BYTES), bytes(64), socket.MSG_WAITALL
+    sock = dial(port, {"up": b"S", "down": b"G"}.get(kind, b"E")) if kind != "conn" else None
+    step = {"up": lambda: sock.send(chunk), "down": lambda: sock.recv_into(buffer),
+            "ping": lambda: sock.send(small) and sock.recv_into(buffer, 64, whole) == 64,
+            "conn": lambda: dial(port).close() is None}[kind]
+    began = last = now()
+    while last < began + seconds:
+        done = step()
+        if not done:
+            raise ConnectionError("the connection was ended early")
+        times.append(now() - last)
+        total, last = total + done, now()
+    return total, times, last - began
 
 
-def fork_bulk(sock, mode, others):
-    """Serves a bulk connection in a process of its own, without the `others`: they would never end."""
-    if os.fork():
-        return
-    try:
-        for other in others:
-            other.close()
-        if mode == b"S":
-            sock.sendall(struct.pack("=Q", receive_all(sock)))
-        if mode == b"G":
-            client_ended, data = select.poll(), memoryview(bytes(CHUNK_BYTES))
-            client_ended.register(sock, select.POLLIN)
-            while not client_ended.poll(0):
-                sock.sendall(data)
-            sock.shutdown(socket.SHUT_WR)
-    except OSError:
-        pass
-    finally:
-        os._exit(0)
+def load(kind, port, number, seconds):
+    """Rate and percentiles of a number of clients at once."""
+    with multiprocessing.get_context("fork").Pool(number) as pool:
+        totals, times, took = zip(*pool.starmap(client, [(kind, port, seconds)] * number, 1))
+    times, unit = sorted(sum(times, [])), 1e9 if kind in ("up", "down") else 1
+    return {"err": 0, "n": sum(totals), "rate": sum(map(operator.truediv, totals, took)) / unit,
+            "p50": times[len(times) // 2] * 1e6, "p99": times[len(times) * 99 // 100] * 1e6}
 
 
-def serve(port):
-    """The server behind a forwarder. A connection's first byte: E echo, S sink (counts), G source."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    listener, poller, buffer = socket.socket(), new_poller(), bytearray(65536)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind(("127.0.0.1", port))
-    listener.listen(4096)
-    poller.register(listener, IN)
-    socks, fresh, view, door = {}, set(), memoryview(buffer), listener.fileno()
-    while True:
-        for fd, _ in poller.poll():
-            if fd == door:
-                sock = listener.accept()[0]
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                socks[sock.fileno()] = sock
-                fresh.add(sock.fileno())
-                poller.register(sock, IN)
-                continue
-            try:
-                count = socks[fd].recv_into(buffer, 1 if fd in fresh else 65536)
-                if count and (fd not in fresh or buffer[0] == ord("E")):
-                    fresh.discard(fd)
-                    socks[fd].sendall(view[:count])
-                    continue
-            except OSError:
-                count = 0
-            poller.unregister(fd)
-            fresh.discard(fd)
-            with socks.pop(fd) as sock:
-                if count:
-                    fork_bulk(sock, bytes(view[:1]), [listener, *socks.values()])
-
-
-def stream(port, direction, end):
-    """One bulk connection until the time `end`: bytes moved, whether it failed, when it was over."""
-    with dial(port) as sock:
-        if direction == "up":
-            sock.sendall(b"S")
-            total, data = 0, memoryview(bytes(CHUNK_BYTES))
-            while time.perf_counter() < end:
-                sock.sendall(data)
-                total += CHUNK_BYTES
-            sock.shutdown(socket.SHUT_WR)
-            failed = sock.recv(8, socket.MSG_WAITALL) != struct.pack("=Q", total)
-        else:
-            sock.sendall(b"G")
-            total = receive_all(sock, end)
-            failed = time.perf_counter() < end
-    return total, failed, time.perf_counter()
-
-
-def tput(port, direction, number, seconds):
-    """Throughput of `number` bulk connections, each in a process of its own."""
-    start, pipes = time.perf_counter(), []
-    for _ in range(int(number)):
-        pipes.append(os.pipe())
-        if not os.fork():
-            try:
-                result = stream(port, direction, start + float(seconds))
-            except OSError:
-                result = 0, True, time.perf_counter()
-            os.write(pipes[-1][1], json.dumps(result).encode())
-            os._exit(0)
-    totals, failures, ends = zip(*(json.loads(os.read(reader, 4096).decode()) for reader, _ in pipes))
-    total, elapsed = sum(totals), max(ends) - start
-    return {"gBps": total / elapsed / 1e9, "up": total, "down": 0, "err": sum(failures)}
-
-
-def latencies(times, elapsed, **more):
-    """Rate and percentiles, in microseconds, of a list of seconds."""
-    times = sorted(times)
-    result = {f"p{share}": times[len(times) * share // 100] * 1e6 for share in (50, 90, 99) if times}
-    return dict(result, rate=len(times) / max(elapsed, 1e-9), **more)
-
-
-def ping(port, number, seconds, size):
-    """Closed-loop ping-pong of `number` clients with `size` bytes."""
-    number, size, now, times, errors = int(number), int(size), time.perf_counter, [], 0
-    data, buffer, poller, clients = bytes(size), bytearray(size), new_poller(), {}
-    for _ in range(number):
-        sock = dial(port)
-        sock.sendall(b"E")
-        errors += sock.recv(1) != b"E"
-        clients[sock.fileno()] = [sock, 0.0, 0]         # socket, when it asked, bytes of the answer so far
-        poller.register(sock, IN)
-    start = now()
-    end = start + float(seconds)
-    while number == 1 and now() < end and not errors:
-        asked = now()
-        sock.send(data)
-        errors += sock.recv_into(buffer, size, socket.MSG_WAITALL) != size
-        times.append(now() - asked)
-    live = number if number > 1 else 0
-    for client in list(clients.values())[:live]:
-        client[1] = now()
-        client[0].send(data)
-    while live:
-        events = poller.poll(3 * SECOND)
-        for fd, _ in events:
-            client = clients[fd]
-            count = client[0].recv_into(buffer, size - client[2])
-            client[2] += count
-            if client[2] == size:
-                arrived = now()
-                times.append(arrived - client[1])
-                if arrived < end:
-                    client[1:] = now(), 0
-                    client[0].send(data)
-                    continue
-            if client[2] == size or not count:
-                errors += not count
-                poller.unregister(fd)
-                live -= 1
-        if not events:
-            errors, live = errors + live, 0
-    return latencies(times, now() - start, n=len(times), err=errors)
-
-
-def conn(port, number, seconds):
-    """Connect, a byte there and back, close: `number` of them at any time."""
-    now, poller, live, times, errors = time.perf_counter, new_poller(), {}, [], 0
-    start = last = now()
-    end = start + float(seconds)
-    while now() < (end + 5 if live else end):
-        while len(live) < int(number) and now() < end:
-            sock, began = socket.socket(), now()
-            sock.setblocking(False)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if sock.connect_ex(("127.0.0.1", port)) in (0, errno.EINPROGRESS):
-                live[sock.fileno()] = sock, began
-                poller.register(sock, OUT)
-            else:
-                errors += 1
-                time.sleep(0.001)
-        for fd, events in poller.poll(SECOND):
-            sock, began = live[fd]
-            try:
-                if events & OUT and sock.send(b"E"):
-                    poller.modify(fd, IN)
-                    continue
-                if not sock.recv(1):
-                    raise ConnectionError
-                last = now()
-                times.append(last - began)
-            except OSError:
-                errors += 1
-            poller.unregister(fd)
-            live.pop(fd)[0].close()
-    return latencies(times, last - start, ok=len(times), err=errors + len(live))
-
-
-def idle(port, number):
-    """Opens `number` connections that have seen a byte, says so, and holds them until standard input ends."""
-    held = []
-    try:
-        for _ in range(int(number)):
-            sock = dial(port)
-            sock.settimeout(30)
-            sock.sendall(b"E")
-            if not sock.recv(1):
-                break
-            held.append(sock)
-    except OSError:
-        pass
-    print(json.dumps({"ready": len(held), "bad": int(number) - len(held)}), flush=True)
+def hold(port, number):
+    """Connections that all carry bulk both ways at once, and then stay until standard input ends."""
+    socks, whole = [dial(port) for _ in range(number)], socket.MSG_WAITALL
+    for sock in socks:
+        threading.Thread(target=sock.sendall, args=[bytes(HELD_BYTES)], daemon=True).start()
+    with concurrent.futures.ThreadPoolExecutor(number) as pool:
+        counts = list(pool.map(lambda sock: sock.recv_into(bytearray(HELD_BYTES), 0, whole), socks))
+    print(json.dumps({"err": sum(count != HELD_BYTES for count in counts)}), flush=True)
     sys.stdin.read()
 
 
-LOADS = {"serve": serve, "tput": tput, "ping": ping, "conn": conn, "idle": idle}
+def serve(port):
+    """The server behind a forwarder: enough processes that serve one connection after the other."""
+    view = memoryview(bytearray(CHUNK_BYTES))
+    with socket.create_server(("127.0.0.1", port), backlog=128) as listener:
+        for _ in range(SESSIONS + 1):
+            if not os.fork():
+                break
+        while True:
+            with contextlib.suppress(OSError), listener.accept()[0] as sock:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                count, mode = sock.recv_into(view, 1), bytes(view[:1])
+                while count:
+                    if mode != b"S":
+                        sock.sendall(view if mode == b"G" else view[:count])
+                    count = 1 if mode == b"G" else sock.recv_into(view)
 
 
 # --- Control plane ------------------------------------------------------------------------------------------
 
 PROJECT, RESOURCE = "0190a8b8-a0c0-7a0a-8a0a-a0a0a0a0a0c0", "0190a8b8-d3e3-7d3d-8d3d-d3d3d3d3d3d3"
-TARGET = {"host": "10.0.0.5", "port": 5432}
+TARGET, DAY_SECONDS = {"tcp": {"host": "10.0.0.5", "port": 5432}}, 86400
+ISSUED, EXPIRES = (time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + seconds))
+                   for seconds in (0, DAY_SECONDS))
+FORWARD = ["tcp-forward", "--project-id", PROJECT, "--resource-id", RESOURCE, "--host", "10.0.0.5",
+           "--port", "5432", "--output", "json"]
 
 
 class Plane(http.server.BaseHTTPRequestHandler):
-    """IssueSession, GetSession and RevokeSession; its server has `endpoint`, `lifetime` and `sessions`."""
+    """IssueSession, GetSession and RevokeSession; its server has an `endpoint`."""
 
     wbufsize = -1                                       # headers and body in one segment
 
     def log_message(self, *args):
         """Says nothing."""
 
-    def answer(self, status, body=None):
-        """Sends a JSON body, or none."""
-        raw = json.dumps(body).encode() if body else b""
-        self.send_response(status)
+    def do_POST(self):
+        """Answers, a GET as well."""
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        get, both = self.command == "GET", {"expires_at": EXPIRES, "listener_endpoint": self.server.endpoint}
+        key = self.path.split("/")[-1] if get else str(uuid.uuid4())
+        body = dict(both, id=key, project_id=PROJECT, domain_id=key, resource_id=RESOURCE, identity_id=key,
+                    kind="tcp", status="active", issued_at=ISSUED, last_active_at=ISSUED, target=TARGET)
+        body = body if get else dict(both, session_id=key, token="a.b.c", session=body)
+        raw = b"" if self.path.endswith("/revoke") else json.dumps(body).encode()
+        self.send_response(200 if get else 201 if raw else 204)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(raw)))
         self.end_headers()
         self.wfile.write(raw)
 
-    def do_GET(self):
-        """GetSession."""
-        session = self.server.sessions.get(self.path.split("/")[-1])
-        self.answer(200 if session else 404, session)
-
-    def do_POST(self):
-        """RevokeSession and IssueSession."""
-        self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if self.path.endswith("/revoke"):
-            self.server.sessions.pop(self.path.split("/")[-2], None)
-            return self.answer(204)
-        key, endpoint = str(uuid.uuid4()), self.server.endpoint
-        issued, expires = (time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + seconds))
-                           for seconds in (0, self.server.lifetime))
-        session = self.server.sessions[key] = {
-            "id": key, "project_id": PROJECT, "domain_id": key, "resource_id": RESOURCE, "identity_id": key,
-            "kind": "tcp", "status": "active", "issued_at": issued, "expires_at": expires,
-            "last_active_at": issued, "target": {"tcp": TARGET}, "listener_endpoint": endpoint}
-        return self.answer(201, {"session_id": key, "token": "a.b.c", "expires_at": expires,
-                                 "listener_endpoint": endpoint, "session": session})
+    do_GET = do_POST
 
 
-def start_plane(endpoint, lifetime=3600, certificate=()):
+def start_plane(endpoint):
     """Starts a control plane in a thread and returns its URL."""
     server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Plane)
-    server.endpoint, server.lifetime, server.sessions, server.daemon_threads = endpoint, lifetime, {}, True
-    if certificate:
-        import ssl
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(*certificate)
-        server.socket = context.wrap_socket(server.socket, server_side=True)
+    server.endpoint, server.daemon_threads = endpoint, True
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    return "{}://127.0.0.1:{}".format("https" if certificate else "http", server.server_address[1])
-
-
-# --- Processes ----------------------------------------------------------------------------------------------
-
-STARTED = []
-
-
-def say(text):
-    """Progress, on stderr."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def spawn(argv, **options):
-    """Starts a process in a session of its own, to be ended by stop()."""
-    process = subprocess.Popen(argv, start_new_session=True, **options)
-    STARTED.append(process)
-    return process
-
-
-def all_processes():
-    """pid -> the fields of /proc/PID/stat from the state on; empty where there is none."""
-    found = {}
-    for name in filter(str.isdigit, os.listdir("/proc") if HAS_PROC else ()):
-        try:
-            with open(f"/proc/{name}/stat") as file:
-                found[int(name)] = file.read().rsplit(")", 1)[1].split()
-        except OSError:
-            pass
-    return found
-
-
-def tree(pid):
-    """The same, of a process and its descendants."""
-    processes, children, found, todo = all_processes(), {}, {}, [pid]
-    for child, fields in processes.items():
-        children.setdefault(int(fields[1]), []).append(child)
-    while todo:
-        pid = todo.pop()
-        if pid in processes:
-            found[pid] = processes[pid]
-            todo += children.get(pid, [])
-    return found
-
-
-def stop(process):
-    """Ends a process in order, then whatever is left of its group and of its descendants."""
-    family = tree(process.pid)
-    if process.poll() is None:
-        process.terminate()
-    try:
-        process.wait(4)
-    except subprocess.TimeoutExpired:
-        pass
-    left = all_processes()
-    # sshd's children have groups of their own. The same start time: the pid has not been used anew.
-    same = [pid for pid in family if left.get(pid, [None] * 20)[19] == family[pid][19]]
-    for function, pid in [(os.killpg, process.pid)] + [(os.kill, pid) for pid in same]:
-        try:
-            function(pid, signal.SIGKILL)
-        except OSError:
-            pass
-    process.wait()
-    STARTED.remove(process)
-
-
-def cpu_seconds(process):
-    """Processor time of the tree, with the children that it has waited for."""
-    ticks = sum(int(field) for fields in tree(process.pid).values() for field in fields[11:15])
-    return ticks / os.sysconf("SC_CLK_TCK")
-
-
-def usage(process):
-    """Descriptors and threads of the tree; RSS in KiB, and PSS, which counts shared pages once."""
-    total = {"fds": 0, "threads": 0, "rss": 0, "pss": 0}
-    for pid in tree(process.pid):
-        try:
-            with open(f"/proc/{pid}/status") as file:
-                status = dict(line.split(":", 1) for line in file if ":" in line)
-            total["threads"] += int(status["Threads"])
-            total["rss"] += int(status.get("VmRSS", "0").split()[0])
-            total["fds"] += len(os.listdir(f"/proc/{pid}/fd"))
-            with open(f"/proc/{pid}/smaps_rollup") as file:
-                total["pss"] += sum(int(line.split()[1]) for line in file if line.startswith("Pss:"))
-        except PermissionError:                         # sshd's child, for anyone but root
-            total["pss"] = float("nan")
-        except OSError:
-            pass
-    return total
+    return "http://127.0.0.1:{}".format(server.server_address[1])
 
 
 # --- Forwarders ---------------------------------------------------------------------------------------------
 
-# {l}: local port, {r}: port of the server, {x}: one more, {d}: scratch directory, {n}: threads, {m}: clients,
-# {f}: descriptors, {module}: loads nginx's stream module. Its default buffer, 16 KiB, would halve its rate.
-HAPROXY = """global
-  maxconn {m}
-  nbthread {n}
+# Shell scripts, each in a directory of its own. {l}: local port, {r}: port of the server, {x}: one more.
+PEERS = {
+    "socat": "exec socat TCP-LISTEN:{l},bind=127.0.0.1,fork,backlog=128,nodelay TCP:127.0.0.1:{r},nodelay",
+    "haproxy": """cat >conf <<E
+global
+  nbthread 2
 defaults
   mode tcp
   timeout connect 10s
@@ -458,480 +191,303 @@ defaults
 listen bench
   bind 127.0.0.1:{l}
   server s 127.0.0.1:{r}
-"""
-NGINX = """{module}
-worker_processes {n}; daemon off; pid {d}/pid; error_log stderr crit; worker_rlimit_nofile {f};
-events {{ worker_connections {f}; }}
-stream {{ server {{ listen 127.0.0.1:{l} backlog=4096; proxy_pass 127.0.0.1:{r}; proxy_half_close on;
-  proxy_timeout 1h; proxy_buffer_size 256k; }} }}
-"""
-SSHD = """HostKey {d}/host
-AuthorizedKeysFile {d}/key.pub
-PidFile none
-UsePAM no
-StrictModes no
-PasswordAuthentication no
-PermitRootLogin prohibit-password
-ListenAddress 127.0.0.1:{x}
-"""
-SSH = """cd {d}; for k in host key; do ssh-keygen -q -t ed25519 -N '' -f $k; done
+E
+exec haproxy -db -q -f conf""",
+    "nginx": """cat >conf <<E
+$(nginx -V 2>&1 | sed -n 's|.*--modules-path=\\([^ ]*\\).*|load_module \\1/ngx_stream_module.so;|p')
+worker_processes 2; daemon off; pid $PWD/pid; error_log stderr crit; events {{ worker_connections 999; }}
+stream {{ server {{ listen 127.0.0.1:{l}; proxy_pass 127.0.0.1:{r}; proxy_buffer_size 256k; }} }}
+E
+exec nginx -p "$PWD" -c conf""",
+    "ssh -L": """for k in host key; do ssh-keygen -q -t ed25519 -N '' -f $k; done
 [ "$(id -u)" != 0 ] || mkdir -p /run/sshd   # without it sshd does not start as root
-"$(command -v sshd)" -D -f {d}/sshd_config & a=$!
-trap 'kill $a $b' TERM EXIT
+"$(command -v sshd)" -D -f /dev/null -h "$PWD/host" -o AuthorizedKeysFile="$PWD/key.pub" -o PidFile=none \\
+  -o StrictModes=no -o ListenAddress=127.0.0.1:{x} &
 sleep 0.5
-ssh -N -F none -i key -p {x} -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR \\
-  -o BatchMode=yes -o IdentitiesOnly=yes -o ConnectionAttempts=9 -o ExitOnForwardFailure=yes \\
-  -L 127.0.0.1:{l}:127.0.0.1:{r} "$(id -un)@127.0.0.1" & b=$!
-wait $b
-"""
-SOCAT = "socat TCP-LISTEN:{l},bind=127.0.0.1,fork,reuseaddr,backlog=1024,nodelay TCP:127.0.0.1:{r},nodelay"
-# Name, programs, how to ask for the version and what it looks like, settings worth telling, command, files.
-PEERS = [
-    ("socat", ["socat"], "-V", r"socat version (\S+)", "", SOCAT, {}),
-    ("haproxy", ["haproxy"], "-v", r"(?i)version ([\d.]+)", "({} threads)", "haproxy -db -q -f {d}/conf",
-     {"conf": HAPROXY}),
-    ("nginx", ["nginx"], "-v", r"nginx/(\S+)", "({} workers, 256 KiB buffers)", "nginx -c {d}/conf -p {d}",
-     {"conf": NGINX}),
-    ("ssh -L", ["ssh", "sshd", "ssh-keygen"], "-V", r"OpenSSH_([^\s,]+)", "", "sh {d}/run",
-     {"sshd_config": SSHD, "run": SSH}),
-]
-TCP_FORWARD = ["tcp-forward", "--server", "{server}", "--project-id", PROJECT, "--resource-id", RESOURCE,
-               "--host", TARGET["host"], "--port", str(TARGET["port"]), "--output", "json"]
-
-
-def free_port():
-    """A free port below those that the kernel gives to outgoing connections."""
-    while True:
-        with socket.socket() as sock:
-            try:
-                sock.bind(("127.0.0.1", random.randrange(15000, 32000)))
-                return sock.getsockname()[1]
-            except OSError:
-                continue
-
-
-def echoes(port):
-    """Whether a byte comes back."""
-    try:
-        with socket.create_connection(("127.0.0.1", port), 1) as sock:
-            sock.sendall(b"E")
-            return sock.recv(1) == b"E"
-    except OSError:
-        return False
+exec ssh -N -F none -i key -p {x} -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null \\
+  -o BatchMode=yes -o IdentitiesOnly=yes -L 127.0.0.1:{l}:127.0.0.1:{r} "$(id -un)@127.0.0.1" """}
 
 
 def output_of(*argv):
     """What a program prints on stdout and stderr."""
     return subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          timeout=PATIENCE_SECONDS, check=False).stdout.decode(errors="replace").strip()
+                          check=False).stdout.decode(errors="replace").strip()
 
 
-class Forwarder:
-    """A forwarder with the server behind it; without a command, that server itself."""
-
-    def __init__(self, bench, name, command, files=()):
-        self.bench, self.name, self.command, self.files = bench, name, command, dict(files)
-
-    def start(self):
-        """Returns whether a byte came back within 20 seconds; if not, that is recorded."""
-        bench, folder = self.bench, tempfile.mkdtemp(dir=self.bench.scratch)
-        values = {"l": free_port(), "r": free_port(), "x": free_port(), "d": folder, "n": bench.threads,
-                  "f": bench.limit, "m": (bench.limit - 200) // 2, "module": bench.nginx_module}
-        if "{server}" in self.command:
-            values["server"] = start_plane("127.0.0.1:{r}".format(**values), bench.lifetime)
-        for name, text in self.files.items():
-            with open(os.path.join(folder, name), "w") as file:
-                file.write(text.format(**values))
-        self.port, self.log = values["l" if self.command else "r"], os.path.join(folder, "log")
-        with open(self.log, "w") as log:
-            self.server = self.process = spawn([*bench.lg, "serve", str(values["r"])], stderr=log)
-            if self.command:
-                self.process = spawn([word.format(**values) for word in self.command], env=bench.env,
-                                     stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        deadline = time.monotonic() + 20
-        while not echoes(self.port):
-            if time.monotonic() > deadline or self.process.poll() is not None:
-                bench.record(self.name, "start", {"err": 1, "said": " | ".join(self.said()[-3:])})
-                self.stop()
-                return False
-            time.sleep(0.1)
-        return True
-
-    def said(self):
-        """The lines it has written."""
-        with open(self.log, errors="replace") as log:
-            return log.read().splitlines()
-
-    def stop(self):
-        """Ends it and its server. What plexctl warned of belongs in the report: was the peer check on?"""
-        for line in self.said() if self.name == "plexctl" else ():
-            if "warning" in line and "more connections at once than sessions" not in line:
-                self.bench.note(line)
-        for process in [self.process] + [self.server] * bool(self.command):
-            stop(process)
+def find_forwarders(options):
+    """Name -> command; `direct` has none."""
+    found = {"direct": []}
+    for name, path in options.plexctl.items():
+        minimum = "--min-sessions" in output_of(options.python, path, "tcp-forward", "--help")
+        found[name] = [options.python, path, *FORWARD, "--proxy", "--local-addr", "127.0.0.1:{l}", "--server",
+                       "{server}", "--max-sessions=10", *["--min-sessions=10"] * minimum]
+    found.update((name, ["sh", "-c", script]) for name, script in PEERS.items())
+    if options.go:
+        found["Go"] = ["env", os.path.abspath(options.go), "127.0.0.1:{l}", "127.0.0.1:{r}"]
+    wanted = options.plexctl if options.soak else options.only.split(",") if options.only else found
+    return {name: command for name, command in found.items() if name in wanted}
 
 
-class Bench:
-    """What the tests share: options, limits, environment, results and notes."""
-
-    def __init__(self, options, scratch):
-        import resource
-        self.options, self.scratch, self.rows, self.notes = options, scratch, [], []
-        self.lg = [options.lg] if options.lg else [sys.executable, "-I", "-S", SELF, "_lg"]
-        self.threads, self.nginx_module = max(2, min(8, os.cpu_count() or 1)), ""
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        self.limit = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (self.limit, hard))
-        self.lifetime = max(3600, 2 * (options.soak + options.rounds * 64 * (options.seconds + 1.5)))
-        # Without what would change the behaviour of plexctl, urllib or curl.
-        self.env = {name: value for name, value in os.environ.items()
-                    if not name.lower().endswith("_proxy") and not name.startswith(("PLEX", "NOTIFY_"))}
-        self.env.update(PLEXSPHERE_TOKEN="bench", XDG_CONFIG_HOME=scratch, XDG_STATE_HOME=scratch)
-
-    def note(self, text):
-        """Keeps a line for the report, once."""
-        if text not in self.notes:
-            say(text)
-            self.notes.append(text)
-
-    def record(self, name, test, result):
-        """Keeps a result. One with an error is noted, and left out of the medians."""
-        numbers = {key: value for key, value in result.items() if str(value) != "nan"}
-        self.rows.append(dict(numbers, name=name, test=test))
-        if result["err"]:
-            self.note("{} failed {}: {}".format(name, test, result.get("said") or f"{result['err']} errors"))
-
-    def median(self, name, test, key):
-        """The median of what was measured, or None."""
-        values = [row[key] for row in self.rows
-                  if row["name"] == name and row["test"] == test and key in row and not row["err"]]
-        return statistics.median(values) if values else None
-
-    def start_load(self, arguments):
-        """Starts the load generator."""
-        pipe = subprocess.PIPE
-        return spawn([*self.lg, *arguments.split()], stdin=pipe, stdout=pipe, stderr=pipe)
-
-    def finish_load(self, process):
-        """Its answer, or {"err": 1} and what it said instead."""
-        try:
-            out, said = process.communicate(timeout=PATIENCE_SECONDS + self.options.seconds)
-            return json.loads(out.decode())
-        except ValueError:
-            return {"err": 1, "said": said.decode(errors="replace").strip()[-200:]}
-        except subprocess.TimeoutExpired:
-            return {"err": 1, "said": "it did not end"}
-        finally:
-            stop(process)
+def usage(process):
+    """Processor seconds, RSS in MiB, threads and descriptors of a process and its descendants."""
+    stats, total, todo = {}, collections.Counter(), [str(process.pid)]
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
+            stats[pid] = file.read().rsplit(")", 1)[1].split()
+    for pid in todo:                                    # grows while it is read
+        fields = stats.get(pid, ["0"] * 50)
+        todo += [child for child, of in stats.items() if of[1] == pid]
+        total["cpu"] += sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+        total["rss"] += int(fields[21]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+        total["threads"] += int(fields[17])
+        with contextlib.suppress(OSError):              # gone, or another user's
+            total["descriptors"] += len(os.listdir(f"/proc/{pid}/fd"))
+    return total
 
 
 # --- Tests --------------------------------------------------------------------------------------------------
 
-def run_test(bench, forwarder, test):
-    """One test of one forwarder."""
-    seconds, (arguments, beside) = bench.options.seconds, TESTS[test]
-    before, load = cpu_seconds(forwarder.process), None
-    if beside:
-        load = bench.start_load(beside.format(p=forwarder.port, b=seconds + 1))
-        time.sleep(0.5)
-    result = bench.finish_load(bench.start_load(arguments.format(p=forwarder.port, s=seconds)))
-    if load:
-        other = bench.finish_load(load)
-        result.update(beside=other.get("gBps"), err=result["err"] + other["err"])
-    time.sleep(0.1)                                     # until the children have been waited for
-    moved = result.get("up", 0) + result.get("down", 0)
-    if moved and forwarder.command and HAS_PROC:
-        result["cpu_per_gb"] = (cpu_seconds(forwarder.process) - before) / moved * 1e9
-    bench.record(forwarder.name, test, result)
-
-
-def run_rounds(bench, forwarders, tests):
-    """Each test goes round all the forwarders in turn."""
-    for done, test in itertools.product(range(bench.options.rounds), tests):
-        turn = done % len(forwarders)
-        for forwarder in forwarders[turn:] + forwarders[:turn]:
-            run_test(bench, forwarder, test)
-        say(f"round {done + 1} of {bench.options.rounds}: {test}")
-
-
-def run_memory(bench, forwarder, count):
-    """What `count` idle connections cost a fresh instance that has seen a few."""
-    bench.finish_load(bench.start_load(f"conn {forwarder.port} 4 0.2"))
-    time.sleep(0.5)
-    before = usage(forwarder.process)
-    load = bench.start_load(f"idle {forwarder.port} {count}")
-    ready = select.select([load.stdout], [], [], PATIENCE_SECONDS)[0] and load.stdout.readline()
-    time.sleep(1)
-    after = usage(forwarder.process)
-    stop(load)
-    held = json.loads(ready.decode()) if ready else {"bad": 1}
-    bench.record(forwarder.name, f"mem{count}", {
-        "rss": (after["rss"] - before["rss"]) / count, "pss": (after["pss"] - before["pss"]) / count,
-        "err": held["bad"], "said": f"{held['bad']} not served" if ready else "not ready in time"})
-    say(f"memory at {count} connections: {forwarder.name}")
-
-
-def run_soak(bench, forwarder):
-    """Mixed load, after which descriptors and threads are to be back where they were, memory within 10 %."""
-    bench.finish_load(bench.start_load(f"conn {forwarder.port} 32 1"))
-    time.sleep(1)
-    before, totals, peak = usage(forwarder.process), dict.fromkeys(("up", "down", "ok", "n", "err"), 0), 0
-    deadline = time.monotonic() + bench.options.soak
-    while time.monotonic() < deadline:
-        loads = [bench.start_load(text.format(forwarder.port)) for text in
-                 ("tput {} up 2 3", "tput {} down 2 3", "ping {} 8 3 64", "conn {} 8 3")]
-        time.sleep(2)
-        peak = max(peak, usage(forwarder.process)["rss"])
-        for result in [bench.finish_load(load) for load in loads]:
-            totals = {key: totals[key] + result.get(key, 0) for key in totals}
-        say(f"soak: {max(0, deadline - time.monotonic()):.0f} s left")
-    kept, deadline = ["?"], time.monotonic() + 10
-    while kept and time.monotonic() < deadline:
-        time.sleep(0.5)
-        after = usage(forwarder.process)
-        limits = {"fds": before["fds"], "threads": before["threads"], "rss": before["rss"] * 1.1}
-        kept = [key for key in limits if after[key] > limits[key]]
-    kept += ["errors"] * bool(totals["err"])
-    result = dict(totals, before=before, after=after, peak=peak, err=len(kept), said=", ".join(kept))
-    bench.record(forwarder.name, "soak", result)
-    changes = ", ".join(f"{key} {before[key]:,} to {after[key]:,}" for key in limits)
-    return (f"Soak, {bench.options.soak:g} s: {(totals['up'] + totals['down']) / 1e9:.1f} GB, "
-            f"{totals['ok']:,} connections, {totals['n']:,} round trips, {totals['err']} errors; "
-            f"{changes} KiB (at most {peak:,}): {'NOT FINE: ' + result['said'] if kept else 'fine'}.\n")
-
-
-SCRIPT = """import json, os, sys, urllib.request
-body = {body}
+POST = """import json, os, urllib.request
+body = {{"resource_id": "{resource}", "kind": "tcp", "target": {target}}}
 body["idempotency_key"] = os.urandom(16).hex()
 headers = {{"Authorization": "Bearer " + os.environ["PLEXSPHERE_TOKEN"], "Content-Type": "application/json"}}
-context = None
-if len(sys.argv) > 2:
-    import ssl
-    context = ssl.create_default_context(cafile=sys.argv[2])
-request = urllib.request.Request(sys.argv[1], json.dumps(body).encode(), headers)
-with urllib.request.urlopen(request, timeout=30, context=context) as answer:
+request = urllib.request.Request("{url}", json.dumps(body).encode(), headers)
+with urllib.request.urlopen(request, timeout=30) as answer:
     print(json.loads(answer.read().decode())["listener_endpoint"])
 """
 
 
-def certificate(folder):
-    """A throw-away certificate for 127.0.0.1: the paths of certificate and key."""
-    paths = os.path.join(folder, "certificate.pem"), os.path.join(folder, "certificate.key")
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=bench",
-               "-addext", "subjectAltName=IP:127.0.0.1",
-               "-addext", "keyUsage=critical,digitalSignature,keyCertSign"]
-    subprocess.check_call([*command, "-out", paths[0], "-keyout", paths[1]], stderr=subprocess.DEVNULL)
-    return paths
+class Bench:
+    """Runs forwarders and loads; keeps results and what there is to say."""
 
+    def __init__(self, options, scratch):
+        self.options, self.scratch, self.notes, self.running = options, scratch, [], []
+        self.forwarders = {}                            # name -> process, port
+        self.results = collections.defaultdict(list)    # (name, test, key) -> numbers
+        # Without what changes plexctl or urllib.
+        self.env = {name: value for name, value in os.environ.items()
+                    if not name.lower().endswith("_proxy") and not name.startswith(("PLEX", "NOTIFY_"))}
+        self.env.update(PLEXSPHERE_TOKEN="bench", XDG_CONFIG_HOME=scratch, XDG_STATE_HOME=scratch)
 
-def startup_cases(bench):
-    """Label, command and expected exit status of each row of the start-up table."""
-    python, plexctl = bench.options.python, bench.options.plexctl
-    script = os.path.join(bench.scratch, "post.py")
-    body = json.dumps({"resource_id": RESOURCE, "kind": "tcp", "target": {"tcp": TARGET}})
-    with open(script, "w") as file:
-        file.write(SCRIPT.format(body=body))
-    cases = [("`python -I -c pass`", [python, "-I", "-c", "pass"], 0),
-             ('`python -I -c "import argparse"`', [python, "-I", "-c", "import argparse"], 0),
-             ("plexctl --help", [python, plexctl, "--help"], 0),
-             ("plexctl, usage error", [python, plexctl, "tcp-forward", "--project-id", "x"], 2)]
-    certificates = [()]
-    if bench.options.full and shutil.which("openssl"):
-        certificates.append(certificate(bench.scratch))
-    for pems in certificates:
-        server, ca = start_plane("127.0.0.1:5432", certificate=pems), pems[:1]
-        url, scheme = f"{server}/v1/projects/{PROJECT}/sessions", server.partition(":")[0]
-        words = [word.format(server=server) for word in TCP_FORWARD] + ["--ca-file"] * len(ca)
-        cases.append((f"plexctl, whole run, {scheme}", [python, plexctl, *words, *ca], 0))
-        cases.append((f"urllib.request script, {scheme}", [python, script, url, *ca], 0))
-        if shutil.which("curl"):
-            cases.append((f"curl, {scheme}", [
-                "curl", "-sSf", "-H", "Authorization: Bearer bench", "-H", "Content-Type: application/json",
-                "-d", body, url, *["--cacert"] * len(ca), *ca], 0))
-    return cases
+    def spawn(self, argv, **more):
+        """Starts a process in a session of its own, to be ended by stop()."""
+        process = subprocess.Popen([str(word) for word in argv], start_new_session=True, env=self.env, **more)
+        self.running.append(process)
+        return process
 
+    def stop(self, process):
+        """Ends a process and whatever is left of its group."""
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        self.running.remove(process)
 
-def run_startup(bench):
-    """Wall times of all cases in turn, the first time round uncounted; returns the labels."""
-    cases, runs = startup_cases(bench), 4 * bench.options.rounds
-    for done in range(runs + 1):
-        turn = done % len(cases)
-        for label, command, expected in cases[turn:] + cases[:turn]:
-            signal.alarm(PATIENCE_SECONDS)              # wait(timeout) would poll, in steps of up to 50 ms
-            began, quiet = time.perf_counter(), subprocess.DEVNULL
-            process = spawn(command, env=bench.env, stdin=quiet, stdout=quiet, stderr=quiet)
-            status, took = process.wait(), time.perf_counter() - began
-            signal.alarm(0)
-            STARTED.remove(process)
-            if done:
-                bench.record(label, "startup", {"ms": took * 1e3, "err": int(status != expected),
-                                                "said": f"exit status {status}"})
-    say(f"start-up: {len(cases)} programs, {runs} times each")
-    return [label for label, _, _ in cases]
+    def start_forwarder(self, name, command):
+        """Starts a server and the forwarder before it; without a command that server is all."""
+        # Ports below those that the kernel gives to outgoing connections.
+        ports, folder = random.sample(range(15000, 32000), 3), tempfile.mkdtemp(dir=self.scratch)
+        values = dict(zip("lrx", ports), server=start_plane(f"127.0.0.1:{ports[1]}") if command else "")
+        with open(os.path.join(folder, "log"), "w+") as log:
+            process, port = self.start_load("serve", ports[1]), ports[1]
+            up = self.answers(process, port)
+            if command:
+                words, port = [word.format(**values) for word in command], ports[0]
+                process = self.spawn(words, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+                up = up and self.answers(process, port)
+            log.seek(0)
+            said = log.read().splitlines()              # plexctl warns where it cannot check owners
+        if up:
+            self.forwarders[name] = process, port
+        self.notes += [line for line in said if "plexctl: warning" in line] if up else [
+            f"{name} did not come up: {' | '.join(said[-3:])}"]
+
+    def answers(self, process, port):
+        """Whether a byte comes back in time."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while time.monotonic() < deadline and process.poll() is None:
+            with contextlib.suppress(OSError):
+                dial(port).close()
+                return True
+            time.sleep(0.05)
+        return False
+
+    def start_load(self, kind, port, *numbers):
+        """Starts a load, or the server of all loads."""
+        command, pipe = [sys.executable, "-I", "-S", SELF, "_lg"], subprocess.PIPE
+        if self.options.lg and kind in ("serve", "ping", "conn"):
+            command, numbers = [os.path.abspath(self.options.lg)], numbers + (64,) * (kind == "ping")
+        return self.spawn([*command, kind, port, *numbers], stdin=pipe, stdout=pipe)
+
+    def finish_load(self, name, test, process):
+        """Its result; nothing if it failed, which is noted."""
+        try:
+            out, _ = process.communicate(timeout=PATIENCE_SECONDS + self.options.seconds)
+            result = json.loads(out.decode())
+        except (ValueError, subprocess.TimeoutExpired):
+            result = {"err": "no result"}
+        self.stop(process)
+        if result["err"]:
+            self.notes.append(f"{name} failed {test}, errors: {result['err']}")
+        return {} if result["err"] else result
+
+    def record(self, name, test, result):
+        """Keeps the numbers of a result."""
+        for key, value in result.items():
+            self.results[name, test, key].append(value)
+
+    def run_test(self, name, test):
+        """One test of one forwarder."""
+        (process, port), (kind, number), seconds = self.forwarders[name], TESTS[test], self.options.seconds
+        before, bulk = usage(process)["cpu"], test == "beside" and self.start_load("up", port, 1, seconds + 1)
+        time.sleep(0.5 if bulk else 0)
+        result = self.finish_load(name, test, self.start_load(kind, port, number, seconds))
+        if bulk and not self.finish_load(name, "the bulk stream", bulk):
+            return
+        time.sleep(0.1)                                 # it hands on the rest, and waits for its children
+        if result and test == "up1" and name != "direct":
+            result["cpu"] = (usage(process)["cpu"] - before) / result["n"] * 1e9
+        self.record(name, test, result)
+
+    def run_memory(self):
+        """The whole process at rest, while ten connections all carry bulk, and once these are idle again."""
+        held, measured = [], {name: it for name, it in self.forwarders.items() if name != "direct"}
+        for name, (process, port) in measured.items():
+            sizes, load = [usage(process)["rss"]], self.start_load("hold", port, SESSIONS)
+            deadline = time.monotonic() + PATIENCE_SECONDS
+            while not select.select([load.stdout], [], [], 0.02)[0] and time.monotonic() < deadline:
+                sizes.append(usage(process)["rss"])
+            held.append((name, load, {"rest": sizes[0], "bulk": max(sizes + [usage(process)["rss"]])}))
+        time.sleep(IDLE_SECONDS)
+        for name, load, sizes in held:
+            sizes["idle"] = usage(measured[name][0])["rss"]
+            if self.finish_load(name, "memory", load):
+                self.record(name, "memory", sizes)
+
+    def run_soak(self, name):
+        """Mixed load, after which descriptors and threads must be back where they were."""
+        (process, port), done = self.forwarders[name], collections.Counter()
+        self.finish_load(name, "the soak", self.start_load("conn", port, 8, 1))
+        time.sleep(IDLE_SECONDS)
+        before, end = usage(process), time.monotonic() + self.options.soak
+        while time.monotonic() < end:
+            mix = [("up", 2), ("down", 2), ("ping", 3), ("conn", 3)]
+            for (kind, _), load in zip(mix, [self.start_load(kind, port, number, 3) for kind, number in mix]):
+                result = self.finish_load(name, "the soak", load)
+                done[kind] += result.get("n", result.get("ok", 0))
+        time.sleep(IDLE_SECONDS)
+        after = usage(process)
+        self.notes += [f"{name} has more {key} after the soak" for key in ("threads", "descriptors")
+                       if after[key] > before[key]]
+        change = ", ".join(f"{key} {before[key]:.0f} to {after[key]:.0f}" for key in before if key != "cpu")
+        return (f"{name}: {self.options.soak:g} s of mixed load, {(done['up'] + done['down']) / 1e9:.1f} GB, "
+                f"{done['conn']:,} connections, {done['ping']:,} round trips; {change}\n")
+
+    def run_startup(self):
+        """Wall times of plexctl, bare and installed, and of what it stands in for; returns the columns."""
+        # In a fresh environment: a .pth file of site-packages can cost more than a whole program.
+        python, url = os.path.join(self.scratch, "venv", "bin", "python"), start_plane("127.0.0.1:1")
+        output_of(self.options.python, "-m", "venv", "--without-pip", os.path.join(self.scratch, "venv"))
+        packages = output_of(python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])")
+        script = POST.format(url=f"{url}/v1/projects/{PROJECT}/sessions", resource=RESOURCE, target=TARGET)
+        cases = [("without", "help", ["-I", "-c", "import argparse"]), ("without", "print", ["-c", script])]
+        for number, (name, path) in enumerate(self.options.plexctl.items()):
+            shutil.copy(path, os.path.join(packages, f"plexctl{number}.py"))
+            installed = ["-c", f"import sys; from plexctl{number} import run; sys.exit(run())"]
+            for column, words in ((name, [path]), (name + ", installed", installed)):
+                cases += [(column, "help", [*words, "--help"]),
+                          (column, "print", [*words, *FORWARD, "--server", url])]
+        output_of(python, "-m", "compileall", "-q", packages)
+        quiet = subprocess.DEVNULL
+        for turn in range(4 * self.options.rounds + 1):
+            for column, key, words in cases[turn % len(cases):] + cases[:turn % len(cases)]:
+                began = time.perf_counter()
+                status = subprocess.call([python, *words], env=self.env, stdout=quiet, stderr=quiet)
+                if status:
+                    self.notes.append(f"{column} failed start-up, {key}: exit status {status}")
+                elif turn:                              # the first time warms the caches
+                    self.record(column, "startup", {key: (time.perf_counter() - began) * 1e3})
+        return list(dict.fromkeys(column for column, _, _ in cases))
 
 
 # --- Report -------------------------------------------------------------------------------------------------
 
-def number(value, base=1):
-    """A number or a quotient with about three digits, empty where there is none."""
-    if value is None or not base:
-        return ""
-    value /= base
-    digits = sum(abs(value) < limit for limit in (100, 10, 0.1, 0.01))
-    return f"{value:,.{digits}f}"
-
-
-def table(*rows):
-    """A Markdown table, all but the first column aligned to the right."""
-    lines = [rows[0], ["---"] + ["---:"] * (len(rows[0]) - 1), *rows[1:]]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def forwarder_tables(bench, names):
-    """plexctl relative to each of the others, then the medians."""
-    ratios, medians = [["plexctl relative to", *names[1:]]], [["median", *names]]
-    for test, key, label in ROWS:
-        values = [bench.median(name, test, key) for name in names]
-        if any(value is not None for value in values):
-            ratios.append([label] + [number(values[0], value) for value in values[1:]])
-            medians.append([label] + [number(value) for value in values])
-    return table(*ratios) + "\n" + table(*medians)
-
-
-def startup_table(bench, labels):
-    """Relative to a bare interpreter and to the other ways to post the same; then milliseconds."""
-    took, rows = {label: bench.median(label, "startup", "ms") for label in labels}, []
-    for label in labels:
-        others = [label.replace("plexctl, whole run", other) for other in ("urllib.request script", "curl")]
-        bases = [took[labels[0]]] + [took.get(other) if other != label else None for other in others]
-        rows.append([label] + [number(took[label], base) for base in bases] + [number(took[label])])
-    return table(["start-up", "x bare interpreter", "x urllib.request script", "x curl", "ms"], *rows)
-
-
-def machine_line(bench, versions):
-    """What was measured where."""
-    model, options = platform.processor() or platform.machine(), bench.options
-    if HAS_PROC:
-        with open("/proc/cpuinfo") as file:
-            model = (re.findall(r"model name\s*:\s*(.+)", file.read()) or [model])[0]
-    python = "import platform as p; print(p.python_implementation(), p.python_version())"
-    return "".join([
-        f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores ({model}), ",
-        f"{platform.system()} {platform.release()}: ",
-        f"{output_of(options.python, options.plexctl, '--version')} on ",
-        f"{output_of(options.python, '-c', python)}; ",
-        f"{', '.join(versions)}; load generator in {'C' if options.lg else 'Python'}. ",
-        f"Medians of {options.rounds} interleaved rounds of {options.seconds:g} s.\n"])
-
-
-# --- Main ---------------------------------------------------------------------------------------------------
-
-def find_forwarders(bench):
-    """plexctl, direct, the peers that are installed, and those asked for; the peers' versions."""
-    options, versions = bench.options, []
-    plexctl = [options.python, options.plexctl, *TCP_FORWARD, "--proxy", "--local-addr", "127.0.0.1:{l}"]
-    found = [Forwarder(bench, "plexctl", plexctl), Forwarder(bench, "direct", [])]
-    for name, programs, flag, pattern, settings, command, files in PEERS:
-        missing = [program for program in programs if not shutil.which(program)]
-        if missing:
-            bench.note(f"{name} not measured: no {', '.join(missing)} here")
+def table(bench, columns, base, tests):
+    """Medians as a Markdown table, with the ratio to the column `base`."""
+    lines = [["median (ratio); * less is better", *columns], ["---"] + ["---:"] * len(columns)]
+    for (test, key), label in ROWS.items():
+        if test not in tests:
             continue
-        found.append(Forwarder(bench, name, shlex.split(command), files))
-        version = re.findall(pattern, output_of(programs[0], flag))[:1]
-        versions.append(" ".join([name, *version, settings.format(bench.threads)]).strip())
-        if name == "nginx":
-            folder = re.findall(r"--modules-path=(\S+)", output_of("nginx", "-V")) or [""]
-            module = os.path.join(folder[0], "ngx_stream_module.so")    # else built in, or nginx will say so
-            bench.nginx_module = f"load_module {module};" if os.path.exists(module) else ""
-    found += [Forwarder(bench, name, shlex.split(command)) for name, command in options.forwarder]
-    return found, versions
+        found = {name: bench.results[name, test, key] for name in columns if bench.results[name, test, key]}
+        medians = {name: statistics.median(values) for name, values in found.items()}
+        lines.append([label])
+        for name in columns:
+            value, other = medians.get(name, 0), medians.get(base, 0) if name != base else 0
+            text = f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}" if name in medians else ""
+            lines[-1].append(text + (f" ({value / other:.2f})" if text and other else ""))
+            if not text and name.split(",")[0] in bench.options.plexctl:
+                bench.notes.append(f"{name} has no result: {label}")
+    return "".join("| {} |\n".format(" | ".join(line)) for line in lines)
 
 
 def run(bench):
     """Runs what was asked for and prints the report; returns the exit status."""
-    options, (forwarders, versions) = bench.options, find_forwarders(bench)
-    report, tests = [machine_line(bench, versions)], [test for test in options.tests if test in TESTS]
-    for count in (1000, 5000)[:1 + options.full] if "mem" in options.tests else ():
-        if not HAS_PROC or bench.limit < 2 * count + 500:
-            bench.note(f"memory at {count} connections not measured: the descriptor limit is {bench.limit}")
-            continue
-        for forwarder in forwarders:
-            if forwarder.command and forwarder.start():
-                run_memory(bench, forwarder, count)
-                forwarder.stop()
-    started = [forwarder for forwarder in forwarders if tests and forwarder.start()]
-    run_rounds(bench, started, tests)
-    for forwarder in started:
-        forwarder.stop()
-    if tests or "mem" in options.tests:
-        report.append(forwarder_tables(bench, [forwarder.name for forwarder in forwarders]))
-    if "startup" in options.tests:
-        report.append(startup_table(bench, run_startup(bench)))
-    if options.soak and HAS_PROC and forwarders[0].start():
-        report.append(run_soak(bench, forwarders[0]))
-        forwarders[0].stop()
-    print("\n".join(report + [f"- {note}" for note in bench.notes]))
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump({"machine": report[0], "notes": bench.notes, "results": bench.rows}, file)
-    return int(any(row["err"] for row in bench.rows if row["name"].startswith("plexctl")))
-
-
-def parse(argv):
-    """The options. --startup and --soak without --tests leave out all else."""
-    names = [*TESTS, "mem", "startup"]
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tests", type=lambda text: text.split(","), help="of " + ",".join(names))
-    parser.add_argument("--rounds", type=int, default=5, help="5; start-up is measured four times as often")
-    parser.add_argument("--seconds", type=float, default=1.5, help="of each single measurement, 1.5")
-    parser.add_argument("--full", action="store_true", help="5,000 idle connections and https too")
-    parser.add_argument("--startup", action="store_true", help="the start-up table")
-    parser.add_argument("--soak", type=float, default=0, metavar="SECONDS", help="mixed load on plexctl")
-    parser.add_argument("--forwarder", action="append", default=[], metavar="NAME='COMMAND {l} {r}'",
-                        help="one more forwarder, from local port {l} to port {r} on 127.0.0.1; repeatable")
-    parser.add_argument("--lg", metavar="PATH", help="a compiled load generator")
-    parser.add_argument("--python", metavar="PATH", default=sys.executable, help="interpreter for plexctl")
-    parser.add_argument("--plexctl", metavar="PATH",
-                        default=os.path.join(os.path.dirname(os.path.dirname(SELF)), "plexctl.py"))
-    parser.add_argument("--json", metavar="FILE", help="all single results")
-    options = parser.parse_args(argv)
-    alone = ["startup"] * options.startup
-    options.tests = (options.tests or []) + alone if options.tests or alone or options.soak else names
-    options.forwarder = [text.partition("=")[::2] for text in options.forwarder]
-    if not set(options.tests) <= set(names):
-        parser.error("--tests takes " + ",".join(names))
-    if not all(name and command for name, command in options.forwarder):
-        parser.error("--forwarder takes NAME='COMMAND {l} {r}'")
-    if options.rounds < 1 or options.seconds <= 0 or not os.path.exists(options.plexctl):
-        parser.error(f"--rounds and --seconds must be positive, and {options.plexctl} must exist")
-    return options
-
-
-def interrupt(signum, frame):
-    """Other signals end the run as Ctrl-C does. SIGALRM: a program of the start-up table hangs."""
-    raise KeyboardInterrupt
+    options = bench.options
+    tests = [] if options.soak else options.tests.split(",") if options.tests else list(TESTS)
+    traffic = [test for test in tests if test != "startup"]
+    for name, command in find_forwarders(options).items() if traffic or options.soak else ():
+        bench.start_forwarder(name, command)
+    names = list(bench.forwarders)
+    report = [bench.run_soak(name) for name in names if options.soak]
+    if "memory" in tests:
+        bench.run_memory()
+    for number in range(options.rounds):
+        for place, test in enumerate(test for test in traffic if TESTS[test]):
+            for name in sorted(names, key=lambda name: (names.index(name) + number + place) % len(names)):
+                bench.run_test(name, test)
+            print(f"round {number + 1} of {options.rounds}: {test}", file=sys.stderr, flush=True)
+    report += [table(bench, names, "haproxy", traffic)] if traffic else []
+    report += [table(bench, bench.run_startup(), "without", ["startup"])] if "startup" in tests else []
+    versions = re.findall(r"(socat|HAProxy|nginx|OpenSSH)(?: version |[/_])(\d[\w.]+)",
+                          output_of("sh", "-c", "socat -V; haproxy -v; nginx -v; ssh -V"))
+    about = "import platform as p; print(p.platform(), p.python_implementation(), p.python_version())"
+    print(f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, {output_of(options.python, '-c', about)}, "
+          f"{', '.join(map(' '.join, versions))}; load in {'C' if options.lg else 'Python'}; "
+          f"{options.rounds} rounds of {options.seconds:g} s\n")
+    print("\n".join(report + [f"- {note}" for note in dict.fromkeys(bench.notes)]))
+    ours = tuple(name + end for name in options.plexctl for end in (" ", ", installed "))
+    return int(any(note.startswith(ours) for note in bench.notes))
 
 
 def main(argv):
     """Returns the exit status."""
     if argv[:1] == ["_lg"]:
-        result = LOADS[argv[1]](int(argv[2]), *argv[3:])
-        return print(json.dumps(result)) if result else None
-    options, scratch = parse(argv), tempfile.mkdtemp(prefix="bench-")
-    for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
-        signal.signal(signum, interrupt)
+        kind, port, *numbers = argv[1], *map(float, argv[2:])
+        if kind in ("serve", "hold"):
+            return (serve if kind == "serve" else hold)(int(port), *map(int, numbers))
+        return print(json.dumps(load(kind, int(port), int(numbers[0]), numbers[1])))
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--rounds", type=int, default=5, help="5; start-up is measured four times as often")
+    parser.add_argument("--seconds", type=float, default=1.5, help="of each single measurement, 1.5")
+    parser.add_argument("--tests", metavar="NAMES", help="of " + ",".join(TESTS))
+    parser.add_argument("--only", metavar="NAMES", help="of direct,plexctl,Go," + ",".join(PEERS))
+    parser.add_argument("--soak", type=float, metavar="SECONDS", help="mixed load on plexctl, nothing else")
+    parser.add_argument("--python", metavar="PATH", default=sys.executable, help="interpreter for plexctl")
+    parser.add_argument("--plexctl", metavar="[NAME=]PATH", action="append", help="repeatable: side by side")
+    parser.add_argument("--lg", metavar="PATH", help="a compiled load generator")
+    parser.add_argument("--go", metavar="PATH", help="a forwarder that is called with two addresses")
+    options, scratch = parser.parse_args(argv), tempfile.mkdtemp(prefix="bench-")
+    default = os.path.join(os.path.dirname(os.path.dirname(SELF)), "plexctl.py")
+    pairs = [path.rpartition("=")[::2] for path in options.plexctl or [default]]
+    options.plexctl = {name or "plexctl": os.path.abspath(path) for name, path in pairs}
     os.environ["PATH"] = os.environ.get("PATH", "") + ":/usr/local/sbin:/usr/sbin:/sbin"
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    bench = Bench(options, scratch)
     try:
-        return run(Bench(options, scratch))
-    except KeyboardInterrupt:
-        say("interrupted")
-        return 130
+        return run(bench)
     finally:
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(signum, signal.SIG_IGN)
-        for process in STARTED[::-1]:
-            stop(process)
+        for process in bench.running[::-1]:
+            bench.stop(process)
         shutil.rmtree(scratch, ignore_errors=True)
 
 
