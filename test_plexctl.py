@@ -5557,6 +5557,7 @@ def test_two_hundred_clients_wait_in_turn_without_a_thread_each():
             client.sendall(b"%03d" % number)
         eventually(lambda: running.count().waiting == 200)
         assert threading.active_count() <= threads and (running.count().open, running.count().ended) == (1, 0)
+        eventually(lambda: running.lines)
         first.close()
         for client in clients:
             assert client.recv(1) == b"!"
