@@ -6656,6 +6656,36 @@ def test_a_proxy_whose_renewal_is_forbidden_ends_with_that_status(simulation):
     assert result.returncode == 4 and "plexctl: error: IssueSession: 403" in result.stderr
 
 
+def test_a_renewal_waits_until_the_old_session_is_given_back():
+    with Simulation(session_limit=1) as simulation, \
+            start_plexctl(forward_args(simulation.plane, "--proxy", "--renew", "--output", "json"),
+                          env=simulation.plane.environment()) as process:
+        address = json.loads(process.ready())["local_addr"]
+        simulation.plane.script("revoke", hold(0.5))
+        simulation.node.refuse(simulation.plane.issued[0])
+        assert exchange(address, b"again") == b"again"
+        assert len(simulation.plane.issued) == 2 and simulation.plane.active() == simulation.plane.issued[1:]
+
+
+@pytest.mark.skipif(not LINUX, reason="abstract sockets")
+def test_a_client_with_a_name_of_its_own_is_served_on_a_unix_socket(simulation, tmp_path):
+    path = str(tmp_path / "socket")
+    with start_plexctl(forward_args(simulation.plane, "--proxy", "-v", "--local-addr", "unix:" + path),
+                       env=simulation.plane.environment()) as process:
+        process.ready(2)
+        for number, name in enumerate((str(tmp_path / "client"), "\0plexctl test %d" % os.getpid()), 1):
+            with socket.socket(socket.AF_UNIX) as client:
+                client.settimeout(20)
+                client.bind(name)
+                client.connect(path)
+                chat(client, 3)
+            # else the next one may find the session still in use, and be warned of it
+            process.wait_for(lambda number=number: process.err.count("connection closed") == number)
+        process.send_signal(signal.SIGTERM)
+        process.finish()
+    assert process.err.count("from a local process to ") == 2 and "warning" not in process.err
+
+
 # ---- tests: what the tests with processes share --------------------------------------------------
 
 SIGNALS = [pytest.param(number, id=number.name) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
@@ -7257,7 +7287,8 @@ MODES = {"print": [], "proxy": ["--proxy"], "stdio": ["--stdio"], "COMMAND": ["-
 
 
 @FULL
-@pytest.mark.parametrize("redirections", [">/dev/full", ">&-", "2>/dev/full", "2>&-", ">/dev/full 2>/dev/full",
+@pytest.mark.parametrize("redirections", [
+    ">/dev/full", ">&-", "2>/dev/full", "2>&-", ">/dev/full 2>/dev/full",
                                           "<&- >&- 2>&-", "</dev/full >/dev/full 2>&-"])
 @pytest.mark.parametrize("mode", sorted(MODES))
 def test_no_path_ends_in_120(mode, redirections):
@@ -7298,7 +7329,8 @@ def test_closed_descriptors_do_no_harm_where_there_is_no_null_device(simulation,
         revoked_once(simulation.plane)
 
 
-@pytest.mark.parametrize("how, words", [("expires", "the session expired"), ("is revoked", "the session was revoked")])
+@pytest.mark.parametrize("how, words", [
+    ("expires", "the session expired"), ("is revoked", "the session was revoked")])
 def test_a_reason_is_said_once_in_a_run(simulation, how, words):
     flags = ["--ttl-seconds", 2] if how == "expires" else []
     with start(simulation, "--proxy", "-v", *flags) as process:
@@ -7310,12 +7342,16 @@ def test_a_reason_is_said_once_in_a_run(simulation, how, words):
                 simulation.plane.revoke(simulation.plane.issued[0])
             result = process.finish(20)
     assert result.returncode == 1 and words in error_of(result)
-    assert result.stderr.count(words) == 1 and len(re.findall("1 connection, ", result.stderr)) == 1, result.stderr
+    assert result.stderr.count(words) == 1, result.stderr
+    assert len(re.findall("1 connection, ", result.stderr)) == 1, result.stderr
 
 
 @pytest.mark.skipif(not LINUX, reason="counts descriptors")
 def test_a_hard_limit_of_64_descriptors_serves_several_connections_at_once(simulation):
-    with start(simulation, "--proxy", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))) \
+    def limit():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+
+    with start(simulation, "--proxy", preexec_fn=limit) \
             as process, contextlib.ExitStack() as stack:
         address = proxy_address(process)
         clients = [stack.enter_context(dial(address)) for _ in range(4)]
@@ -7346,7 +7382,8 @@ def test_bulk_under_too_few_descriptors_arrives_or_is_refused_in_one_line(simula
         def few(limit=limit):
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
         if mode == "COMMAND":
-            result = run_python(simulation, fetch.replace("sys.argv[1]", "os.environ['PLEXCTL_LOCAL_PORT']; import os"),
+            result = run_python(simulation, fetch.replace(
+                "sys.argv[1]", "os.environ['PLEXCTL_LOCAL_PORT']; import os"),
                                 preexec_fn=few) if False else run_command(
                                     simulation, sys.executable, "-c", fetch, "{port}", preexec_fn=few)
             status, text = result.returncode, result.stderr
@@ -7358,9 +7395,11 @@ def test_bulk_under_too_few_descriptors_arrives_or_is_refused_in_one_line(simula
                 if process.out:
                     with contextlib.suppress(ConnectionResetError):
                         with dial(json.loads(process.out)["local_addr"]) as client:
-                            threading.Thread(target=send_quietly, args=(client, pattern(4 << 20)), daemon=True).start()
+                            threading.Thread(target=send_quietly, args=(client, pattern(4 << 20)),
+                                             daemon=True).start()
                             got = b"".join(iter(lambda: client.recv(1 << 20), b""))
-                            assert got == pattern(4 << 20) or "warning" in process.err, (limit, len(got), process.err)
+                            assert got == pattern(4 << 20) or "warning" in process.err, (
+                                limit, len(got), process.err)
                             arrived += got == pattern(4 << 20)
                     process.send_signal(signal.SIGTERM)
                     assert process.finish(15).returncode == -signal.SIGTERM, process.describe()
@@ -7915,7 +7954,8 @@ def test_the_last_minute_is_warned_of_where_somebody_wants_to_know(simulation, m
             assert exchange(address, b"hello") == b"hello"
         process.send_signal(signal.SIGTERM)
         result = ends_by(process, signal.SIGTERM)
-    assert len(re.findall(r"plexctl: warning: (?:1m00|59)s of the session are left\n", result.stderr)) == warned
+    lines = re.findall(r"plexctl: warning: (?:1m00|59)s of the session are left\n", result.stderr)
+    assert len(lines) == warned
     assert "are left" not in result.stderr or warned
 
 
@@ -8624,11 +8664,26 @@ PUBLISHED_EXAMPLES = [
     ' --local-addr 127.0.0.1:15432 --reveal-secrets']
 
 
+def readme(title=""):
+    """The README; or what stands below a heading in it (`### psql`), up to the next one."""
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        text = file.read()
+    if not title:
+        return text
+    below = text[text.index("\n%s\n" % title) + len(title) + 2:]
+    return re.split(r"(?m)^#{2,%d} " % title.index(" "), below)[0]
+
+
+def code_blocks(text):
+    """The indented blocks of a piece of Markdown."""
+    blocks = re.findall(r"(?m)(?:^    .*\n|^\n(?=    ))+", text + "\n")
+    return [re.sub("(?m)^    ", "", block).strip("\n") for block in blocks]
+
+
 @pytest.mark.reveals
 @pytest.mark.parametrize("line", PUBLISHED_EXAMPLES, ids=["plain", "reveal-secrets"])
 def test_the_published_examples_work_word_for_word(simulation, tmp_path, line):
-    with open(os.path.join(HERE, "README.md")) as readme:
-        assert "\n    %s\n" % line in readme.read()
+    assert "\n    %s\n" % line in readme()
     environ = simulation.plane.environment(PLEXCTL_AUDIT_LOG=str(tmp_path / "audit.log"))
     script = 'plexctl() { "%s" -I "%s" "$@"; }\n%s\n' % (sys.executable, PLEXCTL, line)
     done = subprocess.run(["bash", "-c", script], env=clean_environment(environ), stdin=subprocess.DEVNULL,
@@ -8648,11 +8703,276 @@ def test_the_published_examples_work_word_for_word(simulation, tmp_path, line):
 
 
 def test_the_readme_names_every_flag_and_only_these():
-    flags = set(plexctl.FLAGS) | {"--version", "--help"}
+    flags = set(plexctl.FORWARD_FLAGS) | {"--verbose", "--version", "--help"}
     assert flags == set(re.findall(r"(?m)^  (?:-\w, )?(--[\w-]+)", plexctl.DESCRIPTION))
-    with open(os.path.join(HERE, "README.md")) as readme:
-        named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", readme.read()))
-    assert named - flags == {"--check", "--full", "--soak", "--lg"}  # sha256sum's and .ci/bench.py's
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", readme()))
+    assert named == flags
+
+
+@contextlib.contextmanager
+def recipe(simulation, tmp_path, block, **popen):
+    """A block of the README, as it stands, in bash; with plexctl.py in HOME, where it is run as well.
+
+    plexctl and python3 are ours; `ssh bastion` runs its command here, as sshd would."""
+    python = shlex.quote(sys.executable)
+    for name, line in (("plexctl", python + " -I ~/plexctl.py \"$@\""), ("python3", python + " \"$@\""),
+                       ("ssh", "sh -c 'shift; exec sh -c \"$*\"' ssh \"$@\"")):
+        tool = tmp_path / "bin" / name
+        tool.parent.mkdir(exist_ok=True)
+        tool.write_text("#!/bin/sh\nexec %s\n" % line)
+        tool.chmod(0o755)
+    shutil.copy(PLEXCTL, str(tmp_path))
+    target = re.search('TARGET="(.*)"', readme("## Recipes")).group(1)
+    env = simulation.plane.environment(HOME=str(tmp_path), TARGET=target, PATH=os.pathsep.join(
+        [str(tmp_path / "bin"), os.environ["PATH"]]))
+    with Process(["bash", "-c", block], cwd=str(tmp_path), env=clean_environment(env), **popen) as process:
+        yield process
+
+
+def run_recipe(simulation, tmp_path, block, **popen):
+    """A block of the README that comes to an end; its stdout."""
+    with recipe(simulation, tmp_path, block, **popen) as process:
+        result = process.finish(60)
+    assert result.returncode == 0, process.describe()
+    assert "plexctl: error" not in result.stderr, result.stderr
+    return result.stdout
+
+
+def answer_http(connection, _target):
+    """Answer one request."""
+    connection.recv(1 << 16)
+    connection.sendall(b"HTTP/1.0 200 OK\r\n\r\nhello\n")
+
+
+def skip_if_taken(block):
+    """A recipe with a port of its own cannot run where somebody has it."""
+    port = int(re.search(r"--local-addr 127[.]0[.]0[.]1:([0-9]+)", block).group(1))
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind(("127.0.0.1", port))
+        except OSError:
+            pytest.skip("port %d is taken" % port)
+    return "127.0.0.1:%d" % port
+
+
+def recipe_blocks(name):
+    """The blocks of a recipe."""
+    return code_blocks(readme("### " + name))
+
+
+def test_every_recipe_is_run_by_a_test():
+    names = set(re.findall("(?m)^### (.*)$", readme())) - {"The session token"}  # a published example
+    tests = {name for name in globals() if name.startswith("test_the_recipe_called_")}
+    assert {"test_the_recipe_called_" + name.lower().replace(" ", "_") for name in names} == tests
+
+
+@pytest.mark.realworld
+def test_the_recipe_called_psql(simulation, postgres, tmp_path):
+    need("psql")
+    blocks = recipe_blocks("psql")
+    (tmp_path / "query").write_text("select 41 + 1 as answer;\n")
+    with open(str(tmp_path / "query")) as query:
+        assert "\n     42\n" in run_recipe(simulation, tmp_path, blocks[0], stdin=query)
+    revoked_once(simulation.plane)
+
+
+@pytest.mark.realworld
+def test_the_recipe_called_ssh(simulation, ssh_options, tmp_path):
+    ssh, = need("ssh")
+    blocks = recipe_blocks("ssh")
+    (tmp_path / "config").write_text(blocks[0] + "\n")
+    words = [ssh, "-F", str(tmp_path / "config")] + ssh_options[2:] + ["behind-the-node", "echo hello"]
+    line = " ".join(shlex.quote(word) for word in words)
+    assert run_recipe(simulation, tmp_path, line) == "hello\n"
+    simulation.plane.wait_for(lambda: simulation.plane.revoked)
+    revoked_once(simulation.plane)
+
+
+@pytest.mark.realworld
+def test_the_recipe_called_curl_or_a_browser(tmp_path):
+    need("curl")
+    blocks = recipe_blocks("curl or a browser")
+    once, browser = blocks[0].splitlines()
+    with Simulation(answer_http) as simulation:
+        assert run_recipe(simulation, tmp_path, once) == "hello\n"
+        revoked_once(simulation.plane)
+        address = skip_if_taken(browser)
+        with recipe(simulation, tmp_path, browser) as process:
+            process.ready(2)
+            assert exchange(address, b"GET / HTTP/1.0\r\n\r\n").endswith(b"hello\n")
+            process.send_signal(signal.SIGINT)
+            ends_by(process, signal.SIGINT)
+        revoked_once(simulation.plane, 2)
+
+
+def test_the_recipe_called_a_connection_pool(simulation, tmp_path):
+    blocks = recipe_blocks("A connection pool")
+    address = skip_if_taken(blocks[0])
+    with recipe(simulation, tmp_path, blocks[0]) as process, contextlib.ExitStack() as stack:
+        process.ready(2)
+        simulation.plane.wait_for(lambda: len(simulation.plane.issued) == 4)
+        for pooled in [stack.enter_context(dial(address)) for _ in range(4)]:
+            pooled.sendall(b"x")
+            assert pooled.recv(1) == b"x"
+        assert len(simulation.plane.issued) == 4
+        process.send_signal(signal.SIGTERM)
+        ends_by(process, signal.SIGTERM)
+    revoked_once(simulation.plane, 4)
+
+
+def test_the_recipe_called_systemd(simulation, tmp_path):
+    blocks = recipe_blocks("systemd")
+    unit = dict(line.split("=", 1) for line in blocks[0].splitlines() if "=" in line)
+    address = skip_if_taken(unit["ExecStart"])
+    assert unit["Environment"].startswith("PLEXSPHERE_URL=") and unit["Type"] == "notify"
+    (tmp_path / "token").write_text(simulation.plane.bearer)
+    (tmp_path / "token").chmod(0o600)
+    line = unit["ExecStart"].replace("/usr/bin/python3", "exec python3").replace(
+        "/usr/local/lib/", "~/") + " < " + unit["StandardInput"].replace("file:/etc/plexctl/", "")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
+        told.bind(str(tmp_path / "notify"))
+        told.settimeout(20)
+        script = "unset PLEXSPHERE_TOKEN; export NOTIFY_SOCKET=~/notify; " + line
+        with recipe(simulation, tmp_path, script) as process:
+            process.ready(2)
+            assert told.recv(100) == b"READY=1"
+            assert exchange(address, b"x") == b"x"
+            process.send_signal(signal.SIGTERM)
+            ends_by(process, signal.SIGTERM)
+            assert told.recv(100) == b"STOPPING=1"
+    revoked_once(simulation.plane)
+
+
+def test_systemd_has_nothing_against_the_unit(tmp_path):
+    analyze = shutil.which("systemd-analyze")
+    if not analyze or not os.path.exists("/usr/bin/python3"):
+        pytest.skip("no systemd")
+    (tmp_path / "plexctl-test.service").write_text(recipe_blocks("systemd")[0] + "\n")
+    done = subprocess.run([analyze, "verify", str(tmp_path / "plexctl-test.service")], stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, universal_newlines=True)
+    assert [line for line in done.stdout.splitlines() if "plexctl-test" in line] == []
+
+
+def test_the_recipe_called_ci(simulation, tmp_path):
+    blocks = recipe_blocks("CI")
+    shown = run_recipe(simulation, tmp_path, blocks[0])
+    assert re.sub(r":[0-9]+$", ":42337", shown.splitlines()[0]) + "\nstatus 3" == blocks[1]
+    revoked_once(simulation.plane)
+
+
+@pytest.mark.realworld
+def test_the_recipe_called_json_and_jq(tmp_path):
+    need("curl", "jq")
+    blocks = recipe_blocks("JSON and jq")
+    with Simulation(answer_http) as simulation:
+        assert run_recipe(simulation, tmp_path, blocks[0]) == simulation.plane.sessions[0].endpoint + "\n"
+        assert run_recipe(simulation, tmp_path, blocks[1]) == "hello\n"
+        assert simulation.plane.revoked == simulation.plane.issued[1:]
+
+
+def test_the_recipe_called_nothing_copied_at_all(simulation, tmp_path):
+    blocks = recipe_blocks("Nothing copied at all")
+    document = parse_document(run_recipe(simulation, tmp_path, blocks[0]), "text")
+    assert document["session_id"] == simulation.plane.issued[0]
+
+
+def test_the_library_example_works(simulation):
+    code = code_blocks(readme("## As a library"))[0]
+    assert code.count('"https://plexsphere.example.com"') == code.count('"psk_..."') == 1
+    code = code.replace("https://plexsphere.example.com", simulation.plane.url)
+    code = code.replace("psk_...", simulation.plane.bearer)
+    with Process([sys.executable, "-u", "-c", code], cwd=HERE, env=clean_environment()) as process:
+        said, address = process.ready().rsplit(" ", 1)
+        assert said == "listening on"
+        with dial(address.strip()) as client:
+            client.sendall(b"x")
+            assert client.recv(1) == b"x"
+            simulation.plane.revoke(simulation.plane.issued[0], "policy_violation")
+            process.wait_for_output("over: the session was revoked (policy_violation)")
+        assert process.finish().returncode == 0, process.describe()
+
+
+def literal(node):
+    """The text of a string in the syntax tree; None for anything else. Python 3.6 and 3.7 have Str."""
+    kinds = {"Constant": "value", "Str": "s"}
+    value = getattr(node, kinds.get(type(node).__name__, ""), None)
+    return value if isinstance(value, str) else None
+
+
+def written_texts(node):
+    """What an expression may give, with %s and whatever is put together left as it is."""
+    if literal(node) is not None:
+        return [literal(node)]
+    if isinstance(node, ast.IfExp):
+        return written_texts(node.body) + written_texts(node.orelse)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mod):
+        return written_texts(node.left)
+    if isinstance(node, ast.BinOp):
+        return [left + right for left in written_texts(node.left) or ["%s"]
+                for right in written_texts(node.right) or ["%s"]]
+    return []
+
+
+def shortened(text):
+    """A message as the README writes it: `...` for what varies, no `warning: ` or `error: ` before it."""
+    text = re.sub("(?:%[-.0-9]*[a-z]|[.]{3})+", "...", text)
+    return re.sub("^(?:warning|error): ", "", text)
+
+
+def messages_of_the_source():
+    """What plexctl.py may say to an operator, shortened: line -> text."""
+    with open(PLEXCTL, encoding="utf-8") as file:
+        tree = ast.parse(file.read())
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    names = {name for name, value in vars(plexctl).items()
+             if isinstance(value, type) and issubclass(value, plexctl.PlexctlError)}
+    found = {}
+    for function in functions:
+        # what these raise never gets as far as stderr
+        unseen = ("parse_json", "unique", "bounded", "parse_time")
+        values = {"ValueError"} if function.name not in unseen else set()
+        for call in ast.walk(function):
+            if not (isinstance(call, ast.Call) and call.args):
+                continue
+            name = getattr(call.func, "id", getattr(call.func, "attr", ""))
+            for text in written_texts(call.args[0]):
+                told = name in ("tell_once", "warn_once", "fail") or (
+                    name in ("report", "_report") and text.startswith(("warning: ", "error: ")))
+                text = shortened(text)
+                if (told or name in names | values) and len(re.sub("[^a-z]", "", text)) > 6:
+                    found[call.lineno, text] = text
+    assert len(found) > 80
+    return found
+
+
+def told_in_the_readme():
+    """The messages that the README has a word on."""
+    page = readme("## When it says ..., do ...")
+    return [shortened(span) for row in re.findall(r"(?m)^\| (`.*?) \| .* \|$", page)
+            for span in re.findall("`([^`]+)`", row)]
+
+
+def test_the_readme_says_what_to_do_about_every_message():
+    known = [re.compile(".*".join(map(re.escape, span.split("...")))) for span in told_in_the_readme()]
+    missing = {key: text for key, text in messages_of_the_source().items()
+               if not any(each.fullmatch(text) or each.fullmatch("...: " + text) for each in known)}
+    assert not missing, missing
+
+
+def test_the_readme_has_no_message_that_there_is_not(cli):
+    with open(PLEXCTL, encoding="utf-8") as file:
+        texts = [literal(node) for node in ast.walk(ast.parse(file.read()))]
+    texts = "\n".join(text for text in texts if text)
+    texts += cli(["tcp-forward"]).err + cli(["tcp-forward", "--host"]).err + "403"
+    stale = [span for span in told_in_the_readme() for part in span.split("...")
+             if part.strip(" :;") not in texts]
+    assert stale == []
+
+
+def test_every_claim_has_a_test_that_there_is():
+    named = set(re.findall(r"\btest_\w+", readme())) - {"test_plexctl"}
+    assert named and named - set(globals()) == set()
 
 
 def test_a_console_script_of_one_module_is_installed(tmp_path):
@@ -8682,154 +9002,3 @@ def test_a_console_script_of_one_module_is_installed(tmp_path):
                            universal_newlines=True)
     assert "plexctl.py" in files.stdout and "test_plexctl.py" not in files.stdout
     assert re.search(r"(?m)^Requires: *$", files.stdout)
-
-
-# ---- tests: left for relay and sessions ----------------------------------------------------------
-
-def test_a_renewal_waits_until_the_old_session_is_given_back():
-    with Simulation(session_limit=1) as simulation, \
-            start_plexctl(forward_args(simulation.plane, "--proxy", "--renew", "--output", "json"),
-                          env=simulation.plane.environment()) as process:
-        address = json.loads(process.ready())["local_addr"]
-        simulation.plane.script("revoke", hold(0.5))
-        simulation.node.refuse(simulation.plane.issued[0])
-        assert exchange(address, b"again") == b"again"
-        assert len(simulation.plane.issued) == 2 and simulation.plane.active() == simulation.plane.issued[1:]
-
-
-@pytest.mark.skipif(not LINUX, reason="bulk threads")
-def test_a_bulk_stream_to_a_reader_that_takes_little_ends_when_the_forwarder_stops():
-    """The thread is in the middle of a piece whose end may be far away."""
-    lines, leases, slow, over = [], [], threading.Event(), threading.Event()
-
-    def trickle(listener):
-        with listener.accept()[0] as connection, contextlib.suppress(OSError):
-            while not over.wait(0.03 if slow.is_set() else 0):
-                connection.recv(4096 if slow.is_set() else 65536)
-
-    def feed(client):
-        with contextlib.suppress(OSError):
-            while True:
-                client.sendall(bytes(1 << 18))
-
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32768)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1400)
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(1)
-
-        def connect():
-            remote = socket.socket()
-            remote.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
-            remote.connect(listener.getsockname())
-            leases.append(lease_on(listener.getsockname()))
-            return remote, leases[0]
-
-        threading.Thread(target=trickle, args=(listener,), daemon=True).start()
-        with plexctl.Forwarder(plexctl.parse_local_address("127.0.0.1:0"), connect, None, lines.append,
-                               allow_other_users=True) as forwarder:
-            forwarder.start()
-            with dial(str(forwarder.local)) as client:
-                threading.Thread(target=feed, args=(client,), daemon=True).start()
-                eventually(lambda: forwarder.relay.bulk_flows == 1)
-                slow.set()
-                standstill(lambda: forwarder.count().up, still=0.1)
-                forwarder.stop()
-                assert (forwarder.count().open, leases[0].released, lines) == (0, 1, [])
-                over.set()
-
-
-@pytest.mark.skipif(not LINUX, reason="abstract sockets")
-def test_a_client_with_a_name_of_its_own_is_served_on_a_unix_socket(simulation, tmp_path):
-    path = str(tmp_path / "socket")
-    with start_plexctl(forward_args(simulation.plane, "--proxy", "-v", "--local-addr", "unix:" + path),
-                       env=simulation.plane.environment()) as process:
-        process.ready(2)
-        for number, name in enumerate((str(tmp_path / "client"), "\0plexctl test %d" % os.getpid()), 1):
-            with socket.socket(socket.AF_UNIX) as client:
-                client.settimeout(20)
-                client.bind(name)
-                client.connect(path)
-                chat(client, 3)
-            # else the next one may find the session still in use, and be warned of it
-            process.wait_for(lambda number=number: process.err.count("connection closed") == number)
-        process.send_signal(signal.SIGTERM)
-        process.finish()
-    assert process.err.count("from a local process to ") == 2 and "warning" not in process.err
-
-
-@pytest.mark.skipif(not LINUX, reason="how the kernel tells of it")
-def test_a_unix_client_that_hangs_up_without_closing_ends_its_connection(tmp_path):
-    """A hang-up that nobody acts on is reported for ever, at the cost of a whole core."""
-    path = str(tmp_path / "socket")
-    with relayed_to(source(8 << 20), local="unix:" + path) as running, \
-            socket.socket(socket.AF_UNIX) as client:
-        client.connect(path)
-        eventually(lambda: running.count().down)
-        standstill(lambda: running.count().down)
-        client.shutdown(socket.SHUT_RDWR)
-        eventually(lambda: running.count().open == 0)
-
-
-def test_a_dial_that_ends_after_its_session_is_not_served():
-    dialled, go, lines = threading.Event(), threading.Event(), []
-    with Target(echo) as target:
-        lease = lease_on(target.address)
-
-        def connect():
-            remote = plexctl.connect_socket(*lease.route)
-            dialled.set()
-            go.wait(20)
-            return remote, lease
-        with plexctl.Forwarder(plexctl.parse_local_address("127.0.0.1:0"), connect,
-                               report=lines.append) as forwarder:
-            forwarder.start()
-            with dial(str(forwarder.local)) as client:
-                assert dialled.wait(10)
-                lease.over = plexctl.SessionOver("the session expired")
-                forwarder.reset_lease(lease)
-                go.set()
-                assert how_it_ends(client) == ("reset", b"")
-            eventually(lambda: lease.released == 1)
-            assert lines == ["warning: a connection was not served: the session expired"]
-
-
-def test_last_words_before_a_reset_arrive_also_where_the_client_has_just_ended(loop):
-    def speak(connection, _target):
-        connection.recv(5)
-        spoken.wait(10)
-        connection.sendall(b"error: too big")
-        time.sleep(0.1)
-        reset_close(connection)
-        spoken.clear()
-    spoken = threading.Event()
-    with relayed_to(speak, **loop) as running, dial(running.address) as client:
-        client.sendall(b"hello")
-        eventually(lambda: running.count().up == 5)
-        with held_up(running):
-            client.shutdown(socket.SHUT_WR)
-            spoken.set()
-            eventually(lambda: not spoken.is_set())
-        assert how_it_ends(client) == ("reset", b"error: too big")
-
-
-def test_dials_that_wait_for_a_question_without_an_answer_do_not_each_ask_again():
-    def no_answer(handler, plane):
-        plane.closing.wait(0.5)
-        drop(handler, plane)
-    with Simulation(one_at_a_time=False) as simulation, using_sessions(simulation.plane) as running:
-        simulation.plane.script("get", *[no_answer] * 20)
-        simulation.node.refuse(simulation.plane.issued[0])
-        with contextlib.ExitStack() as stack:
-            for client in [stack.enter_context(dial(running.address)) for _ in range(10)]:
-                assert how_it_ends(client) == ("reset", b"")
-        assert asked(simulation.plane, "get") <= 3
-        assert len(running.said("not served")) == 10
-
-
-def test_finishing_twice_is_finishing_once():
-    with forwarding(("127.0.0.1", 1)) as running:
-        for _ in range(2):
-            began = time.monotonic()
-            running.forwarder.finish()
-            assert time.monotonic() - began < 1.5

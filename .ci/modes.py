@@ -92,7 +92,8 @@ class Invocation:
         if self.mode == "reveal":
             os.makedirs(os.path.join(self.scratch, ".config", "plexctl"))
             self._secret_file(os.path.join(".config", "plexctl", "config.json"), json.dumps(
-                {"default": "sim", "profiles": {"sim": {"server": self.plane.url, "token": self.plane.bearer}}}))
+                {"default": "sim",
+                 "profiles": {"sim": {"server": self.plane.url, "token": self.plane.bearer}}}))
         else:
             given["PLEXSPHERE_URL"] = self.plane.url
         if self.mode in ("proxy", "stdio"):

@@ -62,7 +62,8 @@ def first_act(plexctl):
 
 def is_pythons_own(run, first_line):
     """Whether a traceback is from before the script could do anything about it."""
-    frames = [(int(line), where) for path, line, where in FRAME.findall(run.process.err) if path == run.plexctl]
+    found = FRAME.findall(run.process.err)
+    frames = [(int(line), where) for path, line, where in found if path == run.plexctl]
     early = all(where == "<module>" and line <= min(first_line, 60) for line, where in frames)
     return early and not run.plane.requests
 
