@@ -1341,6 +1341,7 @@ class AuditLog:
 
 FIRST_BUFFER_BYTES = 64 * 1024
 LARGEST_BUFFER_BYTES = 768 * 1024
+EVENTS_MAX = 4  # epoll makes room for a thousand at each call, where nobody says how many
 TICK_SECONDS = 1.0
 QUIET_SECONDS = 2.0  # of the target, before a client's end of input is passed on
 FIRST_ASK_SECONDS = 0.05  # whether a client that has ended its input is gone; then ever less often
@@ -1365,7 +1366,7 @@ class SelectPoller:
         """Forgets `fd`."""
         del self._masks[fd]
 
-    def poll(self, seconds: float) -> "List[Tuple[int, int]]":
+    def poll(self, seconds: float, most: int) -> "List[Tuple[int, int]]":
         """(fd, events) pairs, after at most so long."""
         readable, writable, _ = select.select(
             [fd for fd, mask in self._masks.items() if mask & READABLE],
@@ -1423,17 +1424,17 @@ def is_connected(sock: "socket.socket") -> bool:
 def drain(sock: "socket.socket", seconds: float) -> bool:
     """Reads and forgets for so long; whether the peer has ended by then."""
     deadline = elapsed_seconds() + seconds
-    while True:
-        try:
+    try:
+        while wait_for(sock.fileno(), READABLE, deadline - elapsed_seconds()):
             if not sock.recv(FIRST_BUFFER_BYTES):
                 return True
-        except BlockingIOError:
-            if not wait_for(sock.fileno(), READABLE, deadline - elapsed_seconds()):
-                return False
-        except OSError:
-            return True
-        if elapsed_seconds() > deadline:
-            return False
+            if elapsed_seconds() > deadline:
+                break
+        return False
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 class Flow:
@@ -1474,19 +1475,18 @@ class Flow:
 class Relay:
     """Carries one connection, both directions, in the thread that calls `carry`.
 
-    It closes both sockets, or hands the remote's to `linger`. `buffers`, two, are those to begin
-    with; `poller` (select.epoll, or like it) watches `stop_fd`, which becomes readable when it is to
-    stop; `is_over` is asked that every second. `is_gone` tells whether a client that has ended its
-    input listens no more (False where nobody can know); `on_remote_end` hears that the remote has
-    ended first. Afterwards: what `up` and `down` have moved, and the `error` that broke it, if any.
+    Both sockets are non-blocking. It closes them, or hands the remote's to `linger`. `buffers`, two,
+    are those to begin with; `poller` (select.epoll, or like it) watches `stop_fd`, which becomes
+    readable when it is to stop; `is_over` is asked that every second. `is_gone` tells whether a client
+    that has ended its input listens no more (False where nobody can know); `on_remote_end` hears that
+    the remote has ended first. Afterwards: what `up` and `down` have moved, and the `error` that broke
+    it, if any.
     """
 
     def __init__(self, client: "socket.socket", remote: "socket.socket", buffers: "List[memoryview]",
                  poller: "Any", stop_fd: int, is_over: "Callable[[], bool]", is_gone: "Callable[[], bool]",
                  on_remote_end: "Callable[[], object]",
                  linger: "Callable[[socket.socket], object]") -> None:
-        for sock in (client, remote):
-            sock.setblocking(False)
         self.up = Flow(client, remote, buffers[0])
         self.down = Flow(remote, client, buffers[1])
         self.error: "Optional[Exception]" = None  # one peer is lost: the other gets a reset, not an end
@@ -1510,11 +1510,10 @@ class Relay:
             self._watch()
             pause, check_on = TICK_SECONDS, elapsed_seconds() + TICK_SECONDS
             while not (up.is_over and down.is_over or self._is_stopped):
-                for fd, events in poll(pause):
-                    if events == READABLE and fd == up.fd and up.is_reading:
-                        self._pump(up)
-                    elif events == READABLE and fd == down.fd and down.is_reading:
-                        self._pump(down)
+                for fd, events in poll(pause, EVENTS_MAX):
+                    flow = up if fd == up.fd else down
+                    if events == READABLE and fd == flow.fd and flow.is_reading:
+                        self._pump(flow)
                     else:
                         self._act(fd, events)
                 now = elapsed_seconds()
@@ -1679,14 +1678,11 @@ class Relay:
 
     def _close(self) -> None:
         is_broken = self.error is not None
-        for fd in self._watched:
-            try:
-                self._poller.unregister(fd)
-            except OSError:  # never registered, for want of memory
-                pass
         # what is complete may be on its way yet; a client that is gone minds nothing
         close_leg(self.up.source, is_broken or not self.down.is_over or self._client_is_gone)
         if self._client_is_gone and self.up.is_over and not is_broken:
+            if self.down.fd in self._watched:
+                self._poller.unregister(self.down.fd)  # a socket that is closed goes by itself
             self._linger(self.down.source)
         else:
             close_leg(self.down.source, is_broken or not self.up.is_over)
@@ -1782,6 +1778,7 @@ class Stdio:
 # --------------------------------------------------------------------------------------- workers
 
 GRACE_SECONDS = 0.3  # a connection waits so long for a session to become idle, before one is issued for it
+POLL_SECONDS = 0.1  # between two looks at who waits
 IDLE_SECONDS = 60  # after which a session above the minimum is given back
 ASK_SECONDS = 2  # between two questions about one session
 RECHECK_SECONDS = 60  # the reconcile period of a Node
@@ -2196,7 +2193,7 @@ class Sessions:
 
     def count_descriptors(self) -> int:
         """How many descriptors the connections may take, those that wait and those that are carried."""
-        return len(self._queue) + 2 * self._limit
+        return len(self._queue) + 2 * sum(worker.connection is not None for worker in tuple(self._workers))
 
     def seconds_left(self) -> float:
         """Until the sessions run out, with `renew` the first of them; 0 where there is none."""
@@ -2257,7 +2254,7 @@ class Sessions:
             while not worker.is_over() and not self.over:
                 while self._queue:
                     connection: Connection = self._queue.popleft()
-                    if not connection.has_left():
+                    if elapsed_seconds() - connection.began < POLL_SECONDS or not connection.has_left():
                         self._forget_idle(worker)
                         worker.connection = connection
                         return connection
@@ -2483,7 +2480,6 @@ class Sessions:
 # ------------------------------------------------------------------------------------- forwarder
 
 BACKLOG_CONNECTIONS = 1024  # the default of 5 makes bursts wait a second
-POLL_SECONDS = 0.1  # between two looks at who waits
 PAUSE_SECONDS = 0.5  # after an accept() that failed
 RESERVED_DESCRIPTORS = 24  # for exchanges with the control plane, and the standard library
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
@@ -2508,6 +2504,7 @@ class OwnerCheck:
         try:
             self._netlink.connect((0, 0))
             self._netlink.setblocking(False)
+            os.close(os.dup(self._netlink.fileno()))  # the next call opens one, and does not say why it fails
             # asked so, the kernel finds sockets that are bound to the device and others alike
             self._device = socket.if_nametoindex("lo")
             nobody = "0.0.0.0" if family == socket.AF_INET else "::"  # noqa: S104
@@ -2810,8 +2807,9 @@ class Forwarder:
     def _end(self, connection: Connection, error: "Optional[PlexctlError]") -> None:
         relay = connection.relay
         if relay is not None:
-            self._sessions.say("connection closed%s: %s up, %s down", " (%s)" % error if error else "",
-                               show_bytes(relay.up.moved), show_bytes(relay.down.moved))
+            why = " (%s)" % error if isinstance(error, ConnectionFailed) else ""
+            self._sessions.say("connection closed%s: %s up, %s down", why, show_bytes(relay.up.moved),
+                               show_bytes(relay.down.moved))
         if error is not None and not isinstance(error, (SessionOver, ConnectionFailed, Cancelled)):
             self.warn_once(str(error) if relay else "a connection was not served: %s" % error)
 
@@ -3380,14 +3378,16 @@ class Run:
             ended.append(stdio.error or error)
             self.foreground.waker.wake()
 
-        self.sessions.put(Connection(stdio.far, end, lambda: has_hung_up(stdio.far), wants_reason=True))
+        connection = Connection(stdio.far, end, lambda: has_hung_up(stdio.far), wants_reason=True)
+        self.sessions.put(connection)
         try:
             while not ended:
                 self.watch_sessions()
             if ended[0] is not None:
                 raise ended[0]
         except Interrupted as interrupted:
-            if ended != [None]:  # else it is no accident any more
+            relay = connection.relay  # once all has been delivered it is no accident any more
+            if not (relay and relay.down.is_over and stdio.done.is_set()) or relay.error or stdio.error:
                 reason = str(interrupted)
                 raise
         except PlexctlError:
@@ -3457,7 +3457,8 @@ class Run:
         if state == self.told_systemd:
             return
         self.told_systemd = state
-        self.tell_systemd_on = elapsed_seconds() + STATUS_SECONDS
+        if state != "READY=1":
+            self.tell_systemd_on = elapsed_seconds() + STATUS_SECONDS
         try:
             notify_systemd(state, self.environ)
         except (OSError, ValueError) as error:
