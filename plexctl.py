@@ -269,7 +269,6 @@ DIGITS = frozenset("0123456789")
 PORT_MAX = 65535
 HOST_MAX_CHARACTERS = 253  # RFC 1035, section 2.3.4, as text
 SOCKET_PATH_MAX_BYTES = 100  # sun_path has 104 on macOS, 108 on Linux
-UUID_PATTERN = r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
 NAME_PATTERN = r"(?a)(?=.{1,253}\Z)(?:LABEL\.)*(?!0[xX]|[0-9]+\.?\Z)LABEL\.?".replace(
     "LABEL", r"\w(?:[\w-]{0,61}\w)?")  # the last label cannot be taken for a number: RFC 1123, section 2.1
 URL_PATTERN = r"(?=[!-~]*\Z)(?i:(https?))://([^/?#@\\]+?)(:[0-9]{1,5})?(/[^?#\\]*)?"
@@ -293,11 +292,23 @@ def escape(text: str, limit: int = SHOWN_MAX_CHARACTERS) -> str:
     return "".join(c if " " <= c <= "~" else ascii(c)[1:-1] for c in shown)
 
 
-def parse_uuid(text: str) -> str:
-    """The canonical 8-4-4-4-12 form (RFC 9562, section 4), in lower case."""
-    if not re.fullmatch(UUID_PATTERN, text):
-        raise ValueError("must be a UUID of 8-4-4-4-12 hexadecimal digits")
-    return text.lower()
+def matching(pattern: str, what: str, convert: "Callable[[str], Any]" = str) -> "Callable[[str], Any]":
+    """A parser of what matches the whole pattern, converted; ValueError says that it must be `what`."""
+    def parse(text: str) -> "Any":
+        if not re.fullmatch(pattern, text):
+            raise ValueError("must be " + what)
+        return convert(text)
+    return parse
+
+
+def one_of(*words: str) -> "Callable[[str], Any]":
+    """A parser that takes just these words (of letters, digits and hyphens)."""
+    return matching("|".join(words), "one of " + ", ".join(words))
+
+
+parse_seconds = matching(r"[0-9]{1,9}(\.[0-9]{1,9})?", "a number of seconds, 0 or more", float)
+parse_uuid = matching(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}",  # RFC 9562, section 4
+                      "a UUID of 8-4-4-4-12 hexadecimal digits", str.lower)
 
 
 def parse_int(text: str, low: int, high: int) -> int:
@@ -310,22 +321,6 @@ def parse_int(text: str, low: int, high: int) -> int:
 def parse_port(text: str) -> int:
     """A TCP port that something can listen on."""
     return parse_int(text, 1, PORT_MAX)
-
-
-def parse_seconds(text: str) -> float:
-    """A number of seconds, 0 or more: digits with perhaps a decimal point."""
-    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
-        raise ValueError("must be a number of seconds, 0 or more")
-    return float(text)
-
-
-def one_of(*words: str) -> "Callable[[str], str]":
-    """A parser that takes just these words."""
-    def parse(text: str) -> str:
-        if text not in words:
-            raise ValueError("must be one of " + ", ".join(words))
-        return text
-    return parse
 
 
 def parse_target_host(text: str) -> str:
@@ -765,7 +760,6 @@ SUCCESS = range(200, 300)
 EXPECTED = {ISSUE: {201}, GET: {200}, REVOKE: {*SUCCESS, 404, 409, 410}}  # a session that is gone is revoked
 JITTER_SECONDS = 0.2
 CANCEL_POLL_SECONDS = 0.1
-SESSION_TOKEN_PATTERN = r"[!-~]{1,65536}"
 FINDABLE_CHARACTERS = 8  # of a secret; a shorter one is in any text
 
 
@@ -829,11 +823,15 @@ class Exchange:
             self._carry_out(opener, request)  # no more threads; the limits are those of each recv, then
         deadline = elapsed_seconds() + seconds
         while not self._done.wait(max(0.0, min(CANCEL_POLL_SECONDS, deadline - elapsed_seconds()))):
-            if cancel is not None and cancel.is_set():
-                self._give_up()
-                raise Cancelled("%s: given up, the run is ending" % self.operation)
-            if elapsed_seconds() >= deadline:
-                self._give_up()
+            is_cancelled = cancel is not None and cancel.is_set()
+            if is_cancelled or elapsed_seconds() >= deadline:
+                self._is_given_up = True
+                try:
+                    self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
+                except (OSError, AttributeError):  # not open any more, or not yet
+                    pass
+                if is_cancelled:
+                    raise Cancelled("%s: given up, the run is ending" % self.operation)
                 raise self._fail("timed out after %.3g s" % seconds, True)
         if self._error is not None:
             raise self._error
@@ -873,13 +871,6 @@ class Exchange:
         tried = "no complete answer from" if self.sent else "cannot connect to"
         return TransportError("%s: %s %s: %s" % (self.operation, tried, self._peer, reason),
                               passing=passing, may_exist=self.sent and self.operation == ISSUE)
-
-    def _give_up(self) -> None:
-        self._is_given_up = True
-        try:
-            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
-        except (OSError, AttributeError):  # not open any more, or not yet
-            pass
 
 
 def read_body(response: "Any") -> bytes:
@@ -997,21 +988,17 @@ class Fields:
         self._document = document if isinstance(document, dict) else {}
         self._secrets = secrets
 
-    def bad(self, name: str, why: str = "") -> TransportError:
-        """The error for this field."""
-        return TransportError("%s: the answer has no valid %s%s" % (self._operation, name, why))
-
     def take(self, name: str, parse: "Callable[[Any], Any]", kind: type = str) -> "Any":
         """A required field of this kind, as `parse` (which raises ValueError) makes it."""
         value = self._document.get(name)
-        if isinstance(value, str) and conceal(value, self._secrets) != value:
-            raise self.bad(name, ": it repeats a secret")
+        repeats = isinstance(value, str) and conceal(value, self._secrets) != value
         try:
-            if isinstance(value, kind):
+            if isinstance(value, kind) and not repeats:
                 return parse(value)
         except ValueError:
             pass
-        raise self.bad(name)
+        raise TransportError("%s: the answer has no valid %s%s" % (
+            self._operation, name, ": it repeats a secret" if repeats else ""))
 
     def take_optional(self, name: str, parse: "Callable[[str], Any]") -> "Any":
         """The same, or None where the field is missing or null."""
@@ -1088,9 +1075,7 @@ class ControlPlane:
         asked_on = elapsed_seconds()
         answer, fields, session_id = self._ask_until_issued(path, body)
         on_issued(session_id)
-        token = Secret(fields.take("token", str))
-        if not re.fullmatch(SESSION_TOKEN_PATTERN, token.reveal()):
-            raise fields.bad("token")
+        token = fields.take("token", matching("[!-~]{1,65536}", "printable ASCII", Secret))
         self._secrets.append(token)
         fields.take("session_id", parse_uuid)  # once more: the token must not be in it
         expires_at = fields.take("expires_at", str)
@@ -1209,8 +1194,7 @@ class ControlPlane:
         return endpoint
 
     def _parse_session(self, fields: Fields, session_id: str) -> Session:
-        if fields.take("id", parse_uuid) != session_id:
-            raise fields.bad("id")
+        fields.take("id", lambda text: one_of(session_id)(text.lower()))
         fields.take("kind", one_of("tcp"))
         return Session(session_id, fields.take("status", one_of("active", "revoked", "expired")),
                        fields.take_optional("issued_at", parse_time) or 0.0,
