@@ -26,9 +26,11 @@ The credential: the bearer token is read in the section credentials, and sent in
 plane; the session token comes in there, and what is done with it ends with the section audit, but for
 the line of --reveal-secrets in Run.establish. What follows the section audit moves bytes.
 """
+import gc  # like sys it is built in, and so not looked for in sys.path
 import sys
 
 if __name__ == "__main__":
+    gc.disable()  # while modules load it takes 2 ms and finds nothing; the modes that stay enable it
     if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
         del sys.path[0]  # the directory of the script: another user's argparse.py may lie in /tmp
     # until the handlers stand Ctrl-C ends the process: a KeyboardInterrupt amid an import can be lost
@@ -38,12 +40,8 @@ if __name__ == "__main__":
         _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
 import errno
-import gc
 import os
 import time
-
-if __name__ == "__main__":
-    gc.disable()  # while modules load it takes 2 ms and finds nothing; the modes that stay enable it
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # importing typing would take as long as compiling half of this file
@@ -78,10 +76,7 @@ if TYPE_CHECKING:  # importing typing would take as long as compiling half of th
 
 
 class LazyModule:
-    """A module that is loaded at its first use, and takes this one's place then.
-
-    --help must not wait for ssl and urllib, which take longer than all else.
-    """
+    """A module that is loaded at its first use; --help must not wait for ssl and urllib."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -126,7 +121,6 @@ ISSUE_ATTEMPTS = 3
 RETRY_AFTER_MAX_SECONDS = 5
 POLL_MIN_SECONDS = 0.5
 POLL_MAX_SECONDS = 3.0
-RECHECK_SECONDS = 60  # the reconcile period of a Node
 WARN_LEFT_SECONDS = (300, 60)
 BODY_MAX_BYTES = 1024 * 1024
 SECRET_FILE_MAX_BYTES = 64 * 1024
@@ -176,10 +170,7 @@ class TransportError(PlexctlError):
 
 
 class ApiError(PlexctlError):
-    """The control plane answered with an error. `status` is HTTP's, `code` the problem's.
-
-    `retry_after_seconds` is None where the server did not say.
-    """
+    """The control plane answered with an error: HTTP's status, the problem's code, Retry-After if any."""
 
     status = 0
     code = ""
@@ -245,16 +236,15 @@ def send_datagram(path: str, data: bytes, seconds: float) -> None:
 
 def wait_for(fd: int, mask: int, seconds: "Optional[float]" = None, stop_fd: int = -1) -> bool:
     """Waits until a descriptor is ready, for ever, or for so long, or until `stop_fd` is readable."""
+    seconds = None if seconds is None else max(0.0, seconds)
     if ON_LINUX:  # where poll() takes terminals as well, and any number
         poller = select.poll()
         poller.register(fd, mask)
         if stop_fd >= 0:
             poller.register(stop_fd, READABLE)
-        ready = poller.poll(None if seconds is None else max(0.0, seconds) * 1000)
-        return any(each == fd for each, _ in ready)
-    readable, writable, _ = select.select(
-        ([fd] if mask == READABLE else []) + ([stop_fd] if stop_fd >= 0 else []),
-        [fd] if mask == WRITABLE else [], [], None if seconds is None else max(0.0, seconds))
+        return any(each == fd for each, _ in poller.poll(None if seconds is None else seconds * 1000))
+    readers = [each for each in (stop_fd, fd if mask == READABLE else -1) if each >= 0]
+    readable, writable, _ = select.select(readers, [fd] if mask == WRITABLE else [], [], seconds)
     return fd in readable or fd in writable
 
 
@@ -277,23 +267,24 @@ def load_modules() -> None:
 
 DIGITS = frozenset("0123456789")
 PORT_MAX = 65535
-JSON_INT_MAX_DIGITS = 4300  # newer Pythons refuse more; 3.6 takes a quarter of a minute for 1 MiB
 HOST_MAX_CHARACTERS = 253  # RFC 1035, section 2.3.4, as text
 SOCKET_PATH_MAX_BYTES = 100  # sun_path has 104 on macOS, 108 on Linux
 UUID_PATTERN = r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
-NAME_PATTERN = r"(?a)(?:LABEL\.)*(?!0[xX]|[0-9]+\.?\Z)LABEL\.?".replace("LABEL", r"\w(?:[\w-]{0,61}\w)?")
-URL_PATTERN = r"(?=[!-~]*\Z)" \
-    r"(?i:(https?))://(\[[0-9a-fA-F:.]+\]|[^\[\]/:?#@\\]+)(?::([0-9]{1,5}))?(/[^?#\\]*)?"
+NAME_PATTERN = r"(?a)(?=.{1,253}\Z)(?:LABEL\.)*(?!0[xX]|[0-9]+\.?\Z)LABEL\.?".replace(
+    "LABEL", r"\w(?:[\w-]{0,61}\w)?")  # the last label cannot be taken for a number: RFC 1123, section 2.1
+URL_PATTERN = r"(?=[!-~]*\Z)(?i:(https?))://([^/?#@\\]+?)(:[0-9]{1,5})?(/[^?#\\]*)?"
 TIME_PATTERN = r"([0-9]{4})-([0-9]{2})-([0-9]{2})[Tt]([0-9]{2}):([0-9]{2}):([0-5][0-9]|60)" \
     r"(\.[0-9]{1,9})?(?:[Zz]|([+-])([01][0-9]|2[0-3]):([0-5][0-9]))"
 LOOPBACK_NAMES = frozenset("localhost localhost4 localhost6 ip6-localhost ip6-loopback".split())
-MAPPED_PREFIX = b"\0" * 10 + b"\xff\xff"  # RFC 4291, section 2.5.5.2
-TEREDO_PREFIX = b"\x20\x01\0\0"  # RFC 4380, section 4; the IPv4 address in it is inverted
-EMBEDDED_IPV4 = (  # the beginning of an IPv6 address, and where an IPv4 address stands in it then
-    (b"\0" * 12, 12),  # compatible: RFC 4291, section 2.5.5.1
-    (b"\0" * 8 + b"\xff\xff\0\0", 12),  # translated: RFC 2765, section 2.1
-    (b"\0\x64\xff\x9b" + b"\0" * 8, 12),  # NAT64: RFC 6052, section 2.1
-    (b"\x20\x02", 2))  # 6to4: RFC 3056, section 2
+LOOPBACK_NETWORKS = ("127.0.0.0/8", "::1/128")
+OTHERS_NETWORKS = ("0.0.0.0/32", "::/128", "224.0.0.0/3", "ff00::/8")  # unspecified; multicast, reserved
+LINK_LOCAL_NETWORKS = ("169.254.0.0/16", "fe80::/10", "2001::/32")  # and Teredo, which hides an IPv4 address
+IPV4_INSIDE = (  # networks of IPv6 addresses in which an IPv4 address stands, from this byte on
+    ("::/96", 12),  # compatible: RFC 4291, section 2.5.5.1
+    ("::ffff:0:0:0/96", 12),  # translated: RFC 2765, section 2.1
+    ("64:ff9b::/96", 12),  # NAT64: RFC 6052, section 2.1
+    ("2002::/16", 2))  # 6to4: RFC 3056, section 2
+IPV4_MAPPED = b"\0" * 10 + b"\xff\xff"  # what such an address begins with: RFC 4291, section 2.5.5.2
 
 
 def escape(text: str, limit: int = SHOWN_MAX_CHARACTERS) -> str:
@@ -339,22 +330,15 @@ def one_of(*words: str) -> "Callable[[str], str]":
 
 def parse_target_host(text: str) -> str:
     """A target host as the Node will see it: printable, no white space."""
-    if not text.strip():
-        raise ValueError("must not be empty")
-    if len(text) > HOST_MAX_CHARACTERS or not text.isprintable() or " " in text:
+    if not 1 <= len(text) <= HOST_MAX_CHARACTERS or not text.isprintable() or " " in text:
         raise ValueError("must be a host name or address without white space")
     if text.count(":") == 1:
         raise ValueError("must be a host alone; its port goes in --port")
     return text
 
 
-def is_name(host: str) -> bool:
-    """A DNS name whose last label cannot be taken for a number (RFC 1123, section 2.1)."""
-    return len(host) <= HOST_MAX_CHARACTERS and bool(re.fullmatch(NAME_PATTERN, host))
-
-
 def pack_address(host: str) -> bytes:
-    """The 4 or 16 bytes of an IP address literal; b"" for anything else.
+    """The 4 or 16 bytes of an IP address literal (4 of an IPv4-mapped one, too); b"" for anything else.
 
     connect() takes 127.1, 0 and 010.0.0.1 for addresses; inet_pton does not.
     """
@@ -362,14 +346,24 @@ def pack_address(host: str) -> bytes:
         packed = socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
     except (OSError, ValueError):
         return b""
-    return packed[12:] if packed.startswith(MAPPED_PREFIX) else packed
+    return packed[12:] if packed.startswith(IPV4_MAPPED) else packed
+
+
+def is_within(packed: bytes, *networks: str) -> bool:
+    """Whether a packed address lies in one of these networks, written as in RFC 4632, section 3.1."""
+    for network in networks:
+        prefix, _, bits = network.partition("/")
+        first = pack_address(prefix)
+        rest = 8 * len(first) - int(bits)
+        if len(first) == len(packed) and (
+                int.from_bytes(first, "big") >> rest == int.from_bytes(packed, "big") >> rest):
+            return True
+    return False
 
 
 def is_loopback(host: str) -> bool:
     """Whether `host` (a literal or a name) can only be this machine."""
-    packed = pack_address(host)
-    return (host.lower().rstrip(".") == "localhost" or packed[:1] == b"\x7f" and len(packed) == 4
-            or packed == b"\0" * 15 + b"\1")
+    return host.lower().rstrip(".") == "localhost" or is_within(pack_address(host), *LOOPBACK_NETWORKS)
 
 
 def is_own_name(host: str) -> bool:
@@ -392,19 +386,10 @@ def is_dialable(host: str, from_loopback: bool = False) -> bool:
     packed = pack_address(host.partition("%")[0])  # getaddrinfo gives fe80::1%eth0
     if not packed:
         return from_loopback or not is_own_name(host)
-    found = [packed]
-    if len(packed) == 16:
-        found += [packed[at:at + 4] for prefix, at in EMBEDDED_IPV4 if packed.startswith(prefix)]
-    for each in found:
-        is_ipv4 = len(each) == 4
-        if each.startswith(b"\xa9\xfe" if is_ipv4 else TEREDO_PREFIX) \
-                or not is_ipv4 and b"\xfe\x80" <= each[:2] <= b"\xfe\xbf":
-            return False
-        is_here = each[:1] == b"\x7f" if is_ipv4 else each == b"\0" * 15 + b"\1"
-        is_multicast = each[:1] >= (b"\xe0" if is_ipv4 else b"\xff")
-        if not from_loopback and (is_here or is_multicast or not any(each)):
-            return False
-    return True
+    refused = LINK_LOCAL_NETWORKS if from_loopback else (
+        LINK_LOCAL_NETWORKS + LOOPBACK_NETWORKS + OTHERS_NETWORKS)
+    embedded = [packed[at:at + 4] for network, at in IPV4_INSIDE if is_within(packed, network)]
+    return not any(is_within(each, *refused) for each in [packed] + embedded)
 
 
 def join_host_port(host: str, port: int) -> str:
@@ -441,7 +426,8 @@ def parse_endpoint(text: str, lowest_port: int = 1) -> Endpoint:
     left, _, port = text.rpartition(":")
     host = left[1:-1] if left.startswith("[") and left.endswith("]") else left
     has_brackets = host != left
-    if len(port) > 5 or has_brackets != (":" in host) or not (is_name(host) or pack_address(host)):
+    if len(port) > 5 or has_brackets != (":" in host) or not (
+            re.fullmatch(NAME_PATTERN, host) or pack_address(host)):
         raise ValueError("must be host:port, with brackets around an IPv6 address")
     return Endpoint(host, parse_int(port, lowest_port, PORT_MAX))
 
@@ -466,17 +452,17 @@ def parse_local_address(text: str) -> LocalAddress:
         return LocalAddress("", 0, path)
     try:
         endpoint = parse_endpoint(text, lowest_port=0)
+        host = "127.0.0.1" if endpoint.host.lower() == "localhost" else endpoint.host
+        if pack_address(host):
+            return LocalAddress(host, endpoint.port)
     except ValueError:
-        endpoint = Endpoint("", 0)
-    host = "127.0.0.1" if endpoint.host.lower() == "localhost" else endpoint.host
-    if not pack_address(host):
-        raise ValueError("must be ADDRESS:PORT, [ADDRESS]:PORT or unix:/path; a literal address, "
-                         "port 0 to %d" % PORT_MAX)
-    return LocalAddress(host, endpoint.port)
+        pass
+    raise ValueError("must be ADDRESS:PORT, [ADDRESS]:PORT or unix:/path; a literal address, "
+                     "port 0 to %d" % PORT_MAX)
 
 
 class Server(Record):
-    """A control plane's address. `prefix` has no slash at its end; `str()` gives the URL."""
+    """A control plane's URL; the host in lower case, no slash at the end of `prefix`."""
 
     scheme: str
     host: str
@@ -488,8 +474,7 @@ class Server(Record):
 
     def same_origin(self, other: "Server") -> bool:
         """Same scheme, host and port (RFC 6454, section 5)."""
-        return ((self.scheme, self.host.lower(), self.port)
-                == (other.scheme, other.host.lower(), other.port))
+        return (self.scheme, self.host, self.port) == (other.scheme, other.host, other.port)
 
 
 def parse_server(text: str, allow_http: bool) -> Server:
@@ -499,14 +484,14 @@ def parse_server(text: str, allow_http: bool) -> Server:
         raise ValueError("must be an absolute https:// URL without user info, query, fragment "
                          "or white space")
     scheme, host, port, prefix = found.groups("")
-    scheme = scheme.lower()
+    is_plain = scheme.lower() == "http"
     try:
-        endpoint = parse_endpoint("%s:%s" % (host, port or (443 if scheme == "https" else 80)))
+        endpoint = parse_endpoint(host.lower() + (port or (":80" if is_plain else ":443")))
     except ValueError:
         raise ValueError("has no valid host and port") from None
-    if scheme == "http" and not allow_http and not is_loopback(endpoint.host):
+    if is_plain and not allow_http and not is_loopback(endpoint.host):
         raise ValueError("must be https:// (plain http is for loopback; --allow-http permits it)")
-    return Server(scheme, endpoint.host, endpoint.port, prefix.rstrip("/"))
+    return Server(scheme.lower(), endpoint.host, endpoint.port, prefix.rstrip("/"))
 
 
 def parse_time(text: str) -> float:
@@ -514,9 +499,8 @@ def parse_time(text: str) -> float:
     found = re.fullmatch(TIME_PATTERN, text)
     if not found:
         raise ValueError("is not an RFC 3339 time")
-    parts = found.groups("0")
-    year, month, day, hour, minute, second = map(int, parts[:6])
-    fraction, sign, zone_hours, zone_minutes = parts[6:]
+    *numbers, fraction, sign, zone_hours, zone_minutes = found.groups("0")
+    year, month, day, hour, minute, second = map(int, numbers)
     moment = datetime.datetime(year, month, day, hour, minute, min(second, 59),
                                tzinfo=datetime.timezone.utc)
     offset = int(zone_hours) * 3600 + int(zone_minutes) * 60
@@ -524,20 +508,16 @@ def parse_time(text: str) -> float:
 
 
 def parse_json(raw: bytes) -> "Any":
-    """Strict JSON (RFC 8259): UTF-8, no NaN, no duplicate keys, no lone surrogates."""
+    """Strict JSON (RFC 8259): UTF-8, no NaN, no duplicate keys, no lone surrogates. Numbers are floats."""
     def unique(pairs: "List[Tuple[str, Any]]") -> "Dict[str, Any]":
         fields = dict(pairs)
         if len(fields) != len(pairs):
             raise ValueError("duplicate key")
         return fields
 
-    def bounded(digits: str) -> int:
-        if len(digits) > JSON_INT_MAX_DIGITS:
-            raise ValueError("too many digits")
-        return int(digits)
-
     try:
-        document = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_int=bounded)
+        # an int of 1 MiB takes 3.6 a quarter of a minute; a float is infinite then, and so refused
+        document = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_int=float)
         json.dumps(document, ensure_ascii=False, allow_nan=False).encode("utf-8")
         return document
     except (ValueError, RecursionError, MemoryError):
@@ -561,17 +541,15 @@ def show_seconds(seconds: float) -> str:
 
 def show_error(error: BaseException) -> str:
     """Why something failed, without what it was given: a message may hold a header or a body."""
-    kind = type(error).__name__
     reason = getattr(error, "reason", None)  # URLError's and SSLError's
     if isinstance(reason, BaseException):
         return show_error(reason)
-    verify_message = getattr(error, "verify_message", None)
-    if verify_message:
-        return "certificate not trusted: " + escape(verify_message)
-    if reason == "CERTIFICATE_VERIFY_FAILED":  # 3.6 has no verify_message
-        return "certificate not trusted"
-    if kind == "CertificateError":  # 3.6; a ValueError there
-        return "certificate not trusted: it is for another host name"
+    kind = type(error).__name__
+    verify_message = getattr(error, "verify_message", "")  # 3.6 has none
+    if kind == "CertificateError" and not verify_message:  # 3.6; a ValueError there
+        verify_message = "it is for another host name"
+    if verify_message or reason == "CERTIFICATE_VERIFY_FAILED":
+        return "certificate not trusted" + (": " + escape(verify_message) if verify_message else "")
     if kind == "SSLError" and reason:
         return "TLS failed: " + escape(reason.replace("_", " ").lower())
     _, by_proxy, answer = str(error).partition("Tunnel connection failed: ")  # http.client's words
@@ -587,16 +565,10 @@ def show_error(error: BaseException) -> str:
 CONFIG_SHAPE = ('{"default": "prod", "profiles": {"prod": '
                 '{"server": "https://plexsphere.example.com", "token": "psk_..."}}}')
 OPEN_AT_ONCE = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)  # Windows has neither
-OTHERS_BITS = 0o077
-OTHERS_WRITE_BITS = 0o022
-READ_RETRY_SECONDS = 0.05
 
 
 class Secret:
-    """A string that does not show itself: `repr` and `str` are masked, `reveal()` is the way in.
-
-    `source` says where it came from, for messages.
-    """
+    """A string that does not show itself; `source`, for messages, says where it came from."""
 
     __slots__ = ("_value", "source")
 
@@ -624,14 +596,16 @@ def parse_token(raw: bytes, source: str) -> Secret:
     return Secret(kept.decode("ascii"), source)
 
 
-def find_file_fault(status: os.stat_result, bits: int) -> str:
-    """What speaks against a file that only we, or root, should have these permission bits for."""
+def find_file_fault(status: os.stat_result, forbidden_bits: int, may_be_pipe: bool = False) -> str:
+    """What speaks against a file that only we, or root, should be able to use; "" for nothing."""
+    if not (stat.S_ISREG(status.st_mode) or may_be_pipe and stat.S_ISFIFO(status.st_mode)):
+        return "must be a regular file" + (" or a pipe" if may_be_pipe else "")
     if os.name != "posix":
         return ""
     if status.st_uid not in (os.geteuid(), 0):
         return "is owned by uid %d, must be yours or root's" % status.st_uid
     mode = stat.S_IMODE(status.st_mode)
-    return "has mode %04o, others may use it; chmod 600" % mode if mode & bits else ""
+    return "has mode %04o, others may use it; chmod 600" % mode if mode & forbidden_bits else ""
 
 
 def is_standard_input(path: str) -> bool:
@@ -649,7 +623,7 @@ def read_limited(descriptor: int, source: str) -> bytes:
         try:
             piece = os.read(descriptor, SECRET_FILE_MAX_BYTES + 1 - len(raw))
         except BlockingIOError:  # a pipe whose writer takes its time
-            time.sleep(READ_RETRY_SECONDS)
+            wait_for(descriptor, READABLE)
             continue
         except OSError as error:
             raise CredentialsError("%s: cannot be read: %s" % (source, show_error(error))) from error
@@ -660,13 +634,15 @@ def read_limited(descriptor: int, source: str) -> bytes:
 
 
 def read_secret_file(path: str, source: str) -> bytes:
-    """Reads a file that nobody else can read or replace; "-" is standard input.
+    """Reads a file that nobody else can read or replace; "-" is standard input, as it is.
 
     It is opened first and then judged by its descriptor, so that nothing can be swapped in
     between; non-blocking, since a FIFO without a writer would block `open` for ever. The file that
     is descriptor 0, by whatever name, is read there: opened once more it would start anew, and
     all of it would be left for --stdio or COMMAND to give away.
     """
+    if path == "-":
+        return read_limited(0, source)
     at_stdin = is_standard_input(path)
     try:
         descriptor = os.dup(0) if at_stdin else os.open(path, os.O_RDONLY | OPEN_AT_ONCE)
@@ -675,13 +651,10 @@ def read_secret_file(path: str, source: str) -> bytes:
     try:
         status = os.fstat(descriptor)
         is_file = stat.S_ISREG(status.st_mode)
-        if not (is_file or at_stdin or stat.S_ISFIFO(status.st_mode)):
-            raise CredentialsError("%s: must be a regular file or a pipe" % source)
-        if path != "-" and (is_file or not at_stdin):
-            fault = find_file_fault(status, OTHERS_BITS)
-            if fault:
-                raise CredentialsError("%s: %s" % (source, fault))
-        if path != "-" and is_file:
+        fault = find_file_fault(status, 0o077, may_be_pipe=True) if is_file or not at_stdin else ""
+        if fault:
+            raise CredentialsError("%s: %s" % (source, fault))
+        if is_file:
             os.lseek(descriptor, 0, os.SEEK_SET)
         return read_limited(descriptor, source)
     finally:
@@ -695,13 +668,12 @@ class Profile(Record):
     token: "Optional[Secret]" = None
 
 
-def base_directory(variable: str, below_home: str, environ: "Environ") -> str:
-    """An XDG base directory, "" where there is none (freedesktop.org, XDG Base Directory)."""
-    given = environ.get(variable, "")
-    if os.path.isabs(given):
-        return given
-    home = environ.get("HOME") or os.path.expanduser("~")
-    return os.path.join(home, below_home) if os.path.isabs(home) else ""
+def find_own_file(variable: str, below_home: str, name: str, environ: "Environ") -> str:
+    """plexctl's file in an XDG base directory (freedesktop.org); "" where there is no home for it."""
+    base = environ.get(variable, "")
+    if not os.path.isabs(base):
+        base = os.path.join(environ.get("HOME") or os.path.expanduser("~"), below_home)
+    return os.path.join(base, "plexctl", name) if os.path.isabs(base) else ""
 
 
 def is_object(value: "Any", **types: type) -> bool:
@@ -711,11 +683,10 @@ def is_object(value: "Any", **types: type) -> bool:
 
 def read_profile(name: str, environ: "Environ") -> Profile:
     """The profile called `name`, or for "" the config file's default one; an empty one if there is none."""
-    base = base_directory("XDG_CONFIG_HOME", ".config", environ)
-    path = os.path.join(base, "plexctl", "config.json")
+    path = find_own_file("XDG_CONFIG_HOME", ".config", "config.json", environ)
     source = "config file " + escape(path)
     try:
-        os.lstat(path if base else "")
+        os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         if name:
             raise CredentialsError("--profile: no such profile, there is no %s" % source) from None
@@ -732,15 +703,15 @@ def read_profile(name: str, environ: "Environ") -> Profile:
     wanted = name or document.get("default")
     if not wanted:
         return Profile()
-    entry = profiles.get(wanted)
-    if entry is None:
+    if wanted not in profiles:
         raise CredentialsError("%s: has no such profile as %s names, but %s" % (
             source, "--profile" if name else '"default"',
             escape(", ".join(sorted(profiles))) or "none at all"))
-    token = entry.get("token")
-    if token is not None:
-        token = parse_token(token.encode("utf-8"), "token of a profile in " + source)
-    return Profile(entry.get("server", ""), token)
+    profile = Profile(profiles[wanted].get("server", ""))
+    if "token" in profiles[wanted]:
+        raw = profiles[wanted]["token"].encode("utf-8")
+        profile.token = parse_token(raw, "token of a profile in " + source)
+    return profile
 
 
 def check_server(text: str, source: str, allow_http: bool) -> Server:
@@ -754,7 +725,7 @@ def check_server(text: str, source: str, allow_http: bool) -> Server:
 def resolve_credentials(server_flag: "Optional[str]", profile_flag: "Optional[str]",
                         token_file: "Optional[str]", allow_http: bool,
                         environ: "Environ") -> "Tuple[Server, Secret]":
-    """Server and bearer token, the first of each that is given in the order of the tables below.
+    """Server and bearer token: of each the first that is given, in the order in which they stand here.
 
     A token that stands in a profile goes to that profile's own server and to no other.
     """
@@ -771,34 +742,27 @@ def resolve_credentials(server_flag: "Optional[str]", profile_flag: "Optional[st
         raise UsageError("no server: give --server, a profile, or PLEXSPHERE_URL")
     server = check_server(text, source, allow_http)
 
-    def from_file(path: str) -> Secret:
+    if token_file:
         # a name under which there is nothing may be the token itself, given by mistake
-        name = "--token-file " + escape(path) if os.path.lexists(path) else "--token-file"
-        return parse_token(read_secret_file(path, name), name)
-
-    def from_variable(value: str) -> Secret:
-        return parse_token(value.encode("utf-8", "surrogateescape"), "PLEXSPHERE_TOKEN")
-
-    def from_profile(profile: Profile) -> "Optional[Secret]":
-        if profile.token and not (profile.server and check_server(
-                profile.server, "server of the profile", allow_http).same_origin(server)):
-            raise CredentialsError("the token of a profile goes only to that profile's own server; "
-                                   "give --token-file for another one")
-        return profile.token
-
-    tokens: Tuple[Tuple[Any, Callable[[Any], Optional[Secret]]], ...] = (
-        (token_file, from_file), (named, from_profile), (variable, from_variable), (default, from_profile))
-    for given, take in tokens:
-        token = take(given) if given else None
-        if token is not None:
-            return server, token
-    raise CredentialsError("no credentials: give --token-file, a profile, or PLEXSPHERE_TOKEN")
+        source = "--token-file " + escape(token_file) if os.path.lexists(token_file) else "--token-file"
+        return server, parse_token(read_secret_file(token_file, source), source)
+    if variable and not named.token:
+        return server, parse_token(variable.encode("utf-8", "surrogateescape"), "PLEXSPHERE_TOKEN")
+    profile = named if named.token else default
+    if not profile.token:
+        raise CredentialsError("no credentials: give --token-file, a profile, or PLEXSPHERE_TOKEN")
+    if not profile.server or not check_server(
+            profile.server, "server of the profile", allow_http).same_origin(server):
+        raise CredentialsError("the token of a profile goes only to that profile's own server; "
+                               "give --token-file for another one")
+    return server, profile.token
 
 
 # --------------------------------------------------------------------------------- control plane
 
-ISSUE = "IssueSession"
+ISSUE, GET, REVOKE = "IssueSession", "GetSession", "RevokeSession"
 SUCCESS = range(200, 300)
+EXPECTED = {ISSUE: {201}, GET: {200}, REVOKE: {*SUCCESS, 404, 409, 410}}  # a session that is gone is revoked
 JITTER_SECONDS = 0.2
 CANCEL_POLL_SECONDS = 0.1
 SESSION_TOKEN_PATTERN = r"[!-~]{1,65536}"
@@ -837,47 +801,42 @@ class SessionRequest(Record):
     ttl_seconds: int = 0  # 0: the server's default
 
 
-class Answer(Record):
-    """One HTTP answer."""
-
-    status: int
-    headers: "Any"  # email.message.Message
-    body: bytes
-
-
 class Exchange:
-    """One request and its answer, in a thread that can be given up on.
+    """One request, in a thread that can be given up on, and its answer: `status`, `headers`, `body`.
 
-    A time-out of urllib's is for each recv, and looking a name up has none at all. `operation` and
-    `peer` are for messages; `sent`: the server may have the request.
+    A time-out of urllib's is for each recv, and looking a name up has none at all. `peer` is for
+    messages; `sent`: the server may have the request.
     """
 
+    status = 0
+    headers: "Any" = None  # email.message.Message
+    body = b""
+    sent = False
+    _is_given_up = False
+    _socket: "Any" = None
+    _error: "Optional[PlexctlError]" = None
+
     def __init__(self, operation: str, peer: str) -> None:
-        self.sent = False
-        self._operation = operation
+        self.operation = operation
         self._peer = peer
-        self._abandoned = False
-        self._socket: Any = None
-        self._outcome: Any = None  # an Answer or a PlexctlError
         self._done = threading.Event()
 
     def run(self, opener: "Any", request: "Any", seconds: float,
-            cancel: "Optional[threading.Event]") -> Answer:
-        """The answer, within `seconds`; TransportError if there is none, Cancelled once `cancel` is set."""
+            cancel: "Optional[threading.Event]") -> None:
+        """Gets the answer within `seconds`, or TransportError; Cancelled once `cancel` is set."""
         request.exchange = self
         if not start_thread(self._carry_out, opener, request):
             self._carry_out(opener, request)  # no more threads; the limits are those of each recv, then
         deadline = elapsed_seconds() + seconds
         while not self._done.wait(max(0.0, min(CANCEL_POLL_SECONDS, deadline - elapsed_seconds()))):
             if cancel is not None and cancel.is_set():
-                self._abandon()
-                raise Cancelled("%s: given up, the run is ending" % self._operation)
+                self._give_up()
+                raise Cancelled("%s: given up, the run is ending" % self.operation)
             if elapsed_seconds() >= deadline:
-                self._abandon()
+                self._give_up()
                 raise self._fail("timed out after %.3g s" % seconds, True)
-        if isinstance(self._outcome, PlexctlError):
-            raise self._outcome
-        return self._outcome  # type: ignore[no-any-return]
+        if self._error is not None:
+            raise self._error
 
     def open_socket(self, address: "Tuple[str, int]", *arguments: "Any") -> "socket.socket":
         """A connected socket for http.client, in the exchange's thread."""
@@ -885,7 +844,7 @@ class Exchange:
         sock = socket.create_connection((host, address[1]), *arguments)
         # a duplicate is kept: ssl detaches the original, http.client forgets it after the head
         self._socket = sock.dup()
-        if self._abandoned:  # the caller was told that nothing was sent
+        if self._is_given_up:  # the caller was told that nothing was sent
             sock.close()
             raise TimeoutError
         return sock
@@ -893,48 +852,47 @@ class Exchange:
     def _carry_out(self, opener: "Any", request: "Any") -> None:
         try:
             with opener.open(request, timeout=CONNECT_SECONDS) as response:
-                self._outcome = self._read(response)
+                self.status = response.status
+                self.headers = response.headers
+                self.body = read_body(response)
         except PlexctlError as error:
-            self._outcome = error
+            self._error = error
         except Exception as error:  # OSError, HTTPException, ValueError, RecursionError, MemoryError, ...
             # made here and raised elsewhere: the context of an exception would hold the request
             reason = show_error(error)
             if re.search("issuer|self.signed", reason):
                 reason += " (--ca-file names another CA)"
             # another attempt makes no certificate good
-            self._outcome = self._fail(reason, not reason.startswith(("certificate", "TLS failed")))
+            self._error = self._fail(reason, not reason.startswith(("certificate", "TLS failed")))
         finally:
             if self._socket is not None:
                 self._socket.close()
             self._done.set()
 
-    @staticmethod
-    def _read(response: "Any") -> Answer:
-        body = b""
-        try:
-            body = response.read(BODY_MAX_BYTES + 1)
-            if len(body) > BODY_MAX_BYTES:
-                raise OverflowError
-            if response.length:  # read(n) hides that fewer bytes came than were promised
-                raise http.client.IncompleteRead(b"")
-        except Exception:  # the status of an error counts also without its body
-            if response.status in SUCCESS:
-                raise
-            body = b""
-        return Answer(response.status, response.headers, body)
-
     def _fail(self, reason: str, passing: bool) -> TransportError:
         tried = "no complete answer from" if self.sent else "cannot connect to"
-        return TransportError("%s: %s %s: %s" % (self._operation, tried, self._peer, reason),
-                              passing=passing, may_exist=self.sent and self._operation == ISSUE)
+        return TransportError("%s: %s %s: %s" % (self.operation, tried, self._peer, reason),
+                              passing=passing, may_exist=self.sent and self.operation == ISSUE)
 
-    def _abandon(self) -> None:
-        """Wakes the thread by shutting its socket down."""
-        self._abandoned = True
+    def _give_up(self) -> None:
+        self._is_given_up = True
         try:
-            self._socket.shutdown(socket.SHUT_RDWR)
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
         except (OSError, AttributeError):  # not open any more, or not yet
             pass
+
+
+def read_body(response: "Any") -> bytes:
+    """All of it; nothing of an error's that is not complete, since its status counts by itself."""
+    try:
+        body: bytes = response.read(BODY_MAX_BYTES + 1)
+        if len(body) > BODY_MAX_BYTES or response.length:  # which read(n) does not look at
+            raise http.client.IncompleteRead(b"")
+        return body
+    except Exception:
+        if response.status in SUCCESS:
+            raise
+        return b""
 
 
 def load_hashlib() -> None:
@@ -1025,7 +983,7 @@ def create_opener(server: Server, ca_file: "Optional[str]", proxy: str) -> "Any"
 
 def conceal(text: str, secrets: "List[Secret]") -> str:
     """`text` without the secrets in it: a server may repeat what it was sent, in either case."""
-    for value in [secret.reveal() for secret in secrets]:
+    for value in (secret.reveal() for secret in secrets):
         if len(value) >= FINDABLE_CHARACTERS and value.lower() in text.lower():
             text = re.sub(re.escape(value), "(secret)", text, flags=re.IGNORECASE)
     return text
@@ -1084,8 +1042,8 @@ def parse_retry_after(text: "Optional[str]") -> "Optional[float]":
 
 def random_uuid() -> str:
     """A version 4 UUID (RFC 9562, section 5.4); importing uuid takes 20 ms on 3.6."""
-    a, b, c, d, e, f = struct.unpack(">IHHHHI", os.urandom(16))
-    return "%08x-%04x-%04x-%04x-%04x%08x" % (a, b, c & 0x0FFF | 0x4000, d & 0x3FFF | 0x8000, e, f)
+    digits = os.urandom(16).hex()
+    return "-".join((digits[:8], digits[8:12], "4" + digits[13:16], "8" + digits[17:20], digits[20:]))
 
 
 class ControlPlane:
@@ -1134,8 +1092,7 @@ class ControlPlane:
         if not re.fullmatch(SESSION_TOKEN_PATTERN, token.reveal()):
             raise fields.bad("token")
         self._secrets.append(token)
-        if conceal(session_id, [token]) != session_id:
-            raise fields.bad("session_id", ": it repeats a secret")
+        fields.take("session_id", parse_uuid)  # once more: the token must not be in it
         expires_at = fields.take("expires_at", str)
         expires = fields.take("expires_at", parse_time)
         session = self._parse_session(
@@ -1147,29 +1104,22 @@ class ControlPlane:
 
     def get(self, project_id: str, session_id: str, seconds: float = EXCHANGE_SECONDS) -> Session:
         """The session as the control plane sees it now."""
-        answer = self._exchange("GetSession", "GET", "/v1/projects/%s/sessions/%s" % (project_id, session_id),
-                                None, seconds, self.cancel)
-        if answer.status != 200:
-            raise self._parse_problem("GetSession", answer)
-        return self._parse_session(self._parse_body("GetSession", answer), session_id)
+        path = "/v1/projects/%s/sessions/%s" % (project_id, session_id)
+        return self._parse_session(self._parse_body(self._exchange(GET, path, None, seconds)), session_id)
 
     def revoke(self, project_id: str, session_id: str, seconds: float = EXCHANGE_SECONDS) -> None:
         """Revokes the session. One that is gone already (404, 409, 410) counts as revoked."""
         path = "/v1/projects/%s/sessions/%s/revoke" % (project_id, session_id)
-        answer = self._exchange("RevokeSession", "POST", path, {"revoke_reason": "operator_request"}, seconds)
-        if answer.status not in SUCCESS and answer.status not in (404, 409, 410):
-            raise self._parse_problem("RevokeSession", answer)
+        self._exchange(REVOKE, path, {"revoke_reason": "operator_request"}, seconds)
 
-    def _ask_until_issued(self, path: str, body: "Dict[str, Any]") -> "Tuple[Answer, Fields, str]":
+    def _ask_until_issued(self, path: str, body: "Dict[str, Any]") -> "Tuple[Exchange, Fields, str]":
         """The answer to IssueSession, after attempts and pauses, and the id of the session that there is."""
         may_exist = False
         for attempt in range(1, ISSUE_ATTEMPTS + 1):
             try:
-                answer = self._exchange(ISSUE, "POST", path, body)
-                if answer.status != 201:
-                    raise self._parse_problem(ISSUE, answer)
+                answer = self._exchange(ISSUE, path, body)
                 may_exist = True  # and nobody can revoke it if its id does not follow
-                fields = self._parse_body(ISSUE, answer)
+                fields = self._parse_body(answer)
                 return answer, fields, fields.take("session_id", parse_uuid)
             except (TransportError, ApiError) as failure:
                 error: PlexctlError = failure
@@ -1187,29 +1137,33 @@ class ControlPlane:
             "; a session may exist all the same, it will run out by itself" if may_exist else ""),)
         raise error
 
-    def _exchange(self, operation: str, method: str, path: str, body: "Optional[Dict[str, Any]]",
-                  seconds: float = EXCHANGE_SECONDS,
-                  cancel: "Optional[threading.Event]" = None) -> Answer:
-        request = urllib.request.Request(str(self.server) + path, method=method, headers={
+    def _exchange(self, operation: str, path: str, body: "Optional[Dict[str, Any]]",
+                  seconds: float = EXCHANGE_SECONDS) -> Exchange:
+        """An exchange with one of the answers that are expected; ApiError for any other."""
+        request = urllib.request.Request(str(self.server) + path, headers={
             "Accept": "application/json, application/problem+json"})
         request.add_unredirected_header("Authorization", "Bearer " + self._token.reveal())
-        if body is not None:
+        if body is not None:  # and then it is a POST
             request.data = json.dumps(body).encode("ascii")
             request.add_header("Content-Type", "application/json")
         began = elapsed_seconds()
-        answer = Exchange(operation, self._peer).run(self._opener, request, seconds, cancel)
-        self._report("%s %s: %d, %.3f s" % (method, path, answer.status, elapsed_seconds() - began))
+        answer = Exchange(operation, self._peer)
+        answer.run(self._opener, request, seconds, self.cancel if operation == GET else None)
+        self._report("%s %s: %d, %.3f s" % (
+            request.get_method(), path, answer.status, elapsed_seconds() - began))
+        if answer.status not in EXPECTED[operation]:
+            raise self._parse_problem(answer)
         return answer
 
-    def _parse_problem(self, operation: str, answer: Answer) -> ApiError:
-        """The error of an answer that is not a success (RFC 9457 problem details, where it has them)."""
+    def _parse_problem(self, answer: Exchange) -> ApiError:
+        """The error of an unexpected answer (RFC 9457 problem details, where it has them)."""
         try:
-            problem = Fields(operation, parse_json(answer.body), self._secrets)
-        except ValueError:
-            problem = Fields(operation, None, self._secrets)
+            problem = self._parse_body(answer)
+        except TransportError:
+            problem = Fields(answer.operation, None, self._secrets)
         status, code = answer.status, problem.shown("code")
         title = problem.shown("title") or http.client.responses.get(status, "")
-        words = operation, ("%d %s" % (status, title)).strip(), problem.shown("detail")
+        words = answer.operation, ("%d %s" % (status, title)).strip(), problem.shown("detail")
         text = ": ".join(filter(None, words)) + (" (%s)" % code if code else "")
         for name in ("reason", "relation_path", "correlation_id"):
             if problem.shown(name):
@@ -1219,35 +1173,34 @@ class ControlPlane:
         # 409: the first request with this idempotency key is still being answered
         passing = status in (502, 503, 504) or status == 409 and code == "idempotent_replay"
         # a gateway that lost the answer, that first request, a success of another kind; 503 did nothing
-        may_exist = operation == ISSUE and (passing and status != 503 or status in SUCCESS)
+        may_exist = answer.operation == ISSUE and (passing and status != 503 or status in SUCCESS)
         return ApiError(text + self._advise(answer, code), exit_code, passing=passing, may_exist=may_exist,
                         status=status, code=code,
                         retry_after_seconds=parse_retry_after(answer.headers.get("Retry-After")))
 
-    def _advise(self, answer: Answer, code: str) -> str:
+    def _advise(self, answer: Exchange, code: str) -> str:
         """What an operator can do about an error answer, to be put behind it."""
-        if answer.status == 401:
-            advice = "; the token is from " + self._token_source if self._token_source else ""
-            if code == "step_up_required":
-                challenge = " ".join(answer.headers.get_all("WWW-Authenticate", []))
-                wanted = re.search(r'acr_values\s*=\s*(?:"([^"]*)"|([^\s,]+))', challenge)
-                acr = conceal(wanted.group(1) or wanted.group(2) or "", self._secrets) if wanted else ""
-                advice += "; re-authenticate%s and try again" % (
-                    " with acr_values " + escape(acr) if acr else "")
-            return advice
         if answer.status == 429:
             return ("; a session counts until it runs out or is revoked, one of print mode as well; "
                     "--max-sessions says how many a proxy takes")
         if 300 <= answer.status < 400:
             location = escape(conceal(answer.headers.get("Location", ""), self._secrets))
             return "; a redirect is never followed" + (": " + location if location else "")
-        return ""
+        advice = ""
+        if answer.status == 401 and self._token_source:
+            advice = "; the token is from " + self._token_source
+        if answer.status == 401 and code == "step_up_required":
+            challenge = " ".join(answer.headers.get_all("WWW-Authenticate", []))
+            found = re.search(r'acr_values\s*=\s*("[^"]+"|[^\s",]+)', challenge)
+            acr = escape(conceal(found.group(1).strip('"'), self._secrets)) if found else ""
+            advice += "; re-authenticate%s and try again" % (" with acr_values " + acr if acr else "")
+        return advice
 
-    def _parse_body(self, operation: str, answer: Answer) -> Fields:
+    def _parse_body(self, answer: Exchange) -> Fields:
         try:
-            return Fields(operation, parse_json(answer.body), self._secrets)
+            return Fields(answer.operation, parse_json(answer.body), self._secrets)
         except ValueError:
-            raise TransportError("%s: the answer is not valid JSON" % operation) from None
+            raise TransportError("%s: the answer is not valid JSON" % answer.operation) from None
 
     def _parse_endpoint(self, text: str) -> Endpoint:
         endpoint = parse_endpoint(text)
@@ -1271,18 +1224,16 @@ SYSLOG_SOCKETS = ("/dev/log", "/var/run/syslog")  # Linux and others; macOS
 SYSLOG_AUTHPRIV_INFO = 10 * 8 + 6  # RFC 3164, section 4.1.1: facility * 8 + severity
 
 
-def make_private_directories(path: str) -> None:
-    """Makes every directory that is missing 0700; os.makedirs does so with the last one alone (3.7)."""
-    missing = []
-    while not os.path.isdir(path):
-        missing.append(path)
-        path = os.path.dirname(path)
-    for each in reversed(missing):
-        try:
-            os.mkdir(each, 0o700)
-            os.chmod(each, 0o700)  # a umask may have taken our own bits
-        except FileExistsError:  # another plexctl was faster; if it is no directory, the next call says so
-            pass
+def make_private_directory(path: str) -> None:
+    """Makes it, and what is missing above it, 0700; os.makedirs does so with the last one alone (3.7)."""
+    if os.path.isdir(path):
+        return
+    make_private_directory(os.path.dirname(path))
+    try:
+        os.mkdir(path, 0o700)
+        os.chmod(path, 0o700)  # a umask may have taken our own bits
+    except FileExistsError:  # another plexctl was faster; if it is no directory, the next call says so
+        pass
 
 
 def send_to_syslog(message: str, sockets: "Sequence[str]", seconds: float = SYSLOG_SECONDS) -> None:
@@ -1308,61 +1259,57 @@ class AuditLog:
         self._report = report
         self._syslog_sockets = syslog_sockets
         given = environ.get("PLEXCTL_AUDIT_LOG", "")
-        base = base_directory("XDG_STATE_HOME", os.path.join(".local", "state"), environ)
-        if not given and not base:
+        path = given or find_own_file("XDG_STATE_HOME", ".local/state", "audit.log", environ)
+        if not path:
             raise PlexctlError("audit log: no home directory for it (PLEXCTL_AUDIT_LOG names a file)")
-        path = given or os.path.join(base, "plexctl", "audit.log")
         self._name = "audit log " + escape(path)
-        hint = "(PLEXCTL_AUDIT_LOG names another)"
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | OPEN_AT_ONCE
+        self._descriptor = -1
         try:
             if not given:
-                make_private_directories(os.path.dirname(path))
+                make_private_directory(os.path.dirname(path))
             self._descriptor = os.open(path, flags, 0o600)
+            fault = find_file_fault(os.fstat(self._descriptor), 0o022)  # a device might keep nothing
         except (OSError, ValueError) as error:
-            raise PlexctlError("%s: cannot be opened: %s %s"
-                               % (self._name, show_error(error), hint)) from error
-        status = os.fstat(self._descriptor)
-        fault = find_file_fault(status, OTHERS_WRITE_BITS)
-        if not stat.S_ISREG(status.st_mode):  # a device may take anything, and keep nothing
-            fault = "is not a regular file"
+            fault = "cannot be opened: " + show_error(error)
         if fault:
             self.close()
-            raise PlexctlError("%s: %s %s" % (self._name, fault, hint))
+            raise PlexctlError("%s: %s (PLEXCTL_AUDIT_LOG names another)" % (self._name, fault))
 
     def close(self) -> None:
         """Closes the file."""
-        os.close(self._descriptor)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
 
     def record(self, server: Server, request: SessionRequest, issued: IssuedSession) -> None:
         """Writes one JSON object in one line with one write; raises unless it is verifiably there."""
         message = json.dumps(self._fields(server, request, issued))
-        written: List[int] = []
+        self._has_written = False
         handler = logging.Handler()
-        handler.emit = lambda record: written.append(  # type: ignore[method-assign]
-            self._append(record.getMessage()))
+        handler.emit = self._append  # type: ignore[method-assign]
         logger = logging.getLogger("plexctl.audit")
         logger.propagate = False  # a handler of the root is no audit log, and may write to stderr
         if logger.level == logging.NOTSET:
             logger.setLevel(logging.INFO)
         logger.addHandler(handler)
+        why = "logging dropped it"  # logging.disable, a level, a filter
         try:
             logger.info("%s", message)
         except OSError as error:
-            raise PlexctlError("%s: the record was not written: %s; the token is not shown"
-                               % (self._name, show_error(error))) from error
+            why = show_error(error)
         finally:
             logger.removeHandler(handler)
-        if len(written) != 1:  # logging.disable, a level, a filter
-            raise PlexctlError("%s: logging dropped the record; the token is not shown" % self._name)
+        if not self._has_written:
+            raise PlexctlError("%s: the record was not written: %s; the token is not shown"
+                               % (self._name, why))
         try:
             send_to_syslog(message, self._syslog_sockets)
         except OSError as error:
             self._report("warning: syslog did not take the audit record: %s" % show_error(error))
 
-    def _append(self, text: str) -> int:
+    def _append(self, record: "logging.LogRecord") -> None:
         """Writes a line at the end of the file, synced; OSError unless all its bytes are there."""
-        line = (text + "\n").encode("ascii")
+        line = (record.getMessage() + "\n").encode("ascii")
         size = os.lseek(self._descriptor, 0, os.SEEK_END)
         os.lseek(self._descriptor, max(0, size - 1), os.SEEK_SET)
         if size and os.read(self._descriptor, 1) != b"\n":
@@ -1372,7 +1319,7 @@ class AuditLog:
         os.fsync(self._descriptor)
         if not os.fstat(self._descriptor).st_nlink:
             raise OSError(errno.ENOENT, "the file was removed")
-        return len(line)
+        self._has_written = True
 
     def _fields(self, server: Server, request: SessionRequest, issued: IssuedSession) -> "Dict[str, Any]":
         uid = os.getuid() if hasattr(os, "getuid") else None
@@ -1386,8 +1333,7 @@ class AuditLog:
                 "user": user, "uid": uid, "sudo_user": self._environ.get("SUDO_USER"),
                 "hostname": socket.gethostname(), "pid": os.getpid(), "server": str(server),
                 "project_id": request.project_id, "resource_id": request.resource_id,
-                "session_id": issued.session_id,
-                "target": join_host_port(request.host, request.port),
+                "session_id": issued.session_id, "target": join_host_port(request.host, request.port),
                 "expires_at": issued.expires_at}
 
 

@@ -3281,6 +3281,16 @@ def test_it_imports_the_standard_library_alone():
     assert (result.status, result.err) == (0, "")
 
 
+@pytest.mark.parametrize("name", ["json", "argparse", "socket", "logging"])
+def test_a_module_that_lies_beside_the_file_is_not_loaded(simulation, tmp_path, name):
+    """In /tmp, say, where anybody may put one."""
+    shutil.copy(PLEXCTL, str(tmp_path))
+    (tmp_path / (name + ".py")).write_text("raise SystemExit('loaded')")
+    words = [sys.executable, str(tmp_path / "plexctl.py")] + forward_args(simulation.plane)
+    result = run_words(words, clean_environment(simulation.plane.environment()), cwd="/")
+    assert (result.status, result.err) == (0, "")
+
+
 # ---- tests: control plane ------------------------------------------------------------------------
 
 
@@ -4698,12 +4708,8 @@ def test_a_server_that_repeats_the_session_token_does_not_have_it_shown(simulati
 # ---- tests: relay --------------------------------------------------------------------------------
 
 MIB = 1 << 20
-WAYS = {  # how the relay works on this host, or would on another one
-    "epoll": {},
-    "selectors": {"poller": plexctl.SelectPoller},
-    "connect": {"take": False},  # every dial in a thread
-    "nonblocking": {"poller": plexctl.SelectPoller, "dontwait": 0},  # as on Windows: no bulk threads
-}
+KINDER = dict(kinder=True)
+WAYS = {"real": {}, "kinder": KINDER, "select": KINDER}  # select: as on macOS and Windows
 
 
 def eventually(predicate, seconds=10, state=lambda: ""):
@@ -4718,7 +4724,7 @@ def eventually(predicate, seconds=10, state=lambda: ""):
         time.sleep(0.005)
 
 
-def standstill(read, seconds=10, still=0.6):
+def standstill(read, seconds=20, still=0.6):
     """Wait until a counter has not moved for `still` seconds; its value."""
     seen, since, deadline = read(), time.monotonic(), time.monotonic() + seconds
     while time.monotonic() - since < still:
@@ -4729,79 +4735,98 @@ def standstill(read, seconds=10, still=0.6):
     return seen
 
 
-def lease_on(address, family=socket.AF_INET):
-    """What a Forwarder needs of a lease; `released` counts."""
-    lease = types.SimpleNamespace(route=(family, address), released=0)
-
-    def release():
-        lease.released += 1
-    lease.release = release
-    return lease
+def asked(plane, operation):
+    """How many requests of an operation there were."""
+    with plane.changed:
+        return len([each for each in plane.requests if each.operation == operation])
 
 
 @contextlib.contextmanager
-def forwarding(address, local="127.0.0.1:0", poller=None, take=True, dontwait=None, start=True, **options):
-    """A Forwarder straight to an address; at the end it stops, and every lease has been released."""
-    running = types.SimpleNamespace(lines=[], leases=[])
+def using_sessions(plane, local="127.0.0.1:0", start=True, establish=True, allow_other_users=False,
+                   ttl_seconds=0, **options):
+    """A Forwarder on Sessions of a control plane; at the end no thread of a session is left, and every
+    session was revoked just once."""
+    server = plexctl.parse_server(plane.url, False)
+    control = plexctl.ControlPlane(server, plexctl.Secret(plane.bearer), environ={})
+    request = plexctl.SessionRequest(PROJECT_ID, RESOURCE_ID, HOST, PORT, ttl_seconds)
+    lines = []
+    sessions = plexctl.Sessions(control, request, lines.append, **options)
+    running = types.SimpleNamespace(
+        lines=lines, plane=plane, node=plane.node, sessions=sessions, count=sessions.count,
+        said=lambda *words: [line for line in lines if all(word in line for word in words)],
+        connections=lambda: [each.connection for each in tuple(sessions._workers) if each.connection],
+        relays=lambda: [each.relay for each in running.connections() if each.relay])
+    with plexctl.Forwarder(plexctl.parse_local_address(local), sessions, allow_other_users) as forwarder:
+        running.forwarder, running.address = forwarder, str(forwarder.local)
+        done = threading.Event()
 
-    def lend():
-        running.leases.append(lease_on(address))
-        return running.leases[-1]
+        def stop_when_over():  # as the main thread of a run does
+            while not done.wait(0.02):
+                if sessions.over:
+                    forwarder.stop()
+                    return
 
-    def connect(*failed):
-        lease = failed[0] if failed else lend()
+        threading.Thread(target=stop_when_over, daemon=True).start()
         try:
-            return plexctl.connect_socket(socket.AF_INET, address), lease
-        except OSError as error:
-            lease.release()
-            raise plexctl.PlexctlError(str(error)) from error
-
-    running.forwarder = plexctl.Forwarder(
-        plexctl.parse_local_address(local), connect, lend if take else None, running.lines.append,
-        poller=poller and poller(), **options)
-    running.relay, running.address = running.forwarder.relay, str(running.forwarder.local)
-    running.count = running.forwarder.count
-    if dontwait is not None:
-        running.relay.dontwait = dontwait
-    try:
-        if start:
-            running.forwarder.start()
-        yield running
-        assert not running.forwarder._thread or running.forwarder._thread.is_alive(), running.lines
-    finally:
-        running.forwarder.stop()
-    assert [lease.released for lease in running.leases] == [1] * len(running.leases)
+            if start:
+                forwarder.start()
+            if establish:
+                sessions.establish()
+            yield running
+            thread = forwarder._thread
+            assert thread is None or thread.is_alive(), lines
+        finally:
+            done.set()
+            forwarder.stop()
+            sessions.leave(8)
+    eventually(lambda: not sessions._workers, state=lambda: sessions._workers)
+    assert sessions.left_behind() == [] and not [line for line in lines if "given up" in line]
+    assert plane.revocations() == collections.Counter(plane.issued), lines
 
 
 @contextlib.contextmanager
-def relayed_to(serve, **options):
-    """A Target, and a Forwarder to it."""
-    with Target(serve) as target, forwarding(target.address, **options) as running:
-        running.target = target
-        yield running
+def relayed_to(serve=echo, **options):
+    """A Simulation and using_sessions() on it, with the options of both; `direct`: no Node in between."""
+    mine = ("local", "start", "establish", "allow_other_users", "ttl_seconds", "limit", "minimum", "renew",
+            "wait_seconds", "verbose")
+    own = {name: options.pop(name) for name in mine if name in options}
+    direct = options.pop("direct", False)
+    with Simulation(serve, **options) as simulation:
+        if direct:
+            simulation.plane.node, simulation.plane.endpoint = None, "%s:%d" % simulation.target.address
+        with using_sessions(simulation.plane, **own) as running:
+            running.target = simulation.target
+            yield running
 
 
-@pytest.fixture(params=list(WAYS.values()), ids=list(WAYS))
-def way(request):
-    """Options of a forwarder, for each of the ways a relay can work."""
-    return request.param
+@pytest.fixture(params=list(WAYS))
+def way(request, monkeypatch):
+    """Options of relayed_to(), for each kind of Node and each way to wait for descriptors."""
+    if request.param == "select":
+        monkeypatch.setattr(plexctl, "ON_LINUX", False)
+    if request.param != "real":
+        monkeypatch.setattr(plexctl, "QUIET_SECONDS", 0.2)
+    return WAYS[request.param]
 
 
-@pytest.fixture(params=[WAYS["epoll"], WAYS["selectors"], WAYS["nonblocking"]],
-                ids=["epoll", "selectors", "nonblocking"])
-def loop(request):
-    """The same where only the loop matters."""
-    return request.param
+@pytest.fixture(params=["epoll", "select"])
+def loop(request, monkeypatch):
+    """The same for what a real Node does not keep: half-closes and resets."""
+    monkeypatch.setattr(plexctl, "QUIET_SECONDS", 0.2)
+    if request.param == "select":
+        monkeypatch.setattr(plexctl, "ON_LINUX", False)
+    return KINDER
 
 
 @contextlib.contextmanager
 def held_up(running):
-    """The relay's loop stands still meanwhile, and then sees all that happened at once."""
+    """The only relay stands still meanwhile, and then sees all that happened at once."""
     standing, go = threading.Event(), threading.Event()
-    running.relay.post(lambda: (standing.set(), go.wait(20)))
+    relay = eventually(running.relays)[0]
+    relay._is_over = lambda: bool(standing.set() or not go.wait(20))  # asked every second
     assert standing.wait(10)
     try:
-        yield
+        yield relay
     finally:
         go.set()
 
@@ -4818,13 +4843,13 @@ def small_window(address):
 
 def read_exactly(connection, size):
     """So many bytes, or fewer where the peer ends before."""
-    data = b""
+    data = bytearray()
     while len(data) < size:
         piece = connection.recv(size - len(data))
         if not piece:
             break
         data += piece
-    return data
+    return bytes(data)
 
 
 def how_it_ends(connection):
@@ -4847,22 +4872,57 @@ def knock(address):
         return "reset", b""
 
 
-def on_request(services):
+def on_request(**services):
     """A service for each first byte that a client may send."""
     def serve(connection, target):
-        services[connection.recv(1)](connection, target)
+        first = connection.recv(1).decode()
+        if first:
+            services[first](connection, target)
     return serve
+
+
+@contextlib.contextmanager
+def sending(connection, data):
+    """It is sent by a thread meanwhile."""
+    def send():
+        with contextlib.suppress(OSError):
+            connection.sendall(data)
+
+    sender = threading.Thread(target=send, daemon=True)
+    sender.start()
+    yield
+    sender.join(20)
+    assert not sender.is_alive()
+
+
+def talk(connection, data=b"ping"):
+    """Send something to an echo; whether just that comes back."""
+    if len(data) < 4096:
+        connection.sendall(data)
+        return read_exactly(connection, len(data)) == data
+    with sending(connection, data):
+        return read_exactly(connection, len(data)) == data
 
 
 def chat(connection, rounds=50):
     """Ping-pong of 64 bytes with an echo; the slowest answer in seconds."""
     slowest = 0.0
     for number in range(rounds):
-        ping, began = pattern(64, number), time.monotonic()
-        connection.sendall(ping)
-        assert read_exactly(connection, 64) == ping
+        began = time.monotonic()
+        assert talk(connection, pattern(64, number))
         slowest = max(slowest, time.monotonic() - began)
     return slowest
+
+
+def visit(address, data=b"still here"):
+    """A connection that talks to an echo and closes; whether just that came back."""
+    with dial(address) as client:
+        return talk(client, data)
+
+
+def is_alive(running):
+    """Whether the forwarder still serves a new client."""
+    return visit(running.address)
 
 
 def resident_bytes(pid="self"):
@@ -4871,52 +4931,75 @@ def resident_bytes(pid="self"):
         return int(re.search(r"VmRSS:\s*([0-9]+) kB", stream.read()).group(1)) * 1024
 
 
-def is_alive(running):
-    """Whether the forwarder still serves a new client."""
-    return exchange(running.address, b"still here") == b"still here"
-
-
-@pytest.mark.parametrize("size", [0, 1, 64, 65535, 65536, 65537, 4 * 65536, 300001])
-def test_what_a_client_sends_arrives_as_it_is_and_so_does_the_answer(way, size):
-    data = pattern(size, size)
-    with relayed_to(echo, **way) as running:
-        assert exchange(running.address, data) == data
-        eventually(lambda: running.count().open == 0)
-        counts = running.count()
-        assert (counts.served, counts.up, counts.down) == (1, size, size)
-        eventually(lambda: running.target.ends == ["eof"])
-        assert running.lines == []
+def test_what_a_client_sends_arrives_as_it_is_and_so_does_the_answer(way):
+    sizes = [1, 64, 65535, 65536, 65537, 4 * 65536, 300001, 3 * MIB]
+    with relayed_to(**way) as running:
+        for size in sizes:
+            assert visit(running.address, pattern(size, size))
+        eventually(lambda: running.count().ended == len(sizes))
+        assert running.count() == plexctl.Counts(0, 0, len(sizes), 1, sum(sizes), sum(sizes))
+        eventually(lambda: len(running.target.ends) == len(sizes))
+        assert running.target.ends == ["eof"] * len(sizes) and running.lines == []
 
 
 def test_a_chat_keeps_its_order(way):
-    with relayed_to(echo, **way) as running, dial(running.address) as client:
+    with relayed_to(**way) as running, dial(running.address) as client:
         chat(client, 300)
         eventually(lambda: running.count().down == 19200)  # counted after it was sent
         assert (running.count().open, running.count().up) == (1, 19200)
 
 
-def test_fifty_mebibytes_go_both_ways_at_once(way):
-    data = pattern(50 * MIB)
-    with relayed_to(echo, **way) as running:
-        assert exchange(running.address, data, 60) == data
-        eventually(lambda: running.count().open == 0)
-        assert (running.count().up, running.count().down) == (50 * MIB, 50 * MIB)
-        assert running.lines == [] and running.relay.bulk_flows == 0
+def test_256_mebibytes_go_each_way_at_once_and_the_buffers_shrink_again(way):
+    block, blocks = pattern(MIB), 256
+    sent, received = hashlib.sha256(), hashlib.sha256()
+
+    def send(client):
+        for number in range(blocks):
+            numbered = struct.pack(">Q", number) + block[8:]
+            sent.update(numbered)
+            client.sendall(numbered)
+
+    with relayed_to(**way) as running, dial(running.address) as client:
+        sender = threading.Thread(target=send, args=(client,))
+        sender.start()
+        left, relay = blocks * MIB, eventually(running.relays)[0]
+        largest = 0
+        while left:
+            data = client.recv(min(left, MIB))
+            assert data
+            received.update(data)
+            left -= len(data)
+            largest = max(largest, len(relay.up.buffer))
+        sender.join(20)
+        assert sent.digest() == received.digest()
+        assert plexctl.FIRST_BUFFER_BYTES < largest <= plexctl.LARGEST_BUFFER_BYTES
+        eventually(lambda: len(relay.up.buffer) == len(relay.down.buffer) == plexctl.FIRST_BUFFER_BYTES)
+        chat(client, 3)
+        assert running.count().open == 1 and running.lines == []
 
 
-def test_an_answer_long_after_the_half_close_arrives(way):
+def test_half_closes_and_all_that_goes_before_them_arrive(loop):
+    with relayed_to(sink, **loop) as running:
+        for size in (0, 1, 5 * MIB):
+            assert exchange(running.address, pattern(size)) == sink_answer(pattern(size))
+        eventually(lambda: running.target.ends == ["eof"] * 3)
+        assert (running.count().up, running.lines) == (5 * MIB + 1, [])
+
+
+def test_an_answer_long_after_the_half_close_arrives(loop):
     go = threading.Event()
-    with relayed_to(late_answer(go), **way) as running, dial(running.address) as client:
+    with relayed_to(late_answer(go), **loop) as running, dial(running.address) as client:
         client.sendall(b"question")
         client.shutdown(socket.SHUT_WR)
-        flow = eventually(lambda: [pair.up for pair in tuple(running.relay.pairs)])[0]
-        eventually(lambda: flow.state == plexctl.ENDED)
+        relay = eventually(running.relays)[0]
+        eventually(lambda: relay.up.is_over)
         go.set()
         assert how_it_ends(client) == ("eof", LATE_ANSWER)
         eventually(lambda: running.target.ends == ["eof"])
 
 
-def test_a_client_may_go_on_after_the_server_has_ended(way):
+def test_a_client_may_go_on_after_the_server_has_ended(loop, monkeypatch):
+    monkeypatch.setattr(plexctl, "QUIET_SECONDS", 2)
     heard = []
 
     def end_first(connection, _target):
@@ -4924,7 +5007,7 @@ def test_a_client_may_go_on_after_the_server_has_ended(way):
         connection.shutdown(socket.SHUT_WR)
         heard.extend(how_it_ends(connection))
 
-    with relayed_to(end_first, **way) as running, dial(running.address) as client:
+    with relayed_to(end_first, **loop) as running, dial(running.address) as client:
         assert how_it_ends(client) == ("eof", b"goodbye")
         client.sendall(pattern(MIB))
         client.shutdown(socket.SHUT_WR)
@@ -4933,166 +5016,179 @@ def test_a_client_may_go_on_after_the_server_has_ended(way):
         assert heard == ["eof", pattern(MIB)] and running.count().up == MIB
 
 
-def test_a_slow_reader_loses_nothing_of_a_server_that_ends_first(loop):
-    size = 12 * MIB
-    with relayed_to(source(size), **loop) as running, small_window(running.address) as client:
+def test_a_slow_reader_slows_the_server_and_loses_nothing_when_that_ends_first(way):
+    size = 24 * MIB
+    with relayed_to(source(size), **way) as running, small_window(running.address) as client:
         assert standstill(lambda: running.count().down) < size
         assert how_it_ends(client) == ("eof", pattern(size))
         client.close()
         eventually(lambda: running.target.ends == ["eof"])
 
 
-def test_a_slow_target_gets_all_of_an_upload(loop):
-    go, heard = threading.Event(), []
+def test_a_slow_target_slows_the_client_and_gets_all(way):
+    go, heard, data = threading.Event(), [], pattern(24 * MIB)
 
     def read_late(connection, _target):
         go.wait(20)
-        heard.extend(how_it_ends(connection))
+        heard.append(read_exactly(connection, len(data)))
         connection.sendall(b"done")
 
-    with relayed_to(read_late, **loop) as running, dial(running.address) as client:
-        data = pattern(24 * MIB)
-        sender = threading.Thread(target=lambda: (client.sendall(data), hang_up(client, socket.SHUT_WR)))
-        sender.start()
-        assert standstill(lambda: running.count().up) < len(data)
-        go.set()
-        assert how_it_ends(client) == ("eof", b"done")
-        sender.join(10)
-        assert heard == ["eof", data]
+    with relayed_to(read_late, **way) as running, dial(running.address) as client:
+        with sending(client, data):
+            assert standstill(lambda: running.count().up) < len(data)
+            go.set()
+            assert read_exactly(client, 4) == b"done"
+        assert heard == [data]
 
 
-def test_an_early_answer_arrives_while_the_client_still_uploads(way):
-    answer = pattern(8000)
-
-    def answer_early(connection, _target):
-        connection.recv(1000)
-        connection.sendall(answer)
-        connection.close()  # with input unread: a reset follows what was sent
-
-    with relayed_to(on_request({b"a": answer_early, b"e": echo}), **way) as running:
-        for _ in range(5):
-            with dial(running.address) as client:
-                with pytest.raises(ConnectionError):
-                    client.sendall(b"a" + bytes(64 * MIB))
-                assert how_it_ends(client)[1] == answer
-        assert exchange(running.address, b"e" + answer) == answer
-
-
-def test_a_reset_of_the_client_ends_only_its_own_connection(way):
-    with relayed_to(echo, **way) as running, dial(running.address) as other:
-        client = dial(running.address)
-        chat(client, 3)
-        reset_close(client)
-        eventually(lambda: running.target.ends == ["reset"], state=lambda: running.target.ends)
-        chat(other, 3)
-        assert running.count().open == 1 and running.lines == []
-
-
-def test_a_reset_of_the_target_ends_only_its_own_connection(way):
-    with relayed_to(on_request({b"r": resetter(10), b"e": echo}), **way) as running:
-        with dial(running.address) as other, dial(running.address) as client:
+@pytest.mark.skipif(not LINUX, reason="reads /proc")
+def test_thirty_stuck_readers_take_little_memory_and_hamper_nobody():
+    serve = on_request(s=source(64 * MIB), e=echo)
+    with relayed_to(serve, kinder=True, max_sessions=32, limit=32) as running:
+        with dial(running.address) as other, contextlib.ExitStack() as stack:
             other.sendall(b"e")
-            client.sendall(b"r" + bytes(10))
-            assert how_it_ends(client) == ("reset", b"")
             chat(other, 3)
-            assert running.count().open == 1 and running.lines == []
+            before = resident_bytes()
+            for _ in range(30):
+                stack.enter_context(small_window(running.address)).sendall(b"s")
+            eventually(lambda: running.count().open == 31, 30)
+            assert standstill(lambda: running.count().down) < 30 * 64 * MIB
+            assert resident_bytes() - before < 100 * MIB
+            assert chat(other) < 2
+            stack.close()
+            eventually(lambda: running.count().open == 1)
 
 
-def test_a_client_that_resets_amid_a_download_is_no_clean_end_for_the_target(way):
-    with relayed_to(source(64 * MIB), **way) as running:
-        for _ in range(5):
-            client = dial(running.address)
-            read_exactly(client, MIB)
-            reset_close(client)
-        eventually(lambda: running.count().open == 0)
-        eventually(lambda: len(running.target.ends) == 5)
-        assert running.target.ends == ["reset"] * 5 and running.lines == []
+def test_a_bulk_stream_starves_no_keystroke(way):
+    def pour(connection, target):
+        data = bytes(MIB)
+        while not target.closing.is_set():
+            connection.sendall(data)
+
+    def read(connection):
+        with contextlib.suppress(OSError):
+            for _ in chunks(connection):
+                pass
+
+    with relayed_to(on_request(b=pour, e=echo), **way) as running:
+        with dial(running.address) as bulk, dial(running.address) as other:
+            bulk.sendall(b"b")
+            other.sendall(b"e")
+            reader = threading.Thread(target=read, args=(bulk,), daemon=True)
+            reader.start()
+            eventually(lambda: running.count().down > 8 * MIB)
+            began = running.count().down
+            assert chat(other, 50) < 2
+            assert running.count().down > began
+            hang_up(bulk)
+            reader.join(10)
+            assert not reader.is_alive()
 
 
-def test_a_client_that_resets_amid_an_upload_is_no_clean_end_for_the_target(way):
+def test_urgent_data_stays_in_the_stream_on_both_legs():
+    def answer(connection, _target):
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+        heard.append(read_exactly(connection, 8))
+        connection.sendall(b"abc")
+        connection.send(b"!", socket.MSG_OOB)
+        connection.sendall(b"def")
+
     heard = []
+    with relayed_to(answer, direct=True) as running, dial(running.address) as client:
+        client.sendall(b"abc")
+        client.send(b"!", socket.MSG_OOB)
+        client.sendall(b"defg")
+        assert how_it_ends(client) == ("eof", b"abc!def") and heard == [b"abc!defg"]
 
-    def listen(connection, _target):
-        heard.append(how_it_ends(connection)[0])
 
-    with relayed_to(listen, **way) as running:
-        for _ in range(10):
+def get_stuck(client):
+    """Ask for more than fits on the way, and read nothing until nothing moves."""
+    client.sendall(b"d")
+    time.sleep(0.5)
+
+
+CLIENT_RESETS = {
+    "idle": lambda client: client.sendall(b"e") or chat(client, 3),
+    "amid a download": lambda client: client.sendall(b"d") or read_exactly(client, MIB),
+    "amid an upload": lambda client: client.sendall(b"u" + bytes(4 * MIB)),
+    "not reading": get_stuck,
+    "not reading, after its half-close": lambda client: get_stuck(client) or client.shutdown(socket.SHUT_WR),
+}
+
+
+def read_to_the_end(connection, _target):
+    """A service that says nothing."""
+    for _ in chunks(connection):
+        pass
+
+
+@pytest.mark.parametrize("when", list(CLIENT_RESETS))
+def test_a_client_that_resets_is_no_clean_end_for_the_target_and_harms_nobody(loop, when):
+    serve = on_request(e=echo, d=source(64 * MIB), u=read_to_the_end)
+    with relayed_to(serve, limit=8, **loop) as running, dial(running.address) as other:
+        other.sendall(b"e")
+        chat(other, 3)
+        for _ in range(3):
             client = dial(running.address)
-            client.sendall(bytes(4 * MIB))
+            CLIENT_RESETS[when](client)
             reset_close(client)
-        eventually(lambda: len(heard) == 10 and running.count().open == 0)
-        assert heard == ["reset"] * 10 and running.lines == []
-
-
-def test_a_target_that_resets_amid_an_upload_is_no_clean_end_for_the_client(way):
-    with relayed_to(resetter(3 * MIB), **way) as running:
-        for _ in range(10):
-            with dial(running.address) as client:
-                with pytest.raises(ConnectionError):
-                    client.sendall(bytes(64 * MIB))
-                assert client.recv(1) == b""  # the error was sendall's
-        eventually(lambda: running.count().open == 0)
+        eventually(lambda: len(running.target.ends) == 3, state=lambda: running.target.ends)
+        eventually(lambda: running.count().open == 1)
+        chat(other, 3)
+        if "half-close" not in when:  # else what it sent was complete
+            assert running.target.ends == ["reset"] * 3
         assert running.lines == []
 
 
-def test_a_target_that_resets_amid_a_download_is_no_clean_end_for_the_client(way):
-    def break_off(connection, _target):
-        connection.sendall(bytes(4 * MIB))
-        reset_close(connection)
-
-    with relayed_to(break_off, **way) as running:
-        for _ in range(10):
-            assert knock(running.address)[0] == "reset"
-        eventually(lambda: running.count().open == 0)
+def break_off(after_bytes, send):
+    """A service that sends so much, reads so much, and resets."""
+    def serve(connection, target):
+        connection.sendall(bytes(send))
+        resetter(after_bytes)(connection, target)
+    return serve
 
 
-def test_a_client_that_is_stuck_and_resets_is_no_clean_end_for_the_target(loop):
-    heard = []
-
-    def send_then_listen(connection, _target):
-        try:
-            connection.sendall(bytes(6 * MIB))  # may be more than all the buffers on the way take
-        except ConnectionError:
-            heard.append("reset")
-        else:
-            heard.append(how_it_ends(connection)[0])
-
-    with relayed_to(on_request({b"s": send_then_listen, b"e": echo}), **loop) as running:
-        client = small_window(running.address)
-        client.sendall(b"s")
-        standstill(lambda: running.count().down)
-        reset_close(client)
-        eventually(lambda: heard and running.count().open == 0, state=lambda: (heard, running.count().open))
-        assert heard == ["reset"] and running.lines == []
-
-
-def test_a_client_that_is_stuck_after_its_half_close_and_resets_harms_nobody(loop):
-    with relayed_to(on_request({b"s": source(24 * MIB), b"e": echo}), **loop) as running:
-        with dial(running.address) as other:
-            other.sendall(b"e")
-            client = small_window(running.address)
-            client.sendall(b"s")
-            client.shutdown(socket.SHUT_WR)
-            standstill(lambda: running.count().down)
-            reset_close(client)
-            eventually(lambda: running.count().open == 1)
-            chat(other, 3)
-            eventually(lambda: running.target.ends == ["reset"])
-            assert running.lines == []
+@pytest.mark.parametrize("request_bytes", [b"r" + bytes(10), b"d", b"u" + bytes(64 * MIB)], ids=[
+    "idle", "amid a download", "amid an upload"])
+def test_a_target_that_resets_is_no_clean_end_for_the_client_and_harms_nobody(loop, request_bytes):
+    serve = on_request(e=echo, r=break_off(10, 1), d=break_off(0, 4 * MIB), u=break_off(3 * MIB, 1))
+    with relayed_to(serve, **loop) as running, dial(running.address) as other:
+        other.sendall(b"e")
+        chat(other, 3)
+        for _ in range(3):
+            with dial(running.address) as client:
+                try:
+                    client.sendall(request_bytes)
+                except ConnectionError:
+                    assert len(request_bytes) > MIB
+                else:
+                    assert how_it_ends(client)[0] == "reset"
+        eventually(lambda: running.count().open == 1)
+        chat(other, 3)
+        assert running.lines == []
 
 
 @pytest.mark.skipif(not LINUX, reason="only epoll tells of a reset that nobody reads")
 def test_a_reset_after_the_half_close_is_noticed_while_the_answer_is_awaited():
     go = threading.Event()
-    with relayed_to(late_answer(go)) as running:
+    with relayed_to(late_answer(go), kinder=True) as running:
         client = dial(running.address)
+        client.sendall(b"x")
         client.shutdown(socket.SHUT_WR)
-        flow = eventually(lambda: [pair.up for pair in tuple(running.relay.pairs)])[0]
-        eventually(lambda: flow.state == plexctl.ENDED)
+        relay = eventually(running.relays)[0]
+        eventually(lambda: relay.up.has_ended)
         reset_close(client)
         eventually(lambda: running.count().open == 0)
         go.set()
         eventually(lambda: running.target.ends == ["reset"])
+
+
+def is_connected(sock):
+    """Whether no reset has come; asking takes nothing from the socket."""
+    try:
+        return bool(sock.getpeername())
+    except OSError:
+        return False
 
 
 def test_a_target_that_resets_just_as_the_client_sends_is_no_clean_end_for_the_client(loop):
@@ -5105,12 +5201,11 @@ def test_a_target_that_resets_just_as_the_client_sends_is_no_clean_end_for_the_c
 
     with relayed_to(reset_when_told, **loop) as running, dial(running.address) as client:
         client.sendall(b"1")
-        eventually(lambda: running.target.accepted == 1 and running.count().up == 1)
-        with held_up(running):
+        eventually(lambda: running.count().up == 1)
+        with held_up(running) as relay:
             client.sendall(b"more")
             go.set()
-            remote = next(iter(running.relay.pairs)).remote
-            eventually(lambda: not is_connected(remote))
+            eventually(lambda: not is_connected(relay.up.sink))
         assert how_it_ends(client) == ("reset", b"")
 
 
@@ -5124,148 +5219,80 @@ def test_a_client_that_resets_just_as_the_target_sends_is_no_clean_end_for_the_t
 
     with relayed_to(send_when_told, **loop) as running:
         client = dial(running.address)
-        pair = eventually(lambda: list(running.relay.pairs))[0]
-        with held_up(running):
+        with held_up(running) as relay:
             go.set()
-            assert select.select([pair.remote], [], [], 10)[0]
+            assert select.select([relay.up.sink], [], [], 10)[0]
             reset_close(client)
-            eventually(lambda: not is_connected(pair.client))
+            eventually(lambda: not is_connected(relay.up.source))
         eventually(lambda: heard)
         assert heard == ["reset"]
 
 
-def is_connected(sock):
-    """Whether no reset has come; asking takes nothing from the socket."""
-    try:
-        return bool(sock.getpeername())
-    except OSError:
-        return False
+@pytest.mark.parametrize("half_close", [False, True], ids=["while it sends", "after its end"])
+def test_last_words_before_a_reset_arrive(loop, half_close):
+    """A server that has heard enough, as of an upload that is too large."""
+    spoken = threading.Event()
+
+    def speak(connection, _target):
+        connection.recv(5)
+        spoken.wait(10)
+        connection.sendall(b"error: too big")
+        time.sleep(0.1)
+        reset_close(connection)
+        spoken.clear()
+
+    with relayed_to(speak, **loop) as running, dial(running.address) as client:
+        client.sendall(b"hello")
+        eventually(lambda: running.count().up == 5)
+        with held_up(running):
+            if half_close:
+                client.shutdown(socket.SHUT_WR)
+            spoken.set()
+            eventually(lambda: not spoken.is_set())
+        assert how_it_ends(client) == ("reset", b"error: too big")
 
 
-@pytest.mark.skipif(not LINUX, reason="reads /proc")
-def test_two_hundred_stuck_readers_take_little_memory_and_hamper_nobody():
-    with relayed_to(on_request({b"s": source(4 * MIB), b"e": echo})) as running:
-        with dial(running.address) as other, contextlib.ExitStack() as stack:
-            other.sendall(b"e")
-            chat(other, 3)
-            before = resident_bytes()
-            for _ in range(200):
-                stack.enter_context(small_window(running.address)).sendall(b"s")
-            eventually(lambda: running.count().served == 201)
-            assert chat(other) < 1
-            standstill(lambda: running.count().down, 20)
-            assert running.count().down < 200 * 4 * MIB
-            assert resident_bytes() - before < 120 * MIB
-            assert chat(other) < 1
-            data = pattern(8 * MIB)
-            assert exchange(running.address, b"e" + data) == data
+def test_an_early_answer_arrives_while_the_client_still_uploads(loop):
+    answer = pattern(8000)
+
+    def answer_early(connection, _target):
+        connection.recv(1000)
+        connection.sendall(answer)
+        connection.close()  # with input unread: a reset follows what was sent
+
+    with relayed_to(on_request(a=answer_early), direct=True, **loop) as running:
+        for _ in range(5):
+            with dial(running.address) as client:
+                with pytest.raises(ConnectionError):
+                    client.sendall(b"a" + bytes(64 * MIB))
+                assert how_it_ends(client)[1] == answer
 
 
-def test_a_bulk_stream_starves_no_keystroke(loop):
-    def pour(connection, target):
-        data = bytes(MIB)
-        while not target.closing.is_set():
-            connection.sendall(data)
-
-    with relayed_to(on_request({b"b": pour, b"e": echo}), **loop) as running:
-        with dial(running.address) as bulk, dial(running.address) as other:
-            bulk.sendall(b"b")
-            other.sendall(b"e")
-            reader = threading.Thread(target=how_it_ends_quietly, args=(bulk,), daemon=True)
-            reader.start()
-            eventually(lambda: running.count().down > 8 * MIB)
-            began = running.count().down
-            assert chat(other, 50) < 1
-            assert running.count().down > began
-            hang_up(bulk)
-            reader.join(10)
-            assert not reader.is_alive()
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
+def test_a_process_that_is_killed_resets_both_ends():
+    with Simulation(source(64 * MIB), kinder=True) as simulation, proxied(simulation.plane) as process:
+        with dial(local_address(process)) as client:
+            read_exactly(client, MIB)
+            process.kill()
+            process.finish()
+            assert how_it_ends(client)[0] == "reset"
+            simulation.target.wait_for(lambda: simulation.target.ends == ["reset"])
 
 
-def how_it_ends_quietly(connection):
-    """Read to any end, and keep nothing."""
-    try:
-        for _ in chunks(connection):
-            pass
-    except OSError:
-        pass
-
-
-def test_a_flow_goes_to_a_thread_and_back_and_again(loop):
-    threads = LINUX and "dontwait" not in loop
-    data = pattern(16 * MIB)
-    with relayed_to(echo, **loop) as running, dial(running.address) as client:
-        for _ in range(2):
-            sender = threading.Thread(target=client.sendall, args=(data,))
-            sender.start()
-            half = read_exactly(client, 8 * MIB)
-            if threads:
-                assert running.relay.bulk_flows > 0
-            assert half + read_exactly(client, 8 * MIB) == data
-            sender.join(10)
-            eventually(lambda: running.relay.bulk_flows == 0, 5)  # a pause ends it
-            chat(client, 20)
-        eventually(lambda: running.count().down == 2 * (16 * MIB + 20 * 64))
-        assert running.count().up == running.count().down and running.lines == []
-
-
-def pair_of(running, client):
-    """The relay's pair of sockets for a connected client."""
-    name = client.getsockname()
-    return eventually(lambda: [pair for pair in tuple(running.relay.pairs)
-                               if pair.client.getpeername() == name])[0]
-
-
-def test_an_error_in_one_handler_ends_only_its_own_connection(loop):
-    with relayed_to(echo, **loop) as running, dial(running.address) as other:
-        chat(other, 3)
+def test_a_defect_in_one_connection_ends_that_one_alone(loop):
+    with relayed_to(limit=1, **loop) as running:
         with dial(running.address) as client:
-            pair_of(running, client).up.sink = None  # the next read ends in an AttributeError
+            chat(client, 3)
+            running.relays()[0].up.sink = None  # the next read ends in an AttributeError
             client.sendall(b"x")
             assert how_it_ends(client) == ("reset", b"")
-        chat(other, 3)
-        assert is_alive(running)
-        assert len(running.lines) == 1 and "AttributeError" in running.lines[0]
-
-
-@pytest.mark.parametrize("earlier", [False, True], ids=["at its end", "at its end after another one"])
-def test_an_error_in_what_the_end_of_a_connection_calls_stops_nobody(loop, earlier):
-    with relayed_to(echo, **loop) as running, dial(running.address) as other:
-        chat(other, 3)
-        with dial(running.address) as client:
-            pair = pair_of(running, client)
-            release = running.leases[1].release
-            running.leases[1].release = lambda: (release(), [][0])  # noqa: PLE0643
-            if earlier:
-                pair.up.sink = None
-                client.sendall(b"x")
-            hang_up(client, socket.SHUT_WR)
-            assert how_it_ends(client)[1] == b""
-        chat(other, 3)
-        assert is_alive(running)
-
-
-def test_the_selector_poller_watches_what_it_is_told():
-    here, there = socket.socketpair()
-    poller, fd = plexctl.SelectPoller(), here.fileno()
-    with here, there:
-        poller.register(fd, 0)
-        assert poller.poll(0) == []
-        poller.modify(fd, plexctl.READABLE | plexctl.WRITABLE)
-        assert poller.poll(0) == [(fd, plexctl.WRITABLE)]
-        there.sendall(b"x")
-        assert poller.poll(1) == [(fd, plexctl.READABLE | plexctl.WRITABLE)]
-        poller.modify(fd, plexctl.READABLE)
-        assert poller.poll(0) == [(fd, plexctl.READABLE)]
-        poller.modify(fd, 0)
-        assert poller.poll(0) == []
-        poller.unregister(fd)
-        poller.close()
+        assert is_alive(running) and running.sessions.over is None
 
 
 # ---- tests: forwarder ----------------------------------------------------------------------------
 
 UNIX = pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="no unix sockets")
+READS_PROC = pytest.mark.skipif(not LINUX, reason="reads /proc")
 
 
 def descriptors():
@@ -5274,51 +5301,60 @@ def descriptors():
     return len(os.listdir("/proc/self/fd"))
 
 
-def test_nothing_is_dialled_but_for_a_connection():
-    with relayed_to(echo) as running:
-        running.relay.post(lambda: None)
+@contextlib.contextmanager
+def nothing_left():
+    """What runs inside leaves neither a thread nor a descriptor."""
+    threads, before = set(threading.enumerate()), descriptors()
+    yield
+    eventually(lambda: set(threading.enumerate()) <= threads, state=threading.enumerate)
+    eventually(lambda: descriptors() <= before, state=lambda: "%d, %d before" % (descriptors(), before))
+
+
+def test_nothing_is_dialled_but_for_a_connection(simulation):
+    with using_sessions(simulation.plane, minimum=3) as running:
+        eventually(lambda: running.count().sessions == 3)
         assert is_alive(running)
-        assert running.target.accepted == 1 and len(running.leases) == 1
+        eventually(lambda: running.count().ended == 1)
+        assert sum(simulation.node.connections.values()) == simulation.target.accepted == 1
 
 
-def test_both_legs_have_nodelay_and_keepalive(way):
-    with relayed_to(echo, **way) as running, dial(running.address) as client:
+def test_both_legs_have_nodelay_and_keepalive_and_urgent_data_inline(way):
+    with relayed_to(**way) as running, dial(running.address) as client:
         chat(client, 1)
-        pair = next(iter(running.relay.pairs))
-        for leg in (pair.client, pair.remote):
-            assert leg.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-            assert leg.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        up = running.relays()[0].up
+        for leg in (up.source, up.sink):
+            for level, name in ((socket.IPPROTO_TCP, "TCP_NODELAY"), (socket.SOL_SOCKET, "SO_KEEPALIVE"),
+                                (socket.SOL_SOCKET, "SO_OOBINLINE")):
+                assert leg.getsockopt(level, getattr(socket, name)), name
 
 
-def test_an_ipv6_address_can_be_listened_on(way):
+def test_an_ipv6_address_can_be_listened_on():
     try:
         with socket.socket(socket.AF_INET6) as probe:
             probe.bind(("::1", 0))
     except OSError:
         pytest.skip("no IPv6")
-    with relayed_to(echo, local="[::1]:0", **way) as running:
+    with relayed_to(local="[::1]:0") as running:
         assert re.match(r"\[::1\]:[1-9][0-9]*\Z", running.address)
-        assert exchange(running.address, b"six") == b"six"
-        assert running.lines == [] and (running.forwarder._owners or not LINUX)
+        assert is_alive(running) and running.lines == [] and (running.forwarder._owners or not LINUX)
 
 
-def unix_exchange(path, data):
-    """exchange() over a unix socket."""
-    with socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(20)
-        client.connect(path)
-        client.sendall(data)
-        client.shutdown(socket.SHUT_WR)
-        return b"".join(chunks(client))
+def dial_unix(path):
+    """Connect to a unix socket."""
+    client = socket.socket(socket.AF_UNIX)
+    client.settimeout(20)
+    client.connect(path)
+    return client
 
 
 @UNIX
 def test_a_unix_socket_is_ours_alone_and_goes_at_the_end(tmp_path, way):
     path = str(tmp_path / "s")
-    with relayed_to(echo, local="unix:" + path, **way) as running:
-        assert os.stat(path).st_mode & 0o777 == 0o600
-        assert running.address == "unix:" + path
-        assert unix_exchange(path, pattern(MIB)) == pattern(MIB)
+    with relayed_to(local="unix:" + path, **way) as running:
+        assert os.stat(path).st_mode & 0o777 == 0o600 and running.address == "unix:" + path
+        with dial_unix(path) as client:
+            assert talk(client, pattern(MIB))
+        eventually(lambda: running.count().ended == 1)
         assert running.lines == []
     assert not os.path.lexists(path)
 
@@ -5343,23 +5379,35 @@ def test_an_existing_file_is_neither_overwritten_nor_removed(tmp_path, kind):
 
 @UNIX
 def test_a_unix_socket_that_is_no_longer_ours_stays(tmp_path):
-    path, seconds = str(tmp_path / "s"), str(tmp_path / "other")
+    path, second = str(tmp_path / "s"), str(tmp_path / "other")
     with socket.socket(socket.AF_UNIX) as other:
-        with relayed_to(echo, local="unix:" + path):
-            other.bind(seconds)
-            os.rename(seconds, path)
+        with relayed_to(local="unix:" + path):
+            other.bind(second)
+            os.rename(second, path)
         assert os.path.exists(path)
 
 
 @UNIX
 def test_stopping_twice_does_not_remove_the_next_one_s_unix_socket(tmp_path):
     path = str(tmp_path / "s")
-    with relayed_to(echo, local="unix:" + path) as running:
+    with relayed_to(local="unix:" + path) as running:
         running.forwarder.stop()
         assert not os.path.lexists(path)
-        with relayed_to(echo, local="unix:" + path):  # may well get the same inode
+        with relayed_to(local="unix:" + path):  # may well get the same inode
             running.forwarder.stop()
-            assert unix_exchange(path, b"mine") == b"mine"
+            with dial_unix(path) as client:
+                assert talk(client)
+
+
+@UNIX
+@pytest.mark.skipif(not LINUX, reason="how the kernel tells of it")
+def test_a_unix_client_that_hangs_up_without_closing_ends_its_connection(tmp_path):
+    """A hang-up that nobody acts on is reported for ever, at the cost of a whole core."""
+    path = str(tmp_path / "s")
+    with relayed_to(source(8 * MIB), local="unix:" + path) as running, dial_unix(path) as client:
+        standstill(lambda: running.count().down)
+        client.shutdown(socket.SHUT_RDWR)
+        eventually(lambda: running.count().ended == 1)
 
 
 def test_an_address_in_use_costs_no_session(cli, simulation):
@@ -5373,36 +5421,9 @@ def test_an_address_in_use_costs_no_session(cli, simulation):
     one_error_line(result, "--local-addr", address, "in use")
 
 
-def test_a_dial_that_fails_stops_neither_the_listener_nor_anybody_else(way):
-    with Target(echo) as target, socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        addresses = [target.address, closed.getsockname(), target.address]
-
-        def connect(lease=None, route=None, _error=None):
-            lease = lease or take()
-            try:
-                return plexctl.connect_socket(*route or lease.route), lease
-            except OSError as error:
-                raise plexctl.PlexctlError("no way: %s" % error) from error
-
-        def take():
-            return lease_on(addresses.pop(0))
-
-        lines = []
-        with plexctl.Forwarder(plexctl.parse_local_address("127.0.0.1:0"), connect,
-                               take if way.get("take", True) else None, lines.append) as forwarder:
-            forwarder.start()
-            with dial(str(forwarder.local)) as other:
-                chat(other, 3)
-                assert knock(str(forwarder.local)) == ("reset", b"")
-                chat(other, 3)
-                assert exchange(str(forwarder.local), b"again") == b"again"
-        assert len(lines) == 1 and "not served" in lines[0] and "no way" in lines[0]
-
-
 @contextlib.contextmanager
 def dial_that_hangs():
-    """The address of a listener whose backlog is full: a dial neither succeeds nor fails."""
+    """A listener whose backlog is full: a dial to it neither succeeds nor fails."""
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.socket())
         listener.bind(("127.0.0.1", 0))
@@ -5414,127 +5435,161 @@ def dial_that_hangs():
         yield listener
 
 
-@pytest.mark.skipif(not LINUX, reason="a full backlog drops what comes")
-def test_a_dial_is_said_to_have_failed_at_the_address_it_went_to():
-    asked = []
-
-    def connect(_lease, route, _error=None):
-        asked.append(route)
-        raise plexctl.PlexctlError("asked")
-
-    with dial_that_hangs() as listener:
-        lease = lease_on(listener.getsockname())
-        old = lease.route
-        local = plexctl.parse_local_address("127.0.0.1:0")
-        with plexctl.Forwarder(local, connect, lambda: lease) as forwarder:
-            forwarder.start()
-            with dial(str(forwarder.local)) as client:
-                eventually(lambda: forwarder._connecting)
-                lease.route = (socket.AF_INET, ("127.0.0.1", 9))  # found by another dial meanwhile
-                listener.close()
-                assert how_it_ends(client) == ("reset", b"")
-            assert asked == [old]
+STOP_STATES = {  # what a Simulation is to be like, what the first client does, and what is waited for then
+    "issuing": ({}, None, lambda running: asked(running.plane, "issue")),
+    "waiting for the Node": (dict(late=60), None, lambda running: asked(running.plane, "get")),
+    "idle": ({}, lambda client: (client.sendall(b"e"), chat(client, 1), client.close()),
+             lambda running: running.count().ended == 1),
+    "talking": ({}, lambda client: client.sendall(b"e") or chat(client, 1), lambda running: running.relays()),
+    "not reading": ({}, get_stuck, lambda running: running.relays()),
+    "bulk": ({}, lambda client: client.sendall(b"d") or read_exactly(client, MIB),
+             lambda running: running.relays()),
+    "nobody reads": ({}, lambda client: client.sendall(b"s" + bytes(MIB)), lambda running: running.relays()),
+    "a held end": ({}, lambda client: client.shutdown(socket.SHUT_WR),
+                   lambda running: [relay for relay in running.relays() if relay.up.has_ended]),
+}
 
 
-@pytest.mark.skipif(not LINUX, reason="a full backlog drops what comes")
+@READS_PROC
+@pytest.mark.parametrize("waiting", [0, 7], ids=["nobody waits", "seven wait"])
+@pytest.mark.parametrize("state", list(STOP_STATES))
+def test_stop_takes_less_than_three_seconds_and_leaves_nothing(state, waiting):
+    options, act, reached = STOP_STATES[state]
+    serve, go = on_request(e=echo, d=source(64 * MIB), s=silent), threading.Event()
+    if state == "idle" and waiting:
+        pytest.skip("nobody waits for an idle session")
+    with nothing_left(), contextlib.ExitStack() as stack:
+        simulation = stack.enter_context(Simulation(serve, **options))
+        if state == "issuing":
+            simulation.plane.script("issue", hold(go))
+        running = stack.enter_context(using_sessions(simulation.plane, establish=act is not None, limit=1))
+        if act is None:
+            establishing = threading.Thread(target=pytest.raises, args=(
+                plexctl.Cancelled, running.sessions.establish))
+            establishing.start()
+        clients = [stack.enter_context(dial(running.address)) for _ in range(1 + waiting)]
+        if act is not None:
+            act(clients[0])
+        eventually(lambda: reached(running) and running.count().waiting == waiting + (act is None))
+        began = time.monotonic()
+        running.forwarder.stop()
+        assert time.monotonic() - began < 3
+        assert all(how_it_ends(client)[0] == "reset" for client in clients if client.fileno() >= 0)
+        with pytest.raises(ConnectionError):
+            dial(running.address)
+        go.set()
+        if act is None:
+            establishing.join(10)
+            assert not establishing.is_alive()
+
+
+@READS_PROC
 def test_stop_ends_a_connection_that_is_still_being_dialled():
-    with dial_that_hangs() as listener:
-        before = descriptors()
-        with forwarding(listener.getsockname()) as running, dial(running.address) as client:
-            eventually(lambda: running.forwarder._connecting)
+    with nothing_left(), dial_that_hangs() as listener:
+        with ControlPlane(endpoint="127.0.0.1:%d" % listener.getsockname()[1]) as plane:
+            with using_sessions(plane) as running, dial(running.address) as client:
+                eventually(running.connections)
+                began = time.monotonic()
+                running.forwarder.stop()
+                assert time.monotonic() - began < 3
+                assert how_it_ends(client) == ("reset", b"")
+
+
+@READS_PROC
+@pytest.mark.parametrize("start", [False, True])
+def test_stopping_twice_and_finishing_twice_leave_nothing(start):
+    with nothing_left():
+        with relayed_to(start=start) as running:
+            if start:
+                running.forwarder.finish()
+                running.forwarder.finish()
             running.forwarder.stop()
-            client.settimeout(5)
-            assert how_it_ends(client)[1] == b""
-        eventually(lambda: descriptors() == before, state=lambda: "%d, %d before" % (descriptors(), before))
-
-
-@pytest.mark.skipif(not LINUX, reason="reads /proc")
-def test_stop_with_fifty_connections_leaves_no_thread_and_no_descriptor(way):
-    with Target(echo) as target:
-        threads, before = set(threading.enumerate()), descriptors()
-        with forwarding(target.address, **way) as running, contextlib.ExitStack() as stack:
-            clients = [stack.enter_context(dial(running.address)) for _ in range(50)]
-            for client in clients:
-                client.sendall(bytes(MIB) if client is clients[0] else b"x")
-            eventually(lambda: running.count().open == 50)
-            began = time.monotonic()
             running.forwarder.stop()
-            assert time.monotonic() - began < 2
-            assert [how_it_ends(client)[0] for client in clients] == ["reset"] * 50
-            with pytest.raises(ConnectionError):
-                dial(running.address)
-        eventually(lambda: len(target.ends) == 50)
-        eventually(lambda: descriptors() == before, state=lambda: "%d, %d before" % (descriptors(), before))
-        eventually(lambda: set(threading.enumerate()) <= threads, state=threading.enumerate)
 
 
-@pytest.mark.skipif(not LINUX, reason="reads /proc")
-def test_stop_before_start_and_stop_twice_leave_nothing(way):
-    before, threads = descriptors(), threading.active_count()
-    with forwarding(("127.0.0.1", 9), start=False, **way) as running:
-        running.forwarder.stop()
-        running.forwarder.stop()
-        assert descriptors() == before
-    with forwarding(("127.0.0.1", 9), **way) as running:
-        running.forwarder.stop()
-        running.forwarder.stop()
-        assert descriptors() == before and threading.active_count() <= threads
-
-
-@pytest.mark.skipif(not LINUX, reason="reads /proc")
+@READS_PROC
 def test_five_thousand_short_connections_leave_nothing():
-    def visit(address, times):
-        for _ in range(times):
-            with dial(address) as client:
-                client.sendall(b"x")
-                assert client.recv(1) == b"x"
-        done.append(times)
-
     def answer(connection, _target):
         connection.sendall(connection.recv(1))
 
+    def visit_often(times):
+        for _ in range(times):
+            assert visit(running.address, b"x")
+        done.append(times)
+
+    def state():
+        return threading.active_count(), descriptors()
+
     done = []
     with relayed_to(answer) as running:
-        visit(running.address, 500)
-        eventually(lambda: running.count().open == 0 and len(running.target.ends) == 500)
-        threads = standstill(threading.active_count)  # the target's last thread may still be ending
-        before, memory = descriptors(), resident_bytes()
-        visitors = [threading.Thread(target=visit, args=(running.address, 1125)) for _ in range(4)]
+        with contextlib.ExitStack() as stack:
+            for client in [stack.enter_context(dial(running.address)) for _ in range(4)]:
+                assert talk(client, b"x")
+        visit_often(496)
+        eventually(lambda: running.count().ended == len(running.target.ends) == 500)
+        before = standstill(state)
+        memory = resident_bytes()
+        visitors = [threading.Thread(target=visit_often, args=(1125,)) for _ in range(4)]
         for visitor in visitors:
             visitor.start()
         for visitor in visitors:
-            visitor.join(60)
-        eventually(lambda: running.count().open == 0 and len(running.target.ends) == 5000)
-        assert sum(done) == running.count().served == running.count().up == running.count().down == 5000
-        eventually(lambda: (threading.active_count(), descriptors()) == (threads, before),
-                   state=lambda: "%d %d, %d %d before" % (
-                       threading.active_count(), descriptors(), threads, before))
+            visitor.join(90)
+        eventually(lambda: running.count().ended == len(running.target.ends) == 5000)
+        assert sum(done) + 4 == running.count().up == running.count().down == 5000
+        eventually(lambda: state() == before, state=lambda: (state(), before))
         assert resident_bytes() - memory < 8 * MIB and running.lines == []
+        assert set(running.node.most.values()) == {1} and len(running.plane.issued) == 4
 
 
-@pytest.mark.skipif(not LINUX, reason="raises the descriptor limit")
-def test_a_thousand_connections_are_held_and_each_one_is_right():
-    import resource
+def test_two_hundred_clients_wait_in_turn_without_a_thread_each():
+    order = []
 
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if 0 <= hard < 4500:
-        pytest.skip("the hard limit on descriptors is %d" % hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 4500) if soft >= 0 else soft, hard))
-    try:
-        with relayed_to(echo) as running, contextlib.ExitStack() as stack:
-            clients = [stack.enter_context(dial(running.address)) for _ in range(1000)]
-            for number, client in enumerate(clients):
-                client.sendall(b"%08d" % number)
-            assert [int(read_exactly(client, 8)) for client in clients] == list(range(1000))
-            for number, client in enumerate(clients):
-                client.sendall(b"%08d" % (number + 5000))
-                client.shutdown(socket.SHUT_WR)
-            assert [how_it_ends(client) for client in clients] == [
-                ("eof", b"%08d" % (number + 5000)) for number in range(1000)]
-            eventually(lambda: running.count().open == 0)
-            assert running.count().up == running.count().down == 16000 and running.lines == []
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    def note(connection, _target):
+        order.append(read_exactly(connection, 3))
+        connection.sendall(b"!")
+
+    with relayed_to(note, limit=1) as running, contextlib.ExitStack() as stack:
+        first = stack.enter_context(dial(running.address))
+        eventually(running.relays)
+        threads = threading.active_count()
+        clients = [stack.enter_context(dial(running.address)) for _ in range(200)]
+        for number, client in enumerate(clients):
+            client.sendall(b"%03d" % number)
+        eventually(lambda: running.count().waiting == 200)
+        assert threading.active_count() <= threads and (running.count().open, running.count().ended) == (1, 0)
+        first.close()
+        for client in clients:
+            assert client.recv(1) == b"!"
+            client.close()
+        eventually(lambda: running.count().ended == 201)
+        assert order == [b""] + [b"%03d" % number for number in range(200)]
+        assert len(running.said("--max-sessions")) == len(running.lines) == 1
+        assert set(running.node.most.values()) == {1}
+
+
+def test_a_session_whose_thread_cannot_be_started_costs_no_client_that_is_served(simulation, monkeypatch):
+    with using_sessions(simulation.plane) as running, dial(running.address) as client:
+        chat(client, 1)
+        monkeypatch.setattr(plexctl, "start_thread", lambda function, *arguments: False)
+        with dial(running.address) as other:
+            eventually(lambda: running.said("cannot start a thread"))
+            chat(client, 1)
+            client.close()
+            chat(other, 1)
+        assert len(running.lines) == 1 and len(simulation.plane.issued) == 1
+        monkeypatch.undo()
+
+
+def test_where_the_only_session_cannot_have_a_thread_the_run_is_over(simulation, monkeypatch):
+    """The port never listens without serving."""
+    with using_sessions(simulation.plane, renew=True) as running:
+        monkeypatch.setattr(plexctl, "start_thread", lambda function, *arguments: False)
+        expire(running)
+        eventually(lambda: not running.count().sessions)
+        with dial(running.address) as client:
+            eventually(lambda: running.sessions.over and running.said("cannot start a thread"))
+            assert how_it_ends(client) == ("reset", b"")
+        monkeypatch.undo()
 
 
 def cpu_seconds(pid):
@@ -5555,82 +5610,166 @@ def local_address(process):
     return json.loads(process.ready())["local_addr"]
 
 
-@pytest.mark.skipif(not LINUX, reason="reads /proc")
-def test_where_descriptors_run_out_it_refuses_at_once_and_recovers():
-    import resource
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
-
-    with Simulation(one_at_a_time=False) as simulation:
-        with proxied(simulation.plane, preexec_fn=limit) as process, contextlib.ExitStack() as stack:
-            address = local_address(process)
-            served, refused = [], 0
-            for _ in range(300):
-                try:
-                    client = stack.enter_context(dial(address, 5))
-                    client.sendall(b"ping")
-                    assert client.recv(4) == b"ping"
-                    served.append(client)
-                except ConnectionError:
-                    refused += 1
-            assert len(served) > 50 and refused > 100 and len(served) + refused == 300
-            used, began = cpu_seconds(process.pid), time.monotonic()
-            eventually(lambda: time.monotonic() - began > 1.5)
-            assert cpu_seconds(process.pid) - used < 0.15
-            for client in served:
-                client.sendall(b"pong")
-                assert client.recv(4) == b"pong"
-            stack.close()
-            eventually(lambda: attempt(address), 10)
-            process.send_signal(signal.SIGTERM)
-            result = process.finish()
-            assert len([line for line in result.stderr.splitlines() if "warning: no more desc" in line]) == 1
-
-
 def attempt(address):
     """Whether a connection is served now."""
     try:
-        return exchange(address, b"now", 5) == b"now"
+        return visit(address)
     except OSError:
         return False
 
 
+def spends_nothing(process, seconds=1.5):
+    """Whether it takes hardly any time of the CPU."""
+    used, began = cpu_seconds(process.pid), time.monotonic()
+    eventually(lambda: time.monotonic() - began > seconds)
+    return cpu_seconds(process.pid) - used < 0.15
+
+
+@READS_PROC
+def test_where_descriptors_run_out_it_refuses_at_once_and_recovers():
+    def limit():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (72, 72))
+
+    with Simulation() as simulation, proxied(simulation.plane, preexec_fn=limit) as process:
+        address = local_address(process)
+        with contextlib.ExitStack() as stack:
+            served = [stack.enter_context(dial(address)) for _ in range(4)]
+            for client in served:
+                chat(client, 1)
+            for _ in range(100):
+                with contextlib.suppress(ConnectionError):
+                    stack.enter_context(dial(address))
+            process.wait_for_output("warning: no more descriptors")
+            assert knock(address) == ("reset", b"")
+            assert spends_nothing(process)
+            for client in served:
+                chat(client, 1)
+        eventually(lambda: attempt(address), 20)
+        process.send_signal(signal.SIGTERM)
+        result = process.finish()
+        assert result.stderr.count("warning: no more desc") == 1 and "Traceback" not in result.stderr
+
+
+@READS_PROC
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="no prlimit")
+def test_an_accept_that_fails_is_told_once_and_tried_again(simulation):
+    with proxied(simulation.plane) as process:
+        address = local_address(process)
+        assert attempt(address)
+        old = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (5, old[1]))
+        with dial(address) as client:
+            process.wait_for_output("cannot accept connections for now")
+            assert spends_nothing(process)
+            resource.prlimit(process.pid, resource.RLIMIT_NOFILE, old)
+            chat(client, 3)
+        process.send_signal(signal.SIGTERM)
+        assert process.finish().stderr.count("cannot accept") == 1
+
+
 # ---- tests: whose connection it is ---------------------------------------------------------------
-
-STRANGER = """
-import os, socket, sys
-os.setgid(65534)
-os.setuid(65534)
-with socket.create_connection((sys.argv[1], int(sys.argv[2])), 10) as client:
-    try:
-        client.sendall(b"let me in")
-        client.shutdown(socket.SHUT_WR)
-        print(client.makefile().read())
-    except OSError:
-        pass
-"""
-
-
-def as_somebody_else(address):
-    """What another user gets from the port."""
-    host, port = address.rsplit(":", 1)
-    result = subprocess.run(["/usr/bin/python3", "-I", "-c", STRANGER, host.strip("[]"), port], cwd="/",
-                            env={}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=30)
-    assert (result.returncode, result.stderr) == (0, b"")
-    return result.stdout.decode().strip()
-
 
 NEEDS_A_STRANGER = pytest.mark.skipif(
     not (LINUX and ROOT and os.path.exists("/usr/bin/python3")), reason="needs root, on Linux")
+LOOPBACKS = pytest.mark.parametrize("family, host", [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
+STRANGER = """
+import os, socket, struct, sys
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+where, RST = (sys.argv[1], int(sys.argv[2])), struct.pack("ii", 1, 0)
+def connect(port=0, device=b""):
+    client = socket.socket(socket.AF_INET6 if ":" in where[0] else socket.AF_INET)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RST)
+    client.settimeout(10)
+    if device:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device)
+    if port:
+        client.bind((where[0], port))
+    client.connect(where)
+    return client
+"""
+KNOCKS = """
+try:
+    with connect() as client:
+        client.sendall(b"let me in")
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0))
+        client.shutdown(socket.SHUT_WR)
+        print(client.makefile().read(), flush=True)
+except OSError:
+    print("", flush=True)
+"""
+FLOODS = """
+print("", flush=True)
+while True:
+    try:
+        with connect() as client:
+            client.sendall(b"EVIL")
+    except OSError:
+        pass
+"""
+LEAVES_A_PAYLOAD = """
+with connect(int(sys.argv[3])) as client:
+    client.sendall(b"EVIL")
+print("", flush=True)
+"""
+IS_BOUND_TO_LO = """
+with connect(int(sys.argv[3]), b"lo") as client:
+    client.sendall(b"EVIL")
+    print("", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def stranger(program, address, *arguments, lines=1):
+    """Another user at the forwarder's address: a Process of which so many lines have come."""
+    host, port = address.rsplit(":", 1)
+    words = ["/usr/bin/python3", "-I", "-c", STRANGER + program, host.strip("[]"), port]
+    words += [str(each) for each in arguments]
+    with Process(words, cwd="/", env={}, stdin=subprocess.PIPE) as process:
+        process.ready(lines)
+        yield process
+
+
+def recorder(heard):
+    """An echo that adds what comes to a bytearray."""
+    def serve(connection, _target):
+        for data in chunks(connection):
+            heard.extend(data)
+            connection.sendall(data)
+    return serve
+
+
+def quiet_port():
+    """A port outside of those that the kernel hands out, so that it stays free."""
+    for port in range(20000, 30000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
+
+
+def connect_from(port, address):
+    """A connection of ours from a port of our choice."""
+    host, number = address.rsplit(":", 1)
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    client.settimeout(20)
+    client.bind((host, port))
+    client.connect((host, int(number)))
+    return client
 
 
 @NEEDS_A_STRANGER
 @pytest.mark.parametrize("local", ["127.0.0.1:0", "[::1]:0"])
 def test_another_user_is_turned_away_and_we_are_not(local):
-    with relayed_to(echo, local=local) as running:
-        assert as_somebody_else(running.address) == ""
-        assert running.target.accepted == 0 and running.leases == []
+    with relayed_to(local=local) as running:
+        for _ in range(2):
+            with stranger(KNOCKS, running.address) as process:
+                assert process.out == "\n"
+        assert running.target.accepted == 0 and not running.node.connections
         eventually(lambda: running.lines)
         assert len(running.lines) == 1 and "warning: " in running.lines[0] and "uid 65534" in running.lines[0]
         assert is_alive(running) and running.target.accepted == 1
@@ -5638,337 +5777,823 @@ def test_another_user_is_turned_away_and_we_are_not(local):
 
 @NEEDS_A_STRANGER
 def test_another_user_is_let_in_where_that_is_wanted():
-    with relayed_to(echo, allow_other_users=True) as running:
-        assert as_somebody_else(running.address) == "let me in"
+    with relayed_to(kinder=True, allow_other_users=True) as running:
+        with stranger(KNOCKS, running.address) as process:
+            assert process.out == "let me in\n"
         assert running.lines == []
 
 
-@pytest.mark.skipif(not LINUX, reason="asks the kernel")
-def test_one_that_has_gone_before_it_could_be_asked_for_is_not_served():
-    with relayed_to(echo, start=False) as running:
-        with dial(running.address) as client:
-            client.sendall(b"rm -rf")
+@NEEDS_A_STRANGER
+@pytest.mark.parametrize("waits_for_node", [False, True], ids=["while it serves", "while it waits"])
+def test_a_flood_of_another_user_s_dead_connections_reaches_nobody_and_keeps_nobody_out(waits_for_node):
+    heard = bytearray()
+    with relayed_to(recorder(heard), late=3 * waits_for_node, establish=False, limit=10) as running:
+        if not waits_for_node:
+            running.sessions.establish()
+        with stranger(FLOODS, running.address):
+            with contextlib.ExitStack() as stack:  # of its own ports, the kernel hands out the next ones
+                clients = [stack.enter_context(dial(running.address)) for _ in range(20)]
+                for client in clients:
+                    client.sendall(b"good")
+                if waits_for_node:
+                    running.sessions.establish()
+                for client in clients:
+                    assert read_exactly(client, 4) == b"good"
+                    client.close()
+            for _ in range(20):
+                assert visit(running.address, b"good")
+        assert b"EVIL" not in bytes(heard) and len(heard) == 160
+        assert len([line for line in running.lines if "turned away" in line]) <= 1
+        assert len(running.lines) <= 2  # the other one: more connections than sessions
+
+
+@NEEDS_A_STRANGER
+@pytest.mark.parametrize("owner", ["connects", "listens"])
+def test_a_payload_from_a_dead_connection_is_not_ours_whatever_we_do_on_its_port(owner):
+    heard, port = bytearray(), quiet_port()
+    with relayed_to(recorder(heard), start=False) as running, contextlib.ExitStack() as stack:
+        stack.enter_context(stranger(LEAVES_A_PAYLOAD, running.address, port))
+        if owner == "connects":
+            client = stack.enter_context(connect_from(port, running.address))
+        else:
+            service = stack.enter_context(socket.socket())
+            service.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            service.bind(("127.0.0.1", port))
+            service.listen(1)
+            client = stack.enter_context(socket.create_connection(("127.0.0.1", port), 10))
+            client.close()
+            client = stack.enter_context(dial(running.address))
         running.forwarder.start()
-        assert is_alive(running)
-        assert running.target.accepted == 1
-        assert len(running.lines) == 1 and "not served" in running.lines[0]
+        assert talk(client, b"good")
+        assert bytes(heard) == b"good" and running.forwarder.unidentified == 1 and running.lines == []
+
+
+@NEEDS_A_STRANGER
+def test_a_socket_that_is_bound_to_a_device_is_judged_by_its_own_user():
+    heard, port = bytearray(), quiet_port()
+    with relayed_to(recorder(heard), start=False) as running, contextlib.ExitStack() as stack:
+        stack.enter_context(stranger(IS_BOUND_TO_LO, running.address, port))
+        service = stack.enter_context(socket.socket())
+        service.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        service.bind(("127.0.0.1", port))
+        service.listen(1)
+        running.forwarder.start()
+        eventually(lambda: running.said("turned away", "uid 65534"))
+        with socket.socket() as client:  # ours may be bound to it as well
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")
+            client.settimeout(20)
+            host, number = running.address.rsplit(":", 1)
+            client.connect((host, int(number)))
+            assert talk(client, b"good")
+        assert bytes(heard) == b"good" and len(running.lines) == 1
 
 
 @pytest.mark.skipif(not LINUX, reason="asks the kernel")
-@pytest.mark.parametrize("family, host", [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
-def test_the_kernel_says_who_holds_the_other_end(family, host):
-    with socket.socket(family) as listener, socket.socket(family) as client:
+@LOOPBACKS
+def test_the_kernel_says_who_holds_the_other_end_and_of_nobody_else(family, host):
+    with contextlib.ExitStack() as stack:
+        listener, client, half, other = [stack.enter_context(socket.socket(family)) for _ in range(4)]
         listener.bind((host, 0))
-        listener.listen(1)
+        listener.listen(8)
         local = listener.getsockname()[:2]
         owners = plexctl.OwnerCheck(family, local)
-        client.connect(local)
-        name = client.getsockname()[:2]
-        assert owners.find(name) == os.geteuid()
-        assert owners.find((host, 1)) is None
+        for each in (client, half):
+            each.connect(local)
+        name, half_name = client.getsockname()[:2], half.getsockname()[:2]
+        accepted = [stack.enter_context(listener.accept()[0]) for _ in range(2)]
+        half.shutdown(socket.SHUT_WR)
+        assert [owners.find(each) for each in (name, half_name)] == [os.geteuid()] * 2
+        assert owners.find((host, 1)) == plexctl.NOBODY
         client.close()
-        assert owners.find(name) is None
+        assert owners.find(name) == plexctl.NOBODY  # inode 0
+        reset_close(accepted[0])
+        other.bind(name)
+        other.listen(1)
+        assert owners.find(name) == plexctl.NOBODY  # the kernel answers with the listener
         owners.close()
-        assert owners.find(name) is None
+        assert owners.find(half_name) == plexctl.NOBODY
     with pytest.raises(OSError):
         plexctl.OwnerCheck(family, local)  # nobody listens there
 
 
+@pytest.mark.skipif(not LINUX, reason="a full backlog drops what comes")
+def test_a_connection_that_is_only_being_asked_for_is_nobody_s():
+    with dial_that_hangs() as listener, socket.socket() as client:
+        client.setblocking(False)
+        client.connect_ex(listener.getsockname())
+        owners = plexctl.OwnerCheck(socket.AF_INET, listener.getsockname())
+        assert owners.find(client.getsockname()) == plexctl.NOBODY  # SYN_SENT, of this very user
+        owners.close()
+
+
+def test_one_that_has_gone_before_it_could_be_asked_for_is_not_served_and_counted():
+    with relayed_to(start=False) as running:
+        with dial(running.address) as client:
+            client.sendall(b"rm -rf")
+        running.forwarder.start()
+        assert is_alive(running)
+        assert running.target.accepted == 2 - LINUX
+        assert running.forwarder.unidentified == LINUX and running.lines == []
+
+
+@pytest.mark.skipif(not (LINUX and shutil.which("unshare") and subprocess.call(
+    ["unshare", "-U", "true"], stderr=subprocess.DEVNULL) == 0), reason="no user namespaces")
+def test_where_our_uid_is_the_one_of_every_stranger_that_is_announced(simulation):
+    command = ["unshare", "-U"] + plexctl_command(forward_args(simulation.plane, "--proxy"), sys.executable)
+    env = clean_environment(simulation.plane.environment())
+    with Process(command, env=env) as process:
+        process.ready(2)
+        assert process.err.count("warning: this host cannot tell whose a connection is") == 1
+        assert attempt(parse_document(process.out, "text")["local_addr"])
+
+
+@NEEDS_A_STRANGER
+def test_nobody_of_the_whole_host_is_a_user_like_any_other():
+    """The overflow uid outside of a user namespace: here the kernel can tell."""
+    program = "import sys; sys.path.insert(0, %r); import plexctl; print(plexctl.has_unmapped_uid())"
+    code = "import os; os.setuid(65534)\n" + program
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        shutil.copy(PLEXCTL, folder)
+        result = run_words(["/usr/bin/python3", "-I", "-B", "-c", code % folder], {}, cwd="/")
+    assert (result.out, result.err) == ("False\n", "")
+
+
+def test_a_host_that_cannot_tell_is_announced_once_and_connections_are_served(simulation, monkeypatch):
+    def cannot(family, local):
+        raise OSError("not here")
+
+    monkeypatch.setattr(plexctl, "OwnerCheck", cannot)
+    with using_sessions(simulation.plane) as running:
+        assert is_alive(running) and is_alive(running)
+        assert len(running.lines) == len(running.said("warning: this host cannot tell")) == 1
+
+
 def test_an_address_beyond_loopback_is_announced():
-    with relayed_to(echo, local="0.0.0.0:0") as running:
+    with relayed_to(local="0.0.0.0:0") as running:
         assert len(running.lines) == 1 and "not a loopback address" in running.lines[0]
-        assert exchange("127.0.0.1:" + running.address.rsplit(":", 1)[1], b"x") == b"x"
+        assert visit("127.0.0.1:" + running.address.rsplit(":", 1)[1])
 
 
 # ---- tests: sessions in use ----------------------------------------------------------------------
 
-def revocations(plane):
-    """How often each session was asked to be revoked."""
-    with plane.changed:
-        return collections.Counter(each.ids[1] for each in plane.requests if each.operation == "revoke")
-
-
-def asked(plane, operation):
-    """How many requests of an operation there were."""
-    with plane.changed:
-        return len([each for each in plane.requests if each.operation == operation])
-
-
 @contextlib.contextmanager
-def using_sessions(plane, ticking=True, local="127.0.0.1:0", establish=True, **options):
-    """A Forwarder on Sessions of a control plane; at the end every session was revoked just once."""
-    server = plexctl.parse_server(plane.url, False)
-    control = plexctl.ControlPlane(server, plexctl.Secret(plane.bearer), environ={})
-    request = plexctl.SessionRequest(PROJECT_ID, RESOURCE_ID, HOST, PORT)
-    running = types.SimpleNamespace(lines=[], sessions=None)
-    running.sessions = sessions = plexctl.Sessions(control, request, running.lines.append, **options)
-    running.said = lambda *words: [line for line in running.lines if all(word in line for word in words)]
-    over = threading.Event()
+def dialled(running, count, served=None):
+    """So many clients at once, of which so many talk to an echo (all unless told)."""
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(dial(running.address)) for _ in range(count)]
+        for client in clients[:count if served is None else served]:
+            chat(client, 1)
+        yield clients
 
-    def tick():
-        while not over.wait(0.05):
-            sessions.tick()
 
-    ticker = threading.Thread(target=tick, daemon=True)
-    with plexctl.Forwarder(plexctl.parse_local_address(local), sessions.connect, sessions.take,
-                           running.lines.append) as forwarder:
-        running.forwarder, running.address = forwarder, str(forwarder.local)
-        sessions.on_retired = forwarder.reset_lease
-        try:
-            if establish:
-                running.lease = sessions.establish()
-            forwarder.start()
-            if ticking:
-                ticker.start()
-            yield running
-        finally:
-            over.set()
-            sessions.leave(5)
-    assert sessions.left_behind() == []
-    assert revocations(plane) == collections.Counter(plane.issued), running.lines
+def never_two_at_once(running):
+    """No listener of the Node had a second connection, served or in its backlog."""
+    return set(running.node.most.values()) <= {1} and running.node.waits == []
+
+
+def settled(running, ended):
+    """Wait until so many connections have ended, here and at the Node."""
+    eventually(lambda: running.count().ended == ended, state=lambda: running.count().ended)
+    eventually(lambda: not any(running.node.busy(each) for each in running.plane.issued))
+
+
+def test_an_unused_flag_means_four_sessions_and_the_fifth_connection_waits(simulation):
+    with proxied(simulation.plane) as process, contextlib.ExitStack() as stack:
+        address = local_address(process)
+        clients = [stack.enter_context(dial(address)) for _ in range(6)]
+        for client in clients[:4]:
+            chat(client, 1)
+        process.wait_for_output("--max-sessions")
+        assert len(simulation.plane.issued) == 4
+        for number in (0, 1):
+            clients[number].close()
+            chat(clients[4 + number], 1)
+        process.send_signal(signal.SIGTERM)
+        assert process.finish().stderr.count("warning") == 1
+        simulation.plane.wait_for(lambda: sorted(simulation.plane.revoked) == sorted(simulation.plane.issued))
 
 
 def test_four_connections_have_four_sessions_which_the_next_four_use_again(simulation):
     with using_sessions(simulation.plane, limit=4) as running:
-        for _ in range(3):
-            with contextlib.ExitStack() as stack:
-                clients = [stack.enter_context(dial(running.address)) for _ in range(4)]
-                for number, client in enumerate(clients):
-                    client.sendall(b"%d" % number)
-                assert [client.recv(1) for client in clients] == [b"0", b"1", b"2", b"3"]
+        for number in (1, 2, 3):
+            with dialled(running, 4):
                 assert sorted(simulation.node.busy(each) for each in simulation.plane.issued) == [1] * 4
-            eventually(lambda: running.forwarder.count().open == 0)
-            eventually(lambda: not any(simulation.node.busy(each) for each in simulation.plane.issued))
-        assert len(simulation.plane.issued) == 4 and running.lines == []
-        assert running.sessions.take().connections == 1
+            settled(running, 4 * number)
+        assert len(simulation.plane.issued) == 4 and running.lines == [] and never_two_at_once(running)
 
 
-def test_a_single_session_is_shared_with_one_warning():
-    with Simulation(one_at_a_time=False) as simulation, using_sessions(simulation.plane) as running:
-        with contextlib.ExitStack() as stack:
-            for client in [stack.enter_context(dial(running.address)) for _ in range(5)]:
-                chat(client, 1)
+def test_connections_are_served_in_the_order_they_came_in_and_counted(simulation):
+    with using_sessions(simulation.plane, limit=1) as running, dialled(running, 4, served=1) as clients:
+        counts = eventually(lambda: running.count().waiting == 3 and running.count())
+        assert counts == plexctl.Counts(1, 3, 0, 1, 64, 64)
+        eventually(lambda: running.lines)
+        for number, (client, following) in enumerate(zip(clients, clients[1:]), 1):
+            client.close()
+            chat(following, 1)
+            expected = plexctl.Counts(1, 3 - number, number, 1, 64 * (number + 1), 64 * (number + 1))
+            eventually(lambda: running.count() == expected)  # noqa: B023
+        assert len(running.said("more connections at once than sessions (1)")) == len(running.lines) == 1
+
+
+def test_sequential_use_needs_one_session_and_never_waits_for_the_node():
+    with relayed_to(late=[0, 60], delay=0.02) as running:
+        for _ in range(10):
+            assert visit(running.address)
+        settled(running, 10)
+        assert len(running.plane.issued) == 1 and running.lines == []
+
+
+def test_a_connection_that_waits_gets_the_session_that_is_idle_first():
+    with relayed_to(late=[0, 60], delay=0.02) as running, dialled(running, 2, served=1) as clients:
+        eventually(lambda: len(running.plane.issued) == 2)  # and its Node takes a minute
+        clients[0].close()
+        chat(clients[1], 1)
+        assert running.node.endpoint(running.plane.issued[1]) is None
+        clients[1].close()
+        assert is_alive(running) and len(running.plane.issued) == 2
+
+
+def test_a_connection_that_waits_gets_the_further_session_if_that_is_first(simulation):
+    with using_sessions(simulation.plane) as running, dialled(running, 2):
+        assert len(simulation.plane.issued) == 2 and never_two_at_once(running)
+
+
+def test_within_the_grace_no_further_session_is_asked_for(simulation, monkeypatch):
+    monkeypatch.setattr(plexctl, "GRACE_SECONDS", 30)
+    with using_sessions(simulation.plane) as running, dialled(running, 2, served=1) as clients:
+        eventually(lambda: running.count().waiting == 1)
+        clients[0].close()
+        chat(clients[1], 1)
         assert len(simulation.plane.issued) == 1
-        assert len(running.lines) == 1 and "--max-sessions" in running.lines[0]
 
 
-def test_where_no_further_session_is_to_be_had_connections_share():
-    with Simulation(one_at_a_time=False, session_limit=2) as simulation:
-        with using_sessions(simulation.plane, limit=4) as running, contextlib.ExitStack() as stack:
-            for _ in range(5):
-                chat(stack.enter_context(dial(running.address)), 1)
-            assert len(simulation.plane.issued) == 2 and running.sessions.over is None
-            assert len(running.said("warning: no further session", "429")) == 1
+def test_eight_at_once_ask_for_seven_at_once(simulation):
+    go = threading.Event()
+    simulation.plane.script("issue", PASS, *[hold(go)] * 7)
+    with using_sessions(simulation.plane, limit=8) as running, dialled(running, 8, served=1) as clients:
+        eventually(lambda: asked(simulation.plane, "issue") == 8)
+        assert len(simulation.plane.issued) == 1
+        go.set()
+        for client in clients:
+            chat(client, 1)
+        assert len(simulation.plane.issued) == 8 and never_two_at_once(running) and running.lines == []
 
 
-def test_a_node_that_comes_back_elsewhere_is_found_again(simulation):
+@pytest.mark.parametrize("delay", [0, 0.02])
+def test_a_listener_that_has_a_connection_is_never_dialled(delay):
+    def work():
+        for number in range(40):
+            assert visit(running.address, pattern(200, number))
+        done.append(True)
+
+    done = []
+    with relayed_to(delay=delay) as running:
+        workers = [threading.Thread(target=work) for _ in range(8)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(60)
+        settled(running, 320)
+        assert len(done) == 8 and len(running.plane.issued) <= 4
+        assert never_two_at_once(running), running.node.waits
+
+
+def test_a_session_is_idle_as_soon_as_its_client_is_gone():
+    """Not only when the Node's answer has come back, which takes two seconds here."""
+    heard = bytearray()
+    with relayed_to(recorder(heard), delay=1) as running:
+        for _ in range(10):
+            with dial(running.address) as client:
+                client.sendall(b"x")
+        eventually(lambda: running.count().ended == 10, 8)
+        eventually(lambda: len(heard) == 10, 8)
+        assert len(running.plane.issued) == 1 and running.lines == []
+        assert all(wait.seconds < 1 for wait in running.node.waits) and set(running.node.most.values()) == {1}
+
+
+def test_a_session_is_not_idle_before_everything_was_handed_on():
+    go, heard, data = threading.Event(), [], pattern(24 * MIB)
+
+    def read_late(connection, _target):
+        go.wait(20)
+        heard.append(read_exactly(connection, len(data)))
+
+    with relayed_to(read_late, limit=1) as running:
+        with dial(running.address) as client:
+            with sending(client, data):
+                standstill(lambda: running.count().up)
+                go.set()
+        settled(running, 1)
+        eventually(lambda: heard == [data])
+        assert never_two_at_once(running)
+
+
+LEAVES = {"closes": lambda client: client.close(), "resets": reset_close}
+
+
+@pytest.fixture(params=["tcp", pytest.param("unix", marks=UNIX)])
+def kind(request, tmp_path):
+    """A local address, and what connects to it."""
+    path = str(tmp_path / "s")
+    return types.SimpleNamespace(
+        is_unix=request.param == "unix", local="unix:" + path if request.param == "unix" else "127.0.0.1:0",
+        dial=lambda running: dial_unix(path) if request.param == "unix" else dial(running.address))
+
+
+@pytest.mark.parametrize("leave", list(LEAVES.values()), ids=list(LEAVES))
+def test_a_client_that_leaves_while_it_waits_is_never_dialled(kind, leave):
+    if kind.is_unix and leave is reset_close:
+        pytest.skip("there is no reset on a unix socket")
+    with relayed_to(limit=1, local=kind.local) as running, contextlib.ExitStack() as stack:
+        first, second, third, fourth = [stack.enter_context(kind.dial(running)) for _ in range(4)]
+        chat(first, 1)
+        third.sendall(b"its bytes count")
+        eventually(lambda: running.count().waiting == 3)
+        leave(second)
+        eventually(lambda: running.count().waiting == 2)
+        third.close()
+        first.close()
+        chat(fourth, 1)
+        assert running.target.accepted == 3 and running.count().up == 64 + 15 + 64
+
+
+@pytest.mark.parametrize("late", [[2, 60, 60], [60, 2, 60], [60, 60, 2]], ids=shown)
+def test_the_minimum_is_issued_at_once_and_ready_as_soon_as_one_is(late):
+    go = threading.Event()
+    with Simulation(late=late) as simulation:
+        simulation.plane.script("issue", *[hold(go)] * 3)
+        with using_sessions(simulation.plane, establish=False, minimum=3) as running:
+            with contextlib.ExitStack() as stack:
+                client = stack.enter_context(dial(running.address))
+                establishing = threading.Thread(target=running.sessions.establish)
+                establishing.start()
+                simulation.plane.wait_for(lambda: asked(simulation.plane, "issue") == 3)
+                go.set()
+                establishing.join(15)
+                assert not establishing.is_alive()
+                chat(client, 1)  # it came before any session was there
+                assert running.count().sessions == 1 and len(simulation.plane.issued) == 3
+
+
+def test_the_minimum_is_replaced_when_it_ends(simulation, monkeypatch):
+    monkeypatch.setattr(plexctl, "RECHECK_SECONDS", 0.5)
+    monkeypatch.setattr(plexctl, "ASK_SECONDS", 0.1)
+    with using_sessions(simulation.plane, minimum=2) as running:
+        eventually(lambda: running.count().sessions == 2)
+        simulation.plane.revoke(simulation.plane.issued[1], "idle_timeout")
+        eventually(lambda: len(simulation.plane.issued) == 3 and running.count().sessions == 2)
+        assert running.sessions.over is None and len(running.lines) == 1
+
+
+@pytest.mark.parametrize("minimum", [1, 2])
+def test_what_is_idle_above_the_minimum_is_given_back(simulation, monkeypatch, minimum):
+    monkeypatch.setattr(plexctl, "IDLE_SECONDS", 1)
+    with using_sessions(simulation.plane, minimum=minimum) as running:
+        for _ in range(2):
+            with dialled(running, 4) as clients:
+                for client in clients[1:]:
+                    client.close()
+                eventually(lambda: running.count().sessions == minimum)
+                chat(clients[0], 1)
+        began = time.monotonic()
+        eventually(lambda: time.monotonic() - began > 2)
+        assert running.count().sessions == len(simulation.plane.active()) == minimum
+        assert is_alive(running) and running.lines == []
+
+
+def test_a_question_that_meets_a_giving_back_ends_nothing(simulation, monkeypatch):
+    monkeypatch.setattr(plexctl, "IDLE_SECONDS", 1)
+    go = threading.Event()
+    with using_sessions(simulation.plane, limit=2) as running:
+        with dialled(running, 2):
+            simulation.plane.script("get", hold(go), hold(go))
+            for worker in running.sessions._workers:
+                worker._recheck_on = 0.0
+            eventually(lambda: asked(simulation.plane, "get") == 2)
+        eventually(lambda: simulation.plane.revoked)
+        go.set()
+        eventually(lambda: not any(worker._asking.locked() for worker in tuple(running.sessions._workers)))
+        assert is_alive(running) and running.sessions.over is None
+
+
+@pytest.mark.parametrize("refusal", ["session_limit_exceeded", "forbidden", "rebac_denied"])
+def test_a_further_session_that_is_refused_lowers_the_limit_with_one_warning(simulation, refusal):
+    with using_sessions(simulation.plane, limit=3) as running, dialled(running, 2) as clients:
+        simulation.plane.script("issue", problem(refusal))
+        clients += [dial(running.address) for _ in range(3)]
+        warning, = eventually(lambda: running.said("warning: no further session", "wait for the 2 there"))
+        assert refusal != "session_limit_exceeded" or "--max-sessions" in warning and "print mode" in warning
+        for number in (0, 1, 2):
+            clients[number].close()
+            chat(clients[number + 2], 1)
+        for client in clients:
+            client.close()
+        assert asked(simulation.plane, "issue") == 3 and running.lines == [warning]
+
+
+@pytest.mark.parametrize("node", [dict(max_sessions=2), dict(late=[0, 0, 60])], ids=shown)
+def test_a_node_that_reports_no_listener_lowers_the_limit_with_one_warning(node):
+    with relayed_to(wait_seconds=1.5, **node) as running, dialled(running, 5, served=2) as clients:
+        warning, = eventually(lambda: running.said("warning: no further session", "reported no listener"))
+        for number in (0, 1, 2):
+            clients[number].close()
+            chat(clients[number + 2], 1)
+        assert running.lines == [line for line in running.lines if line == warning or "waiting for" in line]
+        assert running.sessions.over is None and len(running.plane.active()) == 2
+
+
+def test_a_further_session_that_fails_for_now_is_asked_for_again(simulation, monkeypatch):
+    monkeypatch.setattr(plexctl, "RETRY_SECONDS", 0.5)
+    simulation.plane.script("issue", PASS, *[reset] * 3)
+    with using_sessions(simulation.plane) as running, dialled(running, 2):
+        assert asked(simulation.plane, "issue") == 5
+        assert len(running.said("warning: no further session for now")) == len(running.lines) == 1
+
+
+def test_the_end_of_a_client_that_is_gone_is_passed_on_at_once(kind, monkeypatch):
+    monkeypatch.setattr(plexctl, "QUIET_SECONDS", 60)
+    with relayed_to(on_request(e=echo, d=source(64 * MIB)), local=kind.local) as running:
+        for number, word in enumerate((b"e", b"d"), 1):  # also one whose target is never quiet
+            client = kind.dial(running)
+            client.sendall(word)
+            eventually(lambda: running.count().up == number)  # noqa: B023
+            client.shutdown(socket.SHUT_WR)
+            client.close()
+            settled(running, number)
+        assert running.lines == []
+
+
+@pytest.mark.skipif(not LINUX, reason="the kernel tells")
+def test_the_end_of_a_client_whose_child_has_its_socket_is_a_half_close(monkeypatch):
+    monkeypatch.setattr(plexctl, "QUIET_SECONDS", 60)
+    with relayed_to(kinder=True) as running:
+        client = dial(running.address)
+        twin = client.dup()
+        client.shutdown(socket.SHUT_WR)
+        client.close()
+        relay = eventually(running.relays)[0]
+        eventually(lambda: relay.up.has_ended and relay._ask_pause > 0.3)
+        assert not relay.up.is_over
+        twin.close()
+        settled(running, 1)
+
+
+def test_the_end_of_a_client_that_still_listens_is_passed_on_when_the_target_is_quiet(monkeypatch):
+    """So an answer that comes meanwhile arrives, though a Node of today cuts it off at an end."""
+    go = threading.Event()
+
+    def answer_slowly(connection, _target):
+        asked_for = read_exactly(connection, 3)
+        for _ in range(3):
+            time.sleep(1)
+            connection.sendall(asked_for)
+        go.set()
+
+    with relayed_to(answer_slowly) as running, dial(running.address) as client:
+        client.sendall(b"abc")
+        client.shutdown(socket.SHUT_WR)
+        assert how_it_ends(client) == ("eof", b"abcabcabc") and go.is_set()
+        settled(running, 1)
+    began = time.monotonic()
+    with relayed_to() as running, dial(running.address) as client:
+        client.sendall(b"abc")
+        client.shutdown(socket.SHUT_WR)
+        assert how_it_ends(client) == ("eof", b"abc")
+        assert time.monotonic() - began >= 2 and running.lines == []
+
+
+def test_a_client_that_does_not_read_its_answer_is_not_taken_for_a_quiet_target(monkeypatch):
+    monkeypatch.setattr(plexctl, "QUIET_SECONDS", 0.5)
+    size = 24 * MIB
+    with relayed_to(source(size)) as running, small_window(running.address) as client:
+        client.shutdown(socket.SHUT_WR)
+        standstill(lambda: running.count().down, still=1.5)
+        assert how_it_ends(client) == ("eof", pattern(size))
+
+
+def test_the_target_s_end_is_passed_on_at_once(monkeypatch):
+    monkeypatch.setattr(plexctl, "QUIET_SECONDS", 60)
+    with relayed_to(source(5)) as running, dial(running.address) as client:
+        assert how_it_ends(client) == ("eof", pattern(5))
+        client.close()
+        settled(running, 1)
+
+
+def test_a_target_that_cannot_be_reached_is_told_of_once(simulation):
+    simulation.target.close()
     with using_sessions(simulation.plane) as running:
-        assert is_alive(running)
-        eventually(lambda: not simulation.node.busy(simulation.plane.issued[0]))
+        for _ in range(3):
+            knock(running.address)
+        with dial(running.address) as client, contextlib.suppress(ConnectionError):
+            client.sendall(b"GET /")
+            client.recv(1)
+        eventually(lambda: running.count().ended == 4)
+        warning, = running.lines
+        assert "warning: " in warning and "%s:%d" % (HOST, PORT) in warning
+        assert "--host and --port" in warning and "as the Node sees them" in warning
+
+
+def test_a_client_that_leaves_at_once_is_no_sign_of_an_unreachable_target(simulation):
+    with using_sessions(simulation.plane) as running:
+        for _ in range(5):
+            dial(running.address).close()
+            client = dial(running.address)
+            client.sendall(b"x")
+            reset_close(client)
+        eventually(lambda: running.count().waiting == running.count().open == 0)
+        assert running.lines == []
+
+
+def test_when_the_node_ends_first_it_is_asked_once_and_not_more_than_every_two_seconds():
+    with relayed_to(source(5)) as running:
+        began = time.monotonic()
+        for _ in range(10):
+            assert knock(running.address) == ("eof", pattern(5))
+        settled(running, 10)
+        eventually(lambda: asked(running.plane, "get") >= 1)
+        assert asked(running.plane, "get") <= 1 + (time.monotonic() - began) / 2
+        assert running.sessions.over is None and len(running.plane.issued) == 1
+
+
+def test_when_the_client_ends_first_nobody_is_asked(simulation):
+    with using_sessions(simulation.plane) as running:
+        for _ in range(3):
+            assert is_alive(running)
+        settled(running, 3)
+        assert asked(simulation.plane, "get") == 0
+
+
+@pytest.mark.parametrize("renew", [False, True])
+@pytest.mark.parametrize("which", [0, 1], ids=["the first", "a further one"])
+def test_a_session_that_is_revoked_amid_a_connection_ends_the_run_at_once(simulation, renew, which):
+    with using_sessions(simulation.plane, renew=renew) as running, dialled(running, 2) as clients:
+        simulation.plane.revoke(simulation.plane.issued[which], "policy_violation")
+        eventually(lambda: running.sessions.over, 8)
+        assert str(running.sessions.over) == "the session was revoked (policy_violation)"
+        assert isinstance(running.sessions.over, plexctl.SessionOver) and running.sessions.over.exit_code == 1
+        assert sorted(how_it_ends(client)[1] for client in clients[which:which + 1]) == [b""]
+        assert knock(running.address) == ("reset", b"") and len(simulation.plane.issued) == 2
+
+
+def test_a_session_that_is_revoked_while_nobody_uses_it_is_found_out_within_a_minute(simulation, monkeypatch):
+    monkeypatch.setattr(plexctl, "RECHECK_SECONDS", 1)
+    with using_sessions(simulation.plane, renew=True) as running:
+        simulation.plane.revoke(simulation.plane.issued[0])
+        eventually(lambda: running.sessions.over)
+        assert "revoked (operator_request)" in str(running.sessions.over)
+        assert asked(simulation.plane, "get") == 1 and len(simulation.plane.issued) == 1
+
+
+def test_a_session_that_is_gone_ends_the_run(simulation):
+    simulation.plane.script("get", problem("resource_not_found"))
+    with using_sessions(simulation.plane, renew=True) as running:
+        simulation.node.refuse(simulation.plane.issued[0])
+        assert knock(running.address) == ("reset", b"")
+        eventually(lambda: running.sessions.over)
+        assert "the session is gone" in str(running.sessions.over)
+
+
+def test_a_node_that_comes_back_elsewhere_is_found_again(simulation, monkeypatch):
+    monkeypatch.setattr(plexctl, "ASK_SECONDS", 0)
+    with using_sessions(simulation.plane, verbose=True) as running:
         for number in (1, 2):
-            running.lease.rechecked_on -= 2  # later
             simulation.node.restart()
             assert is_alive(running)
+            settled(running, number)
             assert asked(simulation.plane, "get") == number
         assert len(running.said("new listener endpoint")) == 2 and len(simulation.plane.issued) == 1
 
 
-def test_a_dial_that_fails_at_once_after_the_issue_asks_again_as_well(simulation):
-    with using_sessions(simulation.plane) as running:
-        simulation.node.restart()
-        assert is_alive(running)
-        assert asked(simulation.plane, "get") == 1
-
-
-def test_many_dials_that_fail_at_once_ask_once_and_all_are_served():
-    with Simulation(one_at_a_time=False) as simulation, using_sessions(simulation.plane) as running:
-        running.lease.rechecked_on -= 2
-        simulation.plane.script("get", hold(0.3))
-        simulation.node.restart()
-        with contextlib.ExitStack() as stack:
-            clients = [stack.enter_context(dial(running.address)) for _ in range(20)]
-            for client in clients:
-                chat(client, 1)
-        assert asked(simulation.plane, "get") == 1 and not running.said("not served")
-
-
-def test_a_dial_that_fails_for_good_is_warned_of_and_the_port_stays_open(simulation):
-    with using_sessions(simulation.plane) as running:
-        running.lease.rechecked_on -= 2
-        simulation.node.refuse(simulation.plane.issued[0])
-        assert knock(running.address) == ("reset", b"")
-        eventually(lambda: running.said("not served", simulation.plane.sessions[0].endpoint))
-        assert asked(simulation.plane, "get") == 1 and running.sessions.over is None
-        running.lease.rechecked_on -= 2
-        simulation.node.restart()
-        assert is_alive(running)
-
-
-def test_with_renew_a_listener_that_the_node_has_closed_gives_way_to_a_new_session(simulation):
-    with using_sessions(simulation.plane, renew=True) as running:
-        simulation.node.refuse(simulation.plane.issued[0])
-        assert is_alive(running)
-        assert len(simulation.plane.issued) == 2
-        eventually(lambda: simulation.plane.revoked == simulation.plane.issued[:1])
-
-
-def test_a_session_found_revoked_ends_it_also_with_renew(simulation):
-    with using_sessions(simulation.plane, renew=True) as running:
-        running.lease.rechecked_on -= 2
-        simulation.plane.revoke(simulation.plane.issued[0])
-        assert knock(running.address) == ("reset", b"")
-        eventually(lambda: running.sessions.over)
-        assert "revoked (operator_request)" in str(running.sessions.over)
-        assert len(simulation.plane.issued) == 1
-
-
-def test_a_session_that_nobody_uses_is_asked_after_once_a_minute(simulation):
-    with using_sessions(simulation.plane) as running:
-        simulation.plane.revoke(simulation.plane.issued[0])
-        assert asked(simulation.plane, "get") == 0
-        running.lease.rechecked_on -= 61
-        eventually(lambda: running.sessions.over)
-        assert "revoked" in str(running.sessions.over) and asked(simulation.plane, "get") == 1
-
-
-def test_a_new_endpoint_that_leads_nowhere_raises_in_no_thread(capfd, monkeypatch):
+def test_a_new_endpoint_is_tried_once_and_leads_nowhere_without_harm(monkeypatch, capfd):
+    monkeypatch.setattr(plexctl, "ASK_SECONDS", 0)
     died = []
     monkeypatch.setattr(threading, "excepthook", died.append, raising=False)
-    with ControlPlane(endpoint="127.0.0.1:9") as plane, using_sessions(plane) as running:
-        plane.endpoint = "nowhere.invalid:80"
-        running.lease.rechecked_on -= 61
-        eventually(lambda: asked(plane, "get") == 1)
-        eventually(lambda: running.lines and not running.lease.refreshing.locked())
-        assert knock(running.address) == ("reset", b"")
-        eventually(lambda: running.said("not served"))
+    with socket.socket() as closed, ControlPlane(endpoint="127.0.0.1:9") as plane:
+        closed.bind(("127.0.0.1", 0))
+        with using_sessions(plane) as running:
+            for endpoint, asks in (("127.0.0.1:%d" % closed.getsockname()[1], 2), ("nowhere.invalid:80", 1)):
+                before, plane.endpoint = asked(plane, "get"), endpoint
+                assert knock(running.address) == ("reset", b"")
+                eventually(lambda: running.said("not served"))
+                assert asked(plane, "get") - before == asks
+            assert running.sessions.over is None
     assert died == [] and "Traceback" not in capfd.readouterr().err
 
 
-def test_a_session_runs_out_by_the_server_s_clock_and_not_by_ours():
-    with Simulation(clock_offset=-3600, ttl=2) as late, Simulation(clock_offset=3600, ttl=2) as early:
-        with using_sessions(late.plane) as one, using_sessions(early.plane) as two:
-            for running in (one, two):
-                assert 0 < running.sessions.seconds_left() <= 3 and is_alive(running)
-            for running in (one, two):
-                eventually(lambda: running.sessions.over, 5)  # noqa: B023
-                assert "expired" in str(running.sessions.over) and running.sessions.over.exit_code == 1
-                assert knock(running.address) == ("reset", b"")
+def test_many_dials_that_fail_at_once_ask_once_each_session(simulation):
+    with using_sessions(simulation.plane, limit=4, minimum=4) as running:
+        eventually(lambda: running.count().sessions == 4)
+        simulation.node.restart()
+        with dialled(running, 4):
+            assert asked(simulation.plane, "get") <= 4 and running.lines == []
 
 
-def test_renewal_at_expiry_gives_the_next_connection_a_new_session():
-    with Simulation(clock_offset=-3600, ttl=2) as simulation:
-        with using_sessions(simulation.plane, renew=True) as running, dial(running.address) as old:
-            chat(old, 1)
-            assert how_it_ends(old)[1] == b""
-            eventually(lambda: running.said("expired", "next connection"), 6)
-            assert len(simulation.plane.issued) == 1
-            assert is_alive(running) and running.sessions.over is None
-            assert len(simulation.plane.issued) == 2
+def test_dials_without_an_answer_from_the_control_plane_do_not_each_ask_again(simulation):
+    with using_sessions(simulation.plane) as running:
+        simulation.plane.script("get", *[reset] * 50)
+        simulation.node.refuse(simulation.plane.issued[0])
+        began = time.monotonic()
+        for _ in range(20):
+            assert knock(running.address) == ("reset", b"")
+        assert asked(simulation.plane, "get") <= 3 * (1 + (time.monotonic() - began) / 2)
+        assert len(running.said("not served")) == 1 and running.sessions.over is None
 
 
-def test_many_at_the_moment_of_renewal_share_one_new_session():
-    with Simulation(one_at_a_time=False) as simulation:
-        with using_sessions(simulation.plane, renew=True) as running, contextlib.ExitStack() as stack:
-            simulation.plane.script("issue", hold(0.3))
-            running.lease.expires_on = plexctl.elapsed_seconds()
-            clients = [stack.enter_context(dial(running.address)) for _ in range(8)]
-            for client in clients:
-                chat(client, 1)
-            assert len(simulation.plane.issued) == 2
+@pytest.mark.parametrize("renew", [False, True])
+def test_a_listener_that_is_gone_for_long_ends_its_session(monkeypatch, renew):
+    """Without a word from the control plane; one line for all who are turned away."""
+    monkeypatch.setattr(plexctl, "ASK_SECONDS", 0.1)
+    monkeypatch.setattr(plexctl, "GONE_SECONDS", 2)
+    monkeypatch.setattr(plexctl, "REPLACE_SECONDS", 60)
+    with ControlPlane(endpoint="127.0.0.1:9") as plane, using_sessions(plane, renew=renew) as running:
+        began, attempts = time.monotonic(), 0
+        while not (running.said("the Node has closed") if renew else running.sessions.over):
+            assert knock(running.address) == ("reset", b"")
+            attempts += 1
+            assert time.monotonic() - began < 20
+        if not renew:
+            assert time.monotonic() - began >= 2 and attempts > 5
+            assert "opened no other one for 2 s" in str(running.sessions.over)
+            assert len(running.said("not served")) == len(running.lines) == 1
 
 
-@pytest.mark.parametrize("name, code", [("forbidden", 4), ("rebac_denied", 77), ("unauthenticated", 3)])
+def test_with_renew_a_listener_that_the_node_has_closed_gives_way_to_a_new_session(simulation):
+    """Its own cap: the connection goes to the new session."""
+    with using_sessions(simulation.plane, renew=True) as running:
+        assert is_alive(running)
+        settled(running, 1)
+        for number in (1, 2):
+            simulation.node.refuse(simulation.plane.issued[-1])
+            assert is_alive(running)
+            assert len(simulation.plane.issued) == 1 + number
+            eventually(lambda: simulation.plane.revoked == simulation.plane.issued[:-1])
+        assert running.sessions.over is None and not running.said("not served")
+
+
+def test_a_cap_of_the_node_s_own_is_survived_with_renew():
+    with relayed_to(cap=1, renew=True) as running:
+        for _ in range(3):
+            assert is_alive(running)
+            eventually(lambda: not running.node.is_open(running.plane.issued[-1]))
+        assert 3 <= len(running.plane.issued) <= 4 and not running.said("not served")
+
+
+def test_a_node_that_refuses_everybody_costs_no_session_per_attempt(monkeypatch):
+    monkeypatch.setattr(plexctl, "ASK_SECONDS", 0)
+    with ControlPlane(endpoint="127.0.0.1:9") as plane, using_sessions(plane, renew=True) as running:
+        for _ in range(10):
+            assert knock(running.address) == ("reset", b"")
+        assert len(plane.issued) == 2
+        monkeypatch.setattr(plexctl, "REPLACE_SECONDS", 0.5)
+        eventually(lambda: knock(running.address) and len(plane.issued) >= 3)
+        assert len(running.said("not served")) == 1
+
+
+@pytest.mark.parametrize("clock_offset", [-3600, 3600])
+def test_a_session_runs_out_by_the_server_s_clock_and_not_by_ours(clock_offset):
+    with relayed_to(clock_offset=clock_offset, ttl=3) as running:
+        assert 0 < running.sessions.seconds_left() <= 4 and is_alive(running)
+        eventually(lambda: running.sessions.over)
+        assert str(running.sessions.over) == "the session expired" and running.sessions.over.exit_code == 1
+        assert knock(running.address) == ("reset", b"")
+
+
+def expire(running, worker=None):
+    """The time of a session is up, by our clock alone."""
+    (worker or running.sessions.first).expires_on = plexctl.elapsed_seconds()
+
+
+def test_at_its_expiry_a_connection_is_reset_within_two_seconds(simulation):
+    with using_sessions(simulation.plane, renew=True) as running, dialled(running, 1) as clients:
+        expire(running)
+        began = time.monotonic()
+        assert how_it_ends(clients[0]) == ("reset", b"")
+        assert time.monotonic() - began < 5
+        eventually(lambda: running.said("the session expired; the next connection gets a new one"))
+        assert len(simulation.plane.issued) == 1  # nobody needs one yet
+        assert is_alive(running) and running.sessions.over is None
+        assert len(simulation.plane.issued) == 2 and simulation.plane.revoked == simulation.plane.issued[:1]
+
+
+def test_many_at_the_moment_of_renewal_are_all_served(simulation):
+    with using_sessions(simulation.plane, renew=True, limit=8) as running:
+        simulation.plane.script("issue", hold(0.3))
+        expire(running)
+        with dialled(running, 8):
+            assert len(simulation.plane.issued) <= 9 and running.sessions.over is None
+
+
+def test_a_renewal_follows_the_revocation_of_the_old_session():
+    with relayed_to(session_limit=1, renew=True, limit=1) as running:
+        running.plane.script("revoke", hold(0.5))
+        expire(running)
+        eventually(lambda: not running.count().sessions)
+        assert is_alive(running)
+        assert len(running.plane.issued) == 2 and running.plane.active() == running.plane.issued[1:]
+
+
+def test_without_renew_the_run_is_over_when_the_first_session_s_time_is_up():
+    with relayed_to(ttl=100, ttl_seconds=0) as running, dialled(running, 2):
+        first, second = [each.body for each in running.plane.requests if each.operation == "issue"]
+        assert "requested_ttl_seconds" not in first and 80 <= second["requested_ttl_seconds"] <= 100
+        expire(running)
+        eventually(lambda: running.sessions.over)
+        assert str(running.sessions.over) == "the session expired"
+
+
+def test_a_further_session_is_asked_for_with_no_more_than_the_operator_s_ttl(simulation):
+    with using_sessions(simulation.plane, ttl_seconds=50) as running, dialled(running, 2):
+        ttls = [each.body["requested_ttl_seconds"] for each in simulation.plane.requests
+                if each.operation == "issue"]
+        assert ttls[0] == 50 and 30 < ttls[1] <= 50
+        running.sessions.first.expires_on += 1000
+        with dialled(running, 1):
+            assert simulation.plane.requests[-1].body["requested_ttl_seconds"] == 50
+
+
+@pytest.mark.parametrize("renew", [False, True])
+def test_one_session_that_ends_otherwise_is_one_less_and_the_last_one_the_end(simulation, monkeypatch, renew):
+    monkeypatch.setattr(plexctl, "ASK_SECONDS", 0.1)
+    with using_sessions(simulation.plane, renew=renew) as running:
+        with dialled(running, 2) as clients:
+            simulation.plane.revoke(simulation.plane.issued[0], "idle_timeout")
+            eventually(lambda: running.said("the session expired (idle_timeout)"))
+            chat(clients[1], 1)
+            assert running.sessions.over is None and running.count().sessions == 1
+            simulation.plane.revoke(simulation.plane.issued[1], "idle_timeout")
+            if not renew:
+                eventually(lambda: running.sessions.over)
+                return
+            eventually(lambda: not running.count().sessions)
+        assert is_alive(running) and running.sessions.over is None
+
+
+@pytest.mark.parametrize("name, code", [("forbidden", 4), ("rebac_denied", 77), ("unauthenticated", 3),
+                                        ("session_limit_exceeded", 1)])
 def test_a_renewal_that_the_server_refuses_ends_it(simulation, name, code):
     with using_sessions(simulation.plane, renew=True) as running:
         simulation.plane.script("issue", problem(name))
-        running.lease.expires_on = plexctl.elapsed_seconds()
+        expire(running)
+        eventually(lambda: not running.count().sessions)
         assert knock(running.address) == ("reset", b"")
         eventually(lambda: running.sessions.over)
         assert running.sessions.over.exit_code == code and asked(simulation.plane, "issue") == 2
 
 
-def test_a_renewal_that_finds_no_server_fails_alone(simulation):
+def test_a_renewal_that_finds_no_server_fails_alone(simulation, monkeypatch):
+    monkeypatch.setattr(plexctl, "RETRY_SECONDS", 0)
     with using_sessions(simulation.plane, renew=True) as running:
         simulation.plane.script("issue", reset, reset, reset)
-        running.lease.expires_on = plexctl.elapsed_seconds()
+        expire(running)
+        eventually(lambda: not running.count().sessions)
         assert knock(running.address) == ("reset", b"")
         assert is_alive(running) and running.sessions.over is None
-        assert len(running.said("not served")) == 1
+        eventually(lambda: len(running.said("for now")) == 1)
 
 
-def test_a_warning_comes_five_minutes_and_one_minute_before_the_end():
-    with Simulation(ttl=301) as long, Simulation(ttl=61) as short:
-        with using_sessions(long.plane) as one, using_sessions(short.plane) as two:
-            eventually(lambda: one.lines and two.lines, 5)
-            assert one.lines == ["warning: 5m00s of the session are left"]
-            assert two.lines in (["warning: 1m00s of the session are left"],
-                                 ["warning: 60s of the session are left"])
+@pytest.mark.parametrize("renew", [False, True])
+@pytest.mark.parametrize("ttl, words", [(301, ["5m00s"]), (61, ["1m00s", "60s"])])
+def test_a_warning_comes_five_minutes_and_one_minute_before_the_end(ttl, words, renew):
+    with relayed_to(ttl=ttl, renew=renew) as running:
+        began = time.monotonic()
+        eventually(lambda: time.monotonic() - began > 2.5)
+        assert [line for line in running.lines if line not in [
+            "warning: %s of the session are left" % word for word in words]] == []
+        assert len(running.lines) == (not renew)
 
 
-def test_a_renewed_session_is_warned_of_as_well():
-    with Simulation(ttl=100) as simulation, using_sessions(simulation.plane, renew=True) as running:
-        for number in (1, 2):
-            assert is_alive(running)
-            lease = running.sessions.take()
-            lease.release()
-            lease.expires_on = plexctl.elapsed_seconds() + 59.5
-            eventually(lambda: len(running.said("are left")) == number, 3)  # noqa: B023
-            lease.expires_on = plexctl.elapsed_seconds()
-            eventually(lambda: len(running.said("next connection")) == number)  # noqa: B023
-        assert len(running.said("are left")) == 2 and running.said(" 0s ") == []
+def test_connections_may_come_before_the_session_and_wait():
+    with relayed_to(late=1, establish=False) as running, dial(running.address) as client:
+        client.sendall(b"early")
+        eventually(lambda: running.count().waiting == 1)
+        running.sessions.establish()
+        assert read_exactly(client, 5) == b"early"
 
 
-def test_a_question_that_meets_its_own_revocation_ends_no_renewal(simulation):
-    go = threading.Event()
-    with using_sessions(simulation.plane, ticking=False, renew=True) as running:
-        simulation.plane.script("get", hold(go))
-        running.lease.rechecked_on -= 61
-        running.sessions.tick()
-        eventually(lambda: asked(simulation.plane, "get") == 1)
-        running.lease.expires_on = plexctl.elapsed_seconds()
-        running.sessions.tick()
-        eventually(lambda: simulation.plane.revoked)
-        go.set()
-        eventually(lambda: not running.lease.refreshing.locked())
-        assert running.sessions.over is None and is_alive(running)
-
-
-@pytest.mark.skipif(not LINUX, reason="a full backlog drops what comes")
-def test_a_dial_that_fails_after_the_endpoint_moved_goes_to_the_new_one():
-    sockets = []
-    with dial_that_hangs() as listener, Target(echo) as target, ControlPlane() as plane:
-        plane.endpoint, new = ("%s:%d" % each for each in (listener.getsockname(), target.address))
-        with using_sessions(plane, ticking=False) as running:
-            dialling = threading.Thread(target=lambda: sockets.append(running.sessions.connect()))
-            dialling.start()
-            eventually(lambda: running.lease.route)
-            plane.endpoint = new
-            running.lease.rechecked_on -= 61
-            running.sessions.tick()
-            eventually(lambda: str(running.lease.endpoint) == new)
-            listener.close()
-            dialling.join(15)
-            (sock, lease), = sockets
-            assert "%s:%d" % sock.getpeername() == new and lease.connections == 1
-            sock.close()
-            lease.release()
+@pytest.mark.parametrize("problem_name", ["forbidden", "internal"])
+def test_connections_that_came_before_a_session_that_never_comes_are_reset(simulation, problem_name):
+    simulation.plane.script("issue", problem(problem_name))
+    with using_sessions(simulation.plane, establish=False) as running, dial(running.address) as client:
+        eventually(lambda: running.count().waiting == 1)
+        with pytest.raises(plexctl.ApiError):
+            running.sessions.establish()
+        assert how_it_ends(client) == ("reset", b"")
 
 
 def test_leaving_while_a_session_is_being_issued_revokes_it_once(simulation):
     go = threading.Event()
     simulation.plane.script("issue", PASS, hold(go))
-    with using_sessions(simulation.plane, limit=2) as running, dial(running.address) as first:
-        chat(first, 1)
-        with dial(running.address):
-            eventually(lambda: asked(simulation.plane, "issue") == 2)
-            leaving = threading.Thread(target=running.sessions.leave, args=(8,))
-            leaving.start()
-            eventually(lambda: revocations(simulation.plane) == {simulation.plane.issued[0]: 1})
-            assert leaving.is_alive()
-            go.set()
-            leaving.join(5)
-            assert not leaving.is_alive() and len(simulation.plane.issued) == 2
-            assert sorted(simulation.plane.revoked) == sorted(simulation.plane.issued)
+    with using_sessions(simulation.plane, limit=2) as running, dialled(running, 2, served=1):
+        eventually(lambda: asked(simulation.plane, "issue") == 2)
+        leaving = threading.Thread(target=running.sessions.leave, args=(8,))
+        leaving.start()
+        eventually(lambda: simulation.plane.revocations() == {simulation.plane.issued[0]: 1})
+        assert leaving.is_alive()
+        go.set()
+        leaving.join(5)
+        assert not leaving.is_alive() and len(simulation.plane.issued) == 2
+        assert sorted(simulation.plane.revoked) == sorted(simulation.plane.issued)
 
 
 def test_leave_does_not_wait_for_ever(simulation):
@@ -5977,19 +6602,23 @@ def test_leave_does_not_wait_for_ever(simulation):
         simulation.plane.script("revoke", hold(go))
         began = time.monotonic()
         running.sessions.leave(0.5)
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 3
         assert [words for words in running.sessions.left_behind() if simulation.plane.issued[0] in words]
         go.set()
 
 
-def test_a_failed_connection_releases_its_lease_once(simulation):
-    with using_sessions(simulation.plane) as running:
-        running.lease.rechecked_on -= 2
-        simulation.plane.revoke(simulation.plane.issued[0])
-        for _ in range(3):
-            assert knock(running.address) == ("reset", b"")
-        eventually(lambda: len(running.said("not served")) == 3)
-        assert running.lease.connections == 0
+def test_every_session_of_a_busy_run_is_revoked_once_and_once_only(simulation):
+    with using_sessions(simulation.plane, minimum=2, limit=8) as running, dialled(running, 6):
+        assert len(simulation.plane.issued) == 6
+    assert simulation.plane.active() == []
+
+
+def test_sessions_that_are_kept_are_revoked_by_nobody(simulation):
+    with contextlib.suppress(AssertionError), using_sessions(simulation.plane) as running:
+        running.sessions.keep()
+        assert is_alive(running)
+    assert running.sessions.left_behind() == []
+    assert asked(simulation.plane, "revoke") == 0 and len(simulation.plane.active()) == 1
 
 
 def test_a_proxy_whose_session_runs_out_says_why_and_ends():
@@ -5997,24 +6626,21 @@ def test_a_proxy_whose_session_runs_out_says_why_and_ends():
         short = ["--ttl-seconds", 2]
         with proxied(late.plane, *short) as one, proxied(early.plane, *short) as two:
             with dial(local_address(one)) as client, dial(local_address(two)) as other:
-                chat(client, 1)
-                chat(other, 1)
                 assert how_it_ends(client)[1] == how_it_ends(other)[1] == b""
             for process, simulation in ((one, late), (two, early)):
                 result = process.finish(8)
-                assert result.returncode == 1 and "plexctl: error: the session expired" in result.stderr
-                assert revocations(simulation.plane) == {simulation.plane.issued[0]: 1}
+                assert result.returncode == 1 and result.stderr.count("the session expired") == 1
+                assert "plexctl: error: the session expired" in result.stderr
+                assert simulation.plane.revocations() == {simulation.plane.issued[0]: 1}
 
 
 def test_a_proxy_whose_session_is_revoked_says_why_and_ends(simulation):
     with proxied(simulation.plane, "--renew") as process:
-        address = local_address(process)
-        assert exchange(address, b"x") == b"x"
-        simulation.plane.revoke(simulation.plane.issued[0], "policy_violation")
-
-        assert knock(address) == ("reset", b"")
-        result = process.finish()
-    assert result.returncode == 1
+        with dial(local_address(process)) as client:
+            chat(client, 1)
+            simulation.plane.revoke(simulation.plane.issued[0], "policy_violation")
+            result = process.finish()
+    assert result.returncode == 1 and result.stderr.count("was revoked") == 1
     assert "plexctl: error: the session was revoked (policy_violation)" in result.stderr
     assert len(simulation.plane.issued) == 1
 
@@ -6024,7 +6650,7 @@ def test_a_proxy_whose_renewal_is_forbidden_ends_with_that_status(simulation):
     with proxied(simulation.plane, "--renew", "--ttl-seconds", 1) as process:
         address = local_address(process)
         process.wait_for_output("next connection gets a new one")
-        with dial(address) as client:
+        with contextlib.suppress(ConnectionError), dial(address) as client:
             assert how_it_ends(client)[1] == b""
         result = process.finish()
     assert result.returncode == 4 and "plexctl: error: IssueSession: 403" in result.stderr
@@ -6508,6 +7134,21 @@ def test_it_waits_with_descriptors_beyond_what_select_takes(simulation):
     result = run_words(words, clean_environment(simulation.plane.environment()), preexec_fn=fill,
                        close_fds=False)
     assert (result.status, result.err) == (0, "")
+
+
+def test_a_signal_that_would_dump_core_leaves_no_file_with_the_tokens(simulation, tmp_path):
+    def allow():
+        resource.setrlimit(resource.RLIMIT_CORE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    if resource.getrlimit(resource.RLIMIT_CORE)[1] != resource.RLIM_INFINITY:
+        pytest.skip("core files are not allowed here")
+    with start(simulation, "--proxy", cwd=str(tmp_path), preexec_fn=allow) as process:
+        proxy_address(process)
+        process.send_signal(signal.SIGQUIT)
+        ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert (ended.si_code, ended.si_status) == (2, signal.SIGQUIT)  # CLD_KILLED; CLD_DUMPED is 3
+        ends_by(process, signal.SIGQUIT)
+    assert os.listdir(str(tmp_path)) == []
+    revoked_once(simulation.plane)
 
 
 # ---- tests: exit codes ---------------------------------------------------------------------------

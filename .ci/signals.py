@@ -1,0 +1,162 @@
+#!/usr/bin/env python3
+"""Sends SIGINT, SIGTERM and SIGHUP, once and twice, at random instants from exec to end, in every mode.
+
+    python3 .ci/signals.py                          200 instants for each of them: 6,000 runs, half an hour
+    python3 .ci/signals.py --sample 0.02 --seed 7   four instants for each
+    python3 .ci/signals.py --seed 7 --case proxy:SIGTERM:2:17
+
+After each: it has ended by that signal (or, where it had come to its own end first, with its own status; in
+COMMAND mode with COMMAND's), each session that was issued is revoked once (print mode that ended with 0
+keeps its own), nothing hangs, and nothing but plexctl's own lines is on stderr.
+
+A traceback that Python writes while it starts, or compiles the script, is Python's own: it is counted and
+is no failure. It is known by having no frame of plexctl.py beyond the statement that gives SIGINT its default
+action, the first of the file that does anything; it must not have asked for a session either.
+"""
+
+import argparse
+import functools
+import os
+import random
+import re
+import signal
+import sys
+import threading
+import time
+
+import modes
+
+INSTANTS = 200
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+DEADLINE_SECONDS = 20
+FRAME = re.compile(r'File "([^"]*)", line (\d+), in (\S+)')
+
+
+def measure(plexctl):
+    """When the script's first statement runs, and when each mode is over, in seconds from exec."""
+    times = {}
+    for mode in ("start",) + modes.MODES:
+        taken = []
+        for _ in range(3):
+            with modes.Invocation("print" if mode == "start" else mode, plexctl) as run:
+                if mode == "start":
+                    run.command = lambda: [sys.executable, "-I", plexctl, "--version"]
+                run.start()
+                run.use()
+                if mode == "proxy":
+                    run.process.send_signal(signal.SIGTERM)
+                run.finish(60)
+                taken.append(time.monotonic() - run.began)
+        times[mode] = sorted(taken)[1]
+    return times
+
+
+def first_act(plexctl):
+    """The line of the script up to which SIGINT is Python's own business."""
+    with open(plexctl, encoding="utf-8") as stream:
+        for number, line in enumerate(stream, 1):
+            if "SIG_DFL" in line:
+                return number
+    return 1
+
+
+def is_pythons_own(run, first_line):
+    """Whether a traceback is from before the script could do anything about it."""
+    frames = [(int(line), where) for path, line, where in FRAME.findall(run.process.err) if path == run.plexctl]
+    early = all(where == "<module>" and line <= min(first_line, 60) for line, where in frames)
+    return early and not run.plane.requests
+
+
+def run_case(plexctl, times, first_line, seed, case):
+    """(None or what is wrong, the kind of instant, what is to be known)."""
+    mode, name, count, index = case
+    rng = random.Random("%d:%s:%s:%d:%d" % (seed, mode, name, count, index))
+    number = getattr(signal, name)
+    start, end = times["start"], times[mode]
+    instant = rng.uniform(0, start) if rng.random() < 0.25 else rng.uniform(start * 0.8, end + 0.1)
+    pause = rng.choice((0.0, rng.uniform(0, 0.02), rng.uniform(0, 0.3)))
+    with modes.Invocation(mode, plexctl) as run:
+        run.start()
+        user = threading.Thread(target=run.use, daemon=True)
+        user.start()
+        for wait in [run.began + instant - time.monotonic()] + [pause] * (count - 1):
+            time.sleep(max(0.0, wait))
+            if run.process.poll() is None:
+                run.process.send_signal(number)
+        run.finish(DEADLINE_SECONDS)
+        user.join(modes.CLIENT_SECONDS + 1)
+        run.check(not user.is_alive() and run.client_end != "hung", "its client hangs")
+        kind = judge(run, number, first_line)
+        story = "%s x %d after %.3f s, %.3f s apart\n%s" % (name, count, instant, pause, run.story())
+        return "; ".join(run.wrong) or None, kind, story
+
+
+def judge(run, number, first_line):
+    """Notes what is wrong with a run; returns when it was hit."""
+    err = run.process.err
+    if ("Traceback" in err or "lost sys.stderr" in err) and is_pythons_own(run, first_line):
+        run.wrong = [words for words in run.wrong if words == "hangs"]
+        run.check(run.status == -number or "init_import_site" in err, "status %s", run.status)
+        return "Python's own traceback"
+    own_end = {"print": {0}, "reveal": {0}, "proxy": set(), "command": {modes.COMMAND_OK, 128 + number},
+               "stdio": {0}}[run.mode]
+    run.check(run.status in own_end | {-number}, "status %s", run.status)
+    if run.status == 0 and run.mode != "stdio":
+        run.check(run.process.out.endswith("\n"), "no document, and status 0")
+    if run.status == 0 and run.mode == "stdio":
+        run.check(run.answer == modes.WORD, "status 0 without the answer")
+    errors = run.judge_streams()
+    run.check(not errors, "an error line: %s", errors[:1])
+    run.judge_document()
+    run.judge_sessions()
+    if not run.plane.requests:
+        return "before the first request"
+    return "came to its own end" if run.status in own_end else "with a session"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--plexctl", default=modes.simulator.PLEXCTL)
+    parser.add_argument("--sample", type=float, default=1.0, metavar="FRACTION")
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--mode", choices=modes.MODES, action="append")
+    parser.add_argument("--case", metavar="MODE:SIGNAL:COUNT:INDEX", help="this one alone, and its story")
+    options = parser.parse_args()
+    modes.default_signals()
+    plexctl = os.path.abspath(options.plexctl)
+    times, began = measure(plexctl), time.monotonic()
+    work = functools.partial(run_case, plexctl, times, first_act(plexctl), options.seed)
+    if options.case:
+        mode, name, count, index = options.case.split(":")
+        wrong, kind, story = work((mode, name, int(count), int(index)))
+        print("%s\n%s\n%s" % (kind, story, wrong or "as it should be"))
+        return wrong is not None
+    print("seed %d; first statement after %.3f s, end: %s" % (options.seed, times["start"], ", ".join(
+        "%s %.3f s" % (mode, times[mode]) for mode in modes.MODES)), flush=True)
+    cases = [(mode, name, count, index) for mode in options.mode or modes.MODES for name in SIGNALS
+             for count in (1, 2) for index in range(max(1, round(INSTANTS * options.sample)))]
+    random.Random(options.seed).shuffle(cases)
+    kinds, failures = {}, {}
+
+    def collect(case, result):
+        wrong, kind, story = result
+        kinds[kind] = kinds.get(kind, 0) + 1
+        if wrong:
+            failures.setdefault(wrong, []).append((case, story))
+
+    modes.spread(cases, work, options.jobs, collect)
+    for wrong, group in sorted(failures.items(), key=lambda item: -len(item[1])):
+        print("\n%d x %s" % (len(group), wrong))
+        for case, story in group[:4]:
+            print("  python3 .ci/signals.py --seed %d --case %s:%s:%d:%d\n    %s" % (
+                (options.seed,) + case + (story.replace("\n", "\n    "),)))
+    total = sum(map(len, failures.values()))
+    print("%d runs (%s), %d failed, %.0f s, seed %d" % (
+        len(cases), ", ".join("%s: %d" % item for item in sorted(kinds.items())), total,
+        time.monotonic() - began, options.seed))
+    return total > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
