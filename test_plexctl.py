@@ -3291,6 +3291,95 @@ def test_a_module_that_lies_beside_the_file_is_not_loaded(simulation, tmp_path, 
     assert (result.status, result.err) == (0, "")
 
 
+@pytest.mark.parametrize("python", find_pythons(), ids=os.path.basename)
+@pytest.mark.parametrize("how", ["by its path", "from its directory", "through a link"])
+def test_a_module_beside_the_file_is_not_loaded(simulation, tmp_path, python, how):
+    """As in /tmp, where another user may put one."""
+    folder = tmp_path / "x"
+    folder.mkdir()
+    shutil.copyfile(PLEXCTL, str(folder / "plexctl.py"))
+    for name in {name.partition(".")[0] for name in plexctl.LAZY_MODULES} | {
+            "errno", "gc", "os", "time", "typing", "encodings", "_socket", "_ssl", "heapq", "gettext"}:
+        (folder / (name + ".py")).write_text("open(%r, 'w').close()\nraise SystemExit(99)\n"
+                                             % str(tmp_path / ("loaded_" + name)))
+    script, cwd = str(folder / "plexctl.py"), "/"
+    if how == "from its directory":
+        script, cwd = "plexctl.py", str(folder)
+    elif how == "through a link":
+        (folder / "link.py").symlink_to("plexctl.py")
+        script = str(folder / "link.py")
+    environ = clean_environment(simulation.plane.environment())
+    for more, status in (["--", "true"], 0), (["--prot", "5"], 2), (["--help"], 0):
+        result = run_words([python, script] + forward_args(simulation.plane, *more), environ, cwd=cwd)
+        assert result.status == status and "Traceback" not in result.err, result.err
+    assert os.listdir(str(tmp_path)) == ["x"]
+    revoked_once(simulation.plane)
+
+
+@pytest.mark.skipif(not LINUX, reason="a library that is found by PYTHONHOME")
+@pytest.mark.parametrize("python", find_pythons(), ids=os.path.basename)
+def test_a_library_that_is_moved_away_does_not_disturb_a_running_proxy(python, tmp_path):
+    """Once it is ready nothing is imported any more: Python may be upgraded meanwhile."""
+    prefix = run_words([python, "-c", "import sys; print(sys.base_prefix)"], clean_environment()).out.strip()
+    os.symlink(os.path.join(prefix, "lib"), str(tmp_path / "lib"))
+    with Simulation() as simulation:
+        environ = clean_environment(simulation.plane.environment(
+            PYTHONHOME=str(tmp_path), PYTHONDONTWRITEBYTECODE="1"))
+        words = [os.path.realpath(python), PLEXCTL] + forward_args(
+            simulation.plane, "--proxy", "--renew", "-v")
+        with Process(words, env=environ) as process:
+            address = proxy_address(process)
+            os.rename(str(tmp_path / "lib"), str(tmp_path / "moved"))
+            with contextlib.ExitStack() as stack:
+                clients = [stack.enter_context(dial(address)) for _ in range(4)]
+                for client in clients:
+                    client.sendall(b"hello")
+                for client in clients:
+                    assert client.recv(9) == b"hello"
+            data = pattern(8 << 20)
+            assert exchange(address, data) == data
+            simulation.plane.expire(simulation.plane.issued[0])  # and a question that finds it out
+            assert exchange(address, b"again") == b"again"
+            process.send_signal(signal.SIGTERM)
+            result = ends_by(process, signal.SIGTERM, 10)
+    assert "import" not in result.stderr and "module" not in result.stderr, result.stderr
+    assert simulation.plane.active() == []
+
+
+@pytest.mark.skipif(not ROOT or not LINUX or not os.path.exists("/usr/bin/python3"),
+                    reason="needs root and the system's Python")
+@pytest.mark.parametrize("kinder", [False, True], ids=["real Node", "kinder Node"])
+def test_a_proxy_with_too_few_threads_serves_resets_or_says_why_it_does_not_start(lone_copy, kinder):
+    uid = 40000 + os.getpid() % 10000 + 10000 * kinder  # the limit counts all that a user runs
+    ends = []
+    with Simulation(kinder=kinder) as simulation:
+        words = ["/usr/bin/python3", "-I", os.path.join(lone_copy, "plexctl.py")] + forward_args(
+            simulation.plane, "--proxy", "--output", "json")
+        for limit in range(1, 12):
+            def become():
+                os.setgroups([])
+                os.setgid(uid)
+                resource.setrlimit(resource.RLIMIT_NPROC, (limit, limit))  # noqa: B023
+                os.setuid(uid)
+            with Process(words, env=simulation.plane.environment(), preexec_fn=become, cwd="/") as process:
+                process.wait_for(lambda: process.out or process.poll() is not None, 20)
+                if process.out:
+                    answer, address = b"", json.loads(process.out)["local_addr"]
+                    with dial(address) as client, contextlib.suppress(ConnectionResetError):
+                        client.sendall(b"hello")
+                        answer = client.recv(9)  # TimeoutError: it serves nobody, and says nothing
+                    assert answer == b"hello" or "warning: " in process.err, (limit, process.err)
+                    ends.append(answer)
+                    process.send_signal(signal.SIGTERM)
+                    process.wait(20)
+                else:
+                    result = process.finish()
+                    assert result.returncode == 1 and error_of(result), limit
+                assert not any(word in process.err for word in BAD_WORDS), (limit, process.err)
+            assert simulation.plane.active() == [], (limit, process.err)
+    assert ends[-1:] == [b"hello"]
+
+
 # ---- tests: control plane ------------------------------------------------------------------------
 
 
@@ -8081,6 +8170,78 @@ def test_the_summary_and_a_line_per_connection(simulation):
     assert len(exchanges) == 2 and "POST %s: 201, " % SESSIONS_PATH in exchanges[0]
 
 
+@pytest.mark.parametrize("columns", [40, 200])
+@pytest.mark.parametrize("flags", [[], ["--proxy"]], ids=["print", "proxy"])
+def test_on_a_terminal_narrower_than_the_table_there_is_a_line_per_column(
+        simulation, terminal, flags, columns):
+    screen = terminal(columns)
+    with start(simulation, *flags, stdout=screen.slave) as process:
+        process.wait_for(lambda: screen.seen.count(b"\n") >= (5 if columns == 40 else 2))
+        process.send_signal(signal.SIGTERM)
+        process.finish()
+    session, lines = simulation.plane.sessions[0], screen.read().replace("\r", "").splitlines()
+    values = [session.endpoint, "%s:%d" % (HOST, PORT), session.id, session.expires_at]
+    if columns == 200:
+        assert len(lines) == 2 and lines[0].split()[0] == "LOCAL_ADDR" and lines[1].split()[1:] == values
+    else:
+        names, shown_values = zip(*(line.split() for line in lines))
+        assert names == ("LOCAL_ADDR", "LISTENER_ENDPOINT", "TARGET", "SESSION_ID", "EXPIRES_AT")
+        assert list(shown_values[1:]) == values and shown_values[0].startswith("127.0.0.1:")
+        assert len({line.index(value) for line, value in zip(lines, shown_values)}) == 1
+
+
+def test_off_a_terminal_the_table_is_one_whatever_the_width(simulation):
+    result = run_plexctl(forward_args(simulation.plane), env=simulation.plane.environment(COLUMNS="40"))
+    assert parse_document(result.stdout, "text")["session_id"] == simulation.plane.issued[0]
+
+
+def test_the_live_line_counts_open_waiting_and_ended_connections_and_sessions(simulation, terminal):
+    screen = terminal(200)
+    with start(simulation, "--proxy", "--max-sessions", 2, stderr=screen.slave) as process, \
+            contextlib.ExitStack() as stack:
+        address = proxy_address(process)
+        assert exchange(address, b"hello") == b"hello"
+        clients = [stack.enter_context(dial(address)) for _ in range(5)]
+        for client in clients:
+            client.sendall(b"hello")
+        process.wait_for(lambda: b"2 open, 3 waiting, 1 ended  2 sessions  up " in screen.seen)
+        stack.close()
+        process.wait_for(lambda: b"0 open, 0 waiting, " in screen.seen[screen.seen.rindex(b"3 waiting"):])
+        process.send_signal(signal.SIGTERM)
+        ends_by(process, signal.SIGTERM)
+    screen.read()
+
+
+def test_the_live_line_says_no_time_left_where_there_is_no_session(simulation, terminal):
+    screen = terminal(200)
+    with start(simulation, "--proxy", "--renew", "--ttl-seconds", 4, stderr=screen.slave) as process:
+        address = proxy_address(process)
+        process.wait_for(lambda: re.search(rb"0 ended  1 session  up 0 B  down 0 B  \ds left", screen.seen))
+        process.wait_for(lambda: re.search(rb"0 ended  0 sessions  up 0 B  down 0 B[^ ]", screen.seen))
+        assert exchange(address, b"hello") == b"hello"  # and the next connection has a session again
+        process.send_signal(signal.SIGTERM)
+        ends_by(process, signal.SIGTERM)
+    text = screen.read()
+    assert "waiting" in text and "0 sessions  up 0 B  down 0 B  " not in text
+
+
+@pytest.mark.parametrize("flags", [["--stdio"], ["--", "sleep", "3"]], ids=["stdio", "COMMAND"])
+def test_a_terminal_that_is_somebody_else_s_has_no_live_line(simulation, terminal, flags):
+    simulation.plane.endpoint_on, simulation.plane.reads_before_endpoint = "read", 3
+    screen = terminal(200)
+    with start(simulation, *flags, stdin=subprocess.PIPE, stderr=screen.slave) as process:
+        simulation.plane.wait_for(lambda: simulation.plane.sessions and simulation.plane.sessions[0].reads > 3)
+        if flags == ["--stdio"]:
+            process.stdin.write(b"hello")
+            process.stdin.flush()
+            process.wait_for_output("hello")
+            process.stdin.close()
+        assert process.finish(20).returncode == 0
+    text = screen.read()
+    assert "\x1b" not in text and "waiting," not in text and "waiting for the Node: " not in text
+    assert text == "" or flags != ["--stdio"]
+
+
 # ---- tests: readiness ----------------------------------------------------------------------------
 
 @pytest.fixture(params=["path", "abstract"])
@@ -8107,7 +8268,11 @@ def test_systemd_is_told_when_the_port_listens_and_when_it_ends(simulation, noti
     with start(simulation, "--proxy", "--local-addr", address, env={"NOTIFY_SOCKET": name}) as process:
         assert bound.recv(99) == b"READY=1"
         assert exchange(address, b"at once") == b"at once"
-        assert not select.select([bound], [], [], 0)[0]
+        status = bound.recv(999).decode()
+        assert status.startswith("STATUS=%s -> %s:%d  " % (address, HOST, PORT)), status
+        shape = r"\d open, \d waiting, \d ended  1 session  up \d B  down \d B  \w+ left\Z"
+        assert re.search("  " + shape, status), status
+        assert not select.select([bound], [], [], 2.5)[0]  # at most once a minute, though it has changed
         process.send_signal(signal.SIGTERM)
         assert bound.recv(99) == b"STOPPING=1"
         ends_by(process, signal.SIGTERM)
@@ -8121,11 +8286,18 @@ def test_systemd_is_told_with_a_command_too(simulation, notify_socket):
     assert [bound.recv(99), bound.recv(99)] == [b"READY=1", b"STOPPING=1"]
 
 
-def test_a_notify_socket_where_nobody_listens_does_no_harm(simulation, tmp_path):
-    with start(simulation, "--proxy", env={"NOTIFY_SOCKET": str(tmp_path / "gone")}) as process:
-        assert exchange(proxy_address(process), b"hello") == b"hello"
-        process.send_signal(signal.SIGTERM)
-        ends_by(process, signal.SIGTERM)
+@pytest.mark.skipif(not LINUX, reason="systemd")
+@pytest.mark.parametrize("flags", [["--proxy"], ["--", "true"]], ids=["proxy", "COMMAND"])
+def test_a_notify_socket_where_nobody_listens_is_one_warning(simulation, tmp_path, flags):
+    with start(simulation, *flags, env={"NOTIFY_SOCKET": str(tmp_path / "gone")}) as process:
+        if flags == ["--proxy"]:
+            assert exchange(proxy_address(process), b"hello") == b"hello"
+            process.send_signal(signal.SIGTERM)
+            ends_by(process, signal.SIGTERM)
+        else:
+            assert process.finish().returncode == 0
+    lines = process.err.splitlines()
+    assert len(lines) == 2 and lines[0].startswith("plexctl: warning: NOTIFY_SOCKET: "), lines
 
 
 def test_the_document_is_there_only_once_the_port_accepts(simulation):
