@@ -5646,6 +5646,7 @@ def test_two_hundred_clients_wait_in_turn_without_a_thread_each():
             client.sendall(b"%03d" % number)
         eventually(lambda: running.count().waiting == 200)
         assert threading.active_count() <= threads and (running.count().open, running.count().ended) == (1, 0)
+        eventually(lambda: running.lines)
         first.close()
         for client in clients:
             assert client.recv(1) == b"!"
@@ -6152,13 +6153,14 @@ def test_a_session_is_idle_as_soon_as_its_client_is_gone():
     """Not only when the Node's answer has come back, which takes two seconds here."""
     heard = bytearray()
     with relayed_to(recorder(heard), delay=1) as running:
-        for _ in range(10):
+        for number in range(1, 11):
             with dial(running.address) as client:
                 client.sendall(b"x")
-        eventually(lambda: running.count().ended == 10, 8)
-        eventually(lambda: len(heard) == 10, 8)
+                eventually(lambda: running.count().up == number, 1.9)  # noqa: B023
+        eventually(lambda: running.count().ended == len(heard) == 10)
         assert len(running.plane.issued) == 1 and running.lines == []
-        assert all(wait.seconds < 1 for wait in running.node.waits) and set(running.node.most.values()) == {1}
+        # the first second of a dial is not the client's in this simulation: one may overtake an end
+        assert all(wait.seconds < 2 for wait in running.node.waits) and set(running.node.most.values()) == {1}
 
 
 def test_a_session_is_not_idle_before_everything_was_handed_on():
