@@ -1662,11 +1662,14 @@ class Relay:
 
     def _close(self) -> None:
         is_broken = self.error is not None
+        for fd in self._watched:
+            try:
+                self._poller.unregister(fd)
+            except OSError:  # never registered, for want of memory
+                pass
         # what is complete may be on its way yet; a client that is gone minds nothing
         close_leg(self.up.source, is_broken or not self.down.is_over or self._client_is_gone)
         if self._client_is_gone and self.up.is_over and not is_broken:
-            if self.down.fd in self._watched:
-                self._poller.unregister(self.down.fd)  # a socket that is closed goes by itself
             self._linger(self.down.source)
         else:
             close_leg(self.down.source, is_broken or not self.up.is_over)
@@ -2340,6 +2343,8 @@ class Sessions:
         if self.first is None or self.is_stopped or self.over or now < self._retry_on:
             return
         live = [worker for worker in self._workers if not worker.is_ending]
+        if self._workers and not live:  # the server may count what is being revoked
+            return
         coming = sum(not worker.is_ready for worker in live)
         patience = GRACE_SECONDS if live else 0.0
         waited = sum(now - connection.began >= patience for connection in self._queue)
