@@ -8247,7 +8247,8 @@ def test_a_terminal_that_is_somebody_else_s_has_no_live_line(simulation, termina
     simulation.plane.endpoint_on, simulation.plane.reads_before_endpoint = "read", 3
     screen = terminal(200)
     with start(simulation, *flags, stdin=subprocess.PIPE, stderr=screen.slave) as process:
-        simulation.plane.wait_for(lambda: simulation.plane.sessions and simulation.plane.sessions[0].reads > 3)
+        plane = simulation.plane
+        plane.wait_for(lambda: plane.sessions and plane.sessions[0].reads > 3)
         if flags == ["--stdio"]:
             process.stdin.write(b"hello")
             process.stdin.flush()
