@@ -269,7 +269,6 @@ DIGITS = frozenset("0123456789")
 PORT_MAX = 65535
 HOST_MAX_CHARACTERS = 253  # RFC 1035, section 2.3.4, as text
 SOCKET_PATH_MAX_BYTES = 100  # sun_path has 104 on macOS, 108 on Linux
-UUID_PATTERN = r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
 NAME_PATTERN = r"(?a)(?=.{1,253}\Z)(?:LABEL\.)*(?!0[xX]|[0-9]+\.?\Z)LABEL\.?".replace(
     "LABEL", r"\w(?:[\w-]{0,61}\w)?")  # the last label cannot be taken for a number: RFC 1123, section 2.1
 URL_PATTERN = r"(?=[!-~]*\Z)(?i:(https?))://([^/?#@\\]+?)(:[0-9]{1,5})?(/[^?#\\]*)?"
@@ -293,11 +292,23 @@ def escape(text: str, limit: int = SHOWN_MAX_CHARACTERS) -> str:
     return "".join(c if " " <= c <= "~" else ascii(c)[1:-1] for c in shown)
 
 
-def parse_uuid(text: str) -> str:
-    """The canonical 8-4-4-4-12 form (RFC 9562, section 4), in lower case."""
-    if not re.fullmatch(UUID_PATTERN, text):
-        raise ValueError("must be a UUID of 8-4-4-4-12 hexadecimal digits")
-    return text.lower()
+def matching(pattern: str, what: str, convert: "Callable[[str], Any]" = str) -> "Callable[[str], Any]":
+    """A parser of what matches the whole pattern, converted; ValueError says that it must be `what`."""
+    def parse(text: str) -> "Any":
+        if not re.fullmatch(pattern, text):
+            raise ValueError("must be " + what)
+        return convert(text)
+    return parse
+
+
+def one_of(*words: str) -> "Callable[[str], Any]":
+    """A parser that takes just these words (of letters, digits and hyphens)."""
+    return matching("|".join(words), "one of " + ", ".join(words))
+
+
+parse_seconds = matching(r"[0-9]{1,9}(\.[0-9]{1,9})?", "a number of seconds, 0 or more", float)
+parse_uuid = matching(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}",  # RFC 9562, section 4
+                      "a UUID of 8-4-4-4-12 hexadecimal digits", str.lower)
 
 
 def parse_int(text: str, low: int, high: int) -> int:
@@ -310,22 +321,6 @@ def parse_int(text: str, low: int, high: int) -> int:
 def parse_port(text: str) -> int:
     """A TCP port that something can listen on."""
     return parse_int(text, 1, PORT_MAX)
-
-
-def parse_seconds(text: str) -> float:
-    """A number of seconds, 0 or more: digits with perhaps a decimal point."""
-    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
-        raise ValueError("must be a number of seconds, 0 or more")
-    return float(text)
-
-
-def one_of(*words: str) -> "Callable[[str], str]":
-    """A parser that takes just these words."""
-    def parse(text: str) -> str:
-        if text not in words:
-            raise ValueError("must be one of " + ", ".join(words))
-        return text
-    return parse
 
 
 def parse_target_host(text: str) -> str:
@@ -765,7 +760,6 @@ SUCCESS = range(200, 300)
 EXPECTED = {ISSUE: {201}, GET: {200}, REVOKE: {*SUCCESS, 404, 409, 410}}  # a session that is gone is revoked
 JITTER_SECONDS = 0.2
 CANCEL_POLL_SECONDS = 0.1
-SESSION_TOKEN_PATTERN = r"[!-~]{1,65536}"
 FINDABLE_CHARACTERS = 8  # of a secret; a shorter one is in any text
 
 
@@ -829,11 +823,15 @@ class Exchange:
             self._carry_out(opener, request)  # no more threads; the limits are those of each recv, then
         deadline = elapsed_seconds() + seconds
         while not self._done.wait(max(0.0, min(CANCEL_POLL_SECONDS, deadline - elapsed_seconds()))):
-            if cancel is not None and cancel.is_set():
-                self._give_up()
-                raise Cancelled("%s: given up, the run is ending" % self.operation)
-            if elapsed_seconds() >= deadline:
-                self._give_up()
+            is_cancelled = cancel is not None and cancel.is_set()
+            if is_cancelled or elapsed_seconds() >= deadline:
+                self._is_given_up = True
+                try:
+                    self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
+                except (OSError, AttributeError):  # not open any more, or not yet
+                    pass
+                if is_cancelled:
+                    raise Cancelled("%s: given up, the run is ending" % self.operation)
                 raise self._fail("timed out after %.3g s" % seconds, True)
         if self._error is not None:
             raise self._error
@@ -873,13 +871,6 @@ class Exchange:
         tried = "no complete answer from" if self.sent else "cannot connect to"
         return TransportError("%s: %s %s: %s" % (self.operation, tried, self._peer, reason),
                               passing=passing, may_exist=self.sent and self.operation == ISSUE)
-
-    def _give_up(self) -> None:
-        self._is_given_up = True
-        try:
-            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
-        except (OSError, AttributeError):  # not open any more, or not yet
-            pass
 
 
 def read_body(response: "Any") -> bytes:
@@ -997,21 +988,17 @@ class Fields:
         self._document = document if isinstance(document, dict) else {}
         self._secrets = secrets
 
-    def bad(self, name: str, why: str = "") -> TransportError:
-        """The error for this field."""
-        return TransportError("%s: the answer has no valid %s%s" % (self._operation, name, why))
-
     def take(self, name: str, parse: "Callable[[Any], Any]", kind: type = str) -> "Any":
         """A required field of this kind, as `parse` (which raises ValueError) makes it."""
         value = self._document.get(name)
-        if isinstance(value, str) and conceal(value, self._secrets) != value:
-            raise self.bad(name, ": it repeats a secret")
+        repeats = isinstance(value, str) and conceal(value, self._secrets) != value
         try:
-            if isinstance(value, kind):
+            if isinstance(value, kind) and not repeats:
                 return parse(value)
         except ValueError:
             pass
-        raise self.bad(name)
+        raise TransportError("%s: the answer has no valid %s%s" % (
+            self._operation, name, ": it repeats a secret" if repeats else ""))
 
     def take_optional(self, name: str, parse: "Callable[[str], Any]") -> "Any":
         """The same, or None where the field is missing or null."""
@@ -1088,9 +1075,7 @@ class ControlPlane:
         asked_on = elapsed_seconds()
         answer, fields, session_id = self._ask_until_issued(path, body)
         on_issued(session_id)
-        token = Secret(fields.take("token", str))
-        if not re.fullmatch(SESSION_TOKEN_PATTERN, token.reveal()):
-            raise fields.bad("token")
+        token = fields.take("token", matching("[!-~]{1,65536}", "printable ASCII", Secret))
         self._secrets.append(token)
         fields.take("session_id", parse_uuid)  # once more: the token must not be in it
         expires_at = fields.take("expires_at", str)
@@ -1209,8 +1194,7 @@ class ControlPlane:
         return endpoint
 
     def _parse_session(self, fields: Fields, session_id: str) -> Session:
-        if fields.take("id", parse_uuid) != session_id:
-            raise fields.bad("id")
+        fields.take("id", lambda text: one_of(session_id)(text.lower()))
         fields.take("kind", one_of("tcp"))
         return Session(session_id, fields.take("status", one_of("active", "revoked", "expired")),
                        fields.take_optional("issued_at", parse_time) or 0.0,
@@ -1341,6 +1325,7 @@ class AuditLog:
 
 FIRST_BUFFER_BYTES = 64 * 1024
 LARGEST_BUFFER_BYTES = 768 * 1024
+EVENTS_MAX = 4  # epoll makes room for a thousand at each call, where nobody says how many
 TICK_SECONDS = 1.0
 QUIET_SECONDS = 2.0  # of the target, before a client's end of input is passed on
 FIRST_ASK_SECONDS = 0.05  # whether a client that has ended its input is gone; then ever less often
@@ -1365,7 +1350,7 @@ class SelectPoller:
         """Forgets `fd`."""
         del self._masks[fd]
 
-    def poll(self, seconds: float) -> "List[Tuple[int, int]]":
+    def poll(self, seconds: float, most: int) -> "List[Tuple[int, int]]":
         """(fd, events) pairs, after at most so long."""
         readable, writable, _ = select.select(
             [fd for fd, mask in self._masks.items() if mask & READABLE],
@@ -1423,17 +1408,17 @@ def is_connected(sock: "socket.socket") -> bool:
 def drain(sock: "socket.socket", seconds: float) -> bool:
     """Reads and forgets for so long; whether the peer has ended by then."""
     deadline = elapsed_seconds() + seconds
-    while True:
-        try:
+    try:
+        while wait_for(sock.fileno(), READABLE, deadline - elapsed_seconds()):
             if not sock.recv(FIRST_BUFFER_BYTES):
                 return True
-        except BlockingIOError:
-            if not wait_for(sock.fileno(), READABLE, deadline - elapsed_seconds()):
-                return False
-        except OSError:
-            return True
-        if elapsed_seconds() > deadline:
-            return False
+            if elapsed_seconds() > deadline:
+                break
+        return False
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 class Flow:
@@ -1474,19 +1459,18 @@ class Flow:
 class Relay:
     """Carries one connection, both directions, in the thread that calls `carry`.
 
-    It closes both sockets, or hands the remote's to `linger`. `buffers`, two, are those to begin
-    with; `poller` (select.epoll, or like it) watches `stop_fd`, which becomes readable when it is to
-    stop; `is_over` is asked that every second. `is_gone` tells whether a client that has ended its
-    input listens no more (False where nobody can know); `on_remote_end` hears that the remote has
-    ended first. Afterwards: what `up` and `down` have moved, and the `error` that broke it, if any.
+    Both sockets are non-blocking. It closes them, or hands the remote's to `linger`. `buffers`, two,
+    are those to begin with; `poller` (select.epoll, or like it) watches `stop_fd`, which becomes
+    readable when it is to stop; `is_over` is asked that every second. `is_gone` tells whether a client
+    that has ended its input listens no more (False where nobody can know); `on_remote_end` hears that
+    the remote has ended first. Afterwards: what `up` and `down` have moved, and the `error` that broke
+    it, if any.
     """
 
     def __init__(self, client: "socket.socket", remote: "socket.socket", buffers: "List[memoryview]",
                  poller: "Any", stop_fd: int, is_over: "Callable[[], bool]", is_gone: "Callable[[], bool]",
                  on_remote_end: "Callable[[], object]",
                  linger: "Callable[[socket.socket], object]") -> None:
-        for sock in (client, remote):
-            sock.setblocking(False)
         self.up = Flow(client, remote, buffers[0])
         self.down = Flow(remote, client, buffers[1])
         self.error: "Optional[Exception]" = None  # one peer is lost: the other gets a reset, not an end
@@ -1510,11 +1494,10 @@ class Relay:
             self._watch()
             pause, check_on = TICK_SECONDS, elapsed_seconds() + TICK_SECONDS
             while not (up.is_over and down.is_over or self._is_stopped):
-                for fd, events in poll(pause):
-                    if events == READABLE and fd == up.fd and up.is_reading:
-                        self._pump(up)
-                    elif events == READABLE and fd == down.fd and down.is_reading:
-                        self._pump(down)
+                for fd, events in poll(pause, EVENTS_MAX):
+                    flow = up if fd == up.fd else down
+                    if events == READABLE and fd == flow.fd and flow.is_reading:
+                        self._pump(flow)
                     else:
                         self._act(fd, events)
                 now = elapsed_seconds()
@@ -1782,6 +1765,7 @@ class Stdio:
 # --------------------------------------------------------------------------------------- workers
 
 GRACE_SECONDS = 0.3  # a connection waits so long for a session to become idle, before one is issued for it
+POLL_SECONDS = 0.1  # between two looks at who waits
 IDLE_SECONDS = 60  # after which a session above the minimum is given back
 ASK_SECONDS = 2  # between two questions about one session
 RECHECK_SECONDS = 60  # the reconcile period of a Node
@@ -2196,7 +2180,7 @@ class Sessions:
 
     def count_descriptors(self) -> int:
         """How many descriptors the connections may take, those that wait and those that are carried."""
-        return len(self._queue) + 2 * self._limit
+        return len(self._queue) + 2 * sum(worker.connection is not None for worker in tuple(self._workers))
 
     def seconds_left(self) -> float:
         """Until the sessions run out, with `renew` the first of them; 0 where there is none."""
@@ -2257,7 +2241,7 @@ class Sessions:
             while not worker.is_over() and not self.over:
                 while self._queue:
                     connection: Connection = self._queue.popleft()
-                    if not connection.has_left():
+                    if elapsed_seconds() - connection.began < POLL_SECONDS or not connection.has_left():
                         self._forget_idle(worker)
                         worker.connection = connection
                         return connection
@@ -2359,6 +2343,8 @@ class Sessions:
         if self.first is None or self.is_stopped or self.over or now < self._retry_on:
             return
         live = [worker for worker in self._workers if not worker.is_ending]
+        if self._workers and not live:  # the server may count what is being revoked
+            return
         coming = sum(not worker.is_ready for worker in live)
         patience = GRACE_SECONDS if live else 0.0
         waited = sum(now - connection.began >= patience for connection in self._queue)
@@ -2483,7 +2469,6 @@ class Sessions:
 # ------------------------------------------------------------------------------------- forwarder
 
 BACKLOG_CONNECTIONS = 1024  # the default of 5 makes bursts wait a second
-POLL_SECONDS = 0.1  # between two looks at who waits
 PAUSE_SECONDS = 0.5  # after an accept() that failed
 RESERVED_DESCRIPTORS = 24  # for exchanges with the control plane, and the standard library
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
@@ -2508,6 +2493,7 @@ class OwnerCheck:
         try:
             self._netlink.connect((0, 0))
             self._netlink.setblocking(False)
+            os.close(os.dup(self._netlink.fileno()))  # the next call opens one, and does not say why it fails
             # asked so, the kernel finds sockets that are bound to the device and others alike
             self._device = socket.if_nametoindex("lo")
             nobody = "0.0.0.0" if family == socket.AF_INET else "::"  # noqa: S104
@@ -2810,8 +2796,9 @@ class Forwarder:
     def _end(self, connection: Connection, error: "Optional[PlexctlError]") -> None:
         relay = connection.relay
         if relay is not None:
-            self._sessions.say("connection closed%s: %s up, %s down", " (%s)" % error if error else "",
-                               show_bytes(relay.up.moved), show_bytes(relay.down.moved))
+            why = " (%s)" % error if isinstance(error, ConnectionFailed) else ""
+            self._sessions.say("connection closed%s: %s up, %s down", why, show_bytes(relay.up.moved),
+                               show_bytes(relay.down.moved))
         if error is not None and not isinstance(error, (SessionOver, ConnectionFailed, Cancelled)):
             self.warn_once(str(error) if relay else "a connection was not served: %s" % error)
 
@@ -3380,14 +3367,16 @@ class Run:
             ended.append(stdio.error or error)
             self.foreground.waker.wake()
 
-        self.sessions.put(Connection(stdio.far, end, lambda: has_hung_up(stdio.far), wants_reason=True))
+        connection = Connection(stdio.far, end, lambda: has_hung_up(stdio.far), wants_reason=True)
+        self.sessions.put(connection)
         try:
             while not ended:
                 self.watch_sessions()
             if ended[0] is not None:
                 raise ended[0]
         except Interrupted as interrupted:
-            if ended != [None]:  # else it is no accident any more
+            relay = connection.relay  # once all has been delivered it is no accident any more
+            if not (relay and relay.down.is_over and stdio.done.is_set()) or relay.error or stdio.error:
                 reason = str(interrupted)
                 raise
         except PlexctlError:
@@ -3457,7 +3446,8 @@ class Run:
         if state == self.told_systemd:
             return
         self.told_systemd = state
-        self.tell_systemd_on = elapsed_seconds() + STATUS_SECONDS
+        if state != "READY=1":
+            self.tell_systemd_on = elapsed_seconds() + STATUS_SECONDS
         try:
             notify_systemd(state, self.environ)
         except (OSError, ValueError) as error:

@@ -16,6 +16,7 @@ exception's chain; no session left without a word. The seed is printed. Linux, P
 import argparse
 import contextlib
 import email.utils
+import errno
 import faulthandler
 import importlib.util
 import io
@@ -60,17 +61,19 @@ def stay_on_loopback(event, arguments):
         host = arguments[1][0]
         host = host.decode("latin-1") if isinstance(host, bytes) else host
         if not host.startswith("127.") and host not in ("::1", "localhost"):
-            raise OSError(101, "Network is unreachable")
-    if event == "socket.getaddrinfo":
-        host = arguments[0].decode("latin-1") if isinstance(arguments[0], bytes) else str(arguments[0])
-        if not host.replace(".", "").isdigit() and ":" not in host and host not in ("localhost", PLANE_NAME):
-            raise socket.gaierror(-2, "Name or service not known")
+            raise OSError(errno.ENETUNREACH, os.strerror(errno.ENETUNREACH))
 
 
-def name_the_plane(real):
-    """getaddrinfo that knows PLANE_NAME."""
+def know_names(real):
+    """getaddrinfo that has PLANE_NAME here, every other name elsewhere, and asks no name server."""
     def getaddrinfo(host, *more, **named):
-        return real("127.0.0.1" if host in (PLANE_NAME, PLANE_NAME.encode()) else host, *more, **named)
+        name = host.decode("latin-1") if isinstance(host, bytes) else host
+        if name == PLANE_NAME:
+            name = "127.0.0.1"
+        elif name and name.strip(".").rpartition(".")[2][:1].isalpha() and ":" not in name and (
+                "localhost" not in name.lower()):
+            name = "192.0.2.7"
+        return real(name, *more, **named)
     return getaddrinfo
 
 
@@ -353,6 +356,7 @@ def made_line(bench, rng):
                     ["--stdio", "--token-file=-"],
                     ["--proxy", "--max-sessions=2", "--min-sessions=3"]]
         if mode == "print":
+            values.pop("--local-addr", None)
             problems = [["--renew"], ["--keep-session"], ["--allow-other-users"], ["--max-sessions=2"],
                         ["--local-addr=unix:" + bench.scratch + "/s"], ["--min-sessions=1"]]
         after = [rng.choice(problems)]
@@ -365,7 +369,7 @@ def made_line(bench, rng):
     elif wrong == "credentials":
         what, wanted = rng.choice(((["--token-file", os.path.join(bench.scratch, "absent")], {3}),
                                    (["--token-file", bench.scratch], {3}),
-                                   (["--token-file", "/dev/null"], {3}),
+                                   (["--token-file", "/dev/full"], {3}),
                                    (["--profile", "absent"], {3}), (["--profile=\x1b[31m"], {3}),
                                    (["--token-file=a\0b"], {2, 3}), (["--profile", ""], {2, 3})))
         extra = [what]
@@ -1090,7 +1094,7 @@ def main():
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     sys.addaudithook(stay_on_loopback)
-    socket.getaddrinfo = name_the_plane(socket.getaddrinfo)
+    socket.getaddrinfo = know_names(socket.getaddrinfo)
     state = {"case": "start", "began": time.monotonic()}
     threading.Thread(target=watch, args=(state,), daemon=True).start()
     failures, began = {}, time.monotonic()

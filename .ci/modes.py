@@ -91,8 +91,9 @@ class Invocation:
         given = {"HOME": self.scratch, "XDG_STATE_HOME": os.path.join(self.scratch, "state")}
         if self.mode == "reveal":
             os.makedirs(os.path.join(self.scratch, ".config", "plexctl"))
-            self._secret_file(os.path.join(".config", "plexctl", "config.json"), json.dumps(
-                {"default": "sim", "profiles": {"sim": {"server": self.plane.url, "token": self.plane.bearer}}}))
+            profile = {"server": self.plane.url, "token": self.plane.bearer}
+            self._secret_file(os.path.join(".config", "plexctl", "config.json"),
+                              json.dumps({"default": "sim", "profiles": {"sim": profile}}))
         else:
             given["PLEXSPHERE_URL"] = self.plane.url
         if self.mode in ("proxy", "stdio"):
@@ -153,7 +154,17 @@ class Invocation:
                                   or self.process.poll() is not None, CLIENT_SECONDS)
         except AssertionError:
             self.client_end = "hung"
-        self.answer = self.process.out.encode()
+        try:
+            self.process.stdin.close()  # as ssh does once it has had its answer
+        except OSError:
+            pass
+
+    def await_request(self, seconds):
+        """Wait for the first request to the control plane, or the end."""
+        try:
+            self.plane.wait_for(lambda: self.plane.requests or self.process.poll() is not None, seconds)
+        except AssertionError:
+            pass
 
     def finish(self, seconds):
         """Wait for its end; False, and killed, if it goes on."""

@@ -62,7 +62,8 @@ def first_act(plexctl):
 
 def is_pythons_own(run, first_line):
     """Whether a traceback is from before the script could do anything about it."""
-    frames = [(int(line), where) for path, line, where in FRAME.findall(run.process.err) if path == run.plexctl]
+    frames = [(int(line), where) for path, line, where in FRAME.findall(run.process.err)
+              if path == run.plexctl]
     early = all(where == "<module>" and line <= min(first_line, 60) for line, where in frames)
     return early and not run.plane.requests
 
@@ -73,13 +74,21 @@ def run_case(plexctl, times, first_line, seed, case):
     rng = random.Random("%d:%s:%s:%d:%d" % (seed, mode, name, count, index))
     number = getattr(signal, name)
     start, end = times["start"], times[mode]
-    instant = rng.uniform(0, start) if rng.random() < 0.25 else rng.uniform(start * 0.8, end + 0.1)
+    since, instant = rng.choice((("exec", rng.uniform(0, start)),
+                                 ("exec", rng.uniform(start * 0.8, end + 0.1)),
+                                 ("first request", rng.uniform(0, end - start * 0.8)),
+                                 ("first request", rng.uniform(0, 0.03))))
     pause = rng.choice((0.0, rng.uniform(0, 0.02), rng.uniform(0, 0.3)))
     with modes.Invocation(mode, plexctl) as run:
         run.start()
         user = threading.Thread(target=run.use, daemon=True)
         user.start()
-        for wait in [run.began + instant - time.monotonic()] + [pause] * (count - 1):
+        if since == "first request":
+            run.await_request(end + 1)
+            wait = instant
+        else:
+            wait = run.began + instant - time.monotonic()
+        for wait in [wait] + [pause] * (count - 1):
             time.sleep(max(0.0, wait))
             if run.process.poll() is None:
                 run.process.send_signal(number)
@@ -87,7 +96,8 @@ def run_case(plexctl, times, first_line, seed, case):
         user.join(modes.CLIENT_SECONDS + 1)
         run.check(not user.is_alive() and run.client_end != "hung", "its client hangs")
         kind = judge(run, number, first_line)
-        story = "%s x %d after %.3f s, %.3f s apart\n%s" % (name, count, instant, pause, run.story())
+        story = "%s x %d, %.3f s after %s, %.3f s apart\n%s" % (
+            name, count, instant, since, pause, run.story())
         return "; ".join(run.wrong) or None, kind, story
 
 
