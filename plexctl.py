@@ -1612,6 +1612,8 @@ class Relay:
 
     def _lose_sink(self, flow: Flow, error: OSError) -> None:
         """The sink's peer is gone. What it sent before is still read and delivered by the other flow."""
+        if flow is self.up and self.error is None:
+            self._tell_remote_end()
         flow.has_ended = flow.is_over = True
         flow.pending = flow.buffer[:0]
         self.error = self.error or error
@@ -1837,7 +1839,8 @@ class Connection:
     def has_left(self) -> bool:
         """Whether a client that waits has reset its connection, or closed it without a byte."""
         try:
-            return not self.sock.recv(1, socket.MSG_PEEK) and self.is_gone()
+            return (not is_connected(self.sock)  # behind a reset what came before can still be read
+                    or not self.sock.recv(1, socket.MSG_PEEK) and self.is_gone())
         except BlockingIOError:
             return False
         except OSError:
@@ -1990,7 +1993,7 @@ class Worker:
             connection.sock, remote, self._buffers, self._poller, sessions.stop_fd, self.is_over,
             connection.is_gone, self.ask_in_thread, sessions.lingering.add)
         relay.carry()
-        if relay.remote_ended_first and connection.wants_reason:
+        if relay.remote_ended_first and (connection.wants_reason or not relay.down.moved):
             self.ask()
         sessions.end(self, self._judge(relay, elapsed_seconds() - dialled_on))
 
@@ -3013,13 +3016,15 @@ class Foreground:
         self.ignored: "Tuple[int, ...]" = ()
         self.passed_on: "Tuple[int, ...]" = ()  # they do not count: COMMAND's to act on
         self._raised = 0
+        self._asked = 0  # signals that asked for the end
         self._is_finishing = False
 
     def handle(self, signum: int, frame: object) -> None:
         """The handler: a third signal that asks for the end ends the process at once."""
         if signum not in self.ignored:
             self.signals.append(signum)
-            if sum(each not in self.passed_on for each in self.signals) > 2:
+            self._asked += signum not in self.passed_on
+            if self._asked > 2:
                 end_by_signal(signum)
 
     def wait(self, seconds: float) -> None:

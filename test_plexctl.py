@@ -6800,6 +6800,32 @@ def test_a_client_with_a_name_of_its_own_is_served_on_a_unix_socket(simulation, 
     assert process.err.count("from a local process to ") == 2 and "warning" not in process.err
 
 
+def test_a_waiting_client_that_has_sent_something_and_resets_is_never_dialled():
+    with relayed_to(limit=1) as running, dial(running.address) as first:
+        chat(first, 1)
+        with dial(running.address) as waiting:
+            waiting.sendall(b"DELETE /thing")
+            eventually(lambda: running.count().waiting == 1)
+            reset_close(waiting)
+        eventually(lambda: running.count().waiting == 0)
+        chat(first, 1)
+        first.close()
+        eventually(lambda: running.count().open == 0)
+        assert sum(running.node.connections.values()) == 1
+
+
+def test_a_revocation_amid_an_upload_is_told_of():
+    def read_slowly(connection, target):
+        while not target.closing.wait(0.05) and connection.recv(1 << 16):
+            pass
+    with relayed_to(read_slowly) as running, dial(running.address) as client:
+        threading.Thread(target=send_quietly, args=(client, bytes(64 << 20)), daemon=True).start()
+        eventually(lambda: running.relays() and running.relays()[0].up.pending)
+        running.plane.revoke(running.plane.sessions[0].id)
+        eventually(lambda: running.sessions.over is not None)
+        assert "was revoked" in str(running.sessions.over)
+
+
 # ---- tests: what the tests with processes share --------------------------------------------------
 
 SIGNALS = [pytest.param(number, id=number.name) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
@@ -7728,6 +7754,19 @@ def test_hangups_reach_command_as_often_as_they_come_and_a_second_sigterm_ends_i
         result = process.finish()
     assert [int(line) for line in result.stdout.split()][1:] == signals + [signal.SIGTERM]
     assert not any(word in result.stderr for word in BAD_WORDS + ("plexctl: error",)), result.stderr
+    revoked_once(simulation.plane)
+
+
+def test_signals_that_were_handed_on_do_not_count_once_command_has_ended(simulation):
+    simulation.plane.script("revoke", hold(1.0))
+    with start(simulation, "--", "sh", "-c", "trap '' HUP; echo up; sleep 1") as process:
+        process.wait_for_output("up")
+        for _ in range(2):
+            process.send_signal(signal.SIGHUP)
+            time.sleep(0.1)  # two that come at once are one
+        simulation.plane.wait_for(lambda: simulation.plane.revocations())
+        process.send_signal(signal.SIGTERM)
+        assert process.finish().returncode == 0
     revoked_once(simulation.plane)
 
 
