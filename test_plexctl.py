@@ -6088,8 +6088,8 @@ def test_four_connections_have_four_sessions_which_the_next_four_use_again(simul
 
 def test_connections_are_served_in_the_order_they_came_in_and_counted(simulation):
     with using_sessions(simulation.plane, limit=1) as running, dialled(running, 4, served=1) as clients:
-        counts = eventually(lambda: running.count().waiting == 3 and running.count())
-        assert counts == plexctl.Counts(1, 3, 0, 1, 64, 64)
+        eventually(lambda: running.count() == plexctl.Counts(1, 3, 0, 1, 64, 64),
+                   state=lambda: vars(running.count()))
         eventually(lambda: running.lines)
         for number, (client, following) in enumerate(zip(clients, clients[1:]), 1):
             client.close()
