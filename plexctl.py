@@ -26,9 +26,11 @@ The credential: the bearer token is read in the section credentials, and sent in
 plane; the session token comes in there, and what is done with it ends with the section audit, but for
 the line of --reveal-secrets in Run.establish. What follows the section audit moves bytes.
 """
+import gc  # like sys it is built in, and so not looked for in sys.path
 import sys
 
 if __name__ == "__main__":
+    gc.disable()  # while modules load it takes 2 ms and finds nothing; the modes that stay enable it
     if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
         del sys.path[0]  # the directory of the script: another user's argparse.py may lie in /tmp
     # until the handlers stand Ctrl-C ends the process: a KeyboardInterrupt amid an import can be lost
@@ -38,18 +40,15 @@ if __name__ == "__main__":
         _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
 import errno
-import gc
 import os
 import time
-
-if __name__ == "__main__":
-    gc.disable()  # while modules load it takes 2 ms and finds nothing; the modes that stay enable it
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # importing typing would take as long as compiling half of this file
     import argparse
     import collections
     import datetime
+    import difflib
     import email.utils
     import hashlib
     import http.client
@@ -77,10 +76,7 @@ if TYPE_CHECKING:  # importing typing would take as long as compiling half of th
 
 
 class LazyModule:
-    """A module that is loaded at its first use, and takes this one's place then.
-
-    --help must not wait for ssl and urllib, which take longer than all else.
-    """
+    """A module that is loaded at its first use; --help must not wait for ssl and urllib."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -98,9 +94,9 @@ class LazyModule:
 
 
 LAZY_MODULES = (
-    "argparse", "collections", "datetime", "email.utils", "hashlib", "http.client", "json", "logging",
-    "mmap", "pwd", "re", "resource", "select", "shutil", "signal", "socket", "socketserver", "ssl", "stat",
-    "struct", "subprocess", "threading", "urllib.request")
+    "argparse", "collections", "datetime", "difflib", "email.utils", "hashlib", "http.client", "json",
+    "logging", "mmap", "pwd", "re", "resource", "select", "shutil", "signal", "socket", "socketserver", "ssl",
+    "stat", "struct", "subprocess", "threading", "urllib.request")
 globals().update((name.partition(".")[0], LazyModule(name)) for name in LAZY_MODULES)
 
 __version__ = "0.1.0"
@@ -125,7 +121,6 @@ ISSUE_ATTEMPTS = 3
 RETRY_AFTER_MAX_SECONDS = 5
 POLL_MIN_SECONDS = 0.5
 POLL_MAX_SECONDS = 3.0
-RECHECK_SECONDS = 60  # the reconcile period of a Node
 WARN_LEFT_SECONDS = (300, 60)
 BODY_MAX_BYTES = 1024 * 1024
 SECRET_FILE_MAX_BYTES = 64 * 1024
@@ -175,10 +170,7 @@ class TransportError(PlexctlError):
 
 
 class ApiError(PlexctlError):
-    """The control plane answered with an error. `status` is HTTP's, `code` the problem's.
-
-    `retry_after_seconds` is None where the server did not say.
-    """
+    """The control plane answered with an error: HTTP's status, the problem's code, Retry-After if any."""
 
     status = 0
     code = ""
@@ -244,16 +236,15 @@ def send_datagram(path: str, data: bytes, seconds: float) -> None:
 
 def wait_for(fd: int, mask: int, seconds: "Optional[float]" = None, stop_fd: int = -1) -> bool:
     """Waits until a descriptor is ready, for ever, or for so long, or until `stop_fd` is readable."""
+    seconds = None if seconds is None else max(0.0, seconds)
     if ON_LINUX:  # where poll() takes terminals as well, and any number
         poller = select.poll()
         poller.register(fd, mask)
         if stop_fd >= 0:
             poller.register(stop_fd, READABLE)
-        ready = poller.poll(None if seconds is None else max(0.0, seconds) * 1000)
-        return any(each == fd for each, _ in ready)
-    readable, writable, _ = select.select(
-        ([fd] if mask == READABLE else []) + ([stop_fd] if stop_fd >= 0 else []),
-        [fd] if mask == WRITABLE else [], [], None if seconds is None else max(0.0, seconds))
+        return any(each == fd for each, _ in poller.poll(None if seconds is None else seconds * 1000))
+    readers = [each for each in (stop_fd, fd if mask == READABLE else -1) if each >= 0]
+    readable, writable, _ = select.select(readers, [fd] if mask == WRITABLE else [], [], seconds)
     return fd in readable or fd in writable
 
 
@@ -276,23 +267,23 @@ def load_modules() -> None:
 
 DIGITS = frozenset("0123456789")
 PORT_MAX = 65535
-JSON_INT_MAX_DIGITS = 4300  # newer Pythons refuse more; 3.6 takes a quarter of a minute for 1 MiB
 HOST_MAX_CHARACTERS = 253  # RFC 1035, section 2.3.4, as text
 SOCKET_PATH_MAX_BYTES = 100  # sun_path has 104 on macOS, 108 on Linux
-UUID_PATTERN = r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
-NAME_PATTERN = r"(?a)(?:LABEL\.)*(?!0[xX]|[0-9]+\.?\Z)LABEL\.?".replace("LABEL", r"\w(?:[\w-]{0,61}\w)?")
-URL_PATTERN = r"(?=[!-~]*\Z)" \
-    r"(?i:(https?))://(\[[0-9a-fA-F:.]+\]|[^\[\]/:?#@\\]+)(?::([0-9]{1,5}))?(/[^?#\\]*)?"
+NAME_PATTERN = r"(?a)(?=.{1,253}\Z)(?:LABEL\.)*(?!0[xX]|[0-9]+\.?\Z)LABEL\.?".replace(
+    "LABEL", r"\w(?:[\w-]{0,61}\w)?")  # the last label cannot be taken for a number: RFC 1123, section 2.1
+URL_PATTERN = r"(?=[!-~]*\Z)(?i:(https?))://([^/?#@\\]+?)(:[0-9]{1,5})?(/[^?#\\]*)?"
 TIME_PATTERN = r"([0-9]{4})-([0-9]{2})-([0-9]{2})[Tt]([0-9]{2}):([0-9]{2}):([0-5][0-9]|60)" \
     r"(\.[0-9]{1,9})?(?:[Zz]|([+-])([01][0-9]|2[0-3]):([0-5][0-9]))"
 LOOPBACK_NAMES = frozenset("localhost localhost4 localhost6 ip6-localhost ip6-loopback".split())
-MAPPED_PREFIX = b"\0" * 10 + b"\xff\xff"  # RFC 4291, section 2.5.5.2
-TEREDO_PREFIX = b"\x20\x01\0\0"  # RFC 4380, section 4; the IPv4 address in it is inverted
-EMBEDDED_IPV4 = (  # the beginning of an IPv6 address, and where an IPv4 address stands in it then
-    (b"\0" * 12, 12),  # compatible: RFC 4291, section 2.5.5.1
-    (b"\0" * 8 + b"\xff\xff\0\0", 12),  # translated: RFC 2765, section 2.1
-    (b"\0\x64\xff\x9b" + b"\0" * 8, 12),  # NAT64: RFC 6052, section 2.1
-    (b"\x20\x02", 2))  # 6to4: RFC 3056, section 2
+LOOPBACK_NETWORKS = ("127.0.0.0/8", "::1/128")
+OTHERS_NETWORKS = ("0.0.0.0/32", "::/128", "224.0.0.0/3", "ff00::/8")  # unspecified; multicast, reserved
+LINK_LOCAL_NETWORKS = ("169.254.0.0/16", "fe80::/10", "2001::/32")  # and Teredo, which hides an IPv4 address
+IPV4_INSIDE = (  # networks of IPv6 addresses in which an IPv4 address stands, from this byte on
+    ("::/96", 12),  # compatible: RFC 4291, section 2.5.5.1
+    ("::ffff:0:0:0/96", 12),  # translated: RFC 2765, section 2.1
+    ("64:ff9b::/96", 12),  # NAT64: RFC 6052, section 2.1
+    ("2002::/16", 2))  # 6to4: RFC 3056, section 2
+IPV4_MAPPED = b"\0" * 10 + b"\xff\xff"  # what such an address begins with: RFC 4291, section 2.5.5.2
 
 
 def escape(text: str, limit: int = SHOWN_MAX_CHARACTERS) -> str:
@@ -301,11 +292,23 @@ def escape(text: str, limit: int = SHOWN_MAX_CHARACTERS) -> str:
     return "".join(c if " " <= c <= "~" else ascii(c)[1:-1] for c in shown)
 
 
-def parse_uuid(text: str) -> str:
-    """The canonical 8-4-4-4-12 form (RFC 9562, section 4), in lower case."""
-    if not re.fullmatch(UUID_PATTERN, text):
-        raise ValueError("must be a UUID of 8-4-4-4-12 hexadecimal digits")
-    return text.lower()
+def matching(pattern: str, what: str, convert: "Callable[[str], Any]" = str) -> "Callable[[str], Any]":
+    """A parser of what matches the whole pattern, converted; ValueError says that it must be `what`."""
+    def parse(text: str) -> "Any":
+        if not re.fullmatch(pattern, text):
+            raise ValueError("must be " + what)
+        return convert(text)
+    return parse
+
+
+def one_of(*words: str) -> "Callable[[str], Any]":
+    """A parser that takes just these words (of letters, digits and hyphens)."""
+    return matching("|".join(words), "one of " + ", ".join(words))
+
+
+parse_seconds = matching(r"[0-9]{1,9}(\.[0-9]{1,9})?", "a number of seconds, 0 or more", float)
+parse_uuid = matching(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}",  # RFC 9562, section 4
+                      "a UUID of 8-4-4-4-12 hexadecimal digits", str.lower)
 
 
 def parse_int(text: str, low: int, high: int) -> int:
@@ -320,40 +323,17 @@ def parse_port(text: str) -> int:
     return parse_int(text, 1, PORT_MAX)
 
 
-def parse_seconds(text: str) -> float:
-    """A number of seconds, 0 or more: digits with perhaps a decimal point."""
-    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
-        raise ValueError("must be a number of seconds, 0 or more")
-    return float(text)
-
-
-def one_of(*words: str) -> "Callable[[str], str]":
-    """A parser that takes just these words."""
-    def parse(text: str) -> str:
-        if text not in words:
-            raise ValueError("must be one of " + ", ".join(words))
-        return text
-    return parse
-
-
 def parse_target_host(text: str) -> str:
     """A target host as the Node will see it: printable, no white space."""
-    if not text.strip():
-        raise ValueError("must not be empty")
-    if len(text) > HOST_MAX_CHARACTERS or not text.isprintable() or " " in text:
+    if not 1 <= len(text) <= HOST_MAX_CHARACTERS or not text.isprintable() or " " in text:
         raise ValueError("must be a host name or address without white space")
     if text.count(":") == 1:
         raise ValueError("must be a host alone; its port goes in --port")
     return text
 
 
-def is_name(host: str) -> bool:
-    """A DNS name whose last label cannot be taken for a number (RFC 1123, section 2.1)."""
-    return len(host) <= HOST_MAX_CHARACTERS and bool(re.fullmatch(NAME_PATTERN, host))
-
-
 def pack_address(host: str) -> bytes:
-    """The 4 or 16 bytes of an IP address literal; b"" for anything else.
+    """The 4 or 16 bytes of an IP address literal (4 of an IPv4-mapped one, too); b"" for anything else.
 
     connect() takes 127.1, 0 and 010.0.0.1 for addresses; inet_pton does not.
     """
@@ -361,14 +341,24 @@ def pack_address(host: str) -> bytes:
         packed = socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
     except (OSError, ValueError):
         return b""
-    return packed[12:] if packed.startswith(MAPPED_PREFIX) else packed
+    return packed[12:] if packed.startswith(IPV4_MAPPED) else packed
+
+
+def is_within(packed: bytes, *networks: str) -> bool:
+    """Whether a packed address lies in one of these networks, written as in RFC 4632, section 3.1."""
+    for network in networks:
+        prefix, _, bits = network.partition("/")
+        first = pack_address(prefix)
+        rest = 8 * len(first) - int(bits)
+        if len(first) == len(packed) and (
+                int.from_bytes(first, "big") >> rest == int.from_bytes(packed, "big") >> rest):
+            return True
+    return False
 
 
 def is_loopback(host: str) -> bool:
     """Whether `host` (a literal or a name) can only be this machine."""
-    packed = pack_address(host)
-    return (host.lower().rstrip(".") == "localhost" or packed[:1] == b"\x7f" and len(packed) == 4
-            or packed == b"\0" * 15 + b"\1")
+    return host.lower().rstrip(".") == "localhost" or is_within(pack_address(host), *LOOPBACK_NETWORKS)
 
 
 def is_own_name(host: str) -> bool:
@@ -391,19 +381,10 @@ def is_dialable(host: str, from_loopback: bool = False) -> bool:
     packed = pack_address(host.partition("%")[0])  # getaddrinfo gives fe80::1%eth0
     if not packed:
         return from_loopback or not is_own_name(host)
-    found = [packed]
-    if len(packed) == 16:
-        found += [packed[at:at + 4] for prefix, at in EMBEDDED_IPV4 if packed.startswith(prefix)]
-    for each in found:
-        is_ipv4 = len(each) == 4
-        if each.startswith(b"\xa9\xfe" if is_ipv4 else TEREDO_PREFIX) \
-                or not is_ipv4 and b"\xfe\x80" <= each[:2] <= b"\xfe\xbf":
-            return False
-        is_here = each[:1] == b"\x7f" if is_ipv4 else each == b"\0" * 15 + b"\1"
-        is_multicast = each[:1] >= (b"\xe0" if is_ipv4 else b"\xff")
-        if not from_loopback and (is_here or is_multicast or not any(each)):
-            return False
-    return True
+    refused = LINK_LOCAL_NETWORKS if from_loopback else (
+        LINK_LOCAL_NETWORKS + LOOPBACK_NETWORKS + OTHERS_NETWORKS)
+    embedded = [packed[at:at + 4] for network, at in IPV4_INSIDE if is_within(packed, network)]
+    return not any(is_within(each, *refused) for each in [packed] + embedded)
 
 
 def join_host_port(host: str, port: int) -> str:
@@ -440,7 +421,8 @@ def parse_endpoint(text: str, lowest_port: int = 1) -> Endpoint:
     left, _, port = text.rpartition(":")
     host = left[1:-1] if left.startswith("[") and left.endswith("]") else left
     has_brackets = host != left
-    if len(port) > 5 or has_brackets != (":" in host) or not (is_name(host) or pack_address(host)):
+    if len(port) > 5 or has_brackets != (":" in host) or not (
+            re.fullmatch(NAME_PATTERN, host) or pack_address(host)):
         raise ValueError("must be host:port, with brackets around an IPv6 address")
     return Endpoint(host, parse_int(port, lowest_port, PORT_MAX))
 
@@ -465,17 +447,17 @@ def parse_local_address(text: str) -> LocalAddress:
         return LocalAddress("", 0, path)
     try:
         endpoint = parse_endpoint(text, lowest_port=0)
+        host = "127.0.0.1" if endpoint.host.lower() == "localhost" else endpoint.host
+        if pack_address(host):
+            return LocalAddress(host, endpoint.port)
     except ValueError:
-        endpoint = Endpoint("", 0)
-    host = "127.0.0.1" if endpoint.host.lower() == "localhost" else endpoint.host
-    if not pack_address(host):
-        raise ValueError("must be ADDRESS:PORT, [ADDRESS]:PORT or unix:/path; a literal address, "
-                         "port 0 to %d" % PORT_MAX)
-    return LocalAddress(host, endpoint.port)
+        pass
+    raise ValueError("must be ADDRESS:PORT, [ADDRESS]:PORT or unix:/path; a literal address, "
+                     "port 0 to %d" % PORT_MAX)
 
 
 class Server(Record):
-    """A control plane's address. `prefix` has no slash at its end; `str()` gives the URL."""
+    """A control plane's URL; the host in lower case, no slash at the end of `prefix`."""
 
     scheme: str
     host: str
@@ -487,8 +469,7 @@ class Server(Record):
 
     def same_origin(self, other: "Server") -> bool:
         """Same scheme, host and port (RFC 6454, section 5)."""
-        return ((self.scheme, self.host.lower(), self.port)
-                == (other.scheme, other.host.lower(), other.port))
+        return (self.scheme, self.host, self.port) == (other.scheme, other.host, other.port)
 
 
 def parse_server(text: str, allow_http: bool) -> Server:
@@ -498,14 +479,14 @@ def parse_server(text: str, allow_http: bool) -> Server:
         raise ValueError("must be an absolute https:// URL without user info, query, fragment "
                          "or white space")
     scheme, host, port, prefix = found.groups("")
-    scheme = scheme.lower()
+    is_plain = scheme.lower() == "http"
     try:
-        endpoint = parse_endpoint("%s:%s" % (host, port or (443 if scheme == "https" else 80)))
+        endpoint = parse_endpoint(host.lower() + (port or (":80" if is_plain else ":443")))
     except ValueError:
         raise ValueError("has no valid host and port") from None
-    if scheme == "http" and not allow_http and not is_loopback(endpoint.host):
+    if is_plain and not allow_http and not is_loopback(endpoint.host):
         raise ValueError("must be https:// (plain http is for loopback; --allow-http permits it)")
-    return Server(scheme, endpoint.host, endpoint.port, prefix.rstrip("/"))
+    return Server(scheme.lower(), endpoint.host, endpoint.port, prefix.rstrip("/"))
 
 
 def parse_time(text: str) -> float:
@@ -513,9 +494,8 @@ def parse_time(text: str) -> float:
     found = re.fullmatch(TIME_PATTERN, text)
     if not found:
         raise ValueError("is not an RFC 3339 time")
-    parts = found.groups("0")
-    year, month, day, hour, minute, second = map(int, parts[:6])
-    fraction, sign, zone_hours, zone_minutes = parts[6:]
+    *numbers, fraction, sign, zone_hours, zone_minutes = found.groups("0")
+    year, month, day, hour, minute, second = map(int, numbers)
     moment = datetime.datetime(year, month, day, hour, minute, min(second, 59),
                                tzinfo=datetime.timezone.utc)
     offset = int(zone_hours) * 3600 + int(zone_minutes) * 60
@@ -523,20 +503,16 @@ def parse_time(text: str) -> float:
 
 
 def parse_json(raw: bytes) -> "Any":
-    """Strict JSON (RFC 8259): UTF-8, no NaN, no duplicate keys, no lone surrogates."""
+    """Strict JSON (RFC 8259): UTF-8, no NaN, no duplicate keys, no lone surrogates. Numbers are floats."""
     def unique(pairs: "List[Tuple[str, Any]]") -> "Dict[str, Any]":
         fields = dict(pairs)
         if len(fields) != len(pairs):
             raise ValueError("duplicate key")
         return fields
 
-    def bounded(digits: str) -> int:
-        if len(digits) > JSON_INT_MAX_DIGITS:
-            raise ValueError("too many digits")
-        return int(digits)
-
     try:
-        document = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_int=bounded)
+        # an int of 1 MiB takes 3.6 a quarter of a minute; a float is infinite then, and so refused
+        document = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_int=float)
         json.dumps(document, ensure_ascii=False, allow_nan=False).encode("utf-8")
         return document
     except (ValueError, RecursionError, MemoryError):
@@ -560,17 +536,15 @@ def show_seconds(seconds: float) -> str:
 
 def show_error(error: BaseException) -> str:
     """Why something failed, without what it was given: a message may hold a header or a body."""
-    kind = type(error).__name__
     reason = getattr(error, "reason", None)  # URLError's and SSLError's
     if isinstance(reason, BaseException):
         return show_error(reason)
-    verify_message = getattr(error, "verify_message", None)
-    if verify_message:
-        return "certificate not trusted: " + escape(verify_message)
-    if reason == "CERTIFICATE_VERIFY_FAILED":  # 3.6 has no verify_message
-        return "certificate not trusted"
-    if kind == "CertificateError":  # 3.6; a ValueError there
-        return "certificate not trusted: it is for another host name"
+    kind = type(error).__name__
+    verify_message = getattr(error, "verify_message", "")  # 3.6 has none
+    if kind == "CertificateError" and not verify_message:  # 3.6; a ValueError there
+        verify_message = "it is for another host name"
+    if verify_message or reason == "CERTIFICATE_VERIFY_FAILED":
+        return "certificate not trusted" + (": " + escape(verify_message) if verify_message else "")
     if kind == "SSLError" and reason:
         return "TLS failed: " + escape(reason.replace("_", " ").lower())
     _, by_proxy, answer = str(error).partition("Tunnel connection failed: ")  # http.client's words
@@ -586,16 +560,10 @@ def show_error(error: BaseException) -> str:
 CONFIG_SHAPE = ('{"default": "prod", "profiles": {"prod": '
                 '{"server": "https://plexsphere.example.com", "token": "psk_..."}}}')
 OPEN_AT_ONCE = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)  # Windows has neither
-OTHERS_BITS = 0o077
-OTHERS_WRITE_BITS = 0o022
-READ_RETRY_SECONDS = 0.05
 
 
 class Secret:
-    """A string that does not show itself: `repr` and `str` are masked, `reveal()` is the way in.
-
-    `source` says where it came from, for messages.
-    """
+    """A string that does not show itself; `source`, for messages, says where it came from."""
 
     __slots__ = ("_value", "source")
 
@@ -623,14 +591,16 @@ def parse_token(raw: bytes, source: str) -> Secret:
     return Secret(kept.decode("ascii"), source)
 
 
-def find_file_fault(status: os.stat_result, bits: int) -> str:
-    """What speaks against a file that only we, or root, should have these permission bits for."""
+def find_file_fault(status: os.stat_result, forbidden_bits: int, may_be_pipe: bool = False) -> str:
+    """What speaks against a file that only we, or root, should be able to use; "" for nothing."""
+    if not (stat.S_ISREG(status.st_mode) or may_be_pipe and stat.S_ISFIFO(status.st_mode)):
+        return "must be a regular file" + (" or a pipe" if may_be_pipe else "")
     if os.name != "posix":
         return ""
     if status.st_uid not in (os.geteuid(), 0):
         return "is owned by uid %d, must be yours or root's" % status.st_uid
     mode = stat.S_IMODE(status.st_mode)
-    return "has mode %04o, others may use it; chmod 600" % mode if mode & bits else ""
+    return "has mode %04o, others may use it; chmod 600" % mode if mode & forbidden_bits else ""
 
 
 def is_standard_input(path: str) -> bool:
@@ -648,7 +618,7 @@ def read_limited(descriptor: int, source: str) -> bytes:
         try:
             piece = os.read(descriptor, SECRET_FILE_MAX_BYTES + 1 - len(raw))
         except BlockingIOError:  # a pipe whose writer takes its time
-            time.sleep(READ_RETRY_SECONDS)
+            wait_for(descriptor, READABLE)
             continue
         except OSError as error:
             raise CredentialsError("%s: cannot be read: %s" % (source, show_error(error))) from error
@@ -659,13 +629,15 @@ def read_limited(descriptor: int, source: str) -> bytes:
 
 
 def read_secret_file(path: str, source: str) -> bytes:
-    """Reads a file that nobody else can read or replace; "-" is standard input.
+    """Reads a file that nobody else can read or replace; "-" is standard input, as it is.
 
     It is opened first and then judged by its descriptor, so that nothing can be swapped in
     between; non-blocking, since a FIFO without a writer would block `open` for ever. The file that
     is descriptor 0, by whatever name, is read there: opened once more it would start anew, and
     all of it would be left for --stdio or COMMAND to give away.
     """
+    if path == "-":
+        return read_limited(0, source)
     at_stdin = is_standard_input(path)
     try:
         descriptor = os.dup(0) if at_stdin else os.open(path, os.O_RDONLY | OPEN_AT_ONCE)
@@ -674,13 +646,10 @@ def read_secret_file(path: str, source: str) -> bytes:
     try:
         status = os.fstat(descriptor)
         is_file = stat.S_ISREG(status.st_mode)
-        if not (is_file or at_stdin or stat.S_ISFIFO(status.st_mode)):
-            raise CredentialsError("%s: must be a regular file or a pipe" % source)
-        if path != "-" and (is_file or not at_stdin):
-            fault = find_file_fault(status, OTHERS_BITS)
-            if fault:
-                raise CredentialsError("%s: %s" % (source, fault))
-        if path != "-" and is_file:
+        fault = find_file_fault(status, 0o077, may_be_pipe=True) if is_file or not at_stdin else ""
+        if fault:
+            raise CredentialsError("%s: %s" % (source, fault))
+        if is_file:
             os.lseek(descriptor, 0, os.SEEK_SET)
         return read_limited(descriptor, source)
     finally:
@@ -694,13 +663,12 @@ class Profile(Record):
     token: "Optional[Secret]" = None
 
 
-def base_directory(variable: str, below_home: str, environ: "Environ") -> str:
-    """An XDG base directory, "" where there is none (freedesktop.org, XDG Base Directory)."""
-    given = environ.get(variable, "")
-    if os.path.isabs(given):
-        return given
-    home = environ.get("HOME") or os.path.expanduser("~")
-    return os.path.join(home, below_home) if os.path.isabs(home) else ""
+def find_own_file(variable: str, below_home: str, name: str, environ: "Environ") -> str:
+    """plexctl's file in an XDG base directory (freedesktop.org); "" where there is no home for it."""
+    base = environ.get(variable, "")
+    if not os.path.isabs(base):
+        base = os.path.join(environ.get("HOME") or os.path.expanduser("~"), below_home)
+    return os.path.join(base, "plexctl", name) if os.path.isabs(base) else ""
 
 
 def is_object(value: "Any", **types: type) -> bool:
@@ -710,11 +678,10 @@ def is_object(value: "Any", **types: type) -> bool:
 
 def read_profile(name: str, environ: "Environ") -> Profile:
     """The profile called `name`, or for "" the config file's default one; an empty one if there is none."""
-    base = base_directory("XDG_CONFIG_HOME", ".config", environ)
-    path = os.path.join(base, "plexctl", "config.json")
+    path = find_own_file("XDG_CONFIG_HOME", ".config", "config.json", environ)
     source = "config file " + escape(path)
     try:
-        os.lstat(path if base else "")
+        os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         if name:
             raise CredentialsError("--profile: no such profile, there is no %s" % source) from None
@@ -731,15 +698,15 @@ def read_profile(name: str, environ: "Environ") -> Profile:
     wanted = name or document.get("default")
     if not wanted:
         return Profile()
-    entry = profiles.get(wanted)
-    if entry is None:
+    if wanted not in profiles:
         raise CredentialsError("%s: has no such profile as %s names, but %s" % (
             source, "--profile" if name else '"default"',
             escape(", ".join(sorted(profiles))) or "none at all"))
-    token = entry.get("token")
-    if token is not None:
-        token = parse_token(token.encode("utf-8"), "token of a profile in " + source)
-    return Profile(entry.get("server", ""), token)
+    profile = Profile(profiles[wanted].get("server", ""))
+    if "token" in profiles[wanted]:
+        raw = profiles[wanted]["token"].encode("utf-8")
+        profile.token = parse_token(raw, "token of a profile in " + source)
+    return profile
 
 
 def check_server(text: str, source: str, allow_http: bool) -> Server:
@@ -753,7 +720,7 @@ def check_server(text: str, source: str, allow_http: bool) -> Server:
 def resolve_credentials(server_flag: "Optional[str]", profile_flag: "Optional[str]",
                         token_file: "Optional[str]", allow_http: bool,
                         environ: "Environ") -> "Tuple[Server, Secret]":
-    """Server and bearer token, the first of each that is given in the order of the tables below.
+    """Server and bearer token: of each the first that is given, in the order in which they stand here.
 
     A token that stands in a profile goes to that profile's own server and to no other.
     """
@@ -770,37 +737,29 @@ def resolve_credentials(server_flag: "Optional[str]", profile_flag: "Optional[st
         raise UsageError("no server: give --server, a profile, or PLEXSPHERE_URL")
     server = check_server(text, source, allow_http)
 
-    def from_file(path: str) -> Secret:
+    if token_file:
         # a name under which there is nothing may be the token itself, given by mistake
-        name = "--token-file " + escape(path) if os.path.lexists(path) else "--token-file"
-        return parse_token(read_secret_file(path, name), name)
-
-    def from_variable(value: str) -> Secret:
-        return parse_token(value.encode("utf-8", "surrogateescape"), "PLEXSPHERE_TOKEN")
-
-    def from_profile(profile: Profile) -> "Optional[Secret]":
-        if profile.token and not (profile.server and check_server(
-                profile.server, "server of the profile", allow_http).same_origin(server)):
-            raise CredentialsError("the token of a profile goes only to that profile's own server; "
-                                   "give --token-file for another one")
-        return profile.token
-
-    tokens: Tuple[Tuple[Any, Callable[[Any], Optional[Secret]]], ...] = (
-        (token_file, from_file), (named, from_profile), (variable, from_variable), (default, from_profile))
-    for given, take in tokens:
-        token = take(given) if given else None
-        if token is not None:
-            return server, token
-    raise CredentialsError("no credentials: give --token-file, a profile, or PLEXSPHERE_TOKEN")
+        source = "--token-file " + escape(token_file) if os.path.lexists(token_file) else "--token-file"
+        return server, parse_token(read_secret_file(token_file, source), source)
+    if variable and not named.token:
+        return server, parse_token(variable.encode("utf-8", "surrogateescape"), "PLEXSPHERE_TOKEN")
+    profile = named if named.token else default
+    if not profile.token:
+        raise CredentialsError("no credentials: give --token-file, a profile, or PLEXSPHERE_TOKEN")
+    if not profile.server or not check_server(
+            profile.server, "server of the profile", allow_http).same_origin(server):
+        raise CredentialsError("the token of a profile goes only to that profile's own server; "
+                               "give --token-file for another one")
+    return server, profile.token
 
 
 # --------------------------------------------------------------------------------- control plane
 
-ISSUE = "IssueSession"
+ISSUE, GET, REVOKE = "IssueSession", "GetSession", "RevokeSession"
 SUCCESS = range(200, 300)
+EXPECTED = {ISSUE: {201}, GET: {200}, REVOKE: {*SUCCESS, 404, 409, 410}}  # a session that is gone is revoked
 JITTER_SECONDS = 0.2
 CANCEL_POLL_SECONDS = 0.1
-SESSION_TOKEN_PATTERN = r"[!-~]{1,65536}"
 FINDABLE_CHARACTERS = 8  # of a secret; a shorter one is in any text
 
 
@@ -836,47 +795,46 @@ class SessionRequest(Record):
     ttl_seconds: int = 0  # 0: the server's default
 
 
-class Answer(Record):
-    """One HTTP answer."""
-
-    status: int
-    headers: "Any"  # email.message.Message
-    body: bytes
-
-
 class Exchange:
-    """One request and its answer, in a thread that can be given up on.
+    """One request, in a thread that can be given up on, and its answer: `status`, `headers`, `body`.
 
-    A time-out of urllib's is for each recv, and looking a name up has none at all. `operation` and
-    `peer` are for messages; `sent`: the server may have the request.
+    A time-out of urllib's is for each recv, and looking a name up has none at all. `peer` is for
+    messages; `sent`: the server may have the request.
     """
 
+    status = 0
+    headers: "Any" = None  # email.message.Message
+    body = b""
+    sent = False
+    _is_given_up = False
+    _socket: "Any" = None
+    _error: "Optional[PlexctlError]" = None
+
     def __init__(self, operation: str, peer: str) -> None:
-        self.sent = False
-        self._operation = operation
+        self.operation = operation
         self._peer = peer
-        self._abandoned = False
-        self._socket: Any = None
-        self._outcome: Any = None  # an Answer or a PlexctlError
         self._done = threading.Event()
 
     def run(self, opener: "Any", request: "Any", seconds: float,
-            cancel: "Optional[threading.Event]") -> Answer:
-        """The answer, within `seconds`; TransportError if there is none, Cancelled once `cancel` is set."""
+            cancel: "Optional[threading.Event]") -> None:
+        """Gets the answer within `seconds`, or TransportError; Cancelled once `cancel` is set."""
         request.exchange = self
         if not start_thread(self._carry_out, opener, request):
             self._carry_out(opener, request)  # no more threads; the limits are those of each recv, then
         deadline = elapsed_seconds() + seconds
         while not self._done.wait(max(0.0, min(CANCEL_POLL_SECONDS, deadline - elapsed_seconds()))):
-            if cancel is not None and cancel.is_set():
-                self._abandon()
-                raise Cancelled("%s: given up, the run is ending" % self._operation)
-            if elapsed_seconds() >= deadline:
-                self._abandon()
+            is_cancelled = cancel is not None and cancel.is_set()
+            if is_cancelled or elapsed_seconds() >= deadline:
+                self._is_given_up = True
+                try:
+                    self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
+                except (OSError, AttributeError):  # not open any more, or not yet
+                    pass
+                if is_cancelled:
+                    raise Cancelled("%s: given up, the run is ending" % self.operation)
                 raise self._fail("timed out after %.3g s" % seconds, True)
-        if isinstance(self._outcome, PlexctlError):
-            raise self._outcome
-        return self._outcome  # type: ignore[no-any-return]
+        if self._error is not None:
+            raise self._error
 
     def open_socket(self, address: "Tuple[str, int]", *arguments: "Any") -> "socket.socket":
         """A connected socket for http.client, in the exchange's thread."""
@@ -884,7 +842,7 @@ class Exchange:
         sock = socket.create_connection((host, address[1]), *arguments)
         # a duplicate is kept: ssl detaches the original, http.client forgets it after the head
         self._socket = sock.dup()
-        if self._abandoned:  # the caller was told that nothing was sent
+        if self._is_given_up:  # the caller was told that nothing was sent
             sock.close()
             raise TimeoutError
         return sock
@@ -892,48 +850,40 @@ class Exchange:
     def _carry_out(self, opener: "Any", request: "Any") -> None:
         try:
             with opener.open(request, timeout=CONNECT_SECONDS) as response:
-                self._outcome = self._read(response)
+                self.status = response.status
+                self.headers = response.headers
+                self.body = read_body(response)
         except PlexctlError as error:
-            self._outcome = error
+            self._error = error
         except Exception as error:  # OSError, HTTPException, ValueError, RecursionError, MemoryError, ...
             # made here and raised elsewhere: the context of an exception would hold the request
             reason = show_error(error)
             if re.search("issuer|self.signed", reason):
                 reason += " (--ca-file names another CA)"
             # another attempt makes no certificate good
-            self._outcome = self._fail(reason, not reason.startswith(("certificate", "TLS failed")))
+            self._error = self._fail(reason, not reason.startswith(("certificate", "TLS failed")))
         finally:
             if self._socket is not None:
                 self._socket.close()
             self._done.set()
 
-    @staticmethod
-    def _read(response: "Any") -> Answer:
-        body = b""
-        try:
-            body = response.read(BODY_MAX_BYTES + 1)
-            if len(body) > BODY_MAX_BYTES:
-                raise OverflowError
-            if response.length:  # read(n) hides that fewer bytes came than were promised
-                raise http.client.IncompleteRead(b"")
-        except Exception:  # the status of an error counts also without its body
-            if response.status in SUCCESS:
-                raise
-            body = b""
-        return Answer(response.status, response.headers, body)
-
     def _fail(self, reason: str, passing: bool) -> TransportError:
         tried = "no complete answer from" if self.sent else "cannot connect to"
-        return TransportError("%s: %s %s: %s" % (self._operation, tried, self._peer, reason),
-                              passing=passing, may_exist=self.sent and self._operation == ISSUE)
+        return TransportError("%s: %s %s: %s" % (self.operation, tried, self._peer, reason),
+                              passing=passing, may_exist=self.sent and self.operation == ISSUE)
 
-    def _abandon(self) -> None:
-        """Wakes the thread by shutting its socket down."""
-        self._abandoned = True
-        try:
-            self._socket.shutdown(socket.SHUT_RDWR)
-        except (OSError, AttributeError):  # not open any more, or not yet
-            pass
+
+def read_body(response: "Any") -> bytes:
+    """All of it; nothing of an error's that is not complete, since its status counts by itself."""
+    try:
+        body: bytes = response.read(BODY_MAX_BYTES + 1)
+        if len(body) > BODY_MAX_BYTES or response.length:  # which read(n) does not look at
+            raise http.client.IncompleteRead(b"")
+        return body
+    except Exception:
+        if response.status in SUCCESS:
+            raise
+        return b""
 
 
 def load_hashlib() -> None:
@@ -1024,7 +974,7 @@ def create_opener(server: Server, ca_file: "Optional[str]", proxy: str) -> "Any"
 
 def conceal(text: str, secrets: "List[Secret]") -> str:
     """`text` without the secrets in it: a server may repeat what it was sent, in either case."""
-    for value in [secret.reveal() for secret in secrets]:
+    for value in (secret.reveal() for secret in secrets):
         if len(value) >= FINDABLE_CHARACTERS and value.lower() in text.lower():
             text = re.sub(re.escape(value), "(secret)", text, flags=re.IGNORECASE)
     return text
@@ -1038,21 +988,17 @@ class Fields:
         self._document = document if isinstance(document, dict) else {}
         self._secrets = secrets
 
-    def bad(self, name: str, why: str = "") -> TransportError:
-        """The error for this field."""
-        return TransportError("%s: the answer has no valid %s%s" % (self._operation, name, why))
-
     def take(self, name: str, parse: "Callable[[Any], Any]", kind: type = str) -> "Any":
         """A required field of this kind, as `parse` (which raises ValueError) makes it."""
         value = self._document.get(name)
-        if isinstance(value, str) and conceal(value, self._secrets) != value:
-            raise self.bad(name, ": it repeats a secret")
+        repeats = isinstance(value, str) and conceal(value, self._secrets) != value
         try:
-            if isinstance(value, kind):
+            if isinstance(value, kind) and not repeats:
                 return parse(value)
         except ValueError:
             pass
-        raise self.bad(name)
+        raise TransportError("%s: the answer has no valid %s%s" % (
+            self._operation, name, ": it repeats a secret" if repeats else ""))
 
     def take_optional(self, name: str, parse: "Callable[[str], Any]") -> "Any":
         """The same, or None where the field is missing or null."""
@@ -1083,8 +1029,8 @@ def parse_retry_after(text: "Optional[str]") -> "Optional[float]":
 
 def random_uuid() -> str:
     """A version 4 UUID (RFC 9562, section 5.4); importing uuid takes 20 ms on 3.6."""
-    a, b, c, d, e, f = struct.unpack(">IHHHHI", os.urandom(16))
-    return "%08x-%04x-%04x-%04x-%04x%08x" % (a, b, c & 0x0FFF | 0x4000, d & 0x3FFF | 0x8000, e, f)
+    digits = os.urandom(16).hex()
+    return "-".join((digits[:8], digits[8:12], "4" + digits[13:16], "8" + digits[17:20], digits[20:]))
 
 
 class ControlPlane:
@@ -1129,12 +1075,9 @@ class ControlPlane:
         asked_on = elapsed_seconds()
         answer, fields, session_id = self._ask_until_issued(path, body)
         on_issued(session_id)
-        token = Secret(fields.take("token", str))
-        if not re.fullmatch(SESSION_TOKEN_PATTERN, token.reveal()):
-            raise fields.bad("token")
+        token = fields.take("token", matching("[!-~]{1,65536}", "printable ASCII", Secret))
         self._secrets.append(token)
-        if conceal(session_id, [token]) != session_id:
-            raise fields.bad("session_id", ": it repeats a secret")
+        fields.take("session_id", parse_uuid)  # once more: the token must not be in it
         expires_at = fields.take("expires_at", str)
         expires = fields.take("expires_at", parse_time)
         session = self._parse_session(
@@ -1146,29 +1089,22 @@ class ControlPlane:
 
     def get(self, project_id: str, session_id: str, seconds: float = EXCHANGE_SECONDS) -> Session:
         """The session as the control plane sees it now."""
-        answer = self._exchange("GetSession", "GET", "/v1/projects/%s/sessions/%s" % (project_id, session_id),
-                                None, seconds, self.cancel)
-        if answer.status != 200:
-            raise self._parse_problem("GetSession", answer)
-        return self._parse_session(self._parse_body("GetSession", answer), session_id)
+        path = "/v1/projects/%s/sessions/%s" % (project_id, session_id)
+        return self._parse_session(self._parse_body(self._exchange(GET, path, None, seconds)), session_id)
 
     def revoke(self, project_id: str, session_id: str, seconds: float = EXCHANGE_SECONDS) -> None:
         """Revokes the session. One that is gone already (404, 409, 410) counts as revoked."""
         path = "/v1/projects/%s/sessions/%s/revoke" % (project_id, session_id)
-        answer = self._exchange("RevokeSession", "POST", path, {"revoke_reason": "operator_request"}, seconds)
-        if answer.status not in SUCCESS and answer.status not in (404, 409, 410):
-            raise self._parse_problem("RevokeSession", answer)
+        self._exchange(REVOKE, path, {"revoke_reason": "operator_request"}, seconds)
 
-    def _ask_until_issued(self, path: str, body: "Dict[str, Any]") -> "Tuple[Answer, Fields, str]":
+    def _ask_until_issued(self, path: str, body: "Dict[str, Any]") -> "Tuple[Exchange, Fields, str]":
         """The answer to IssueSession, after attempts and pauses, and the id of the session that there is."""
         may_exist = False
         for attempt in range(1, ISSUE_ATTEMPTS + 1):
             try:
-                answer = self._exchange(ISSUE, "POST", path, body)
-                if answer.status != 201:
-                    raise self._parse_problem(ISSUE, answer)
+                answer = self._exchange(ISSUE, path, body)
                 may_exist = True  # and nobody can revoke it if its id does not follow
-                fields = self._parse_body(ISSUE, answer)
+                fields = self._parse_body(answer)
                 return answer, fields, fields.take("session_id", parse_uuid)
             except (TransportError, ApiError) as failure:
                 error: PlexctlError = failure
@@ -1186,29 +1122,33 @@ class ControlPlane:
             "; a session may exist all the same, it will run out by itself" if may_exist else ""),)
         raise error
 
-    def _exchange(self, operation: str, method: str, path: str, body: "Optional[Dict[str, Any]]",
-                  seconds: float = EXCHANGE_SECONDS,
-                  cancel: "Optional[threading.Event]" = None) -> Answer:
-        request = urllib.request.Request(str(self.server) + path, method=method, headers={
+    def _exchange(self, operation: str, path: str, body: "Optional[Dict[str, Any]]",
+                  seconds: float = EXCHANGE_SECONDS) -> Exchange:
+        """An exchange with one of the answers that are expected; ApiError for any other."""
+        request = urllib.request.Request(str(self.server) + path, headers={
             "Accept": "application/json, application/problem+json"})
         request.add_unredirected_header("Authorization", "Bearer " + self._token.reveal())
-        if body is not None:
+        if body is not None:  # and then it is a POST
             request.data = json.dumps(body).encode("ascii")
             request.add_header("Content-Type", "application/json")
         began = elapsed_seconds()
-        answer = Exchange(operation, self._peer).run(self._opener, request, seconds, cancel)
-        self._report("%s %s: %d, %.3f s" % (method, path, answer.status, elapsed_seconds() - began))
+        answer = Exchange(operation, self._peer)
+        answer.run(self._opener, request, seconds, self.cancel if operation == GET else None)
+        self._report("%s %s: %d, %.3f s" % (
+            request.get_method(), path, answer.status, elapsed_seconds() - began))
+        if answer.status not in EXPECTED[operation]:
+            raise self._parse_problem(answer)
         return answer
 
-    def _parse_problem(self, operation: str, answer: Answer) -> ApiError:
-        """The error of an answer that is not a success (RFC 9457 problem details, where it has them)."""
+    def _parse_problem(self, answer: Exchange) -> ApiError:
+        """The error of an unexpected answer (RFC 9457 problem details, where it has them)."""
         try:
-            problem = Fields(operation, parse_json(answer.body), self._secrets)
-        except ValueError:
-            problem = Fields(operation, None, self._secrets)
+            problem = self._parse_body(answer)
+        except TransportError:
+            problem = Fields(answer.operation, None, self._secrets)
         status, code = answer.status, problem.shown("code")
         title = problem.shown("title") or http.client.responses.get(status, "")
-        words = operation, ("%d %s" % (status, title)).strip(), problem.shown("detail")
+        words = answer.operation, ("%d %s" % (status, title)).strip(), problem.shown("detail")
         text = ": ".join(filter(None, words)) + (" (%s)" % code if code else "")
         for name in ("reason", "relation_path", "correlation_id"):
             if problem.shown(name):
@@ -1218,35 +1158,34 @@ class ControlPlane:
         # 409: the first request with this idempotency key is still being answered
         passing = status in (502, 503, 504) or status == 409 and code == "idempotent_replay"
         # a gateway that lost the answer, that first request, a success of another kind; 503 did nothing
-        may_exist = operation == ISSUE and (passing and status != 503 or status in SUCCESS)
+        may_exist = answer.operation == ISSUE and (passing and status != 503 or status in SUCCESS)
         return ApiError(text + self._advise(answer, code), exit_code, passing=passing, may_exist=may_exist,
                         status=status, code=code,
                         retry_after_seconds=parse_retry_after(answer.headers.get("Retry-After")))
 
-    def _advise(self, answer: Answer, code: str) -> str:
+    def _advise(self, answer: Exchange, code: str) -> str:
         """What an operator can do about an error answer, to be put behind it."""
-        if answer.status == 401:
-            advice = "; the token is from " + self._token_source if self._token_source else ""
-            if code == "step_up_required":
-                challenge = " ".join(answer.headers.get_all("WWW-Authenticate", []))
-                wanted = re.search(r'acr_values\s*=\s*(?:"([^"]*)"|([^\s,]+))', challenge)
-                acr = conceal(wanted.group(1) or wanted.group(2) or "", self._secrets) if wanted else ""
-                advice += "; re-authenticate%s and try again" % (
-                    " with acr_values " + escape(acr) if acr else "")
-            return advice
         if answer.status == 429:
             return ("; a session counts until it runs out or is revoked, one of print mode as well; "
                     "--max-sessions says how many a proxy takes")
         if 300 <= answer.status < 400:
             location = escape(conceal(answer.headers.get("Location", ""), self._secrets))
             return "; a redirect is never followed" + (": " + location if location else "")
-        return ""
+        advice = ""
+        if answer.status == 401 and self._token_source:
+            advice = "; the token is from " + self._token_source
+        if answer.status == 401 and code == "step_up_required":
+            challenge = " ".join(answer.headers.get_all("WWW-Authenticate", []))
+            found = re.search(r'acr_values\s*=\s*("[^"]+"|[^\s",]+)', challenge)
+            acr = escape(conceal(found.group(1).strip('"'), self._secrets)) if found else ""
+            advice += "; re-authenticate%s and try again" % (" with acr_values " + acr if acr else "")
+        return advice
 
-    def _parse_body(self, operation: str, answer: Answer) -> Fields:
+    def _parse_body(self, answer: Exchange) -> Fields:
         try:
-            return Fields(operation, parse_json(answer.body), self._secrets)
+            return Fields(answer.operation, parse_json(answer.body), self._secrets)
         except ValueError:
-            raise TransportError("%s: the answer is not valid JSON" % operation) from None
+            raise TransportError("%s: the answer is not valid JSON" % answer.operation) from None
 
     def _parse_endpoint(self, text: str) -> Endpoint:
         endpoint = parse_endpoint(text)
@@ -1255,8 +1194,7 @@ class ControlPlane:
         return endpoint
 
     def _parse_session(self, fields: Fields, session_id: str) -> Session:
-        if fields.take("id", parse_uuid) != session_id:
-            raise fields.bad("id")
+        fields.take("id", lambda text: one_of(session_id)(text.lower()))
         fields.take("kind", one_of("tcp"))
         return Session(session_id, fields.take("status", one_of("active", "revoked", "expired")),
                        fields.take_optional("issued_at", parse_time) or 0.0,
@@ -1270,18 +1208,16 @@ SYSLOG_SOCKETS = ("/dev/log", "/var/run/syslog")  # Linux and others; macOS
 SYSLOG_AUTHPRIV_INFO = 10 * 8 + 6  # RFC 3164, section 4.1.1: facility * 8 + severity
 
 
-def make_private_directories(path: str) -> None:
-    """Makes every directory that is missing 0700; os.makedirs does so with the last one alone (3.7)."""
-    missing = []
-    while not os.path.isdir(path):
-        missing.append(path)
-        path = os.path.dirname(path)
-    for each in reversed(missing):
-        try:
-            os.mkdir(each, 0o700)
-            os.chmod(each, 0o700)  # a umask may have taken our own bits
-        except FileExistsError:  # another plexctl was faster; if it is no directory, the next call says so
-            pass
+def make_private_directory(path: str) -> None:
+    """Makes it, and what is missing above it, 0700; os.makedirs does so with the last one alone (3.7)."""
+    if os.path.isdir(path):
+        return
+    make_private_directory(os.path.dirname(path))
+    try:
+        os.mkdir(path, 0o700)
+        os.chmod(path, 0o700)  # a umask may have taken our own bits
+    except FileExistsError:  # another plexctl was faster; if it is no directory, the next call says so
+        pass
 
 
 def send_to_syslog(message: str, sockets: "Sequence[str]", seconds: float = SYSLOG_SECONDS) -> None:
@@ -1307,61 +1243,57 @@ class AuditLog:
         self._report = report
         self._syslog_sockets = syslog_sockets
         given = environ.get("PLEXCTL_AUDIT_LOG", "")
-        base = base_directory("XDG_STATE_HOME", os.path.join(".local", "state"), environ)
-        if not given and not base:
+        path = given or find_own_file("XDG_STATE_HOME", ".local/state", "audit.log", environ)
+        if not path:
             raise PlexctlError("audit log: no home directory for it (PLEXCTL_AUDIT_LOG names a file)")
-        path = given or os.path.join(base, "plexctl", "audit.log")
         self._name = "audit log " + escape(path)
-        hint = "(PLEXCTL_AUDIT_LOG names another)"
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | OPEN_AT_ONCE
+        self._descriptor = -1
         try:
             if not given:
-                make_private_directories(os.path.dirname(path))
+                make_private_directory(os.path.dirname(path))
             self._descriptor = os.open(path, flags, 0o600)
+            fault = find_file_fault(os.fstat(self._descriptor), 0o022)  # a device might keep nothing
         except (OSError, ValueError) as error:
-            raise PlexctlError("%s: cannot be opened: %s %s"
-                               % (self._name, show_error(error), hint)) from error
-        status = os.fstat(self._descriptor)
-        fault = find_file_fault(status, OTHERS_WRITE_BITS)
-        if not stat.S_ISREG(status.st_mode):  # a device may take anything, and keep nothing
-            fault = "is not a regular file"
+            fault = "cannot be opened: " + show_error(error)
         if fault:
             self.close()
-            raise PlexctlError("%s: %s %s" % (self._name, fault, hint))
+            raise PlexctlError("%s: %s (PLEXCTL_AUDIT_LOG names another)" % (self._name, fault))
 
     def close(self) -> None:
         """Closes the file."""
-        os.close(self._descriptor)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
 
     def record(self, server: Server, request: SessionRequest, issued: IssuedSession) -> None:
         """Writes one JSON object in one line with one write; raises unless it is verifiably there."""
         message = json.dumps(self._fields(server, request, issued))
-        written: List[int] = []
+        self._has_written = False
         handler = logging.Handler()
-        handler.emit = lambda record: written.append(  # type: ignore[method-assign]
-            self._append(record.getMessage()))
+        handler.emit = self._append  # type: ignore[method-assign]
         logger = logging.getLogger("plexctl.audit")
         logger.propagate = False  # a handler of the root is no audit log, and may write to stderr
         if logger.level == logging.NOTSET:
             logger.setLevel(logging.INFO)
         logger.addHandler(handler)
+        why = "logging dropped it"  # logging.disable, a level, a filter
         try:
             logger.info("%s", message)
         except OSError as error:
-            raise PlexctlError("%s: the record was not written: %s; the token is not shown"
-                               % (self._name, show_error(error))) from error
+            why = show_error(error)
         finally:
             logger.removeHandler(handler)
-        if len(written) != 1:  # logging.disable, a level, a filter
-            raise PlexctlError("%s: logging dropped the record; the token is not shown" % self._name)
+        if not self._has_written:
+            raise PlexctlError("%s: the record was not written: %s; the token is not shown"
+                               % (self._name, why))
         try:
             send_to_syslog(message, self._syslog_sockets)
         except OSError as error:
             self._report("warning: syslog did not take the audit record: %s" % show_error(error))
 
-    def _append(self, text: str) -> int:
+    def _append(self, record: "logging.LogRecord") -> None:
         """Writes a line at the end of the file, synced; OSError unless all its bytes are there."""
-        line = (text + "\n").encode("ascii")
+        line = (record.getMessage() + "\n").encode("ascii")
         size = os.lseek(self._descriptor, 0, os.SEEK_END)
         os.lseek(self._descriptor, max(0, size - 1), os.SEEK_SET)
         if size and os.read(self._descriptor, 1) != b"\n":
@@ -1371,7 +1303,7 @@ class AuditLog:
         os.fsync(self._descriptor)
         if not os.fstat(self._descriptor).st_nlink:
             raise OSError(errno.ENOENT, "the file was removed")
-        return len(line)
+        self._has_written = True
 
     def _fields(self, server: Server, request: SessionRequest, issued: IssuedSession) -> "Dict[str, Any]":
         uid = os.getuid() if hasattr(os, "getuid") else None
@@ -1385,8 +1317,7 @@ class AuditLog:
                 "user": user, "uid": uid, "sudo_user": self._environ.get("SUDO_USER"),
                 "hostname": socket.gethostname(), "pid": os.getpid(), "server": str(server),
                 "project_id": request.project_id, "resource_id": request.resource_id,
-                "session_id": issued.session_id,
-                "target": join_host_port(request.host, request.port),
+                "session_id": issued.session_id, "target": join_host_port(request.host, request.port),
                 "expires_at": issued.expires_at}
 
 
@@ -1394,6 +1325,7 @@ class AuditLog:
 
 FIRST_BUFFER_BYTES = 64 * 1024
 LARGEST_BUFFER_BYTES = 768 * 1024
+EVENTS_MAX = 4  # epoll makes room for a thousand at each call, where nobody says how many
 TICK_SECONDS = 1.0
 QUIET_SECONDS = 2.0  # of the target, before a client's end of input is passed on
 FIRST_ASK_SECONDS = 0.05  # whether a client that has ended its input is gone; then ever less often
@@ -1418,7 +1350,7 @@ class SelectPoller:
         """Forgets `fd`."""
         del self._masks[fd]
 
-    def poll(self, seconds: float) -> "List[Tuple[int, int]]":
+    def poll(self, seconds: float, most: int) -> "List[Tuple[int, int]]":
         """(fd, events) pairs, after at most so long."""
         readable, writable, _ = select.select(
             [fd for fd, mask in self._masks.items() if mask & READABLE],
@@ -1476,17 +1408,17 @@ def is_connected(sock: "socket.socket") -> bool:
 def drain(sock: "socket.socket", seconds: float) -> bool:
     """Reads and forgets for so long; whether the peer has ended by then."""
     deadline = elapsed_seconds() + seconds
-    while True:
-        try:
+    try:
+        while wait_for(sock.fileno(), READABLE, deadline - elapsed_seconds()):
             if not sock.recv(FIRST_BUFFER_BYTES):
                 return True
-        except BlockingIOError:
-            if not wait_for(sock.fileno(), READABLE, deadline - elapsed_seconds()):
-                return False
-        except OSError:
-            return True
-        if elapsed_seconds() > deadline:
-            return False
+            if elapsed_seconds() > deadline:
+                break
+        return False
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 class Flow:
@@ -1527,19 +1459,18 @@ class Flow:
 class Relay:
     """Carries one connection, both directions, in the thread that calls `carry`.
 
-    It closes both sockets, or hands the remote's to `linger`. `buffers`, two, are those to begin
-    with; `poller` (select.epoll, or like it) watches `stop_fd`, which becomes readable when it is to
-    stop; `is_over` is asked that every second. `is_gone` tells whether a client that has ended its
-    input listens no more (False where nobody can know); `on_remote_end` hears that the remote has
-    ended first. Afterwards: what `up` and `down` have moved, and the `error` that broke it, if any.
+    Both sockets are non-blocking. It closes them, or hands the remote's to `linger`. `buffers`, two,
+    are those to begin with; `poller` (select.epoll, or like it) watches `stop_fd`, which becomes
+    readable when it is to stop; `is_over` is asked that every second. `is_gone` tells whether a client
+    that has ended its input listens no more (False where nobody can know); `on_remote_end` hears that
+    the remote has ended first. Afterwards: what `up` and `down` have moved, and the `error` that broke
+    it, if any.
     """
 
     def __init__(self, client: "socket.socket", remote: "socket.socket", buffers: "List[memoryview]",
                  poller: "Any", stop_fd: int, is_over: "Callable[[], bool]", is_gone: "Callable[[], bool]",
                  on_remote_end: "Callable[[], object]",
                  linger: "Callable[[socket.socket], object]") -> None:
-        for sock in (client, remote):
-            sock.setblocking(False)
         self.up = Flow(client, remote, buffers[0])
         self.down = Flow(remote, client, buffers[1])
         self.error: "Optional[Exception]" = None  # one peer is lost: the other gets a reset, not an end
@@ -1563,11 +1494,10 @@ class Relay:
             self._watch()
             pause, check_on = TICK_SECONDS, elapsed_seconds() + TICK_SECONDS
             while not (up.is_over and down.is_over or self._is_stopped):
-                for fd, events in poll(pause):
-                    if events == READABLE and fd == up.fd and up.is_reading:
-                        self._pump(up)
-                    elif events == READABLE and fd == down.fd and down.is_reading:
-                        self._pump(down)
+                for fd, events in poll(pause, EVENTS_MAX):
+                    flow = up if fd == up.fd else down
+                    if events == READABLE and fd == flow.fd and flow.is_reading:
+                        self._pump(flow)
                     else:
                         self._act(fd, events)
                 now = elapsed_seconds()
@@ -1577,7 +1507,9 @@ class Relay:
                     check_on = now + TICK_SECONDS
                     up.trim()
                     down.trim()
-                    self._is_stopped = self._is_stopped or self._is_over()
+                    # the Node has ended, and so serves another one; a client may keep its end open for ever
+                    is_deaf = down.is_over and not up.has_ended and self._is_quiet(up, now)
+                    self._is_stopped = self._is_stopped or is_deaf or self._is_over()
         except Exception as error:  # of the waiting itself, or a defect: it ends this connection alone
             self._break(up, error)
         finally:
@@ -1651,19 +1583,23 @@ class Relay:
         It is passed on once the target has been quiet, or has ended, or nobody waits for its answer.
         Returns how long to wait for the next event, in seconds.
         """
-        if self.down.pending or not self._quiet_since:  # what the client does not read is not quiet
-            self._quiet_since = now
+        is_quiet = self._is_quiet(self.down, now)
         if now >= self._ask_on and not self._client_is_gone:
             self._client_is_gone = self._is_gone()
             self._ask_on = now + self._ask_pause
             self._ask_pause = min(2 * self._ask_pause, TICK_SECONDS)
-        quiet_on = self._quiet_since + QUIET_SECONDS
-        if self._client_is_gone or self.down.is_over or now >= quiet_on:
+        if self._client_is_gone or self.down.is_over or is_quiet:
             self._pass_on(self.up)
             self.down.is_over = self.down.is_over or self._client_is_gone
             self._watch()
             return TICK_SECONDS
-        return max(0.0, min(self._ask_on, quiet_on) - now)
+        return max(0.0, min(self._ask_on, self._quiet_since + QUIET_SECONDS) - now)
+
+    def _is_quiet(self, flow: Flow, now: float) -> bool:
+        """Whether nothing was read for QUIET_SECONDS; what the sink does not take yet is not quiet."""
+        if flow.pending or not self._quiet_since:
+            self._quiet_since = now
+        return now - self._quiet_since >= QUIET_SECONDS
 
     def _pass_on(self, flow: Flow) -> None:
         """The half-close of TCP."""
@@ -1747,28 +1683,27 @@ class Lingering:
 
     def __init__(self) -> None:
         self._deadlines: "Dict[socket.socket, float]" = {}
+        self._is_closed = False
 
     def add(self, sock: "socket.socket") -> None:
         """Takes over a socket whose sending side was shut down; from any thread."""
-        self._deadlines[sock] = elapsed_seconds() + LINGER_SECONDS
-        if drain(sock, DRAIN_SECONDS):
-            self._close(sock)
+        if drain(sock, DRAIN_SECONDS) or self._is_closed:
+            close_leg(sock, reset=False)
+        else:
+            self._deadlines[sock] = elapsed_seconds() + LINGER_SECONDS
 
     def sweep(self) -> int:
-        """Closes those that have ended or had their time; how many are left."""
+        """Closes those that have ended or had their time; how many are left. From one thread."""
         for sock, deadline in list(self._deadlines.items()):
-            if drain(sock, 0) or elapsed_seconds() >= deadline:
-                self._close(sock)
+            if self._is_closed or drain(sock, 0) or elapsed_seconds() >= deadline:
+                self._deadlines.pop(sock, None)
+                close_leg(sock, reset=False)
         return len(self._deadlines)
 
     def close(self) -> None:
         """Closes all of them."""
-        for sock in list(self._deadlines):
-            self._close(sock)
-
-    def _close(self, sock: "socket.socket") -> None:
-        self._deadlines.pop(sock, None)
-        close_leg(sock, False)
+        self._is_closed = True
+        self.sweep()
 
 
 class Stdio:
@@ -1830,6 +1765,7 @@ class Stdio:
 # --------------------------------------------------------------------------------------- workers
 
 GRACE_SECONDS = 0.3  # a connection waits so long for a session to become idle, before one is issued for it
+POLL_SECONDS = 0.1  # between two looks at who waits
 IDLE_SECONDS = 60  # after which a session above the minimum is given back
 ASK_SECONDS = 2  # between two questions about one session
 RECHECK_SECONDS = 60  # the reconcile period of a Node
@@ -1851,10 +1787,6 @@ class EndpointMissing(PlexctlError):
 
 class ConnectionFailed(PlexctlError):
     """One connection broke after it had been dialled."""
-
-
-class Stopped(PlexctlError):
-    """What was asked for is not wanted any more."""
 
 
 def dial(route: "Tuple[int, Any]", stop_fd: int) -> "socket.socket":
@@ -2025,7 +1957,7 @@ class Worker:
                 if not error.passing:
                     raise
             if sessions.plane.cancel.wait(max(0.0, min(pause, deadline - elapsed_seconds()))):
-                raise Stopped("interrupted")
+                raise Cancelled("interrupted")
             pause = min(pause * 1.5, POLL_MAX_SECONDS)
         raise EndpointMissing("the Node reported no listener endpoint within %s; is it up? "
                               "(--wait-seconds)" % limit)
@@ -2065,7 +1997,7 @@ class Worker:
     def _judge(self, relay: Relay, seconds: float) -> "Optional[PlexctlError]":
         """What there is to say of a connection that was carried; None where it went well."""
         if self._sessions.is_stopped:
-            return Stopped("interrupted")
+            return Cancelled("interrupted")
         if self.why is not None:
             return self.why
         if relay.remote_ended_first and not relay.down.moved and seconds < UNREACHABLE_SECONDS:
@@ -2082,7 +2014,7 @@ class Worker:
         """A connection to the listener; PlexctlError says why there is none."""
         for is_last in (False, True):
             if self.is_over():
-                raise self.why or Stopped("interrupted")
+                raise self.why or Cancelled("interrupted")
             route = self._route
             try:
                 remote = dial(route, self._sessions.stop_fd)
@@ -2097,7 +2029,7 @@ class Worker:
             self._refused_since = 0.0
             self.has_carried = True
             return remote
-        raise Stopped("interrupted")
+        raise Cancelled("interrupted")
 
     def _note_refusal(self) -> None:
         """The listener is gone, though the control plane says that the session is active."""
@@ -2198,7 +2130,7 @@ class Sessions:
                 self._start_worker()
             while self.first is None:
                 if self.over or self.is_stopped:
-                    raise self.over or Stopped("interrupted")
+                    raise self.over or Cancelled("interrupted")
                 self._changed.wait(TICK_SECONDS)
             return self.first
 
@@ -2211,7 +2143,7 @@ class Sessions:
                 if not self._workers:
                     self._grow(elapsed_seconds())
                 return
-        connection.end(self.over or Stopped("interrupted"))
+        connection.end(self.over or Cancelled("interrupted"))
 
     def tick(self) -> None:
         """To be called several times a second: who has left, who has waited for long, whose time is up."""
@@ -2227,7 +2159,7 @@ class Sessions:
                 self.over = self.over or SessionOver("the session expired")
             self._grow(now)
         for connection in left:
-            connection.end(Stopped("the client has left"))
+            connection.end(Cancelled("the client has left"))
         self.lingering.sweep()
         lifetime = self.first.issued.lifetime_seconds if self.first and self.first.issued else 0.0
         left_seconds = self.seconds_left()
@@ -2248,7 +2180,7 @@ class Sessions:
 
     def count_descriptors(self) -> int:
         """How many descriptors the connections may take, those that wait and those that are carried."""
-        return len(self._queue) + 2 * self._limit
+        return len(self._queue) + 2 * sum(worker.connection is not None for worker in tuple(self._workers))
 
     def seconds_left(self) -> float:
         """Until the sessions run out, with `renew` the first of them; 0 where there is none."""
@@ -2309,7 +2241,7 @@ class Sessions:
             while not worker.is_over() and not self.over:
                 while self._queue:
                     connection: Connection = self._queue.popleft()
-                    if not connection.has_left():
+                    if elapsed_seconds() - connection.began < POLL_SECONDS or not connection.has_left():
                         self._forget_idle(worker)
                         worker.connection = connection
                         return connection
@@ -2361,7 +2293,7 @@ class Sessions:
     def dismiss(self, worker: Worker) -> None:
         """A worker's last act: what follows from its end, and the revocation."""
         if worker.connection is not None:
-            self.end(worker, worker.why or Stopped("interrupted"))
+            self.end(worker, worker.why or Cancelled("interrupted"))
         turned_away: "List[Connection]" = []
         with self._changed:
             worker.is_ending = True
@@ -2411,6 +2343,8 @@ class Sessions:
         if self.first is None or self.is_stopped or self.over or now < self._retry_on:
             return
         live = [worker for worker in self._workers if not worker.is_ending]
+        if self._workers and not live:  # the server may count what is being revoked
+            return
         coming = sum(not worker.is_ready for worker in live)
         patience = GRACE_SECONDS if live else 0.0
         waited = sum(now - connection.began >= patience for connection in self._queue)
@@ -2472,7 +2406,7 @@ class Sessions:
             dropped.extend(worker.connection for worker in self._workers if worker.connection)
             self._close_if_last()
         for connection in dropped:
-            connection.end(Stopped("interrupted"))
+            connection.end(Cancelled("interrupted"))
         self.lingering.close()
 
     def leave(self, seconds: float = LEAVE_SECONDS) -> None:
@@ -2535,7 +2469,6 @@ class Sessions:
 # ------------------------------------------------------------------------------------- forwarder
 
 BACKLOG_CONNECTIONS = 1024  # the default of 5 makes bursts wait a second
-POLL_SECONDS = 0.1  # between two looks at who waits
 PAUSE_SECONDS = 0.5  # after an accept() that failed
 RESERVED_DESCRIPTORS = 24  # for exchanges with the control plane, and the standard library
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
@@ -2560,6 +2493,7 @@ class OwnerCheck:
         try:
             self._netlink.connect((0, 0))
             self._netlink.setblocking(False)
+            os.close(os.dup(self._netlink.fileno()))  # the next call opens one, and does not say why it fails
             # asked so, the kernel finds sockets that are bound to the device and others alike
             self._device = socket.if_nametoindex("lo")
             nobody = "0.0.0.0" if family == socket.AF_INET else "::"  # noqa: S104
@@ -2757,7 +2691,8 @@ class Forwarder:
         """Accepts the connections that wait already, and no more."""
         self._stop_accepting()
         self._server.timeout, deadline = 0, elapsed_seconds() + CLOSE_SECONDS
-        while elapsed_seconds() < deadline and wait_for(self._server.fileno(), READABLE, 0):
+        while self._server.fileno() >= 0 and elapsed_seconds() < deadline and wait_for(
+                self._server.fileno(), READABLE, 0):
             self._server.handle_request()
         self._server.server_close()
 
@@ -2861,9 +2796,10 @@ class Forwarder:
     def _end(self, connection: Connection, error: "Optional[PlexctlError]") -> None:
         relay = connection.relay
         if relay is not None:
-            self._sessions.say("connection closed%s: %s up, %s down", " (%s)" % error if error else "",
-                               show_bytes(relay.up.moved), show_bytes(relay.down.moved))
-        if error is not None and not isinstance(error, (SessionOver, ConnectionFailed, Stopped)):
+            why = " (%s)" % error if isinstance(error, ConnectionFailed) else ""
+            self._sessions.say("connection closed%s: %s up, %s down", why, show_bytes(relay.up.moved),
+                               show_bytes(relay.down.moved))
+        if error is not None and not isinstance(error, (SessionOver, ConnectionFailed, Cancelled)):
             self.warn_once(str(error) if relay else "a connection was not served: %s" % error)
 
 
@@ -3189,7 +3125,7 @@ persistent flags, before or after the command:
 exit codes: 0 done, 1 failure, 2 usage, 3 credentials, 4 forbidden, 77 ReBAC denial, COMMAND's own
 """
 
-NO_COMMAND = "no such command; the one there is: tcp-forward"
+PRINTED = {"-h": DESCRIPTION, "--help": DESCRIPTION, "--version": "plexctl %s\n" % __version__}
 
 
 def parse_word(text: str) -> str:
@@ -3200,78 +3136,79 @@ def parse_word(text: str) -> str:
 
 
 def parse_switch(text: str) -> bool:
-    """The value of a boolean flag; a bare --flag was made --flag=true before."""
+    """The value of a boolean flag; `check_words` has made a bare --flag --flag=true."""
     if text not in ("true", "false"):
         raise ValueError("takes true or false, or nothing")
     return text == "true"
 
 
-REQUIRED_FLAGS: "Dict[str, Callable[[str], Any]]" = {
-    "--project-id": parse_uuid, "--resource-id": parse_uuid, "--host": parse_target_host,
-    "--port": parse_port}
-PERSISTENT_FLAGS: "Dict[str, Callable[[str], Any]]" = {
-    "--server": parse_word, "--profile": parse_word, "--token-file": parse_word,
-    "--output": one_of(*FORMATS), "--ca-file": parse_word, "--allow-http": parse_switch,
-    "--reveal-secrets": parse_switch, "--yes": parse_switch}
-FORWARD_FLAGS: "Dict[str, Callable[[str], Any]]" = dict(
-    REQUIRED_FLAGS, **PERSISTENT_FLAGS, **{
-        "--local-addr": parse_local_address, "--ttl-seconds": lambda text: parse_int(text, 0, 10 ** 9),
-        "--wait-seconds": parse_seconds, "--max-sessions": lambda text: parse_int(text, 1, 32),
-        "--min-sessions": lambda text: parse_int(text, 1, 32),
-        "--proxy": parse_switch, "--stdio": parse_switch, "--renew": parse_switch,
-        "--keep-session": parse_switch, "--allow-other-users": parse_switch})
+REQUIRED = object()
+SWITCH = (parse_switch, False)
+PERSISTENT_FLAGS: "Dict[str, Tuple[Callable[[str], Any], Any]]" = {  # what reads the value; the default
+    "--server": (parse_word, None), "--profile": (parse_word, None), "--token-file": (parse_word, None),
+    "--output": (one_of(*FORMATS), "text"), "--ca-file": (parse_word, None), "--allow-http": SWITCH,
+    "--reveal-secrets": SWITCH, "--yes": SWITCH, "--verbose": (parse_switch, [])}
+FLAGS: "Dict[str, Tuple[Callable[[str], Any], Any]]" = dict(PERSISTENT_FLAGS, **{
+    "--project-id": (parse_uuid, REQUIRED), "--resource-id": (parse_uuid, REQUIRED),
+    "--host": (parse_target_host, REQUIRED), "--port": (parse_port, REQUIRED),
+    "--local-addr": (parse_local_address, None), "--wait-seconds": (parse_seconds, 90.0),
+    "--ttl-seconds": (lambda text: parse_int(text, 0, 10 ** 9), 0),
+    "--max-sessions": (lambda text: parse_int(text, 1, 32), None),
+    "--min-sessions": (lambda text: parse_int(text, 1, 32), None),
+    "--proxy": SWITCH, "--stdio": SWITCH, "--renew": SWITCH, "--keep-session": SWITCH,
+    "--allow-other-users": SWITCH})
 DEFAULT_MAX_SESSIONS = 4
-DEFAULTS = {"--output": "text", "--ttl-seconds": 0, "--wait-seconds": 90.0}
 
 
-def split_arguments(argv: "Sequence[str]") -> "Tuple[List[str], Optional[List[str]], str]":
-    """The flags before `--`, each one word; the COMMAND behind it; and what -h or --version prints.
+def describe_unknown(flag: str) -> str:
+    """A flag without what may be a secret, and which known one was meant."""
+    if flag[:2] != "--":
+        return escape(flag[:2]) + "..." * (len(flag) > 2)
+    alike = ([name for name in (*FLAGS, *PRINTED) if name.startswith(flag)]
+             or difflib.get_close_matches(flag, (*FLAGS, *PRINTED), 1, 0.8))
+    return escape(flag, 40) + ("; is %s meant?" % " or ".join(alike) if flag[2:] and alike else "")
 
-    argparse would take the value of an unknown flag for a command, and show it; and the -h of a
-    COMMAND that stands without `--` for ours.
+
+def check_words(words: "Sequence[str]") -> "Tuple[str, List[str]]":
+    """What -h or --version prints, and the flags as argparse is to see them.
+
+    It would show an unknown flag's value, drop a value of `--` up to 3.12, not take -vv apart up to 3.7,
+    and take the -h of a COMMAND that stands without `--` for ours.
     """
     flags: "List[str]" = []
-    end = argv.index("--") if "--" in argv else len(argv)
     known, takes_value = PERSISTENT_FLAGS, False
-    for argument in argv[:end]:
-        flag, equals, _ = argument.partition("=")
-        is_flag = argument[:1] == "-" and not set(argument[1:2]) <= DIGITS
-        if argument in ("-h", "--help", "--version"):
-            return [], None, "plexctl %s\n" % __version__ if argument == "--version" else DESCRIPTION
-        if takes_value and not is_flag:
-            flags[-1] += "=" + argument
-            takes_value = False
-        elif not is_flag:
-            if known is FORWARD_FLAGS:
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if word in PRINTED:
+            return PRINTED[word], []
+        if word[:1] != "-" or set(word[1:2]) <= DIGITS:
+            if takes_value:
+                flags.append(word)
+            elif known is FLAGS:
                 raise UsageError("unexpected argument after the command: a COMMAND stands behind --")
-            if argument != "tcp-forward":
-                raise UsageError(NO_COMMAND)
-            known = FORWARD_FLAGS
-        elif argument == "--verbose" or not argument[1:].strip("v"):
-            # 3.6 and 3.7 do not take -vv apart where abbreviations are off
-            flags += ["-v"] * (1 if argument == "--verbose" else len(argument) - 1)
+            elif word == "tcp-forward":
+                known = FLAGS
+            else:
+                break
             takes_value = False
-        elif flag in known:
-            if argument == flag + "=--":  # argparse would drop it, up to 3.12
-                raise UsageError("%s: must not be --" % flag)
-            takes_value = not equals and known[flag] is not parse_switch
-            flags.append(argument if equals or takes_value else flag + "=true")
-        elif flag == "--verbose" or flag[:2] == "-v":
-            raise UsageError("--verbose: takes no value")
-        elif flag in FORWARD_FLAGS:
-            raise UsageError("%s: goes behind the command, tcp-forward" % flag)
-        else:
-            raise UsageError("unknown flag %s" % escape(flag if flag[:2] == "--" else flag[:2], 40))
-    if known is not FORWARD_FLAGS:
-        raise UsageError(NO_COMMAND)
-    return flags, list(argv[end + 1:]) if end < len(argv) else None, ""
+            continue
+        times, flag = (len(flag) - 1, "--verbose") if flag.rstrip("v") == "-" else (1, flag)
+        if flag not in known:
+            raise UsageError("%s: goes behind the command, tcp-forward" % flag if flag in FLAGS else
+                             "unknown flag " + describe_unknown(flag))
+        if value == "--":
+            raise UsageError("%s: must not be --" % flag)
+        takes_value = not equals and FLAGS[flag][0] is not parse_switch
+        flags += [flag + (equals + value if equals or takes_value else "=true")] * times
+    if known is not FLAGS:
+        raise UsageError("no such command; the one there is: tcp-forward")
+    return "", flags
 
 
 def create_parser() -> "argparse.ArgumentParser":
-    """The parser of what `split_arguments` let through; a persistent flag may stand there twice."""
+    """The parser of what `check_words` let through; of several values the last one counts."""
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> "NoReturn":  # no value and no control character in it
-            message = message.replace("the following arguments are required", "missing")
             raise UsageError(escape(message.replace("argument ", "", 1)))
 
     def checked(parse: "Callable[[str], Any]") -> "Callable[[str], Any]":
@@ -3285,50 +3222,53 @@ def create_parser() -> "argparse.ArgumentParser":
     # a width, or each add_argument would import shutil to ask the terminal for one
     parser = Parser(prog="plexctl", add_help=False, allow_abbrev=False,
                     formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100))
-    for flag, parse in FORWARD_FLAGS.items():
-        parser.add_argument(flag, type=checked(parse), required=flag in REQUIRED_FLAGS,
-                            default=DEFAULTS.get(flag, False if parse is parse_switch else None))
-    parser.add_argument("-v", "--verbose", action="count", default=0)
+    for flag, (parse, default) in FLAGS.items():
+        parser.add_argument(flag, type=checked(parse), required=default is REQUIRED, default=default,
+                            action="append" if default == [] else "store")
     return parser
 
 
-def parse_arguments(flags: "Sequence[str]", command: "Optional[List[str]]") -> "argparse.Namespace":
-    """The options, from what `split_arguments` returned; UsageError where they are not right."""
-    options = create_parser().parse_args(flags)
-    options.command = command
-    check_together(options)
-    return options
+def parse_arguments(argv: "Sequence[str]") -> "Tuple[str, Any]":
+    """What -h or --version prints, or the options; UsageError where they are not right."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    try:
+        prints, flags = check_words(argv[:end])
+        options = None if prints else create_parser().parse_args(flags)
+        if options is not None:
+            options.verbose = sum(options.verbose)
+            options.command = list(argv[end + 1:]) if end < len(argv) else None
+            check_together(options)
+        return prints, options
+    except UsageError as error:
+        raise UsageError("%s (see plexctl --help)" % error) from None
 
 
 def check_together(options: "argparse.Namespace") -> None:
-    """Flags that exclude or need one another; fills in `mode` and the default of --local-addr."""
-    modes = [name for name, given in (("--proxy", options.proxy), ("--stdio", options.stdio),
-                                      ("-- COMMAND", options.command is not None)) if given]
+    """Flags that exclude or need one another; fills in `mode` and what depends on others."""
+    def given(*flags: str) -> "List[str]":
+        return [flag for flag in flags if getattr(options, flag[2:].replace("-", "_"))]
+
+    modes = given("--proxy", "--stdio") + ["-- COMMAND"] * (options.command is not None)
     if len(modes) > 1:
         raise UsageError("%s and %s exclude each other" % tuple(modes[:2]))
-    if options.command is not None and not (options.command and options.command[0]):
+    if options.command is not None and not any(options.command[:1]):
         raise UsageError("--: a COMMAND must follow")
-    for flag, given, with_stdio in (
-            ("--renew", options.renew, False), ("--keep-session", options.keep_session, True),
-            ("--allow-other-users", options.allow_other_users, False),
-            ("--max-sessions", options.max_sessions, False), ("--min-sessions", options.min_sessions, False)):
-        if given and not modes:
-            raise UsageError("%s needs --proxy%s or -- COMMAND" % (flag, ", --stdio" if with_stdio else ""))
-        if given and options.stdio and not with_stdio:
-            raise UsageError("%s does not go with --stdio, which has one connection" % flag)
-    if not modes and options.local_addr and options.local_addr.path:
-        raise UsageError("--local-addr unix: needs --proxy or -- COMMAND")
-    if options.stdio and options.local_addr:
-        raise UsageError("--local-addr does not go with --stdio, which has no local socket")
+    options.mode = modes[0] if modes else "print"
+    listening = given("--max-sessions", "--min-sessions", "--renew", "--allow-other-users")
+    if options.local_addr and (options.stdio or options.local_addr.path):
+        listening.append("--local-addr unix:" if options.local_addr.path else "--local-addr")
+    if listening and options.mode in ("print", "--stdio"):
+        raise UsageError("%s needs --proxy or -- COMMAND" % listening[0])
+    if options.keep_session and not modes:
+        raise UsageError("--keep-session needs --proxy, --stdio or -- COMMAND")
     if options.stdio and is_standard_input(options.token_file or ""):
         raise UsageError("--token-file - does not go with --stdio: both read standard input")
-    options.max_sessions = options.max_sessions or max(DEFAULT_MAX_SESSIONS, options.min_sessions or 1)
+    options.max_sessions = options.max_sessions or DEFAULT_MAX_SESSIONS
     options.min_sessions = options.min_sessions or 1
     if options.min_sessions > options.max_sessions:
         raise UsageError("--min-sessions must not be more than --max-sessions (%d)" % options.max_sessions)
     if options.server:
         check_server(options.server, "--server", options.allow_http)
-    options.mode = modes[0] if modes else "print"
     options.local_addr = options.local_addr or LocalAddress("127.0.0.1", 0)
 
 
@@ -3427,14 +3367,16 @@ class Run:
             ended.append(stdio.error or error)
             self.foreground.waker.wake()
 
-        self.sessions.put(Connection(stdio.far, end, lambda: has_hung_up(stdio.far), wants_reason=True))
+        connection = Connection(stdio.far, end, lambda: has_hung_up(stdio.far), wants_reason=True)
+        self.sessions.put(connection)
         try:
             while not ended:
                 self.watch_sessions()
             if ended[0] is not None:
                 raise ended[0]
         except Interrupted as interrupted:
-            if ended != [None]:  # else it is no accident any more
+            relay = connection.relay  # once all has been delivered it is no accident any more
+            if not (relay and relay.down.is_over and stdio.done.is_set()) or relay.error or stdio.error:
                 reason = str(interrupted)
                 raise
         except PlexctlError:
@@ -3504,7 +3446,8 @@ class Run:
         if state == self.told_systemd:
             return
         self.told_systemd = state
-        self.tell_systemd_on = elapsed_seconds() + STATUS_SECONDS
+        if state != "READY=1":
+            self.tell_systemd_on = elapsed_seconds() + STATUS_SECONDS
         try:
             notify_systemd(state, self.environ)
         except (OSError, ValueError) as error:
@@ -3668,11 +3611,10 @@ def perform(argv: "Optional[Sequence[str]]" = None,
     """The command, as an exit code and the number of the signal that ended it (0: none)."""
     prints = ""
     try:
-        flags, command, prints = split_arguments(sys.argv[1:] if argv is None else argv)
+        prints, options = parse_arguments(sys.argv[1:] if argv is None else argv)
         if prints:
             write_all(sys.stdout, prints)
             return EXIT_OK, 0
-        options = parse_arguments(flags, command)
         foreground = Foreground(sys.stderr, options.mode in ("print", "--proxy"))
         restore_handlers = handle_signals(foreground)
     except PlexctlError as error:
