@@ -6,12 +6,12 @@
     python3 .ci/torture.py --case proxy:poll:9:ENOMEM
     python3 .ci/torture.py --list --mode stdio       what there is
 
-strace records an undisturbed run of each mode; what stands behind the reading of the script is plexctl's. Then
-each call is let fail, in a run of its own: the n-th call of that name since the script's first statement,
-counted over all threads. strace's own fault injection counts each thread by itself: `when=3` would hit a third
-call in every one of them, and, for a thread that plexctl starts, not before Python's own start had failed.
-So the fault is put in through a seccomp filter that asks this program about the calls of one name (user
-notification, seccomp(2)). The order of calls varies between runs, so what was hit is written down as it was.
+strace records an undisturbed run of each mode; what stands behind the reading of the script is plexctl's.
+Then each call is let fail, in a run of its own: the n-th call of that name since the script's first
+statement, counted over all threads. strace's own injection counts each thread by itself: `when=3` would hit
+the third call of every one of them, the main thread's while Python starts. So the fault is put in through a
+seccomp filter that asks this program about the calls of one name (user notification, seccomp(2)). The order
+of calls varies between runs; what is reported is what was hit.
 
 After each: an exit code that the mode allows; one clear line on stderr if it failed, and none or warnings if
 it survived; no traceback, no secret, no session left without a word, no hang. Linux 5.5, Python 3.9 or later.
@@ -87,8 +87,8 @@ CANNOT_FAIL = {
 SOME_CANNOT_FAIL = {
     "ioctl": "FIONBIO and FIOCLEX set a bit of the descriptor", "fcntl": "so do all but F_DUPFD",
     "close": "of a socket or pipe; that of a file may tell of an earlier write that failed",
-    "mmap": "of the 16 KiB for a new thread's first frames: CPython drops a MemoryError before the first line "
-            "of a thread ('Exception ignored in thread started by'), and Thread.start waits for it for ever"}
+    "mmap": "of the 16 KiB for a new thread's first frames: CPython drops a MemoryError before a thread's "
+            "first line ('Exception ignored in thread started by'), and Thread.start waits for it for ever"}
 FIONBIO, FIOCLEX, F_DUPFD, F_DUPFD_CLOEXEC = 0x5421, 0x5451, 0, 1030
 FRAMES_BYTES, MAP_PRIVATE_ANONYMOUS = 16384, 0x22
 SECCOMP_NUMBER = {"x86_64": 317, "aarch64": 277}.get(platform.machine())
@@ -425,9 +425,8 @@ def main():
         wrong, hit, story = result
         missed += hit is None
         if wrong:
-            failures.setdefault(wrong, []).append((case, story))
-            if len(failures[wrong]) == 1:
-                print("%s: %s" % (":".join(map(str, case)), wrong), flush=True)
+            failures.setdefault(re.sub(r"0x[0-9a-f]+|\d+", "N", wrong)[:150], []).append((case, story))
+            print("%s: %.200s" % (":".join(map(str, case)), wrong), flush=True)
 
     modes.spread(chosen, work, options.jobs, collect)
     for wrong, group in sorted(failures.items(), key=lambda item: -len(item[1])):
