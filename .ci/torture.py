@@ -311,6 +311,7 @@ def run_case(plexctl, recordings, case):
     injector = Injector(name, recording.numbers[name], recording.numbers["execve"],
                         recording.before.get(name, 0) + ordinal, getattr(errno, error))
     with modes.Invocation(mode, plexctl) as run:
+        run.revocations = 3
         try:
             run.start(preexec_fn=injector.preexec)
             run.use()
@@ -356,8 +357,8 @@ def judge(run, injector):
 
 def usable():
     """Why this host cannot do it, empty if it can."""
-    if SECCOMP_NUMBER is None:
-        return "no number of seccomp() for %s" % platform.machine()
+    if SECCOMP_NUMBER is None or not hasattr(socket, "send_fds"):
+        return "no number of seccomp() for %s, or a Python before 3.9" % platform.machine()
     try:
         subprocess.run(["strace", "-f", "-qq", "-n", "-o", os.devnull, "true"], check=True, timeout=20,
                        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
