@@ -196,6 +196,7 @@ class Interrupted(Exception):
 # ---------------------------------------------------------------------------------------- system
 
 ON_LINUX = sys.platform.startswith("linux")
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)  # no peer's doing
 READABLE, WRITABLE = 1, 4  # POLLIN and POLLOUT, EPOLLIN and EPOLLOUT
 # CLOCK_BOOTTIME counts suspend on Linux (7; Python names it from 3.7 on); on macOS
 # CLOCK_MONOTONIC does. On Windows time.monotonic() does.
@@ -1612,6 +1613,9 @@ class Relay:
 
     def _lose_sink(self, flow: Flow, error: OSError) -> None:
         """The sink's peer is gone. What it sent before is still read and delivered by the other flow."""
+        if error.errno in EXHAUSTED:
+            self._break(self.up, error)
+            return
         if flow is self.up and self.error is None:
             self._tell_remote_end()
         flow.has_ended = flow.is_over = True
@@ -1736,8 +1740,10 @@ class Stdio:
                     self._near.shutdown(socket.SHUT_WR)
                     return
                 self._near.sendall(piece)
-        except OSError:  # nobody takes it any more
-            pass
+        except OSError as error:
+            if error.errno in EXHAUSTED:  # else nobody takes it any more
+                self.error = PlexctlError("cannot carry standard input: %s" % show_error(error))
+                self._near.shutdown(socket.SHUT_RDWR)
 
     def _receive(self) -> bytes:
         try:
@@ -2009,8 +2015,9 @@ class Worker:
                 "the Node cannot reach it (--host and --port are as the Node sees them)"
                 % join_host_port(self._sessions.request.host, self._sessions.request.port))
         if relay.error is not None:
-            kind = ConnectionFailed if isinstance(relay.error, OSError) else PlexctlError
-            return kind("the connection ended: %s" % show_error(relay.error))
+            is_peer_s = isinstance(relay.error, OSError) and relay.error.errno not in EXHAUSTED
+            return (ConnectionFailed if is_peer_s else PlexctlError)(
+                "the connection ended: %s" % show_error(relay.error))
         return None
 
     def _dial(self) -> "socket.socket":
@@ -2474,7 +2481,6 @@ class Sessions:
 BACKLOG_CONNECTIONS = 1024  # the default of 5 makes bursts wait a second
 PAUSE_SECONDS = 0.5  # after an accept() that failed
 RESERVED_DESCRIPTORS = 24  # for exchanges with the control plane, and the standard library
-EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 TCP_SYN_SENT, TCP_LISTEN = 2, 10
 SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, NETLINK_SOCK_DIAG = 20, 1, 4
 NOBODY = 0xFFFFFFFF  # no uid: (uid_t) -1
@@ -3625,8 +3631,9 @@ def perform(argv: "Optional[Sequence[str]]" = None,
     except PlexctlError as error:
         return fail(str(error), error.exit_code), 0
     except (OSError, ImportError) as error:  # no descriptors to load a module with
-        return fail("cannot %s: %s" % ("write to standard output" if prints else "start",
-                                       show_error(error)), EXIT_FAILURE), 0
+        return fail("cannot %s: %s" % (
+            "write to standard output" if prints else "start",
+            escape(error.msg) if isinstance(error, ImportError) else show_error(error)), EXIT_FAILURE), 0
     status, signum = EXIT_FAILURE, 0
     try:
         status = Run(options, os.environ if environ is None else environ, foreground, sys.stdout).execute()
@@ -3636,6 +3643,8 @@ def perform(argv: "Optional[Sequence[str]]" = None,
     except PlexctlError as error:
         status = error.exit_code
         foreground.report("error: %s" % error)
+    except ImportError as error:  # of a module that the standard library loads late
+        foreground.report("error: this Python is not whole: %s" % escape(error.msg))
     except (OSError, MemoryError) as error:
         foreground.report("error: the system refuses: %s" % show_error(error))
     except Exception as error:  # a defect; its text may hold what it was given
