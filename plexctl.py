@@ -3387,7 +3387,8 @@ class Run:
                 raise ended[0]
         except Interrupted as interrupted:
             relay = connection.relay  # once all has been delivered it is no accident any more
-            if not (relay and relay.down.is_over and stdio.done.is_set()) or relay.error or stdio.error:
+            is_delivered = relay and relay.down.is_over and stdio.done.wait(HURRY_SECONDS)
+            if not relay or not is_delivered or relay.error or stdio.error:
                 reason = str(interrupted)
                 raise
         except PlexctlError:

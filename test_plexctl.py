@@ -5964,7 +5964,10 @@ def test_the_kernel_says_who_holds_the_other_end_and_of_nobody_else(family, host
         assert owners.find(name) == plexctl.NOBODY  # inode 0
         reset_close(accepted[0])
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        other.bind(name)
+        try:
+            other.bind(name)
+        except OSError:
+            pytest.skip("somebody else was given the port meanwhile")
         other.listen(1)
         assert owners.find(name) == plexctl.NOBODY  # the kernel answers with the listener
         owners.close()
@@ -7380,8 +7383,10 @@ def test_too_few_descriptors_are_an_error_in_one_line_that_leaves_nothing(simula
         if done.returncode == 0:
             assert limit > 6 and len(simulation.plane.active()) == (mode == "print")
             return
-        assert (done.returncode, done.stderr.count(b"plexctl: error: ")) == (1, 1), (limit, done.stderr)
         assert b"Traceback" not in done.stderr and simulation.plane.active() == []
+        if sys.version_info < (3, 8) and b"libgcc_s.so.1 must be installed" in done.stderr:
+            continue  # glibc, where the first thread ends: it opens that file then
+        assert (done.returncode, done.stderr.count(b"plexctl: error: ")) == (1, 1), (limit, done.stderr)
     raise AssertionError("not even with 39 descriptors")
 
 
