@@ -196,6 +196,7 @@ class Interrupted(Exception):
 # ---------------------------------------------------------------------------------------- system
 
 ON_LINUX = sys.platform.startswith("linux")
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)  # no peer's doing
 READABLE, WRITABLE = 1, 4  # POLLIN and POLLOUT, EPOLLIN and EPOLLOUT
 # CLOCK_BOOTTIME counts suspend on Linux (7; Python names it from 3.7 on); on macOS
 # CLOCK_MONOTONIC does. On Windows time.monotonic() does.
@@ -1612,6 +1613,11 @@ class Relay:
 
     def _lose_sink(self, flow: Flow, error: OSError) -> None:
         """The sink's peer is gone. What it sent before is still read and delivered by the other flow."""
+        if error.errno in EXHAUSTED:
+            self._break(self.up, error)
+            return
+        if flow is self.up and self.error is None:
+            self._tell_remote_end()
         flow.has_ended = flow.is_over = True
         flow.pending = flow.buffer[:0]
         self.error = self.error or error
@@ -1734,8 +1740,10 @@ class Stdio:
                     self._near.shutdown(socket.SHUT_WR)
                     return
                 self._near.sendall(piece)
-        except OSError:  # nobody takes it any more
-            pass
+        except OSError as error:
+            if error.errno in EXHAUSTED:  # else nobody takes it any more
+                self.error = PlexctlError("cannot carry standard input: %s" % show_error(error))
+                self._near.shutdown(socket.SHUT_RDWR)
 
     def _receive(self) -> bytes:
         try:
@@ -1837,7 +1845,8 @@ class Connection:
     def has_left(self) -> bool:
         """Whether a client that waits has reset its connection, or closed it without a byte."""
         try:
-            return not self.sock.recv(1, socket.MSG_PEEK) and self.is_gone()
+            return (not is_connected(self.sock)  # behind a reset what came before can still be read
+                    or not self.sock.recv(1, socket.MSG_PEEK) and self.is_gone())
         except BlockingIOError:
             return False
         except OSError:
@@ -1990,7 +1999,7 @@ class Worker:
             connection.sock, remote, self._buffers, self._poller, sessions.stop_fd, self.is_over,
             connection.is_gone, self.ask_in_thread, sessions.lingering.add)
         relay.carry()
-        if relay.remote_ended_first and connection.wants_reason:
+        if relay.remote_ended_first and (connection.wants_reason or not relay.down.moved):
             self.ask()
         sessions.end(self, self._judge(relay, elapsed_seconds() - dialled_on))
 
@@ -2006,8 +2015,9 @@ class Worker:
                 "the Node cannot reach it (--host and --port are as the Node sees them)"
                 % join_host_port(self._sessions.request.host, self._sessions.request.port))
         if relay.error is not None:
-            kind = ConnectionFailed if isinstance(relay.error, OSError) else PlexctlError
-            return kind("the connection ended: %s" % show_error(relay.error))
+            is_peer_s = isinstance(relay.error, OSError) and relay.error.errno not in EXHAUSTED
+            return (ConnectionFailed if is_peer_s else PlexctlError)(
+                "the connection ended: %s" % show_error(relay.error))
         return None
 
     def _dial(self) -> "socket.socket":
@@ -2471,7 +2481,6 @@ class Sessions:
 BACKLOG_CONNECTIONS = 1024  # the default of 5 makes bursts wait a second
 PAUSE_SECONDS = 0.5  # after an accept() that failed
 RESERVED_DESCRIPTORS = 24  # for exchanges with the control plane, and the standard library
-EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 TCP_SYN_SENT, TCP_LISTEN = 2, 10
 SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, NETLINK_SOCK_DIAG = 20, 1, 4
 NOBODY = 0xFFFFFFFF  # no uid: (uid_t) -1
@@ -3013,13 +3022,15 @@ class Foreground:
         self.ignored: "Tuple[int, ...]" = ()
         self.passed_on: "Tuple[int, ...]" = ()  # they do not count: COMMAND's to act on
         self._raised = 0
+        self._asked = 0  # signals that asked for the end
         self._is_finishing = False
 
     def handle(self, signum: int, frame: object) -> None:
         """The handler: a third signal that asks for the end ends the process at once."""
         if signum not in self.ignored:
             self.signals.append(signum)
-            if sum(each not in self.passed_on for each in self.signals) > 2:
+            self._asked += signum not in self.passed_on
+            if self._asked > 2:
                 end_by_signal(signum)
 
     def wait(self, seconds: float) -> None:
@@ -3376,7 +3387,8 @@ class Run:
                 raise ended[0]
         except Interrupted as interrupted:
             relay = connection.relay  # once all has been delivered it is no accident any more
-            if not (relay and relay.down.is_over and stdio.done.is_set()) or relay.error or stdio.error:
+            is_delivered = relay and relay.down.is_over and stdio.done.wait(HURRY_SECONDS)
+            if not relay or not is_delivered or relay.error or stdio.error:
                 reason = str(interrupted)
                 raise
         except PlexctlError:
@@ -3620,8 +3632,9 @@ def perform(argv: "Optional[Sequence[str]]" = None,
     except PlexctlError as error:
         return fail(str(error), error.exit_code), 0
     except (OSError, ImportError) as error:  # no descriptors to load a module with
-        return fail("cannot %s: %s" % ("write to standard output" if prints else "start",
-                                       show_error(error)), EXIT_FAILURE), 0
+        return fail("cannot %s: %s" % (
+            "write to standard output" if prints else "start",
+            escape(error.msg) if isinstance(error, ImportError) else show_error(error)), EXIT_FAILURE), 0
     status, signum = EXIT_FAILURE, 0
     try:
         status = Run(options, os.environ if environ is None else environ, foreground, sys.stdout).execute()
@@ -3631,6 +3644,8 @@ def perform(argv: "Optional[Sequence[str]]" = None,
     except PlexctlError as error:
         status = error.exit_code
         foreground.report("error: %s" % error)
+    except ImportError as error:  # of a module that the standard library loads late
+        foreground.report("error: this Python is not whole: %s" % escape(error.msg))
     except (OSError, MemoryError) as error:
         foreground.report("error: the system refuses: %s" % show_error(error))
     except Exception as error:  # a defect; its text may hold what it was given

@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -62,7 +61,7 @@ class Invocation:
         self.scratch = tempfile.mkdtemp(prefix="plexctl-%s-" % mode)
         self.audit_log = os.path.join(self.scratch, "state", "plexctl", "audit.log")
         self.wrong, self.process, self.answer, self.client_end = [], None, b"", ""
-        self.served, self.status = threading.Event(), None
+        self.status, self.revocations = None, 1
         self.began = time.monotonic()
 
     def __enter__(self):
@@ -121,8 +120,6 @@ class Invocation:
             self._use_proxy()
         elif self.mode == "stdio":
             self._use_stdio()
-        if self.answer == WORD:
-            self.served.set()
 
     def _use_proxy(self):
         try:
@@ -242,7 +239,8 @@ class Invocation:
                 told = "session %s is not revoked" % session_id in err or "session may" in err
                 self.check(told, "a session was left without a word")
             else:
-                self.check(times == 1, "a session was revoked %d times", times)
+                # an answer that was lost is asked for again
+                self.check(1 <= times <= self.revocations, "a session was revoked %d times", times)
 
     def judge_document(self):
         """What is on stdout in print mode is whole, or nothing."""
