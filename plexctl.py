@@ -1743,7 +1743,13 @@ class Stdio:
         except OSError as error:
             if error.errno in EXHAUSTED:  # else nobody takes it any more
                 self.error = PlexctlError("cannot carry standard input: %s" % show_error(error))
-                self._near.shutdown(socket.SHUT_RDWR)
+                self._hang_up()
+
+    def _hang_up(self) -> None:
+        try:
+            self._near.shutdown(socket.SHUT_RDWR)
+        except OSError:  # the relay was faster
+            pass
 
     def _receive(self) -> bytes:
         try:
@@ -1765,9 +1771,10 @@ class Stdio:
             os.close(nowhere)
         except OSError as error:
             self.error = PlexctlError("cannot write to standard output: %s" % show_error(error))
-        if self.error or not first or os.isatty(0):  # where it would wait for a key that nobody needs
-            self._near.shutdown(socket.SHUT_RDWR)
-        self.done.set()
+        finally:  # whatever happens here, somebody waits for it
+            if self.error or not first or os.isatty(0):  # where it would wait for a key that nobody needs
+                self._hang_up()
+            self.done.set()
 
 
 # --------------------------------------------------------------------------------------- workers

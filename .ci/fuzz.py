@@ -65,13 +65,16 @@ def stay_on_loopback(event, arguments):
 
 
 def know_names(real):
-    """getaddrinfo that has PLANE_NAME here, every other name elsewhere, and asks no name server."""
+    """getaddrinfo that has PLANE_NAME and *.localhost here, every other name elsewhere, and asks no one.
+
+    Whether a host's resolver knows a.localhost is its own affair.
+    """
     def getaddrinfo(host, *more, **named):
         name = host.decode("latin-1") if isinstance(host, bytes) else host
-        if name == PLANE_NAME:
+        last = name.strip(".").rpartition(".")[2] if name and ":" not in name else ""
+        if name == PLANE_NAME or last.lower() == "localhost":
             name = "127.0.0.1"
-        elif name and name.strip(".").rpartition(".")[2][:1].isalpha() and ":" not in name and (
-                "localhost" not in name.lower()):
+        elif last[:1].isalpha():
             name = "192.0.2.7"
         return real(name, *more, **named)
     return getaddrinfo
