@@ -1328,6 +1328,7 @@ QUIET_SECONDS = 2.0  # of the target, before a client's end of input is passed o
 FIRST_ASK_SECONDS = 0.05  # whether a client that has ended its input is gone; then ever less often
 LAST_ASK_SECONDS = 0.4
 DRAIN_SECONDS = 0.05
+STREAM_TICK_SECONDS = 0.2
 LINGER_SECONDS = 10  # for the Node's answer to the end of a client that is gone
 STRUCT_LINGER = "ii" if os.name == "posix" else "HH"
 SILENCE = BlockingIOError if os.name == "posix" else TimeoutError  # of a call that has waited for a tick
@@ -1611,69 +1612,71 @@ class Relay:
         close_leg(self.up.sink, is_broken or not self.up.is_over)
 
 
-class Stdio:
-    """Descriptors 0 and 1 as a socket, `far`, by two threads that block: they may be terminals or files.
+class StandardStreams:
+    """Descriptors 0 and 1 as a client's socket, as far as a Relay uses one; they may be terminals or files.
 
-    Their file status flags are left alone, since they may be somebody's terminal. `done` is set once
-    standard output has had everything; `error` then says why not (PlexctlError), or is None.
+    Their file status flags are left alone, since they may be somebody's terminal. `error` says why
+    standard output has not had everything (PlexctlError).
     """
 
     def __init__(self) -> None:
         self.error: "Optional[PlexctlError]" = None
-        self.done = threading.Event()
-        self._near, self.far = socket.socketpair()
-        if not (start_thread(self._read) and start_thread(self._write)):
-            raise PlexctlError("cannot start a thread for standard input and output (ulimit -u)")
+        self._has_written = self._is_ended = self._is_closed = False
+        self.setsockopt = self.getpeername = self.getsockopt = lambda *arguments: 0
+        self.recv = lambda size, flags: b""  # a look at what a client that is gone has sent
 
-    def _read(self) -> None:
+    def fileno(self) -> int:
+        """The one that tells whether anybody listens."""
+        return 1
+
+    def recv_into(self, buffer: memoryview) -> int:
+        """Standard input; 0 as well when nobody needs it any more."""
+        if self._is_ended:
+            return 0
+        if os.name == "posix" and not wait_for(0, READABLE, STREAM_TICK_SECONDS):
+            raise SILENCE
         try:
-            while True:
-                try:
-                    piece = os.read(0, FIRST_BUFFER_BYTES)
-                except BlockingIOError:
-                    wait_for(0, READABLE)
-                    continue
-                except OSError:  # EIO: the terminal is gone
-                    piece = b""
-                if not piece:
-                    self._near.shutdown(socket.SHUT_WR)
-                    return
-                self._near.sendall(piece)
+            piece = os.read(0, len(buffer))
         except OSError as error:
-            if error.errno in EXHAUSTED:  # else nobody takes it any more
-                self.error = PlexctlError("cannot carry standard input: %s" % show_error(error))
-                self._hang_up()
+            if error.errno in EXHAUSTED or isinstance(error, SILENCE):
+                raise
+            return 0  # EIO: the terminal is gone
+        buffer[:len(piece)] = piece
+        return len(piece)
 
-    def _hang_up(self) -> None:
+    def send(self, piece: memoryview) -> int:
+        """Standard output."""
+        if os.name == "posix" and not wait_for(1, WRITABLE, STREAM_TICK_SECONDS):
+            raise SILENCE
         try:
-            self._near.shutdown(socket.SHUT_RDWR)
-        except OSError:  # the relay was faster
-            pass
-
-    def _receive(self) -> bytes:
-        try:
-            return self._near.recv(FIRST_BUFFER_BYTES)
-        except OSError:  # the relay has closed it before it had taken everything
-            return b""
-
-    def _write(self) -> None:
-        first = b""
-        try:
-            piece = first = self._receive()
-            while piece:
-                try:
-                    piece = piece[os.write(1, piece):] or self._receive()
-                except BlockingIOError:
-                    wait_for(1, WRITABLE)
-            nowhere = open_nowhere(os.O_WRONLY)  # the reader sees the end; the number stays taken
-            os.dup2(nowhere, 1)
-            os.close(nowhere)
+            self._has_written = True
+            return os.write(1, piece)
         except OSError as error:
-            self.error = PlexctlError("cannot write to standard output: %s" % show_error(error))
-        finally:  # whatever happens here, somebody waits for it
-            if self.error or not first or os.isatty(0):  # where it would wait for a key that nobody needs
-                self._hang_up()
-            self.done.set()
+            if not isinstance(error, SILENCE):
+                self._fail(error)
+            raise
+
+    def shutdown(self, how: int) -> None:
+        """The reader sees the end; the number stays taken."""
+        # where nothing came back, or a terminal would wait for a key, nobody needs standard input any more
+        self._is_ended = how == socket.SHUT_RD or not self._has_written or os.isatty(0)
+        if how == socket.SHUT_WR:
+            self.close()
+
+    def close(self) -> None:
+        """The same."""
+        if not self._is_closed:
+            self._is_closed = True
+            try:
+                nowhere = open_nowhere(os.O_WRONLY)
+                os.dup2(nowhere, 1)
+                os.close(nowhere)
+            except OSError as error:
+                self._fail(error)
+
+    def _fail(self, error: OSError) -> None:
+        self._is_ended = True
+        self.error = PlexctlError("cannot write to standard output: %s" % show_error(error))
 
 
 # --------------------------------------------------------------------------------------- workers
@@ -1728,7 +1731,7 @@ class Connection:
     as well why the session is over.
     """
 
-    def __init__(self, sock: "socket.socket", on_end: "Callable[..., object]",
+    def __init__(self, sock: "Any", on_end: "Callable[..., object]",
                  is_gone: "Callable[[], bool]" = lambda: False, address: "Any" = None,
                  wants_reason: bool = False) -> None:
         if not isinstance(address, tuple):
@@ -3284,15 +3287,14 @@ class Run:
         """--stdio: one connection over descriptors 0 and 1."""
         self.establish()
         load_modules()
-        began, reason, stdio = elapsed_seconds(), "connection closed", Stdio()
+        began, reason, streams = elapsed_seconds(), "connection closed", StandardStreams()
         ended: "List[Optional[PlexctlError]]" = []
 
         def end(connection: Connection, error: "Optional[PlexctlError]") -> None:
-            stdio.done.wait(CLOSE_SECONDS if error else None)  # what came is still delivered
-            ended.append(stdio.error or error)
+            ended.append(streams.error or error)
             self.foreground.waker.wake()
 
-        connection = Connection(stdio.far, end, lambda: has_hung_up(stdio.far), wants_reason=True)
+        connection = Connection(streams, end, wants_reason=True)
         self.sessions.put(connection)
         try:
             while not ended:
@@ -3301,8 +3303,7 @@ class Run:
                 raise ended[0]
         except Interrupted as interrupted:
             relay = connection.relay  # once all has been delivered it is no accident any more
-            is_delivered = relay and relay.down.is_over and stdio.done.wait(HURRY_SECONDS)
-            if not relay or not is_delivered or relay.error or stdio.error:
+            if not relay or not relay.down.is_over or relay.error or streams.error:
                 reason = str(interrupted)
                 raise
         except PlexctlError:
