@@ -45,31 +45,9 @@ import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # importing typing would take as long as compiling half of this file
-    import argparse
-    import collections
-    import datetime
-    import difflib
-    import email.utils
-    import hashlib
-    import http.client
-    import json
-    import logging
-    import mmap
-    import pwd
-    import queue
-    import re
-    import resource
-    import select
-    import shutil
-    import signal
-    import socket
-    import socketserver
-    import ssl
-    import stat
-    import struct
-    import subprocess
-    import threading
-    import urllib.request
+    import argparse, collections, datetime, difflib, email.utils, hashlib, http.client, json  # noqa: E401
+    import logging, mmap, pwd, queue, re, resource, select, shutil, signal, socket, socketserver  # noqa: E401
+    import ssl, stat, struct, subprocess, threading, urllib.request  # noqa: E401
     from typing import (Any, Callable, Dict, IO, List, Mapping, NoReturn, Optional, Sequence, Set, Tuple)
 
     Environ = Mapping[str, str]
@@ -94,10 +72,9 @@ class LazyModule:
         return getattr(module, attribute)
 
 
-LAZY_MODULES = (
-    "argparse", "collections", "datetime", "difflib", "email.utils", "hashlib", "http.client", "json",
-    "logging", "mmap", "pwd", "queue", "re", "resource", "select", "shutil", "signal", "socket",
-    "socketserver", "ssl", "stat", "struct", "subprocess", "threading", "urllib.request")
+LAZY_MODULES = """argparse collections datetime difflib email.utils hashlib http.client json
+    logging mmap pwd queue re resource select shutil signal socket socketserver
+    ssl stat struct subprocess threading urllib.request""".split()
 globals().update((name.partition(".")[0], LazyModule(name)) for name in LAZY_MODULES)
 
 __version__ = "0.1.0"
@@ -1688,7 +1665,6 @@ ASK_SECONDS = 2  # between two questions about one session
 RECHECK_SECONDS = 60  # the reconcile period of a Node
 GONE_SECONDS = 30  # of refused dials, until a listener counts as gone
 REPLACE_SECONDS = 60  # between two replacements of sessions that never carried a connection
-LEAVE_PAUSE_SECONDS = 0.02
 RETRY_SECONDS = 5  # until a further session is asked for again
 UNREACHABLE_SECONDS = 10  # a Node that ends a connection within this, without a byte, had no target
 CONNECTING = (errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK)
@@ -2231,12 +2207,13 @@ class Sessions:
                 turned_away = self._follow(worker, worker.why)
             elif worker.why and worker.why.may_exist:  # whoever asked for it does not listen any more
                 self.report("warning: %s" % worker.why)
+            is_due = self._claim(worker.session_id)
             self._changed.notify_all()
         for connection in turned_away:
             connection.end(worker.why)
-        if worker.is_ready:
+        if is_due:
             self.say("session %s given back", worker.session_id)
-        self._revoke(worker.session_id)
+            self._revoke(worker.session_id)
         with self._changed:
             self._workers.remove(worker)
             self._changed.notify_all()
@@ -2265,10 +2242,13 @@ class Sessions:
         if not start_thread(worker.run):
             self._workers.remove(worker)
             why = PlexctlError("cannot start a thread for a session (ulimit -u)")
-            if not self._workers:
+            if self.first is None and not self._workers:
                 self.over = self.over or why
             self._limit = max(1, len(self._workers))
+            self._retry_on = elapsed_seconds() + RETRY_SECONDS
             self.tell_once("warning: %s" % why)
+            while not self._workers and self._queue:
+                self._queue.popleft().end(why)
 
     def _grow(self, now: float) -> None:
         """With the lock held: starts the workers that are wanted now."""
@@ -2283,12 +2263,10 @@ class Sessions:
         if waited and len(live) - coming >= self._limit:
             self.tell_once("warning: more connections at once than sessions (%d): they wait their turn "
                            "(--max-sessions)" % self._limit, "limit")
-        wanted = waited - coming
-        if self._minimum > 1:
-            wanted = max(wanted, self._minimum - len(live))
-        if self._renew or self.first.expires_on - now >= 1:
-            for _ in range(min(wanted, self._limit - len(self._workers))):
-                self._start_worker()
+        missing = self._minimum - len(live) if self._minimum > 1 else 0
+        wanted = min(max(waited - coming, missing), self._limit - len(self._workers))
+        for _ in range(wanted if self._renew or self.first.expires_on - now >= 1 else 0):
+            self._start_worker()
 
     def _follow(self, worker: Worker, why: PlexctlError) -> "List[Connection]":
         """With the lock held: what one's end means for the others. Returns whom to turn away."""
@@ -2301,8 +2279,8 @@ class Sessions:
             self.report("%s%s" % (why, "; the next connection gets a new one" if self._renew else ""))
         elif others and (refused or isinstance(why, EndpointMissing)):
             self._limit = min(self._limit, others)
-            self.tell_once("warning: no further session, connections wait for the %d there %s: %s" % (
-                others, "is" if others == 1 else "are", why), "limit")
+            self.tell_once("warning: no further session, connections wait for those there are: %s" % why,
+                           "limit")
         else:
             self._retry_on = elapsed_seconds() + RETRY_SECONDS
             self.tell_once("warning: no further session for now: %s" % why)
@@ -2345,19 +2323,16 @@ class Sessions:
         """Revokes what is owed, also what is just being issued; returns after `seconds` at most."""
         deadline = elapsed_seconds() + seconds
         self.stop(0.0)
-        while True:
+        while elapsed_seconds() < deadline:
             with self._changed:
-                owed = [session_id for session_id, begun in self._owed.items() if begun or not self._keep]
-                left = deadline - elapsed_seconds()
-                if left <= 0 or not owed and not any(each.is_issuing for each in self._workers):
-                    return
-                due = [session_id for session_id in owed if not self._owed[session_id]]
+                due = [session_id for session_id in self._owed if self._claim(session_id)]
                 if not due:
-                    self._changed.wait(min(TICK_SECONDS, left))
+                    if not any(self._owed.values()) and not any(each.is_issuing for each in self._workers):
+                        return
+                    self._changed.wait(max(0.0, min(TICK_SECONDS, deadline - elapsed_seconds())))
             for session_id in due:
                 if not start_thread(self._revoke, session_id):
                     self._revoke(session_id)
-            time.sleep(LEAVE_PAUSE_SECONDS if due else 0)  # they take them over
 
     def left_behind(self) -> "List[str]":
         """What `leave` could not settle, in words."""
@@ -2367,12 +2342,15 @@ class Sessions:
             return ["session %s is not revoked, it will run out by itself" % session_id
                     for session_id, begun in self._owed.items() if begun or not self._keep]
 
+    def _claim(self, session_id: str) -> bool:
+        """With the lock held: whether it is for the caller to revoke it, once."""
+        if self._owed.get(session_id, True) or self._keep and self.is_stopped:
+            return False
+        self._owed[session_id] = True
+        return True
+
     def _revoke(self, session_id: str) -> None:
-        """Once for each, whoever comes first; a failure that may pass is tried again."""
-        with self._changed:
-            if self._owed.get(session_id, True) or self._keep and self.is_stopped:
-                return
-            self._owed[session_id] = True
+        """A failure that may pass is tried again."""
         deadline, is_over = elapsed_seconds() + LEAVE_SECONDS, False
         try:
             while not is_over:
@@ -2429,20 +2407,13 @@ class OwnerCheck:
             self.close()
             raise
 
-    def find(self, client: "Tuple[Any, ...]") -> int:
-        """The uid that holds the client's socket; NOBODY where no process has it open any more."""
+    def find(self, client: "Tuple[Any, ...]") -> "Tuple[int, bool]":
+        """The uid that holds the client's socket, NOBODY for none; and whether no process has it open."""
         try:
             uid, inode = self._ask(client, self._local)
-            return uid if inode else NOBODY
-        except OSError:
-            return NOBODY
-
-    def is_gone(self, client: "Tuple[Any, ...]") -> bool:
-        """Whether no process has the client's socket open any more; False where the kernel does not tell."""
-        try:
-            return not self._ask(client, self._local)[1]
-        except OSError:
-            return False
+            return (uid, False) if inode else (NOBODY, True)
+        except OSError:  # the kernel does not tell
+            return NOBODY, False
 
     def _ask(self, source: "Tuple[Any, ...]", destination: "Tuple[Any, ...]",
              is_listener: bool = False) -> "Tuple[int, int]":
@@ -2640,7 +2611,7 @@ class Forwarder:
         """Whether the user behind this connection may use the port: ours or root, by the kernel's word."""
         if not self._checks_owners or self._owners is None:
             return True
-        uid = self._owners.find(address)
+        uid = self._owners.find(address)[0]
         try:
             client.getpeername()  # its socket may be dead, and the address another one's by now
         except OSError:
@@ -2664,7 +2635,7 @@ class Forwarder:
         def is_gone() -> bool:
             if self.local.path:
                 return has_hung_up(client)
-            return self._owners is not None and self._owners.is_gone(address)
+            return self._owners is not None and self._owners.find(address)[1]
 
         self._sessions.put(Connection(client, self._end, is_gone, address))
 
@@ -2838,20 +2809,16 @@ class Waker:
 
     def __init__(self) -> None:
         self._is_awake = False
-        self._watched, self._written = socket.socketpair()
+        self._watched, self.written = socket.socketpair()  # for signal.set_wakeup_fd as well
         self._watched.setblocking(False)
-        self._written.setblocking(False)
-
-    def written_fd(self) -> int:
-        """The descriptor for signal.set_wakeup_fd."""
-        return self._written.fileno()
+        self.written.setblocking(False)
 
     def wake(self) -> None:
         """Ends the wait, or the next one."""
         if not self._is_awake:
             self._is_awake = True
             try:
-                self._written.send(b"\0")
+                self.written.send(b"\0")
             except OSError:  # full, which wakes as well; or closed
                 pass
 
@@ -2869,7 +2836,7 @@ class Waker:
     def close(self) -> None:
         """Closes both sockets."""
         self._watched.close()
-        self._written.close()
+        self.written.close()
 
 
 class Messages:
@@ -3509,7 +3476,7 @@ def handle_signals(foreground: Foreground) -> "Callable[[], None]":
     if hasattr(signal, "SIGCHLD") and signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
         before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or COMMAND has no status
     quiet: "Dict[str, Any]" = {"warn_on_full_buffer": False} if sys.version_info >= (3, 7) else {}
-    wakeup = signal.set_wakeup_fd(foreground.waker.written_fd(), **quiet)
+    wakeup = signal.set_wakeup_fd(foreground.waker.written.fileno(), **quiet)
 
     def restore() -> None:
         signal.set_wakeup_fd(wakeup)

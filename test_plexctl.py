@@ -5667,16 +5667,15 @@ def test_a_session_whose_thread_cannot_be_started_costs_no_client_that_is_served
         monkeypatch.undo()
 
 
-def test_where_the_only_session_cannot_have_a_thread_the_run_is_over(simulation, monkeypatch):
-    """The port never listens without serving."""
+def test_a_renewal_that_finds_no_thread_fails_alone(simulation, monkeypatch):
+    monkeypatch.setattr(plexctl, "RETRY_SECONDS", 0)
     with using_sessions(simulation.plane, renew=True) as running:
         monkeypatch.setattr(plexctl, "start_thread", lambda function, *arguments: False)
         expire(running)
         eventually(lambda: not running.count().sessions)
-        with dial(running.address) as client:
-            eventually(lambda: running.sessions.over and running.said("cannot start a thread"))
-            assert how_it_ends(client) == ("reset", b"")
+        assert knock(running.address) == ("reset", b"") and running.said("cannot start a thread")
         monkeypatch.undo()
+        assert is_alive(running) and running.sessions.over is None
 
 
 def cpu_seconds(pid):
@@ -5949,10 +5948,10 @@ def test_the_kernel_says_who_holds_the_other_end_and_of_nobody_else(family, host
         name, half_name = client.getsockname()[:2], half.getsockname()[:2]
         accepted = [stack.enter_context(listener.accept()[0]) for _ in range(2)]
         half.shutdown(socket.SHUT_WR)
-        assert [owners.find(each) for each in (name, half_name)] == [os.geteuid()] * 2
-        assert owners.find((host, 1)) == plexctl.NOBODY
+        assert [owners.find(each) for each in (name, half_name)] == [(os.geteuid(), False)] * 2
+        assert owners.find((host, 1)) == (plexctl.NOBODY, True)
         client.close()
-        assert owners.find(name) == plexctl.NOBODY  # inode 0
+        assert owners.find(name) == (plexctl.NOBODY, True)  # inode 0
         reset_close(accepted[0])
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -5960,9 +5959,9 @@ def test_the_kernel_says_who_holds_the_other_end_and_of_nobody_else(family, host
         except OSError:
             pytest.skip("somebody else was given the port meanwhile")
         other.listen(1)
-        assert owners.find(name) == plexctl.NOBODY  # the kernel answers with the listener
+        assert owners.find(name) == (plexctl.NOBODY, True)  # the kernel answers with the listener
         owners.close()
-        assert owners.find(half_name) == plexctl.NOBODY
+        assert owners.find(half_name) == (plexctl.NOBODY, False)  # nobody can know
     with pytest.raises(OSError):
         plexctl.OwnerCheck(family, local)  # nobody listens there
 
@@ -5973,7 +5972,7 @@ def test_a_connection_that_is_only_being_asked_for_is_nobody_s():
         client.setblocking(False)
         client.connect_ex(listener.getsockname())
         owners = plexctl.OwnerCheck(socket.AF_INET, listener.getsockname())
-        assert owners.find(client.getsockname()) == plexctl.NOBODY  # SYN_SENT, of this very user
+        assert owners.find(client.getsockname()) == (plexctl.NOBODY, True)  # SYN_SENT, of this very user
         owners.close()
 
 
@@ -6284,7 +6283,7 @@ def test_a_further_session_that_is_refused_lowers_the_limit_with_one_warning(sim
     with using_sessions(simulation.plane, limit=3) as running, dialled(running, 2) as clients:
         simulation.plane.script("issue", problem(refusal))
         clients += [dial(running.address) for _ in range(3)]
-        warning, = eventually(lambda: running.said("warning: no further session", "wait for the 2 there"))
+        warning, = eventually(lambda: running.said("warning: no further session", "wait for those there are"))
         assert refusal != "session_limit_exceeded" or "--max-sessions" in warning and "print mode" in warning
         let_pass(1)  # three wait, and nobody asks again
         for number in (0, 1, 2):
