@@ -2445,25 +2445,24 @@ class OwnerCheck:
         self._netlink.close()
 
 
+def read_proc(path: str) -> str:
+    """A small file of the kernel's, "" where there is none."""
+    try:
+        with open(path, encoding="ascii") as file:
+            return file.read()
+    except (OSError, ValueError):
+        return ""
+
+
 def has_unmapped_uid() -> bool:
     """Whether our own uid is what a user namespace shows for every uid that it does not know."""
-    try:
-        with open("/proc/sys/kernel/overflowuid", encoding="ascii") as file:
-            overflow = int(file.read())
-    except (OSError, ValueError):
-        overflow = 65534
-    if os.geteuid() != overflow:
-        return False
-    try:
-        with open("/proc/self/uid_map", encoding="ascii") as file:
-            return file.read().split() != ["0", "0", str(NOBODY)]
-    except OSError:
-        return True
+    overflow = read_proc("/proc/sys/kernel/overflowuid").strip() or "65534"
+    identity = ["0", "0", str(NOBODY)]
+    return str(os.geteuid()) == overflow and read_proc("/proc/self/uid_map").split() != identity
 
 
-def create_listener(local: LocalAddress, forwarder: "Forwarder") -> "Any":
-    """A socketserver that binds and listens now; what it accepts goes to `forwarder`."""
-
+def create_listener(local: LocalAddress) -> "Any":
+    """A socketserver that binds and listens now; what becomes of a connection is for its owner to set."""
     class Listener(socketserver.TCPServer):
         request_queue_size = BACKLOG_CONNECTIONS
         allow_reuse_address = os.name == "posix"  # on Windows it would let others take the port
@@ -2487,30 +2486,6 @@ def create_listener(local: LocalAddress, forwarder: "Forwarder") -> "Any":
                 self.identity = os.lstat(local.path)
             else:
                 set_leg_options(self.socket)
-
-        def get_request(self) -> "Any":
-            try:
-                return super().get_request()
-            except OSError as error:
-                if error.errno in EXHAUSTED:
-                    forwarder.warn_once("cannot accept connections for now: %s" % show_error(error))
-                    time.sleep(PAUSE_SECONDS)  # do not spin
-                raise
-
-        def verify_request(self, request: "Any", client_address: "Any") -> bool:
-            return forwarder.may_serve(request, client_address)
-
-        def process_request(self, request: "Any", client_address: "Any") -> None:
-            forwarder.queue(request, client_address)
-
-        def service_actions(self) -> None:
-            forwarder.tick()
-
-        def shutdown_request(self, request: "Any") -> None:
-            close_leg(request, reset=True)
-
-        def handle_error(self, request: "Any", client_address: "Any") -> None:
-            forwarder.warn_once("a connection was dropped after %s" % type(sys.exc_info()[1]).__name__)
 
         def server_close(self) -> None:
             super().server_close()
@@ -2557,7 +2532,12 @@ class Forwarder:
         self._is_stopping = False
         self._tick_on = 0.0
         self._capacity = count_capacity()
-        self._server = create_listener(local, self)
+        server = self._server = create_listener(local)
+        server.get_request, server.verify_request = self._get_request, self._may_serve
+        server.process_request, server.service_actions = self._queue, self.tick
+        server.shutdown_request = lambda request: close_leg(request, reset=True)
+        server.handle_error = lambda request, address: self.warn_once(
+            "a connection was dropped after %s" % type(sys.exc_info()[1]).__name__)
         self.local = local
         if not local.path:
             self.local = LocalAddress(local.host, self._server.server_address[1])
@@ -2605,9 +2585,18 @@ class Forwarder:
         """Raises the process's limit of descriptors, and takes as many connections as that allows."""
         self._capacity = count_capacity(raise_limit=True)
 
-    # What the listener asks, in its thread
+    # What the listener calls, in its thread
 
-    def may_serve(self, client: "socket.socket", address: "Any") -> bool:
+    def _get_request(self) -> "Tuple[socket.socket, Any]":
+        try:
+            return self._server.socket.accept()  # type: ignore[no-any-return]
+        except OSError as error:
+            if error.errno in EXHAUSTED:
+                self.warn_once("cannot accept connections for now: %s" % show_error(error))
+                time.sleep(PAUSE_SECONDS)  # do not spin
+            raise
+
+    def _may_serve(self, client: "socket.socket", address: "Any") -> bool:
         """Whether the user behind this connection may use the port: ours or root, by the kernel's word."""
         if not self._checks_owners or self._owners is None:
             return True
@@ -2625,8 +2614,7 @@ class Forwarder:
                            % uid)
         return False
 
-    def queue(self, client: "socket.socket", address: "Any") -> None:
-        """Takes over an accepted connection."""
+    def _queue(self, client: "socket.socket", address: "Any") -> None:
         if self._sessions.count_descriptors() >= self._capacity:
             self.warn_once("no more descriptors (ulimit -n): connections are refused")
             close_leg(client, reset=True)
