@@ -1487,7 +1487,7 @@ class Relay:
             try:
                 count = flow.in_hand = receive(buffer)
             except SILENCE:
-                buffer = flow.buffer = flow.first_buffer
+                rest = buffer = flow.buffer = flow.first_buffer  # nobody holds a larger one any more
                 # the Node has ended, and so serves another one; a client may keep its end open for ever
                 if flow is self.up and self.down.is_over and flow.is_quiet():
                     self.stop()

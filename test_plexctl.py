@@ -5017,6 +5017,14 @@ def resident_bytes(pid="self"):
         return int(re.search(r"VmRSS:\s*([0-9]+) kB", stream.read()).group(1)) * 1024
 
 
+def count_shared_maps():
+    """How many anonymous mmaps this process has; 0 where nobody can know."""
+    if not LINUX:
+        return 0
+    with open("/proc/self/maps") as stream:
+        return stream.read().count("/dev/zero")
+
+
 def test_what_a_client_sends_arrives_as_it_is_and_so_does_the_answer(way):
     sizes = [1, 64, 65535, 65536, 65537, 4 * 65536, 300001, 3 * MIB]
     with relayed_to(**way) as running:
@@ -5045,6 +5053,7 @@ def test_256_mebibytes_go_each_way_at_once_and_the_buffers_shrink_again(way):
             sent.update(numbered)
             client.sendall(numbered)
 
+    maps = count_shared_maps()
     with relayed_to(**way) as running, dial(running.address) as client:
         sender = threading.Thread(target=send, args=(client,))
         sender.start()
@@ -5060,6 +5069,7 @@ def test_256_mebibytes_go_each_way_at_once_and_the_buffers_shrink_again(way):
         assert sent.digest() == received.digest()
         assert plexctl.FIRST_BUFFER_BYTES < largest <= plexctl.LARGEST_BUFFER_BYTES
         eventually(lambda: len(relay.up.buffer) == len(relay.down.buffer) == plexctl.FIRST_BUFFER_BYTES)
+        eventually(lambda: count_shared_maps() == maps)  # nobody holds them any more
         chat(client, 3)
         assert running.count().open == 1 and running.lines == []
 
