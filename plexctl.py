@@ -2077,7 +2077,8 @@ class Sessions:
 
     def count_descriptors(self) -> int:
         """How many descriptors the connections may take, those that wait and those that are carried."""
-        return len(self._queue) + 2 * sum(worker.connection is not None for worker in tuple(self._workers))
+        lingering = [each for each in tuple(self._relays) if each.client_is_gone and not each.is_closed]
+        return len(self._queue) + 2 * (len(self._list_carried()) + len(lingering))
 
     def seconds_left(self) -> float:
         """Until the sessions run out, with `renew` the first of them; 0 where there is none."""
@@ -2221,7 +2222,7 @@ class Sessions:
     # Below: how
 
     def _list_carried(self) -> "List[Connection]":
-        return [worker.connection for worker in self._workers if worker.connection]
+        return [worker.connection for worker in tuple(self._workers) if worker.connection]
 
     def _is_time_up(self, now: float) -> bool:
         """Without `renew` access is for the time of the first session."""
@@ -2601,9 +2602,7 @@ class Forwarder:
         if not self._checks_owners or self._owners is None:
             return True
         uid = self._owners.find(address)[0]
-        try:
-            client.getpeername()  # its socket may be dead, and the address another one's by now
-        except OSError:
+        if not is_connected(client):  # its socket is dead, and the address may be another one's by now
             uid = NOBODY
         if uid in (0, os.geteuid()):
             return True
@@ -3242,7 +3241,7 @@ class Run:
         """--stdio: one connection over descriptors 0 and 1."""
         self.establish()
         load_modules()
-        began, reason, streams = elapsed_seconds(), "connection closed", StandardStreams()
+        began, streams = elapsed_seconds(), StandardStreams()
         ended: "List[Optional[PlexctlError]]" = []
 
         def end(connection: Connection, error: "Optional[PlexctlError]") -> None:
@@ -3256,24 +3255,19 @@ class Run:
                 self.watch_sessions()
             if ended[0] is not None:
                 raise ended[0]
-        except Interrupted as interrupted:
+        except Interrupted:
             relay = connection.relay  # once all has been delivered it is no accident any more
             if not relay or not relay.down.is_over or relay.error or streams.error:
-                reason = str(interrupted)
                 raise
-        except PlexctlError:
-            reason = ""
-            raise
         finally:
             self.sessions.stop()
             if self.options.verbose:
-                self.report(describe_total(self.sessions.count(), began, reason))
+                self.report(describe_total(self.sessions.count(), began, "connection closed"))
         return EXIT_OK
 
     def forward(self, program: str) -> int:
         """--proxy and -- COMMAND: the local socket is bound first, an address in use costs nothing."""
-        options, foreground = self.options, self.foreground
-        began, reason = elapsed_seconds(), ""
+        options, foreground, began = self.options, self.foreground, elapsed_seconds()
         with Forwarder(options.local_addr, self.sessions, options.allow_other_users) as forwarder:
             forwarder.start()  # connections may come, and wait
             worker = self.establish()
@@ -3281,7 +3275,6 @@ class Run:
                 load_modules()
                 self.tell_systemd("READY=1")
                 if program:
-                    reason = "COMMAND ended"
                     return self.run_command(program, forwarder)
                 forwarder.raise_limit()
                 self.print_document(forwarder.local, worker)
@@ -3291,20 +3284,15 @@ class Run:
                     foreground.messages.show(words)
                     if elapsed_seconds() >= self.tell_systemd_on:
                         self.tell_systemd("STATUS=" + words)
-            except Interrupted as interrupted:
-                reason = str(interrupted)
-                raise
-            except PlexctlError:
-                reason = ""
-                raise
             finally:
                 foreground.ignored = foreground.passed_on = ()
                 self.tell_systemd("STOPPING=1")
                 foreground.finish(forwarder.stop, CLOSE_SECONDS + 1)
+                total = describe_total(self.sessions.count(), began, "COMMAND ended")
                 if forwarder.unidentified:
-                    reason += "; %d not served, closed before their owner could be asked for (unix: and " \
-                              "--allow-other-users do not ask)" % forwarder.unidentified
-                foreground.report(describe_total(self.sessions.count(), began, reason))
+                    total += "; %d not served, closed before their owner could be asked for (unix: and " \
+                             "--allow-other-users do not ask)" % forwarder.unidentified
+                foreground.report(total)
 
     def watch_sessions(self, seconds: float = TICK_SECONDS) -> None:
         """One turn of waiting; raises what ended the sessions."""
@@ -3422,7 +3410,10 @@ def bind_for_a_moment(local: LocalAddress) -> int:
 
 
 def describe_total(counts: Counts, began: float, reason: str) -> str:
-    """The line at the end; the reason is an error's where it is empty."""
+    """The line at the end; if a signal was the reason it is told, an error says its own."""
+    error = sys.exc_info()[1]
+    if error is not None:
+        reason = str(error) if isinstance(error, Interrupted) else ""
     return "%d connection%s, %s up, %s down, %s%s" % (
         counts.ended, "" if counts.ended == 1 else "s", show_bytes(counts.up),
         show_bytes(counts.down), show_seconds(elapsed_seconds() - began), reason and ": " + reason)
