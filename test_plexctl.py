@@ -6181,6 +6181,31 @@ def test_a_session_is_idle_as_soon_as_its_client_is_gone():
         assert all(wait.seconds < 2 for wait in running.node.waits) and set(running.node.most.values()) == {1}
 
 
+def test_what_still_comes_for_a_client_that_is_gone_gets_into_no_other_connection():
+    """The Node answers the end of the first one late, and at length."""
+    gone, answered = threading.Event(), []
+
+    def answer_late(connection, _target):
+        assert how_it_ends(connection) == ("eof", b"")
+        gone.set()
+        for _ in range(20):
+            connection.sendall(b"\xff" * 65536)
+            time.sleep(0.05)
+        answered.append(how_it_ends(connection))
+
+    with relayed_to(on_request(a=answer_late, e=echo), limit=1, direct=True) as running:
+        with dial(running.address) as client:
+            client.sendall(b"a")
+            eventually(lambda: running.count().up == 1)
+        assert gone.wait(10)
+        with dial(running.address) as client:
+            client.sendall(b"e")
+            for number in range(100):
+                assert talk(client, pattern(65536, number))
+        eventually(lambda: answered == [("eof", b"")], 20)  # and it was taken to its end, not reset
+        assert running.count() == plexctl.Counts(0, 0, 2, 1, 2 + 100 * 65536, 100 * 65536)
+
+
 def test_a_session_is_not_idle_before_everything_was_handed_on():
     go, heard, data = threading.Event(), [], pattern(24 * MIB)
 
