@@ -19,8 +19,9 @@ those above it.
 Threads: the main one waits for signals, and alone writes to stdout and stderr; what may block runs
 in a daemon thread that it waits for. Each HTTP exchange has one more, given up on at its deadline,
 since a name look-up has no time-out. One thread accepts connections (Forwarder) and puts them into a
-queue; one worker a session (Worker) takes them from there and carries one after another (Relay). The
-queue, the workers and the sessions that are still to be revoked are in Sessions, under its one lock.
+queue; one worker a session (Worker) takes them from there and carries one after another, what the
+client sends itself and what the Node sends in its partner (Relay). The queue, the workers and the
+sessions that are still to be revoked are in Sessions, under its one lock.
 
 The credential: the bearer token is read in the section credentials, and sent in the section control
 plane; the session token comes in there, and what is done with it ends with the section audit, but for
@@ -1347,9 +1348,9 @@ def close_leg(sock: "socket.socket", reset: bool) -> None:
     try:
         if not reset:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack(STRUCT_LINGER, 0, 0))
-    except OSError:
-        pass
-    sock.close()
+        sock.close()
+    except OSError:  # closed all the same
+        sock.close()
 
 
 def is_connected(sock: "socket.socket") -> bool:
@@ -1470,14 +1471,11 @@ class Relay:
             if self._copy(self.down):
                 self._note_remote_end()
                 self._pass_on(self.down)
+            if self.client_is_gone:
+                self._drain()
         except Exception as error:
             self._note_remote_end()
             self._break(error)
-        try:
-            if self.client_is_gone:
-                self._drain()
-        except OSError:
-            pass
         self._leave()
 
     def _copy(self, flow: Flow) -> bool:
