@@ -2211,7 +2211,6 @@ class Sessions:
         for connection in turned_away:
             connection.end(worker.why)
         if is_due:
-            self.say("session %s given back", worker.session_id)
             self._revoke(worker.session_id)
         with self._changed:
             self._workers.remove(worker)
@@ -2350,6 +2349,7 @@ class Sessions:
 
     def _revoke(self, session_id: str) -> None:
         """A failure that may pass is tried again."""
+        self.say("session %s given back", session_id)
         deadline, is_over = elapsed_seconds() + LEAVE_SECONDS, False
         try:
             while not is_over:
