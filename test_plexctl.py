@@ -1149,6 +1149,21 @@ def run_plexctl(args, *, python=sys.executable, env=None, input=None, timeout=60
 SEEN = []  # (stream, text) of every process, for the tests to look for secrets in
 
 
+@contextlib.contextmanager
+def nothing_ignored():
+    """No signal is ignored meanwhile: nohup and shell background jobs ignore some, which a child inherits."""
+    pythons = (getattr(signal, "SIGPIPE", None), getattr(signal, "SIGXFSZ", None))  # Popen's affair
+    ignored = [number for number in signal.Signals
+               if number not in pythons and signal.getsignal(number) == signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
+
+
 class Process(Watched, subprocess.Popen):
     """A process whose stdout and stderr, if pipes, are read all along: `out` and `err`, as text.
 
@@ -1158,7 +1173,8 @@ class Process(Watched, subprocess.Popen):
         Watched.__init__(self)
         options = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         options.update(popen)
-        subprocess.Popen.__init__(self, command, **options)
+        with nothing_ignored():
+            subprocess.Popen.__init__(self, command, **options)
         self._read = {"out": b"", "err": b""}
         self._readers = [threading.Thread(target=self._collect, args=(name, stream), daemon=True)
                          for name, stream in (("out", self.stdout), ("err", self.stderr)) if stream]
@@ -1225,15 +1241,7 @@ class Process(Watched, subprocess.Popen):
 
 def start_plexctl(args, *, python=sys.executable, python_flags=(), env=None, **popen):
     """Start plexctl.py and return the Process; stdin is empty unless given."""
-    signals = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
-    ignored = [number for number in set(signals) if signal.getsignal(number) == signal.SIG_IGN]
-    for number in ignored:  # nohup and shell background jobs: a child would ignore them as well
-        signal.signal(number, signal.SIG_DFL)
-    try:
-        return Process(plexctl_command(args, python, python_flags), env=clean_environment(env), **popen)
-    finally:
-        for number in ignored:
-            signal.signal(number, signal.SIG_IGN)
+    return Process(plexctl_command(args, python, python_flags), env=clean_environment(env), **popen)
 
 
 def dial(address, seconds=20):
@@ -7254,7 +7262,12 @@ def test_every_signal_revokes_and_ends_it_without_a_core_file(simulation, tmp_pa
             process.wait_for_output("hello")
         process.send_signal(signum)
         with process.changed:  # nobody else asks for the status meanwhile
-            _, status = os.waitpid(process.pid, 0)
+            pid, status = os.waitpid(process.pid, os.WNOHANG)
+            deadline = time.monotonic() + 20
+            while not pid and time.monotonic() < deadline:
+                time.sleep(0.005)
+                pid, status = os.waitpid(process.pid, os.WNOHANG)
+        assert pid, "it goes on: " + process.describe()
         assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signum, (status, process.err)
         assert not os.WCOREDUMP(status) and os.listdir(str(tmp_path)) == []
         process.finish()
@@ -8166,7 +8179,7 @@ def test_the_last_minute_is_warned_of_where_somebody_wants_to_know(simulation, m
 @pytest.fixture
 def terminal():
     """terminal(columns) -> a pseudo-terminal that is read all along into `seen`."""
-    stop, threads, fds = threading.Event(), [], []
+    stop, threads, fds, reading = threading.Event(), [], [], threading.Lock()
 
     def make(columns, rows=24):
         master, slave = pty.openpty()
@@ -8178,10 +8191,15 @@ def terminal():
         def collect():
             while not stop.is_set():
                 if select.select([master], [], [], 0.05)[0]:
-                    seen.extend(os.read(master, 1 << 16))
+                    with reading:
+                        seen.extend(os.read(master, 1 << 16))
+
+        def all_is_seen():
+            with reading:  # else the last piece may be read, but not in `seen` yet
+                return not select.select([master], [], [], 0)[0]
 
         def read():
-            wait_until(lambda: not select.select([master], [], [], 0)[0])
+            wait_until(all_is_seen)
             SEEN.append(("err", seen.decode("latin-1")))
             return seen.decode("latin-1")
 
