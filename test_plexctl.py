@@ -5429,8 +5429,10 @@ def cheap_collections():
     """gc.collect() passes over what is there already; else each takes as long as everything else here."""
     gc.collect()
     getattr(gc, "freeze", gc.collect)()  # 3.6 has none
-    yield
-    getattr(gc, "unfreeze", gc.collect)()
+    try:
+        yield
+    finally:
+        getattr(gc, "unfreeze", gc.collect)()
 
 
 @contextlib.contextmanager
@@ -6517,7 +6519,7 @@ def test_a_session_that_is_revoked_amid_a_connection_ends_the_run_at_once(
 
 def test_a_session_that_is_revoked_while_nobody_uses_it_is_found_out_within_a_minute(
         simulation, monkeypatch, quick_ticks):
-    monkeypatch.setattr(plexctl, "RECHECK_SECONDS", 0.3)
+    monkeypatch.setattr(plexctl, "RECHECK_SECONDS", 1)
     with using_sessions(simulation.plane, renew=True) as running:
         simulation.plane.revoke(simulation.plane.issued[0])
         eventually(lambda: running.sessions.over)
@@ -6762,8 +6764,9 @@ def test_a_warning_comes_five_minutes_and_one_minute_before_the_end():
         renewed_too = stack.enter_context(relayed_to(ttl=61, renew=True))
         eventually(lambda: minutes.lines and minute.lines)
         let_pass(1.5)
-        assert minutes.lines == ["warning: 5m00s of the session are left"]
-        assert minute.lines in [["warning: %s of the session are left" % left] for left in ("1m00s", "60s")]
+        for running, left in (minutes, "5m00|4m5.)s"), (minute, "1m00|60|5.)s"):
+            line, = running.lines
+            assert re.match("warning: (%s of the session are left$" % left, line), line
         assert renewed.lines == renewed_too.lines == []
 
 
@@ -8159,7 +8162,7 @@ def test_the_last_minute_is_warned_of_where_somebody_wants_to_know(simulation, m
         assert visit(proxy_address(process))
         return process
 
-    last, shape = ["--ttl-seconds", 61], r"plexctl: warning: (?:1m00|59)s of the session are left\n"
+    last, shape = ["--ttl-seconds", 61], r"plexctl: warning: (?:1m00|5\d)s of the session are left\n"
     with contextlib.ExitStack() as stack:
         # those that say nothing would have had to say it before the others
         quiet = [proxy("--renew", *last), stack.enter_context(talking_stdio(simulation, make_pipe, *last))]
@@ -8398,7 +8401,7 @@ def test_the_live_line_counts_open_waiting_and_ended_connections_and_sessions(si
 
 def test_the_live_line_says_no_time_left_where_there_is_no_session(simulation, terminal):
     screen = terminal(200)
-    with start(simulation, "--proxy", "--renew", "--ttl-seconds", 3, stderr=screen.slave) as process:
+    with start(simulation, "--proxy", "--renew", "--ttl-seconds", 4, stderr=screen.slave) as process:
         address = proxy_address(process)
         process.wait_for(lambda: re.search(rb"0 ended  1 session  up 0 B  down 0 B  \ds left", screen.seen))
         process.wait_for(lambda: re.search(rb"0 ended  0 sessions  up 0 B  down 0 B[^ ]", screen.seen))
