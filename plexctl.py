@@ -3137,13 +3137,27 @@ persistent flags, before or after the command:
   --allow-http          permit a plain-http server that is not loopback
   --yes                 accepted, does nothing here
   -v, --verbose         say more on stderr
-  --version             print the version
+  --version             print the version and the SHA-256 of this file
   -h, --help            print this
 
 exit codes: 0 done, 1 failure, 2 usage, 3 credentials, 4 forbidden, 77 ReBAC denial, COMMAND's own
 """
 
-PRINTED = {"-h": DESCRIPTION, "--help": DESCRIPTION, "--version": "plexctl %s\n" % __version__}
+
+def describe_version() -> str:
+    """The version, and the SHA-256 of the file that this was loaded from, be it in a zip file."""
+    try:
+        path = __file__
+        raw = __loader__.get_data(path)  # type: ignore[name-defined]
+    except (NameError, AttributeError, ImportError, OSError):  # standard input, -c; it was removed
+        raw = b""
+    load_hashlib()
+    return "plexctl %s (%s)\n" % (__version__, "sha256 %s of %s" % (
+        hashlib.sha256(raw).hexdigest(), escape(path)) if raw else "no sha256: there is no file that it runs from")
+
+
+PRINTED: "Dict[str, Callable[[], str]]" = {
+    "-h": lambda: DESCRIPTION, "--help": lambda: DESCRIPTION, "--version": describe_version}
 
 
 def parse_word(text: str) -> str:
@@ -3198,7 +3212,7 @@ def check_words(words: "Sequence[str]") -> "Tuple[str, List[str]]":
     for word in words:
         flag, equals, value = word.partition("=")
         if word in PRINTED:
-            return PRINTED[word], []
+            return PRINTED[word](), []
         if word[:1] != "-" or set(word[1:2]) <= DIGITS:
             if takes_value:
                 flags.append(word)

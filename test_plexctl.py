@@ -2536,7 +2536,30 @@ def test_help_goes_to_stdout_and_exits_0(cli, args):
 
 @pytest.mark.parametrize("args", [["--version"], ["tcp-forward", "--version"]], ids=shown)
 def test_version_exits_0(cli, args):
-    assert cli(args) == Result(0, "plexctl %s\n" % plexctl.__version__, "")
+    assert cli(args) == Result(0, "plexctl %s (sha256 %s of %s)\n" % (
+        plexctl.__version__, hash_of(PLEXCTL), plexctl.__file__), "")
+
+
+@pytest.mark.parametrize("python", find_pythons(), ids=os.path.basename)
+def test_however_it_is_started_version_tells_the_file_or_that_there_is_none(python, tmp_path):
+    (tmp_path / "link").symlink_to(PLEXCTL)
+    (tmp_path / "app").mkdir()
+    shutil.copy(PLEXCTL, str(tmp_path / "app"))
+    zipapp = [sys.executable, "-m", "zipapp", str(tmp_path / "app"), "-o", str(tmp_path / "app.pyz")]
+    assert run_words(zipapp + ["-m", "plexctl:run"]).status == 0
+    shutil.copy(PLEXCTL, str(tmp_path / "app" / "__main__.py"))
+    assert run_words(zipapp[:-1] + [str(tmp_path / "main.pyz")]).status == 0
+    for words, name in (
+            (["-I", PLEXCTL], PLEXCTL), ([PLEXCTL], PLEXCTL), (["-I", "link"], "link"),
+            (["-m", "plexctl"], "plexctl.py"), (["-I", "app.pyz"], "app.pyz/plexctl.py"),
+            (["main.pyz"], "main.pyz/__main__.py"), (["-I", "-"], ""), ([], "")):
+        with open(PLEXCTL, "rb") as program:
+            result = run_words([python, "-B"] + (words or ["-"]) + ["--version"], clean_environment(),
+                               stdin=program, cwd=str(tmp_path / "app" if "-m" in words else tmp_path))
+        told = re.match(r"plexctl \S+ \(sha256 (\w+) of (.*)\)\n$", result.out)
+        assert result[::2] == (0, "") and bool(told) == bool(name), result
+        assert told or result.out.endswith("(no sha256: there is no file that it runs from)\n")
+        assert not told or told.group(1) == hash_of(PLEXCTL) and told.group(2).endswith(name), result
 
 
 USAGE_ERRORS = [([], "command"), (["-v"], "command"), (["tcp"], "command"),
@@ -9226,7 +9249,7 @@ def test_a_console_script_of_one_module_is_installed(tmp_path):
         pytest.skip("no package index")
     assert done.returncode == 0, done.stdout
     command = os.path.join(environment, "bin", "plexctl")
-    for arguments, status, text in ((["--version"], 0, "plexctl " + plexctl.__version__),
+    for arguments, status, text in ((["--version"], 0, "sha256 " + hash_of(PLEXCTL)),
                                     (["tcp-forward"], 2, "--project-id")):
         done = subprocess.run([command] + arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                               universal_newlines=True, cwd=str(tmp_path), env=clean_environment())
