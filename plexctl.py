@@ -403,6 +403,9 @@ class Record:
                 or not all(hasattr(self, name) for name in fields):
             raise TypeError("%s takes %s" % (type(self).__name__, ", ".join(fields)))
 
+    def __init_subclass__(cls) -> None:  # for pydoc
+        cls.__doc__ = "%s\n\n    Fields: %s.\n    " % (cls.__doc__, ", ".join(cls.__annotations__))
+
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)
 
@@ -551,6 +554,8 @@ def show_error(error: BaseException) -> str:
     _, by_proxy, answer = str(error).partition("Tunnel connection failed: ")  # http.client's words
     if by_proxy and kind == "OSError":
         return "the proxy refused: " + escape(answer)
+    if isinstance(error, ImportError):
+        return escape(error.msg)
     if isinstance(error, OSError) and error.strerror and "SSL" not in kind:
         return escape(error.strerror)
     return "timed out" if kind in ("timeout", "TimeoutError") else kind
@@ -685,7 +690,8 @@ def read_profile(name: str, environ: "Environ") -> Profile:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         if name:
-            raise CredentialsError("--profile: no such profile, there is no %s" % source) from None
+            raise CredentialsError("--profile: no such profile, there is no %s; it must have the shape %s" % (
+                source, CONFIG_SHAPE)) from None
         return Profile()
     except OSError:  # read_secret_file says why
         pass
@@ -907,7 +913,7 @@ def find_proxy(server: Server, environ: "Environ") -> str:
             join_host_port(server.host, server.port), {"no": exempt}):
         return ""
     if not re.fullmatch(r"(?i)http://[!-~]+", proxy):  # urllib takes any other for plain CONNECT
-        raise UsageError("HTTPS_PROXY: must be an http:// URL")
+        raise UsageError("HTTPS_PROXY: must be an http:// URL (NO_PROXY exempts servers)")
     return proxy
 
 
@@ -991,15 +997,15 @@ class Fields:
 
     def take(self, name: str, parse: "Callable[[Any], Any]", kind: type = str) -> "Any":
         """A required field of this kind, as `parse` (which raises ValueError) makes it."""
-        value = self._document.get(name)
-        repeats = isinstance(value, str) and conceal(value, self._secrets) != value
-        try:
-            if isinstance(value, kind) and not repeats:
+        value, fault = self._document.get(name), "is missing, or of another type"
+        if isinstance(value, str) and conceal(value, self._secrets) != value:
+            fault = "repeats a secret"
+        elif isinstance(value, kind):
+            try:
                 return parse(value)
-        except ValueError:
-            pass
-        raise TransportError("%s: the answer has no valid %s%s" % (
-            self._operation, name, ": it repeats a secret" if repeats else ""))
+            except ValueError as error:  # what it must be, not what it is
+                fault = str(error)
+        raise TransportError("%s: the answer's %s %s" % (self._operation, name, fault))
 
     def take_optional(self, name: str, parse: "Callable[[str], Any]") -> "Any":
         """The same, or None where the field is missing or null."""
@@ -1045,8 +1051,7 @@ class ControlPlane:
     """
 
     def __init__(self, server: Server, token: Secret, ca_file: "Optional[str]" = None,
-                 environ: "Environ" = os.environ,
-                 cancel: "Optional[threading.Event]" = None,
+                 environ: "Optional[Environ]" = None, cancel: "Optional[threading.Event]" = None,
                  report: "Report" = lambda line: None) -> None:
         self.server = server
         self.cancel = cancel or threading.Event()
@@ -1055,7 +1060,7 @@ class ControlPlane:
         self._secrets = [self._token]
         self._report = report
         load_hashlib()
-        proxy = find_proxy(server, environ)
+        proxy = find_proxy(server, os.environ if environ is None else environ)
         self._peer = str(server) + (" through HTTPS_PROXY" if proxy else "")
         self._opener = create_opener(server, ca_file, proxy)
 
@@ -1172,8 +1177,10 @@ class ControlPlane:
         if 300 <= answer.status < 400:
             location = escape(conceal(answer.headers.get("Location", ""), self._secrets))
             return "; a redirect is never followed" + (": " + location if location else "")
+        if answer.status == 404:
+            return "; check --project-id, --resource-id and the server's URL"
         advice = ""
-        if answer.status == 401 and self._token_source:
+        if answer.status in (401, 403) and self._token_source:
             advice = "; the token is from " + self._token_source
         if answer.status == 401 and code == "step_up_required":
             challenge = " ".join(answer.headers.get_all("WWW-Authenticate", []))
@@ -1186,12 +1193,13 @@ class ControlPlane:
         try:
             return Fields(answer.operation, parse_json(answer.body), self._secrets)
         except ValueError:
-            raise TransportError("%s: the answer is not valid JSON" % answer.operation) from None
+            raise TransportError("%s: the answer of %s is not valid JSON; is that the API?" % (
+                answer.operation, self._peer)) from None
 
     def _parse_endpoint(self, text: str) -> Endpoint:
         endpoint = parse_endpoint(text)
         if not is_dialable(endpoint.host, is_loopback(self.server.host)):
-            raise ValueError
+            raise ValueError("%s is refused: on this machine, link-local or multicast" % endpoint)
         return endpoint
 
     def _parse_session(self, fields: Fields, session_id: str) -> Session:
@@ -1221,13 +1229,13 @@ def make_private_directory(path: str) -> None:
         pass
 
 
-def send_to_syslog(message: str, sockets: "Sequence[str]", seconds: float = SYSLOG_SECONDS) -> None:
+def send_to_syslog(message: str) -> None:
     """One line for the host's syslog (RFC 3164, without a host name), where it has one; OSError."""
-    for path in sockets:
+    for path in SYSLOG_SOCKETS:
         if os.path.exists(path):
             month_to_second = time.ctime()[4:19]  # strftime would take the locale's names
             line = "<%d>%s plexctl[%d]: %s" % (SYSLOG_AUTHPRIV_INFO, month_to_second, os.getpid(), message)
-            send_datagram(path, line.encode("ascii"), seconds)
+            send_datagram(path, line.encode("ascii"), SYSLOG_SECONDS)
             return
 
 
@@ -1238,11 +1246,9 @@ class AuditLog:
     was written and synced. Syslog gets a copy where the host has it.
     """
 
-    def __init__(self, environ: "Environ", report: "Report",
-                 syslog_sockets: "Sequence[str]" = SYSLOG_SOCKETS) -> None:
+    def __init__(self, environ: "Environ", report: "Report") -> None:
         self._environ = environ
         self._report = report
-        self._syslog_sockets = syslog_sockets
         given = environ.get("PLEXCTL_AUDIT_LOG", "")
         path = given or find_own_file("XDG_STATE_HOME", ".local/state", "audit.log", environ)
         if not path:
@@ -1288,9 +1294,10 @@ class AuditLog:
             raise PlexctlError("%s: the record was not written: %s; the token is not shown"
                                % (self._name, why))
         try:
-            send_to_syslog(message, self._syslog_sockets)
+            send_to_syslog(message)
         except OSError as error:
-            self._report("warning: syslog did not take the audit record: %s" % show_error(error))
+            self._report("warning: syslog did not take the audit record, the file has it: %s"
+                         % show_error(error))
 
     def _append(self, record: "logging.LogRecord") -> None:
         """Writes a line at the end of the file, synced; OSError unless all its bytes are there."""
@@ -2989,9 +2996,11 @@ class Messages:
             self._redraw("plexctl: %s\n" % self._lines.popleft() if self._lines else "")
 
     def show(self, line: str) -> None:
-        """Draws the live line, cut to the terminal; nothing where there is no terminal."""
+        """Draws the live line, as much of it as fits; nothing where there is no terminal."""
         if self.is_live and is_writable(self.stream, 0) and not self._is_in_background():
-            line = line[:terminal_width(self.stream) - 1]
+            width = max(0, terminal_width(self.stream) - 3)  # the echo of Ctrl-C stands behind it
+            while len(line) > width:
+                line = line.rpartition(", ")[0] or line[:width]
             self._redraw(line)
             self._shown = len(line)
 
@@ -3152,8 +3161,9 @@ def describe_version() -> str:
     except (NameError, AttributeError, ImportError, OSError):  # standard input, -c; it was removed
         raw = b""
     load_hashlib()
-    return "plexctl %s (%s)\n" % (__version__, "sha256 %s of %s" % (
-        hashlib.sha256(raw).hexdigest(), escape(path)) if raw else "no sha256: there is no file that it runs from")
+    digest = "sha256 %s of %s" % (hashlib.sha256(raw).hexdigest(), escape(path)) if raw else \
+        "no sha256: there is no file that it runs from"
+    return "plexctl %s (%s)\n" % (__version__, digest)
 
 
 PRINTED: "Dict[str, Callable[[], str]]" = {
@@ -3316,15 +3326,11 @@ class Run:
         self.request = SessionRequest(options.project_id, options.resource_id, options.host,
                                       options.port, options.ttl_seconds)
         self.report = foreground.report
-        if options.mode == "--stdio" and not options.verbose:
-            self.report = self.report_left_behind  # ssh's terminal may be in raw mode
+        if options.mode == "--stdio" and not options.verbose:  # ssh's terminal may be in raw mode
+            self.report = lambda line: foreground.report(
+                line) if line.startswith("warning: session ") else None
         self.told_systemd = ""
         self.tell_systemd_on = 0.0
-
-    def report_left_behind(self, line: str) -> None:
-        """What even a silent mode must say."""
-        if line.startswith("warning: session "):
-            self.foreground.report(line)
 
     def execute(self) -> int:
         """The exit code. PlexctlError and Interrupted leave no session behind either."""
@@ -3391,7 +3397,7 @@ class Run:
         """--stdio: one connection over descriptors 0 and 1."""
         self.establish()
         load_modules()
-        began, reason, stdio = elapsed_seconds(), "connection closed", Stdio()
+        began, reason, stdio = elapsed_seconds(), "", Stdio()
         ended: "List[Optional[PlexctlError]]" = []
 
         def end(connection: Connection, error: "Optional[PlexctlError]") -> None:
@@ -3406,15 +3412,14 @@ class Run:
                 self.watch_sessions()
             if ended[0] is not None:
                 raise ended[0]
+            reason = "connection closed"
         except Interrupted as interrupted:
             relay = connection.relay  # once all has been delivered it is no accident any more
             is_delivered = relay and relay.down.is_over and stdio.done.wait(HURRY_SECONDS)
+            reason = "connection closed"
             if not relay or not is_delivered or relay.error or stdio.error:
                 reason = str(interrupted)
                 raise
-        except PlexctlError:
-            reason = ""
-            raise
         finally:
             self.sessions.stop()
             if self.options.verbose:
@@ -3442,11 +3447,8 @@ class Run:
                     foreground.messages.show(words)
                     if elapsed_seconds() >= self.tell_systemd_on:
                         self.tell_systemd("STATUS=" + words)
-            except Interrupted as interrupted:
-                reason = str(interrupted)
-                raise
-            except PlexctlError:
-                reason = ""
+            except Exception as error:  # any but a signal is told by a line of its own
+                reason = str(error) if isinstance(error, Interrupted) else ""
                 raise
             finally:
                 foreground.ignored = foreground.passed_on = ()
@@ -3466,13 +3468,13 @@ class Run:
             raise self.sessions.over
 
     def describe_now(self, forwarder: Forwarder) -> str:
-        """The live line."""
+        """The live line, what matters most first."""
         counts, left = self.sessions.count(), self.sessions.seconds_left()
-        return "%s -> %s  %d open, %d waiting, %d ended  %d session%s  up %s  down %s%s" % (
-            forwarder.local, escape(join_host_port(self.request.host, self.request.port), 60),
-            counts.open, counts.waiting, counts.ended, counts.sessions, "" if counts.sessions == 1 else "s",
-            show_bytes(counts.up), show_bytes(counts.down),
-            "  %s left" % show_seconds(left) if left else "")
+        target = escape(join_host_port(self.request.host, self.request.port), 60)
+        return "%s%d open, %d waiting, %d ended, %d session%s, %s up, %s down, %s -> %s" % (
+            "%s left, " % show_seconds(left) if left else "", counts.open, counts.waiting,
+            counts.ended, counts.sessions, "" if counts.sessions == 1 else "s", show_bytes(counts.up),
+            show_bytes(counts.down), forwarder.local, target)
 
     def tell_systemd(self, state: str) -> None:
         """Once for each state; one that cannot be told is a warning."""
@@ -3581,6 +3583,10 @@ def describe_total(counts: Counts, began: float, reason: str) -> str:
 
 # ------------------------------------------------------------------------------------------ main
 
+__all__ = [  # what is stable for those who vendor this file
+    "ApiError", "ControlPlane", "CredentialsError", "Endpoint", "Forwarder", "IssuedSession", "LocalAddress",
+    "PlexctlError", "Secret", "Server", "Session", "SessionOver", "SessionRequest", "Sessions",
+    "TransportError", "UsageError", "main", "parse_local_address", "parse_server"]
 
 def reserve_standard_descriptors() -> None:
     """Nothing that is opened later may become descriptor 0, 1 or 2 and be written to by mistake."""
@@ -3654,8 +3660,7 @@ def perform(argv: "Optional[Sequence[str]]" = None,
         return fail(str(error), error.exit_code), 0
     except (OSError, ImportError) as error:  # no descriptors to load a module with
         return fail("cannot %s: %s" % (
-            "write to standard output" if prints else "start",
-            escape(error.msg) if isinstance(error, ImportError) else show_error(error)), EXIT_FAILURE), 0
+            "write to standard output" if prints else "start", show_error(error)), EXIT_FAILURE), 0
     status, signum = EXIT_FAILURE, 0
     try:
         status = Run(options, os.environ if environ is None else environ, foreground, sys.stdout).execute()
@@ -3666,11 +3671,11 @@ def perform(argv: "Optional[Sequence[str]]" = None,
         status = error.exit_code
         foreground.report("error: %s" % error)
     except ImportError as error:  # of a module that the standard library loads late
-        foreground.report("error: this Python is not whole: %s" % escape(error.msg))
+        foreground.report("error: this Python lacks a part of its standard library: %s" % show_error(error))
     except (OSError, MemoryError) as error:
         foreground.report("error: the system refuses: %s" % show_error(error))
     except Exception as error:  # a defect; its text may hold what it was given
-        foreground.report("error: internal error: %s" % show_error(error))
+        foreground.report("error: internal error, please report it (with -v): %s" % show_error(error))
     finally:
         foreground.messages.flush(HURRY_SECONDS)
         restore_handlers()
