@@ -319,11 +319,6 @@ def parse_int(text: str, low: int, high: int) -> int:
     return int(text)
 
 
-def parse_port(text: str) -> int:
-    """A TCP port that something can listen on."""
-    return parse_int(text, 1, PORT_MAX)
-
-
 def parse_target_host(text: str) -> str:
     """A target host as the Node will see it: printable, no white space."""
     if not 1 <= len(text) <= HOST_MAX_CHARACTERS or not text.isprintable() or " " in text:
@@ -2934,23 +2929,16 @@ class Waker:
     """A socket that the main thread waits at, and that any other thread, or a signal, writes to."""
 
     def __init__(self) -> None:
-        self._is_awake = False
-        self._watched, self._written = socket.socketpair()
+        self._watched, self.written = socket.socketpair()  # `written` is also for signal.set_wakeup_fd
         self._watched.setblocking(False)
-        self._written.setblocking(False)
-
-    def written_fd(self) -> int:
-        """The descriptor for signal.set_wakeup_fd."""
-        return self._written.fileno()
+        self.written.setblocking(False)
 
     def wake(self) -> None:
         """Ends the wait, or the next one."""
-        if not self._is_awake:
-            self._is_awake = True
-            try:
-                self._written.send(b"\0")
-            except OSError:  # full, which wakes as well; or closed
-                pass
+        try:
+            self.written.send(b"\0")
+        except OSError:  # full, which wakes as well; or closed
+            pass
 
     def wait(self, seconds: float) -> None:
         """Until somebody wakes it, for so long at most. Where waiting fails, what follows it must happen."""
@@ -2961,12 +2949,11 @@ class Waker:
             pass
         except OSError:
             time.sleep(min(seconds, FAILED_WAIT_SECONDS))
-        self._is_awake = False  # not before: recv would take the byte of a wake() in between
 
     def close(self) -> None:
         """Closes both sockets."""
         self._watched.close()
-        self._written.close()
+        self.written.close()
 
 
 class Messages:
@@ -3166,24 +3153,11 @@ def describe_version() -> str:
     return "plexctl %s (%s)\n" % (__version__, digest)
 
 
-PRINTED: "Dict[str, Callable[[], str]]" = {
-    "-h": lambda: DESCRIPTION, "--help": lambda: DESCRIPTION, "--version": describe_version}
+PRINTED = {"-h": lambda: DESCRIPTION, "--help": lambda: DESCRIPTION, "--version": describe_version}
 
 
-def parse_word(text: str) -> str:
-    """Any text but none; a path may hold what is not printable."""
-    if not text or "\0" in text:
-        raise ValueError("must not be empty")
-    return text
-
-
-def parse_switch(text: str) -> bool:
-    """The value of a boolean flag; `check_words` has made a bare --flag --flag=true."""
-    if text not in ("true", "false"):
-        raise ValueError("takes true or false, or nothing")
-    return text == "true"
-
-
+parse_word = matching(r"[^\0]+", "one character or more")  # a path may hold what is not printable
+parse_switch = matching("true|false", "true or false, or left out", "true".__eq__)  # see check_words
 REQUIRED = object()
 SWITCH = (parse_switch, False)
 PERSISTENT_FLAGS: "Dict[str, Tuple[Callable[[str], Any], Any]]" = {  # what reads the value; the default
@@ -3192,7 +3166,7 @@ PERSISTENT_FLAGS: "Dict[str, Tuple[Callable[[str], Any], Any]]" = {  # what read
     "--reveal-secrets": SWITCH, "--yes": SWITCH, "--verbose": (parse_switch, [])}
 FLAGS: "Dict[str, Tuple[Callable[[str], Any], Any]]" = dict(PERSISTENT_FLAGS, **{
     "--project-id": (parse_uuid, REQUIRED), "--resource-id": (parse_uuid, REQUIRED),
-    "--host": (parse_target_host, REQUIRED), "--port": (parse_port, REQUIRED),
+    "--host": (parse_target_host, REQUIRED), "--port": (lambda text: parse_int(text, 1, PORT_MAX), REQUIRED),
     "--local-addr": (parse_local_address, None), "--wait-seconds": (parse_seconds, 90.0),
     "--ttl-seconds": (lambda text: parse_int(text, 0, 10 ** 9), 0),
     "--max-sessions": (lambda text: parse_int(text, 1, 32), None),
@@ -3621,7 +3595,7 @@ def handle_signals(foreground: Foreground) -> "Callable[[], None]":
     if hasattr(signal, "SIGCHLD") and signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
         before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or COMMAND has no status
     quiet: "Dict[str, Any]" = {"warn_on_full_buffer": False} if sys.version_info >= (3, 7) else {}
-    wakeup = signal.set_wakeup_fd(foreground.waker.written_fd(), **quiet)
+    wakeup = signal.set_wakeup_fd(foreground.waker.written.fileno(), **quiet)
 
     def restore() -> None:
         signal.set_wakeup_fd(wakeup)

@@ -1821,7 +1821,7 @@ def test_a_uuid_is_canonical_and_becomes_lower_case(text, expected):
 @pytest.mark.parametrize("text, expected", [("1", 1), ("65535", 65535), ("0022", 22)] + [
     (text, REFUSED) for text in BAD_NUMBERS + ["0", "65536", "117925"]], ids=shown)
 def test_a_port_is_plain_digits_from_1_to_65535(text, expected):
-    assert outcome(plexctl.parse_port, text) == expected
+    assert outcome(plexctl.FLAGS["--port"][0], text) == expected
 
 
 @pytest.mark.parametrize("text, expected", [("3", 3), ("7", 7), ("2", REFUSED), ("8", REFUSED)] + [
@@ -2550,16 +2550,16 @@ def test_however_it_is_started_version_tells_the_file_or_that_there_is_none(pyth
     shutil.copy(PLEXCTL, str(tmp_path / "app" / "__main__.py"))
     assert run_words(zipapp[:-1] + [str(tmp_path / "main.pyz")]).status == 0
     for words, name in (
-            (["-I", PLEXCTL], PLEXCTL), ([PLEXCTL], PLEXCTL), (["-I", "link"], "link"),
-            (["-m", "plexctl"], "plexctl.py"), (["-I", "app.pyz"], "app.pyz/plexctl.py"),
-            (["main.pyz"], "main.pyz/__main__.py"), (["-I", "-"], ""), ([], "")):
-        with open(PLEXCTL, "rb") as program:
-            result = run_words([python, "-B"] + (words or ["-"]) + ["--version"], clean_environment(),
-                               stdin=program, cwd=str(tmp_path / "app" if "-m" in words else tmp_path))
-        told = re.match(r"plexctl \S+ \(sha256 (\w+) of (.*)\)\n$", result.out)
-        assert result[::2] == (0, "") and bool(told) == bool(name), result
-        assert told or result.out.endswith("(no sha256: there is no file that it runs from)\n")
-        assert not told or told.group(1) == hash_of(PLEXCTL) and told.group(2).endswith(name), result
+            ([PLEXCTL], PLEXCTL), (["link"], "link"), (["-m", "plexctl"], "plexctl.py"), (["-"], ""),
+            (["app.pyz"], "app.pyz/plexctl.py"), (["main.pyz"], "main.pyz/__main__.py")):
+        for isolated in ([], ["-I"])[:1 + ("-m" not in words)]:
+            with open(PLEXCTL, "rb") as program:
+                result = run_words([python, "-B"] + isolated + words + ["--version"], clean_environment(),
+                                   stdin=program, cwd=str(tmp_path / "app" if "-m" in words else tmp_path))
+            told = re.match(r"plexctl \S+ \(sha256 (\w+) of (.*)\)\n$", result.out)
+            assert result[::2] == (0, "") and bool(told) == bool(name), result
+            assert told or result.out.endswith("(no sha256: there is no file that it runs from)\n")
+            assert not told or told.group(1) == hash_of(PLEXCTL) and told.group(2).endswith(name), result
 
 
 USAGE_ERRORS = [([], "command"), (["-v"], "command"), (["tcp"], "command"),
@@ -7314,17 +7314,6 @@ def test_a_library_user_s_own_handlers_stay(cli, simulation):
         signal.signal(signal.SIGUSR1, before)
 
 
-def test_a_waker_that_is_awake_already_is_not_woken_again():
-    waker = plexctl.Waker()
-    for _ in range(2):
-        for _ in range(100000):
-            waker.wake()
-        assert unread(waker._watched.fileno()) == 1
-        waker.wait(10)
-        assert unread(waker._watched.fileno()) == 0
-    waker.close()
-
-
 def test_a_wake_during_another_one_s_end_is_not_the_last_one():
     waker, over = plexctl.Waker(), threading.Event()
 
@@ -9160,6 +9149,17 @@ def test_the_library_example_works(simulation):
         assert process.finish().returncode == 0, process.describe()
 
 
+def test_pydoc_shows_what_is_stable_and_nothing_of_the_environment():
+    environ = clean_environment({"PLEXSPHERE_TOKEN": BEARER})
+    shown = run_words([sys.executable, "-m", "pydoc", "plexctl"], environ, cwd=HERE)
+    assert shown.status == 0 and BEARER not in shown.out + shown.err
+    assert "Fields: session_id, token, expires_at, " in shown.out and "LazyModule" not in shown.out
+    assert re.findall(r"(?m)^    class (\w+)", shown.out) == [name for name in sorted(plexctl.__all__)
+                                                           if isinstance(getattr(plexctl, name), type)]
+    named = set(re.findall(r"\w+", readme("## As a library")))
+    assert set(plexctl.__all__) - named == set()
+
+
 def literal(node):
     """The text of a string in the syntax tree; None for anything else. Python 3.6 and 3.7 have Str."""
     kinds = {"Constant": "value", "Str": "s"}
@@ -9260,9 +9260,10 @@ def test_a_console_script_of_one_module_is_installed(tmp_path):
         pytest.skip("no package index")
     assert done.returncode == 0, done.stdout
     command = os.path.join(environment, "bin", "plexctl")
-    for arguments, status, text in ((["--version"], 0, "sha256 " + hash_of(PLEXCTL)),
-                                    (["tcp-forward"], 2, "--project-id")):
-        done = subprocess.run([command] + arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    for arguments, status, text in (([command, "--version"], 0, "sha256 " + hash_of(PLEXCTL)),
+                                    ([command, "tcp-forward"], 2, "--project-id"),
+                                    (pip[:1] + ["-I", "-m", "plexctl", "tcp-forward"], 2, "--project-id")):
+        done = subprocess.run(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                               universal_newlines=True, cwd=str(tmp_path), env=clean_environment())
         assert done.returncode == status and text in done.stdout
     files = subprocess.run(pip[:3] + ["show", "-f", "plexctl"], stdout=subprocess.PIPE,
