@@ -9206,6 +9206,8 @@ def messages_of_the_source():
             for text in written_texts(call.args[0]):
                 told = name in ("tell_once", "warn_once", "fail") or (
                     name in ("report", "_report") and text.startswith(("warning: ", "error: ")))
+                if function.name in ("check_words", "check_together"):
+                    text += " (see plexctl --help)"  # see parse_arguments
                 text = shortened(text)
                 if (told or name in names | values) and len(re.sub("[^a-z]", "", text)) > 6:
                     found[call.lineno, text] = text
