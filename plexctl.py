@@ -3301,8 +3301,8 @@ class Run:
                                       options.port, options.ttl_seconds)
         self.report = foreground.report
         if options.mode == "--stdio" and not options.verbose:  # ssh's terminal may be in raw mode
-            self.report = lambda line: foreground.report(
-                line) if line.startswith("warning: session ") else None
+            self.report = lambda line: (
+                foreground.report(line) if line.startswith("warning: session ") else None)
         self.told_systemd = ""
         self.tell_systemd_on = 0.0
 
