@@ -294,11 +294,6 @@ def parse_int(text: str, low: int, high: int) -> int:
     return int(text)
 
 
-def parse_port(text: str) -> int:
-    """A TCP port that something can listen on."""
-    return parse_int(text, 1, PORT_MAX)
-
-
 def parse_target_host(text: str) -> str:
     """A target host as the Node will see it: printable, no white space."""
     if not 1 <= len(text) <= HOST_MAX_CHARACTERS or not text.isprintable() or " " in text:
@@ -377,6 +372,9 @@ class Record:
         if len(values) > len(fields) or vars(self).keys() - fields.keys() \
                 or not all(hasattr(self, name) for name in fields):
             raise TypeError("%s takes %s" % (type(self).__name__, ", ".join(fields)))
+
+    def __init_subclass__(cls) -> None:  # for pydoc
+        cls.__doc__ = "%s\n\n    Fields: %s.\n    " % (cls.__doc__, ", ".join(cls.__annotations__))
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)
@@ -526,6 +524,8 @@ def show_error(error: BaseException) -> str:
     _, by_proxy, answer = str(error).partition("Tunnel connection failed: ")  # http.client's words
     if by_proxy and kind == "OSError":
         return "the proxy refused: " + escape(answer)
+    if isinstance(error, ImportError):
+        return escape(error.msg)
     if isinstance(error, OSError) and error.strerror and "SSL" not in kind:
         return escape(error.strerror)
     return "timed out" if kind in ("timeout", "TimeoutError") else kind
@@ -660,7 +660,8 @@ def read_profile(name: str, environ: "Environ") -> Profile:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         if name:
-            raise CredentialsError("--profile: no such profile, there is no %s" % source) from None
+            raise CredentialsError("--profile: no such profile, there is no %s; it must have the shape %s" % (
+                source, CONFIG_SHAPE)) from None
         return Profile()
     except OSError:  # read_secret_file says why
         pass
@@ -882,7 +883,7 @@ def find_proxy(server: Server, environ: "Environ") -> str:
             join_host_port(server.host, server.port), {"no": exempt}):
         return ""
     if not re.fullmatch(r"(?i)http://[!-~]+", proxy):  # urllib takes any other for plain CONNECT
-        raise UsageError("HTTPS_PROXY: must be an http:// URL")
+        raise UsageError("HTTPS_PROXY: must be an http:// URL (NO_PROXY exempts servers)")
     return proxy
 
 
@@ -966,15 +967,15 @@ class Fields:
 
     def take(self, name: str, parse: "Callable[[Any], Any]", kind: type = str) -> "Any":
         """A required field of this kind, as `parse` (which raises ValueError) makes it."""
-        value = self._document.get(name)
-        repeats = isinstance(value, str) and conceal(value, self._secrets) != value
-        try:
-            if isinstance(value, kind) and not repeats:
+        value, fault = self._document.get(name), "is missing, or of another type"
+        if isinstance(value, str) and conceal(value, self._secrets) != value:
+            fault = "repeats a secret"
+        elif isinstance(value, kind):
+            try:
                 return parse(value)
-        except ValueError:
-            pass
-        raise TransportError("%s: the answer has no valid %s%s" % (
-            self._operation, name, ": it repeats a secret" if repeats else ""))
+            except ValueError as error:  # what it must be, not what it is
+                fault = str(error)
+        raise TransportError("%s: the answer's %s %s" % (self._operation, name, fault))
 
     def take_optional(self, name: str, parse: "Callable[[str], Any]") -> "Any":
         """The same, or None where the field is missing or null."""
@@ -1020,8 +1021,7 @@ class ControlPlane:
     """
 
     def __init__(self, server: Server, token: Secret, ca_file: "Optional[str]" = None,
-                 environ: "Environ" = os.environ,
-                 cancel: "Optional[threading.Event]" = None,
+                 environ: "Optional[Environ]" = None, cancel: "Optional[threading.Event]" = None,
                  report: "Report" = lambda line: None) -> None:
         self.server = server
         self.cancel = cancel or threading.Event()
@@ -1030,7 +1030,7 @@ class ControlPlane:
         self._secrets = [self._token]
         self._report = report
         load_hashlib()
-        proxy = find_proxy(server, environ)
+        proxy = find_proxy(server, os.environ if environ is None else environ)
         self._peer = str(server) + (" through HTTPS_PROXY" if proxy else "")
         self._opener = create_opener(server, ca_file, proxy)
 
@@ -1147,8 +1147,10 @@ class ControlPlane:
         if 300 <= answer.status < 400:
             location = escape(conceal(answer.headers.get("Location", ""), self._secrets))
             return "; a redirect is never followed" + (": " + location if location else "")
+        if answer.status == 404:
+            return "; check --project-id, --resource-id and the server's URL"
         advice = ""
-        if answer.status == 401 and self._token_source:
+        if answer.status in (401, 403) and self._token_source:
             advice = "; the token is from " + self._token_source
         if answer.status == 401 and code == "step_up_required":
             challenge = " ".join(answer.headers.get_all("WWW-Authenticate", []))
@@ -1161,12 +1163,13 @@ class ControlPlane:
         try:
             return Fields(answer.operation, parse_json(answer.body), self._secrets)
         except ValueError:
-            raise TransportError("%s: the answer is not valid JSON" % answer.operation) from None
+            raise TransportError("%s: the answer of %s is not valid JSON; is that the API?" % (
+                answer.operation, self._peer)) from None
 
     def _parse_endpoint(self, text: str) -> Endpoint:
         endpoint = parse_endpoint(text)
         if not is_dialable(endpoint.host, is_loopback(self.server.host)):
-            raise ValueError
+            raise ValueError("%s is refused: on this machine, link-local or multicast" % endpoint)
         return endpoint
 
     def _parse_session(self, fields: Fields, session_id: str) -> Session:
@@ -1196,13 +1199,13 @@ def make_private_directory(path: str) -> None:
         pass
 
 
-def send_to_syslog(message: str, sockets: "Sequence[str]", seconds: float = SYSLOG_SECONDS) -> None:
+def send_to_syslog(message: str) -> None:
     """One line for the host's syslog (RFC 3164, without a host name), where it has one; OSError."""
-    for path in sockets:
+    for path in SYSLOG_SOCKETS:
         if os.path.exists(path):
             month_to_second = time.ctime()[4:19]  # strftime would take the locale's names
             line = "<%d>%s plexctl[%d]: %s" % (SYSLOG_AUTHPRIV_INFO, month_to_second, os.getpid(), message)
-            send_datagram(path, line.encode("ascii"), seconds)
+            send_datagram(path, line.encode("ascii"), SYSLOG_SECONDS)
             return
 
 
@@ -1213,11 +1216,9 @@ class AuditLog:
     was written and synced. Syslog gets a copy where the host has it.
     """
 
-    def __init__(self, environ: "Environ", report: "Report",
-                 syslog_sockets: "Sequence[str]" = SYSLOG_SOCKETS) -> None:
+    def __init__(self, environ: "Environ", report: "Report") -> None:
         self._environ = environ
         self._report = report
-        self._syslog_sockets = syslog_sockets
         given = environ.get("PLEXCTL_AUDIT_LOG", "")
         path = given or find_own_file("XDG_STATE_HOME", ".local/state", "audit.log", environ)
         if not path:
@@ -1263,9 +1264,10 @@ class AuditLog:
             raise PlexctlError("%s: the record was not written: %s; the token is not shown"
                                % (self._name, why))
         try:
-            send_to_syslog(message, self._syslog_sockets)
+            send_to_syslog(message)
         except OSError as error:
-            self._report("warning: syslog did not take the audit record: %s" % show_error(error))
+            self._report("warning: syslog did not take the audit record, the file has it: %s"
+                         % show_error(error))
 
     def _append(self, record: "logging.LogRecord") -> None:
         """Writes a line at the end of the file, synced; OSError unless all its bytes are there."""
@@ -2793,19 +2795,16 @@ class Waker:
     """A socket that the main thread waits at, and that any other thread, or a signal, writes to."""
 
     def __init__(self) -> None:
-        self._is_awake = False
-        self._watched, self.written = socket.socketpair()  # for signal.set_wakeup_fd as well
+        self._watched, self.written = socket.socketpair()  # `written` is also for signal.set_wakeup_fd
         self._watched.setblocking(False)
         self.written.setblocking(False)
 
     def wake(self) -> None:
         """Ends the wait, or the next one."""
-        if not self._is_awake:
-            self._is_awake = True
-            try:
-                self.written.send(b"\0")
-            except OSError:  # full, which wakes as well; or closed
-                pass
+        try:
+            self.written.send(b"\0")
+        except OSError:  # full, which wakes as well; or closed
+            pass
 
     def wait(self, seconds: float) -> None:
         """Until somebody wakes it, for so long at most. Where waiting fails, what follows it must happen."""
@@ -2816,7 +2815,6 @@ class Waker:
             pass
         except OSError:
             time.sleep(min(seconds, FAILED_WAIT_SECONDS))
-        self._is_awake = False  # not before: recv would take the byte of a wake() in between
 
     def close(self) -> None:
         """Closes both sockets."""
@@ -2851,9 +2849,11 @@ class Messages:
             self._redraw("plexctl: %s\n" % self._lines.popleft() if self._lines else "")
 
     def show(self, line: str) -> None:
-        """Draws the live line, cut to the terminal; nothing where there is no terminal."""
+        """Draws the live line, as much of it as fits; nothing where there is no terminal."""
         if self.is_live and is_writable(self.stream, 0) and not self._is_in_background():
-            line = line[:terminal_width(self.stream) - 1]
+            width = max(0, terminal_width(self.stream) - 3)  # the echo of Ctrl-C stands behind it
+            while len(line) > width:
+                line = line.rpartition(", ")[0] or line[:width]
             self._redraw(line)
             self._shown = len(line)
 
@@ -2999,29 +2999,31 @@ persistent flags, before or after the command:
   --allow-http          permit a plain-http server that is not loopback
   --yes                 accepted, does nothing here
   -v, --verbose         say more on stderr
-  --version             print the version
+  --version             print the version and the SHA-256 of this file
   -h, --help            print this
 
 exit codes: 0 done, 1 failure, 2 usage, 3 credentials, 4 forbidden, 77 ReBAC denial, COMMAND's own
 """
 
-PRINTED = {"-h": DESCRIPTION, "--help": DESCRIPTION, "--version": "plexctl %s\n" % __version__}
+
+def describe_version() -> str:
+    """The version, and the SHA-256 of the file that this was loaded from, be it in a zip file."""
+    try:
+        path = __file__
+        raw = __loader__.get_data(path)  # type: ignore[name-defined]
+    except (NameError, AttributeError, ImportError, OSError):  # standard input, -c; it was removed
+        raw = b""
+    load_hashlib()
+    digest = "sha256 %s of %s" % (hashlib.sha256(raw).hexdigest(), escape(path)) if raw else \
+        "no sha256: there is no file that it runs from"
+    return "plexctl %s (%s)\n" % (__version__, digest)
 
 
-def parse_word(text: str) -> str:
-    """Any text but none; a path may hold what is not printable."""
-    if not text or "\0" in text:
-        raise ValueError("must not be empty")
-    return text
+PRINTED = {"-h": lambda: DESCRIPTION, "--help": lambda: DESCRIPTION, "--version": describe_version}
 
 
-def parse_switch(text: str) -> bool:
-    """The value of a boolean flag; `check_words` has made a bare --flag --flag=true."""
-    if text not in ("true", "false"):
-        raise ValueError("takes true or false, or nothing")
-    return text == "true"
-
-
+parse_word = matching(r"[^\0]+", "one character or more")  # a path may hold what is not printable
+parse_switch = matching("true|false", "true or false, or left out", "true".__eq__)  # see check_words
 REQUIRED = object()
 SWITCH = (parse_switch, False)
 PERSISTENT_FLAGS: "Dict[str, Tuple[Callable[[str], Any], Any]]" = {  # what reads the value; the default
@@ -3030,7 +3032,7 @@ PERSISTENT_FLAGS: "Dict[str, Tuple[Callable[[str], Any], Any]]" = {  # what read
     "--reveal-secrets": SWITCH, "--yes": SWITCH, "--verbose": (parse_switch, [])}
 FLAGS: "Dict[str, Tuple[Callable[[str], Any], Any]]" = dict(PERSISTENT_FLAGS, **{
     "--project-id": (parse_uuid, REQUIRED), "--resource-id": (parse_uuid, REQUIRED),
-    "--host": (parse_target_host, REQUIRED), "--port": (parse_port, REQUIRED),
+    "--host": (parse_target_host, REQUIRED), "--port": (lambda text: parse_int(text, 1, PORT_MAX), REQUIRED),
     "--local-addr": (parse_local_address, None), "--wait-seconds": (parse_seconds, 90.0),
     "--ttl-seconds": (lambda text: parse_int(text, 0, 10 ** 9), 0),
     "--max-sessions": (lambda text: parse_int(text, 1, 32), None),
@@ -3060,7 +3062,7 @@ def check_words(words: "Sequence[str]") -> "Tuple[str, List[str]]":
     for word in words:
         flag, equals, value = word.partition("=")
         if word in PRINTED:
-            return PRINTED[word], []
+            return PRINTED[word](), []
         if word[:1] != "-" or set(word[1:2]) <= DIGITS:
             if takes_value:
                 flags.append(word)
@@ -3164,15 +3166,11 @@ class Run:
         self.request = SessionRequest(options.project_id, options.resource_id, options.host,
                                       options.port, options.ttl_seconds)
         self.report = foreground.report
-        if options.mode == "--stdio" and not options.verbose:
-            self.report = self.report_left_behind  # ssh's terminal may be in raw mode
+        if options.mode == "--stdio" and not options.verbose:  # ssh's terminal may be in raw mode
+            self.report = lambda line: (
+                foreground.report(line) if line.startswith("warning: session ") else None)
         self.told_systemd = ""
         self.tell_systemd_on = 0.0
-
-    def report_left_behind(self, line: str) -> None:
-        """What even a silent mode must say."""
-        if line.startswith("warning: session "):
-            self.foreground.report(line)
 
     def execute(self) -> int:
         """The exit code. PlexctlError and Interrupted leave no session behind either."""
@@ -3301,13 +3299,13 @@ class Run:
             raise self.sessions.over
 
     def describe_now(self, forwarder: Forwarder) -> str:
-        """The live line."""
+        """The live line, what matters most first."""
         counts, left = self.sessions.count(), self.sessions.seconds_left()
-        return "%s -> %s  %d open, %d waiting, %d ended  %d session%s  up %s  down %s%s" % (
-            forwarder.local, escape(join_host_port(self.request.host, self.request.port), 60),
-            counts.open, counts.waiting, counts.ended, counts.sessions, "" if counts.sessions == 1 else "s",
-            show_bytes(counts.up), show_bytes(counts.down),
-            "  %s left" % show_seconds(left) if left else "")
+        target = escape(join_host_port(self.request.host, self.request.port), 60)
+        return "%s%d open, %d waiting, %d ended, %d session%s, %s up, %s down, %s -> %s" % (
+            "%s left, " % show_seconds(left) if left else "", counts.open, counts.waiting,
+            counts.ended, counts.sessions, "" if counts.sessions == 1 else "s", show_bytes(counts.up),
+            show_bytes(counts.down), forwarder.local, target)
 
     def tell_systemd(self, state: str) -> None:
         """Once for each state; one that cannot be told is a warning."""
@@ -3419,6 +3417,10 @@ def describe_total(counts: Counts, began: float, reason: str) -> str:
 
 # ------------------------------------------------------------------------------------------ main
 
+__all__ = [  # what is stable for those who vendor this file
+    "ApiError", "ControlPlane", "CredentialsError", "Endpoint", "Forwarder", "IssuedSession", "LocalAddress",
+    "PlexctlError", "Secret", "Server", "Session", "SessionOver", "SessionRequest", "Sessions",
+    "TransportError", "UsageError", "main", "parse_local_address", "parse_server"]
 
 def reserve_standard_descriptors() -> None:
     """Nothing that is opened later may become descriptor 0, 1 or 2 and be written to by mistake."""
@@ -3492,8 +3494,7 @@ def perform(argv: "Optional[Sequence[str]]" = None,
         return fail(str(error), error.exit_code), 0
     except (OSError, ImportError) as error:  # no descriptors to load a module with
         return fail("cannot %s: %s" % (
-            "write to standard output" if prints else "start",
-            escape(error.msg) if isinstance(error, ImportError) else show_error(error)), EXIT_FAILURE), 0
+            "write to standard output" if prints else "start", show_error(error)), EXIT_FAILURE), 0
     status, signum = EXIT_FAILURE, 0
     try:
         status = Run(options, os.environ if environ is None else environ, foreground, sys.stdout).execute()
@@ -3504,11 +3505,11 @@ def perform(argv: "Optional[Sequence[str]]" = None,
         status = error.exit_code
         foreground.report("error: %s" % error)
     except ImportError as error:  # of a module that the standard library loads late
-        foreground.report("error: this Python is not whole: %s" % escape(error.msg))
+        foreground.report("error: this Python lacks a part of its standard library: %s" % show_error(error))
     except (OSError, MemoryError) as error:
         foreground.report("error: the system refuses: %s" % show_error(error))
     except Exception as error:  # a defect; its text may hold what it was given
-        foreground.report("error: internal error: %s" % show_error(error))
+        foreground.report("error: internal error, please report it (with -v): %s" % show_error(error))
     finally:
         foreground.messages.flush(HURRY_SECONDS)
         restore_handlers()

@@ -1842,7 +1842,7 @@ def test_a_uuid_is_canonical_and_becomes_lower_case(text, expected):
 @pytest.mark.parametrize("text, expected", [("1", 1), ("65535", 65535), ("0022", 22)] + [
     (text, REFUSED) for text in BAD_NUMBERS + ["0", "65536", "117925"]], ids=shown)
 def test_a_port_is_plain_digits_from_1_to_65535(text, expected):
-    assert outcome(plexctl.parse_port, text) == expected
+    assert outcome(plexctl.FLAGS["--port"][0], text) == expected
 
 
 @pytest.mark.parametrize("text, expected", [("3", 3), ("7", 7), ("2", REFUSED), ("8", REFUSED)] + [
@@ -2557,7 +2557,30 @@ def test_help_goes_to_stdout_and_exits_0(cli, args):
 
 @pytest.mark.parametrize("args", [["--version"], ["tcp-forward", "--version"]], ids=shown)
 def test_version_exits_0(cli, args):
-    assert cli(args) == Result(0, "plexctl %s\n" % plexctl.__version__, "")
+    assert cli(args) == Result(0, "plexctl %s (sha256 %s of %s)\n" % (
+        plexctl.__version__, hash_of(PLEXCTL), plexctl.__file__), "")
+
+
+@pytest.mark.parametrize("python", find_pythons(), ids=os.path.basename)
+def test_however_it_is_started_version_tells_the_file_or_that_there_is_none(python, tmp_path):
+    (tmp_path / "link").symlink_to(PLEXCTL)
+    (tmp_path / "app").mkdir()
+    shutil.copy(PLEXCTL, str(tmp_path / "app"))
+    zipapp = [sys.executable, "-m", "zipapp", str(tmp_path / "app"), "-o", str(tmp_path / "app.pyz")]
+    assert run_words(zipapp + ["-m", "plexctl:run"]).status == 0
+    shutil.copy(PLEXCTL, str(tmp_path / "app" / "__main__.py"))
+    assert run_words(zipapp[:-1] + [str(tmp_path / "main.pyz")]).status == 0
+    for words, name in (
+            ([PLEXCTL], PLEXCTL), (["link"], "link"), (["-m", "plexctl"], "plexctl.py"), (["-"], ""),
+            (["app.pyz"], "app.pyz/plexctl.py"), (["main.pyz"], "main.pyz/__main__.py")):
+        for isolated in ([], ["-I"])[:1 + ("-m" not in words)]:
+            with open(PLEXCTL, "rb") as program:
+                result = run_words([python, "-B"] + isolated + words + ["--version"], clean_environment(),
+                                   stdin=program, cwd=str(tmp_path / "app" if "-m" in words else tmp_path))
+            told = re.match(r"plexctl \S+ \(sha256 (\w+) of (.*)\)\n$", result.out)
+            assert result[::2] == (0, "") and bool(told) == bool(name), result
+            assert told or result.out.endswith("(no sha256: there is no file that it runs from)\n")
+            assert not told or told.group(1) == hash_of(PLEXCTL) and told.group(2).endswith(name), result
 
 
 USAGE_ERRORS = [([], "command"), (["-v"], "command"), (["tcp"], "command"),
@@ -2995,13 +3018,14 @@ def test_every_directory_made_for_the_audit_log_is_private(cli, simulation, tmp_
 
 
 @pytest.fixture
-def syslog(tmp_path):
+def syslog(tmp_path, monkeypatch):
     """Where a syslog may listen, and what AuditLog.record says with one there; {kind: report lines}."""
     path = str(tmp_path / "log")
+    monkeypatch.setattr(plexctl, "SYSLOG_SOCKETS", (str(tmp_path / "none"), path))
 
     def record():
         lines, environ = [], {"PLEXCTL_AUDIT_LOG": str(tmp_path / "audit.log")}
-        log = plexctl.AuditLog(environ, lines.append, (str(tmp_path / "none"), path))
+        log = plexctl.AuditLog(environ, lines.append)
         session = plexctl.Session(PROJECT_ID, "active", 0.0, None, "")
         issued = plexctl.IssuedSession(PROJECT_ID, plexctl.Secret(BEARER), "2099-05-02T10:30:00Z", 5.0, 0.0,
                                        session, None)
@@ -3050,7 +3074,7 @@ def test_a_syslog_that_takes_nothing_is_a_warning_in_time(syslog, monkeypatch, c
                 while True:
                     other.sendto(b"x", syslog.path)
         line, = syslog.record()
-    assert line.startswith("warning: syslog did not take the audit record: ")
+    assert line.startswith("warning: syslog did not take the audit record, the file has it: ")
     assert time.monotonic() - began < 10
 
 
@@ -4158,7 +4182,7 @@ def test_an_answer_that_is_not_strict_json_is_a_failure_that_is_not_repeated(cli
     lone_plane.script("issue", Answer(201, raw=NOT_JSON[name]))
     result = forward_to(cli, lone_plane)
     assert (result.status, result.out, len(lone_plane.requests)) == (1, "", 1)
-    one_error_line(result, "IssueSession", "not valid JSON")
+    one_error_line(result, "IssueSession", "not valid JSON; is that the API?")
 
 
 @pytest.mark.parametrize("body", [[], "x", 5, None, True, {}, {"session": {}}], ids=repr)
@@ -7386,17 +7410,6 @@ def test_a_library_user_s_own_handlers_stay(cli, simulation):
         signal.signal(signal.SIGUSR1, before)
 
 
-def test_a_waker_that_is_awake_already_is_not_woken_again():
-    waker = plexctl.Waker()
-    for _ in range(2):
-        for _ in range(100000):
-            waker.wake()
-        assert unread(waker._watched.fileno()) == 1
-        waker.wait(10)
-        assert unread(waker._watched.fileno()) == 0
-    waker.close()
-
-
 def test_a_wake_during_another_one_s_end_is_not_the_last_one():
     waker, over = plexctl.Waker(), threading.Event()
 
@@ -8277,8 +8290,10 @@ def rows_of(text, columns):
     return ["".join(each).rstrip() for each in rows]
 
 
-@pytest.mark.parametrize("columns", [40, 200])
-def test_the_live_line_is_one_line_cut_to_the_terminal(simulation, terminal, columns):
+@pytest.mark.parametrize("columns, drawn", [
+    (40, "1 open, 0 waiting"), (80, "1 open, 0 waiting, 1 ended, 1 session, 2.0 KiB up, 2.0 KiB down"),
+    (200, "1 open, 0 waiting, 1 ended, 1 session, 2.0 KiB up, 2.0 KiB down, %%s -> %s:%d" % (HOST, PORT))])
+def test_the_live_line_is_one_line_cut_to_the_terminal(simulation, terminal, columns, drawn):
     screen = terminal(columns)
     with start(simulation, "--proxy", stderr=screen.slave) as process:
         address = proxy_address(process)
@@ -8287,14 +8302,10 @@ def test_the_live_line_is_one_line_cut_to_the_terminal(simulation, terminal, col
         with dial(address) as client:
             client.sendall(b"hello")
             assert client.recv(9) == b"hello"
-            whole = "%s -> %s:%d  1 open, 0 waiting, 1 ended  1 session  up 2.0 KiB  down 2.0 KiB  " % (
-                address, HOST, PORT)
-            wanted = whole[:columns - 1].encode()
-            process.wait_for(lambda: screen.seen.count(wanted) >= 2)
-            rows = rows_of(screen.read(), columns)
-            assert len(rows) == 1 and rows[0].startswith(whole[:columns - 1].rstrip())
-            assert len(rows[0]) < columns
-            assert columns < 200 or re.search(r"  (30m00|29m5\d)s left$", rows[0]), rows
+            wanted = drawn.replace("%s", address)
+            process.wait_for(lambda: screen.seen.count(wanted.encode()) >= 2)
+            row, = rows_of(screen.read(), columns)
+            assert re.match(r"(30m00|29m5\d)s left, " + re.escape(wanted) + "$", row), row
         process.send_signal(signal.SIGTERM)
         ends_by(process, signal.SIGTERM)
     rows = rows_of(screen.read(), columns)
@@ -8305,15 +8316,28 @@ def test_the_live_line_is_one_line_cut_to_the_terminal(simulation, terminal, col
 def test_the_live_line_follows_the_width_of_the_terminal(simulation, terminal):
     screen = terminal(200)
     with start(simulation, "--proxy", stderr=screen.slave) as process:
-        process.wait_for(lambda: b"left" in screen.seen)
+        process.wait_for(lambda: b" -> " in screen.seen)
         drawn = len(rows_of(screen.read(), 200)[0])
         screen.resize(30)  # the terminal wraps the old line: all its rows have to go
         process.wait_for(lambda: b"\x1b[%dA" % ((drawn - 1) // 30) in screen.seen)
         last = screen.read().rsplit("\x1b[J", 1)[1]
-        assert len(last) == 29 and last.startswith("127.0.0.1:")
+        assert last.endswith("s left, 0 open")
         screen.resize(150)
-        process.wait_for(lambda: screen.seen.count(b"left") > 1 and screen.seen.endswith(b"left"))
-        assert rows_of(screen.read().rsplit("\r", 1)[1], 150)[0].endswith("left")
+        process.wait_for(lambda: screen.seen.count(b" -> ") > 1 and screen.seen.endswith(b":%d" % PORT))
+        assert rows_of(screen.read().rsplit("\r", 1)[1], 150)[0].endswith(":%d" % PORT)
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_ctrl_c_leaves_nothing_of_the_live_line_and_no_row_of_its_own(simulation, terminal, columns):
+    """The terminal writes ^C where the line ends; in the last column that would begin another row."""
+    screen = terminal(columns)
+    with start(simulation, "--proxy", **screen.controlling()) as process:
+        process.wait_for(lambda: b"0 open, 0 waiting" in screen.seen)
+        screen.type(b"\x03")
+        ends_by(process, signal.SIGINT)
+    text = screen.read()
+    rows = rows_of(text, columns)
+    assert "^C" in text and "^C" not in "".join(rows) and "open, " not in "".join(rows), rows
 
 
 def test_the_live_line_is_wiped_before_any_other_line(simulation, terminal):
@@ -8323,7 +8347,7 @@ def test_the_live_line_is_wiped_before_any_other_line(simulation, terminal):
         process.wait_for(lambda: screen.seen.count(b" -> ") >= 2)
         assert visit(address)
         process.wait_for(lambda: b"connection closed" in screen.seen)
-        process.wait_for(lambda: screen.seen.endswith(b"left"))
+        process.wait_for(lambda: screen.seen.endswith(b":%d" % PORT))
         rows = rows_of(screen.read(), 200)
         assert all(row.startswith("plexctl: ") for row in rows[:-1]) and " -> " in rows[-1], rows
         process.send_signal(signal.SIGINT)
@@ -8418,7 +8442,7 @@ def test_the_live_line_counts_open_waiting_and_ended_connections_and_sessions(si
         clients = [stack.enter_context(dial(address)) for _ in range(5)]
         for client in clients:
             client.sendall(b"hello")
-        process.wait_for(lambda: b"2 open, 3 waiting, 1 ended  2 sessions  up " in screen.seen)
+        process.wait_for(lambda: b"2 open, 3 waiting, 1 ended, 2 sessions, " in screen.seen)
         stack.close()
         process.wait_for(lambda: b"0 open, 0 waiting, " in screen.seen[screen.seen.rindex(b"3 waiting"):])
         process.send_signal(signal.SIGTERM)
@@ -8430,13 +8454,13 @@ def test_the_live_line_says_no_time_left_where_there_is_no_session(simulation, t
     screen = terminal(200)
     with start(simulation, "--proxy", "--renew", "--ttl-seconds", 4, stderr=screen.slave) as process:
         address = proxy_address(process)
-        process.wait_for(lambda: re.search(rb"0 ended  1 session  up 0 B  down 0 B  \ds left", screen.seen))
-        process.wait_for(lambda: re.search(rb"0 ended  0 sessions  up 0 B  down 0 B[^ ]", screen.seen))
+        process.wait_for(lambda: re.search(rb"s left, 0 open, 0 waiting, 0 ended, 1 session, ", screen.seen))
+        process.wait_for(lambda: re.search(rb"\x1b\[J0 open, 0 waiting, 0 ended, 0 sessions, ", screen.seen))
         assert visit(address)  # and the next connection has a session again
         process.send_signal(signal.SIGTERM)
         ends_by(process, signal.SIGTERM)
     text = screen.read()
-    assert "waiting" in text and "0 sessions  up 0 B  down 0 B  " not in text
+    assert not re.search("left, 0 open, 0 waiting, [01] ended, 0 sessions", text)
 
 
 @pytest.mark.parametrize("flags", [["--stdio"], ["--", "sleep", "1.5"]], ids=["stdio", "COMMAND"])
@@ -8478,9 +8502,8 @@ def test_systemd_is_told_when_the_port_listens_and_when_it_ends(simulation, noti
         assert bound.recv(99) == b"READY=1"
         assert visit(address, b"at once")
         status = bound.recv(999).decode()
-        assert status.startswith("STATUS=%s -> %s:%d  " % (address, HOST, PORT)), status
-        shape = r"\d open, \d waiting, \d ended  1 session  up \d B  down \d B  \w+ left\Z"
-        assert re.search("  " + shape, status), status
+        shape = r"STATUS=\w+ left, \d open, \d waiting, \d ended, 1 session, \d B up, \d B down, %s -> %s:%d$"
+        assert re.match(shape % (address, HOST, PORT), status), status
         assert not select.select([bound], [], [], 1.5)[0]  # at most once a minute, though it has changed
         process.send_signal(signal.SIGTERM)
         assert bound.recv(99) == b"STOPPING=1"
@@ -9231,6 +9254,17 @@ def test_the_library_example_works(simulation):
         assert process.finish().returncode == 0, process.describe()
 
 
+def test_pydoc_shows_what_is_stable_and_nothing_of_the_environment():
+    environ = clean_environment({"PLEXSPHERE_TOKEN": BEARER})
+    shown = run_words([sys.executable, "-m", "pydoc", "plexctl"], environ, cwd=HERE)
+    assert shown.status == 0 and BEARER not in shown.out + shown.err
+    assert "Fields: session_id, token, expires_at, " in shown.out and "LazyModule" not in shown.out
+    assert re.findall(r"(?m)^    class (\w+)", shown.out) == [name for name in sorted(plexctl.__all__)
+                                                           if isinstance(getattr(plexctl, name), type)]
+    named = set(re.findall(r"\w+", readme("## As a library")))
+    assert set(plexctl.__all__) - named == set()
+
+
 def literal(node):
     """The text of a string in the syntax tree; None for anything else. Python 3.6 and 3.7 have Str."""
     kinds = {"Constant": "value", "Str": "s"}
@@ -9277,6 +9311,8 @@ def messages_of_the_source():
             for text in written_texts(call.args[0]):
                 told = name in ("tell_once", "warn_once", "fail") or (
                     name in ("report", "_report") and text.startswith(("warning: ", "error: ")))
+                if function.name in ("check_words", "check_together"):
+                    text += " (see plexctl --help)"  # see parse_arguments
                 text = shortened(text)
                 if (told or name in names | values) and len(re.sub("[^a-z]", "", text)) > 6:
                     found[call.lineno, text] = text
@@ -9335,9 +9371,10 @@ def test_a_console_script_of_one_module_is_installed(tmp_path):
         pytest.skip("no package index")
     assert done.returncode == 0, done.stdout
     command = os.path.join(environment, "bin", "plexctl")
-    for arguments, status, text in ((["--version"], 0, "plexctl " + plexctl.__version__),
-                                    (["tcp-forward"], 2, "--project-id")):
-        done = subprocess.run([command] + arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    for arguments, status, text in (([command, "--version"], 0, "sha256 " + hash_of(PLEXCTL)),
+                                    ([command, "tcp-forward"], 2, "--project-id"),
+                                    (pip[:1] + ["-I", "-m", "plexctl", "tcp-forward"], 2, "--project-id")):
+        done = subprocess.run(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                               universal_newlines=True, cwd=str(tmp_path), env=clean_environment())
         assert done.returncode == status and text in done.stdout
     files = subprocess.run(pip[:-2] + ["show", "-f", "plexctl"], stdout=subprocess.PIPE,

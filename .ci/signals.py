@@ -40,7 +40,7 @@ def measure(plexctl):
         for _ in range(3):
             with modes.Invocation("print" if mode == "start" else mode, plexctl) as run:
                 if mode == "start":
-                    run.command = lambda: [sys.executable, "-I", plexctl, "--version"]
+                    run.command = lambda: [sys.executable, "-I", plexctl, "--help"]
                 run.start()
                 run.use()
                 if mode == "proxy":
