@@ -4,6 +4,7 @@ Each runs against a simulation of its own (test_plexctl.py): credentials from a 
 the environment, one connection that exchanges bytes with an echo target. Python 3.9 or later, Linux.
 """
 
+import argparse
 import json
 import os
 import re
@@ -21,7 +22,7 @@ import test_plexctl as simulator
 
 MODES = ("print", "reveal", "proxy", "command", "stdio")
 WORD = b"one line, there and back\n"
-COMMAND_OK, COMMAND_FAILED = 7, 9
+COMMAND_OK, COMMAND_RESET, COMMAND_FAILED = 7, 8, 9
 CLIENT_SECONDS = 10
 CLIENT = """\
 import os, socket, sys
@@ -31,10 +32,12 @@ try:
         answer = b""
         while len(answer) < %d:
             answer += sock.recv(100) or sys.exit(%d)
-except OSError as error:
+except ConnectionResetError:
+    sys.exit(%d)
+except OSError:
     sys.exit(%d)
 sys.exit(%d)
-""" % (CLIENT_SECONDS, WORD, len(WORD), COMMAND_FAILED, COMMAND_FAILED, COMMAND_OK)
+""" % (CLIENT_SECONDS, WORD, len(WORD), COMMAND_FAILED, COMMAND_RESET, COMMAND_FAILED, COMMAND_OK)
 TRACES = ("Traceback", "internal error", "Exception ignored", "Fatal Python error", "Exception in thread",
           "Segmentation", "core dumped")
 TOTAL = re.compile(r"plexctl: \d+ connections?, .* up, .* down, ")
@@ -138,6 +141,8 @@ class Invocation:
                     self.answer += data
         except socket.timeout:
             self.client_end = "hung"
+        except ConnectionResetError:
+            self.client_end = "reset"
         except OSError as error:
             self.client_end = str(error)
 
@@ -258,6 +263,18 @@ class Invocation:
         return "status %s, client %r %s, issued %d, revoked %d\nstdout %r\nstderr %r" % (
             self.status, self.answer, self.client_end, len(self.plane.issued), len(self.plane.revoked),
             self.process.out[:500], self.process.err[:3000])
+
+
+def create_parser(description, case):
+    """What both programs take; `case` names the parts of one case."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--plexctl", type=os.path.abspath, default=simulator.PLEXCTL)
+    parser.add_argument("--sample", type=float, default=1.0, metavar="FRACTION")
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--mode", choices=MODES, action="append")
+    parser.add_argument("--case", metavar=case, help="this one alone, and its story")
+    return parser
 
 
 def default_signals():

@@ -14,7 +14,6 @@ is no failure. It is known by having no frame of plexctl.py beyond the statement
 action, the first of the file that does anything; it must not have asked for a session either.
 """
 
-import argparse
 import functools
 import os
 import random
@@ -125,16 +124,9 @@ def judge(run, number, first_line):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--plexctl", default=modes.simulator.PLEXCTL)
-    parser.add_argument("--sample", type=float, default=1.0, metavar="FRACTION")
-    parser.add_argument("--seed", type=int, default=int(time.time()))
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--mode", choices=modes.MODES, action="append")
-    parser.add_argument("--case", metavar="MODE:SIGNAL:COUNT:INDEX", help="this one alone, and its story")
-    options = parser.parse_args()
+    options = modes.create_parser(__doc__, "MODE:SIGNAL:COUNT:INDEX").parse_args()
     modes.default_signals()
-    plexctl = os.path.abspath(options.plexctl)
+    plexctl = options.plexctl
     times, began = measure(plexctl), time.monotonic()
     work = functools.partial(run_case, plexctl, times, first_act(plexctl), options.seed)
     if options.case:

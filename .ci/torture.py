@@ -17,7 +17,6 @@ After each: an exit code that the mode allows; one clear line on stderr if it fa
 it survived; no traceback, no secret, no session left without a word, no hang. Linux 5.5, Python 3.9 or later.
 """
 
-import argparse
 import ctypes
 import errno
 import fcntl
@@ -375,22 +374,16 @@ def usable():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--plexctl", default=modes.simulator.PLEXCTL)
-    parser.add_argument("--sample", type=float, default=1.0, metavar="FRACTION")
-    parser.add_argument("--seed", type=int, default=int(time.time()))
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--mode", choices=modes.MODES, action="append")
+    parser = modes.create_parser(__doc__, "MODE:SYSCALL:N:ERRNO")
     parser.add_argument("--syscall", action="append")
     parser.add_argument("--list", action="store_true", help="print the cases, run none")
-    parser.add_argument("--case", metavar="MODE:SYSCALL:N:ERRNO", help="this one alone, and its story")
     options = parser.parse_args()
     modes.default_signals()
     reason = usable()
     if reason:
         print("skipped: %s" % reason)
         return 0
-    plexctl = os.path.abspath(options.plexctl)
+    plexctl = options.plexctl
     wanted = [options.case.split(":")[0]] if options.case else options.mode or modes.MODES
     recordings = {}
     for mode in wanted:
