@@ -3477,8 +3477,8 @@ def end_by_signal(signum: int) -> None:
     os.kill(os.getpid(), signum)
 
 
-def perform(argv: "Optional[Sequence[str]]" = None,
-            environ: "Optional[Mapping[str, str]]" = None) -> "Tuple[int, int]":
+def perform(argv: "Optional[Sequence[str]]" = None, environ: "Optional[Mapping[str, str]]" = None,
+            ends_process: bool = False) -> "Tuple[int, int]":
     """The command, as an exit code and the number of the signal that ended it (0: none)."""
     prints = ""
     try:
@@ -3511,8 +3511,9 @@ def perform(argv: "Optional[Sequence[str]]" = None,
         foreground.report("error: internal error: %s" % show_error(error))
     finally:
         foreground.messages.flush(HURRY_SECONDS)
-        restore_handlers()
-        foreground.waker.close()
+        if not ends_process:  # else a late signal would make it look as if it had not come to its end
+            restore_handlers()
+            foreground.waker.close()
     return status, signum
 
 
@@ -3539,11 +3540,11 @@ def run() -> None:
     """
     reserve_standard_descriptors()
     try:
-        status, signum = perform()
+        status, signum = perform(ends_process=True)
         if signum:
             end_by_signal(signum)
         os._exit(status)
-    except KeyboardInterrupt:  # before the handlers were there, or after
+    except KeyboardInterrupt:  # before the handlers were there
         end_by_signal(2)
 
 
