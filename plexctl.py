@@ -1727,8 +1727,8 @@ class Connection:
             return not is_connected(self.sock) or (  # behind a reset what came before can still be read
                 wait_for(self.sock.fileno(), READABLE, 0)
                 and not self.sock.recv(1, socket.MSG_PEEK) and self.is_gone())
-        except OSError:
-            return True
+        except OSError as error:
+            return error.errno not in EXHAUSTED
 
     def end(self, error: "Optional[PlexctlError]" = None) -> None:
         """It is over; a client that was not served gets a reset."""
