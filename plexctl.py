@@ -1613,9 +1613,9 @@ class StandardStreams:
         try:
             piece = os.read(0, len(buffer))
         except OSError as error:
-            if error.errno in EXHAUSTED or isinstance(error, SILENCE):
-                raise
-            return 0  # EIO: the terminal is gone
+            if error.errno == errno.EISDIR or not isinstance(error, SILENCE) and os.isatty(0):
+                return 0  # it was closed at the start, or the terminal is gone
+            raise
         buffer[:len(piece)] = piece
         return len(piece)
 
