@@ -23,7 +23,7 @@ import test_plexctl as simulator
 MODES = ("print", "reveal", "proxy", "command", "stdio")
 WORD = b"one line, there and back\n"
 COMMAND_OK, COMMAND_RESET, COMMAND_FAILED = 7, 8, 9
-CLIENT_SECONDS = 10
+CLIENT_SECONDS = 30
 CLIENT = """\
 import os, socket, sys
 try:

@@ -28,7 +28,7 @@ import modes
 
 INSTANTS = 200
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
-DEADLINE_SECONDS = 20
+DEADLINE_SECONDS = 60  # niced beside a load, a start alone may take 20
 STARTING = re.compile("Traceback|lost sys.stderr|Fatal Python error: init_")
 FRAME = re.compile(r'File "([^"]*)", line (\d+), in (\S+)')
 
