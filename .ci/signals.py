@@ -12,8 +12,8 @@ keeps its own), nothing hangs, and nothing but plexctl's own lines is on stderr.
 A traceback that Python writes while it starts, or compiles the script, is Python's own: it is counted and
 is no failure. It is known by having no frame of plexctl.py beyond the statement that gives SIGINT its default
 action, the first of the file that does anything; and the process must not have asked for a session, unless
-its traceback is that of a KeyboardInterrupt which Python lost ("Exception ignored"), and Python's handler
-stood when the signal was sent.
+its traceback is that of a KeyboardInterrupt which Python lost ("Exception ignored", "Failed checking if
+argv[0] is an import path entry"), and Python's handler stood when the signal was sent.
 """
 
 import functools
@@ -81,7 +81,7 @@ def is_pythons_own(run, first_line):
 
 def is_lost(run):
     """Whether Python has lost a KeyboardInterrupt of its start."""
-    return run.hit_start and run.process.err.startswith("Exception ignored")
+    return run.hit_start and "KeyboardInterrupt" in run.process.err
 
 
 def run_case(plexctl, times, first_line, seed, case):
