@@ -40,7 +40,8 @@ import modes
 DEADLINE_SECONDS = 60  # niced beside a load, a start alone may take 20
 NO_DESCRIPTORS = ("EMFILE", "ENFILE", "ENOMEM")
 CAN_FAIL = {
-    "openat": ("EMFILE", "ENOMEM", "EACCES", "EIO"), "read": ("EIO",), "write": ("EIO", "ENOSPC", "EPIPE"),
+    "openat": ("EMFILE", "ENOMEM", "EACCES", "EIO"), "open": ("EMFILE", "ENOMEM", "EACCES", "EIO"),
+    "read": ("EIO",), "write": ("EIO", "ENOSPC", "EPIPE"),
     "newfstatat": ("EIO",), "fstat": ("EIO", "ENOMEM"), "stat": ("EIO", "ENOMEM"),
     "lstat": ("EIO", "ENOMEM"), "statx": ("EIO", "ENOMEM"), "lseek": ("EIO",), "close": ("EIO",),
     "getdents64": ("EIO", "ENOMEM"), "readlink": ("EIO",), "access": ("EACCES",), "fsync": ("EIO", "ENOSPC"),
@@ -312,12 +313,13 @@ class Injector:
 
     def _describe(self, tid, args):
         words = []
-        if self.name in ("openat", "newfstatat", "statx", "mkdir", "mkdirat", "chmod", "readlink", "execve"):
-            words.append(self._text(tid, args[self.name in ("openat", "newfstatat", "statx", "mkdirat")]))
+        has_folder = self.name in ("openat", "newfstatat", "statx", "mkdirat")
+        if has_folder or self.name in ("open", "mkdir", "chmod", "readlink", "execve"):
+            words.append(self._text(tid, args[has_folder]))
         if self.name in ("mmap", "mprotect", "prlimit64", "clone3", "socket"):
             words.append(", ".join("%#x" % each for each in args[:6]))
-        elif self.name not in ("mkdir", "chmod", "readlink", "execve", "epoll_create1", "poll", "vfork",
-                               "mremap"):
+        elif self.name not in ("open", "mkdir", "chmod", "readlink", "execve", "epoll_create1", "poll",
+                               "vfork", "mremap"):
             link = self._link(tid, args[0]) if args[0] < 1 << 31 else ""
             words.append("descriptor %d %s" % (args[0], link) if link else "")
         thread = "the main thread" if tid == self._root else "thread %d" % (tid - self._root)
@@ -448,7 +450,7 @@ def main():
         print("%d faults" % len(cases))
         return 0
     rng = random.Random(options.seed)
-    chosen = rng.sample(cases, max(1, round(len(cases) * options.sample)))
+    chosen = rng.sample(cases, round(len(cases) * options.sample) or min(1, len(cases)))
     print("seed %d: %d of %d faults" % (options.seed, len(chosen), len(cases)), flush=True)
     failures, missed, began = {}, 0, time.monotonic()
 
