@@ -7239,6 +7239,17 @@ def test_a_stderr_that_nobody_reads_does_not_keep_it_from_revoking(simulation, m
     revoked_once(simulation.plane)
 
 
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_a_signal_right_before_the_end_does_not_belie_what_was_done(simulation, signum):
+    program = ("import os, sys; sys.path.insert(0, %r); import plexctl; end = os._exit\n"
+               "os._exit = lambda status: (os.kill(os.getpid(), %d), end(status))\n"
+               "plexctl.run()" % (HERE, signum))
+    result = run_words([sys.executable, "-I", "-B", "-c", program] + forward_args(simulation.plane),
+                       clean_environment(simulation.plane.environment()))
+    assert (result.status, result.err) == (0, "")
+    assert simulation.plane.issued and not revoke_requests(simulation.plane)
+
+
 @pytest.mark.reveals
 @pytest.mark.skipif(not LINUX, reason="fills a pipe")
 def test_a_signal_ends_it_also_while_the_token_cannot_be_written(simulation, tmp_path):
