@@ -1342,7 +1342,8 @@ def set_leg_options(sock: "socket.socket", is_tcp: bool = True) -> None:
 
 def has_hung_up(sock: "socket.socket") -> bool:
     """Whether the other end is lost; of a unix socket: closed. False where poll() is missing."""
-    return sock.fileno() < 0 or wait_for(sock.fileno(), 0, 0)
+    fd = sock.fileno()
+    return fd < 0 or ON_LINUX and wait_for(fd, 0, 0)
 
 
 def close_leg(sock: "socket.socket", reset: bool) -> None:
@@ -1400,6 +1401,7 @@ class Flow:
         self.in_hand = 0  # bytes that were read, and are not all sent yet
         self.is_running = True  # False: it is to end
         self.is_over = False  # the end of input was passed on
+        self.fault = 0  # the error number of a reset by the source, which can be asked for once
         self._quiet_since = 0.0
         self._moved_then = 0
 
@@ -1514,7 +1516,9 @@ class Relay:
         """Raises ConnectionResetError where the source is lost."""
         other = self.down if flow is self.up else self.up
         if not is_connected(flow.source) and not other.is_over:  # in this order: nor is it after both ends
-            raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+            flow.fault = flow.fault or flow.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if flow.fault != errno.EPIPE:  # so Linux calls a reset behind an end of input: nothing is lost
+                raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
 
     def _hold_end(self) -> None:
         """The Node ends both directions at a client's end of input, and so would cut the answer off.
@@ -1523,7 +1527,8 @@ class Relay:
         """
         client, pause = self.up.source, FIRST_ASK_SECONDS
         while self.up.is_running and not self._partner.is_free.is_set():
-            if self._is_gone() or has_hung_up(client):
+            # a client whose end and ours have passed looks as if it had hung up
+            if (self._is_gone() or has_hung_up(client)) and not self.down.is_over:
                 error = client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 if error:
                     raise OSError(error, os.strerror(error))
@@ -1598,8 +1603,8 @@ class StandardStreams:
 
     def __init__(self) -> None:
         self.error: "Optional[PlexctlError]" = None
-        self._has_written = self._is_ended = self._is_closed = False
-        self.setsockopt = self.getpeername = self.getsockopt = lambda *arguments: 0
+        self._is_closed = False
+        self.setblocking = self.setsockopt = self.getsockopt = self.getpeername = lambda *arguments: 0
         self.recv = lambda size, flags: b""  # a look at what a client that is gone has sent
 
     def fileno(self) -> int:
@@ -1607,9 +1612,9 @@ class StandardStreams:
         return 1
 
     def recv_into(self, buffer: memoryview) -> int:
-        """Standard input; 0 as well when nobody needs it any more."""
-        if self._is_ended:
-            return 0
+        """Standard input, as long as anybody takes the answers."""
+        if self.error is not None:
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
         if os.name == "posix" and not wait_for(0, READABLE, STREAM_TICK_SECONDS):
             raise SILENCE
         try:
@@ -1623,25 +1628,23 @@ class StandardStreams:
 
     def send(self, piece: memoryview) -> int:
         """Standard output."""
-        if os.name == "posix" and not wait_for(1, WRITABLE, STREAM_TICK_SECONDS):
-            raise SILENCE
         try:
-            self._has_written = True
+            if os.name == "posix" and not wait_for(1, WRITABLE, STREAM_TICK_SECONDS):
+                raise SILENCE
             return os.write(1, piece)
+        except SILENCE:
+            raise
         except OSError as error:
-            if not isinstance(error, SILENCE):
-                self._fail(error)
+            self._fail(error)
             raise
 
     def shutdown(self, how: int) -> None:
-        """The reader sees the end; the number stays taken."""
-        # where nothing came back, or a terminal would wait for a key, nobody needs standard input any more
-        self._is_ended = how == socket.SHUT_RD or not self._has_written or os.isatty(0)
+        """The reader sees the end."""
         if how == socket.SHUT_WR:
             self.close()
 
     def close(self) -> None:
-        """The same."""
+        """The same; the number stays taken."""
         if not self._is_closed:
             self._is_closed = True
             try:
@@ -1652,7 +1655,6 @@ class StandardStreams:
                 self._fail(error)
 
     def _fail(self, error: OSError) -> None:
-        self._is_ended = True
         self.error = PlexctlError("cannot write to standard output: %s" % show_error(error))
 
 
@@ -1710,8 +1712,9 @@ class Connection:
     def __init__(self, sock: "Any", on_end: "Callable[..., object]",
                  is_gone: "Callable[[], bool]" = lambda: False, address: "Any" = None,
                  wants_reason: bool = False) -> None:
-        if not isinstance(address, tuple):
-            set_leg_options(sock, is_tcp=False)
+        if not (ON_LINUX and isinstance(address, tuple)):  # or it has what the listener has
+            sock.setblocking(True)
+            set_leg_options(sock, isinstance(address, tuple))
         self.sock = sock
         self.is_gone = is_gone
         self.address = address
@@ -2144,7 +2147,7 @@ class Sessions:
                         self._forget_idle(worker)
                         worker.connection = connection
                         return connection
-                    close_leg(connection.sock, reset=True)
+                    connection.end(Cancelled("the client has left"))
                 if elapsed_seconds() - idle_since >= IDLE_SECONDS and self._minimum < sum(
                         each.is_ready and not each.is_ending for each in self._workers):
                     break
@@ -2433,7 +2436,10 @@ class OwnerCheck:
                 answer = self._netlink.recv(4096)
                 kind, _, sequence = struct.unpack_from("=HHI", answer, 4)
         if kind != SOCK_DIAG_BY_FAMILY or len(answer) < 88:
-            return NOBODY, 0  # NLMSG_ERROR: there is no such socket
+            error = -struct.unpack_from("=i", answer, 16)[0]
+            if error != errno.ENOENT:  # there is no such socket
+                raise OSError(error, os.strerror(error))
+            return NOBODY, 0
         # inet_diag_msg behind the nlmsghdr: family, state, timer, retrans, ports. Where it finds no
         # connection, the kernel answers with a listener on the source's port
         state, found_ports = struct.unpack_from("=xBxx4s", answer, 16)
@@ -3247,7 +3253,7 @@ class Run:
         connection = Connection(streams, end, wants_reason=True)
         self.sessions.put(connection)
         try:
-            while not ended:
+            while not ended or self.sessions.is_delivering():
                 self.watch_sessions()
             if ended[0] is not None:
                 raise ended[0]

@@ -5152,6 +5152,72 @@ def test_an_answer_long_after_the_half_close_arrives(kinder):
         eventually(lambda: running.target.ends == ["eof"])
 
 
+def test_an_answer_that_ends_just_as_the_client_is_asked_for_arrives_to_its_end(kinder, monkeypatch):
+    """The client's end and ours have passed then: poll() says that it has hung up."""
+    has_hung_up = plexctl.has_hung_up
+
+    def ask_late(sock):
+        relay = eventually(running.relays)[0]
+        eventually(lambda: relay.down.is_over)
+        return has_hung_up(sock)
+
+    def answer_at_the_end(connection, target):
+        connection.recv(8)
+        source(2 * MIB)(connection, target)
+
+    with relayed_to(answer_at_the_end, **kinder) as running, small_window(running.address) as client:
+        monkeypatch.setattr(plexctl, "has_hung_up", ask_late)
+        client.sendall(b"question")
+        client.shutdown(socket.SHUT_WR)
+        let_pass(0.3)
+        assert how_it_ends(client) == ("eof", pattern(2 * MIB))
+
+
+@pytest.mark.skipif(not LINUX, reason="the options are Linux's")
+@pytest.mark.parametrize("way", ["up", "down"])
+def test_a_reset_behind_an_end_costs_nothing_of_what_came_before(monkeypatch, way):
+    """A peer that has closed is forgotten by its kernel, which answers our keepalive with a reset."""
+    with socket.socket() as other:
+        plexctl.set_leg_options(other)
+    quick = {socket.TCP_KEEPIDLE: 1, socket.TCP_KEEPINTVL: 1}
+    monkeypatch.setattr(plexctl, "LEG_OPTIONS", [
+        (level, name, quick.get(name, value) if level == socket.IPPROTO_TCP else value)
+        for level, name, value in plexctl.LEG_OPTIONS])
+    heard, sent, go = [], [], threading.Event()
+
+    def send_and_forget(connection):
+        """So much that the relay is stuck, and a little more."""
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_LINGER2, 1)
+        relay = eventually(running.relays)[0]
+        try:
+            while True:
+                sent.append(pattern(65536, len(sent)))
+                connection.sendall(sent[-1])
+                eventually(lambda: getattr(relay, way).moved == 65536 * len(sent), 1)
+        except AssertionError:
+            sent.append(b"the last words" * 4096)
+            connection.sendall(sent[-1])
+        connection.close()
+
+    def serve(connection, _target):
+        if way == "down":
+            send_and_forget(connection)
+        else:
+            go.wait(30)
+            heard.append(how_it_ends(connection))
+
+    with relayed_to(serve, direct=True) as running, small_window(running.address) as client:
+        if way == "up":
+            threading.Thread(target=send_and_forget, args=(client,), daemon=True).start()
+        relay = eventually(running.relays)[0]
+        eventually(lambda: getattr(relay, way).fault, 30)
+        go.set()
+        if way == "down":
+            heard.append(how_it_ends(client))
+        eventually(lambda: heard)
+        assert heard == [("eof", b"".join(sent))]
+
+
 def test_a_client_may_go_on_after_the_server_has_ended(kinder, monkeypatch):
     monkeypatch.setattr(plexctl, "QUIET_SECONDS", 2)
     heard = []
@@ -7973,6 +8039,58 @@ def test_the_end_of_stdin_is_held_until_the_answer_has_come():
         while pauses:
             result = stdio(simulation, input=b"PING\r\n")
             assert (result.returncode, result.stdout, result.stderr) == (0, b"+PONG\r\n", b"")
+
+
+def test_what_stdin_gives_arrives_also_when_nobody_reads_the_answer_any_more(make_pipe):
+    data, heard = pattern(8 * MIB), []
+
+    def read_slowly(connection, _target):
+        connection.sendall(b"hi")
+        pieces = []
+        for piece in chunks(connection):
+            pieces.append(piece)
+            time.sleep(0.005)
+        heard.append(b"".join(pieces))
+
+    reader, writer = make_pipe()
+    out_reader, out_writer = os.pipe()
+    with Simulation(read_slowly, kinder=True) as simulation, \
+            start(simulation, "--stdio", stdin=reader, stdout=out_writer) as process:
+        os.close(out_writer)
+        assert os.read(out_reader, 2) == b"hi"
+        reader.close()
+        writer.write(data)
+        os.close(out_reader)
+        writer.close()
+        assert process.finish().returncode == 0
+        eventually(lambda: heard)
+        assert heard == [data]
+
+
+@pytest.mark.parametrize("kind", ["a half-closed target", "a reset on stdin"])
+def test_stdin_that_is_cut_off_does_not_look_complete(kind):
+    ends = []
+
+    def serve(connection, _target):
+        if kind == "a half-closed target":
+            connection.shutdown(socket.SHUT_WR)
+        ends.append(how_it_ends(connection))
+
+    with socket.socket() as listener, socket.socket() as far:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1)
+        far.connect(listener.getsockname())
+        near, _ = listener.accept()
+        with near, Simulation(serve, kinder=True) as simulation, \
+                start(simulation, "--stdio", stdin=near, stdout=subprocess.PIPE) as process:
+            far.sendall(b"half of an upl")
+            eventually(lambda: simulation.target.accepted)
+            let_pass(0.5)
+            if kind == "a reset on stdin":
+                reset_close(far)
+            process.finish()
+            eventually(lambda: ends)
+            assert ends == [("reset", b"half of an upl")] and process.returncode == 1
 
 
 def test_the_end_of_stdin_is_a_half_close_and_a_late_answer_arrives(make_pipe):
