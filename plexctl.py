@@ -19,8 +19,9 @@ those above it.
 Threads: the main one waits for signals, and alone writes to stdout and stderr; what may block runs
 in a daemon thread that it waits for. Each HTTP exchange has one more, given up on at its deadline,
 since a name look-up has no time-out. One thread accepts connections (Forwarder) and puts them into a
-queue; one worker a session (Worker) takes them from there and carries one after another (Relay). The
-queue, the workers and the sessions that are still to be revoked are in Sessions, under its one lock.
+queue; one worker a session (Worker) takes them from there and carries one after another, what the
+client sends itself and what the Node sends in its partner (Relay). The queue, the workers and the
+sessions that are still to be revoked are in Sessions, under its one lock.
 
 The credential: the bearer token is read in the section credentials, and sent in the section control
 plane; the session token comes in there, and what is done with it ends with the section audit, but for
@@ -45,30 +46,9 @@ import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # importing typing would take as long as compiling half of this file
-    import argparse
-    import collections
-    import datetime
-    import difflib
-    import email.utils
-    import hashlib
-    import http.client
-    import json
-    import logging
-    import mmap
-    import pwd
-    import re
-    import resource
-    import select
-    import shutil
-    import signal
-    import socket
-    import socketserver
-    import ssl
-    import stat
-    import struct
-    import subprocess
-    import threading
-    import urllib.request
+    import argparse, collections, datetime, difflib, email.utils, hashlib, http.client, json  # noqa: E401
+    import logging, mmap, pwd, queue, re, resource, select, shutil, signal, socket, socketserver  # noqa: E401
+    import ssl, stat, struct, subprocess, threading, urllib.request  # noqa: E401
     from typing import (Any, Callable, Dict, IO, List, Mapping, NoReturn, Optional, Sequence, Set, Tuple)
 
     Environ = Mapping[str, str]
@@ -93,10 +73,9 @@ class LazyModule:
         return getattr(module, attribute)
 
 
-LAZY_MODULES = (
-    "argparse", "collections", "datetime", "difflib", "email.utils", "hashlib", "http.client", "json",
-    "logging", "mmap", "pwd", "re", "resource", "select", "shutil", "signal", "socket", "socketserver", "ssl",
-    "stat", "struct", "subprocess", "threading", "urllib.request")
+LAZY_MODULES = """argparse collections datetime difflib email.utils hashlib http.client json
+    logging mmap pwd queue re resource select shutil signal socket socketserver
+    ssl stat struct subprocess threading urllib.request""".split()
 globals().update((name.partition(".")[0], LazyModule(name)) for name in LAZY_MODULES)
 
 __version__ = "0.1.0"
@@ -197,7 +176,7 @@ class Interrupted(Exception):
 
 ON_LINUX = sys.platform.startswith("linux")
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)  # no peer's doing
-READABLE, WRITABLE = 1, 4  # POLLIN and POLLOUT, EPOLLIN and EPOLLOUT
+READABLE, WRITABLE = 1, 4  # POLLIN and POLLOUT
 # CLOCK_BOOTTIME counts suspend on Linux (7; Python names it from 3.7 on); on macOS
 # CLOCK_MONOTONIC does. On Windows time.monotonic() does.
 _CLOCK = 7 if ON_LINUX else getattr(time, "CLOCK_MONOTONIC", None)
@@ -235,18 +214,14 @@ def send_datagram(path: str, data: bytes, seconds: float) -> None:
             return
 
 
-def wait_for(fd: int, mask: int, seconds: "Optional[float]" = None, stop_fd: int = -1) -> bool:
-    """Waits until a descriptor is ready, for ever, or for so long, or until `stop_fd` is readable."""
+def wait_for(fd: int, mask: int, seconds: "Optional[float]" = None) -> bool:
+    """Waits until a descriptor is ready (0: until its other end is lost), for ever or for so long."""
     seconds = None if seconds is None else max(0.0, seconds)
     if ON_LINUX:  # where poll() takes terminals as well, and any number
         poller = select.poll()
         poller.register(fd, mask)
-        if stop_fd >= 0:
-            poller.register(stop_fd, READABLE)
-        return any(each == fd for each, _ in poller.poll(None if seconds is None else seconds * 1000))
-    readers = [each for each in (stop_fd, fd if mask == READABLE else -1) if each >= 0]
-    readable, writable, _ = select.select(readers, [fd] if mask == WRITABLE else [], [], seconds)
-    return fd in readable or fd in writable
+        return bool(poller.poll(None if seconds is None else seconds * 1000))
+    return any(select.select([fd] * (mask == READABLE), [fd] * (mask == WRITABLE), [], seconds))
 
 
 def open_nowhere(flags: int) -> int:
@@ -259,7 +234,7 @@ def open_nowhere(flags: int) -> int:
 
 def load_modules() -> None:
     """Whatever may be used later: Python may be upgraded under a proxy that runs."""
-    for name in ("email", "http", "json", "mmap", "re", "select", "signal", "socket", "socketserver",
+    for name in ("email", "http", "json", "mmap", "queue", "re", "select", "signal", "socket", "socketserver",
                  "struct", "threading", "urllib"):
         getattr(globals()[name], "__name__")  # noqa: B009
 
@@ -1328,64 +1303,45 @@ class AuditLog:
 
 FIRST_BUFFER_BYTES = 64 * 1024
 LARGEST_BUFFER_BYTES = 768 * 1024
-EVENTS_MAX = 4  # epoll makes room for a thousand at each call, where nobody says how many
-TICK_SECONDS = 1.0
+TICK_SECONDS = 1
 QUIET_SECONDS = 2.0  # of the target, before a client's end of input is passed on
 FIRST_ASK_SECONDS = 0.05  # whether a client that has ended its input is gone; then ever less often
-DRAIN_SECONDS = 0.05  # for the Node's answer to an end of input, before it is left to Lingering
-LINGER_SECONDS = 10
+LAST_ASK_SECONDS = 0.4
+DRAIN_SECONDS = 0.05
+STREAM_TICK_SECONDS = 0.2
+LINGER_SECONDS = 10  # for the Node's answer to the end of a client that is gone
 STRUCT_LINGER = "ii" if os.name == "posix" else "HH"
-
-
-class SelectPoller:
-    """What select.epoll does, for systems without it."""
-
-    def __init__(self) -> None:
-        self._masks: "Dict[int, int]" = {}
-
-    def register(self, fd: int, mask: int) -> None:
-        """Watches `fd` for READABLE, WRITABLE, both, or nothing."""
-        self._masks[fd] = mask
-
-    modify = register
-
-    def unregister(self, fd: int) -> None:
-        """Forgets `fd`."""
-        del self._masks[fd]
-
-    def poll(self, seconds: float, most: int) -> "List[Tuple[int, int]]":
-        """(fd, events) pairs, after at most so long."""
-        readable, writable, _ = select.select(
-            [fd for fd, mask in self._masks.items() if mask & READABLE],
-            [fd for fd, mask in self._masks.items() if mask & WRITABLE], [], seconds)
-        return [(fd, READABLE) for fd in readable] + [(fd, WRITABLE) for fd in writable]
-
-    def close(self) -> None:
-        """There is nothing to release."""
-
-
+SILENCE = BlockingIOError if os.name == "posix" else TimeoutError  # of a call that has waited for a tick
+SO_RCVTIMEO_64 = 66  # of systems of 32 bits with times of 64 bits: their timeval has two of these
 LEG_OPTIONS: "List[Tuple[int, int, Any]]" = []  # filled at the first use, which loads socket
 
 
-def set_leg_options(sock: "socket.socket") -> None:
+def set_leg_options(sock: "socket.socket", is_tcp: bool = True) -> None:
     """What both legs of a connection have; on Linux a listener hands it on to what it accepts.
 
     TCP_NODELAY (a request in two writes costs 44 ms without it), keepalive that notices in two
     minutes, urgent data in the stream, and close() sends a reset unless it was called in order:
-    not even SIGKILL may let a stream that was cut off look complete.
+    not even SIGKILL may let a stream that was cut off look complete. A call that blocks comes back
+    after TICK_SECONDS, with SILENCE or a part of its work.
     """
     if not LEG_OPTIONS:
+        tick = struct.pack("qq" if socket.SO_RCVTIMEO == SO_RCVTIMEO_64 else "ll", TICK_SECONDS, 0)
+        if os.name != "posix":
+            tick = struct.pack("L", TICK_SECONDS * 1000)
         LEG_OPTIONS[:] = [(level, getattr(socket, name), value) for level, name, value in (
-            (socket.IPPROTO_TCP, "TCP_NODELAY", 1), (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
-            (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 60), (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 15),
-            (socket.IPPROTO_TCP, "TCP_KEEPCNT", 4), (socket.SOL_SOCKET, "SO_OOBINLINE", 1),
-            (socket.SOL_SOCKET, "SO_LINGER", struct.pack(STRUCT_LINGER, 1, 0))) if hasattr(socket, name)]
-    for option in LEG_OPTIONS:
-        sock.setsockopt(*option)
+            (socket.IPPROTO_TCP, "TCP_NODELAY", 1), (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 60),
+            (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 15), (socket.IPPROTO_TCP, "TCP_KEEPCNT", 4),
+            (socket.SOL_SOCKET, "SO_KEEPALIVE", 1), (socket.SOL_SOCKET, "SO_OOBINLINE", 1),
+            (socket.SOL_SOCKET, "SO_LINGER", struct.pack(STRUCT_LINGER, 1, 0)),
+            (socket.SOL_SOCKET, "SO_RCVTIMEO", tick), (socket.SOL_SOCKET, "SO_SNDTIMEO", tick))
+            if hasattr(socket, name)]
+    for level, option, value in LEG_OPTIONS:
+        if is_tcp or level == socket.SOL_SOCKET:
+            sock.setsockopt(level, option, value)
 
 
 def has_hung_up(sock: "socket.socket") -> bool:
-    """Whether the other end of a unix socket is closed; where poll() is missing nobody can know."""
+    """Whether the other end is lost; of a unix socket: closed. False where poll() is missing."""
     return sock.fileno() < 0 or wait_for(sock.fileno(), 0, 0)
 
 
@@ -1394,9 +1350,9 @@ def close_leg(sock: "socket.socket", reset: bool) -> None:
     try:
         if not reset:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack(STRUCT_LINGER, 0, 0))
-    except OSError:
-        pass
-    sock.close()
+        sock.close()
+    except OSError:  # closed all the same
+        sock.close()
 
 
 def is_connected(sock: "socket.socket") -> bool:
@@ -1408,201 +1364,188 @@ def is_connected(sock: "socket.socket") -> bool:
         return False
 
 
-def drain(sock: "socket.socket", seconds: float) -> bool:
-    """Reads and forgets for so long; whether the peer has ended by then."""
-    deadline = elapsed_seconds() + seconds
-    try:
-        while wait_for(sock.fileno(), READABLE, deadline - elapsed_seconds()):
-            if not sock.recv(FIRST_BUFFER_BYTES):
-                return True
-            if elapsed_seconds() > deadline:
-                break
-        return False
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
+class Partner:
+    """A thread that runs one function after another, and the buffer that it reads into.
+
+    A buffer belongs to a thread: one that is still in a recv must not fill another connection's.
+    """
+
+    def __init__(self) -> None:
+        self.buffer = memoryview(bytearray(FIRST_BUFFER_BYTES))
+        self.is_free = threading.Event()
+        self.is_free.set()
+        self._works: "Any" = getattr(queue, "SimpleQueue", queue.Queue)()  # 3.6 has the other one
+        if not start_thread(self._run):
+            raise PlexctlError("cannot start a thread for a connection (ulimit -u)")
+
+    def do(self, work: "Optional[Callable[[], None]]") -> None:
+        """Runs it after what it was given before; None is the end."""
+        self.is_free.clear()
+        self._works.put(work)
+
+    def _run(self) -> None:
+        for work in iter(self._works.get, None):
+            work()
+            self.is_free.set()
 
 
 class Flow:
     """One direction of a connection: what `source` sends goes to `sink`."""
 
-    __slots__ = ("source", "sink", "fd", "sink_fd", "buffer", "first_buffer", "pending", "moved", "largest",
-                 "is_reading", "has_ended", "is_over")
-
     def __init__(self, source: "socket.socket", sink: "socket.socket", buffer: memoryview) -> None:
         self.source = source
         self.sink = sink
-        self.fd = source.fileno()
-        self.sink_fd = sink.fileno()
         self.buffer = self.first_buffer = buffer
-        self.pending = buffer[:0]  # read, but not taken by the sink yet: nothing more is read until it is
         self.moved = 0  # bytes
-        self.largest = 0  # bytes that one read gave since the last `trim`
-        self.is_reading = True  # False while the sink takes no more, and for ever after the end of input
-        self.has_ended = False  # the source's end of input was read
-        self.is_over = False  # and passed on; or nobody takes it any more
+        self.in_hand = 0  # bytes that were read, and are not all sent yet
+        self.is_running = True  # False: it is to end
+        self.is_over = False  # the end of input was passed on
+        self._quiet_since = 0.0
+        self._moved_then = 0
 
-    def grow(self) -> None:
+    def is_quiet(self) -> bool:
+        """Whether nothing was read since QUIET_SECONDS; from the first time on that this is asked."""
+        now = elapsed_seconds()
+        if not self._quiet_since or self.in_hand or self.moved != self._moved_then:
+            self._quiet_since, self._moved_then = now, self.moved
+        return now - self._quiet_since >= QUIET_SECONDS
+
+    def grow(self) -> memoryview:
         """A larger buffer for a source that fills this one; given back at once, unlike a bytearray."""
         if len(self.buffer) < LARGEST_BUFFER_BYTES:
             try:
                 self.buffer = memoryview(mmap.mmap(-1, min(2 * len(self.buffer), LARGEST_BUFFER_BYTES)))
             except (OSError, ValueError):  # no memory: it will do
                 pass
-
-    def trim(self) -> None:
-        """The first buffer again, where a larger one was of no use since the last call."""
-        if self.largest <= len(self.first_buffer) < len(self.buffer) and not self.pending:
-            self.buffer = self.first_buffer
-            self.pending = self.buffer[:0]
-        self.largest = 0
+        return self.buffer
 
 
 class Relay:
-    """Carries one connection, both directions, in the thread that calls `carry`.
+    """Carries one connection: a direction in the thread that calls `carry`, the other in its partner.
 
-    Both sockets are non-blocking. It closes them, or hands the remote's to `linger`. `buffers`, two,
-    are those to begin with; `poller` (select.epoll, or like it) watches `stop_fd`, which becomes
-    readable when it is to stop; `is_over` is asked that every second. `is_gone` tells whether a client
-    that has ended its input listens no more (False where nobody can know); `on_remote_end` hears that
-    the remote has ended first. Afterwards: what `up` and `down` have moved, and the `error` that broke
-    it, if any.
+    The last of them closes both sockets. `is_gone` tells whether a client that has ended its input
+    listens no more (False where nobody can know); `on_remote_end` hears that the remote has ended
+    first. Afterwards: what `up` and `down` have moved, and the `error` that broke it, if any.
     """
 
-    def __init__(self, client: "socket.socket", remote: "socket.socket", buffers: "List[memoryview]",
-                 poller: "Any", stop_fd: int, is_over: "Callable[[], bool]", is_gone: "Callable[[], bool]",
-                 on_remote_end: "Callable[[], object]",
-                 linger: "Callable[[socket.socket], object]") -> None:
-        self.up = Flow(client, remote, buffers[0])
-        self.down = Flow(remote, client, buffers[1])
+    def __init__(self, client: "socket.socket", remote: "socket.socket", buffer: memoryview,
+                 partner: Partner, is_gone: "Callable[[], bool]",
+                 on_remote_end: "Callable[[], object]") -> None:
+        self.up = Flow(client, remote, buffer)
+        self.down = Flow(remote, client, partner.buffer)
         self.error: "Optional[Exception]" = None  # one peer is lost: the other gets a reset, not an end
         self.remote_ended_first = False
-        self._poller = poller
-        self._stop_fd = stop_fd
-        self._is_over = is_over
+        self.client_is_gone = False  # what it sent may still be on its way
+        self.is_closed = False
+        self._partner = partner
         self._is_gone = is_gone
         self._on_remote_end = on_remote_end
-        self._linger = linger
-        self._is_stopped = False
-        self._client_is_gone = False
-        self._quiet_since = self._ask_on = 0.0
-        self._ask_pause = FIRST_ASK_SECONDS
-        self._watched: "Dict[int, int]" = {}
+        self._lock = threading.Lock()
+        self._threads = 2
 
     def carry(self) -> None:
-        """Returns once both directions are over; raises nothing that is the connection's own."""
-        up, down, poll = self.up, self.down, self._poller.poll
+        """Returns once both directions are over, or the client is gone and what it sent is handed on.
+
+        Raises nothing: whatever fails ends this connection alone.
+        """
+        self._partner.do(self._carry_down)
         try:
-            self._watch()
-            pause, check_on = TICK_SECONDS, elapsed_seconds() + TICK_SECONDS
-            while not (up.is_over and down.is_over or self._is_stopped):
-                for fd, events in poll(pause, EVENTS_MAX):
-                    flow = up if fd == up.fd else down
-                    if events == READABLE and fd == flow.fd and flow.is_reading:
-                        self._pump(flow)
-                    else:
-                        self._act(fd, events)
-                now = elapsed_seconds()
-                if up.has_ended and not up.is_over:
-                    pause = self._hold_end(now)
-                if now >= check_on:
-                    check_on = now + TICK_SECONDS
-                    up.trim()
-                    down.trim()
-                    # the Node has ended, and so serves another one; a client may keep its end open for ever
-                    is_deaf = down.is_over and not up.has_ended and self._is_quiet(up, now)
-                    self._is_stopped = self._is_stopped or is_deaf or self._is_over()
-        except Exception as error:  # of the waiting itself, or a defect: it ends this connection alone
-            self._break(up, error)
-        finally:
-            self._close()
+            if self._copy(self.up):
+                self._hold_end()
+        except Exception as error:
+            self._break(error)
+        self._leave()
+        if not self.client_is_gone:
+            self._partner.is_free.wait()  # what has come is still delivered
 
-    def _act(self, fd: int, events: int) -> None:
-        """Whatever else may happen than that there is something to read."""
-        if fd == self._stop_fd:
-            self._is_stopped = True
-        for flow in (self.up, self.down):
-            if flow.pending:
-                if fd == flow.sink_fd and events & ~READABLE:
-                    self._send(flow)
-                    if not flow.pending:
-                        self._watch()
-            elif flow.is_reading:
-                if fd == flow.fd and events & ~WRITABLE:
-                    self._pump(flow)
-            elif fd == flow.fd and events & ~(READABLE | WRITABLE):
-                self._hang_up(flow)
+    def stop(self) -> None:
+        """Ends both directions, with a reset where they are not over; from any thread."""
+        with self._lock:  # or a descriptor might be another socket's by now
+            self.up.is_running = self.down.is_running = False
+            for sock in () if self.is_closed else (self.up.source, self.up.sink):
+                try:
+                    sock.shutdown(socket.SHUT_RD)  # wakes who reads, and tells the peer nothing
+                except OSError:
+                    pass
 
-    def _pump(self, flow: Flow) -> None:
-        """Moves what one read gives."""
+    def _carry_down(self) -> None:
         try:
-            count = flow.source.recv_into(flow.buffer)
-        except BlockingIOError:
-            return
-        except OSError as error:
-            self._break(flow, error)
-            return
-        if not count:
-            self._end(flow)
-            return
-        if count > flow.largest:
-            flow.largest = count
-        self._quiet_since = 0.0
-        flow.pending = flow.buffer[:count]
-        self._send(flow)
-        if flow.pending:
-            self._watch()
-        elif count == len(flow.buffer):
-            flow.grow()
+            if self._copy(self.down):
+                self._note_remote_end()
+                self._pass_on(self.down)
+            if self.client_is_gone:
+                self._drain()
+        except Exception as error:
+            self._note_remote_end()
+            self._break(error)
+        self._leave()
 
-    def _send(self, flow: Flow) -> None:
-        try:
-            sent = flow.sink.send(flow.pending)
-        except BlockingIOError:
-            return
-        except OSError as error:
-            self._lose_sink(flow, error)
-            return
-        flow.moved += sent
-        flow.pending = flow.pending[sent:]
+    def _copy(self, flow: Flow) -> bool:
+        """Whether the source has ended its input; else the sink is lost, or it was told to end."""
+        receive, send, buffer = flow.source.recv_into, flow.sink.send, flow.buffer
+        while flow.is_running:
+            try:
+                count = flow.in_hand = receive(buffer)
+            except SILENCE:
+                rest = buffer = flow.buffer = flow.first_buffer  # nobody holds a larger one any more
+                # the Node has ended, and so serves another one; a client may keep its end open for ever
+                if flow is self.up and self.down.is_over and flow.is_quiet():
+                    self.stop()
+                continue
+            if not count:
+                self._check(flow)
+                return flow.is_running and self.error is None
+            rest = buffer[:count]
+            while rest and flow.is_running:
+                try:
+                    sent = send(rest)
+                    flow.moved += sent
+                    rest = rest[sent:]
+                except SILENCE:
+                    self._check(flow)
+                except OSError as error:
+                    self._lose_sink(flow, error)
+            flow.in_hand = 0
+            if count == len(buffer):
+                buffer = flow.grow()
+        return False
 
-    def _end(self, flow: Flow) -> None:
-        """End of input: the target's is passed on at once, a client's is held (see _hold_end)."""
-        flow.has_ended = True
+    def _check(self, flow: Flow) -> None:
+        """Raises ConnectionResetError where the source is lost."""
         other = self.down if flow is self.up else self.up
-        if not other.is_over and not is_connected(flow.source):
-            self._break(flow, ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)))
-        elif self.error is not None:
-            flow.is_over = True
-        elif flow is self.down:
-            self._tell_remote_end()
-            self._pass_on(flow)
-        self._watch()
+        if not is_connected(flow.source) and not other.is_over:  # in this order: nor is it after both ends
+            raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
 
-    def _hold_end(self, now: float) -> float:
+    def _hold_end(self) -> None:
         """The Node ends both directions at a client's end of input, and so would cut the answer off.
 
         It is passed on once the target has been quiet, or has ended, or nobody waits for its answer.
-        Returns how long to wait for the next event, in seconds.
         """
-        is_quiet = self._is_quiet(self.down, now)
-        if now >= self._ask_on and not self._client_is_gone:
-            self._client_is_gone = self._is_gone()
-            self._ask_on = now + self._ask_pause
-            self._ask_pause = min(2 * self._ask_pause, TICK_SECONDS)
-        if self._client_is_gone or self.down.is_over or is_quiet:
+        client, pause = self.up.source, FIRST_ASK_SECONDS
+        while self.up.is_running and not self._partner.is_free.is_set():
+            if self._is_gone() or has_hung_up(client):
+                error = client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                if error:
+                    raise OSError(error, os.strerror(error))
+                self.client_is_gone = True
+                self.down.is_running = False
+                break
+            if not self.up.is_over and self.down.is_quiet():
+                self._pass_on(self.up)
+            self._partner.is_free.wait(pause)
+            pause = min(2 * pause, LAST_ASK_SECONDS)
+        if self.up.is_running and not self.up.is_over:
             self._pass_on(self.up)
-            self.down.is_over = self.down.is_over or self._client_is_gone
-            self._watch()
-            return TICK_SECONDS
-        return max(0.0, min(self._ask_on, self._quiet_since + QUIET_SECONDS) - now)
 
-    def _is_quiet(self, flow: Flow, now: float) -> bool:
-        """Whether nothing was read for QUIET_SECONDS; what the sink does not take yet is not quiet."""
-        if flow.pending or not self._quiet_since:
-            self._quiet_since = now
-        return now - self._quiet_since >= QUIET_SECONDS
+    def _drain(self) -> None:
+        """close() would answer what is still to come with a reset, which can overtake what was sent."""
+        deadline, remote = elapsed_seconds() + LINGER_SECONDS, self.down.source
+        while elapsed_seconds() < deadline and self.up.is_running:
+            try:
+                if not remote.recv(FIRST_BUFFER_BYTES):
+                    return
+            except SILENCE:
+                pass
 
     def _pass_on(self, flow: Flow) -> None:
         """The half-close of TCP."""
@@ -1615,168 +1558,102 @@ class Relay:
 
     def _lose_sink(self, flow: Flow, error: OSError) -> None:
         """The sink's peer is gone. What it sent before is still read and delivered by the other flow."""
+        flow.is_running = False
+        if flow is self.up:
+            self._note_remote_end()
+        if not self.client_is_gone:
+            self.error = self.error or error
         if error.errno in EXHAUSTED:
-            self._break(self.up, error)
-            return
-        if flow is self.up and self.error is None:
-            self._tell_remote_end()
-        flow.has_ended = flow.is_over = True
-        flow.pending = flow.buffer[:0]
-        self.error = self.error or error
-        self._watch()
+            self._break(error)
 
-    def _hang_up(self, flow: Flow) -> None:
-        """A reset, or a client's close, of a source that has ended its input."""
-        if flow is self.down or flow.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            self._break(flow, ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)))
-        else:
-            self._client_is_gone = True
-            self.down.is_over = self.up.is_over  # else _hold_end passes the end on first
-            self._watch()
-
-    def _break(self, flow: Flow, error: Exception) -> None:
+    def _break(self, error: Exception) -> None:
         """Ends both directions now: a truncated stream must not look like a complete one."""
-        if flow is self.down and self.error is None:
-            self._tell_remote_end()
         self.error = self.error or error
-        for each in (self.up, self.down):
-            each.has_ended = each.is_over = True
-            each.is_reading = False
+        self.stop()
 
-    def _tell_remote_end(self) -> None:
-        if not self.up.is_over and not self.remote_ended_first:
+    def _note_remote_end(self) -> None:
+        if not (self.up.is_over or self.remote_ended_first or self.error):
             self.remote_ended_first = True
             self._on_remote_end()
 
-    def _watch(self) -> None:
-        """Tells the poller what each socket is waited for now."""
-        wanted: "Dict[int, int]" = {}
-        for flow in (self.up, self.down):
-            flow.is_reading = not flow.pending and not flow.has_ended
-            if flow.pending:
-                wanted[flow.sink_fd] = wanted.get(flow.sink_fd, 0) | WRITABLE
-            elif flow.is_reading:
-                wanted[flow.fd] = wanted.get(flow.fd, 0) | READABLE
-            elif ON_LINUX and not self._client_is_gone:  # epoll then tells of an error, and of no more
-                wanted.setdefault(flow.fd, 0)
-        for fd in self._watched.keys() - wanted.keys():
-            self._poller.unregister(fd)
-        for fd, mask in wanted.items():
-            if fd not in self._watched:
-                self._poller.register(fd, mask)
-            elif mask != self._watched[fd]:
-                self._poller.modify(fd, mask)
-        self._watched = wanted
-
-    def _close(self) -> None:
+    def _leave(self) -> None:
+        """The last act of each thread; the second of them closes the sockets."""
+        with self._lock:
+            self._threads -= 1
+            if self._threads:
+                return
+            self.is_closed = True
         is_broken = self.error is not None
-        for fd in self._watched:
-            try:
-                self._poller.unregister(fd)
-            except OSError:  # never registered, for want of memory
-                pass
         # what is complete may be on its way yet; a client that is gone minds nothing
-        close_leg(self.up.source, is_broken or not self.down.is_over or self._client_is_gone)
-        if self._client_is_gone and self.up.is_over and not is_broken:
-            self._linger(self.down.source)
-        else:
-            close_leg(self.down.source, is_broken or not self.up.is_over)
+        close_leg(self.up.source, is_broken or not self.down.is_over or self.client_is_gone)
+        close_leg(self.up.sink, is_broken or not self.up.is_over)
 
 
-class Lingering:
-    """Sockets to the Node whose clients are gone, until the Node has ended as well.
+class StandardStreams:
+    """Descriptors 0 and 1 as a client's socket, as far as a Relay uses one; they may be terminals or files.
 
-    close() would answer what is still to come with a reset, which can overtake what was sent.
-    """
-
-    def __init__(self) -> None:
-        self._deadlines: "Dict[socket.socket, float]" = {}
-        self._is_closed = False
-
-    def add(self, sock: "socket.socket") -> None:
-        """Takes over a socket whose sending side was shut down; from any thread."""
-        if drain(sock, DRAIN_SECONDS) or self._is_closed:
-            close_leg(sock, reset=False)
-        else:
-            self._deadlines[sock] = elapsed_seconds() + LINGER_SECONDS
-
-    def sweep(self) -> int:
-        """Closes those that have ended or had their time; how many are left. From one thread."""
-        for sock, deadline in list(self._deadlines.items()):
-            if self._is_closed or drain(sock, 0) or elapsed_seconds() >= deadline:
-                self._deadlines.pop(sock, None)
-                close_leg(sock, reset=False)
-        return len(self._deadlines)
-
-    def close(self) -> None:
-        """Closes all of them."""
-        self._is_closed = True
-        self.sweep()
-
-
-class Stdio:
-    """Descriptors 0 and 1 as a socket, `far`, by two threads that block: they may be terminals or files.
-
-    Their file status flags are left alone, since they may be somebody's terminal. `done` is set once
-    standard output has had everything; `error` then says why not (PlexctlError), or is None.
+    Their file status flags are left alone, since they may be somebody's terminal. `error` says why
+    standard output has not had everything (PlexctlError).
     """
 
     def __init__(self) -> None:
         self.error: "Optional[PlexctlError]" = None
-        self.done = threading.Event()
-        self._near, self.far = socket.socketpair()
-        if not (start_thread(self._read) and start_thread(self._write)):
-            raise PlexctlError("cannot start a thread for standard input and output (ulimit -u)")
+        self._has_written = self._is_ended = self._is_closed = False
+        self.setsockopt = self.getpeername = self.getsockopt = lambda *arguments: 0
+        self.recv = lambda size, flags: b""  # a look at what a client that is gone has sent
 
-    def _read(self) -> None:
+    def fileno(self) -> int:
+        """The one that tells whether anybody listens."""
+        return 1
+
+    def recv_into(self, buffer: memoryview) -> int:
+        """Standard input; 0 as well when nobody needs it any more."""
+        if self._is_ended:
+            return 0
+        if os.name == "posix" and not wait_for(0, READABLE, STREAM_TICK_SECONDS):
+            raise SILENCE
         try:
-            while True:
-                try:
-                    piece = os.read(0, FIRST_BUFFER_BYTES)
-                except BlockingIOError:
-                    wait_for(0, READABLE)
-                    continue
-                except OSError:  # EIO: the terminal is gone
-                    piece = b""
-                if not piece:
-                    self._near.shutdown(socket.SHUT_WR)
-                    return
-                self._near.sendall(piece)
+            piece = os.read(0, len(buffer))
         except OSError as error:
-            if error.errno in EXHAUSTED:  # else nobody takes it any more
-                self.error = PlexctlError("cannot carry standard input: %s" % show_error(error))
-                self._hang_up()
+            if error.errno in EXHAUSTED or isinstance(error, SILENCE):
+                raise
+            return 0  # EIO: the terminal is gone
+        buffer[:len(piece)] = piece
+        return len(piece)
 
-    def _hang_up(self) -> None:
+    def send(self, piece: memoryview) -> int:
+        """Standard output."""
+        if os.name == "posix" and not wait_for(1, WRITABLE, STREAM_TICK_SECONDS):
+            raise SILENCE
         try:
-            self._near.shutdown(socket.SHUT_RDWR)
-        except OSError:  # the relay was faster
-            pass
-
-    def _receive(self) -> bytes:
-        try:
-            return self._near.recv(FIRST_BUFFER_BYTES)
-        except OSError:  # the relay has closed it before it had taken everything
-            return b""
-
-    def _write(self) -> None:
-        first = b""
-        try:
-            piece = first = self._receive()
-            while piece:
-                try:
-                    piece = piece[os.write(1, piece):] or self._receive()
-                except BlockingIOError:
-                    wait_for(1, WRITABLE)
-            nowhere = open_nowhere(os.O_WRONLY)  # the reader sees the end; the number stays taken
-            os.dup2(nowhere, 1)
-            os.close(nowhere)
+            self._has_written = True
+            return os.write(1, piece)
         except OSError as error:
-            self.error = PlexctlError("cannot write to standard output: %s" % show_error(error))
-        finally:  # whatever happens here, somebody waits for it
-            if self.error or not first or os.isatty(0):  # where it would wait for a key that nobody needs
-                self._hang_up()
-            self.done.set()
+            if not isinstance(error, SILENCE):
+                self._fail(error)
+            raise
+
+    def shutdown(self, how: int) -> None:
+        """The reader sees the end; the number stays taken."""
+        # where nothing came back, or a terminal would wait for a key, nobody needs standard input any more
+        self._is_ended = how == socket.SHUT_RD or not self._has_written or os.isatty(0)
+        if how == socket.SHUT_WR:
+            self.close()
+
+    def close(self) -> None:
+        """The same."""
+        if not self._is_closed:
+            self._is_closed = True
+            try:
+                nowhere = open_nowhere(os.O_WRONLY)
+                os.dup2(nowhere, 1)
+                os.close(nowhere)
+            except OSError as error:
+                self._fail(error)
+
+    def _fail(self, error: OSError) -> None:
+        self._is_ended = True
+        self.error = PlexctlError("cannot write to standard output: %s" % show_error(error))
 
 
 # --------------------------------------------------------------------------------------- workers
@@ -1788,7 +1665,6 @@ ASK_SECONDS = 2  # between two questions about one session
 RECHECK_SECONDS = 60  # the reconcile period of a Node
 GONE_SECONDS = 30  # of refused dials, until a listener counts as gone
 REPLACE_SECONDS = 60  # between two replacements of sessions that never carried a connection
-LEAVE_PAUSE_SECONDS = 0.02
 RETRY_SECONDS = 5  # until a further session is asked for again
 UNREACHABLE_SECONDS = 10  # a Node that ends a connection within this, without a byte, had no target
 CONNECTING = (errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK)
@@ -1806,22 +1682,17 @@ class ConnectionFailed(PlexctlError):
     """One connection broke after it had been dialled."""
 
 
-def dial(route: "Tuple[int, Any]", stop_fd: int) -> "socket.socket":
-    """A TCP socket connected to (family, address); OSError in time, or once `stop_fd` is readable."""
+def dial(route: "Tuple[int, Any]", is_over: "Callable[[], bool]") -> "socket.socket":
+    """A TCP socket connected to (family, address); OSError in time, or once `is_over` says so."""
     family, address = route
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
-        sock.setblocking(False)
-        error = sock.connect_ex(address)
-        if error in CONNECTING:  # on loopback it often is over a moment later, and says so once more
-            error = sock.connect_ex(address)
-        if error in CONNECTING:
-            error = errno.ETIMEDOUT
-            if wait_for(sock.fileno(), WRITABLE, CONNECT_SECONDS, stop_fd):
-                error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if error not in (0, errno.EISCONN):
-            raise OSError(error, os.strerror(error))
         set_leg_options(sock)
+        error, deadline = errno.EINPROGRESS, elapsed_seconds() + CONNECT_SECONDS
+        while error in CONNECTING and elapsed_seconds() < deadline and not is_over():
+            error = sock.connect_ex(address)  # comes back once in TICK_SECONDS
+        if error not in (0, errno.EISCONN):
+            raise OSError(error, os.strerror(errno.ETIMEDOUT if error in CONNECTING else error))
         return sock
     except BaseException:
         sock.close()
@@ -1836,10 +1707,11 @@ class Connection:
     as well why the session is over.
     """
 
-    def __init__(self, sock: "socket.socket", on_end: "Callable[..., object]",
+    def __init__(self, sock: "Any", on_end: "Callable[..., object]",
                  is_gone: "Callable[[], bool]" = lambda: False, address: "Any" = None,
                  wants_reason: bool = False) -> None:
-        sock.setblocking(False)
+        if not isinstance(address, tuple):
+            set_leg_options(sock, is_tcp=False)
         self.sock = sock
         self.is_gone = is_gone
         self.address = address
@@ -1854,10 +1726,9 @@ class Connection:
     def has_left(self) -> bool:
         """Whether a client that waits has reset its connection, or closed it without a byte."""
         try:
-            return (not is_connected(self.sock)  # behind a reset what came before can still be read
-                    or not self.sock.recv(1, socket.MSG_PEEK) and self.is_gone())
-        except BlockingIOError:
-            return False
+            return not is_connected(self.sock) or (  # behind a reset what came before can still be read
+                wait_for(self.sock.fileno(), READABLE, 0)
+                and not self.sock.recv(1, socket.MSG_PEEK) and self.is_gone())
         except OSError:
             return True
 
@@ -1900,8 +1771,8 @@ class Worker:
         self.connection: "Optional[Connection]" = None
         self.turn = threading.Condition(sessions.lock)
         self._sessions = sessions
-        self._poller: "Any" = None
-        self._buffers = [memoryview(bytearray(FIRST_BUFFER_BYTES)) for _ in range(2)]
+        self._partner: "Any" = None
+        self._buffer = memoryview(bytearray(FIRST_BUFFER_BYTES))
         self._route: "Any" = None  # family and address of the endpoint
         self._refused_since = 0.0
         self._asking = threading.Lock()
@@ -1913,8 +1784,7 @@ class Worker:
         """The session's whole life."""
         sessions = self._sessions
         try:
-            self._poller = select.epoll() if ON_LINUX else SelectPoller()
-            self._poller.register(sessions.stop_fd, READABLE)
+            self._partner = Partner()
             self._move(self._issue())
             sessions.add_ready(self)
             connection = sessions.take(self)
@@ -1927,9 +1797,9 @@ class Worker:
             self.why = PlexctlError("a session was given up after %s" % show_error(error))
         finally:
             self.is_issuing = False
-            if self._poller is not None:
-                self._poller.close()
             sessions.dismiss(self)
+            if self._partner is not None:
+                self._partner.do(None)
 
     def is_over(self) -> bool:
         """Whether it carries no more; asked every second."""
@@ -1997,6 +1867,7 @@ class Worker:
         """One connection, from the dial to its end."""
         sessions = self._sessions
         try:
+            partner = self._find_partner()
             remote = self._dial()
         except PlexctlError as error:
             if not sessions.put_back(self):
@@ -2004,13 +1875,21 @@ class Worker:
             return
         dialled_on = elapsed_seconds()
         sessions.say("connection from %s to %s", connection, self.endpoint)
-        relay = connection.relay = Relay(
-            connection.sock, remote, self._buffers, self._poller, sessions.stop_fd, self.is_over,
-            connection.is_gone, self.ask_in_thread, sessions.lingering.add)
+        relay = connection.relay = Relay(connection.sock, remote, self._buffer, partner,
+                                         connection.is_gone, self.ask_in_thread)
+        sessions.add_relay(relay)
         relay.carry()
         if relay.remote_ended_first and (connection.wants_reason or not relay.down.moved):
             self.ask()
         sessions.end(self, self._judge(relay, elapsed_seconds() - dialled_on))
+
+    def _find_partner(self) -> Partner:
+        """The partner, or another one if it still drains what comes for a client that is gone."""
+        if not self._partner.is_free.wait(DRAIN_SECONDS):
+            successor = Partner()
+            self._partner.do(None)
+            self._partner = successor
+        return self._partner  # type: ignore[no-any-return]
 
     def _judge(self, relay: Relay, seconds: float) -> "Optional[PlexctlError]":
         """What there is to say of a connection that was carried; None where it went well."""
@@ -2036,7 +1915,7 @@ class Worker:
                 raise self.why or Cancelled("interrupted")
             route = self._route
             try:
-                remote = dial(route, self._sessions.stop_fd)
+                remote = dial(route, self.is_over)
             except OSError as failure:
                 has_answer = self.ask()
                 if self._route != route and not is_last:  # a new endpoint is tried once
@@ -2121,12 +2000,12 @@ class Sessions:
         self.first: "Optional[Worker]" = None  # that was ready
         self.is_stopped = False
         self.lock = threading.Lock()
-        self.lingering = Lingering()
+        self._relays: "List[Relay]" = []  # that are not closed yet, and so not added to _ended
         self._changed = threading.Condition(self.lock)
         self._limit = limit
         self._minimum = minimum
         self._renew = renew
-        self._verbose = verbose
+        self.verbose = verbose
         self._workers: "List[Worker]" = []
         self._idle: "List[Worker]" = []  # the last one is taken first, so that the others can be given back
         self._queue: "Any" = collections.deque()
@@ -2137,8 +2016,6 @@ class Sessions:
         self._retry_on = self._sweep_on = 0.0
         self._warned_at = float("inf")
         self._told: "Set[str]" = set()
-        self._stop_reader, self._stop_writer = socket.socketpair()
-        self.stop_fd = self._stop_reader.fileno()  # readable from `stop` on
 
     # For whoever forwards
 
@@ -2177,9 +2054,12 @@ class Sessions:
             if self._is_time_up(now):
                 self.over = self.over or SessionOver("the session expired")
             self._grow(now)
+            over = [worker.connection for worker in self._workers if worker.connection and worker.is_over()]
         for connection in left:
             connection.end(Cancelled("the client has left"))
-        self.lingering.sweep()
+        for connection in over:
+            if connection.relay is not None:
+                connection.relay.stop()
         lifetime = self.first.issued.lifetime_seconds if self.first and self.first.issued else 0.0
         left_seconds = self.seconds_left()
         for threshold in () if self._renew else reversed(WARN_LEFT_SECONDS):
@@ -2190,16 +2070,15 @@ class Sessions:
     def count(self) -> Counts:
         """The totals so far; from any thread."""
         with self.lock:
-            carried = [worker.connection for worker in self._workers if worker.connection]
-            relays = [connection.relay for connection in carried if connection.relay]
-            return Counts(len(carried), len(self._queue), self._ended.ended,
+            return Counts(len(self._list_carried()), len(self._queue), self._ended.ended,
                           sum(worker.is_ready and not worker.is_ending for worker in self._workers),
-                          self._ended.up + sum(relay.up.moved for relay in relays),
-                          self._ended.down + sum(relay.down.moved for relay in relays))
+                          self._ended.up + sum(relay.up.moved for relay in self._relays),
+                          self._ended.down + sum(relay.down.moved for relay in self._relays))
 
     def count_descriptors(self) -> int:
         """How many descriptors the connections may take, those that wait and those that are carried."""
-        return len(self._queue) + 2 * sum(worker.connection is not None for worker in tuple(self._workers))
+        lingering = [each for each in tuple(self._relays) if each.client_is_gone and not each.is_closed]
+        return len(self._queue) + 2 * (len(self._list_carried()) + len(lingering))
 
     def seconds_left(self) -> float:
         """Until the sessions run out, with `renew` the first of them; 0 where there is none."""
@@ -2212,13 +2091,14 @@ class Sessions:
     def is_delivering(self) -> bool:
         """Whether bytes of clients that are gone are still on their way to the target."""
         with self.lock:
-            connections = [worker.connection for worker in self._workers if worker.connection]
-            connections.extend(self._queue)
-        return any(connection.is_gone() for connection in connections) or self.lingering.sweep() > 0
+            connections = self._list_carried() + list(self._queue)
+            if any(relay.client_is_gone and not relay.is_closed for relay in self._relays):
+                return True
+        return any(connection.is_gone() for connection in connections)
 
     def say(self, line: str, *words: "Any") -> None:
         """A line for who wants to know more."""
-        if self._verbose:
+        if self.verbose:
             self.report(line % words)
 
     def tell_once(self, line: str, subject: str = "") -> None:
@@ -2265,8 +2145,8 @@ class Sessions:
                         worker.connection = connection
                         return connection
                     close_leg(connection.sock, reset=True)
-                live = sum(each.is_ready and not each.is_ending for each in self._workers)
-                if live > self._minimum and elapsed_seconds() - idle_since >= IDLE_SECONDS:
+                if elapsed_seconds() - idle_since >= IDLE_SECONDS and self._minimum < sum(
+                        each.is_ready and not each.is_ending for each in self._workers):
                     break
                 if worker not in self._idle:
                     self._idle.append(worker)
@@ -2286,6 +2166,17 @@ class Sessions:
             self._call_idle()
             return True
 
+    def add_relay(self, relay: Relay) -> None:
+        """A connection begins to be carried."""
+        with self.lock:
+            for each in [each for each in self._relays if each.is_closed]:
+                self._relays.remove(each)
+                self._ended.up += each.up.moved
+                self._ended.down += each.down.moved
+            self._relays.append(relay)
+            if self.is_stopped:
+                relay.stop()
+
     def end(self, worker: Worker, error: "Optional[PlexctlError]") -> None:
         """The worker's connection is over."""
         with self._changed:
@@ -2293,9 +2184,6 @@ class Sessions:
             if connection is None:  # stop() was faster
                 return
             self._ended.ended += 1
-            if connection.relay is not None:
-                self._ended.up += connection.relay.up.moved
-                self._ended.down += connection.relay.down.moved
             self._changed.notify_all()
         connection.end(error)
 
@@ -2320,18 +2208,21 @@ class Sessions:
                 turned_away = self._follow(worker, worker.why)
             elif worker.why and worker.why.may_exist:  # whoever asked for it does not listen any more
                 self.report("warning: %s" % worker.why)
+            is_due = self._claim(worker.session_id)
             self._changed.notify_all()
         for connection in turned_away:
             connection.end(worker.why)
-        if worker.is_ready:
+        if is_due:
             self.say("session %s given back", worker.session_id)
-        self._revoke(worker.session_id)
+            self._revoke(worker.session_id)
         with self._changed:
             self._workers.remove(worker)
-            self._close_if_last()
             self._changed.notify_all()
 
     # Below: how
+
+    def _list_carried(self) -> "List[Connection]":
+        return [worker.connection for worker in tuple(self._workers) if worker.connection]
 
     def _is_time_up(self, now: float) -> bool:
         """Without `renew` access is for the time of the first session."""
@@ -2352,10 +2243,13 @@ class Sessions:
         if not start_thread(worker.run):
             self._workers.remove(worker)
             why = PlexctlError("cannot start a thread for a session (ulimit -u)")
-            if not self._workers:
+            if self.first is None and not self._workers:
                 self.over = self.over or why
             self._limit = max(1, len(self._workers))
+            self._retry_on = elapsed_seconds() + RETRY_SECONDS
             self.tell_once("warning: %s" % why)
+            while not self._workers and self._queue:
+                self._queue.popleft().end(why)
 
     def _grow(self, now: float) -> None:
         """With the lock held: starts the workers that are wanted now."""
@@ -2370,12 +2264,10 @@ class Sessions:
         if waited and len(live) - coming >= self._limit:
             self.tell_once("warning: more connections at once than sessions (%d): they wait their turn "
                            "(--max-sessions)" % self._limit, "limit")
-        wanted = waited - coming
-        if self._minimum > 1:
-            wanted = max(wanted, self._minimum - len(live))
-        if self._renew or self.first.expires_on - now >= 1:
-            for _ in range(min(wanted, self._limit - len(self._workers))):
-                self._start_worker()
+        missing = self._minimum - len(live) if self._minimum > 1 else 0
+        wanted = min(max(waited - coming, missing), self._limit - len(self._workers))
+        for _ in range(wanted if self._renew or self.first.expires_on - now >= 1 else 0):
+            self._start_worker()
 
     def _follow(self, worker: Worker, why: PlexctlError) -> "List[Connection]":
         """With the lock held: what one's end means for the others. Returns whom to turn away."""
@@ -2388,8 +2280,8 @@ class Sessions:
             self.report("%s%s" % (why, "; the next connection gets a new one" if self._renew else ""))
         elif others and (refused or isinstance(why, EndpointMissing)):
             self._limit = min(self._limit, others)
-            self.tell_once("warning: no further session, connections wait for the %d there %s: %s" % (
-                others, "is" if others == 1 else "are", why), "limit")
+            self.tell_once("warning: no further session, connections wait for those there are: %s" % why,
+                           "limit")
         else:
             self._retry_on = elapsed_seconds() + RETRY_SECONDS
             self.tell_once("warning: no further session for now: %s" % why)
@@ -2417,34 +2309,31 @@ class Sessions:
             for worker in self._workers:
                 worker.turn.notify()
             self._changed.notify_all()
+            relays = list(self._relays)
         self.plane.cancel.set()
-        self._stop_writer.close()
+        for relay in relays:
+            relay.stop()
         with self._changed:
-            while any(worker.connection for worker in self._workers) and elapsed_seconds() < deadline:
+            while self._list_carried() and elapsed_seconds() < deadline:
                 self._changed.wait(max(0.0, deadline - elapsed_seconds()))
-            dropped.extend(worker.connection for worker in self._workers if worker.connection)
-            self._close_if_last()
+            dropped += self._list_carried()
         for connection in dropped:
             connection.end(Cancelled("interrupted"))
-        self.lingering.close()
 
     def leave(self, seconds: float = LEAVE_SECONDS) -> None:
         """Revokes what is owed, also what is just being issued; returns after `seconds` at most."""
         deadline = elapsed_seconds() + seconds
         self.stop(0.0)
-        while True:
+        while elapsed_seconds() < deadline:
             with self._changed:
-                owed = [session_id for session_id, begun in self._owed.items() if begun or not self._keep]
-                left = deadline - elapsed_seconds()
-                if left <= 0 or not owed and not any(each.is_issuing for each in self._workers):
-                    return
-                due = [session_id for session_id in owed if not self._owed[session_id]]
+                due = [session_id for session_id in self._owed if self._claim(session_id)]
                 if not due:
-                    self._changed.wait(min(TICK_SECONDS, left))
+                    if not any(self._owed.values()) and not any(each.is_issuing for each in self._workers):
+                        return
+                    self._changed.wait(max(0.0, min(TICK_SECONDS, deadline - elapsed_seconds())))
             for session_id in due:
                 if not start_thread(self._revoke, session_id):
                     self._revoke(session_id)
-            time.sleep(LEAVE_PAUSE_SECONDS if due else 0)  # they take them over
 
     def left_behind(self) -> "List[str]":
         """What `leave` could not settle, in words."""
@@ -2454,17 +2343,15 @@ class Sessions:
             return ["session %s is not revoked, it will run out by itself" % session_id
                     for session_id, begun in self._owed.items() if begun or not self._keep]
 
-    def _close_if_last(self) -> None:
-        """With the lock held: nobody waits for it any more."""
-        if self.is_stopped and not self._workers:
-            self._stop_reader.close()
+    def _claim(self, session_id: str) -> bool:
+        """With the lock held: whether it is for the caller to revoke it, once."""
+        if self._owed.get(session_id, True) or self._keep and self.is_stopped:
+            return False
+        self._owed[session_id] = True
+        return True
 
     def _revoke(self, session_id: str) -> None:
-        """Once for each, whoever comes first; a failure that may pass is tried again."""
-        with self._changed:
-            if self._owed.get(session_id, True) or self._keep and self.is_stopped:
-                return
-            self._owed[session_id] = True
+        """A failure that may pass is tried again."""
         deadline, is_over = elapsed_seconds() + LEAVE_SECONDS, False
         try:
             while not is_over:
@@ -2521,20 +2408,13 @@ class OwnerCheck:
             self.close()
             raise
 
-    def find(self, client: "Tuple[Any, ...]") -> int:
-        """The uid that holds the client's socket; NOBODY where no process has it open any more."""
+    def find(self, client: "Tuple[Any, ...]") -> "Tuple[int, bool]":
+        """The uid that holds the client's socket, NOBODY for none; and whether no process has it open."""
         try:
             uid, inode = self._ask(client, self._local)
-            return uid if inode else NOBODY
-        except OSError:
-            return NOBODY
-
-    def is_gone(self, client: "Tuple[Any, ...]") -> bool:
-        """Whether no process has the client's socket open any more; False where the kernel does not tell."""
-        try:
-            return not self._ask(client, self._local)[1]
-        except OSError:
-            return False
+            return (uid, False) if inode else (NOBODY, True)
+        except OSError:  # the kernel does not tell
+            return NOBODY, False
 
     def _ask(self, source: "Tuple[Any, ...]", destination: "Tuple[Any, ...]",
              is_listener: bool = False) -> "Tuple[int, int]":
@@ -2566,25 +2446,24 @@ class OwnerCheck:
         self._netlink.close()
 
 
+def read_proc(path: str) -> str:
+    """A small file of the kernel's, "" where there is none."""
+    try:
+        with open(path, encoding="ascii") as file:
+            return file.read()
+    except (OSError, ValueError):
+        return ""
+
+
 def has_unmapped_uid() -> bool:
     """Whether our own uid is what a user namespace shows for every uid that it does not know."""
-    try:
-        with open("/proc/sys/kernel/overflowuid", encoding="ascii") as file:
-            overflow = int(file.read())
-    except (OSError, ValueError):
-        overflow = 65534
-    if os.geteuid() != overflow:
-        return False
-    try:
-        with open("/proc/self/uid_map", encoding="ascii") as file:
-            return file.read().split() != ["0", "0", str(NOBODY)]
-    except OSError:
-        return True
+    overflow = read_proc("/proc/sys/kernel/overflowuid").strip() or "65534"
+    identity = ["0", "0", str(NOBODY)]
+    return str(os.geteuid()) == overflow and read_proc("/proc/self/uid_map").split() != identity
 
 
-def create_listener(local: LocalAddress, forwarder: "Forwarder") -> "Any":
-    """A socketserver that binds and listens now; what it accepts goes to `forwarder`."""
-
+def create_listener(local: LocalAddress) -> "Any":
+    """A socketserver that binds and listens now; what becomes of a connection is for its owner to set."""
     class Listener(socketserver.TCPServer):
         request_queue_size = BACKLOG_CONNECTIONS
         allow_reuse_address = os.name == "posix"  # on Windows it would let others take the port
@@ -2608,30 +2487,6 @@ def create_listener(local: LocalAddress, forwarder: "Forwarder") -> "Any":
                 self.identity = os.lstat(local.path)
             else:
                 set_leg_options(self.socket)
-
-        def get_request(self) -> "Any":
-            try:
-                return super().get_request()
-            except OSError as error:
-                if error.errno in EXHAUSTED:
-                    forwarder.warn_once("cannot accept connections for now: %s" % show_error(error))
-                    time.sleep(PAUSE_SECONDS)  # do not spin
-                raise
-
-        def verify_request(self, request: "Any", client_address: "Any") -> bool:
-            return forwarder.may_serve(request, client_address)
-
-        def process_request(self, request: "Any", client_address: "Any") -> None:
-            forwarder.queue(request, client_address)
-
-        def service_actions(self) -> None:
-            forwarder.tick()
-
-        def shutdown_request(self, request: "Any") -> None:
-            close_leg(request, reset=True)
-
-        def handle_error(self, request: "Any", client_address: "Any") -> None:
-            forwarder.warn_once("a connection was dropped after %s" % type(sys.exc_info()[1]).__name__)
 
         def server_close(self) -> None:
             super().server_close()
@@ -2678,7 +2533,12 @@ class Forwarder:
         self._is_stopping = False
         self._tick_on = 0.0
         self._capacity = count_capacity()
-        self._server = create_listener(local, self)
+        server = self._server = create_listener(local)
+        server.get_request, server.verify_request = self._get_request, self._may_serve
+        server.process_request, server.service_actions = self._queue, self.tick
+        server.shutdown_request = lambda request: close_leg(request, reset=True)
+        server.handle_error = lambda request, address: self.warn_once(
+            "a connection was dropped after %s" % type(sys.exc_info()[1]).__name__)
         self.local = local
         if not local.path:
             self.local = LocalAddress(local.host, self._server.server_address[1])
@@ -2726,16 +2586,23 @@ class Forwarder:
         """Raises the process's limit of descriptors, and takes as many connections as that allows."""
         self._capacity = count_capacity(raise_limit=True)
 
-    # What the listener asks, in its thread
+    # What the listener calls, in its thread
 
-    def may_serve(self, client: "socket.socket", address: "Any") -> bool:
+    def _get_request(self) -> "Tuple[socket.socket, Any]":
+        try:
+            return self._server.socket.accept()  # type: ignore[no-any-return]
+        except OSError as error:
+            if error.errno in EXHAUSTED:
+                self.warn_once("cannot accept connections for now: %s" % show_error(error))
+                time.sleep(PAUSE_SECONDS)  # do not spin
+            raise
+
+    def _may_serve(self, client: "socket.socket", address: "Any") -> bool:
         """Whether the user behind this connection may use the port: ours or root, by the kernel's word."""
         if not self._checks_owners or self._owners is None:
             return True
-        uid = self._owners.find(address)
-        try:
-            client.getpeername()  # its socket may be dead, and the address another one's by now
-        except OSError:
+        uid = self._owners.find(address)[0]
+        if not is_connected(client):  # its socket is dead, and the address may be another one's by now
             uid = NOBODY
         if uid in (0, os.geteuid()):
             return True
@@ -2746,8 +2613,7 @@ class Forwarder:
                            % uid)
         return False
 
-    def queue(self, client: "socket.socket", address: "Any") -> None:
-        """Takes over an accepted connection."""
+    def _queue(self, client: "socket.socket", address: "Any") -> None:
         if self._sessions.count_descriptors() >= self._capacity:
             self.warn_once("no more descriptors (ulimit -n): connections are refused")
             close_leg(client, reset=True)
@@ -2756,7 +2622,7 @@ class Forwarder:
         def is_gone() -> bool:
             if self.local.path:
                 return has_hung_up(client)
-            return self._owners is not None and self._owners.is_gone(address)
+            return self._owners is not None and self._owners.find(address)[1]
 
         self._sessions.put(Connection(client, self._end, is_gone, address))
 
@@ -2813,10 +2679,10 @@ class Forwarder:
 
     def _end(self, connection: Connection, error: "Optional[PlexctlError]") -> None:
         relay = connection.relay
-        if relay is not None:
+        if relay is not None and self._sessions.verbose:
             why = " (%s)" % error if isinstance(error, ConnectionFailed) else ""
-            self._sessions.say("connection closed%s: %s up, %s down", why, show_bytes(relay.up.moved),
-                               show_bytes(relay.down.moved))
+            self._sessions.report("connection closed%s: %s up, %s down" % (
+                why, show_bytes(relay.up.moved), show_bytes(relay.down.moved)))
         if error is not None and not isinstance(error, (SessionOver, ConnectionFailed, Cancelled)):
             self.warn_once(str(error) if relay else "a connection was not served: %s" % error)
 
@@ -3143,19 +3009,16 @@ exit codes: 0 done, 1 failure, 2 usage, 3 credentials, 4 forbidden, 77 ReBAC den
 def describe_version() -> str:
     """The version, and the SHA-256 of the file that this was loaded from, be it in a zip file."""
     try:
-        path = __file__
-        raw = __loader__.get_data(path)  # type: ignore[name-defined]
+        raw = __loader__.get_data(__file__)  # type: ignore[name-defined]
     except (NameError, AttributeError, ImportError, OSError):  # standard input, -c; it was removed
         raw = b""
     load_hashlib()
-    digest = "sha256 %s of %s" % (hashlib.sha256(raw).hexdigest(), escape(path)) if raw else \
+    digest = "sha256 %s of %s" % (hashlib.sha256(raw).hexdigest(), escape(__file__)) if raw else \
         "no sha256: there is no file that it runs from"
     return "plexctl %s (%s)\n" % (__version__, digest)
 
 
 PRINTED = {"-h": lambda: DESCRIPTION, "--help": lambda: DESCRIPTION, "--version": describe_version}
-
-
 parse_word = matching(r"[^\0]+", "one character or more")  # a path may hold what is not printable
 parse_switch = matching("true|false", "true or false, or left out", "true".__eq__)  # see check_words
 REQUIRED = object()
@@ -3371,39 +3234,33 @@ class Run:
         """--stdio: one connection over descriptors 0 and 1."""
         self.establish()
         load_modules()
-        began, reason, stdio = elapsed_seconds(), "", Stdio()
+        began, streams = elapsed_seconds(), StandardStreams()
         ended: "List[Optional[PlexctlError]]" = []
 
         def end(connection: Connection, error: "Optional[PlexctlError]") -> None:
-            stdio.done.wait(CLOSE_SECONDS if error else None)  # what came is still delivered
-            ended.append(stdio.error or error)
+            ended.append(streams.error or error)
             self.foreground.waker.wake()
 
-        connection = Connection(stdio.far, end, lambda: has_hung_up(stdio.far), wants_reason=True)
+        connection = Connection(streams, end, wants_reason=True)
         self.sessions.put(connection)
         try:
             while not ended:
                 self.watch_sessions()
             if ended[0] is not None:
                 raise ended[0]
-            reason = "connection closed"
-        except Interrupted as interrupted:
+        except Interrupted:
             relay = connection.relay  # once all has been delivered it is no accident any more
-            is_delivered = relay and relay.down.is_over and stdio.done.wait(HURRY_SECONDS)
-            reason = "connection closed"
-            if not relay or not is_delivered or relay.error or stdio.error:
-                reason = str(interrupted)
+            if not relay or not relay.down.is_over or relay.error or streams.error:
                 raise
         finally:
             self.sessions.stop()
             if self.options.verbose:
-                self.report(describe_total(self.sessions.count(), began, reason))
+                self.report(describe_total(self.sessions.count(), began, "connection closed"))
         return EXIT_OK
 
     def forward(self, program: str) -> int:
         """--proxy and -- COMMAND: the local socket is bound first, an address in use costs nothing."""
-        options, foreground = self.options, self.foreground
-        began, reason = elapsed_seconds(), ""
+        options, foreground, began = self.options, self.foreground, elapsed_seconds()
         with Forwarder(options.local_addr, self.sessions, options.allow_other_users) as forwarder:
             forwarder.start()  # connections may come, and wait
             worker = self.establish()
@@ -3411,7 +3268,6 @@ class Run:
                 load_modules()
                 self.tell_systemd("READY=1")
                 if program:
-                    reason = "COMMAND ended"
                     return self.run_command(program, forwarder)
                 forwarder.raise_limit()
                 self.print_document(forwarder.local, worker)
@@ -3421,17 +3277,15 @@ class Run:
                     foreground.messages.show(words)
                     if elapsed_seconds() >= self.tell_systemd_on:
                         self.tell_systemd("STATUS=" + words)
-            except Exception as error:  # any but a signal is told by a line of its own
-                reason = str(error) if isinstance(error, Interrupted) else ""
-                raise
             finally:
                 foreground.ignored = foreground.passed_on = ()
                 self.tell_systemd("STOPPING=1")
                 foreground.finish(forwarder.stop, CLOSE_SECONDS + 1)
+                total = describe_total(self.sessions.count(), began, "COMMAND ended")
                 if forwarder.unidentified:
-                    reason += "; %d not served, closed before their owner could be asked for (unix: and " \
-                              "--allow-other-users do not ask)" % forwarder.unidentified
-                foreground.report(describe_total(self.sessions.count(), began, reason))
+                    total += "; %d not served, closed before their owner could be asked for (unix: and " \
+                             "--allow-other-users do not ask)" % forwarder.unidentified
+                foreground.report(total)
 
     def watch_sessions(self, seconds: float = TICK_SECONDS) -> None:
         """One turn of waiting; raises what ended the sessions."""
@@ -3549,7 +3403,10 @@ def bind_for_a_moment(local: LocalAddress) -> int:
 
 
 def describe_total(counts: Counts, began: float, reason: str) -> str:
-    """The line at the end; the reason is an error's where it is empty."""
+    """The line at the end; if a signal was the reason it is told, an error says its own."""
+    error = sys.exc_info()[1]
+    if error is not None:
+        reason = str(error) if isinstance(error, Interrupted) else ""
     return "%d connection%s, %s up, %s down, %s%s" % (
         counts.ended, "" if counts.ended == 1 else "s", show_bytes(counts.up),
         show_bytes(counts.down), show_seconds(elapsed_seconds() - began), reason and ": " + reason)

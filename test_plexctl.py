@@ -4822,7 +4822,7 @@ def test_a_server_that_repeats_the_session_token_does_not_have_it_shown(simulati
 
 MIB = 1 << 20
 KINDER = dict(kinder=True)
-WAYS = {"real": {}, "kinder": KINDER, "select": KINDER}  # select: as on macOS and Windows
+WAYS = {"real": {}, "kinder": KINDER}
 
 
 def eventually(predicate, seconds=10, state=lambda: ""):
@@ -4914,34 +4914,31 @@ def relayed_to(serve=echo, **options):
 
 @pytest.fixture(params=list(WAYS))
 def way(request, monkeypatch):
-    """Options of relayed_to(), for each kind of Node and each way to wait for descriptors."""
-    if request.param == "select":
-        monkeypatch.setattr(plexctl, "ON_LINUX", False)
+    """Options of relayed_to(), for each kind of Node."""
     if request.param != "real":
         monkeypatch.setattr(plexctl, "QUIET_SECONDS", 0.2)
     return WAYS[request.param]
 
 
-@pytest.fixture(params=["epoll", "select"])
-def loop(request, monkeypatch):
+@pytest.fixture
+def kinder(monkeypatch):
     """The same for what a real Node does not keep: half-closes and resets."""
     monkeypatch.setattr(plexctl, "QUIET_SECONDS", 0.2)
-    if request.param == "select":
-        monkeypatch.setattr(plexctl, "ON_LINUX", False)
     return KINDER
 
 
-@contextlib.contextmanager
-def held_up(running):
-    """The only relay stands still meanwhile, and then sees all that happened at once."""
-    standing, go = threading.Event(), threading.Event()
-    relay = eventually(running.relays)[0]
-    relay._is_over = lambda: bool(standing.set() or not go.wait(20))  # asked every second
-    assert standing.wait(10)
-    try:
-        yield relay
-    finally:
-        go.set()
+@pytest.fixture
+def held_up(monkeypatch):
+    """Relays begin to carry once this event is set, and then see at once all that has happened."""
+    go = threading.Event()
+
+    class HeldUp(plexctl.Relay):
+        def carry(self):
+            assert go.wait(20)
+            super().carry()
+
+    monkeypatch.setattr(plexctl, "Relay", HeldUp)
+    return go
 
 
 def small_window(address):
@@ -5044,6 +5041,14 @@ def resident_bytes(pid="self"):
         return int(re.search(r"VmRSS:\s*([0-9]+) kB", stream.read()).group(1)) * 1024
 
 
+def count_shared_maps():
+    """How many anonymous mmaps this process has; 0 where nobody can know."""
+    if not LINUX:
+        return 0
+    with open("/proc/self/maps") as stream:
+        return stream.read().count("/dev/zero")
+
+
 def test_what_a_client_sends_arrives_as_it_is_and_so_does_the_answer(way):
     sizes = [1, 64, 65535, 65536, 65537, 4 * 65536, 300001, 3 * MIB]
     with relayed_to(**way) as running:
@@ -5072,6 +5077,7 @@ def test_256_mebibytes_go_each_way_at_once_and_the_buffers_shrink_again(way):
             sent.update(numbered)
             client.sendall(numbered)
 
+    maps = count_shared_maps()
     with relayed_to(**way) as running, dial(running.address) as client:
         sender = threading.Thread(target=send, args=(client,))
         sender.start()
@@ -5087,21 +5093,22 @@ def test_256_mebibytes_go_each_way_at_once_and_the_buffers_shrink_again(way):
         assert sent.digest() == received.digest()
         assert plexctl.FIRST_BUFFER_BYTES < largest <= plexctl.LARGEST_BUFFER_BYTES
         eventually(lambda: len(relay.up.buffer) == len(relay.down.buffer) == plexctl.FIRST_BUFFER_BYTES)
+        eventually(lambda: count_shared_maps() == maps)  # nobody holds them any more
         chat(client, 3)
         assert running.count().open == 1 and running.lines == []
 
 
-def test_half_closes_and_all_that_goes_before_them_arrive(loop):
-    with relayed_to(sink, **loop) as running:
+def test_half_closes_and_all_that_goes_before_them_arrive(kinder):
+    with relayed_to(sink, **kinder) as running:
         for size in (0, 1, 5 * MIB):
             assert exchange(running.address, pattern(size)) == sink_answer(pattern(size))
         eventually(lambda: running.target.ends == ["eof"] * 3)
         assert (running.count().up, running.lines) == (5 * MIB + 1, [])
 
 
-def test_an_answer_long_after_the_half_close_arrives(loop):
+def test_an_answer_long_after_the_half_close_arrives(kinder):
     go = threading.Event()
-    with relayed_to(late_answer(go), **loop) as running, dial(running.address) as client:
+    with relayed_to(late_answer(go), **kinder) as running, dial(running.address) as client:
         client.sendall(b"question")
         client.shutdown(socket.SHUT_WR)
         relay = eventually(running.relays)[0]
@@ -5111,7 +5118,7 @@ def test_an_answer_long_after_the_half_close_arrives(loop):
         eventually(lambda: running.target.ends == ["eof"])
 
 
-def test_a_client_may_go_on_after_the_server_has_ended(loop, monkeypatch):
+def test_a_client_may_go_on_after_the_server_has_ended(kinder, monkeypatch):
     monkeypatch.setattr(plexctl, "QUIET_SECONDS", 2)
     heard = []
 
@@ -5120,7 +5127,7 @@ def test_a_client_may_go_on_after_the_server_has_ended(loop, monkeypatch):
         connection.shutdown(socket.SHUT_WR)
         heard.extend(how_it_ends(connection))
 
-    with relayed_to(end_first, **loop) as running, dial(running.address) as client:
+    with relayed_to(end_first, **kinder) as running, dial(running.address) as client:
         assert how_it_ends(client) == ("eof", b"goodbye")
         client.sendall(pattern(MIB))
         client.shutdown(socket.SHUT_WR)
@@ -5236,9 +5243,9 @@ def read_to_the_end(connection, _target):
 
 
 @pytest.mark.parametrize("when", list(CLIENT_RESETS))
-def test_a_client_that_resets_is_no_clean_end_for_the_target_and_harms_nobody(loop, when):
+def test_a_client_that_resets_is_no_clean_end_for_the_target_and_harms_nobody(kinder, when):
     serve = on_request(e=echo, d=source(64 * MIB), u=read_to_the_end)
-    with relayed_to(serve, limit=8, **loop) as running, dial(running.address) as other:
+    with relayed_to(serve, limit=8, **kinder) as running, dial(running.address) as other:
         other.sendall(b"e")
         chat(other, 3)
         for _ in range(3):
@@ -5263,9 +5270,9 @@ def break_off(after_bytes, send):
 
 @pytest.mark.parametrize("request_bytes", [b"r" + bytes(10), b"d", b"u" + bytes(64 * MIB)], ids=[
     "idle", "amid a download", "amid an upload"])
-def test_a_target_that_resets_is_no_clean_end_for_the_client_and_harms_nobody(loop, request_bytes):
+def test_a_target_that_resets_is_no_clean_end_for_the_client_and_harms_nobody(kinder, request_bytes):
     serve = on_request(e=echo, r=break_off(10, 1), d=break_off(0, 4 * MIB), u=break_off(3 * MIB, 1))
-    with relayed_to(serve, **loop) as running, dial(running.address) as other:
+    with relayed_to(serve, **kinder) as running, dial(running.address) as other:
         other.sendall(b"e")
         chat(other, 3)
         for _ in range(3):
@@ -5289,7 +5296,7 @@ def test_a_reset_after_the_half_close_is_noticed_while_the_answer_is_awaited():
         client.sendall(b"x")
         client.shutdown(socket.SHUT_WR)
         relay = eventually(running.relays)[0]
-        eventually(lambda: relay.up.has_ended)
+        eventually(lambda: relay.down._quiet_since)
         reset_close(client)
         eventually(lambda: running.count().open == 0)
         go.set()
@@ -5304,68 +5311,59 @@ def is_connected(sock):
         return False
 
 
-def test_a_target_that_resets_just_as_the_client_sends_is_no_clean_end_for_the_client(loop):
+def test_a_target_that_resets_just_as_the_client_sends_is_no_clean_end_for_the_client(kinder, held_up):
     go = threading.Event()
 
     def reset_when_told(connection, _target):
-        connection.recv(1)
         go.wait(10)
         reset_close(connection)
 
-    with relayed_to(reset_when_told, **loop) as running, dial(running.address) as client:
-        client.sendall(b"1")
-        eventually(lambda: running.count().up == 1)
-        with held_up(running) as relay:
-            client.sendall(b"more")
-            go.set()
-            eventually(lambda: not is_connected(relay.up.sink))
+    with relayed_to(reset_when_told, **kinder) as running, dial(running.address) as client:
+        client.sendall(b"more")
+        relay = eventually(running.relays)[0]
+        go.set()
+        eventually(lambda: not is_connected(relay.up.sink))
+        held_up.set()
         assert how_it_ends(client) == ("reset", b"")
 
 
-def test_a_client_that_resets_just_as_the_target_sends_is_no_clean_end_for_the_target(loop):
-    heard, go = [], threading.Event()
+def test_a_client_that_resets_just_as_the_target_sends_is_no_clean_end_for_the_target(kinder, held_up):
+    heard = []
 
-    def send_when_told(connection, _target):
-        go.wait(10)
+    def send(connection, _target):
         connection.sendall(b"more")
         heard.append(how_it_ends(connection)[0])
 
-    with relayed_to(send_when_told, **loop) as running:
+    with relayed_to(send, **kinder) as running:
         client = dial(running.address)
-        with held_up(running) as relay:
-            go.set()
-            assert select.select([relay.up.sink], [], [], 10)[0]
-            reset_close(client)
-            eventually(lambda: not is_connected(relay.up.source))
+        relay = eventually(running.relays)[0]
+        assert select.select([relay.up.sink], [], [], 10)[0]
+        reset_close(client)
+        eventually(lambda: not is_connected(relay.up.source))
+        held_up.set()
         eventually(lambda: heard)
         assert heard == ["reset"]
 
 
 @pytest.mark.parametrize("half_close", [False, True], ids=["while it sends", "after its end"])
-def test_last_words_before_a_reset_arrive(loop, half_close):
+def test_last_words_before_a_reset_arrive(kinder, held_up, half_close):
     """A server that has heard enough, as of an upload that is too large."""
-    spoken = threading.Event()
-
     def speak(connection, _target):
-        connection.recv(5)
-        spoken.wait(10)
         connection.sendall(b"error: too big")
         time.sleep(0.1)
         reset_close(connection)
-        spoken.clear()
 
-    with relayed_to(speak, **loop) as running, dial(running.address) as client:
+    with relayed_to(speak, **kinder) as running, dial(running.address) as client:
         client.sendall(b"hello")
-        eventually(lambda: running.count().up == 5)
-        with held_up(running):
-            if half_close:
-                client.shutdown(socket.SHUT_WR)
-            spoken.set()
-            eventually(lambda: not spoken.is_set())
+        if half_close:
+            client.shutdown(socket.SHUT_WR)
+        relay = eventually(running.relays)[0]
+        eventually(lambda: not is_connected(relay.up.sink))
+        held_up.set()
         assert how_it_ends(client) == ("reset", b"error: too big")
 
 
-def test_an_early_answer_arrives_while_the_client_still_uploads(loop):
+def test_an_early_answer_arrives_while_the_client_still_uploads(kinder):
     answer = pattern(8000)
 
     def answer_early(connection, _target):
@@ -5373,7 +5371,7 @@ def test_an_early_answer_arrives_while_the_client_still_uploads(loop):
         connection.sendall(answer)
         connection.close()  # with input unread: a reset follows what was sent
 
-    with relayed_to(on_request(a=answer_early), direct=True, **loop) as running:
+    with relayed_to(on_request(a=answer_early), direct=True, **kinder) as running:
         for _ in range(5):
             with dial(running.address) as client:
                 with pytest.raises(ConnectionError):
@@ -5392,12 +5390,12 @@ def test_a_process_that_is_killed_resets_both_ends():
             simulation.target.wait_for(lambda: simulation.target.ends == ["reset"])
 
 
-def test_a_defect_in_one_connection_ends_that_one_alone(loop):
-    with relayed_to(limit=1, **loop) as running:
+def test_a_defect_in_one_connection_ends_that_one_alone(kinder):
+    with relayed_to(limit=1, **kinder) as running:
         with dial(running.address) as client:
             chat(client, 3)
-            running.relays()[0].up.sink = None  # the next read ends in an AttributeError
-            client.sendall(b"x")
+            running.relays()[0].up.grow = None  # a read that fills the buffer ends in a TypeError
+            client.sendall(bytes(MIB))
             assert how_it_ends(client) == ("reset", b"")
         assert is_alive(running) and running.sessions.over is None
 
@@ -5559,7 +5557,7 @@ STOP_STATES = {  # what a Simulation is to be like, what the first client does, 
              lambda running: running.relays()),
     "nobody reads": ({}, lambda client: client.sendall(b"s" + bytes(MIB)), lambda running: running.relays()),
     "a held end": ({}, lambda client: client.shutdown(socket.SHUT_WR),
-                   lambda running: [relay for relay in running.relays() if relay.up.has_ended]),
+                   lambda running: [relay for relay in running.relays() if relay.down._quiet_since]),
 }
 
 
@@ -5703,16 +5701,15 @@ def test_a_session_whose_thread_cannot_be_started_costs_no_client_that_is_served
         monkeypatch.undo()
 
 
-def test_where_the_only_session_cannot_have_a_thread_the_run_is_over(simulation, monkeypatch):
-    """The port never listens without serving."""
+def test_a_renewal_that_finds_no_thread_fails_alone(simulation, monkeypatch):
+    monkeypatch.setattr(plexctl, "RETRY_SECONDS", 0)
     with using_sessions(simulation.plane, renew=True) as running:
         monkeypatch.setattr(plexctl, "start_thread", lambda function, *arguments: False)
         expire(running)
         eventually(lambda: not running.count().sessions)
-        with dial(running.address) as client:
-            eventually(lambda: running.sessions.over and running.said("cannot start a thread"))
-            assert how_it_ends(client) == ("reset", b"")
+        assert knock(running.address) == ("reset", b"") and running.said("cannot start a thread")
         monkeypatch.undo()
+        assert is_alive(running) and running.sessions.over is None
 
 
 def cpu_seconds(pid):
@@ -5985,10 +5982,10 @@ def test_the_kernel_says_who_holds_the_other_end_and_of_nobody_else(family, host
         name, half_name = client.getsockname()[:2], half.getsockname()[:2]
         accepted = [stack.enter_context(listener.accept()[0]) for _ in range(2)]
         half.shutdown(socket.SHUT_WR)
-        assert [owners.find(each) for each in (name, half_name)] == [os.geteuid()] * 2
-        assert owners.find((host, 1)) == plexctl.NOBODY
+        assert [owners.find(each) for each in (name, half_name)] == [(os.geteuid(), False)] * 2
+        assert owners.find((host, 1)) == (plexctl.NOBODY, True)
         client.close()
-        assert owners.find(name) == plexctl.NOBODY  # inode 0
+        assert owners.find(name) == (plexctl.NOBODY, True)  # inode 0
         reset_close(accepted[0])
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -5996,9 +5993,9 @@ def test_the_kernel_says_who_holds_the_other_end_and_of_nobody_else(family, host
         except OSError:
             pytest.skip("somebody else was given the port meanwhile")
         other.listen(1)
-        assert owners.find(name) == plexctl.NOBODY  # the kernel answers with the listener
+        assert owners.find(name) == (plexctl.NOBODY, True)  # the kernel answers with the listener
         owners.close()
-        assert owners.find(half_name) == plexctl.NOBODY
+        assert owners.find(half_name) == (plexctl.NOBODY, False)  # nobody can know
     with pytest.raises(OSError):
         plexctl.OwnerCheck(family, local)  # nobody listens there
 
@@ -6009,7 +6006,7 @@ def test_a_connection_that_is_only_being_asked_for_is_nobody_s():
         client.setblocking(False)
         client.connect_ex(listener.getsockname())
         owners = plexctl.OwnerCheck(socket.AF_INET, listener.getsockname())
-        assert owners.find(client.getsockname()) == plexctl.NOBODY  # SYN_SENT, of this very user
+        assert owners.find(client.getsockname()) == (plexctl.NOBODY, True)  # SYN_SENT, of this very user
         owners.close()
 
 
@@ -6208,6 +6205,34 @@ def test_a_session_is_idle_as_soon_as_its_client_is_gone():
         assert all(wait.seconds < 2 for wait in running.node.waits) and set(running.node.most.values()) == {1}
 
 
+def test_what_still_comes_for_a_client_that_is_gone_gets_into_no_other_connection():
+    """The Node answers the end of the first one late, and at length."""
+    gone, answered = threading.Event(), []
+
+    def answer_late(connection, _target):
+        assert how_it_ends(connection) == ("eof", b"")
+        gone.set()
+        for _ in range(20):
+            connection.sendall(b"\xff" * 65536)
+            time.sleep(0.05)
+        answered.append(how_it_ends(connection))
+
+    with relayed_to(on_request(a=answer_late, e=echo), limit=1, direct=True) as running:
+        with dial(running.address) as client:
+            client.sendall(b"a")
+            eventually(lambda: running.count().up == 1)
+            lingering = running.relays()[0]
+        assert gone.wait(10)
+        with dial(running.address) as client:
+            client.sendall(b"e")
+            relay = eventually(running.relays)[0]
+            assert relay.down.first_buffer.obj is not lingering.down.first_buffer.obj  # it may yet be filled
+            for number in range(100):
+                assert talk(client, pattern(65536, number))
+        eventually(lambda: answered == [("eof", b"")], 20)  # and it was taken to its end, not reset
+        assert running.count() == plexctl.Counts(0, 0, 2, 1, 2 + 100 * 65536, 100 * 65536)
+
+
 def test_a_session_is_not_idle_before_everything_was_handed_on():
     go, heard, data = threading.Event(), [], pattern(24 * MIB)
 
@@ -6320,7 +6345,7 @@ def test_a_further_session_that_is_refused_lowers_the_limit_with_one_warning(sim
     with using_sessions(simulation.plane, limit=3) as running, dialled(running, 2) as clients:
         simulation.plane.script("issue", problem(refusal))
         clients += [dial(running.address) for _ in range(3)]
-        warning, = eventually(lambda: running.said("warning: no further session", "wait for the 2 there"))
+        warning, = eventually(lambda: running.said("warning: no further session", "wait for those there are"))
         assert refusal != "session_limit_exceeded" or "--max-sessions" in warning and "print mode" in warning
         let_pass(1)  # three wait, and nobody asks again
         for number in (0, 1, 2):
@@ -6369,11 +6394,13 @@ def test_the_end_of_a_client_whose_child_has_its_socket_is_a_half_close(monkeypa
     monkeypatch.setattr(plexctl, "QUIET_SECONDS", 60)
     with relayed_to(kinder=True) as running:
         client = dial(running.address)
+        relay = eventually(running.relays)[0]
+        asked, is_gone = [], relay._is_gone
+        relay._is_gone = lambda: asked.append(is_gone()) or asked[-1]
         twin = client.dup()
         client.shutdown(socket.SHUT_WR)
         client.close()
-        relay = eventually(running.relays)[0]
-        eventually(lambda: relay.up.has_ended and relay._ask_pause > 0.3)
+        eventually(lambda: asked == [False] * 3)
         assert not relay.up.is_over
         twin.close()
         settled(running, 1)
@@ -6873,7 +6900,7 @@ def test_a_revocation_amid_an_upload_is_told_of():
             pass
     with relayed_to(read_slowly) as running, dial(running.address) as client:
         threading.Thread(target=send_quietly, args=(client, bytes(64 << 20)), daemon=True).start()
-        eventually(lambda: running.relays() and running.relays()[0].up.pending)
+        eventually(lambda: running.relays() and running.relays()[0].up.in_hand)
         running.plane.revoke(running.plane.sessions[0].id)
         eventually(lambda: running.sessions.over is not None)
         assert "was revoked" in str(running.sessions.over)
