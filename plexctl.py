@@ -1238,9 +1238,9 @@ class AuditLog:
             raise PlexctlError("%s: %s (PLEXCTL_AUDIT_LOG names another)" % (self._name, fault))
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the file, and ignores errors: what counts was synced."""
         if self._descriptor >= 0:
-            os.close(self._descriptor)
+            os.closerange(self._descriptor, self._descriptor + 1)
 
     def record(self, server: Server, request: SessionRequest, issued: IssuedSession) -> None:
         """Writes one JSON object in one line with one write; raises unless it is verifiably there."""
@@ -1615,9 +1615,9 @@ class StandardStreams:
         try:
             piece = os.read(0, len(buffer))
         except OSError as error:
-            if error.errno in EXHAUSTED or isinstance(error, SILENCE):
-                raise
-            return 0  # EIO: the terminal is gone
+            if error.errno == errno.EISDIR or not isinstance(error, SILENCE) and os.isatty(0):
+                return 0  # it was closed at the start, or the terminal is gone
+            raise
         buffer[:len(piece)] = piece
         return len(piece)
 
@@ -1729,8 +1729,8 @@ class Connection:
             return not is_connected(self.sock) or (  # behind a reset what came before can still be read
                 wait_for(self.sock.fileno(), READABLE, 0)
                 and not self.sock.recv(1, socket.MSG_PEEK) and self.is_gone())
-        except OSError:
-            return True
+        except OSError as error:
+            return error.errno not in EXHAUSTED
 
     def end(self, error: "Optional[PlexctlError]" = None) -> None:
         """It is over; a client that was not served gets a reset."""
@@ -2213,7 +2213,6 @@ class Sessions:
         for connection in turned_away:
             connection.end(worker.why)
         if is_due:
-            self.say("session %s given back", worker.session_id)
             self._revoke(worker.session_id)
         with self._changed:
             self._workers.remove(worker)
@@ -2352,6 +2351,7 @@ class Sessions:
 
     def _revoke(self, session_id: str) -> None:
         """A failure that may pass is tried again."""
+        self.say("session %s given back", session_id)
         deadline, is_over = elapsed_seconds() + LEAVE_SECONDS, False
         try:
             while not is_over:
@@ -3476,8 +3476,8 @@ def end_by_signal(signum: int) -> None:
     os.kill(os.getpid(), signum)
 
 
-def perform(argv: "Optional[Sequence[str]]" = None,
-            environ: "Optional[Mapping[str, str]]" = None) -> "Tuple[int, int]":
+def perform(argv: "Optional[Sequence[str]]" = None, environ: "Optional[Mapping[str, str]]" = None,
+            ends_process: bool = False) -> "Tuple[int, int]":
     """The command, as an exit code and the number of the signal that ended it (0: none)."""
     prints = ""
     try:
@@ -3509,8 +3509,9 @@ def perform(argv: "Optional[Sequence[str]]" = None,
         foreground.report("error: internal error, please report it (with -v): %s" % show_error(error))
     finally:
         foreground.messages.flush(HURRY_SECONDS)
-        restore_handlers()
-        foreground.waker.close()
+        if not ends_process:  # else a late signal would make it look as if it had not come to its end
+            restore_handlers()
+            foreground.waker.close()
     return status, signum
 
 
@@ -3537,11 +3538,11 @@ def run() -> None:
     """
     reserve_standard_descriptors()
     try:
-        status, signum = perform()
+        status, signum = perform(ends_process=True)
         if signum:
             end_by_signal(signum)
         os._exit(status)
-    except KeyboardInterrupt:  # before the handlers were there, or after
+    except KeyboardInterrupt:  # before the handlers were there
         end_by_signal(2)
 
 

@@ -4,6 +4,7 @@ Each runs against a simulation of its own (test_plexctl.py): credentials from a 
 the environment, one connection that exchanges bytes with an echo target. Python 3.9 or later, Linux.
 """
 
+import argparse
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -21,8 +23,9 @@ import test_plexctl as simulator
 
 MODES = ("print", "reveal", "proxy", "command", "stdio")
 WORD = b"one line, there and back\n"
-COMMAND_OK, COMMAND_FAILED = 7, 9
-CLIENT_SECONDS = 10
+COMMAND_OK, COMMAND_RESET, COMMAND_FAILED = 7, 8, 9
+CLIENT_SECONDS = 30
+PULSE_SECONDS, STILL_SECONDS, ATTEMPTS = 0.2, 3, 5
 CLIENT = """\
 import os, socket, sys
 try:
@@ -31,10 +34,12 @@ try:
         answer = b""
         while len(answer) < %d:
             answer += sock.recv(100) or sys.exit(%d)
-except OSError as error:
+except ConnectionResetError:
+    sys.exit(%d)
+except OSError:
     sys.exit(%d)
 sys.exit(%d)
-""" % (CLIENT_SECONDS, WORD, len(WORD), COMMAND_FAILED, COMMAND_FAILED, COMMAND_OK)
+""" % (CLIENT_SECONDS, WORD, len(WORD), COMMAND_FAILED, COMMAND_RESET, COMMAND_FAILED, COMMAND_OK)
 TRACES = ("Traceback", "internal error", "Exception ignored", "Fatal Python error", "Exception in thread",
           "Segmentation", "core dumped")
 TOTAL = re.compile(r"plexctl: \d+ connections?, .* up, .* down, ")
@@ -138,6 +143,8 @@ class Invocation:
                     self.answer += data
         except socket.timeout:
             self.client_end = "hung"
+        except ConnectionResetError:
+            self.client_end = "reset"
         except OSError as error:
             self.client_end = str(error)
 
@@ -260,6 +267,18 @@ class Invocation:
             self.process.out[:500], self.process.err[:3000])
 
 
+def create_parser(description, case):
+    """What both programs take; `case` names the parts of one case."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--plexctl", type=os.path.abspath, default=simulator.PLEXCTL)
+    parser.add_argument("--sample", type=float, default=1.0, metavar="FRACTION")
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--mode", choices=MODES, action="append")
+    parser.add_argument("--case", metavar=case, help="this one alone, and its story")
+    return parser
+
+
 def default_signals():
     """A child is not to inherit what a shell's background job ignores."""
     for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP):
@@ -271,10 +290,6 @@ def spread(cases, work, jobs, collect):
     """work(case) for each case in so many processes; collect(case, result) for each, as they come."""
     import multiprocessing
     context = multiprocessing.get_context("fork")
-    if jobs <= 1:
-        for case in cases:
-            collect(case, work(case))
-        return
     with context.Pool(jobs) as pool:
         for case, result in pool.imap_unordered(_Call(work), cases, chunksize=4):
             collect(case, result)
@@ -285,4 +300,33 @@ class _Call:
         self.work = work
 
     def __call__(self, case):
-        return case, self.work(case)
+        for _ in range(ATTEMPTS):
+            with Pulse() as pulse:
+                result = self.work(case)
+            if pulse.longest < STILL_SECONDS:
+                break
+        return case, result
+
+
+class Pulse:
+    """How long this process has stood still: a machine that was halted says nothing of plexctl."""
+
+    def __init__(self):
+        self.longest = 0.0
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *details):
+        self._is_over.set()
+        self._thread.join()
+
+    def _beat(self):
+        last = time.monotonic()
+        while not self._is_over.wait(PULSE_SECONDS):
+            now = time.monotonic()
+            self.longest, last = max(self.longest, now - last), now
+        self.longest = max(self.longest, time.monotonic() - last)
