@@ -3015,19 +3015,16 @@ exit codes: 0 done, 1 failure, 2 usage, 3 credentials, 4 forbidden, 77 ReBAC den
 def describe_version() -> str:
     """The version, and the SHA-256 of the file that this was loaded from, be it in a zip file."""
     try:
-        path = __file__
-        raw = __loader__.get_data(path)  # type: ignore[name-defined]
+        raw = __loader__.get_data(__file__)  # type: ignore[name-defined]
     except (NameError, AttributeError, ImportError, OSError):  # standard input, -c; it was removed
         raw = b""
     load_hashlib()
-    digest = "sha256 %s of %s" % (hashlib.sha256(raw).hexdigest(), escape(path)) if raw else \
+    digest = "sha256 %s of %s" % (hashlib.sha256(raw).hexdigest(), escape(__file__)) if raw else \
         "no sha256: there is no file that it runs from"
     return "plexctl %s (%s)\n" % (__version__, digest)
 
 
 PRINTED = {"-h": lambda: DESCRIPTION, "--help": lambda: DESCRIPTION, "--version": describe_version}
-
-
 parse_word = matching(r"[^\0]+", "one character or more")  # a path may hold what is not printable
 parse_switch = matching("true|false", "true or false, or left out", "true".__eq__)  # see check_words
 REQUIRED = object()

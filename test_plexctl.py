@@ -9502,7 +9502,7 @@ def test_a_console_script_of_one_module_is_installed(tmp_path):
     command = os.path.join(environment, "bin", "plexctl")
     for arguments, status, text in (([command, "--version"], 0, "sha256 " + hash_of(PLEXCTL)),
                                     ([command, "tcp-forward"], 2, "--project-id"),
-                                    (pip[:1] + ["-I", "-m", "plexctl", "tcp-forward"], 2, "--project-id")):
+                                    ([python, "-I", "-m", "plexctl", "tcp-forward"], 2, "--project-id")):
         done = subprocess.run(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                               universal_newlines=True, cwd=str(tmp_path), env=clean_environment())
         assert done.returncode == status and text in done.stdout
