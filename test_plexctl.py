@@ -5324,7 +5324,8 @@ def test_urgent_data_stays_in_the_stream_on_both_legs():
 def get_stuck(client):
     """Ask for more than fits on the way, and read nothing until nothing moves."""
     client.sendall(b"d")
-    time.sleep(0.5)
+    assert select.select([client], [], [], 20)[0]  # it is carried by now
+    standstill(lambda: unread(client.fileno()), still=0.4)
 
 
 CLIENT_RESETS = {
