@@ -13,19 +13,20 @@ over; 2 usage; 3 credentials; 4 forbidden; 77 ReBAC denial; with -- COMMAND the 
 SIGINT, SIGTERM, SIGHUP and the rarer ones end the process by that same signal, after the session
 is revoked.
 
-One file, standard library only, Python 3.6 to 3.15. Read it from the top: a section uses only
-those above it.
+One file, standard library only, Python 3.6 to 3.15. Read it from the top: but for LazyModule, a
+section uses only those above it.
 
-Threads: the main one waits for signals, and alone writes to stdout and stderr; what may block runs
-in a daemon thread that it waits for. Each HTTP exchange has one more, given up on at its deadline,
-since a name look-up has no time-out. One thread accepts connections (Forwarder) and puts them into a
-queue; one worker a session (Worker) takes them from there and carries one after another, what the
-client sends itself and what the Node sends in its partner (Relay). The queue, the workers and the
-sessions that are still to be revoked are in Sessions, under its one lock.
+Threads: the main one waits for signals and writes all messages to stderr; what may block for long, the
+document's writing too, runs in a daemon thread that it waits for. Each HTTP exchange has one more, given
+up on at its deadline, since a name look-up has no time-out. One accepts connections (Forwarder), puts
+them into a queue, and looks after it ten times a second (Sessions.tick). One worker a session takes them
+from there and carries one after another, what the client sends itself and what the Node sends in its
+partner (Relay), and revokes the session if that ends before the run does; at the end of the run each
+revocation has a thread. What they share is in Sessions, under its one lock.
 
-The credential: the bearer token is read in the section credentials, and sent in the section control
-plane; the session token comes in there, and what is done with it ends with the section audit, but for
-the line of --reveal-secrets in Run.establish. What follows the section audit moves bytes.
+The credential: the bearer token is read in the section credentials, and revealed in the section control
+plane alone; what follows holds it as a Secret, keeps it from COMMAND and leaves no core file. The session
+token is revealed by Run.establish alone; the section audit records that, not the token.
 """
 import gc  # like sys it is built in, and so not looked for in sys.path
 import sys
@@ -196,7 +197,7 @@ def start_thread(function: "Callable[..., object]", *arguments: "Any") -> bool:
         return False
 
 
-def send_datagram(path: str, data: bytes, seconds: float) -> None:
+def send_record(path: str, data: bytes, seconds: float) -> None:
     """Sends it to a unix socket; OSError where that does not take it in time.
 
     A stream socket, as some syslogs have, gets a NUL behind it, which ends a record there.
@@ -232,6 +233,20 @@ def open_nowhere(flags: int) -> int:
         return os.open(os.sep, os.O_RDONLY)
 
 
+def end_by_signal(signum: int) -> None:
+    """Ends the process as the signal would have: a shell sees 128 + n and stops its loops.
+
+    But without a core file, which would hold the tokens: a limit of 1 byte is the one that the
+    kernel honours for a core_pattern that is a pipe as well (core(5)).
+    """
+    try:
+        resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
+    except (ImportError, OSError, ValueError):
+        pass
+    signal.signal(signum, signal.SIG_DFL)
+    os.kill(os.getpid(), signum)
+
+
 def load_modules() -> None:
     """Whatever may be used later: Python may be upgraded under a proxy that runs."""
     for name in ("email", "http", "json", "mmap", "queue", "re", "select", "signal", "socket", "socketserver",
@@ -253,7 +268,8 @@ TIME_PATTERN = r"([0-9]{4})-([0-9]{2})-([0-9]{2})[Tt]([0-9]{2}):([0-9]{2}):([0-5
 LOOPBACK_NAMES = frozenset("localhost localhost4 localhost6 ip6-localhost ip6-loopback".split())
 LOOPBACK_NETWORKS = ("127.0.0.0/8", "::1/128")
 OTHERS_NETWORKS = ("0.0.0.0/32", "::/128", "224.0.0.0/3", "ff00::/8")  # unspecified; multicast, reserved
-LINK_LOCAL_NETWORKS = ("169.254.0.0/16", "fe80::/10", "2001::/32")  # and Teredo, which hides an IPv4 address
+LINK_LOCAL_NETWORKS = ("169.254.0.0/16", "fe80::/10",  # and the metadata service of a cloud, and Teredo,
+                       "fd00:ec2::254/128", "2001::/32")  # which hides an IPv4 address
 IPV4_INSIDE = (  # networks of IPv6 addresses in which an IPv4 address stands, from this byte on
     ("::/96", 12),  # compatible: RFC 4291, section 2.5.5.1
     ("::ffff:0:0:0/96", 12),  # translated: RFC 2765, section 2.1
@@ -697,7 +713,7 @@ def check_server(text: str, source: str, allow_http: bool) -> Server:
 def resolve_credentials(server_flag: "Optional[str]", profile_flag: "Optional[str]",
                         token_file: "Optional[str]", allow_http: bool,
                         environ: "Environ") -> "Tuple[Server, Secret]":
-    """Server and bearer token: of each the first that is given, in the order in which they stand here.
+    """Server and bearer token, of each the first that is given: flag, --profile, environment, default one.
 
     A token that stands in a profile goes to that profile's own server and to no other.
     """
@@ -715,7 +731,7 @@ def resolve_credentials(server_flag: "Optional[str]", profile_flag: "Optional[st
     server = check_server(text, source, allow_http)
 
     if token_file:
-        # a name under which there is nothing may be the token itself, given by mistake
+        # one that does not exist is not shown: it may be the token itself
         source = "--token-file " + escape(token_file) if os.path.lexists(token_file) else "--token-file"
         return server, parse_token(read_secret_file(token_file, source), source)
     if variable and not named.token:
@@ -775,8 +791,8 @@ class SessionRequest(Record):
 class Exchange:
     """One request, in a thread that can be given up on, and its answer: `status`, `headers`, `body`.
 
-    A time-out of urllib's is for each recv, and looking a name up has none at all. `peer` is for
-    messages; `sent`: the server may have the request.
+    A time-out of urllib's is for each recv, and looking a name up has none at all. `sent`: the server
+    may have the request.
     """
 
     status = 0
@@ -819,7 +835,7 @@ class Exchange:
         sock = socket.create_connection((host, address[1]), *arguments)
         # a duplicate is kept: ssl detaches the original, http.client forgets it after the head
         self._socket = sock.dup()
-        if self._is_given_up:  # the caller was told that nothing was sent
+        if self._is_given_up:  # too late: it was said that nothing was sent
             sock.close()
             raise TimeoutError
         return sock
@@ -921,7 +937,7 @@ def create_opener(server: Server, ca_file: "Optional[str]", proxy: str) -> "Any"
                     return found
                 http.client.parse_headers(self.fp)
 
-    class Connection(base):  # type: ignore[misc]
+    class HttpConnection(base):  # type: ignore[misc]
         response_class = Response
 
         def __init__(self, host: str, exchange: Exchange, **more: "Any") -> None:
@@ -935,10 +951,10 @@ def create_opener(server: Server, ca_file: "Optional[str]", proxy: str) -> "Any"
             self._exchange.sent = True
 
     class Handler(urllib.request.AbstractHTTPHandler):
-        def carry(self, request: "Any") -> "Any":
-            return self.do_open(Connection, request, exchange=request.exchange, **keywords)  # type: ignore
+        def send(self, request: "Any") -> "Any":
+            return self.do_open(HttpConnection, request, exchange=request.exchange, **keywords)  # type: ignore
 
-        http_open = https_open = carry
+        http_open = https_open = send
         http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
     opener = urllib.request.OpenerDirector()
@@ -1205,7 +1221,7 @@ def send_to_syslog(message: str) -> None:
         if os.path.exists(path):
             month_to_second = time.ctime()[4:19]  # strftime would take the locale's names
             line = "<%d>%s plexctl[%d]: %s" % (SYSLOG_AUTHPRIV_INFO, month_to_second, os.getpid(), message)
-            send_datagram(path, line.encode("ascii"), SYSLOG_SECONDS)
+            send_record(path, line.encode("ascii"), SYSLOG_SECONDS)
             return
 
 
@@ -1357,7 +1373,7 @@ def close_leg(sock: "socket.socket", reset: bool) -> None:
 
 
 def is_connected(sock: "socket.socket") -> bool:
-    """False after a reset whose error somebody has read: what follows looks like an end of input."""
+    """False after a reset whose error somebody has read, and after the ends of both directions."""
     try:
         sock.getpeername()
         return True
@@ -1406,7 +1422,7 @@ class Flow:
         self._moved_then = 0
 
     def is_quiet(self) -> bool:
-        """Whether nothing was read since QUIET_SECONDS; from the first time on that this is asked."""
+        """Whether nothing was read for QUIET_SECONDS, counted from the first question."""
         now = elapsed_seconds()
         if not self._quiet_since or self.in_hand or self.moved != self._moved_then:
             self._quiet_since, self._moved_then = now, self.moved
@@ -1423,10 +1439,11 @@ class Flow:
 
 
 class Relay:
-    """Carries one connection: a direction in the thread that calls `carry`, the other in its partner.
+    """Carries one connection, its two legs: a direction in the thread of `carry`, the other in its partner.
 
-    The last of them closes both sockets. `is_gone` tells whether a client that has ended its input
-    listens no more (False where nobody can know); `on_remote_end` hears that the remote has ended
+    The last of them closes both sockets. Where the client is gone `carry` returns, and the partner reads
+    what still comes, so that nothing is reset. `is_gone` tells whether a client that has ended its
+    input listens no more (False where nobody can know); `on_remote_end` hears that the remote has ended
     first. Afterwards: what `up` and `down` have moved, and the `error` that broke it, if any.
     """
 
@@ -1515,9 +1532,9 @@ class Relay:
     def _check(self, flow: Flow) -> None:
         """Raises ConnectionResetError where the source is lost."""
         other = self.down if flow is self.up else self.up
-        if not is_connected(flow.source) and not other.is_over:  # in this order: nor is it after both ends
+        if not is_connected(flow.source) and not other.is_over:  # asked last: set before both have ended
             flow.fault = flow.fault or flow.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if flow.fault != errno.EPIPE:  # so Linux calls a reset behind an end of input: nothing is lost
+            if flow.fault != errno.EPIPE:  # Linux's name for a reset behind the end of input: nothing is lost
                 raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
 
     def _hold_end(self) -> None:
@@ -1527,7 +1544,7 @@ class Relay:
         """
         client, pause = self.up.source, FIRST_ASK_SECONDS
         while self.up.is_running and not self._partner.is_free.is_set():
-            # a client whose end and ours have passed looks as if it had hung up
+            # after the ends of both directions it looks as if it had hung up
             if (self._is_gone() or has_hung_up(client)) and not self.down.is_over:
                 error = client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 if error:
@@ -1604,6 +1621,7 @@ class StandardStreams:
     def __init__(self) -> None:
         self.error: "Optional[PlexctlError]" = None
         self._is_closed = False
+        # it is_connected, always; has_hung_up asks descriptor 1
         self.setblocking = self.setsockopt = self.getsockopt = self.getpeername = lambda *arguments: 0
         self.recv = lambda size, flags: b""  # a look at what a client that is gone has sent
 
@@ -1612,7 +1630,7 @@ class StandardStreams:
         return 1
 
     def recv_into(self, buffer: memoryview) -> int:
-        """Standard input, as long as anybody takes the answers."""
+        """Standard input, until an answer could not be written."""
         if self.error is not None:
             raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
         if os.name == "posix" and not wait_for(0, READABLE, STREAM_TICK_SECONDS):
@@ -1684,14 +1702,14 @@ class ConnectionFailed(PlexctlError):
     """One connection broke after it had been dialled."""
 
 
-def dial(route: "Tuple[int, Any]", is_over: "Callable[[], bool]") -> "socket.socket":
-    """A TCP socket connected to (family, address); OSError in time, or once `is_over` says so."""
+def dial(route: "Tuple[int, Any]", is_needless: "Callable[[], bool]") -> "socket.socket":
+    """A TCP socket connected to (family, address); OSError in time, or once it `is_needless`."""
     family, address = route
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         set_leg_options(sock)
         error, deadline = errno.EINPROGRESS, elapsed_seconds() + CONNECT_SECONDS
-        while error in CONNECTING and elapsed_seconds() < deadline and not is_over():
+        while error in CONNECTING and elapsed_seconds() < deadline and not is_needless():
             error = sock.connect_ex(address)  # comes back once in TICK_SECONDS
         if error not in (0, errno.EISCONN):
             raise OSError(error, os.strerror(errno.ETIMEDOUT if error in CONNECTING else error))
@@ -1804,8 +1822,8 @@ class Worker:
             if self._partner is not None:
                 self._partner.do(None)
 
-    def is_over(self) -> bool:
-        """Whether it carries no more; asked every second."""
+    def check_over(self) -> bool:
+        """Whether it carries no more; to be asked often, since it looks after itself meanwhile."""
         now = elapsed_seconds()
         if self.why is None and now >= self.expires_on:
             self.why = SessionOver("the session expired")
@@ -1913,15 +1931,15 @@ class Worker:
 
     def _dial(self) -> "socket.socket":
         """A connection to the listener; PlexctlError says why there is none."""
-        for is_last in (False, True):
-            if self.is_over():
-                raise self.why or Cancelled("interrupted")
+        former = None
+        while not self.check_over():
             route = self._route
             try:
-                remote = dial(route, self.is_over)
+                remote = dial(route, self.check_over)
             except OSError as failure:
                 has_answer = self.ask()
-                if self._route != route and not is_last:  # a new endpoint is tried once
+                if former is None and self._route != route:  # a new endpoint is tried once
+                    former = route
                     continue
                 if has_answer and self.why is None and isinstance(failure, ConnectionRefusedError):
                     self._note_refusal()
@@ -1930,7 +1948,7 @@ class Worker:
             self._refused_since = 0.0
             self.has_carried = True
             return remote
-        raise Cancelled("interrupted")
+        raise self.why or Cancelled("interrupted")
 
     def _note_refusal(self) -> None:
         """The listener is gone, though the control plane says that the session is active."""
@@ -1990,6 +2008,9 @@ class Sessions:
     At most `limit` sessions at once, `minimum` of them issued at the start; `renew`: one that has run
     out is replaced. Every session_id that the control plane ever gave is owed a revocation, until
     `keep` or `leave`. `report` takes lines, from any thread; more of them with `verbose`.
+
+    A worker's `why` ends its session, and clients that wait go on waiting for the others, or for the one
+    that replaces it; `over` ends all of them: whoever runs them raises it, and `stop` resets who waits.
     """
 
     def __init__(self, plane: ControlPlane, request: SessionRequest, report: "Callable[[str], None]",
@@ -2047,18 +2068,18 @@ class Sessions:
     def tick(self) -> None:
         """To be called several times a second: who has left, who has waited for long, whose time is up."""
         now = elapsed_seconds()
-        left = []
+        leavers = []
         with self.lock:
             if now >= self._sweep_on:
-                left = [connection for connection in self._queue if connection.has_left()]
-                for connection in left:
+                leavers = [connection for connection in self._queue if connection.has_left()]
+                for connection in leavers:
                     self._queue.remove(connection)
                 self._sweep_on = now + 10 * (elapsed_seconds() - now)  # however long the queue
             if self._is_time_up(now):
                 self.over = self.over or SessionOver("the session expired")
             self._grow(now)
-            over = [worker.connection for worker in self._workers if worker.connection and worker.is_over()]
-        for connection in left:
+            over = [each.connection for each in self._workers if each.connection and each.check_over()]
+        for connection in leavers:
             connection.end(Cancelled("the client has left"))
         for connection in over:
             if connection.relay is not None:
@@ -2140,7 +2161,7 @@ class Sessions:
         """The next connection for an idle worker; None where it is to end."""
         with self.lock:
             idle_since = elapsed_seconds()
-            while not worker.is_over() and not self.over:
+            while not worker.check_over() and not self.over:
                 while self._queue:
                     connection: Connection = self._queue.popleft()
                     if elapsed_seconds() - connection.began < POLL_SECONDS or not connection.has_left():
@@ -2184,11 +2205,10 @@ class Sessions:
         """The worker's connection is over."""
         with self._changed:
             connection, worker.connection = worker.connection, None
-            if connection is None:  # stop() was faster
-                return
             self._ended.ended += 1
             self._changed.notify_all()
-        connection.end(error)
+        if connection is not None:
+            connection.end(error)
 
     def may_replace(self, worker: Worker) -> bool:
         """Whether one whose listener is gone is replaced at once: a Node may refuse everybody."""
@@ -2210,7 +2230,7 @@ class Sessions:
             if worker.why and not self.over and not self.is_stopped:
                 turned_away = self._follow(worker, worker.why)
             elif worker.why and worker.why.may_exist:  # whoever asked for it does not listen any more
-                self.report("warning: %s" % worker.why)
+                self.report("warning: session unknown: %s" % worker.why)
             is_due = self._claim(worker.session_id)
             self._changed.notify_all()
         for connection in turned_away:
@@ -2247,7 +2267,6 @@ class Sessions:
             why = PlexctlError("cannot start a thread for a session (ulimit -u)")
             if self.first is None and not self._workers:
                 self.over = self.over or why
-            self._limit = max(1, len(self._workers))
             self._retry_on = elapsed_seconds() + RETRY_SECONDS
             self.tell_once("warning: %s" % why)
             while not self._workers and self._queue:
@@ -2371,7 +2390,8 @@ class Sessions:
                         time.sleep(POLL_MIN_SECONDS)
         finally:
             with self._changed:
-                self._owed.pop(session_id, None)
+                if is_over:
+                    del self._owed[session_id]
                 self._changed.notify_all()
 
 
@@ -2401,7 +2421,7 @@ class OwnerCheck:
         try:
             self._netlink.connect((0, 0))
             self._netlink.setblocking(False)
-            os.close(os.dup(self._netlink.fileno()))  # the next call opens one, and does not say why it fails
+            os.close(os.dup(self._netlink.fileno()))  # if_nametoindex opens one, and hides why it fails
             # asked so, the kernel finds sockets that are bound to the device and others alike
             self._device = socket.if_nametoindex("lo")
             nobody = "0.0.0.0" if family == socket.AF_INET else "::"  # noqa: S104
@@ -2541,7 +2561,7 @@ class Forwarder:
         self._capacity = count_capacity()
         server = self._server = create_listener(local)
         server.get_request, server.verify_request = self._get_request, self._may_serve
-        server.process_request, server.service_actions = self._queue, self.tick
+        server.process_request, server.service_actions = self._enqueue, self.tick
         server.shutdown_request = lambda request: close_leg(request, reset=True)
         server.handle_error = lambda request, address: self.warn_once(
             "a connection was dropped after %s" % type(sys.exc_info()[1]).__name__)
@@ -2571,7 +2591,7 @@ class Forwarder:
             self._thread = None
             raise PlexctlError("cannot start a thread to accept connections (ulimit -u)") from None
 
-    def finish(self) -> None:
+    def accept_rest(self) -> None:
         """Accepts the connections that wait already, and no more."""
         self._stop_accepting()
         self._server.timeout, deadline = 0, elapsed_seconds() + CLOSE_SECONDS
@@ -2619,7 +2639,7 @@ class Forwarder:
                            % uid)
         return False
 
-    def _queue(self, client: "socket.socket", address: "Any") -> None:
+    def _enqueue(self, client: "socket.socket", address: "Any") -> None:
         if self._sessions.count_descriptors() >= self._capacity:
             self.warn_once("no more descriptors (ulimit -n): connections are refused")
             close_leg(client, reset=True)
@@ -2691,36 +2711,6 @@ class Forwarder:
                 why, show_bytes(relay.up.moved), show_bytes(relay.down.moved)))
         if error is not None and not isinstance(error, (SessionOver, ConnectionFailed, Cancelled)):
             self.warn_once(str(error) if relay else "a connection was not served: %s" % error)
-
-
-def notify_systemd(state: str, environ: "Mapping[str, str]") -> None:
-    """sd_notify(3), for units of Type=notify; OSError where it does not arrive."""
-    path = environ.get("NOTIFY_SOCKET", "")
-    if path[:1] in ("/", "@") and hasattr(socket, "AF_UNIX"):
-        send_datagram("\0" + path[1:] if path[0] == "@" else path, state.encode("ascii"), NOTIFY_SECONDS)
-
-
-def is_executable(path: str) -> bool:
-    """False for a script that names no interpreter, or one that is not there."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(256)
-    except OSError:  # may be executed, though not read
-        return True
-    if head[:2] == b"#!":
-        return os.path.exists((head[2:].split() or [b""])[0])
-    return os.name != "posix" or b"\0" in head
-
-
-def find_command(name: str, environ: "Mapping[str, str]") -> str:
-    """The program a COMMAND names; exit 127 or 126 as a shell would, before anything is issued."""
-    path = environ.get("PATH", os.defpath)
-    found = shutil.which(name, path=path)
-    if found and is_executable(found):
-        return found
-    if shutil.which(name, os.F_OK, path) or os.path.dirname(name) and os.path.exists(name):
-        raise PlexctlError("%s: cannot be executed" % escape(name), EXIT_NOT_EXECUTABLE)
-    raise PlexctlError("%s: command not found" % escape(name), EXIT_NOT_FOUND)
 
 
 # ---------------------------------------------------------------------------------------- output
@@ -3157,6 +3147,36 @@ def check_together(options: "argparse.Namespace") -> None:
     options.local_addr = options.local_addr or LocalAddress("127.0.0.1", 0)
 
 
+def notify_systemd(state: str, environ: "Mapping[str, str]") -> None:
+    """sd_notify(3), for units of Type=notify; OSError where it does not arrive."""
+    path = environ.get("NOTIFY_SOCKET", "")
+    if path[:1] in ("/", "@") and hasattr(socket, "AF_UNIX"):
+        send_record("\0" + path[1:] if path[0] == "@" else path, state.encode("ascii"), NOTIFY_SECONDS)
+
+
+def is_executable(path: str) -> bool:
+    """False for a script that names no interpreter, or one that is not there."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(256)
+    except OSError:  # may be executed, though not read
+        return True
+    if head[:2] == b"#!":
+        return os.path.exists((head[2:].split() or [b""])[0])
+    return os.name != "posix" or b"\0" in head
+
+
+def find_command(name: str, environ: "Mapping[str, str]") -> str:
+    """The program a COMMAND names; exit 127 or 126 as a shell would, before anything is issued."""
+    path = environ.get("PATH", os.defpath)
+    found = shutil.which(name, path=path)
+    if found and is_executable(found):
+        return found
+    if shutil.which(name, os.F_OK, path) or os.path.dirname(name) and os.path.exists(name):
+        raise PlexctlError("%s: cannot be executed" % escape(name), EXIT_NOT_EXECUTABLE)
+    raise PlexctlError("%s: command not found" % escape(name), EXIT_NOT_FOUND)
+
+
 class Run:
     """One invocation: the options, and what every mode of it needs."""
 
@@ -3255,7 +3275,7 @@ class Run:
             if ended[0] is not None:
                 raise ended[0]
         except Interrupted:
-            relay = connection.relay  # once all has been delivered it is no accident any more
+            relay = connection.relay  # a signal after everything was delivered is no failure
             if not relay or not relay.down.is_over or relay.error or streams.error:
                 raise
         finally:
@@ -3359,7 +3379,7 @@ class Run:
 
     def deliver(self, forwarder: Forwarder) -> None:
         """Until what clients have sent that are gone has arrived, as long as it moves."""
-        forwarder.finish()
+        forwarder.accept_rest()
         moved, give_up_on = -1, 0.0
         try:
             while self.sessions.is_delivering():
@@ -3466,20 +3486,6 @@ def handle_signals(foreground: Foreground) -> "Callable[[], None]":
             signal.signal(signum, handler)
 
     return restore
-
-
-def end_by_signal(signum: int) -> None:
-    """Ends the process as the signal would have: a shell sees 128 + n and stops its loops.
-
-    But without a core file, which would hold the tokens: a limit of 1 byte is the one that the
-    kernel honours for a core_pattern that is a pipe as well (core(5)).
-    """
-    try:
-        resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
-    except (ImportError, OSError, ValueError):
-        pass
-    signal.signal(signum, signal.SIG_DFL)
-    os.kill(os.getpid(), signum)
 
 
 def perform(argv: "Optional[Sequence[str]]" = None, environ: "Optional[Mapping[str, str]]" = None,

@@ -1985,6 +1985,7 @@ def test_loopback_unspecified_and_multicast_addresses_are_known(host, loopback, 
 
 @pytest.mark.parametrize("host", [
     "169.254.169.254", "169.254.0.1", "fe80::1", "FEBF::1", "fe80::1%eth0", "::ffff:169.254.169.254",
+    "fd00:ec2::254",
     "::169.254.169.254", "::ffff:0:169.254.169.254", "64:ff9b::a9fe:a9fe", "2002:a9fe:a9fe::1",
     "2001:0:4136:e378:8000:63bf:5601:5601"])
 def test_a_link_local_endpoint_is_refused_whoever_names_it(host):
@@ -5725,8 +5726,8 @@ def test_stopping_twice_and_finishing_twice_leave_nothing(start):
     with nothing_left():
         with relayed_to(start=start) as running:
             if start:
-                running.forwarder.finish()
-                running.forwarder.finish()
+                running.forwarder.accept_rest()
+                running.forwarder.accept_rest()
             running.forwarder.stop()
             running.forwarder.stop()
 
@@ -7337,14 +7338,15 @@ def test_a_signal_ends_it_also_while_the_token_cannot_be_written(simulation, tmp
     assert simulation.plane.revoked == simulation.plane.issued and process.out == ""
 
 
-def test_a_session_that_may_exist_is_told_of_after_a_signal_too(lone_plane):
+@pytest.mark.parametrize("mode", [[], ["--stdio"]], ids=["print", "stdio"])
+def test_a_session_that_may_exist_is_told_of_after_a_signal_too(lone_plane, mode):
     go = threading.Event()
 
     def lose(handler, _plane):
         go.wait(20)
         handler.close_connection = True
     lone_plane.script("issue", lose)
-    with start_plexctl(forward_args(lone_plane), env=lone_plane.environment()) as process:
+    with start_plexctl(forward_args(lone_plane, *mode), env=lone_plane.environment()) as process:
         lone_plane.wait_for(lambda: lone_plane.requests)
         process.send_signal(signal.SIGTERM)
         time.sleep(0.3)  # it stops listening to the answer
