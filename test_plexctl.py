@@ -5247,7 +5247,7 @@ def test_a_slow_reader_slows_the_server_and_loses_nothing_when_that_ends_first(w
 
 
 def test_a_slow_target_slows_the_client_and_gets_all(way):
-    go, heard, data = threading.Event(), [], pattern(24 * MIB)
+    go, heard, data = threading.Event(), [], pattern(64 * MIB)  # more than all kernels on the way take
 
     def read_late(connection, _target):
         go.wait(20)
@@ -5379,8 +5379,10 @@ def test_a_target_that_resets_is_no_clean_end_for_the_client_and_harms_nobody(ki
         chat(other, 3)
         for _ in range(3):
             with dial(running.address) as client:
+                client.sendall(request_bytes[:1])
+                assert client.recv(1)  # or the Node's reset may overtake it
                 try:
-                    client.sendall(request_bytes)
+                    client.sendall(request_bytes[1:])
                 except ConnectionError:
                     assert len(request_bytes) > MIB
                 else:
@@ -5498,7 +5500,7 @@ def test_a_defect_in_one_connection_ends_that_one_alone(kinder):
             chat(client, 3)
             running.relays()[0].up.grow = None  # a read that fills the buffer ends in a TypeError
             client.sendall(bytes(MIB))
-            assert how_it_ends(client) == ("reset", b"")
+            assert how_it_ends(client)[0] == "reset"
         assert is_alive(running) and running.sessions.over is None
 
 
