@@ -1474,8 +1474,10 @@ class Relay:
         except Exception as error:
             self._break(error)
         self._leave()
-        if not self.client_is_gone:
-            self._partner.is_free.wait()  # what has come is still delivered
+        # what has come is still delivered, and counted; for a client that is gone nobody waits for more
+        while not self._partner.is_free.wait(DRAIN_SECONDS):
+            if self.client_is_gone and not self.down.in_hand:
+                break
 
     def stop(self) -> None:
         """Ends both directions, with a reset where they are not over; from any thread."""
@@ -1906,7 +1908,7 @@ class Worker:
 
     def _find_partner(self) -> Partner:
         """The partner, or another one if it still drains what comes for a client that is gone."""
-        if not self._partner.is_free.wait(DRAIN_SECONDS):
+        if not self._partner.is_free.is_set():
             successor = Partner()
             self._partner.do(None)
             self._partner = successor
