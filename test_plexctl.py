@@ -6350,7 +6350,7 @@ def test_what_still_comes_for_a_client_that_is_gone_gets_into_no_other_connectio
         assert gone.wait(10)
         with dial(running.address) as client:
             client.sendall(b"e")
-            relay = eventually(running.relays)[0]
+            relay, = eventually(lambda: [each for each in running.relays() if each is not lingering])
             assert relay.down.first_buffer.obj is not lingering.down.first_buffer.obj  # it may yet be filled
             for number in range(100):
                 assert talk(client, pattern(65536, number))
