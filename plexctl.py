@@ -13,8 +13,8 @@ over; 2 usage; 3 credentials; 4 forbidden; 77 ReBAC denial; with -- COMMAND the 
 SIGINT, SIGTERM, SIGHUP and the rarer ones end the process by that same signal, after the session
 is revoked.
 
-One file, standard library only, Python 3.6 to 3.15. Read it from the top: but for LazyModule, a
-section uses only those above it.
+One file, standard library only, Python 3.6 to 3.15. Read it from the top: a section uses only those
+above it (but for the errors of what loads modules late).
 
 Threads: the main one waits for signals and writes all messages to stderr; what may block for long, the
 document's writing too, runs in a daemon thread that it waits for. Each HTTP exchange has one more, given
