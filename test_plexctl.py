@@ -5422,7 +5422,7 @@ def test_a_target_that_resets_just_as_the_client_sends_is_no_clean_end_for_the_c
         go.wait(10)
         reset_close(connection)
 
-    with relayed_to(reset_when_told, **kinder) as running, dial(running.address) as client:
+    with relayed_to(reset_when_told, direct=True, **kinder) as running, dial(running.address) as client:
         client.sendall(b"more")
         relay = eventually(running.relays)[0]
         go.set()
@@ -5438,7 +5438,7 @@ def test_a_client_that_resets_just_as_the_target_sends_is_no_clean_end_for_the_t
         connection.sendall(b"more")
         heard.append(how_it_ends(connection)[0])
 
-    with relayed_to(send, **kinder) as running:
+    with relayed_to(send, direct=True, **kinder) as running:
         client = dial(running.address)
         relay = eventually(running.relays)[0]
         assert select.select([relay.up.sink], [], [], 10)[0]
@@ -5457,7 +5457,7 @@ def test_last_words_before_a_reset_arrive(kinder, held_up, half_close):
         time.sleep(0.1)
         reset_close(connection)
 
-    with relayed_to(speak, **kinder) as running, dial(running.address) as client:
+    with relayed_to(speak, direct=True, **kinder) as running, dial(running.address) as client:
         client.sendall(b"hello")
         if half_close:
             client.shutdown(socket.SHUT_WR)
@@ -6755,7 +6755,7 @@ def test_with_renew_a_listener_that_the_node_has_closed_gives_way_to_a_new_sessi
 
 
 def test_a_cap_of_the_node_s_own_is_survived_with_renew():
-    with relayed_to(cap=1, renew=True) as running:
+    with relayed_to(cap=2, renew=True) as running:
         for _ in range(2):
             assert is_alive(running)
             eventually(lambda: not running.node.is_open(running.plane.issued[-1]))
