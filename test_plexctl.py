@@ -11,6 +11,7 @@ with one listener per mediated session, and targets behind it. It needs only the
 import argparse
 import collections
 import contextlib
+import errno
 import hashlib
 import http.server
 import json
@@ -5304,6 +5305,31 @@ def test_a_bulk_stream_starves_no_keystroke(way):
             hang_up(bulk)
             reader.join(10)
             assert not reader.is_alive()
+
+
+@pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="no unix sockets")
+def test_a_stuck_reader_of_a_unix_socket_holds_nothing_up(tmp_path):
+    with relayed_to(source(64 * MIB), local="unix:%s" % (tmp_path / "socket")) as running, \
+            socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(tmp_path / "socket"))
+        standstill(lambda: running.count().down)
+        relay, began = running.relays()[0], time.monotonic()
+        running.sessions.stop()
+        assert time.monotonic() - began < 3
+        eventually(lambda: relay.is_closed)
+
+
+@pytest.mark.parametrize("number, has_left", [(errno.ECONNRESET, True), (errno.ENOMEM, False)])
+def test_a_client_that_waits_has_not_left_because_nobody_could_look(monkeypatch, number, has_left):
+    def fail(*_arguments):
+        raise OSError(number, os.strerror(number))
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        connection = plexctl.Connection(ours, lambda connection, error: None)
+        assert not connection.has_left()
+        monkeypatch.setattr(plexctl, "wait_for", fail)
+        assert connection.has_left() is has_left
 
 
 def test_urgent_data_stays_in_the_stream_on_both_legs():
