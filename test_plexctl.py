@@ -5388,6 +5388,24 @@ def test_a_client_that_resets_is_no_clean_end_for_the_target_and_harms_nobody(ki
         assert running.lines == []
 
 
+def test_a_client_that_resets_is_noticed_while_the_target_takes_nothing(kinder):
+    heard, go = [], threading.Event()
+
+    def read_late(connection, _target):
+        go.wait(30)
+        heard.append(how_it_ends(connection)[0])
+
+    with relayed_to(read_late, **kinder) as running, dial(running.address) as client:
+        client.settimeout(1)
+        with pytest.raises(socket.timeout):
+            while True:
+                client.sendall(bytes(MIB))
+        reset_close(client)
+        eventually(lambda: running.count().open == 0)
+        go.set()
+        eventually(lambda: heard == ["reset"])
+
+
 def break_off(after_bytes, send):
     """A service that sends so much, reads so much, and resets."""
     def serve(connection, target):
