@@ -5930,6 +5930,20 @@ def test_where_descriptors_run_out_it_refuses_at_once_and_recovers():
         assert result.stderr.count("warning: no more desc") == 1 and "Traceback" not in result.stderr
 
 
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="no prlimit")
+def test_the_limit_of_descriptors_is_raised_as_far_as_it_may_be(simulation):
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    limits = 64, 128 if hard == resource.RLIM_INFINITY else min(hard, 128)
+    with proxied(simulation.plane, preexec_fn=lambda: resource.setrlimit(
+            resource.RLIMIT_NOFILE, limits)) as process, contextlib.ExitStack() as stack:
+        address = local_address(process)
+        assert resource.prlimit(process.pid, resource.RLIMIT_NOFILE) == (limits[1], limits[1])
+        for _ in range(60):  # more than 64 would have room for
+            stack.enter_context(dial(address))
+        let_pass(0.5)
+        assert "no more descriptors" not in process.err
+
+
 @READS_PROC
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="no prlimit")
 def test_an_accept_that_fails_is_told_once_and_tried_again(simulation):
