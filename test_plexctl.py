@@ -2465,6 +2465,19 @@ def test_a_config_directory_that_cannot_be_searched_is_not_taken_for_none(cli, t
     one_error_line(result, "config.json", "cannot be opened")
 
 
+@pytest.mark.skipif(not LINUX, reason="reads /proc")
+def test_a_secret_file_is_closed_again(tmp_path):
+    path = tmp_path / "token"
+    path.write_text(BEARER)
+    path.chmod(0o600)
+    before = descriptors()
+    assert plexctl.read_secret_file(str(path), "it") == BEARER.encode()
+    path.chmod(0o640)
+    with pytest.raises(plexctl.CredentialsError):
+        plexctl.read_secret_file(str(path), "it")
+    assert descriptors() == before
+
+
 # ---- tests: command line ------------------------------------------------------------------------
 
 @pytest.mark.parametrize("line", [
@@ -5305,6 +5318,16 @@ def test_a_bulk_stream_starves_no_keystroke(way):
             hang_up(bulk)
             reader.join(10)
             assert not reader.is_alive()
+
+
+@pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="no unix sockets")
+def test_a_unix_socket_leaves_the_umask_as_it_was(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with relayed_to(local="unix:%s" % (tmp_path / "socket")):
+            assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
 
 
 @pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="no unix sockets")
