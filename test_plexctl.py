@@ -4798,8 +4798,9 @@ def test_one_client_serves_several_threads_at_once(lone_plane):
 
 
 @pytest.mark.parametrize("source", ["PLEXSPHERE_TOKEN", "--token-file", "token of a profile"])
-def test_a_401_says_where_the_token_came_from(cli, lone_plane, tmp_path, source):
-    lone_plane.script("issue", problem("unauthenticated"))
+@pytest.mark.parametrize("name, status", [("unauthenticated", 3), ("forbidden", 4)])
+def test_a_refusal_says_where_the_token_came_from(cli, lone_plane, tmp_path, source, name, status):
+    lone_plane.script("issue", problem(name))
     environ, args = lone_plane.environment(), []
     if source == "--token-file":
         (tmp_path / "token").write_text(BEARER)
@@ -4809,8 +4810,8 @@ def test_a_401_says_where_the_token_came_from(cli, lone_plane, tmp_path, source)
         entry = {"server": lone_plane.url, "token": BEARER}
         environ = write_config(tmp_path, {"default": "prod", "profiles": {"prod": entry}})
     result = cli(["tcp-forward"] + REQUIRED_FLAGS + args, environ)
-    assert result.status == 3
-    one_error_line(result, "401", "the token is from", source)
+    assert result.status == status
+    one_error_line(result, "401" if status == 3 else "403", "the token is from", source)
 
 
 def test_a_proxy_that_is_down_is_named(cli, tls_plane, tls_files):
@@ -5951,6 +5952,17 @@ def test_where_descriptors_run_out_it_refuses_at_once_and_recovers():
         process.send_signal(signal.SIGTERM)
         result = process.finish()
         assert result.stderr.count("warning: no more desc") == 1 and "Traceback" not in result.stderr
+
+
+def test_a_port_that_nobody_can_accept_at_is_an_error(simulation, monkeypatch):
+    def fail(_thread):
+        raise RuntimeError("can't start new thread")
+
+    with using_sessions(simulation.plane, start=False, establish=False) as running:
+        with monkeypatch.context() as patches:
+            patches.setattr(threading.Thread, "start", fail)
+            with pytest.raises(plexctl.PlexctlError, match="cannot start a thread to accept"):
+                running.forwarder.start()
 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="no prlimit")
@@ -8067,6 +8079,13 @@ def test_signals_that_were_handed_on_do_not_count_once_command_has_ended(simulat
         process.send_signal(signal.SIGTERM)
         assert process.finish().returncode == 0
     revoked_once(simulation.plane)
+
+
+def test_a_command_that_outlives_its_session_is_told_of_once_and_goes_on(simulation):
+    with start(simulation, "--ttl-seconds", 1, "--", "sleep", "4") as process:
+        result = process.finish()
+    assert result.returncode == 0
+    assert result.stderr.count("the session expired; the port is closed, COMMAND goes on") == 1
 
 
 # ---- tests: stdio --------------------------------------------------------------------------------

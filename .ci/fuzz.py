@@ -23,6 +23,7 @@ import io
 import json
 import os
 import random
+import re
 import select
 import shutil
 import signal
@@ -814,8 +815,12 @@ def spoil_http(rng, case):
         steps = [RESET] if how == "reset" else []
     elif how == "noise":
         spoiled = bytearray(whole)
+        # not within a token: one that is spoiled is no secret that anybody could know again
+        tokens = [found.span() for found in re.finditer(rb"(psk|eyJ)-[A-Za-z0-9]+", whole)]
         for _ in range(rng.randint(1, 4)):
-            spoiled[rng.randrange(len(spoiled))] = rng.randrange(256)
+            at = rng.randrange(len(spoiled))
+            if not any(start <= at < end for start, end in tokens):
+                spoiled[at] = rng.randrange(256)
         steps = [bytes(spoiled)]
     elif how == "continue":
         steps, case.seconds = [b"HTTP/1.1 100 Continue\r\n\r\n" * 400, 0.3], 0.1
