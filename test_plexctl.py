@@ -5143,7 +5143,7 @@ def test_256_mebibytes_go_each_way_at_once_and_the_buffers_shrink_again(way):
         assert sent.digest() == received.digest()
         assert plexctl.FIRST_BUFFER_BYTES < largest <= plexctl.LARGEST_BUFFER_BYTES
         eventually(lambda: len(relay.up.buffer) == len(relay.down.buffer) == plexctl.FIRST_BUFFER_BYTES)
-        eventually(lambda: count_shared_maps() == maps)  # nobody holds them any more
+        eventually(lambda: count_shared_maps() <= maps)  # nobody holds them any more, nor those of others
         chat(client, 3)
         assert running.count().open == 1 and running.lines == []
 
