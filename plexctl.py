@@ -67,7 +67,7 @@ class LazyModule:
             module = __import__(self._name)
         except (ImportError, OSError) as error:  # it is not there, or there are no descriptors left
             raise MissingModule("this Python cannot load its module %s: %s%s" % (
-                getattr(error, "name", None) or self._name, escape(getattr(error, "msg", show_error(error))),
+                getattr(error, "name", None) or self._name, show_error(error),
                 "; install its whole standard library (Debian, Ubuntu: apt install python3), with OpenSSL "
                 "where it is built from source" if isinstance(error, ModuleNotFoundError) else "")) from error
         globals()[module.__name__] = module
@@ -1319,12 +1319,12 @@ class AuditLog:
 
 FIRST_BUFFER_BYTES = 64 * 1024
 LARGEST_BUFFER_BYTES = 768 * 1024
-TICK_SECONDS = 1
+TICK_SECONDS = 1  # after which whatever waits looks around
 QUIET_SECONDS = 2.0  # of the target, before a client's end of input is passed on
 FIRST_ASK_SECONDS = 0.05  # whether a client that has ended its input is gone; then ever less often
 LAST_ASK_SECONDS = 0.4
-DRAIN_SECONDS = 0.05
-STREAM_TICK_SECONDS = 0.2
+DRAIN_SECONDS = 0.05  # for the Node's end, before the worker goes on without its partner
+STREAM_TICK_SECONDS = 0.2  # of standard input and output, which have no time limit of their own
 LINGER_SECONDS = 10  # for the Node's answer to the end of a client that is gone
 STRUCT_LINGER = "ii" if os.name == "posix" else "HH"
 SILENCE = BlockingIOError if os.name == "posix" else TimeoutError  # of a call that has waited for a tick
@@ -1709,6 +1709,7 @@ def dial(route: "Tuple[int, Any]", is_needless: "Callable[[], bool]") -> "socket
     family, address = route
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
+        sock.setblocking(True)
         set_leg_options(sock)
         error, deadline = errno.EINPROGRESS, elapsed_seconds() + CONNECT_SECONDS
         while error in CONNECTING and elapsed_seconds() < deadline and not is_needless():
@@ -1732,8 +1733,8 @@ class Connection:
     def __init__(self, sock: "Any", on_end: "Callable[..., object]",
                  is_gone: "Callable[[], bool]" = lambda: False, address: "Any" = None,
                  wants_reason: bool = False) -> None:
+        sock.setblocking(True)  # whatever socket.setdefaulttimeout() was told
         if not (ON_LINUX and isinstance(address, tuple)):  # or it has what the listener has
-            sock.setblocking(True)
             set_leg_options(sock, isinstance(address, tuple))
         self.sock = sock
         self.is_gone = is_gone
@@ -1933,15 +1934,15 @@ class Worker:
 
     def _dial(self) -> "socket.socket":
         """A connection to the listener; PlexctlError says why there is none."""
-        former = None
+        has_moved = False
         while not self.check_over():
             route = self._route
             try:
                 remote = dial(route, self.check_over)
             except OSError as failure:
                 has_answer = self.ask()
-                if former is None and self._route != route:  # a new endpoint is tried once
-                    former = route
+                if self._sessions.is_stopped or not has_moved and self._route != route:
+                    has_moved = True  # a new endpoint is tried once
                     continue
                 if has_answer and self.why is None and isinstance(failure, ConnectionRefusedError):
                     self._note_refusal()
@@ -2793,16 +2794,19 @@ class Waker:
     """A socket that the main thread waits at, and that any other thread, or a signal, writes to."""
 
     def __init__(self) -> None:
+        self._is_awake = False
         self._watched, self.written = socket.socketpair()  # `written` is also for signal.set_wakeup_fd
         self._watched.setblocking(False)
         self.written.setblocking(False)
 
     def wake(self) -> None:
         """Ends the wait, or the next one."""
-        try:
-            self.written.send(b"\0")
-        except OSError:  # full, which wakes as well; or closed
-            pass
+        if not self._is_awake:  # were it full, Python 3.6 would complain of a signal on stderr
+            self._is_awake = True
+            try:
+                self.written.send(b"\0")
+            except OSError:  # closed
+                pass
 
     def wait(self, seconds: float) -> None:
         """Until somebody wakes it, for so long at most. Where waiting fails, what follows it must happen."""
@@ -2813,6 +2817,7 @@ class Waker:
             pass
         except OSError:
             time.sleep(min(seconds, FAILED_WAIT_SECONDS))
+        self._is_awake = False  # not before: recv would take the byte of a wake() in between
 
     def close(self) -> None:
         """Closes both sockets."""
@@ -3309,7 +3314,7 @@ class Run:
                 foreground.ignored = foreground.passed_on = ()
                 self.tell_systemd("STOPPING=1")
                 foreground.finish(forwarder.stop, CLOSE_SECONDS + 1)
-                total = describe_total(self.sessions.count(), began, "COMMAND ended")
+                total = describe_total(self.sessions.count(), began, "COMMAND ended" if program else "")
                 if forwarder.unidentified:
                     total += "; %d not served, closed before their owner could be asked for (unix: and " \
                              "--allow-other-users do not ask)" % forwarder.unidentified
@@ -3433,7 +3438,7 @@ def bind_for_a_moment(local: LocalAddress) -> int:
 def describe_total(counts: Counts, began: float, reason: str) -> str:
     """The line at the end; if a signal was the reason it is told, an error says its own."""
     error = sys.exc_info()[1]
-    if error is not None:
+    if isinstance(error, (Interrupted, PlexctlError)):
         reason = str(error) if isinstance(error, Interrupted) else ""
     return "%d connection%s, %s up, %s down, %s%s" % (
         counts.ended, "" if counts.ended == 1 else "s", show_bytes(counts.up),
@@ -3446,6 +3451,7 @@ __all__ = [  # what is stable for those who vendor this file
     "ApiError", "ControlPlane", "CredentialsError", "Endpoint", "Forwarder", "IssuedSession", "LocalAddress",
     "PlexctlError", "Secret", "Server", "Session", "SessionOver", "SessionRequest", "Sessions",
     "TransportError", "UsageError", "main", "parse_local_address", "parse_server"]
+
 
 def reserve_standard_descriptors() -> None:
     """Nothing that is opened later may become descriptor 0, 1 or 2 and be written to by mistake."""

@@ -5356,6 +5356,22 @@ def test_a_client_that_waits_has_not_left_because_nobody_could_look(monkeypatch,
         assert connection.has_left() is has_left
 
 
+def test_the_default_timeout_of_who_vendors_it_is_none_of_a_connection_s():
+    socket.setdefaulttimeout(0.3)
+    try:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(1)
+            with plexctl.dial((socket.AF_INET, listener.getsockname()), lambda: False) as remote:
+                client, address = listener.accept()
+                with client:
+                    assert remote.gettimeout() is None and client.gettimeout() is not None
+                    plexctl.Connection(client, lambda connection, error: None, address=address)
+                    assert client.gettimeout() is None
+    finally:
+        socket.setdefaulttimeout(None)
+
+
 def test_urgent_data_stays_in_the_stream_on_both_legs():
     def answer(connection, _target):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
@@ -5788,6 +5804,7 @@ def test_stop_ends_a_connection_that_is_still_being_dialled():
                 running.forwarder.stop()
                 assert time.monotonic() - began < 3
                 assert how_it_ends(client) == ("reset", b"")
+            assert running.lines == []  # which is no failure
 
 
 @READS_PROC
@@ -7583,6 +7600,17 @@ def test_a_library_user_s_own_handlers_stay(cli, simulation):
         assert seen == [mine] and signal.getsignal(signal.SIGUSR1) == mine
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_waker_that_is_awake_already_is_not_woken_again():
+    waker = plexctl.Waker()
+    for _ in range(2):
+        for _ in range(100000):
+            waker.wake()
+        assert unread(waker._watched.fileno()) == 1
+        waker.wait(10)
+        assert unread(waker._watched.fileno()) == 0
+    waker.close()
 
 
 def test_a_wake_during_another_one_s_end_is_not_the_last_one():
