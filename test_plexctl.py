@@ -1538,7 +1538,8 @@ class SideBySide:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session):
         option = self.config.option
-        groups = [list(group) for _, group in itertools.groupby(session.items, lambda item: item.originalname)]
+        by_function = itertools.groupby(session.items, lambda item: item.originalname)
+        groups = [list(items) for _, items in by_function]
         count = min(self.processes, len(groups))
         if count < 2 or option.usepdb or option.capture == "no" or option.collectonly or session.testsfailed \
                 or hasattr(self.config, "workerinput") \
@@ -1604,7 +1605,8 @@ class SideBySide:
 
     def pytest_runtest_logreport(self, report):
         if self.reports is not None:
-            self.reports.append(self.config.hook.pytest_report_to_serializable(config=self.config, report=report))
+            to_data = self.config.hook.pytest_report_to_serializable
+            self.reports.append(to_data(config=self.config, report=report))
 
 
 class Result(NamedTuple):
