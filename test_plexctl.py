@@ -1303,10 +1303,10 @@ def say(text=""):
     print(text, flush=True)
 
 
-def show_command(plane, args):
-    """Print a command line as an operator would type it."""
+def show_command(args):
+    """Print a command line as an operator would type it, whose TARGET is exported like ours."""
     line = " ".join(shlex.quote(arg) for arg in ["plexctl"] + args)
-    say("$ " + line.replace(plane.url, "${PLEXSPHERE_URL}").replace(sys.executable, "python3"))
+    say("$ " + line.replace(" ".join(REQUIRED_FLAGS), "$TARGET").replace(sys.executable, "python3"))
 
 
 def show_output(result):
@@ -1349,7 +1349,7 @@ def demonstrate_print(plane, common, scratch):
         say("\nPrint the coordinates as %s, %s:" % (output, words))
         plane.endpoint_on, plane.reads_before_endpoint = endpoint_on, 1
         args = common + ["--output", output]
-        show_command(plane, args)
+        show_command(args)
         result = run_plexctl(args, env=plane.environment(HOME=scratch))
         show_output(result)
         check(result.returncode == 0, "exit status %s" % result.returncode)
@@ -1364,7 +1364,7 @@ def demonstrate_reveal(plane, common, scratch):
     say("\nShow the session token too; the audit log has to have it on record first:")
     audit_log = os.path.join(scratch, "audit.log")
     args = common + ["--output", "json", "--reveal-secrets"]
-    show_command(plane, args)
+    show_command(args)
     result = run_plexctl(args, env=plane.environment(HOME=scratch, PLEXCTL_AUDIT_LOG=audit_log))
     show_output(result)
     check(result.returncode == 0, "exit status %s" % result.returncode)
@@ -1384,10 +1384,10 @@ def demonstrate_reveal(plane, common, scratch):
 def demonstrate_proxy(plane, common, scratch):
     """Bytes through --proxy, then Ctrl-C."""
     say("\nCarry 1 MiB to the echo target and back, with a half-close; then Ctrl-C:")
-    args = common + ["--output", "json", "--proxy"]
-    show_command(plane, args)
+    args = common + ["--proxy"]
+    show_command(args)
     with start_plexctl(args, env=plane.environment(HOME=scratch)) as process:
-        document = json.loads(process.ready())
+        document = parse_document(process.ready(2), "text")
         data = pattern(1 << 20)
         check(exchange(document["local_addr"], data) == data, "other bytes came back")
         check(plane.active()[-1:] == [document["session_id"]], "the session is not active")
@@ -1396,7 +1396,7 @@ def demonstrate_proxy(plane, common, scratch):
     show_output(result)
     check(result.returncode == -signal.SIGINT, "exit status %s, not by SIGINT" % result.returncode)
     check_streams(plane, result)
-    check_document(parse_document(result.stdout, "json"), plane.sessions[-1])
+    check_document(document, plane.sessions[-1])
     check(plane.revoked == [plane.issued[-1]], "the session was not revoked once")
     say("Byte for byte the same; ended by SIGINT; the session is revoked.")
 
@@ -1410,7 +1410,7 @@ def demonstrate_command(plane, common, scratch):
                's.sendall(b"hello, target"); s.shutdown(socket.SHUT_WR); '
                'print(s.makefile().read()); sys.exit(7)')
     args = common + ["--", sys.executable, "-c", program]
-    show_command(plane, args)
+    show_command(args)
     result = run_plexctl(args, env=plane.environment(HOME=scratch))
     show_output(result)
     check(result.returncode == 7, "exit status %s, not the command's" % result.returncode)
@@ -1425,9 +1425,10 @@ def demonstrate():
     try:
         with Simulation() as simulation, tempfile.TemporaryDirectory() as scratch:
             plane = simulation.plane
-            say("A control plane, a Node and an echo target are up on loopback.")
-            say("PLEXSPHERE_TOKEN is in plexctl's environment.")
-            common = ["tcp-forward", "--server", plane.url] + REQUIRED_FLAGS
+            say("A control plane, a Node and an echo target are up on loopback; PLEXSPHERE_URL and")
+            say("PLEXSPHERE_TOKEN are in plexctl's environment. What it is to reach:")
+            say('$ export TARGET="%s"' % " ".join(REQUIRED_FLAGS))
+            common = ["tcp-forward"] + REQUIRED_FLAGS
             demonstrate_print(plane, common, scratch)
             demonstrate_reveal(plane, common, scratch)
             demonstrate_proxy(plane, common, scratch)
@@ -1659,6 +1660,18 @@ def one_error_line(result, *words):
     for word in words:
         assert word in lines[0], lines[0]
     return lines[0]
+
+
+def eventually(predicate, seconds=10, state=lambda: ""):
+    """Wait until predicate() is true, and return it."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value = predicate()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError("not within %s s: %s" % (seconds, state()))
+        time.sleep(0.005)
 
 
 def forward_args(plane, *more):
@@ -4970,18 +4983,6 @@ KINDER = dict(kinder=True)
 WAYS = {"real": {}, "kinder": KINDER}
 
 
-def eventually(predicate, seconds=10, state=lambda: ""):
-    """Wait until predicate() is true, and return it."""
-    deadline = time.monotonic() + seconds
-    while True:
-        value = predicate()
-        if value:
-            return value
-        if time.monotonic() > deadline:
-            raise AssertionError("not within %s s: %s" % (seconds, state()))
-        time.sleep(0.005)
-
-
 def standstill(read, seconds=20, still=0.6):
     """Wait until a counter has not moved for `still` seconds; its value."""
     seen, since, deadline = read(), time.monotonic(), time.monotonic() + seconds
@@ -7310,14 +7311,6 @@ def ends_by(process, signum, seconds=3.0):
     return result
 
 
-def wait_until(predicate, seconds=10):
-    """Wait for something outside of the simulator; AssertionError if it does not come."""
-    deadline = time.monotonic() + seconds
-    while not predicate():
-        assert time.monotonic() < deadline, "not within %s s" % seconds
-        time.sleep(0.001)
-
-
 def unread(fd):
     """How many bytes wait in a pipe."""
     return struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, b"\0" * 4))[0]
@@ -7404,12 +7397,12 @@ def plexctl_while(state, tmp_path, make_pipe):
             plane.wait_for(lambda: [each for each in plane.requests if each.operation == "get"])
         elif state.startswith("reading"):
             (feed if state == "reading a FIFO" else writer).write(b"psk_")
-            wait_until(lambda: not unread(feed.fileno()))
+            eventually(lambda: not unread(feed.fileno()))
         elif state == "stdio":
             writer.write(b"hello")
             process.wait_for_output("hello")
         elif state == "stdout full":
-            wait_until(lambda: plane.issued)
+            eventually(lambda: plane.issued)
         else:
             address = proxy_address(process)
             if state == "4 carried and 20 waiting":
@@ -7449,7 +7442,7 @@ def test_a_second_signal_does_not_wait_for_a_server_that_hangs(simulation, at_on
         proxy_address(process)
         process.send_signal(signal.SIGINT)
         if at_once:  # the first one is seen, but nothing is revoked yet
-            wait_until(lambda: not pending_signals(process.pid))
+            eventually(lambda: not pending_signals(process.pid))
         else:
             simulation.plane.wait_for(lambda: revoke_requests(simulation.plane))
         process.send_signal(signal.SIGINT)
@@ -7643,7 +7636,7 @@ def test_a_third_signal_ends_it_at_once(simulation):
         began = time.monotonic()
         for signum in (signal.SIGINT, signal.SIGQUIT):
             process.send_signal(signum)
-            wait_until(lambda: process.poll() is not None or not pending_signals(process.pid))
+            eventually(lambda: process.poll() is not None or not pending_signals(process.pid))
         result = process.finish(5)
         took = time.monotonic() - began
     assert -result.returncode in (signal.SIGINT, signal.SIGQUIT), process.describe()
@@ -8060,7 +8053,7 @@ def test_a_signal_ends_the_wait_for_a_slow_target_after_command(simulation):
         flags = ["--allow-other-users", "--", sys.executable, "-c", program, 1 << 20]
         with start(simulation, *flags) as process:
             command_pid = int(process.ready())
-            wait_until(lambda: not is_there(command_pid))
+            eventually(lambda: not is_there(command_pid))
             process.send_signal(signal.SIGTERM)
             assert process.finish(4).returncode in (0, 128 + signal.SIGTERM, -signal.SIGTERM)
         revoked_once(simulation.plane)
@@ -8423,7 +8416,7 @@ def test_the_status_flags_of_stdin_and_stdout_are_left_alone(simulation, make_pi
         simulation.target.wait_for(lambda: simulation.target.accepted)  # both pipes stay empty till here
         reading.start()
         in_writer.write(data[:1000])
-        wait_until(lambda: len(received) == 1000)
+        eventually(lambda: len(received) == 1000)
         for number in (0, 1):
             with open("/proc/%d/fdinfo/%d" % (process.pid, number)) as stream:
                 flags = int(re.search(r"flags:\s*([0-7]+)", stream.read()).group(1), 8)
@@ -8489,7 +8482,7 @@ def test_stdio_takes_no_reset_for_a_clean_end(make_pipe):
             start(simulation, "--stdio", stdin=zeros, stdout=writer) as process:
         writer.close()
         assert answered.wait(20)
-        wait_until(lambda: unread(reader.fileno()))  # and stays unread while the reset arrives
+        eventually(lambda: unread(reader.fileno()))  # and stays unread while the reset arrives
         go.set()
         assert gone.wait(20)
         session = simulation.plane.issued[0]
@@ -8603,7 +8596,7 @@ def terminal():
                 return not select.select([master], [], [], 0)[0]
 
         def read():
-            wait_until(all_is_seen)
+            eventually(all_is_seen)
             SEEN.append(("err", seen.decode("latin-1")))
             return seen.decode("latin-1")
 
@@ -8962,7 +8955,7 @@ def serving(command, port, **popen):
             with contextlib.suppress(OSError):
                 socket.create_connection(("127.0.0.1", port), 5).close()
                 return True
-        wait_until(accepts, 30)
+        eventually(accepts, 30)
         yield "127.0.0.1", port
         server.terminate()
         server.finish()
@@ -9026,7 +9019,7 @@ class Conversation:
             position = self.screen.seen.find(words.encode(), self.read)
             return position >= 0 and position + 1
         with contextlib.suppress(AssertionError):
-            wait_until(lambda: find() or self.process.poll() is not None, seconds)
+            eventually(lambda: find() or self.process.poll() is not None, seconds)
         self.read = find()
         assert self.read, "no %r: %s, %r" % (words, self.process.describe(), self.screen.read())
 
@@ -9122,7 +9115,7 @@ def test_psql_cancels_a_query_and_goes_on(postgres, terminal, way, late):
     with conversation(postgres, terminal, way, 2, lambda *to: psql_to(*to + ("-n",))) as psql:
         for _ in range(2):
             psql.type("select pg_sleep(30);\n")
-            wait_until(sleeps, 20)
+            eventually(sleeps, 20)
             psql.type("\x03")
             psql.expect("canceling statement")
             psql.type("select 6*7;\n")
@@ -9211,7 +9204,7 @@ def test_mariadb_kills_a_query_and_goes_on(far, mariadb_server, terminal, way):
         mariadb.expect("> ")
         for _ in range(2):
             mariadb.type("select sleep(30);\n")
-            wait_until(sleeps, 20)
+            eventually(sleeps, 20)
             mariadb.type("\x03")
             mariadb.expect("query killed")
             mariadb.type("select 6*7;\n")
@@ -9414,6 +9407,18 @@ def test_the_published_examples_work_word_for_word(simulation, tmp_path, line):
     assert simulation.plane.revoked == []
 
 
+@pytest.mark.once
+def test_the_demonstration_prints_what_the_readme_shows():
+    def alike(text):  # but for ids, times, ports and seconds
+        return re.sub("[0-9a-f-]{36}|20[0-9TZ:-]{18}|(?<=127[.]0[.]0[.]1:)[0-9]+|[0-9]+s", "#", text)
+    with Process([sys.executable, os.path.join(HERE, "test_plexctl.py")], env=clean_environment()) as process:
+        result = process.finish(60)
+    del SEEN[:]  # it shows a session token, as it was asked to
+    assert result.returncode == 0 and BEARER not in result.stdout + result.stderr, process.describe()
+    command, shown = code_blocks(readme().partition("\n## ")[0])[-1].split("\n", 1)
+    assert command.startswith("python3 test_plexctl.py  # ") and alike(shown) in alike(result.stdout)
+
+
 def test_the_readme_names_every_flag_and_only_these():
     flags = set(plexctl.FLAGS) | {"--version", "--help"}
     assert flags == set(re.findall(r"(?m)^  (?:-\w, )?(--[\w-]+)", plexctl.DESCRIPTION))
@@ -9482,7 +9487,7 @@ def recipe_blocks(name):
 
 
 def test_every_recipe_is_run_by_a_test():
-    names = set(re.findall("(?m)^### (.*)$", readme())) - {"The session token"}  # a published example
+    names = set(re.findall("(?m)^### (.*)$", readme())) - {"Print mode, and the session token"}  # published
     tests = {name for name in globals() if name.startswith("test_the_recipe_called_")}
     assert {"test_the_recipe_called_" + name.lower().replace(" ", "_") for name in names} == tests
 
