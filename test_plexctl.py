@@ -2280,6 +2280,13 @@ def test_the_token_of_a_profile_goes_to_no_other_server(tmp_path, server, profil
     assert resolve(tmp_path, server, profile, "", environ) == 3
 
 
+def test_a_config_file_without_a_default_profile_gives_nothing(cli, tmp_path):
+    environ = write_config(tmp_path, {"profiles": PROFILES["profiles"]})
+    result = cli(["tcp-forward"] + REQUIRED_FLAGS, environ)
+    assert result.status == 2
+    one_error_line(result, "no server: ")
+
+
 def test_a_profile_token_for_another_server_is_refused_with_the_reason(cli, simulation, tmp_path):
     entry = {"server": "https://prod.example", "token": BEARER}
     environ = write_config(tmp_path, {"profiles": {"prod": entry}})
@@ -2426,6 +2433,13 @@ def test_a_token_file_that_is_no_file_exits_3_and_does_not_block(simulation, tmp
     result = run_redirected("", args, {"PLEXSPHERE_TOKEN": BEARER})
     assert result.status == 3 and simulation.plane.requests == []
     one_error_line(result, "--token-file")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="a file that opens and cannot be read")
+def test_a_token_file_that_cannot_be_read_says_why(cli, simulation):
+    result = cli(forward_args(simulation.plane, "--token-file", "/proc/self/mem"))
+    assert result.status == 3 and simulation.plane.requests == []
+    one_error_line(result, "--token-file /proc/self/mem: cannot be read: ")
 
 
 def test_a_link_counts_as_what_it_leads_to(cli, simulation, tmp_path):
@@ -3068,6 +3082,13 @@ def is_audit_error(result, plane):
     assert re.match(r"plexctl: error: audit log (/|\\)", one_error_line(result))
     assert not plane.active()
     return True
+
+
+def test_without_a_home_for_the_audit_log_nothing_is_issued(cli, simulation):
+    environ = simulation.plane.environment(HOME="no/absolute/path")
+    result = cli(forward_args(simulation.plane, "--reveal-secrets"), environ)
+    assert result.status == 1 and simulation.plane.requests == []
+    one_error_line(result, "audit log: ", "PLEXCTL_AUDIT_LOG")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX files")
