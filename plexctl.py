@@ -732,7 +732,8 @@ def resolve_credentials(server_flag: "Optional[str]", profile_flag: "Optional[st
 
     if token_file:
         # one that does not exist is not shown: it may be the token itself
-        source = "--token-file " + escape(token_file) if os.path.lexists(token_file) else "--token-file"
+        is_known = token_file == "-" or os.path.lexists(token_file)
+        source = "--token-file " + escape(token_file) if is_known else "--token-file"
         return server, parse_token(read_secret_file(token_file, source), source)
     if variable and not named.token:
         return server, parse_token(variable.encode("utf-8", "surrogateescape"), "PLEXSPHERE_TOKEN")
@@ -1163,8 +1164,10 @@ class ControlPlane:
         if 300 <= answer.status < 400:
             location = escape(conceal(answer.headers.get("Location", ""), self._secrets))
             return "; a redirect is never followed" + (": " + location if location else "")
-        if answer.status == 404:
+        if answer.status in (404, 405, 501):
             return "; check --project-id, --resource-id and the server's URL"
+        if answer.status in SUCCESS:
+            return "; is that the API?"
         advice = ""
         if answer.status in (401, 403) and self._token_source:
             advice = "; the token is from " + self._token_source
@@ -1871,8 +1874,8 @@ class Worker:
             if sessions.plane.cancel.wait(max(0.0, min(pause, deadline - elapsed_seconds()))):
                 raise Cancelled("interrupted")
             pause = min(pause * 1.5, POLL_MAX_SECONDS)
-        raise EndpointMissing("the Node reported no listener endpoint within %s; is it up? "
-                              "(--wait-seconds)" % limit)
+        raise EndpointMissing("the Node reported no listener endpoint within %s; is it up, "
+                              "with fewer than ten sessions? (--wait-seconds)" % limit)
 
     def _move(self, endpoint: Endpoint) -> None:
         """Looks the endpoint's name up once; what it leads to is judged like the endpoint itself."""
@@ -1921,7 +1924,9 @@ class Worker:
             return Cancelled("interrupted")
         if self.why is not None:
             return self.why
-        if relay.remote_ended_first and not relay.down.moved and seconds < UNREACHABLE_SECONDS:
+        # psql's Ctrl-C gets no answer either, but comes beside a connection that has had one
+        if relay.remote_ended_first and not relay.down.moved and seconds < UNREACHABLE_SECONDS \
+                and not self._sessions.is_answering():
             return PlexctlError(
                 "the Node ended the connection at once and nothing came back: nothing listens at %s, or "
                 "the Node cannot reach it (--host and --port are as the Node sees them)"
@@ -2122,6 +2127,11 @@ class Sessions:
             if any(relay.client_is_gone and not relay.is_closed for relay in self._relays):
                 return True
         return any(connection.is_gone() for connection in connections)
+
+    def is_answering(self) -> bool:
+        """Whether the target has sent something to a connection that is open."""
+        with self.lock:
+            return any(relay.down.moved and not relay.is_closed for relay in self._relays)
 
     def say(self, line: str, *words: "Any") -> None:
         """A line for who wants to know more."""
@@ -2964,39 +2974,42 @@ class Foreground:
 # ---------------------------------------------------------------------------------- command line
 
 DESCRIPTION = """\
-usage: plexctl [flags] tcp-forward --project-id UUID --resource-id UUID --host HOST --port PORT
-               [flags] [--proxy | --stdio | -- COMMAND [ARG ...]]
+usage: plexctl [flags] tcp-forward --project-id UUID --resource-id UUID
+               --host HOST --port PORT [flags]
+               [--proxy | --stdio | -- COMMAND [ARG ...]]
 
-Issues a one-time mediated session to a TCP target behind a Node, and prints the local address and
-the listener endpoint. With --proxy, --stdio or -- COMMAND it also carries the bytes, and revokes
-the session at the end.
+Issues a one-time mediated session to a TCP target behind a Node, and prints
+the local address and the listener endpoint. With --proxy, --stdio or
+-- COMMAND it also carries the bytes, and revokes the session at the end.
 
 what to reach:
   --project-id UUID     owning Project (required)
   --resource-id UUID    target Resource (required)
   --host HOST           target host the tunnel forwards to (required)
   --port PORT           target port, 1 to 65535 (required)
-  --local-addr ADDR     local address: 127.0.0.1:0 (default), [::1]:0, unix:/path
+  --local-addr ADDR     127.0.0.1:0 (default), [::1]:0, unix:/path
   --ttl-seconds N       requested lifetime; 0: the server's default
   --reveal-secrets      print the session token to stderr; audit-logged
 
 how:
-  --proxy               carry connections until the session ends or a signal comes
-  --stdio               carry one connection over stdin and stdout (ssh's ProxyCommand)
-  -- COMMAND [ARG ...]  carry connections while COMMAND runs, exit with its status; {host}, {port}
-                        and {addr} in its arguments, PLEXCTL_LOCAL_HOST, _PORT and _ADDR in its
-                        environment say where
-  --wait-seconds N      how long to wait for the Node to report its listener (default 90)
-  --max-sessions N      sessions the proxy may hold at once, 1 to 32 (default 4): one a connection
-  --min-sessions N      how many of them are issued at the start and kept ready (default 1)
-  --renew               issue a new session when one has run out, instead of ending
+  --proxy               carry connections until the session or a signal ends it
+  --stdio               carry one connection over stdin and stdout (for ssh's
+                        ProxyCommand)
+  -- COMMAND [ARG ...]  carry connections while COMMAND runs, exit with its
+                        status; {host}, {port}, {addr} in its arguments and
+                        PLEXCTL_LOCAL_HOST, _PORT, _ADDR in its environment
+  --wait-seconds N      for the Node to report its listener (default 90)
+  --max-sessions N      at once, 1 to 32 (default 4): one a connection
+  --min-sessions N      issued at the start and kept ready (default 1)
+  --renew               replace a session that has run out, instead of ending
   --keep-session        do not revoke on exit
   --allow-other-users   let other local users use the local port
 
 persistent flags, before or after the command:
   --server URL          control plane (or PLEXSPHERE_URL, or a profile)
   --profile NAME        profile of ~/.config/plexctl/config.json
-  --token-file PATH     bearer token, mode 0600; - is stdin (or PLEXSPHERE_TOKEN, or a profile)
+  --token-file PATH     bearer token, mode 0600; - is stdin (or
+                        PLEXSPHERE_TOKEN, or a profile)
   --output FORMAT       text (default), json or yaml
   --ca-file PATH        PEM bundle instead of the system's trust
   --allow-http          permit a plain-http server that is not loopback
@@ -3005,7 +3018,8 @@ persistent flags, before or after the command:
   --version             print the version and the SHA-256 of this file
   -h, --help            print this
 
-exit codes: 0 done, 1 failure, 2 usage, 3 credentials, 4 forbidden, 77 ReBAC denial, COMMAND's own
+exit codes: 0 done, 1 failure, 2 usage, 3 credentials, 4 forbidden,
+77 ReBAC denial, COMMAND's own
 """
 
 
@@ -3083,7 +3097,7 @@ def check_words(words: "Sequence[str]") -> "Tuple[str, List[str]]":
         takes_value = not equals and FLAGS[flag][0] is not parse_switch
         flags += [flag + (equals + value if equals or takes_value else "=true")] * times
     if known is not FLAGS:
-        raise UsageError("no such command; the one there is: tcp-forward")
+        raise UsageError("the command must be tcp-forward")
     return "", flags
 
 
