@@ -2998,9 +2998,9 @@ how:
   -- COMMAND [ARG ...]  carry connections while COMMAND runs, exit with its
                         status; {host}, {port}, {addr} in its arguments and
                         PLEXCTL_LOCAL_HOST, _PORT, _ADDR in its environment
-  --wait-seconds N      for the Node to report its listener (default 90)
-  --max-sessions N      at once, 1 to 32 (default 4): one a connection
-  --min-sessions N      issued at the start and kept ready (default 1)
+  --wait-seconds N      how long to wait for the Node's listener (default 90)
+  --max-sessions N      sessions at once, 1 to 32 (default 4): one a connection
+  --min-sessions N      how many are issued at the start and kept (default 1)
   --renew               replace a session that has run out, instead of ending
   --keep-session        do not revoke on exit
   --allow-other-users   let other local users use the local port
