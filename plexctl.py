@@ -1786,12 +1786,11 @@ class Worker:
     """
 
     def __init__(self, sessions: "Sessions") -> None:
-        self.session_id = ""
+        self.session_id = ""  # until it is issued
         self.issued: "Optional[IssuedSession]" = None
         self.endpoint: "Optional[Endpoint]" = None
         self.expires_on = float("inf")
         self.why: "Optional[PlexctlError]" = None
-        self.is_issuing = True
         self.is_ready = False
         self.is_ending = False
         self.has_carried = False
@@ -1823,7 +1822,6 @@ class Worker:
         except Exception as error:  # no memory or descriptors, or a defect
             self.why = PlexctlError("a session was given up after %s" % show_error(error))
         finally:
-            self.is_issuing = False
             sessions.dismiss(self)
             if self._partner is not None:
                 self._partner.do(None)
@@ -1840,13 +1838,8 @@ class Worker:
     def _issue(self) -> Endpoint:
         """Issues the session and waits until its Node has reported the listener."""
         sessions = self._sessions
-
-        def owe(session_id: str) -> None:
-            self.session_id = session_id
-            sessions.owe(session_id)
-
-        issued = self.issued = sessions.plane.issue(sessions.next_request(), owe)
-        self.is_issuing = False
+        issued = self.issued = sessions.plane.issue(
+            sessions.next_request(), lambda session_id: sessions.owe(self, session_id))
         self.expires_on = issued.issued_on + issued.lifetime_seconds
         if issued.session.status != "active" or issued.lifetime_seconds <= 0:
             raise SessionOver("the session was over when it arrived")
@@ -2155,9 +2148,10 @@ class Sessions:
         return SessionRequest(asked.project_id, asked.resource_id, asked.host, asked.port,
                               min(asked.ttl_seconds or left, left))
 
-    def owe(self, session_id: str) -> None:
+    def owe(self, worker: Worker, session_id: str) -> None:
         """There is a session of this id, to be revoked whatever follows."""
         with self._changed:
+            worker.session_id = session_id
             self._owed[session_id] = False
             self._changed.notify_all()  # leave() may be waiting for it
 
@@ -2362,7 +2356,7 @@ class Sessions:
             with self._changed:
                 due = [session_id for session_id in self._owed if self._claim(session_id)]
                 if not due:
-                    if not any(self._owed.values()) and not any(each.is_issuing for each in self._workers):
+                    if not any(self._owed.values()) and all(each.session_id for each in self._workers):
                         return
                     self._changed.wait(max(0.0, min(TICK_SECONDS, deadline - elapsed_seconds())))
             for session_id in due:
@@ -2372,7 +2366,7 @@ class Sessions:
     def left_behind(self) -> "List[str]":
         """What `leave` could not settle, in words."""
         with self.lock:
-            if any(worker.is_issuing for worker in self._workers):
+            if not all(worker.session_id for worker in self._workers):
                 return ["a session may have been issued, it will run out by itself"]
             return ["session %s is not revoked, it will run out by itself" % session_id
                     for session_id, begun in self._owed.items() if begun or not self._keep]
