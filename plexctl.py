@@ -1887,7 +1887,9 @@ class Worker:
         """One connection, from the dial to its end."""
         sessions = self._sessions
         try:
-            partner = self._find_partner()
+            if not self._partner.is_free.is_set():  # it still drains what comes for a client that is gone
+                self._partner.do(None)
+                self._partner = Partner()
             remote = self._dial()
         except PlexctlError as error:
             if not sessions.put_back(self):
@@ -1895,21 +1897,13 @@ class Worker:
             return
         dialled_on = elapsed_seconds()
         sessions.say("connection from %s to %s", connection, self.endpoint)
-        relay = connection.relay = Relay(connection.sock, remote, self._buffer, partner,
+        relay = connection.relay = Relay(connection.sock, remote, self._buffer, self._partner,
                                          connection.is_gone, self.ask_in_thread)
         sessions.add_relay(relay)
         relay.carry()
         if relay.remote_ended_first and (connection.wants_reason or not relay.down.moved):
             self.ask()
         sessions.end(self, self._judge(relay, elapsed_seconds() - dialled_on))
-
-    def _find_partner(self) -> Partner:
-        """The partner, or another one if it still drains what comes for a client that is gone."""
-        if not self._partner.is_free.is_set():
-            successor = Partner()
-            self._partner.do(None)
-            self._partner = successor
-        return self._partner  # type: ignore[no-any-return]
 
     def _judge(self, relay: Relay, seconds: float) -> "Optional[PlexctlError]":
         """What there is to say of a connection that was carried; None where it went well."""
