@@ -2063,22 +2063,18 @@ class Sessions:
     def tick(self) -> None:
         """To be called several times a second: who has left, who has waited for long, whose time is up."""
         now = elapsed_seconds()
-        leavers = []
         with self.lock:
             if now >= self._sweep_on:
-                leavers = [connection for connection in self._queue if connection.has_left()]
-                for connection in leavers:
+                for connection in [each for each in self._queue if each.has_left()]:
                     self._queue.remove(connection)
+                    connection.end(Cancelled("the client has left"))
                 self._sweep_on = now + 10 * (elapsed_seconds() - now)  # however long the queue
             if self._is_time_up(now):
                 self.over = self.over or SessionOver("the session expired")
             self._grow(now)
-            over = [each.connection for each in self._workers if each.connection and each.check_over()]
-        for connection in leavers:
-            connection.end(Cancelled("the client has left"))
-        for connection in over:
-            if connection.relay is not None:
-                connection.relay.stop()
+            for each in self._workers:
+                if each.connection and each.check_over() and each.connection.relay:
+                    each.connection.relay.stop()
         lifetime = self.first.issued.lifetime_seconds if self.first and self.first.issued else 0.0
         left_seconds = self.seconds_left()
         for threshold in () if self._renew else reversed(WARN_LEFT_SECONDS):
@@ -2225,17 +2221,14 @@ class Sessions:
         """A worker's last act: what follows from its end, and the revocation."""
         if worker.connection is not None:
             self.end(worker, worker.why or Cancelled("interrupted"))
-        turned_away: "List[Connection]" = []
         with self._changed:
             worker.is_ending = True
             if worker.why and not self.over and not self.is_stopped:
-                turned_away = self._follow(worker, worker.why)
+                self._follow(worker, worker.why)
             elif worker.why and worker.why.may_exist:  # whoever asked for it does not listen any more
                 self.report("warning: session unknown: %s" % worker.why)
             is_due = self._claim(worker.session_id)
             self._changed.notify_all()
-        for connection in turned_away:
-            connection.end(worker.why)
         if is_due:
             self._revoke(worker.session_id)
         with self._changed:
@@ -2291,8 +2284,8 @@ class Sessions:
         for _ in range(wanted if self._renew or self.first.expires_on - now >= 1 else 0):
             self._start_worker()
 
-    def _follow(self, worker: Worker, why: PlexctlError) -> "List[Connection]":
-        """With the lock held: what one's end means for the others. Returns whom to turn away."""
+    def _follow(self, worker: Worker, why: PlexctlError) -> None:
+        """With the lock held: what one's end means for the others, and for those who wait."""
         others = sum(not each.is_ending for each in self._workers)
         refused = isinstance(why, ApiError) and why.status < 500
         if isinstance(why, SessionRevoked) or self._is_time_up(elapsed_seconds()) or not others and (
@@ -2307,11 +2300,8 @@ class Sessions:
         else:
             self._retry_on = elapsed_seconds() + RETRY_SECONDS
             self.tell_once("warning: no further session for now: %s" % why)
-        if others or self.over or worker.is_ready:
-            return []
-        turned_away = list(self._queue)
-        self._queue.clear()
-        return turned_away
+        while self._queue and not (others or self.over or worker.is_ready):
+            self._queue.popleft().end(why)
 
     # Leaving
 
