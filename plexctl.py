@@ -2316,21 +2316,18 @@ class Sessions:
             if self.is_stopped:
                 return
             self.is_stopped = True
-            dropped = list(self._queue)
-            self._queue.clear()
+            self.plane.cancel.set()
+            while self._queue:
+                self._queue.popleft().end(Cancelled("interrupted"))
+            for relay in self._relays:
+                relay.stop()
             for worker in self._workers:
                 worker.turn.notify()
             self._changed.notify_all()
-            relays = list(self._relays)
-        self.plane.cancel.set()
-        for relay in relays:
-            relay.stop()
-        with self._changed:
             while self._list_carried() and elapsed_seconds() < deadline:
                 self._changed.wait(max(0.0, deadline - elapsed_seconds()))
-            dropped += self._list_carried()
-        for connection in dropped:
-            connection.end(Cancelled("interrupted"))
+            for connection in self._list_carried():
+                connection.end(Cancelled("interrupted"))
 
     def leave(self, seconds: float = LEAVE_SECONDS) -> None:
         """Revokes what is owed, also what is just being issued; returns after `seconds` at most."""
