@@ -2362,25 +2362,20 @@ class Sessions:
     def _revoke(self, session_id: str) -> None:
         """A failure that may pass is tried again."""
         self.say("session %s given back", session_id)
-        deadline, is_over = elapsed_seconds() + LEAVE_SECONDS, False
-        try:
-            while not is_over:
-                try:
-                    self.plane.revoke(self.request.project_id, session_id,
-                                      max(0.5, deadline - elapsed_seconds()))
-                    is_over = True
-                except PlexctlError as error:
-                    is_over = not error.passing or elapsed_seconds() + POLL_MIN_SECONDS > deadline
-                    if is_over:
-                        self.report("warning: session %s is not revoked, it will run out by itself: %s"
-                                    % (session_id, error))
-                    else:
-                        time.sleep(POLL_MIN_SECONDS)
-        finally:
-            with self._changed:
-                if is_over:
-                    del self._owed[session_id]
-                self._changed.notify_all()
+        deadline = elapsed_seconds() + LEAVE_SECONDS
+        while True:
+            try:
+                self.plane.revoke(self.request.project_id, session_id, max(0.5, deadline - elapsed_seconds()))
+                break
+            except PlexctlError as error:
+                if not error.passing or elapsed_seconds() + POLL_MIN_SECONDS > deadline:
+                    self.report("warning: session %s is not revoked, it will run out by itself: %s"
+                                % (session_id, error))
+                    break
+            time.sleep(POLL_MIN_SECONDS)
+        with self._changed:
+            del self._owed[session_id]
+            self._changed.notify_all()
 
 
 # ------------------------------------------------------------------------------------- forwarder
