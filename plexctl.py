@@ -3138,13 +3138,6 @@ def check_together(options: "argparse.Namespace") -> None:
     options.local_addr = options.local_addr or LocalAddress("127.0.0.1", 0)
 
 
-def notify_systemd(state: str, environ: "Mapping[str, str]") -> None:
-    """sd_notify(3), for units of Type=notify; OSError where it does not arrive."""
-    path = environ.get("NOTIFY_SOCKET", "")
-    if path[:1] in ("/", "@") and hasattr(socket, "AF_UNIX"):
-        send_record("\0" + path[1:] if path[0] == "@" else path, state.encode("ascii"), NOTIFY_SECONDS)
-
-
 def is_executable(path: str) -> bool:
     """False for a script that names no interpreter, or one that is not there."""
     try:
@@ -3183,8 +3176,6 @@ class Run:
         if options.mode == "--stdio" and not options.verbose:  # ssh's terminal may be in raw mode
             self.report = lambda line: (
                 foreground.report(line) if line.startswith("warning: session ") else None)
-        self.told_systemd = ""
-        self.tell_systemd_on = 0.0
 
     def execute(self) -> int:
         """The exit code. PlexctlError and Interrupted leave no session behind either."""
@@ -3281,6 +3272,7 @@ class Run:
         with Forwarder(options.local_addr, self.sessions, options.allow_other_users) as forwarder:
             forwarder.start()  # connections may come, and wait
             worker = self.establish()
+            told, tell_on = "", 0.0
             try:
                 load_modules()
                 self.tell_systemd("READY=1")
@@ -3292,7 +3284,8 @@ class Run:
                     self.watch_sessions()
                     words = self.describe_now(forwarder)
                     foreground.messages.show(words)
-                    if elapsed_seconds() >= self.tell_systemd_on:
+                    if words != told and elapsed_seconds() >= tell_on:
+                        told, tell_on = words, elapsed_seconds() + STATUS_SECONDS
                         self.tell_systemd("STATUS=" + words)
             finally:
                 foreground.ignored = foreground.passed_on = ()
@@ -3322,14 +3315,11 @@ class Run:
             show_bytes(counts.down), forwarder.local, target)
 
     def tell_systemd(self, state: str) -> None:
-        """Once for each state; one that cannot be told is a warning."""
-        if state == self.told_systemd:
-            return
-        self.told_systemd = state
-        if state != "READY=1":
-            self.tell_systemd_on = elapsed_seconds() + STATUS_SECONDS
+        """sd_notify(3), for units of Type=notify; a state that cannot be told is a warning."""
+        path = self.environ.get("NOTIFY_SOCKET", "")
         try:
-            notify_systemd(state, self.environ)
+            if path[:1] in ("/", "@") and hasattr(socket, "AF_UNIX"):
+                send_record("\0" + path[1:] if path[0] == "@" else path, state.encode(), NOTIFY_SECONDS)
         except (OSError, ValueError) as error:
             self.sessions.tell_once("warning: NOTIFY_SOCKET: systemd was not told: %s" % show_error(error))
 
