@@ -2538,8 +2538,7 @@ class Forwarder:
     def __init__(self, local: LocalAddress, sessions: Sessions, allow_other_users: bool = False) -> None:
         self.unidentified = 0  # connections not served, since their clients had gone already
         self._sessions = sessions
-        self._thread: "Optional[threading.Thread]" = None
-        self._is_stopping = False
+        self._is_accepting = False
         self._tick_on = 0.0
         self._capacity = count_capacity()
         server = self._server = create_listener(local)
@@ -2567,12 +2566,10 @@ class Forwarder:
 
     def start(self) -> None:
         """Accepts from now on, in a thread; PlexctlError where there is none."""
-        self._thread = threading.Thread(target=self._accept, daemon=True)
-        try:
-            self._thread.start()
-        except RuntimeError:
-            self._thread = None
-            raise PlexctlError("cannot start a thread to accept connections (ulimit -u)") from None
+        self._is_accepting = True
+        if not start_thread(self._accept):
+            self._is_accepting = False
+            raise PlexctlError("cannot start a thread to accept connections (ulimit -u)")
 
     def accept_rest(self) -> None:
         """Accepts the connections that wait already, and no more."""
@@ -2676,15 +2673,13 @@ class Forwarder:
             except Exception as error:  # of its waiting itself
                 self.warn_once("cannot accept connections for now: %s" % show_error(error))
                 time.sleep(PAUSE_SECONDS)
-            if self._is_stopping:
+            if not self._is_accepting:
                 return
 
     def _stop_accepting(self) -> None:
-        self._is_stopping = True
-        thread, self._thread = self._thread, None
-        if thread is not None:
+        if self._is_accepting:
+            self._is_accepting = False
             self._server.shutdown()  # which waits for serve_forever; _accept always comes to it
-            thread.join(CLOSE_SECONDS)
 
     def _end(self, connection: Connection, error: "Optional[PlexctlError]") -> None:
         relay = connection.relay

@@ -5052,8 +5052,8 @@ def using_sessions(plane, local="127.0.0.1:0", start=True, establish=True, allow
             if establish:
                 sessions.establish()
             yield running
-            thread = forwarder._thread
-            assert thread is None or thread.is_alive(), lines
+            assert not forwarder._is_accepting or any(
+                getattr(each, "_target", None) == forwarder._accept for each in threading.enumerate()), lines
         finally:
             done.set()
             forwarder.stop()
