@@ -3228,7 +3228,13 @@ class Run:
         """Print mode: nothing is bound for longer than a moment, nothing dialled or revoked."""
         local = self.options.local_addr
         if not local.port:
-            local = LocalAddress(local.host, bind_for_a_moment(local))
+            try:
+                with socket.socket(socket.AF_INET6 if ":" in local.host else socket.AF_INET) as sock:
+                    sock.bind((local.host, 0))
+                    local = LocalAddress(local.host, sock.getsockname()[1])
+            except OSError as error:
+                raise PlexctlError("--local-addr %s: cannot be bound: %s"
+                                   % (local, show_error(error))) from error
         self.print_document(local, self.establish())
         self.sessions.keep()
         return EXIT_OK
@@ -3392,16 +3398,6 @@ class Run:
 
         start_thread(await_end)  # else run_command sees it at its next turn
         return child
-
-
-def bind_for_a_moment(local: LocalAddress) -> int:
-    """A port that is free now."""
-    try:
-        with socket.socket(socket.AF_INET6 if ":" in local.host else socket.AF_INET) as sock:
-            sock.bind((local.host, 0))
-            return int(sock.getsockname()[1])
-    except OSError as error:
-        raise PlexctlError("--local-addr %s: cannot be bound: %s" % (local, show_error(error))) from error
 
 
 def describe_total(counts: Counts, began: float, reason: str) -> str:
