@@ -2511,20 +2511,11 @@ def create_listener(local: LocalAddress) -> "Any":
                            % (escape(str(local)), show_error(error))) from error
 
 
-def count_capacity(raise_limit: bool = False) -> int:
-    """How many descriptors connections may take, so that some are left for everything else.
-
-    `raise_limit` first raises the soft limit of the process to the hard one.
-    """
+def count_capacity() -> int:
+    """How many descriptors connections may take, so that some are left for everything else."""
     if not ON_LINUX:  # select() takes no more
         return 400
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if raise_limit:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-            soft = hard
-        except (OSError, ValueError):
-            pass
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return 1 << 30 if soft == resource.RLIM_INFINITY else max(2, soft - RESERVED_DESCRIPTORS)
 
 
@@ -2590,7 +2581,13 @@ class Forwarder:
 
     def raise_limit(self) -> None:
         """Raises the process's limit of descriptors, and takes as many connections as that allows."""
-        self._capacity = count_capacity(raise_limit=True)
+        if ON_LINUX:
+            try:
+                hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+                resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            except (OSError, ValueError):
+                pass
+        self._capacity = count_capacity()
 
     # What the listener calls, in its thread
 
