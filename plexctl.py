@@ -2855,7 +2855,7 @@ class Foreground:
     """The main thread: it waits for signals and for other threads, and writes their messages.
 
     A signal's whole life is here: `handle` hears it, `wait` raises it as Interrupted (`finish`
-    only hurries), and an `ignored` one is nobody's. `signals` holds those that were heard.
+    only hurries), and an `ignored` one is nobody's. `signals` holds those that were heard and not raised yet.
     """
 
     def __init__(self, stream: "Optional[IO[str]]", live: bool) -> None:
@@ -2865,7 +2865,6 @@ class Foreground:
         self.signals: "List[int]" = []
         self.ignored: "Tuple[int, ...]" = ()
         self.passed_on: "Tuple[int, ...]" = ()  # they do not count: COMMAND's to act on
-        self._raised = 0
         self._asked = 0  # signals that asked for the end
         self._is_finishing = False
 
@@ -2879,12 +2878,10 @@ class Foreground:
 
     def wait(self, seconds: float) -> None:
         """Until something happens, `seconds` at most. Raises Interrupted for a signal."""
-        has_signal = len(self.signals) > self._raised and not self._is_finishing
-        self.waker.wait(0 if has_signal else seconds)
+        self.waker.wait(0 if self.signals and not self._is_finishing else seconds)
         self.messages.flush(wipe=False)
-        if len(self.signals) > self._raised and not self._is_finishing:
-            self._raised += 1
-            raise Interrupted(self.signals[self._raised - 1])
+        if self.signals and not self._is_finishing:
+            raise Interrupted(self.signals.pop(0))
 
     def call(self, function: "Callable[[], Any]", status: "Optional[Callable[[], str]]" = None) -> "Any":
         """What `function` returns or raises, run in a thread, so that a signal ends the wait."""
@@ -2905,7 +2902,7 @@ class Foreground:
         outcome = self._start(function)
         deadline = elapsed_seconds() + seconds
         while not outcome and elapsed_seconds() < deadline:
-            if len(self.signals) > self._raised:
+            if self.signals:
                 deadline = min(deadline, elapsed_seconds() + HURRY_SECONDS)
             self.wait(max(0.0, min(TICK_SECONDS, deadline - elapsed_seconds())))
 
