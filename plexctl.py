@@ -2106,10 +2106,8 @@ class Sessions:
     def is_delivering(self) -> bool:
         """Whether bytes of clients that are gone are still on their way to the target."""
         with self.lock:
-            connections = self._list_carried() + list(self._queue)
-            if any(relay.client_is_gone and not relay.is_closed for relay in self._relays):
-                return True
-        return any(connection.is_gone() for connection in connections)
+            return (any(relay.client_is_gone and not relay.is_closed for relay in self._relays)
+                    or any(each.is_gone() for each in self._list_carried() + list(self._queue)))
 
     def is_answering(self) -> bool:
         """Whether the target has sent something to a connection that is open."""
