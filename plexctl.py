@@ -207,12 +207,11 @@ def send_record(path: str, data: bytes, seconds: float) -> None:
             sock.settimeout(seconds)
             try:
                 sock.connect(path)
+                sock.sendall(data + end)
+                return
             except OSError as error:
-                if error.errno == errno.EPROTOTYPE and kind == socket.SOCK_DGRAM:
-                    continue
-                raise
-            sock.sendall(data + end)
-            return
+                if error.errno != errno.EPROTOTYPE or kind == socket.SOCK_STREAM:
+                    raise
 
 
 def wait_for(fd: int, mask: int, seconds: "Optional[float]" = None) -> bool:
