@@ -2535,9 +2535,7 @@ class Forwarder:
         server.shutdown_request = lambda request: close_leg(request, reset=True)
         server.handle_error = lambda request, address: self.warn_once(
             "a connection was dropped after %s" % type(sys.exc_info()[1]).__name__)
-        self.local = local
-        if not local.path:
-            self.local = LocalAddress(local.host, self._server.server_address[1])
+        self.local = local if local.path else LocalAddress(local.host, server.server_address[1])
         self._owners: "Optional[OwnerCheck]" = None
         self._checks_owners = False
         try:
