@@ -2132,8 +2132,7 @@ class Sessions:
         if self._renew or self.first is None:
             return asked
         left = max(1, int(self.first.expires_on - elapsed_seconds()))
-        return SessionRequest(asked.project_id, asked.resource_id, asked.host, asked.port,
-                              min(asked.ttl_seconds or left, left))
+        return SessionRequest(**dict(vars(asked), ttl_seconds=min(asked.ttl_seconds or left, left)))
 
     def owe(self, worker: Worker, session_id: str) -> None:
         """There is a session of this id, to be revoked whatever follows."""
