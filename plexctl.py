@@ -2537,11 +2537,7 @@ class Forwarder:
         self.local = local if local.path else LocalAddress(local.host, server.server_address[1])
         self._owners: "Optional[OwnerCheck]" = None
         self._checks_owners = False
-        try:
-            self._create_owner_check(allow_other_users)
-        except OSError as error:
-            self._server.server_close()
-            raise PlexctlError("cannot carry connections: %s" % show_error(error)) from error
+        self._create_owner_check(allow_other_users)
 
     def __enter__(self) -> "Forwarder":
         return self
@@ -2653,7 +2649,8 @@ class Forwarder:
             self._checks_owners = not allow_other_users and not has_unmapped_uid()
         except (OSError, AttributeError) as error:
             if getattr(error, "errno", None) in EXHAUSTED:
-                raise
+                self._server.server_close()
+                raise PlexctlError("cannot carry connections: %s" % show_error(error)) from error
         if not self._checks_owners and not allow_other_users:
             self.warn_once("this host cannot tell whose a connection is: any local user can use the port")
 
