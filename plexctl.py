@@ -2774,10 +2774,8 @@ class Waker:
     def wait(self, seconds: float) -> None:
         """Until somebody wakes it, for so long at most. Where waiting fails, what follows it must happen."""
         try:
-            wait_for(self._watched.fileno(), READABLE, seconds)
-            self._watched.recv(4096)
-        except BlockingIOError:
-            pass
+            if wait_for(self._watched.fileno(), READABLE, seconds):
+                self._watched.recv(4096)
         except OSError:
             time.sleep(min(seconds, FAILED_WAIT_SECONDS))
         self._is_awake = False  # not before: recv would take the byte of a wake() in between
