@@ -3368,8 +3368,7 @@ class Run:
             "PLEXCTL_LOCAL_" + found.group(1).upper()], argument) for argument in self.options.command]
         try:
             # COMMAND could read the token there, again or, of /dev/stdin, for the first time
-            has_token = is_standard_input(self.options.token_file or "")
-            stdin = subprocess.DEVNULL if has_token else None
+            stdin = subprocess.DEVNULL if is_standard_input(self.options.token_file or "") else None
             child = subprocess.Popen(arguments, executable=program, env=environ, stdin=stdin)
         except (OSError, ValueError) as error:
             raise PlexctlError("%s: cannot be executed: %s" % (escape(arguments[0]), show_error(error)),
