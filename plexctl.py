@@ -465,8 +465,7 @@ def parse_server(text: str, allow_http: bool) -> Server:
     """An absolute https URL; http only for loopback, or where `allow_http` says so."""
     found = re.fullmatch(URL_PATTERN, text)
     if not found:
-        raise ValueError("must be an absolute https:// URL without user info, query, fragment "
-                         "or white space")
+        raise ValueError("must be an absolute https:// URL without user info, query, fragment or white space")
     scheme, host, port, prefix = found.groups("")
     is_plain = scheme.lower() == "http"
     try:
@@ -485,8 +484,7 @@ def parse_time(text: str) -> float:
         raise ValueError("is not an RFC 3339 time")
     *numbers, fraction, sign, zone_hours, zone_minutes = found.groups("0")
     year, month, day, hour, minute, second = map(int, numbers)
-    moment = datetime.datetime(year, month, day, hour, minute, min(second, 59),
-                               tzinfo=datetime.timezone.utc)
+    moment = datetime.datetime(year, month, day, hour, minute, min(second, 59), tzinfo=datetime.timezone.utc)
     offset = int(zone_hours) * 3600 + int(zone_minutes) * 60
     return moment.timestamp() + float(fraction) + (offset if sign == "-" else -offset)
 
@@ -808,8 +806,7 @@ class Exchange:
         self._peer = peer
         self._done = threading.Event()
 
-    def run(self, opener: "Any", request: "Any", seconds: float,
-            cancel: "Optional[threading.Event]") -> None:
+    def run(self, opener: "Any", request: "Any", seconds: float, cancel: "Optional[threading.Event]") -> None:
         """Gets the answer within `seconds`, or TransportError; Cancelled once `cancel` is set."""
         request.exchange = self
         if not start_thread(self._carry_out, opener, request):
@@ -1878,8 +1875,7 @@ class Worker:
             raise PlexctlError("listener endpoint %s: %s" % (endpoint, show_error(error))) from error
         family, _, _, _, address = found[0]
         if not is_dialable(str(address[0]), is_loopback(self._sessions.plane.server.host)):
-            raise PlexctlError("listener endpoint %s: leads to %s, which is refused"
-                               % (endpoint, address[0]))
+            raise PlexctlError("listener endpoint %s: leads to %s, which is refused" % (endpoint, address[0]))
         self.endpoint, self._route = endpoint, (family, address)
 
     def _serve(self, connection: Connection) -> None:
@@ -3491,8 +3487,7 @@ def fail(message: str, status: int) -> int:
     return status
 
 
-def main(argv: "Optional[Sequence[str]]" = None,
-         environ: "Optional[Mapping[str, str]]" = None) -> int:
+def main(argv: "Optional[Sequence[str]]" = None, environ: "Optional[Mapping[str, str]]" = None) -> int:
     """The command. Returns the exit code, 128 + n where signal n ended it; raises nothing."""
     return perform(argv, environ)[0]
 
