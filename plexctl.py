@@ -1803,7 +1803,6 @@ class Worker:
         self._recheck_on = elapsed_seconds() + RECHECK_SECONDS
 
     def run(self) -> None:
-        """The session's whole life."""
         sessions = self._sessions
         try:
             self._partner = Partner()
@@ -2443,7 +2442,6 @@ class OwnerCheck:
         return struct.unpack_from("=II", answer, 80)
 
     def close(self) -> None:
-        """Closes the netlink socket."""
         self._netlink.close()
 
 
@@ -2627,7 +2625,6 @@ class Forwarder:
             self.warn_once("%s while looking after connections" % show_error(error))
 
     def warn_once(self, text: str) -> None:
-        """A warning, once in a run."""
         self._sessions.tell_once("warning: " + text)
 
     # Below: how
@@ -2777,7 +2774,6 @@ class Waker:
         self._is_awake = False  # not before: recv would take the byte of a wake() in between
 
     def close(self) -> None:
-        """Closes both sockets."""
         self._watched.close()
         self.written.close()
 
