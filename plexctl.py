@@ -122,10 +122,8 @@ class PlexctlError(Exception):
     passing = False
     may_exist = False
 
-    def __init__(self, message: str, exit_code: "Optional[int]" = None, **facts: "Any") -> None:
+    def __init__(self, message: str, **facts: "Any") -> None:
         super().__init__(message)
-        if exit_code is not None:
-            self.exit_code = exit_code
         vars(self).update(facts)
 
 
@@ -1148,8 +1146,8 @@ class ControlPlane:
         passing = status in (502, 503, 504) or status == 409 and code == "idempotent_replay"
         # a gateway that lost the answer, that first request, a success of another kind; 503 did nothing
         may_exist = answer.operation == ISSUE and (passing and status != 503 or status in SUCCESS)
-        return ApiError(text + self._advise(answer, code), exit_code, passing=passing, may_exist=may_exist,
-                        status=status, code=code,
+        return ApiError(text + self._advise(answer, code), exit_code=exit_code, passing=passing,
+                        may_exist=may_exist, status=status, code=code,
                         retry_after_seconds=parse_retry_after(answer.headers.get("Retry-After")))
 
     def _advise(self, answer: Exchange, code: str) -> str:
@@ -3127,8 +3125,8 @@ def find_command(name: str, environ: "Mapping[str, str]") -> str:
     if found and is_executable(found):
         return found
     if shutil.which(name, os.F_OK, path) or os.path.dirname(name) and os.path.exists(name):
-        raise PlexctlError("%s: cannot be executed" % escape(name), EXIT_NOT_EXECUTABLE)
-    raise PlexctlError("%s: command not found" % escape(name), EXIT_NOT_FOUND)
+        raise PlexctlError("%s: cannot be executed" % escape(name), exit_code=EXIT_NOT_EXECUTABLE)
+    raise PlexctlError("%s: command not found" % escape(name), exit_code=EXIT_NOT_FOUND)
 
 
 class Run:
@@ -3364,7 +3362,7 @@ class Run:
             child = subprocess.Popen(arguments, executable=program, env=environ, stdin=stdin)
         except (OSError, ValueError) as error:
             raise PlexctlError("%s: cannot be executed: %s" % (escape(arguments[0]), show_error(error)),
-                               EXIT_NOT_EXECUTABLE) from error
+                               exit_code=EXIT_NOT_EXECUTABLE) from error
 
         def await_end() -> None:
             child.wait()
