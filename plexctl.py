@@ -2191,10 +2191,10 @@ class Sessions:
         """The worker's connection is over."""
         with self._changed:
             connection, worker.connection = worker.connection, None
-            self._ended.ended += 1
+            if connection is not None:
+                self._ended.ended += 1
+                connection.end(error)
             self._changed.notify_all()
-        if connection is not None:
-            connection.end(error)
 
     def may_replace(self, worker: Worker) -> bool:
         """Whether one whose listener is gone is replaced at once: a Node may refuse everybody."""
@@ -2208,8 +2208,7 @@ class Sessions:
 
     def dismiss(self, worker: Worker) -> None:
         """A worker's last act: what follows from its end, and the revocation."""
-        if worker.connection is not None:
-            self.end(worker, worker.why or Cancelled("interrupted"))
+        self.end(worker, worker.why or Cancelled("interrupted"))
         with self._changed:
             worker.is_ending = True
             if worker.why and not self.over and not self.is_stopped:
