@@ -1888,6 +1888,8 @@ class Worker:
                 sessions.end(self, error)
             return
         dialled_on = elapsed_seconds()
+        # psql's Ctrl-C and iperf3's data get no answer, but come beside a connection that has had one
+        is_reached = sessions.is_answering()
         sessions.say("connection from %s to %s", connection, self.endpoint)
         relay = connection.relay = Relay(connection.sock, remote, self._buffer, self._partner,
                                          connection.is_gone, self.ask_in_thread)
@@ -1895,17 +1897,16 @@ class Worker:
         relay.carry()
         if relay.remote_ended_first and (connection.wants_reason or not relay.down.moved):
             self.ask()
-        sessions.end(self, self._judge(relay, elapsed_seconds() - dialled_on))
+        sessions.end(self, self._judge(
+            relay, not is_reached and elapsed_seconds() - dialled_on < UNREACHABLE_SECONDS))
 
-    def _judge(self, relay: Relay, seconds: float) -> "Optional[PlexctlError]":
+    def _judge(self, relay: Relay, is_suspicious: bool) -> "Optional[PlexctlError]":
         """What there is to say of a connection that was carried; None where it went well."""
         if self._sessions.is_stopped:
             return Cancelled("interrupted")
         if self.why is not None:
             return self.why
-        # psql's Ctrl-C gets no answer either, but comes beside a connection that has had one
-        if relay.remote_ended_first and not relay.down.moved and seconds < UNREACHABLE_SECONDS \
-                and not self._sessions.is_answering():
+        if relay.remote_ended_first and not relay.down.moved and is_suspicious:
             return PlexctlError(
                 "the Node ended the connection at once and nothing came back: nothing listens at %s, or "
                 "the Node cannot reach it (--host and --port are as the Node sees them)"
