@@ -16,8 +16,8 @@ is revoked.
 One file, standard library only, Python 3.6 to 3.15. Read it from the top: a section uses only those
 above it (but for the errors of what loads modules late).
 
-Threads: the main one waits for signals and writes all messages to stderr; what may block for long, the
-document's writing too, runs in a daemon thread that it waits for. Each HTTP exchange has one more, given
+Threads: the main one waits for signals; what may block for long, the document's writing too, runs in a
+daemon thread that it waits for, and another one writes messages. Each HTTP exchange has one more, given
 up on at its deadline, since a name look-up has no time-out. One accepts connections (Forwarder), puts
 them into a queue, and looks after it ten times a second (Sessions.tick). One worker a session takes them
 from there and carries one after another, what the client sends itself and what the Node sends in its
@@ -96,7 +96,7 @@ EXCHANGE_SECONDS = 30
 LEAVE_SECONDS = 10
 SYSLOG_SECONDS = 2
 CLOSE_SECONDS = 2
-HURRY_SECONDS = 1.0  # what a second signal leaves of the time to revoke
+HURRY_SECONDS = 1.0  # what a second signal leaves of the time to revoke, and messages get to be written
 ISSUE_ATTEMPTS = 3
 RETRY_AFTER_MAX_SECONDS = 5
 POLL_MIN_SECONDS = 0.5
@@ -277,8 +277,8 @@ IPV4_MAPPED = b"\0" * 10 + b"\xff\xff"  # what such an address begins with: RFC 
 
 def escape(text: str, limit: int = SHOWN_MAX_CHARACTERS) -> str:
     """`text` as printable ASCII, cut to `limit` characters: foreign text cannot drive a terminal."""
-    shown = text if len(text) <= limit else text[:limit] + "..."
-    return "".join(c if " " <= c <= "~" else ascii(c)[1:-1] for c in shown)
+    shown = "".join(c if " " <= c <= "~" else ascii(c)[1:-1] for c in text[:limit + 1])
+    return shown if len(shown) <= limit else shown[:limit] + "..."
 
 
 def matching(pattern: str, what: str, convert: "Callable[[str], Any]" = str) -> "Callable[[str], Any]":
@@ -1665,6 +1665,12 @@ class StandardStreams:
         if not self._is_closed:
             self._is_closed = True
             try:
+                if stat.S_ISSOCK(os.fstat(1).st_mode):  # of inetd or socat, which is descriptor 0 as well
+                    with socket.fromfd(1, socket.AF_INET, socket.SOCK_STREAM) as sock:
+                        sock.shutdown(socket.SHUT_WR)
+            except OSError:  # the peer has gone
+                pass
+            try:
                 nowhere = open_nowhere(os.O_WRONLY)
                 os.dup2(nowhere, 1)
                 os.close(nowhere)
@@ -1681,6 +1687,7 @@ GRACE_SECONDS = 0.3  # a connection waits so long for a session to become idle, 
 POLL_SECONDS = 0.1  # between two looks at who waits
 IDLE_SECONDS = 60  # after which a session above the minimum is given back
 ASK_SECONDS = 2  # between two questions about one session
+ASK_LIMIT_SECONDS = 5  # for an answer, which a connection may wait for
 RECHECK_SECONDS = 60  # the reconcile period of a Node
 GONE_SECONDS = 30  # of refused dials, until a listener counts as gone
 REPLACE_SECONDS = 60  # between two replacements of sessions that never carried a connection
@@ -1964,7 +1971,7 @@ class Worker:
                 return self._has_answer
             self._has_answer = False
             try:
-                session = sessions.plane.get(sessions.request.project_id, self.session_id)
+                session = sessions.plane.get(sessions.request.project_id, self.session_id, ASK_LIMIT_SECONDS)
                 self._has_answer = True
                 if session.status != "active":
                     self.why = describe_end(session)
@@ -2022,6 +2029,7 @@ class Sessions:
         self._idle: "List[Worker]" = []  # the last one is taken first, so that the others can be given back
         self._queue: "Any" = collections.deque()
         self._ended = Counts()
+        self._known: "Set[str]" = set()  # every session_id that there was
         self._owed: "Dict[str, bool]" = {}  # by session_id; True: it is being revoked
         self._keep = False
         self._replaced_on = -float("inf")
@@ -2034,7 +2042,7 @@ class Sessions:
     def establish(self) -> Worker:
         """Issues the first sessions, and waits until the Node of one of them reports its listener."""
         with self._changed:
-            for _ in range(self._minimum):
+            for _ in range(0 if self.is_stopped else self._minimum):
                 self._start_worker()
             while self.first is None:
                 if self.over or self.is_stopped:
@@ -2131,6 +2139,9 @@ class Sessions:
     def owe(self, worker: Worker, session_id: str) -> None:
         """There is a session of this id, to be revoked whatever follows."""
         with self._changed:
+            if session_id in self._known:
+                raise TransportError("%s: the answer's session_id is that of an earlier session" % ISSUE)
+            self._known.add(session_id)
             worker.session_id = session_id
             self._owed[session_id] = False
             self._changed.notify_all()  # leave() may be waiting for it
@@ -2282,6 +2293,8 @@ class Sessions:
             self.over = why
         elif worker.is_ready:
             self.report("%s%s" % (why, "; the next connection gets a new one" if self._renew else ""))
+        elif self.first is None:  # whoever established it hears of the last one
+            pass
         elif others and (refused or isinstance(why, EndpointMissing)):
             self._limit = min(self._limit, others)
             self.tell_once("warning: no further session, connections wait for those there are: %s" % why,
@@ -2334,12 +2347,14 @@ class Sessions:
                     self._revoke(session_id)
 
     def left_behind(self) -> "List[str]":
-        """What `leave` could not settle, in words."""
+        """What `leave` could not settle, in words; told once."""
         with self.lock:
+            owed = [each for each, is_begun in self._owed.items() if is_begun or not self._keep]
+            self._owed.clear()
+            lines = ["session %s is not revoked, it will run out by itself" % each for each in owed]
             if not all(worker.session_id for worker in self._workers):
-                return ["a session may have been issued, it will run out by itself"]
-            return ["session %s is not revoked, it will run out by itself" % session_id
-                    for session_id, begun in self._owed.items() if begun or not self._keep]
+                lines.append("a session may have been issued, it will run out by itself")
+            return lines
 
     def _claim(self, session_id: str) -> bool:
         """With the lock held: whether it is for the caller to revoke it, once."""
@@ -2349,21 +2364,22 @@ class Sessions:
         return True
 
     def _revoke(self, session_id: str) -> None:
-        """A failure that may pass is tried again."""
+        """A failure that may pass is tried again. Raises nothing."""
         self.say("session %s given back", session_id)
-        deadline = elapsed_seconds() + LEAVE_SECONDS
+        deadline, failure = elapsed_seconds() + LEAVE_SECONDS, None
         while True:
             try:
                 self.plane.revoke(self.request.project_id, session_id, max(0.5, deadline - elapsed_seconds()))
                 break
-            except PlexctlError as error:
-                if not error.passing or elapsed_seconds() + POLL_MIN_SECONDS > deadline:
-                    self.report("warning: session %s is not revoked, it will run out by itself: %s"
-                                % (session_id, error))
+            except Exception as error:
+                if not getattr(error, "passing", False) or elapsed_seconds() + POLL_MIN_SECONDS > deadline:
+                    failure = error if isinstance(error, PlexctlError) else show_error(error)
                     break
             time.sleep(POLL_MIN_SECONDS)
         with self._changed:
-            del self._owed[session_id]
+            if self._owed.pop(session_id, None) and failure:  # else it was told already
+                self.report("warning: session %s is not revoked, it will run out by itself: %s"
+                            % (session_id, failure))
             self._changed.notify_all()
 
 
@@ -2488,8 +2504,11 @@ def create_listener(local: LocalAddress) -> "Any":
         def server_close(self) -> None:
             super().server_close()
             mine, self.identity = self.identity, None
-            if mine and os.path.lexists(local.path) and os.path.samestat(mine, os.lstat(local.path)):
-                os.unlink(local.path)
+            try:
+                if mine and os.path.samestat(mine, os.lstat(local.path)):
+                    os.unlink(local.path)
+            except OSError:  # it is gone, or its directory is not ours any more
+                pass
 
     address = local.path or (local.host, local.port)
     try:
@@ -2594,8 +2613,8 @@ class Forwarder:
         if uid == NOBODY:
             self.unidentified += 1
         else:
-            self.warn_once("turned away connections of uid %d (--allow-other-users lets other users in)"
-                           % uid)
+            self._sessions.tell_once("warning: turned away connections of uid %d (--allow-other-users lets "
+                                     "other users in)" % uid, "other users")
         return False
 
     def _enqueue(self, client: "socket.socket", address: "Any") -> None:
@@ -2607,7 +2626,9 @@ class Forwarder:
         def is_gone() -> bool:
             if self.local.path:
                 return has_hung_up(client)
-            return self._owners is not None and self._owners.find(address)[1]
+            if self._owners is None:  # nobody can know; at the end what was sent is to arrive
+                return not self._is_accepting
+            return self._owners.find(address)[1]
 
         self._sessions.put(Connection(client, self._end, is_gone, address))
 
@@ -2736,14 +2757,6 @@ def write_all(stream: "Optional[IO[str]]", text: str) -> None:
             wait_for(fd, WRITABLE)
 
 
-def is_writable(stream: "Optional[IO[str]]", seconds: float) -> bool:
-    """Whether a line can be written without blocking; waits for that so long."""
-    try:
-        return wait_for(stream.fileno(), WRITABLE, seconds)  # type: ignore[union-attr]
-    except (OSError, ValueError, AttributeError):  # closed, or not a file: writing tells
-        return True
-
-
 class Waker:
     """A socket that the main thread waits at, and that any other thread, or a signal, writes to."""
 
@@ -2777,39 +2790,38 @@ class Waker:
 
 
 class Messages:
-    """What goes to stderr: lines of any thread, and the live line. Only the main thread writes."""
+    """What goes to stderr: lines of any thread, and the live line.
 
-    def __init__(self, stream: "Optional[IO[str]]", live: bool, wake: "Callable[[], None]") -> None:
+    A thread writes them: a stderr that takes nothing (a full pipe, a terminal that was stopped or whose
+    network is gone) is no reason to stop, nor to keep a signal waiting.
+    """
+
+    def __init__(self, stream: "Optional[IO[str]]", live: bool) -> None:
         self.stream = stream
         self.is_live = live and stream is not None and stream.isatty()
-        self._wake = wake
         self._shown = 0  # characters of the live line that stand there
-        self._lines: "Any" = collections.deque()
+        self._texts: "Any" = collections.deque()  # one that ends no line is the live line, "" wipes it
+        self._written = threading.Condition()
+        self._is_writing = False
 
     def report(self, line: str) -> None:
         """One line for stderr; from any thread."""
-        self._lines.append(line)
-        self._wake()
-
-    def flush(self, seconds: float = 0.0, wipe: bool = True) -> None:
-        """Writes what was reported, and wipes the live line, as far as stderr takes it in `seconds`.
-
-        A stderr that takes nothing (a full pipe, a terminal stopped by Ctrl-S) is no reason to
-        stop, nor to keep a signal waiting.
-        """
-        deadline = elapsed_seconds() + seconds
-        while (self._lines or self._shown and wipe) and is_writable(
-                self.stream, deadline - elapsed_seconds()):
-            self._redraw("plexctl: %s\n" % self._lines.popleft() if self._lines else "")
+        self._put("plexctl: %s\n" % line)
 
     def show(self, line: str) -> None:
         """Draws the live line, as much of it as fits; nothing where there is no terminal."""
-        if self.is_live and is_writable(self.stream, 0) and not self._is_in_background():
+        if self.is_live and not self._is_writing and not self._is_in_background():
             width = max(0, terminal_width(self.stream) - 3)  # the echo of Ctrl-C stands behind it
             while len(line) > width:
                 line = line.rpartition(", ")[0] or line[:width]
-            self._redraw(line)
-            self._shown = len(line)
+            self._put(line)
+
+    def flush(self, seconds: float) -> None:
+        """Wipes the live line, and waits until everything is written, for so long at most."""
+        if self.is_live:
+            self._put("")
+        with self._written:
+            self._written.wait_for(lambda: not self._is_writing, seconds)
 
     def _is_in_background(self) -> bool:
         """Whether the terminal is another process group's now (`plexctl ... &`)."""
@@ -2818,20 +2830,36 @@ class Messages:
         except (OSError, ValueError, AttributeError):
             return False
 
-    def _redraw(self, text: str) -> None:
-        """Writes `text` in place of the live line, as far as stderr takes it."""
-        if self._shown:
-            rows = (self._shown - 1) // terminal_width(self.stream)  # several after it was narrowed
-            text = ("\x1b[%dA" % rows if rows else "") + "\r\x1b[J" + text
-            self._shown = 0
-        try:
-            write_all(self.stream, text)
-        except (OSError, ValueError):
-            pass
+    def _put(self, text: str) -> None:
+        with self._written:
+            self._texts.append(text)
+            if self._is_writing:
+                return
+            self._is_writing = True
+        if not start_thread(self._write):
+            self._write()
+
+    def _write(self) -> None:
+        """Writes what there is, each text in place of the live line, as far as stderr takes it."""
+        while True:
+            with self._written:
+                if not self._texts:
+                    self._is_writing = False
+                    self._written.notify_all()
+                    return
+                text = self._texts.popleft()
+            shown, self._shown = self._shown, 0 if text.endswith("\n") else len(text)
+            if shown:
+                rows = (shown - 1) // terminal_width(self.stream)  # several after it was narrowed
+                text = ("\x1b[%dA" % rows if rows else "") + "\r\x1b[J" + text
+            try:
+                write_all(self.stream, text)
+            except (OSError, ValueError):
+                pass
 
 
 class Foreground:
-    """The main thread: it waits for signals and for other threads, and writes their messages.
+    """The main thread: it waits for signals and for other threads.
 
     A signal's whole life is here: `handle` hears it, `wait` raises it as Interrupted (`finish`
     only hurries), and an `ignored` one is nobody's. `signals` holds those that were heard and not raised yet.
@@ -2839,7 +2867,7 @@ class Foreground:
 
     def __init__(self, stream: "Optional[IO[str]]", live: bool) -> None:
         self.waker = Waker()
-        self.messages = Messages(stream, live, self.waker.wake)
+        self.messages = Messages(stream, live)
         self.report = self.messages.report
         self.signals: "List[int]" = []
         self.ignored: "Tuple[int, ...]" = ()
@@ -2858,7 +2886,6 @@ class Foreground:
     def wait(self, seconds: float) -> None:
         """Until something happens, `seconds` at most. Raises Interrupted for a signal."""
         self.waker.wait(0 if self.signals and not self._is_finishing else seconds)
-        self.messages.flush(wipe=False)
         if self.signals and not self._is_finishing:
             raise Interrupted(self.signals.pop(0))
 
@@ -2886,8 +2913,8 @@ class Foreground:
             self.wait(max(0.0, min(TICK_SECONDS, deadline - elapsed_seconds())))
 
     def write(self, text: str, stream: "Optional[IO[str]]", name: str) -> None:
-        """Writes text to a stream at once; PlexctlError unless all of it was taken."""
-        self.messages.flush()
+        """Writes text to a stream, behind the messages; PlexctlError unless all of it was taken."""
+        self.messages.flush(HURRY_SECONDS)
         try:
             self.call(lambda: write_all(stream, text))
         except (OSError, ValueError) as error:
@@ -3026,7 +3053,7 @@ def check_words(words: "Sequence[str]") -> "Tuple[str, List[str]]":
                 break
             takes_value = False
             continue
-        times, flag = (len(flag) - 1, "--verbose") if flag.rstrip("v") == "-" else (1, flag)
+        times, flag = (len(flag) - 1, "--verbose") if flag.strip("v") == "-" != flag else (1, flag)
         if flag not in known:
             raise UsageError("%s: goes behind the command, tcp-forward" % flag if flag in FLAGS else
                              "unknown flag " + describe_unknown(flag))
@@ -3107,7 +3134,9 @@ def check_together(options: "argparse.Namespace") -> None:
 
 
 def is_executable(path: str) -> bool:
-    """False for a script that names no interpreter, or one that is not there."""
+    """False for what is no file, and a script that names no interpreter, or one that is not there."""
+    if not os.path.isfile(path):  # opening a FIFO would wait
+        return False
     try:
         with open(path, "rb") as file:
             head = file.read(256)
@@ -3149,11 +3178,7 @@ class Run:
         """The exit code. PlexctlError and Interrupted leave no session behind either."""
         options, foreground = self.options, self.foreground
         program = find_command(options.command[0], self.environ) if options.command else ""
-        server, token = foreground.call(lambda: resolve_credentials(
-            options.server, options.profile, options.token_file, options.allow_http, self.environ))
-        self.server = server
-        plane = ControlPlane(server, token, options.ca_file, self.environ,
-                             report=foreground.report if options.verbose else lambda line: None)
+        plane = foreground.call(self.create_plane)
         self.audit = AuditLog(self.environ, foreground.report) if options.reveal_secrets else None
         self.sessions = Sessions(plane, self.request, self.report, options.max_sessions, options.min_sessions,
                                  options.renew, options.wait_seconds, options.verbose > 0)
@@ -3172,6 +3197,14 @@ class Run:
             if self.audit is not None:  # not before: an interrupted record may still be on its way
                 self.audit.close()
 
+    def create_plane(self) -> ControlPlane:
+        """The control plane, with the credentials for it; what it reads may be a pipe."""
+        options = self.options
+        server, token = resolve_credentials(options.server, options.profile, options.token_file,
+                                            options.allow_http, self.environ)
+        return ControlPlane(server, token, options.ca_file, self.environ,
+                            report=self.foreground.report if options.verbose else lambda line: None)
+
     def establish(self) -> Worker:
         """The first session, and its token where it is to be revealed."""
         began = elapsed_seconds()
@@ -3180,7 +3213,7 @@ class Run:
         issued = worker.issued
         if self.audit is not None and issued is not None:
             audit, token = self.audit, issued.token
-            self.foreground.call(lambda: audit.record(self.server, self.request, issued))
+            self.foreground.call(lambda: audit.record(self.sessions.plane.server, self.request, issued))
             self.foreground.write("plexctl: warning: the next line is the session token, a secret\n"
                                   "PLEXCTL_SESSION_TOKEN=%s\n" % token.reveal(),
                                   self.foreground.messages.stream, "standard error")
@@ -3342,9 +3375,11 @@ class Run:
                 if counts.up != moved:
                     moved, give_up_on = counts.up, elapsed_seconds() + CLOSE_SECONDS
                 if elapsed_seconds() > give_up_on:
-                    return
+                    break
                 self.watch_sessions(DELIVERY_SECONDS)
                 forwarder.tick()
+            if self.sessions.count().waiting:
+                self.foreground.report("warning: COMMAND has ended, and connections still wait for a session")
         except PlexctlError as error:
             self.foreground.report("warning: %s" % error)
 

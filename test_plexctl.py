@@ -1599,9 +1599,8 @@ class SideBySide:
                     hook.pytest_runtest_protocol(item=item, nextitem=following)
                 pipe.send(self.reports)
         except (KeyboardInterrupt, EOFError, BrokenPipeError):
-            pass
-        finally:
-            hook.pytest_sessionfinish(session=session, exitstatus=0)  # ends what the tests have begun
+            with contextlib.suppress(OSError):
+                hook.pytest_sessionfinish(session=session, exitstatus=2)  # ends what the tests have begun
 
     def pytest_runtest_logreport(self, report):
         if self.reports is not None:
@@ -2126,7 +2125,7 @@ def test_a_name_of_this_host_is_no_endpoint_unless_the_server_is_here_too(host):
 @pytest.mark.parametrize("text, expected", [
     ("plain ~ text", "plain ~ text"), ("a\nb\r\t", "a\\nb\\r\\t"), ("\x1b[31m\x07", "\\x1b[31m\\x07"),
     ("\x7f\x9b", "\\x7f\\x9b"), ("\xe9\u202e\u2028", "\\xe9\\u202e\\u2028"), ("\U0001f600", "\\U0001f600"),
-    ("\udcff", "\\udcff"), ("'\"", "'\""), ("a" * 400, "a" * 300 + "..."), ("\n" * 400, "\\n" * 300 + "...")],
+    ("\udcff", "\\udcff"), ("'\"", "'\""), ("a" * 400, "a" * 300 + "..."), ("\n" * 400, "\\n" * 150 + "...")],
     ids=shown)
 def test_foreign_text_is_shown_as_printable_ascii(text, expected):
     assert plexctl.escape(text) == expected
@@ -2755,6 +2754,7 @@ USAGE_ERRORS += [(["tcp-forward"] + REQUIRED_FLAGS + words, flag) for words, fla
     (["--serv=x"], "--serv"), (["--reveal-secrets=maybe"], "--reveal-secrets"),
     (["--reveal-secrets="], "--reveal-secrets"), (["--reveal-secrets=TRUE"], "--reveal-secrets"),
     (["--proxy=1"], "--proxy"), (["--yes=no"], "--yes"), (["--nonsense"], "--nonsense"), (["-x"], "-x"),
+    (["-=--yes"], "-"),
     (["-vx"], "-v..."), (["--verbose=2"], "--verbose"), (["--port"], "--port"),
     (["--server"], "--server"), (["--output", "--yes"], "--output"),
     (["argument"], "argument"), (["tcp-forward"], "argument"))]
@@ -5583,7 +5583,8 @@ def test_a_target_that_resets_is_no_clean_end_for_the_client_and_harms_nobody(ki
                 client.sendall(request_bytes[:1])
                 assert client.recv(1)  # or the Node's reset may overtake it
                 try:
-                    client.sendall(request_bytes[1:])
+                    if request_bytes[1:]:  # sending nothing would fetch the reset as well
+                        client.sendall(request_bytes[1:])
                 except ConnectionError:
                     assert len(request_bytes) > MIB
                 else:
@@ -6652,6 +6653,29 @@ def test_the_minimum_is_issued_at_once_and_ready_as_soon_as_one_is(late):
                 assert running.count().sessions == 1 and len(simulation.plane.issued) == 3
 
 
+@pytest.mark.parametrize("name", ["forbidden", "session_limit_exceeded"])
+def test_a_minimum_that_is_refused_altogether_is_told_of_once(simulation, name):
+    simulation.plane.script("issue", *[problem(name)] * 3)
+    with using_sessions(simulation.plane, establish=False, minimum=3) as running:
+        with pytest.raises(plexctl.ApiError):
+            running.sessions.establish()
+        assert running.lines == []
+
+
+def test_a_session_id_that_comes_again_is_refused_and_revoked_no_second_time(simulation):
+    answers = []
+
+    def answer(handler, plane):
+        answers[:] = answers or [plane.decide(handler.seen)]
+        handler.wfile.write(handler.render(answers[0]))
+    simulation.plane.script("issue", answer, answer, answer)
+    with using_sessions(simulation.plane, limit=2) as running, dialled(running, 1) as (client,):
+        with dial(running.address) as other:
+            eventually(lambda: running.said("warning: no further session", "of an earlier session"))
+            client.close()
+            chat(other, 1)
+
+
 def test_the_minimum_is_replaced_when_it_ends(simulation, monkeypatch, quick_ticks):
     monkeypatch.setattr(plexctl, "RECHECK_SECONDS", 0.5)
     monkeypatch.setattr(plexctl, "ASK_SECONDS", 0.1)
@@ -7555,6 +7579,35 @@ def test_a_stderr_that_nobody_reads_does_not_keep_it_from_revoking(simulation, m
     revoked_once(simulation.plane)
 
 
+@pytest.mark.skipif(not LINUX, reason="how much a terminal takes")
+def test_a_terminal_that_takes_a_part_of_a_line_does_not_keep_it_from_revoking(simulation):
+    """As of an ssh whose network is gone: poll() says that it can be written to, and a write blocks."""
+    master, slave = pty.openpty()
+    with open(master, "rb", 0) as screen, open(slave, "wb", 0) as stderr:
+        def fill():
+            """Until it takes no byte more; how many it took."""
+            return sum(iter(lambda: stderr.write(b"x"), None))
+
+        def read():
+            while not select.select([], [stderr], [], 0)[1]:
+                screen.read(1)
+
+        os.set_blocking(slave, False)
+        fill()
+        read()
+        room = fill()
+        read()
+        stderr.write(b"x" * (room - 10))
+        assert select.select([], [stderr], [], 0)[1]
+        os.set_blocking(slave, True)
+        with start(simulation, "--proxy", "-v", stderr=slave, start_new_session=True) as process:
+            simulation.plane.wait_for(lambda: simulation.plane.issued)
+            eventually(lambda: not select.select([], [stderr], [], 0)[1])
+            process.send_signal(signal.SIGTERM)
+            ends_by(process, signal.SIGTERM, 5)
+    revoked_once(simulation.plane)
+
+
 @pytest.mark.parametrize("signum", SIGNALS)
 def test_a_signal_right_before_the_end_does_not_belie_what_was_done(simulation, signum):
     program = ("import os, sys; sys.path.insert(0, %r); import plexctl; end = os._exit\n"
@@ -7601,6 +7654,38 @@ def test_a_session_that_may_exist_is_told_of_after_a_signal_too(lone_plane, mode
         go.set()
         result = process.finish()
     assert result.returncode == -signal.SIGTERM and MAY_EXIST in result.stderr
+
+
+def test_what_is_not_revoked_is_named_also_while_another_session_is_issued(simulation):
+    plane = simulation.plane
+    with start(simulation, "--proxy") as process:
+        address = proxy_address(process)
+        plane.script("issue", hold(30))
+        plane.script("revoke", hold(30))
+        with dial(address) as first, dial(address) as second:
+            first.sendall(b"x")
+            second.sendall(b"x")
+            plane.wait_for(lambda: asked(plane, "issue") == 2)
+            process.send_signal(signal.SIGTERM)
+            plane.wait_for(lambda: asked(plane, "revoke") == 1)
+            process.send_signal(signal.SIGTERM)
+            result = ends_by(process, signal.SIGTERM, 8)
+        assert result.stderr.count("session %s is not revoked" % plane.issued[0]) == 1, result.stderr
+        assert "a session may have been issued" in result.stderr
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_a_signal_ends_it_while_a_ca_file_is_a_pipe_that_nobody_writes_to(simulation, tmp_path, signum):
+    path = str(tmp_path / "ca")
+    make_fifo(path)
+
+    def open_to_write():
+        with contextlib.suppress(OSError):  # nobody reads it yet
+            return open(os.open(path, os.O_WRONLY | os.O_NONBLOCK), "wb")
+    args = ["tcp-forward", "--server", "https://localhost:1", "--ca-file", path] + REQUIRED_FLAGS
+    with start_plexctl(args, env=simulation.plane.environment()) as process, eventually(open_to_write):
+        process.send_signal(signum)
+        ends_by(process, signum)
 
 
 def test_a_process_that_is_killed_resets_its_clients():
@@ -7799,6 +7884,7 @@ EXIT_CODES = [  # id, status, flags, answers to IssueSession, sessions issued
     ("rebac", 77, ["--stdio"], [problem("rebac_denied")], 0),
     ("not executable", 126, ["--", PLEXCTL], [], 0),
     ("a directory", 126, ["--", HERE], [], 0),
+    ("a FIFO", 126, ["--", "FIFO"], [], 0),
     ("not found", 127, ["--", "no-such-command-anywhere"], [], 0),
     ("not found by path", 127, ["--", "/nonexistent/command"], [], 0),
 ]
@@ -7806,13 +7892,16 @@ EXIT_CODES = [  # id, status, flags, answers to IssueSession, sessions issued
 
 @pytest.mark.parametrize("name, status, flags, answers, sessions", EXIT_CODES,
                          ids=[row[0] for row in EXIT_CODES])
-def test_a_process_ends_with_the_published_exit_code(simulation, name, status, flags, answers, sessions):
-    plane = simulation.plane
+def test_a_process_ends_with_the_published_exit_code(
+        simulation, tmp_path, name, status, flags, answers, sessions):
+    plane, fifo = simulation.plane, str(tmp_path / "fifo")
+    os.mkfifo(fifo, 0o700)
     plane.script("issue", *answers)
     if name == "no endpoint":
         plane.endpoint_on = "never"
     in_use = str(simulation.target.address[1])
-    result = run_plexctl(forward_args(plane, *[flag.replace("IN_USE", in_use) for flag in flags]),
+    flags = [flag.replace("IN_USE", in_use).replace("FIFO", fifo) for flag in flags]
+    result = run_plexctl(forward_args(plane, *flags),
                          env=plane.environment())
     assert result.returncode == status, result.stderr
     if status:
@@ -8066,15 +8155,54 @@ def test_what_command_sent_just_before_its_end_arrives(size, pause_seconds):
             check_send_and_vanish(simulation, simulation.target, size, received)
 
 
-def check_send_and_vanish(simulation, target, size, received):
+def test_what_command_sent_arrives_also_where_nobody_can_say_whether_it_is_gone():
+    received = bytearray()
+    with Simulation() as simulation, Target(recording(received, 1.2)) as target:
+        simulation.plane.node, simulation.plane.endpoint = None, "%s:%d" % target.address
+        check_send_and_vanish(simulation, target, 5 << 20, received, "--local-addr", "0.0.0.0:0")
+
+
+def check_send_and_vanish(simulation, target, size, received, *more):
     # a client that is gone before it is accepted has no owner any more, and would be turned away
-    flags = ["--allow-other-users", "--", sys.executable, "-c", SEND_AND_VANISH, size]
+    program = SEND_AND_VANISH.replace("os.environ['PLEXCTL_LOCAL_HOST']", "'127.0.0.1'")
+    flags = [*more, "--allow-other-users", "--", sys.executable, "-c", program, size]
     result = run_plexctl(forward_args(simulation.plane, *flags), env=simulation.plane.environment())
     assert result.returncode == 0, result.stderr
     target.wait_for(lambda: target.ends)
     assert (len(received), target.ends) == (size, ["eof"])
     assert received == pattern(size)
     revoked_once(simulation.plane)
+
+
+@pytest.mark.skipif(not ROOT or not os.path.exists("/usr/bin/python3"),
+                    reason="needs root and the system's Python")
+def test_a_unix_socket_that_cannot_be_removed_costs_command_no_status(simulation, tmp_path, lone_copy):
+    uid = 60000 + os.getpid() % 5000
+    folder = tempfile.mkdtemp(prefix="plexctl-test-")
+    try:
+        os.chown(folder, uid, uid)
+        words = ["/usr/bin/python3", "-I", "plexctl.py"] + forward_args(
+            simulation.plane, "--local-addr", "unix:%s/socket" % folder,
+            "--", "/bin/sh", "-c", "chmod 500 %s; exit 7" % folder)
+        result = run_words(words, simulation.plane.environment(), preexec_fn=becoming(uid), cwd=lone_copy)
+        assert result.status == 7, result.err
+    finally:
+        shutil.rmtree(folder)
+    revoked_once(simulation.plane)
+
+
+def test_connections_that_still_wait_when_command_has_ended_are_told_of(simulation, tmp_path):
+    program = ("import os, socket; path = os.environ['PLEXCTL_LOCAL_HOST']\n"
+               "held = socket.socket(socket.AF_UNIX); held.connect(path); held.send(b'x'); held.recv(1)\n"
+               "if os.fork(): os._exit(0)\n"  # who goes on has the connection
+               "late = socket.socket(socket.AF_UNIX); late.connect(path); late.sendall(b'important')\n"
+               "late.close(); os.close(1); os.close(2); input()")
+    simulation.node.late = [0, 60]
+    with start(simulation, "--max-sessions", "2", "--local-addr", "unix:%s" % (tmp_path / "s"), "--",
+               sys.executable, "-c", program, stdin=subprocess.PIPE) as process:
+        assert process.finish().returncode == 0
+        assert "COMMAND has ended, and connections still wait" in process.err, process.err
+    revoked_once(simulation.plane, len(simulation.plane.issued))
 
 
 def test_what_outlives_command_does_not_keep_the_proxy(simulation):
@@ -8381,6 +8509,28 @@ def test_the_end_of_stdin_is_a_half_close_and_a_late_answer_arrives(make_pipe):
         go.set()
         assert process.finish().returncode == 0
         assert process.out.encode() == LATE_ANSWER
+        revoked_once(simulation.plane)
+
+
+def test_a_client_with_one_socket_for_both_sees_the_target_s_end_and_may_go_on():
+    """Such is what inetd and socat give a program."""
+    heard = []
+
+    def serve(connection, _target):
+        connection.sendall(b"goodbye")
+        connection.shutdown(socket.SHUT_WR)
+        heard.append(b"".join(chunks(connection)))
+
+    ours, theirs = socket.socketpair()
+    ours.settimeout(20)
+    with ours, Simulation(serve, kinder=True) as simulation:
+        with theirs, start(simulation, "--stdio", stdin=theirs, stdout=theirs) as process:
+            theirs.close()
+            assert b"".join(chunks(ours)) == b"goodbye"
+            ours.sendall(b"and more")
+            ours.close()
+            assert process.finish().returncode == 0, process.describe()
+        assert heard == [b"and more"]
         revoked_once(simulation.plane)
 
 
