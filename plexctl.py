@@ -1531,7 +1531,8 @@ class Relay:
     def _check(self, flow: Flow) -> None:
         """Raises ConnectionResetError where the source is lost."""
         other = self.down if flow is self.up else self.up
-        if not is_connected(flow.source) and not other.is_over:  # asked last: set before both have ended
+        # not connected is also a socket that both have ended: `is_over` is set before, so it is asked last
+        if not is_connected(flow.source) and not other.is_over:
             flow.fault = flow.fault or flow.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if flow.fault != errno.EPIPE:  # Linux's name for a reset behind the end of input: nothing is lost
                 raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
@@ -1543,7 +1544,7 @@ class Relay:
         """
         client, pause = self.up.source, FIRST_ASK_SECONDS
         while self.up.is_running and not self._partner.is_free.is_set():
-            # after the ends of both directions it looks as if it had hung up
+            # has_hung_up: a reset, where nobody can ask; a client that both have ended looks like that, too
             if (self._is_gone() or has_hung_up(client)) and not self.down.is_over:
                 error = client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 if error:
@@ -2069,7 +2070,7 @@ class Sessions:
                 for connection in [each for each in self._queue if each.has_left()]:
                     self._queue.remove(connection)
                     connection.end(Cancelled("the client has left"))
-                self._sweep_on = now + 10 * (elapsed_seconds() - now)  # however long the queue
+                self._sweep_on = now + 10 * (elapsed_seconds() - now)  # at most a tenth of the time
             if self._is_time_up(now):
                 self.over = self.over or SessionOver("the session expired")
             self._grow(now)
@@ -2279,7 +2280,7 @@ class Sessions:
         if waited and len(live) - coming >= self._limit:
             self.tell_once("warning: more connections at once than sessions (%d): they wait their turn "
                            "(--max-sessions)" % self._limit, "limit")
-        missing = self._minimum - len(live) if self._minimum > 1 else 0
+        missing = self._minimum - len(live) if self._minimum > 1 else 0  # one alone: when needed
         wanted = min(max(waited - coming, missing), self._limit - len(self._workers))
         for _ in range(wanted if self._renew or self.first.expires_on - now >= 1 else 0):
             self._start_worker()
@@ -2358,7 +2359,8 @@ class Sessions:
 
     def _claim(self, session_id: str) -> bool:
         """With the lock held: whether it is for the caller to revoke it, once."""
-        if self._owed.get(session_id, True) or self._keep and self.is_stopped:
+        is_begun_or_done = self._owed.get(session_id, True)
+        if is_begun_or_done or self._keep and self.is_stopped:
             return False
         self._owed[session_id] = True
         return True
@@ -3171,6 +3173,7 @@ class Run:
                                       options.port, options.ttl_seconds)
         self.report = foreground.report
         if options.mode == "--stdio" and not options.verbose:  # ssh's terminal may be in raw mode
+            # of what Sessions says, only what is left behind: see Sessions._revoke and dismiss
             self.report = lambda line: (
                 foreground.report(line) if line.startswith("warning: session ") else None)
 
