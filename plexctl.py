@@ -2009,9 +2009,8 @@ class Sessions:
     that replaces it; `over` ends all of them: whoever runs them raises it, and `stop` resets who waits.
     """
 
-    def __init__(self, plane: ControlPlane, request: SessionRequest, report: "Callable[[str], None]",
-                 limit: int = 4, minimum: int = 1, renew: bool = False, wait_seconds: float = 90.0,
-                 verbose: bool = False) -> None:
+    def __init__(self, plane: ControlPlane, request: SessionRequest, report: "Report", limit: int = 4,
+                 minimum: int = 1, renew: bool = False, wait_seconds: float = 90.0, verbose: bool = False) -> None:
         self.plane = plane
         self.request = request
         self.report = report
@@ -3149,7 +3148,7 @@ def is_executable(path: str) -> bool:
     return os.name != "posix" or b"\0" in head
 
 
-def find_command(name: str, environ: "Mapping[str, str]") -> str:
+def find_command(name: str, environ: "Environ") -> str:
     """The program a COMMAND names; exit 127 or 126 as a shell would, before anything is issued."""
     path = environ.get("PATH", os.defpath)
     found = shutil.which(name, path=path)
@@ -3163,7 +3162,7 @@ def find_command(name: str, environ: "Mapping[str, str]") -> str:
 class Run:
     """One invocation: the options, and what every mode of it needs."""
 
-    def __init__(self, options: "argparse.Namespace", environ: "Mapping[str, str]", foreground: Foreground,
+    def __init__(self, options: "argparse.Namespace", environ: "Environ", foreground: Foreground,
                  stdout: "Optional[IO[str]]") -> None:
         self.options = options
         self.environ = environ
@@ -3471,7 +3470,7 @@ def handle_signals(foreground: Foreground) -> "Callable[[], None]":
     return restore
 
 
-def perform(argv: "Optional[Sequence[str]]" = None, environ: "Optional[Mapping[str, str]]" = None,
+def perform(argv: "Optional[Sequence[str]]" = None, environ: "Optional[Environ]" = None,
             ends_process: bool = False) -> "Tuple[int, int]":
     """The command, as an exit code and the number of the signal that ended it (0: none)."""
     prints = ""
@@ -3519,7 +3518,7 @@ def fail(message: str, status: int) -> int:
     return status
 
 
-def main(argv: "Optional[Sequence[str]]" = None, environ: "Optional[Mapping[str, str]]" = None) -> int:
+def main(argv: "Optional[Sequence[str]]" = None, environ: "Optional[Environ]" = None) -> int:
     """The command. Returns the exit code, 128 + n where signal n ended it; raises nothing."""
     return perform(argv, environ)[0]
 
