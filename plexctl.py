@@ -2010,7 +2010,8 @@ class Sessions:
     """
 
     def __init__(self, plane: ControlPlane, request: SessionRequest, report: "Report", limit: int = 4,
-                 minimum: int = 1, renew: bool = False, wait_seconds: float = 90.0, verbose: bool = False) -> None:
+                 minimum: int = 1, renew: bool = False, wait_seconds: float = 90.0,
+                 verbose: bool = False) -> None:
         self.plane = plane
         self.request = request
         self.report = report
