@@ -3484,7 +3484,7 @@ def perform(argv: "Optional[Sequence[str]]" = None, environ: "Optional[Environ]"
         restore_handlers = handle_signals(foreground)
     except PlexctlError as error:
         return fail(str(error), error.exit_code), 0
-    except (OSError, ImportError) as error:  # no descriptors to load a module with
+    except Exception as error:  # no descriptors to load a module with, or a library that is damaged
         return fail("cannot %s: %s" % (
             "write to standard output" if prints else "start", show_error(error)), EXIT_FAILURE), 0
     status, signum = EXIT_FAILURE, 0

@@ -3456,6 +3456,16 @@ def test_a_module_that_another_system_has_not_may_be_caught_as_usual():
     assert isinstance(raised.value, plexctl.PlexctlError) and raised.value.exit_code == 1
 
 
+def test_a_library_that_is_damaged_is_an_error_in_one_line():
+    """As where re/__init__.py cannot be read: the folder is a package all the same, and an empty one."""
+    program = ("import sys, types; sys.modules['re'] = types.ModuleType('re'); sys.path.insert(0, %r)\n"
+               "import plexctl; plexctl.run()" % HERE)
+    result = run_words([sys.executable, "-I", "-B", "-c", program, "tcp-forward"] + REQUIRED_FLAGS,
+                       clean_environment())
+    assert result.status == 1
+    one_error_line(result, "cannot start: AttributeError")
+
+
 @pytest.mark.parametrize("python", find_pythons(), ids=os.path.basename)
 def test_a_digest_that_is_missing_does_not_put_a_traceback_on_stderr(simulation, python):
     program = ("import sys; sys.path.insert(0, %r); sys.modules.update(_hashlib=None, _md5=None)\n"
