@@ -2003,7 +2003,7 @@ class Sessions:
 
     At most `limit` sessions at once, `minimum` of them issued at the start; `renew`: one that has run
     out is replaced. Every session_id that the control plane ever gave is owed a revocation, until
-    `keep` or `leave`. `report` takes lines, from any thread; more of them with `verbose`.
+    `keep` or `leave`. `report` takes lines, from any thread, and must not call back; more with `verbose`.
 
     A worker's `why` ends its session, and clients that wait go on waiting for the others, or for the one
     that replaces it; `over` ends all of them: whoever runs them raises it, and `stop` resets who waits.
