@@ -1550,9 +1550,9 @@ class SideBySide:
         context, numbers, in_hand = multiprocessing.get_context("fork"), iter(range(len(groups))), {}
         for _ in range(count):
             pipe, end = context.Pipe()
-            context.Process(target=self.take, args=(session, groups, end), daemon=True).start()
-            end.close()
             in_hand[pipe] = None
+            context.Process(target=self.take, args=(session, groups, end, list(in_hand)), daemon=True).start()
+            end.close()
         for pipe in list(in_hand):
             self.hand_over(pipe, in_hand, numbers)
         while in_hand:
@@ -1585,8 +1585,10 @@ class SideBySide:
         if session.shouldfail:
             raise session.Failed(session.shouldfail)
 
-    def take(self, session, groups, pipe):
-        """In one of the processes: runs groups of tests, until there are no more."""
+    def take(self, session, groups, pipe, inherited):
+        """In one of the processes: runs groups of tests, until there are no more, or nobody to ask."""
+        for each in inherited:
+            each.close()
         manager, hook = self.config.pluginmanager, self.config.hook
         manager.unregister(name="terminalreporter")
         capture = manager.getplugin("capturemanager")
