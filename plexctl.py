@@ -106,6 +106,7 @@ BODY_MAX_BYTES = 1024 * 1024
 SECRET_FILE_MAX_BYTES = 64 * 1024
 TOKEN_MAX_CHARACTERS = 8192
 SHOWN_MAX_CHARACTERS = 300
+DOCUMENT_MAX_CHARACTERS = 3000  # of a path or a host, each of whose characters may need ten
 
 
 # ---------------------------------------------------------------------------------------- errors
@@ -191,7 +192,7 @@ def start_thread(function: "Callable[..., object]", *arguments: "Any") -> bool:
     try:
         threading.Thread(target=function, args=arguments, daemon=True).start()
         return True
-    except RuntimeError:
+    except (RuntimeError, MemoryError):
         return False
 
 
@@ -1658,19 +1659,19 @@ class StandardStreams:
 
     def shutdown(self, how: int) -> None:
         """The reader sees the end."""
-        if how == socket.SHUT_WR:
+        if how == socket.SHUT_WR and not self._is_closed:
+            try:
+                if stat.S_ISSOCK(os.fstat(1).st_mode):  # of inetd or socat, which is descriptor 0 as well
+                    with socket.fromfd(1, socket.AF_INET, socket.SOCK_STREAM) as sock:
+                        sock.shutdown(how)
+            except OSError:  # the peer has gone
+                pass
             self.close()
 
     def close(self) -> None:
         """The same; the number stays taken."""
         if not self._is_closed:
             self._is_closed = True
-            try:
-                if stat.S_ISSOCK(os.fstat(1).st_mode):  # of inetd or socat, which is descriptor 0 as well
-                    with socket.fromfd(1, socket.AF_INET, socket.SOCK_STREAM) as sock:
-                        sock.shutdown(socket.SHUT_WR)
-            except OSError:  # the peer has gone
-                pass
             try:
                 nowhere = open_nowhere(os.O_WRONLY)
                 os.dup2(nowhere, 1)
@@ -1959,20 +1960,22 @@ class Worker:
     def ask_in_thread(self) -> None:
         """To be called for any hint that the session may be over."""
         if elapsed_seconds() - self._asked_on >= ASK_SECONDS and not self._asking.locked():
-            start_thread(self.ask)
+            start_thread(self.ask, EXCHANGE_SECONDS)
 
-    def ask(self) -> bool:
-        """Asks GetSession and acts on it; whether there is an answer. Raises nothing.
+    def ask(self, seconds: float = ASK_LIMIT_SECONDS) -> bool:
+        """Asks GetSession and acts on it; whether there is an answer in time. Raises nothing.
 
         One question at a time, and one in ASK_SECONDS, serves all who want to know.
         """
         sessions = self._sessions
-        with self._asking:
+        if not self._asking.acquire(timeout=seconds):
+            return False
+        try:
             if self.why is not None or elapsed_seconds() - self._asked_on < ASK_SECONDS:
                 return self._has_answer
             self._has_answer = False
             try:
-                session = sessions.plane.get(sessions.request.project_id, self.session_id, ASK_LIMIT_SECONDS)
+                session = sessions.plane.get(sessions.request.project_id, self.session_id, seconds)
                 self._has_answer = True
                 if session.status != "active":
                     self.why = describe_end(session)
@@ -1988,6 +1991,8 @@ class Worker:
                 self._asked_on = elapsed_seconds()
                 self._recheck_on = self._asked_on + RECHECK_SECONDS
             return self._has_answer
+        finally:
+            self._asking.release()
 
 
 def describe_end(session: Session) -> SessionOver:
@@ -2003,7 +2008,7 @@ class Sessions:
 
     At most `limit` sessions at once, `minimum` of them issued at the start; `renew`: one that has run
     out is replaced. Every session_id that the control plane ever gave is owed a revocation, until
-    `keep` or `leave`. `report` takes lines, from any thread, and must not call back; more with `verbose`.
+    `keep` or `leave`. `report` takes lines, from any thread; more of them with `verbose`.
 
     A worker's `why` ends its session, and clients that wait go on waiting for the others, or for the one
     that replaces it; `over` ends all of them: whoever runs them raises it, and `stop` resets who waits.
@@ -2019,7 +2024,7 @@ class Sessions:
         self.over: "Optional[PlexctlError]" = None  # what has ended all of them
         self.first: "Optional[Worker]" = None  # that was ready
         self.is_stopped = False
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # `report` may ask for a count
         self._relays: "List[Relay]" = []  # that are not closed yet, and so not added to _ended
         self._changed = threading.Condition(self.lock)
         self._limit = limit
@@ -2295,7 +2300,8 @@ class Sessions:
         elif worker.is_ready:
             self.report("%s%s" % (why, "; the next connection gets a new one" if self._renew else ""))
         elif self.first is None:  # whoever established it hears of the last one
-            pass
+            if why.may_exist:
+                self.report("warning: session unknown: %s" % why)
         elif others and (refused or isinstance(why, EndpointMissing)):
             self._limit = min(self._limit, others)
             self.tell_once("warning: no further session, connections wait for those there are: %s" % why,
@@ -2539,6 +2545,7 @@ class Forwarder:
         self.unidentified = 0  # connections not served, since their clients had gone already
         self._sessions = sessions
         self._is_accepting = False
+        self._accepted_until = float("inf")
         self._tick_on = 0.0
         self._capacity = count_capacity()
         server = self._server = create_listener(local)
@@ -2628,8 +2635,8 @@ class Forwarder:
         def is_gone() -> bool:
             if self.local.path:
                 return has_hung_up(client)
-            if self._owners is None:  # nobody can know; at the end what was sent is to arrive
-                return not self._is_accepting
+            if self._owners is None:  # nobody can know; at the end there is time for what was sent to arrive
+                return 0 <= elapsed_seconds() - self._accepted_until < LEAVE_SECONDS
             return self._owners.find(address)[1]
 
         self._sessions.put(Connection(client, self._end, is_gone, address))
@@ -2680,7 +2687,7 @@ class Forwarder:
 
     def _stop_accepting(self) -> None:
         if self._is_accepting:
-            self._is_accepting = False
+            self._is_accepting, self._accepted_until = False, elapsed_seconds()
             self._server.shutdown()  # which waits for serve_forever; _accept always comes to it
 
     def _end(self, connection: Connection, error: "Optional[PlexctlError]") -> None:
@@ -2709,7 +2716,7 @@ def format_text(document: "Dict[str, Any]", width: int = 0) -> str:
     cells = dict(document, target=join_host_port(**document["target"]))
     header = row = lines = ""
     for name in ("local_addr", "listener_endpoint", "target", "session_id", "expires_at"):
-        cell = escape(cells[name])
+        cell = escape(cells[name], DOCUMENT_MAX_CHARACTERS)
         column = max(len(name), len(cell)) + 2
         header += name.upper().ljust(column)
         row += cell.ljust(column)
@@ -2757,6 +2764,14 @@ def write_all(stream: "Optional[IO[str]]", text: str) -> None:
             raw = raw[os.write(fd, raw):]
         except BlockingIOError:
             wait_for(fd, WRITABLE)
+
+
+def is_writable(stream: "Optional[IO[str]]") -> bool:
+    """Whether a line can be written without blocking, as far as anybody knows."""
+    try:
+        return wait_for(stream.fileno(), WRITABLE, 0)  # type: ignore[union-attr]
+    except (OSError, ValueError, AttributeError):  # closed, or not a file: writing tells
+        return True
 
 
 class Waker:
@@ -2820,7 +2835,7 @@ class Messages:
 
     def flush(self, seconds: float) -> None:
         """Wipes the live line, and waits until everything is written, for so long at most."""
-        if self.is_live:
+        if self.is_live or self._texts:
             self._put("")
         with self._written:
             self._written.wait_for(lambda: not self._is_writing, seconds)
@@ -2839,13 +2854,13 @@ class Messages:
                 return
             self._is_writing = True
         if not start_thread(self._write):
-            self._write()
+            self._write(may_block=False)
 
-    def _write(self) -> None:
+    def _write(self, may_block: bool = True) -> None:
         """Writes what there is, each text in place of the live line, as far as stderr takes it."""
         while True:
             with self._written:
-                if not self._texts:
+                if not self._texts or not may_block and not is_writable(self.stream):
                     self._is_writing = False
                     self._written.notify_all()
                     return
@@ -2856,7 +2871,7 @@ class Messages:
                 text = ("\x1b[%dA" % rows if rows else "") + "\r\x1b[J" + text
             try:
                 write_all(self.stream, text)
-            except (OSError, ValueError):
+            except Exception:  # noqa: S110  # closed, full, or a host's own stream: there is nowhere to say so
                 pass
 
 
@@ -3340,6 +3355,7 @@ class Run:
         foreground.ignored = (signal.SIGINT, getattr(signal, "SIGQUIT", signal.SIGINT))
         foreground.passed_on = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGUSR1", "SIGUSR2")
                                      if hasattr(signal, name))
+        foreground.messages.flush(HURRY_SECONDS)  # before anything that COMMAND says
         child = self.start_command(program, forwarder.local)
         forwarder.raise_limit()  # after the start of COMMAND, which keeps the limits it was given
         has_port, terminated = True, False
@@ -3507,6 +3523,7 @@ def perform(argv: "Optional[Sequence[str]]" = None, environ: "Optional[Environ]"
         if not ends_process:  # else a late signal would make it look as if it had not come to its end
             restore_handlers()
             foreground.waker.close()
+            foreground.messages.stream = None  # what is said late is nobody's
     return status, signum
 
 

@@ -6674,6 +6674,48 @@ def test_a_minimum_that_is_refused_altogether_is_told_of_once(simulation, name):
         assert running.lines == []
 
 
+def test_a_session_that_may_exist_is_told_of_also_where_another_one_is_there(simulation):
+    plane, keys = simulation.plane, []
+
+    def lose_one_of_them(handler, _plane):
+        keys.append(handler.seen.body["idempotency_key"])
+        if keys[-1] == keys[0]:
+            handler.wfile.write(handler.render(PASSING["502"]))
+        else:
+            handler.answer_really()
+
+    def establish():
+        with contextlib.suppress(plexctl.Cancelled):
+            running.sessions.establish()
+    simulation.node.late = 60
+    plane.script("issue", *[lose_one_of_them] * 4)
+    with using_sessions(plane, establish=False, minimum=2) as running:
+        establishing = threading.Thread(target=establish)
+        establishing.start()
+        eventually(lambda: running.said("warning: session unknown: ", MAY_EXIST))
+        running.sessions.stop()
+        establishing.join(10)
+
+
+def test_who_takes_the_lines_may_ask_for_the_counts(simulation):
+    counts = []
+    with using_sessions(simulation.plane, verbose=True) as running:
+        running.sessions.report = lambda line: counts.append((line, running.count()))
+        with dial(running.address) as client:
+            chat(client, 1)
+        eventually(lambda: [line for line, _ in counts if line.startswith("connection closed")])
+
+
+def test_a_slow_answer_is_waited_for_where_nobody_else_waits(simulation, monkeypatch, quick_ticks):
+    for name in ("RECHECK_SECONDS", "ASK_SECONDS"):
+        monkeypatch.setattr(plexctl, name, 0.2)
+    monkeypatch.setattr(plexctl, "ASK_LIMIT_SECONDS", 0.1)
+    with using_sessions(simulation.plane) as running:
+        simulation.plane.script("get", *[hold(1)] * 3)
+        simulation.plane.revoke(simulation.plane.issued[0])
+        eventually(lambda: running.sessions.over)
+
+
 def test_a_session_id_that_comes_again_is_refused_and_revoked_no_second_time(simulation):
     answers = []
 
@@ -8174,6 +8216,21 @@ def test_what_command_sent_arrives_also_where_nobody_can_say_whether_it_is_gone(
         check_send_and_vanish(simulation, target, 5 << 20, received, "--local-addr", "0.0.0.0:0")
 
 
+def test_who_goes_on_sending_where_nobody_can_say_whose_it_is_does_not_keep_it():
+    received = bytearray()
+    with Simulation(recording(received)) as simulation:
+        with start(simulation, "--local-addr", "0.0.0.0:0", "--", "/bin/sh", "-c",
+                   "echo $PLEXCTL_LOCAL_PORT; read line", stdin=subprocess.PIPE) as process:
+            with dial("127.0.0.1:" + process.ready(), 30) as client:
+                process.stdin.close()
+                with contextlib.suppress(ConnectionError):
+                    while process.poll() is None:
+                        client.sendall(b"x")
+                        time.sleep(0.05)
+            assert process.finish().returncode in (0, 1), process.describe()
+    revoked_once(simulation.plane)
+
+
 def check_send_and_vanish(simulation, target, size, received, *more):
     # a client that is gone before it is accepted has no owner any more, and would be turned away
     program = SEND_AND_VANISH.replace("os.environ['PLEXCTL_LOCAL_HOST']", "'127.0.0.1'")
@@ -8522,6 +8579,16 @@ def test_the_end_of_stdin_is_a_half_close_and_a_late_answer_arrives(make_pipe):
         assert process.finish().returncode == 0
         assert process.out.encode() == LATE_ANSWER
         revoked_once(simulation.plane)
+
+
+def test_a_client_with_one_socket_for_all_gets_the_error_too(simulation):
+    simulation.plane.node, simulation.plane.endpoint = None, "127.0.0.1:%d" % quiet_port()
+    ours, theirs = socket.socketpair()
+    ours.settimeout(20)
+    with ours, theirs, start(simulation, "--stdio", stdin=theirs, stdout=theirs, stderr=theirs) as process:
+        theirs.close()
+        assert b"plexctl: error: " in b"".join(chunks(ours))
+        assert process.finish().returncode == 1
 
 
 def test_a_client_with_one_socket_for_both_sees_the_target_s_end_and_may_go_on():
