@@ -2298,7 +2298,7 @@ class Sessions:
                 self.first is None or refused or not self._renew):
             self.over = why
         elif worker.is_ready:
-            self.report("%s%s" % (why, "; the next connection gets a new one" if self._renew else ""))
+            self.tell_once("%s%s" % (why, "; the next connection gets a new one" if self._renew else ""))
         elif self.first is None:  # whoever established it hears of the last one
             if why.may_exist:
                 self.report("warning: session unknown: %s" % why)

@@ -6697,6 +6697,12 @@ def test_a_session_that_may_exist_is_told_of_also_where_another_one_is_there(sim
         establishing.join(10)
 
 
+def test_sessions_that_run_out_one_after_the_other_are_told_of_once(simulation, quick_ticks):
+    with using_sessions(simulation.plane, ttl_seconds=1, renew=True, minimum=2) as running:
+        eventually(lambda: len(simulation.plane.issued) > 4, 20)
+        assert len(running.said("the session expired")) == 1
+
+
 def test_who_takes_the_lines_may_ask_for_the_counts(simulation):
     counts = []
     with using_sessions(simulation.plane, verbose=True) as running:
