@@ -9695,8 +9695,8 @@ def test_the_demonstration_prints_what_the_readme_shows():
         result = process.finish(60)
     del SEEN[:]  # it shows a session token, as it was asked to
     assert result.returncode == 0 and BEARER not in result.stdout + result.stderr, process.describe()
-    command, shown = code_blocks(readme().partition("\n## ")[0])[-1].split("\n", 1)
-    assert command.startswith("python3 test_plexctl.py  # ") and alike(shown) in alike(result.stdout)
+    command, shown = code_blocks(readme().partition("\n## ")[0])[-2:]
+    assert command == "python3 test_plexctl.py" and alike(shown) in alike(result.stdout)
 
 
 def test_the_readme_names_every_flag_and_only_these():
