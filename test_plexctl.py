@@ -1589,10 +1589,9 @@ class SideBySide:
         """In one of the processes: runs groups of tests, until there are no more, or nobody to ask."""
         for each in inherited:
             each.close()
-        manager, hook = self.config.pluginmanager, self.config.hook
-        manager.unregister(name="terminalreporter")
-        capture = manager.getplugin("capturemanager")
+        hook, capture = self.config.hook, self.config.pluginmanager.getplugin("capturemanager")
         capture.stop_global_capturing()  # its files are those of all processes
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the other process reports
         capture.start_global_capturing()
         try:
             for number in iter(pipe.recv, None):
@@ -8006,9 +8005,11 @@ def test_too_few_descriptors_are_an_error_in_one_line_that_leaves_nothing(simula
         if done.returncode == 0:
             assert limit > 6 and len(simulation.plane.active()) == (mode == "print")
             return
+        if sys.version_info < (3, 9) and b"libgcc_s.so.1 must be installed" in done.stderr:
+            for session_id in simulation.plane.active():
+                simulation.plane.revoke(session_id)
+            continue  # glibc, where the first thread ends: it opens that file then, or aborts
         assert b"Traceback" not in done.stderr and simulation.plane.active() == []
-        if sys.version_info < (3, 8) and b"libgcc_s.so.1 must be installed" in done.stderr:
-            continue  # glibc, where the first thread ends: it opens that file then
         assert (done.returncode, done.stderr.count(b"plexctl: error: ")) == (1, 1), (limit, done.stderr)
     raise AssertionError("not even with 39 descriptors")
 
