@@ -3196,7 +3196,12 @@ class Run:
         """The exit code. PlexctlError and Interrupted leave no session behind either."""
         options, foreground = self.options, self.foreground
         program = find_command(options.command[0], self.environ) if options.command else ""
-        plane = foreground.call(self.create_plane)
+        server, token = foreground.call(lambda: resolve_credentials(
+            options.server, options.profile, options.token_file, options.allow_http, self.environ))
+        # in a thread as well: --ca-file may be a pipe
+        plane = foreground.call(lambda: ControlPlane(
+            server, token, options.ca_file, self.environ,
+            report=foreground.report if options.verbose else lambda line: None))
         self.audit = AuditLog(self.environ, foreground.report) if options.reveal_secrets else None
         self.sessions = Sessions(plane, self.request, self.report, options.max_sessions, options.min_sessions,
                                  options.renew, options.wait_seconds, options.verbose > 0)
@@ -3214,14 +3219,6 @@ class Run:
                 foreground.report("warning: " + words)
             if self.audit is not None:  # not before: an interrupted record may still be on its way
                 self.audit.close()
-
-    def create_plane(self) -> ControlPlane:
-        """The control plane, with the credentials for it; what it reads may be a pipe."""
-        options = self.options
-        server, token = resolve_credentials(options.server, options.profile, options.token_file,
-                                            options.allow_http, self.environ)
-        return ControlPlane(server, token, options.ca_file, self.environ,
-                            report=self.foreground.report if options.verbose else lambda line: None)
 
     def establish(self) -> Worker:
         """The first session, and its token where it is to be revealed."""

@@ -7989,6 +7989,14 @@ def test_the_exit_status_is_that_of_command(simulation, name, program, status):
     revoked_once(simulation.plane)
 
 
+def glibc_has_aborted(simulation, stderr):
+    """Up to 3.8 a thread's end opens libgcc_s, the first time, and aborts where it finds no descriptor."""
+    found = sys.version_info < (3, 9) and "libgcc_s.so.1 must be installed" in stderr
+    for session_id in simulation.plane.active() if found else ():
+        simulation.plane.revoke(session_id)
+    return found
+
+
 @pytest.mark.skipif(not LINUX, reason="counts descriptors")
 @pytest.mark.parametrize("mode", ["print", "stdio", "command"])
 def test_too_few_descriptors_are_an_error_in_one_line_that_leaves_nothing(simulation, tmp_path, mode):
@@ -8005,10 +8013,8 @@ def test_too_few_descriptors_are_an_error_in_one_line_that_leaves_nothing(simula
         if done.returncode == 0:
             assert limit > 6 and len(simulation.plane.active()) == (mode == "print")
             return
-        if sys.version_info < (3, 9) and b"libgcc_s.so.1 must be installed" in done.stderr:
-            for session_id in simulation.plane.active():
-                simulation.plane.revoke(session_id)
-            continue  # glibc, where the first thread ends: it opens that file then, or aborts
+        if glibc_has_aborted(simulation, done.stderr.decode()):
+            continue
         assert b"Traceback" not in done.stderr and simulation.plane.active() == []
         assert (done.returncode, done.stderr.count(b"plexctl: error: ")) == (1, 1), (limit, done.stderr)
     raise AssertionError("not even with 39 descriptors")
@@ -8135,6 +8141,8 @@ def test_bulk_under_too_few_descriptors_arrives_or_is_refused_in_one_line(simula
                 assert len(result.stderr.splitlines()) <= 4, result.stderr
             else:
                 result = process.finish()
+                if glibc_has_aborted(simulation, result.stderr):
+                    continue
                 assert result.returncode == 1 and error_of(result)
             assert not any(word in result.stderr for word in BAD_WORDS + ("any local user",)), (
                 limit, result.stderr)
