@@ -2231,7 +2231,8 @@ class Sessions:
             worker.is_ending = True
             if worker.why and not self.over and not self.is_stopped:
                 self._follow(worker, worker.why)
-            elif worker.why and worker.why.may_exist:  # whoever asked for it does not listen any more
+            if worker.why and worker.why.may_exist and worker.why is not self.over and (
+                    self.over or self.is_stopped or self.first is None):  # nobody else says it
                 self.report("warning: session unknown: %s" % worker.why)
             is_due = self._claim(worker.session_id)
             self._changed.notify_all()
@@ -2300,8 +2301,7 @@ class Sessions:
         elif worker.is_ready:
             self.tell_once("%s%s" % (why, "; the next connection gets a new one" if self._renew else ""))
         elif self.first is None:  # whoever established it hears of the last one
-            if why.may_exist:
-                self.report("warning: session unknown: %s" % why)
+            pass
         elif others and (refused or isinstance(why, EndpointMissing)):
             self._limit = min(self._limit, others)
             self.tell_once("warning: no further session, connections wait for those there are: %s" % why,
