@@ -45,39 +45,38 @@ import errno
 import os
 import time
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:  # importing typing would take as long as compiling half of this file
-    import argparse, collections, datetime, difflib, email.utils, hashlib, http.client, json  # noqa: E401
-    import logging, mmap, pwd, queue, re, resource, select, shutil, signal, socket, socketserver  # noqa: E401
-    import ssl, stat, struct, subprocess, threading, urllib.request  # noqa: E401
-    from typing import (Any, Callable, Dict, IO, List, Mapping, NoReturn, Optional, Sequence, Set, Tuple)
+import argparse
+import contextlib
+import datetime
+import difflib
+import email.utils
+import fcntl
+import hashlib
+import http.client
+import json
+import logging
+import mmap
+import pwd
+import queue
+import re
+import resource
+import select
+import shutil
+import signal
+import socket
+import socketserver
+import ssl
+import stat
+import struct
+import subprocess
+import termios
+import threading
+import urllib.request
+from typing import (Any, Callable, Dict, IO, Iterator, List, Mapping, NamedTuple, NoReturn, Optional, Sequence,
+                    Set, Tuple)
 
-    Environ = Mapping[str, str]
-    Report = Callable[[str], None]  # takes a line for people, from any thread
-
-
-class LazyModule:
-    """A module that is loaded at its first use; --help must not wait for ssl and urllib."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __getattr__(self, attribute: str) -> "Any":
-        try:
-            module = __import__(self._name)
-        except (ImportError, OSError) as error:  # it is not there, or there are no descriptors left
-            raise MissingModule("this Python cannot load its module %s: %s%s" % (
-                getattr(error, "name", None) or self._name, show_error(error),
-                "; install its whole standard library (Debian, Ubuntu: apt install python3), with OpenSSL "
-                "where it is built from source" if isinstance(error, ModuleNotFoundError) else "")) from error
-        globals()[module.__name__] = module
-        return getattr(module, attribute)
-
-
-LAZY_MODULES = """argparse collections datetime difflib email.utils hashlib http.client json
-    logging mmap pwd queue re resource select shutil signal socket socketserver
-    ssl stat struct subprocess threading urllib.request""".split()
-globals().update((name.partition(".")[0], LazyModule(name)) for name in LAZY_MODULES)
+Environ = Mapping[str, str]
+Report = Callable[[str], None]  # takes a line for people, from any thread
 
 __version__ = "0.1.0"
 
@@ -122,6 +121,7 @@ class PlexctlError(Exception):
     exit_code = EXIT_FAILURE
     passing = False
     may_exist = False
+    is_told = False  # somebody has said it already
 
     def __init__(self, message: str, **facts: "Any") -> None:
         super().__init__(message)
@@ -164,11 +164,19 @@ class SessionOver(PlexctlError):
     """The session expired, was revoked, or is no longer active for another reason."""
 
 
+def name_signal(signum: int) -> str:
+    """SIGTERM; a real-time signal has a number alone."""
+    try:
+        return signal.Signals(signum).name
+    except ValueError:
+        return f"signal {signum}"
+
+
 class Interrupted(Exception):
     """The first SIGINT, SIGTERM or SIGHUP; raised where the main thread waits, nowhere else."""
 
     def __init__(self, signum: int) -> None:
-        super().__init__("ended by " + signal.Signals(signum).name)
+        super().__init__("ended by " + name_signal(signum))
         self.signum = signum
 
 
@@ -176,7 +184,6 @@ class Interrupted(Exception):
 
 ON_LINUX = sys.platform.startswith("linux")
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)  # no peer's doing
-READABLE, WRITABLE = 1, 4  # POLLIN and POLLOUT
 # CLOCK_BOOTTIME counts suspend on Linux (7; Python names it from 3.7 on); on macOS
 # CLOCK_MONOTONIC does. On Windows time.monotonic() does.
 _CLOCK = 7 if ON_LINUX else getattr(time, "CLOCK_MONOTONIC", None)
@@ -189,8 +196,13 @@ def elapsed_seconds() -> float:
 
 def start_thread(function: "Callable[..., object]", *arguments: "Any") -> bool:
     """Runs it in a thread that does not keep the process alive; False if there are no more threads."""
+    def run() -> None:
+        # `stty tostop`: a thread that writes to the terminal from the background would stop all of them
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
+        function(*arguments)
+
     try:
-        threading.Thread(target=function, args=arguments, daemon=True).start()
+        threading.Thread(target=run, daemon=True).start()
         return True
     except (RuntimeError, MemoryError):
         return False
@@ -213,16 +225,6 @@ def send_record(path: str, data: bytes, seconds: float) -> None:
                     raise
 
 
-def wait_for(fd: int, mask: int, seconds: "Optional[float]" = None) -> bool:
-    """Waits until a descriptor is ready (0: until its other end is lost), for ever or for so long."""
-    seconds = None if seconds is None else max(0.0, seconds)
-    if ON_LINUX:  # where poll() takes terminals as well, and any number
-        poller = select.poll()
-        poller.register(fd, mask)
-        return bool(poller.poll(None if seconds is None else seconds * 1000))
-    return any(select.select([fd] * (mask == READABLE), [fd] * (mask == WRITABLE), [], seconds))
-
-
 def open_nowhere(flags: int) -> int:
     """A descriptor that takes or gives nothing, also where there is no /dev/null."""
     try:
@@ -232,24 +234,9 @@ def open_nowhere(flags: int) -> int:
 
 
 def end_by_signal(signum: int) -> None:
-    """Ends the process as the signal would have: a shell sees 128 + n and stops its loops.
-
-    But without a core file, which would hold the tokens: a limit of 1 byte is the one that the
-    kernel honours for a core_pattern that is a pipe as well (core(5)).
-    """
-    try:
-        resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
-    except (ImportError, OSError, ValueError):
-        pass
+    """Ends the process as the signal would have: a shell sees 128 + n and stops its loops."""
     signal.signal(signum, signal.SIG_DFL)
     os.kill(os.getpid(), signum)
-
-
-def load_modules() -> None:
-    """Whatever may be used later: Python may be upgraded under a proxy that runs."""
-    for name in ("email", "http", "json", "mmap", "queue", "re", "select", "signal", "socket", "socketserver",
-                 "struct", "threading", "urllib"):
-        getattr(globals()[name], "__name__")  # noqa: B009
 
 
 # ---------------------------------------------------------------------------------------- values
@@ -606,7 +593,7 @@ def read_limited(descriptor: int, source: str) -> bytes:
         try:
             piece = os.read(descriptor, SECRET_FILE_MAX_BYTES + 1 - len(raw))
         except BlockingIOError:  # a pipe whose writer takes its time
-            wait_for(descriptor, READABLE)
+            wait_for(descriptor, select.POLLIN)
             continue
         except OSError as error:
             raise CredentialsError("%s: cannot be read: %s" % (source, show_error(error))) from error
@@ -783,6 +770,9 @@ class SessionRequest(Record):
     host: str
     port: int
     ttl_seconds: int = 0  # 0: the server's default
+
+    def _replace(self, **named: "Any") -> "SessionRequest":
+        return SessionRequest(**dict(vars(self), **named))
 
 
 class Exchange:
@@ -1317,61 +1307,32 @@ class AuditLog:
 
 FIRST_BUFFER_BYTES = 64 * 1024
 LARGEST_BUFFER_BYTES = 768 * 1024
-TICK_SECONDS = 1  # after which whatever waits looks around
-QUIET_SECONDS = 2.0  # of the target, before a client's end of input is passed on
-FIRST_ASK_SECONDS = 0.05  # whether a client that has ended its input is gone; then ever less often
+TICK_SECONDS = 0.2  # after which a thread that waits looks around: is the run over?
+QUIET_SECONDS = 2.0
+FIRST_ASK_SECONDS = 0.002  # whether a client that has ended its input is gone; then ever less often
 LAST_ASK_SECONDS = 0.4
-DRAIN_SECONDS = 0.05  # for the Node's end, before the worker goes on without its partner
-STREAM_TICK_SECONDS = 0.2  # of standard input and output, which have no time limit of their own
-LINGER_SECONDS = 10  # for the Node's answer to the end of a client that is gone
-STRUCT_LINGER = "ii" if os.name == "posix" else "HH"
-SILENCE = BlockingIOError if os.name == "posix" else TimeoutError  # of a call that has waited for a tick
-SO_RCVTIMEO_64 = 66  # of systems of 32 bits with times of 64 bits: their timeval has two of these
-LEG_OPTIONS: "List[Tuple[int, int, Any]]" = []  # filled at the first use, which loads socket
+SILENT_SECONDS = 120  # of a path, while data waits for an answer
+READS_AT_ONCE = 64
+LINGER_SECONDS = 10  # for the Node to end a connection whose client is gone, before the run ends
+LEG_OPTIONS: List[Tuple[str, str, Any]] = [
+    ("IPPROTO_TCP", "TCP_NODELAY", 1),  # a request in two writes costs 44 ms without it
+    ("SOL_SOCKET", "SO_KEEPALIVE", 1), ("IPPROTO_TCP", "TCP_KEEPIDLE", 60),
+    ("IPPROTO_TCP", "TCP_KEEPINTVL", 15), ("IPPROTO_TCP", "TCP_KEEPCNT", 4),
+    ("SOL_SOCKET", "SO_OOBINLINE", 1),  # urgent data stays in the stream
+    # close() sends a reset: not even SIGKILL may let a stream that was cut off look complete
+    ("SOL_SOCKET", "SO_LINGER", struct.pack("ii", 1, 0))]
+CLOSE_IN_ORDER = struct.pack("ii", 0, 0)
 
 
-def set_leg_options(sock: "socket.socket", is_tcp: bool = True) -> None:
-    """What both legs of a connection have; on Linux a listener hands it on to what it accepts.
-
-    TCP_NODELAY (a request in two writes costs 44 ms without it), keepalive that notices in two
-    minutes, urgent data in the stream, and close() sends a reset unless it was called in order:
-    not even SIGKILL may let a stream that was cut off look complete. A call that blocks comes back
-    after TICK_SECONDS, with SILENCE or a part of its work.
-    """
-    if not LEG_OPTIONS:
-        tick = struct.pack("qq" if socket.SO_RCVTIMEO == SO_RCVTIMEO_64 else "ll", TICK_SECONDS, 0)
-        if os.name != "posix":
-            tick = struct.pack("L", TICK_SECONDS * 1000)
-        LEG_OPTIONS[:] = [(level, getattr(socket, name), value) for level, name, value in (
-            (socket.IPPROTO_TCP, "TCP_NODELAY", 1), (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 60),
-            (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 15), (socket.IPPROTO_TCP, "TCP_KEEPCNT", 4),
-            (socket.SOL_SOCKET, "SO_KEEPALIVE", 1), (socket.SOL_SOCKET, "SO_OOBINLINE", 1),
-            (socket.SOL_SOCKET, "SO_LINGER", struct.pack(STRUCT_LINGER, 1, 0)),
-            (socket.SOL_SOCKET, "SO_RCVTIMEO", tick), (socket.SOL_SOCKET, "SO_SNDTIMEO", tick))
-            if hasattr(socket, name)]
-    for level, option, value in LEG_OPTIONS:
-        if is_tcp or level == socket.SOL_SOCKET:
-            sock.setsockopt(level, option, value)
+def set_leg_options(sock: socket.socket) -> None:
+    """What both legs of a connection have; what a listener has, the sockets that it accepts have too."""
+    for level, name, value in LEG_OPTIONS:
+        if hasattr(socket, name):
+            sock.setsockopt(getattr(socket, level), getattr(socket, name), value)
 
 
-def has_hung_up(sock: "socket.socket") -> bool:
-    """Whether the other end is lost; of a unix socket: closed. False where poll() is missing."""
-    fd = sock.fileno()
-    return fd < 0 or ON_LINUX and wait_for(fd, 0, 0)
-
-
-def close_leg(sock: "socket.socket", reset: bool) -> None:
-    """Closes it with a reset for the peer, which it is set to, or in order."""
-    try:
-        if not reset:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack(STRUCT_LINGER, 0, 0))
-        sock.close()
-    except OSError:  # closed all the same
-        sock.close()
-
-
-def is_connected(sock: "socket.socket") -> bool:
-    """False after a reset whose error somebody has read, and after the ends of both directions."""
+def is_connected(sock: socket.socket) -> bool:
+    """False after a reset, whoever has read its error."""
     try:
         sock.getpeername()
         return True
@@ -1379,322 +1340,403 @@ def is_connected(sock: "socket.socket") -> bool:
         return False
 
 
-class Partner:
-    """A thread that runs one function after another, and the buffer that it reads into.
-
-    A buffer belongs to a thread: one that is still in a recv must not fill another connection's.
-    """
-
-    def __init__(self) -> None:
-        self.buffer = memoryview(bytearray(FIRST_BUFFER_BYTES))
-        self.is_free = threading.Event()
-        self.is_free.set()
-        self._works: "Any" = getattr(queue, "SimpleQueue", queue.Queue)()  # 3.6 has the other one
-        if not start_thread(self._run):
-            raise PlexctlError("cannot start a thread for a connection (ulimit -u)")
-
-    def do(self, work: "Optional[Callable[[], None]]") -> None:
-        """Runs it after what it was given before; None is the end."""
-        self.is_free.clear()
-        self._works.put(work)
-
-    def _run(self) -> None:
-        for work in iter(self._works.get, None):
-            work()
-            self.is_free.set()
+def poll_now(fd: int, mask: int) -> int:
+    """What poll(2) says of a descriptor at this moment; 0 for nothing."""
+    poller = select.poll()
+    poller.register(fd, mask)
+    return next((events for _, events in poller.poll(0)), 0)
 
 
-class Flow:
-    """One direction of a connection: what `source` sends goes to `sink`."""
-
-    def __init__(self, source: "socket.socket", sink: "socket.socket", buffer: memoryview) -> None:
-        self.source = source
-        self.sink = sink
-        self.buffer = self.first_buffer = buffer
-        self.moved = 0  # bytes
-        self.in_hand = 0  # bytes that were read, and are not all sent yet
-        self.is_running = True  # False: it is to end
-        self.is_over = False  # the end of input was passed on
-        self.fault = 0  # the error number of a reset by the source, which can be asked for once
-        self._quiet_since = 0.0
-        self._moved_then = 0
-
-    def is_quiet(self) -> bool:
-        """Whether nothing was read for QUIET_SECONDS, counted from the first question."""
-        now = elapsed_seconds()
-        if not self._quiet_since or self.in_hand or self.moved != self._moved_then:
-            self._quiet_since, self._moved_then = now, self.moved
-        return now - self._quiet_since >= QUIET_SECONDS
-
-    def grow(self) -> memoryview:
-        """A larger buffer for a source that fills this one; given back at once, unlike a bytearray."""
-        if len(self.buffer) < LARGEST_BUFFER_BYTES:
-            try:
-                self.buffer = memoryview(mmap.mmap(-1, min(2 * len(self.buffer), LARGEST_BUFFER_BYTES)))
-            except (OSError, ValueError):  # no memory: it will do
-                pass
-        return self.buffer
+def wait_for(fd: int, mask: int, seconds: Optional[float] = None) -> bool:
+    """Waits until a descriptor is ready, for ever or for so long."""
+    poller = select.poll()
+    poller.register(fd, mask)
+    return bool(poller.poll(None if seconds is None else max(0.0, seconds) * 1000))
 
 
-class Relay:
-    """Carries one connection, its two legs: a direction in the thread of `carry`, the other in its partner.
+class Leg:
+    """One end of a connection: a non-blocking socket. Closing it sends a reset, unless told otherwise."""
 
-    The last of them closes both sockets. Where the client is gone `carry` returns, and the partner reads
-    what still comes, so that nothing is reset. `is_gone` tells whether a client that has ended its
-    input listens no more (False where nobody can know); `on_remote_end` hears that the remote has ended
-    first. Afterwards: what `up` and `down` have moved, and the `error` that broke it, if any.
-    """
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self._is_tcp = sock.family != getattr(socket, "AF_UNIX", None)
+        self.recv_into = sock.recv_into
+        self.send = sock.send
+        self.reads_at = self.writes_at = sock.fileno()
 
-    def __init__(self, client: "socket.socket", remote: "socket.socket", buffer: memoryview,
-                 partner: Partner, is_gone: "Callable[[], bool]",
-                 on_remote_end: "Callable[[], object]") -> None:
-        self.up = Flow(client, remote, buffer)
-        self.down = Flow(remote, client, partner.buffer)
-        self.error: "Optional[Exception]" = None  # one peer is lost: the other gets a reset, not an end
-        self.remote_ended_first = False
-        self.client_is_gone = False  # what it sent may still be on its way
-        self.is_closed = False
-        self._partner = partner
-        self._is_gone = is_gone
-        self._on_remote_end = on_remote_end
-        self._lock = threading.Lock()
-        self._threads = 2
+    def end(self) -> None:
+        """The half-close of TCP."""
+        self.sock.shutdown(socket.SHUT_WR)
 
-    def carry(self) -> None:
-        """Returns once both directions are over, or the client is gone and what it sent is handed on.
+    def take_error(self) -> int:
+        """The error number of a reset that nobody has been told of yet; 0 for none."""
+        return self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
 
-        Raises nothing: whatever fails ends this connection alone.
+    def count_unsent(self) -> int:
+        """Bytes that were sent, and that the other end has not acknowledged (SIOCOUTQ, tcp(7))."""
+        if not (ON_LINUX and self._is_tcp):
+            return 0
+        return int(struct.unpack("i", fcntl.ioctl(self.sock, termios.TIOCOUTQ, bytes(4)))[0])
+
+    def is_cut_off(self) -> bool:
+        """Whether nothing of what was sent has had an answer for SILENT_SECONDS.
+
+        Linux gives up after 15 minutes, and does not run keepalive meanwhile. TCP_USER_TIMEOUT would end
+        a connection as well whose reader makes a pause: it counts probes that have been answered.
         """
-        self._partner.do(self._carry_down)
+        if not (ON_LINUX and self._is_tcp):
+            return False
+        info = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 60)
+        _, _, retransmits, probes, last_answer = struct.unpack_from("=BBBB52xI", info)  # tcp_info, linux/tcp.h
+        return max(retransmits, probes) > 1 and last_answer >= SILENT_SECONDS * 1000
+
+    def has_ended(self) -> bool:
+        """Whether the other end has ended it; what it has sent before is read and thrown away."""
         try:
-            if self._copy(self.up):
-                self._hold_end()
-        except Exception as error:
-            self._break(error)
-        self._leave()
-        # what has come is still delivered, and counted; for a client that is gone nobody waits for more
-        while not self._partner.is_free.wait(DRAIN_SECONDS):
-            if self.client_is_gone and not self.down.in_hand:
-                break
-
-    def stop(self) -> None:
-        """Ends both directions, with a reset where they are not over; from any thread."""
-        with self._lock:  # or a descriptor might be another socket's by now
-            self.up.is_running = self.down.is_running = False
-            for sock in () if self.is_closed else (self.up.source, self.up.sink):
-                try:
-                    sock.shutdown(socket.SHUT_RD)  # wakes who reads, and tells the peer nothing
-                except OSError:
-                    pass
-
-    def _carry_down(self) -> None:
-        try:
-            if self._copy(self.down):
-                self._note_remote_end()
-                self._pass_on(self.down)
-            if self.client_is_gone:
-                self._drain()
-        except Exception as error:
-            self._note_remote_end()
-            self._break(error)
-        self._leave()
-
-    def _copy(self, flow: Flow) -> bool:
-        """Whether the source has ended its input; else the sink is lost, or it was told to end."""
-        receive, send, buffer = flow.source.recv_into, flow.sink.send, flow.buffer
-        while flow.is_running:
-            try:
-                count = flow.in_hand = receive(buffer)
-            except SILENCE:
-                rest = buffer = flow.buffer = flow.first_buffer  # nobody holds a larger one any more
-                # the Node has ended, and so serves another one; a client may keep its end open for ever
-                if flow is self.up and self.down.is_over and flow.is_quiet():
-                    self.stop()
-                continue
-            if not count:
-                self._check(flow)
-                return flow.is_running and self.error is None
-            rest = buffer[:count]
-            while rest and flow.is_running:
-                try:
-                    sent = send(rest)
-                    flow.moved += sent
-                    rest = rest[sent:]
-                except SILENCE:
-                    self._check(flow)
-                except OSError as error:
-                    self._lose_sink(flow, error)
-            flow.in_hand = 0
-            if count == len(buffer):
-                buffer = flow.grow()
+            for _ in range(READS_AT_ONCE):
+                if not self.sock.recv(FIRST_BUFFER_BYTES):
+                    return True
+        except BlockingIOError:
+            pass
+        except OSError:
+            return True
         return False
 
-    def _check(self, flow: Flow) -> None:
-        """Raises ConnectionResetError where the source is lost."""
-        other = self.down if flow is self.up else self.up
-        # not connected is also a socket that both have ended: `is_over` is set before, so it is asked last
-        if not is_connected(flow.source) and not other.is_over:
-            flow.fault = flow.fault or flow.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if flow.fault != errno.EPIPE:  # Linux's name for a reset behind the end of input: nothing is lost
-                raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
-
-    def _hold_end(self) -> None:
-        """The Node ends both directions at a client's end of input, and so would cut the answer off.
-
-        It is passed on once the target has been quiet, or has ended, or nobody waits for its answer.
-        """
-        client, pause = self.up.source, FIRST_ASK_SECONDS
-        while self.up.is_running and not self._partner.is_free.is_set():
-            # has_hung_up: a reset, where nobody can ask; a client that both have ended looks like that, too
-            if (self._is_gone() or has_hung_up(client)) and not self.down.is_over:
-                error = client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                if error:
-                    raise OSError(error, os.strerror(error))
-                self.client_is_gone = True
-                self.down.is_running = False
-                break
-            if not self.up.is_over and self.down.is_quiet():
-                self._pass_on(self.up)
-            self._partner.is_free.wait(pause)
-            pause = min(2 * pause, LAST_ASK_SECONDS)
-        if self.up.is_running and not self.up.is_over:
-            self._pass_on(self.up)
-
-    def _drain(self) -> None:
-        """close() would answer what is still to come with a reset, which can overtake what was sent."""
-        deadline, remote = elapsed_seconds() + LINGER_SECONDS, self.down.source
-        while elapsed_seconds() < deadline and self.up.is_running:
-            try:
-                if not remote.recv(FIRST_BUFFER_BYTES):
-                    return
-            except SILENCE:
-                pass
-
-    def _pass_on(self, flow: Flow) -> None:
-        """The half-close of TCP."""
-        flow.is_over = True
+    def close(self, reset: bool = True) -> None:
+        """Closes it, with a reset for the peer or in order."""
         try:
-            if self.error is None:
-                flow.sink.shutdown(socket.SHUT_WR)
-        except OSError as error:
-            self._lose_sink(flow, error)
-
-    def _lose_sink(self, flow: Flow, error: OSError) -> None:
-        """The sink's peer is gone. What it sent before is still read and delivered by the other flow."""
-        flow.is_running = False
-        if flow is self.up:
-            self._note_remote_end()
-        if not self.client_is_gone:
-            self.error = self.error or error
-        if error.errno in EXHAUSTED:
-            self._break(error)
-
-    def _break(self, error: Exception) -> None:
-        """Ends both directions now: a truncated stream must not look like a complete one."""
-        self.error = self.error or error
-        self.stop()
-
-    def _note_remote_end(self) -> None:
-        if not (self.up.is_over or self.remote_ended_first or self.error):
-            self.remote_ended_first = True
-            self._on_remote_end()
-
-    def _leave(self) -> None:
-        """The last act of each thread; the second of them closes the sockets."""
-        with self._lock:
-            self._threads -= 1
-            if self._threads:
-                return
-            self.is_closed = True
-        is_broken = self.error is not None
-        # what is complete may be on its way yet; a client that is gone minds nothing
-        close_leg(self.up.source, is_broken or not self.down.is_over or self.client_is_gone)
-        close_leg(self.up.sink, is_broken or not self.up.is_over)
+            if not reset:
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, CLOSE_IN_ORDER)
+            self.sock.close()
+        except OSError:  # closed all the same
+            self.sock.close()
 
 
 class StandardStreams:
-    """Descriptors 0 and 1 as a client's socket, as far as a Relay uses one; they may be terminals or files.
+    """Descriptors 0 and 1 as the client's leg of a Relay: pipes, a terminal, files, or one socket.
 
-    Their file status flags are left alone, since they may be somebody's terminal. `error` says why
-    standard output has not had everything (PlexctlError).
+    Their file status flags are left alone, since they may be somebody's terminal: what blocks is
+    written only after poll(2), and no more than it is good for.
     """
 
     def __init__(self) -> None:
-        self.error: "Optional[PlexctlError]" = None
-        self._is_closed = False
-        # it is_connected, always; has_hung_up asks descriptor 1
-        self.setblocking = self.setsockopt = self.getsockopt = self.getpeername = lambda *arguments: 0
-        self.recv = lambda size, flags: b""  # a look at what a client that is gone has sent
-
-    def fileno(self) -> int:
-        """The one that tells whether anybody listens."""
-        return 1
+        self.reads_at, self.writes_at = 0, 1
+        self.error: Optional[PlexctlError] = None  # why standard output has not had everything
+        self._socket: Optional[socket.socket] = None  # of inetd or socat
+        if stat.S_ISSOCK(os.fstat(1).st_mode):  # fromfd() of anything else leaks its duplicate
+            self._socket = socket.fromfd(1, socket.AF_INET, socket.SOCK_STREAM)
+            self._set_linger(1)
 
     def recv_into(self, buffer: memoryview) -> int:
-        """Standard input, until an answer could not be written."""
-        if self.error is not None:
-            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
-        if os.name == "posix" and not wait_for(0, READABLE, STREAM_TICK_SECONDS):
-            raise SILENCE
+        """Reads standard input; 0 at its end."""
         try:
             piece = os.read(0, len(buffer))
         except OSError as error:
-            if error.errno == errno.EISDIR or not isinstance(error, SILENCE) and os.isatty(0):
+            if error.errno == errno.EISDIR or error.errno == errno.EIO and os.isatty(0):
                 return 0  # it was closed at the start, or the terminal is gone
             raise
         buffer[:len(piece)] = piece
         return len(piece)
 
     def send(self, piece: memoryview) -> int:
-        """Standard output."""
+        """Writes to standard output as much as it takes; PlexctlError where that fails."""
         try:
-            if os.name == "posix" and not wait_for(1, WRITABLE, STREAM_TICK_SECONDS):
-                raise SILENCE
-            return os.write(1, piece)
-        except SILENCE:
+            if self._socket is not None:
+                return self._socket.send(piece, socket.MSG_DONTWAIT)
+            return os.write(1, piece[:select.PIPE_BUF])
+        except BlockingIOError:
             raise
         except OSError as error:
-            self._fail(error)
+            self.error = PlexctlError(f"cannot write to standard output: {show_error(error)}")
+            raise self.error from error
+
+    def is_gone(self) -> bool:
+        """Whether nobody reads standard output any more."""
+        if poll_now(1, 0) & (select.POLLERR | select.POLLHUP):
+            self.error = PlexctlError("cannot write to standard output: nobody reads it")
+        return self.error is not None
+
+    def take_error(self) -> int:
+        """Nothing that a read would not tell."""
+        return 0
+
+    def is_cut_off(self) -> bool:
+        """Nobody can know."""
+        return False
+
+    def end(self) -> None:
+        """The reader sees the end."""
+        if self._socket is not None:
+            self._socket.shutdown(socket.SHUT_WR)
+        self._let_go(1)
+
+    def close(self, reset: bool = True) -> None:
+        """Lets go of both descriptors; a socket is closed with a reset, or in order."""
+        if self._socket is not None:
+            self._set_linger(int(reset))
+            self._socket.close()
+        self._let_go(1)
+        self._let_go(0)
+
+    def _set_linger(self, switch: int) -> None:
+        try:
+            value = struct.pack("ii", switch, 0)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, value)  # type: ignore[union-attr]
+        except OSError:  # the peer has gone
+            pass
+
+    def _let_go(self, descriptor: int) -> None:
+        """Its number stays taken, or what is opened next would get it."""
+        nowhere = open_nowhere(os.O_RDWR)
+        os.dup2(nowhere, descriptor)
+        os.close(nowhere)
+
+
+def create_buffers() -> Tuple[memoryview, memoryview]:
+    """What a Relay reads into, a direction each."""
+    return memoryview(bytearray(FIRST_BUFFER_BYTES)), memoryview(bytearray(FIRST_BUFFER_BYTES))
+
+
+class Flow:
+    """One direction of a connection: what `source` sends goes to `sink`."""
+
+    def __init__(self, source: Any, sink: Any, buffer: memoryview) -> None:
+        self.source = source
+        self.sink = sink
+        self.buffer = self.first_buffer = buffer
+        self.moved = 0  # bytes
+        self.rest = buffer[:0]  # what was read, and is not all sent yet
+        self.read_on = elapsed_seconds()
+        self.has_ended = False  # the source has ended its input
+        self.is_over = False  # and that was passed on
+        self.is_lost = False  # the sink takes nothing any more: what comes is thrown away
+
+    def read(self, now: float) -> None:
+        """Takes in hand what there is; OSError where the source is lost."""
+        try:
+            count = self.source.recv_into(self.buffer)
+        except BlockingIOError:
+            return
+        self.has_ended = not count
+        if self.has_ended or not self.is_lost:
+            self.read_on = now
+            self.rest = self.buffer[:count]
+            if count == len(self.buffer) < LARGEST_BUFFER_BYTES:
+                self._grow()
+
+    def write(self) -> None:
+        """Hands on what the sink takes now; OSError where the sink is lost."""
+        try:
+            sent = self.sink.send(self.rest)
+        except BlockingIOError:
+            return
+        self.moved += sent
+        self.rest = self.rest[sent:]
+
+    def _grow(self) -> None:
+        """A larger buffer for a source that fills this one; unlike a bytearray it is given back at once."""
+        try:
+            self.buffer = memoryview(mmap.mmap(-1, min(2 * len(self.buffer), LARGEST_BUFFER_BYTES)))
+        except (OSError, ValueError):  # no memory: this one will do
+            pass
+
+
+class Relay:
+    """Carries one connection, both directions, in the thread that calls `carry`.
+
+    `is_gone()`: whether a client that has ended its input listens no more (False where nobody can know).
+    `is_stopped()`: whether to end now, with resets; asked often. `on_end()` is called once, before the client
+    sees an end that it has not made itself.
+
+    Afterwards the client is closed. `remote` is closed as well, unless its end has yet to come: then it
+    `is_awaited`. `is_stuck`: the Node did not take what a client sent that has reset the connection.
+    """
+
+    def __init__(self, client: Any, remote: Leg, buffers: Tuple[memoryview, memoryview],
+                 is_gone: Callable[[], bool], is_stopped: Callable[[], bool],
+                 on_end: Callable[[], object] = lambda: None) -> None:
+        self.up = Flow(client, remote, buffers[0])
+        self.down = Flow(remote, client, buffers[1])
+        self.error: Optional[Exception] = None  # one peer is lost: the other gets a reset
+        self.remote_ended_first = False
+        self.client_is_gone = False  # what it sent is still handed on
+        self.is_ending = False  # the client sees an end soon that it has not made
+        self.is_awaited = False
+        self.is_stuck = False
+        self._client = client
+        self._remote = remote
+        self._is_gone = is_gone
+        self._is_stopped = is_stopped
+        self._on_end = on_end
+        self._client_is_lost = False  # it has reset the connection
+        self._ask_on = 0.0  # when it is asked for the next time whether the client is gone
+        self._ask_pause = FIRST_ASK_SECONDS
+        self._look_on = 0.0  # when the paths are looked at for the next time
+        self._has_hung_up = False  # poll() would say so of the client again and again
+        self._poller = select.poll()
+        self._watched: Dict[int, int] = {}  # by descriptor, what poll() looks for
+
+    def carry(self) -> None:
+        """Raises nothing: whatever fails ends this connection alone."""
+        try:
+            while not self._is_done(elapsed_seconds()):
+                self._watch()
+                ready = self._poller.poll(self._pause() * 1000)
+                self._move(dict(ready), elapsed_seconds())
+        except Exception as error:
+            self.error = self.error or error
+        self._close()
+
+    def _watch(self) -> None:
+        """Tells poll() what is waited for now."""
+        up, down = self.up, self.down
+        wanted = {self._client.reads_at: 0, self._client.writes_at: 0, self._remote.reads_at: 0}
+        if not (up.rest or up.has_ended):
+            wanted[self._client.reads_at] |= select.POLLIN
+        if down.rest:
+            wanted[self._client.writes_at] |= select.POLLOUT
+        if not (down.rest or down.has_ended or self.client_is_gone):
+            wanted[self._remote.reads_at] |= select.POLLIN
+        if up.rest:
+            wanted[self._remote.reads_at] |= select.POLLOUT
+        for descriptor, mask in wanted.items():
+            # a client's reset is noticed also while nobody reads; a hang-up that is known would be told for ever
+            is_due = mask or (descriptor == self._client.reads_at and not (up.has_ended or self._has_hung_up))
+            if not is_due:
+                if self._watched.pop(descriptor, None) is not None:
+                    self._poller.unregister(descriptor)
+            elif self._watched.get(descriptor) != mask:
+                self._poller.register(descriptor, mask)
+                self._watched[descriptor] = mask
+
+    def _pause(self) -> float:
+        """How long poll() may wait."""
+        if self.up.has_ended and not self.client_is_gone:
+            return max(0.0, min(TICK_SECONDS, self._ask_on - elapsed_seconds()))
+        return TICK_SECONDS
+
+    def _move(self, ready: Dict[int, int], now: float) -> None:
+        """Reads and writes as far as it goes without waiting."""
+        client, remote = ready.get(self._client.reads_at, 0), ready.get(self._remote.reads_at, 0)
+        if client and not self._watched[self._client.reads_at]:
+            self._has_hung_up = True
+            self._check_client(errno.EPIPE)  # which is one behind its end: what came before is still read
+        for flow, source_events, sink_events in ((self.up, client, remote), (
+                self.down, remote, ready.get(self._client.writes_at, 0))):
+            if flow.rest:
+                is_due = bool(sink_events)
+            else:
+                is_due = bool(source_events) and not flow.has_ended
+                if is_due:
+                    self._read(flow, now)
+            if is_due and flow.rest:
+                try:
+                    flow.write()
+                except OSError as error:
+                    self._lose_sink(flow, error)
+            elif not ready:
+                flow.buffer = flow.first_buffer  # nobody holds a larger one any more
+
+    def _read(self, flow: Flow, now: float) -> None:
+        try:
+            flow.read(now)
+        except OSError:
+            self._client_is_lost = flow is self.up
             raise
 
-    def shutdown(self, how: int) -> None:
-        """The reader sees the end."""
-        if how == socket.SHUT_WR and not self._is_closed:
-            try:
-                if stat.S_ISSOCK(os.fstat(1).st_mode):  # of inetd or socat, which is descriptor 0 as well
-                    with socket.fromfd(1, socket.AF_INET, socket.SOCK_STREAM) as sock:
-                        sock.shutdown(how)
-            except OSError:  # the peer has gone
-                pass
-            self.close()
+    def _check_client(self, *harmless: int) -> None:
+        """Raises the error of a reset by the client, but for these numbers."""
+        error = self._client.take_error()
+        if error and error not in harmless:
+            self._client_is_lost = True
+            raise OSError(error, os.strerror(error))
 
-    def close(self) -> None:
-        """The same; the number stays taken."""
-        if not self._is_closed:
-            self._is_closed = True
-            try:
-                nowhere = open_nowhere(os.O_WRONLY)
-                os.dup2(nowhere, 1)
-                os.close(nowhere)
-            except OSError as error:
-                self._fail(error)
+    def _lose_sink(self, flow: Flow, error: OSError) -> None:
+        """The sink's peer is lost. What it had sent before is still read, and handed on."""
+        is_end = error.errno == errno.EPIPE  # it had ended its input in order, and closed since
+        self._client_is_lost = flow is self.down and not is_end
+        if error.errno in EXHAUSTED or self._client_is_lost:
+            raise error
+        flow.is_lost, flow.rest = True, flow.rest[:0]
+        if flow is self.down:
+            self.client_is_gone = True
+        elif not is_end:
+            self.error = error
 
-    def _fail(self, error: OSError) -> None:
-        self.error = PlexctlError("cannot write to standard output: %s" % show_error(error))
+    def _is_done(self, now: float) -> bool:
+        """Passes on the ends of input that are due, and tells whether the connection is over."""
+        up, down = self.up, self.down
+        if now >= self._look_on:
+            self._look_on = now + TICK_SECONDS
+            if self._is_stopped():
+                raise ConnectionAbortedError(errno.ECONNABORTED, os.strerror(errno.ECONNABORTED))
+            if self._client.is_cut_off() or self._remote.is_cut_off():
+                raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+        if down.has_ended and not down.is_over:
+            self._end_down()
+        if up.has_ended:
+            self._end_up(now)
+        if self.client_is_gone and up.is_over:
+            return True
+        # the Node serves another one already; a client may keep its end open for ever
+        return down.is_over and (up.is_over or not up.rest and now - max(up.read_on, down.read_on) >= QUIET_SECONDS)
+
+    def _end_down(self) -> None:
+        """The remote's end is passed on at once."""
+        self.remote_ended_first = not (self.up.is_over or self.client_is_gone or self.error)
+        if self.error:
+            raise self.error  # the end that is read behind a reset
+        self.is_ending = True
+        if self.remote_ended_first:
+            self._on_end()
+        self.down.is_over = True
+        self._pass_on(self.down)
+
+    def _end_up(self, now: float) -> None:
+        """The Node ends both directions at a client's end of input, and so would cut the answer off.
+
+        It is passed on once the target has been quiet, or has ended, or nobody waits for its answer.
+        """
+        up, down = self.up, self.down
+        if now >= self._ask_on and not (self.client_is_gone or down.is_over):
+            self.client_is_gone = self._is_gone()
+            self._ask_on, self._ask_pause = now + self._ask_pause, min(2 * self._ask_pause, LAST_ASK_SECONDS)
+            if self.client_is_gone:
+                self._check_client(*() if up.is_over else (errno.EPIPE,))
+        is_quiet = not down.rest and now - max(up.read_on, down.read_on) >= QUIET_SECONDS
+        if not up.is_over and (self.client_is_gone or down.is_over or is_quiet):
+            up.is_over = True
+            self._pass_on(up)
+
+    def _pass_on(self, flow: Flow) -> None:
+        try:
+            if not flow.is_lost:
+                flow.sink.end()
+        except OSError:  # its peer is gone
+            flow.is_lost = True
+
+    def _close(self) -> None:
+        up, down, remote = self.up, self.down, self._remote
+        is_broken = self.error is not None
+        if is_broken and not (self._client_is_lost or down.is_over):
+            self.is_ending = True
+            self._on_end()
+        # what was thrown away must not look as if it had arrived
+        self._client.close(reset=is_broken or not down.is_over or up.is_lost and not up.has_ended)
+        self.is_awaited = not (is_broken or down.is_over)
+        if is_broken:
+            self.is_stuck = self._client_is_lost and (bool(up.rest) or remote.count_unsent() > 0)
+        if not self.is_awaited:
+            remote.close(reset=is_broken or not up.is_over)
 
 
-# --------------------------------------------------------------------------------------- workers
+# -------------------------------------------------------------------------------------- sessions
 
-GRACE_SECONDS = 0.3  # a connection waits so long for a session to become idle, before one is issued for it
-POLL_SECONDS = 0.1  # between two looks at who waits
-IDLE_SECONDS = 60  # after which a session above the minimum is given back
 ASK_SECONDS = 2  # between two questions about one session
-ASK_LIMIT_SECONDS = 5  # for an answer, which a connection may wait for
+ASK_LIMIT_SECONDS = 5  # for an answer that somebody waits for
 RECHECK_SECONDS = 60  # the reconcile period of a Node
 GONE_SECONDS = 30  # of refused dials, until a listener counts as gone
-REPLACE_SECONDS = 60  # between two replacements of sessions that never carried a connection
-RETRY_SECONDS = 5  # until a further session is asked for again
-UNREACHABLE_SECONDS = 10  # a Node that ends a connection within this, without a byte, had no target
 CONNECTING = (errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK)
 
 
@@ -1702,163 +1744,304 @@ class SessionRevoked(SessionOver):
     """It was taken away, or is not there any more: never replaced by another one."""
 
 
+class ListenerGone(SessionOver):
+    """The Node has closed the session's listener, though the session is active."""
+
+
+class DialRefused(PlexctlError):
+    """Nobody listens at the endpoint, though the session is active."""
+
+
 class EndpointMissing(PlexctlError):
     """The Node reported no listener in time."""
 
 
-class ConnectionFailed(PlexctlError):
-    """One connection broke after it had been dialled."""
-
-
-def dial(route: "Tuple[int, Any]", is_needless: "Callable[[], bool]") -> "socket.socket":
-    """A TCP socket connected to (family, address); OSError in time, or once it `is_needless`."""
+def dial(route: Tuple[int, Any], is_stopped: Callable[[], bool]) -> Leg:
+    """A leg to (family, address); OSError in time, or once it `is_stopped`."""
     family, address = route
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
-        sock.setblocking(True)
         set_leg_options(sock)
-        error, deadline = errno.EINPROGRESS, elapsed_seconds() + CONNECT_SECONDS
-        while error in CONNECTING and elapsed_seconds() < deadline and not is_needless():
-            error = sock.connect_ex(address)  # comes back once in TICK_SECONDS
-        if error not in (0, errno.EISCONN):
+        leg = Leg(sock)
+        error, deadline = sock.connect_ex(address), elapsed_seconds() + CONNECT_SECONDS
+        while error in CONNECTING and elapsed_seconds() < deadline and not is_stopped():
+            if wait_for(leg.writes_at, select.POLLOUT, TICK_SECONDS):
+                error = leg.take_error()
+        if error:
             raise OSError(error, os.strerror(errno.ETIMEDOUT if error in CONNECTING else error))
-        return sock
+        return leg
     except BaseException:
         sock.close()
         raise
 
 
-class Connection:
-    """One client, from its accept to its end.
+class Ledger:
+    """Every session that was ever issued. Each is revoked once, unless it is to be kept.
 
-    `is_gone()` tells whether it listens no more (False where nobody can know); `on_end(connection,
-    error)` is called once, with a PlexctlError where it failed. `wants_reason`: that error is to say
-    as well why the session is over.
+    Safe to use from several threads. `report` takes lines for people, `say` those that only `-v` shows.
     """
 
-    def __init__(self, sock: "Any", on_end: "Callable[..., object]",
-                 is_gone: "Callable[[], bool]" = lambda: False, address: "Any" = None,
-                 wants_reason: bool = False) -> None:
-        sock.setblocking(True)  # whatever socket.setdefaulttimeout() was told
-        if not (ON_LINUX and isinstance(address, tuple)):  # or it has what the listener has
-            set_leg_options(sock, isinstance(address, tuple))
-        self.sock = sock
-        self.is_gone = is_gone
-        self.address = address
-        self.wants_reason = wants_reason
-        self.began = elapsed_seconds()
-        self.relay: "Optional[Relay]" = None
-        self._on_end = on_end
+    def __init__(self, plane: ControlPlane, project_id: str, report: Report,
+                 say: Report = lambda line: None) -> None:
+        self.plane = plane
+        self.report = report
+        self.say = say
+        self._project_id = project_id
+        self._changed = threading.Condition()  # guards what follows
+        self._known: Set[str] = set()  # every session_id that there was, in lower case
+        self._owed: Dict[str, bool] = {}  # by session_id; True: it is being revoked
+        self._issuing = 0
+        self._keep = False
+        self._is_closed = False  # nothing is issued any more
+        self._told: Set[str] = set()
 
-    def __str__(self) -> str:
-        return join_host_port(*self.address[:2]) if isinstance(self.address, tuple) else "a local process"
+    def tell_once(self, line: str, subject: str = "") -> None:
+        """A line, once in a run; or one of all that have the same subject."""
+        with self._changed:
+            is_new = (subject or line) not in self._told
+            self._told.add(subject or line)
+        if is_new:
+            self.report(line)
 
-    def has_left(self) -> bool:
-        """Whether a client that waits has reset its connection, or closed it without a byte."""
+    def issue(self, request: SessionRequest) -> IssuedSession:
+        """ControlPlane.issue; the session is owed a revocation as soon as its id is known."""
+        with self._changed:
+            if self._is_closed:
+                raise Cancelled("interrupted")
+            self._issuing += 1
+        issued: List[str] = []
         try:
-            return not is_connected(self.sock) or (  # behind a reset what came before can still be read
-                wait_for(self.sock.fileno(), READABLE, 0)
-                and not self.sock.recv(1, socket.MSG_PEEK) and self.is_gone())
-        except OSError as error:
-            return error.errno not in EXHAUSTED
-
-    def end(self, error: "Optional[PlexctlError]" = None) -> None:
-        """It is over; a client that was not served gets a reset."""
-        if self.relay is None:
-            close_leg(self.sock, reset=True)
-        on_end, self._on_end = self._on_end, lambda connection, error: None
-        on_end(self, error)
-
-
-class Counts(Record):
-    """Totals: connections `open`, `waiting` and `ended`; live `sessions`; bytes `up` and `down`."""
-
-    open: int = 0
-    waiting: int = 0
-    ended: int = 0
-    sessions: int = 0
-    up: int = 0
-    down: int = 0
-
-
-class Worker:
-    """One session, from its issue to its revocation, in a thread of its own (`run`).
-
-    It does what the Node's listener does: one connection after another, never two at once. `issued`
-    and `endpoint` are known once it `is_ready`; `why` is what has ended it.
-    """
-
-    def __init__(self, sessions: "Sessions") -> None:
-        self.session_id = ""  # until it is issued
-        self.issued: "Optional[IssuedSession]" = None
-        self.endpoint: "Optional[Endpoint]" = None
-        self.expires_on = float("inf")
-        self.why: "Optional[PlexctlError]" = None
-        self.is_ready = False
-        self.is_ending = False
-        self.has_carried = False
-        self.connection: "Optional[Connection]" = None
-        self.turn = threading.Condition(sessions.lock)
-        self._sessions = sessions
-        self._partner: "Any" = None
-        self._buffer = memoryview(bytearray(FIRST_BUFFER_BYTES))
-        self._route: "Any" = None  # family and address of the endpoint
-        self._refused_since = 0.0
-        self._asking = threading.Lock()
-        self._asked_on = 0.0
-        self._has_answer = False
-        self._recheck_on = elapsed_seconds() + RECHECK_SECONDS
-
-    def run(self) -> None:
-        sessions = self._sessions
-        try:
-            self._partner = Partner()
-            self._move(self._issue())
-            sessions.add_ready(self)
-            connection = sessions.take(self)
-            while connection is not None:
-                self._serve(connection)
-                connection = sessions.take(self)
-        except PlexctlError as error:
-            self.why = error
-        except Exception as error:  # no memory or descriptors, or a defect
-            self.why = PlexctlError("a session was given up after %s" % show_error(error))
+            return self.plane.issue(request, lambda session_id: self._owe(session_id, issued))
+        except PlexctlError:
+            for session_id in issued:  # there is one, whatever is wrong with the answer
+                self.give_back(session_id)
+            raise
         finally:
-            sessions.dismiss(self)
-            if self._partner is not None:
-                self._partner.do(None)
+            with self._changed:
+                self._issuing -= 1
+                self._changed.notify_all()
 
-    def check_over(self) -> bool:
-        """Whether it carries no more; to be asked often, since it looks after itself meanwhile."""
-        now = elapsed_seconds()
-        if self.why is None and now >= self.expires_on:
-            self.why = SessionOver("the session expired")
-        if self.why is None and now >= self._recheck_on:
-            self.ask_in_thread()
-        return self.why is not None or self._sessions.is_stopped
+    def get(self, session_id: str, seconds: float) -> Session:
+        """ControlPlane.get."""
+        return self.plane.get(self._project_id, session_id, seconds)
 
-    def _issue(self) -> Endpoint:
-        """Issues the session and waits until its Node has reported the listener."""
-        sessions = self._sessions
-        issued = self.issued = sessions.plane.issue(
-            sessions.next_request(), lambda session_id: sessions.owe(self, session_id))
+    def give_back(self, session_id: str) -> None:
+        """Revokes it now, unless that was begun already or it is to be kept. Raises nothing."""
+        with self._changed:
+            is_due = self._claim(session_id)
+        if is_due:
+            self._revoke(session_id)
+
+    def keep(self) -> None:
+        """From now on the sessions are the operator's: `leave` will not revoke them."""
+        with self._changed:
+            self._keep = True
+
+    def leave(self, seconds: float = LEAVE_SECONDS) -> None:
+        """Revokes what is owed, also what is just being issued; returns after `seconds` at most."""
+        deadline = elapsed_seconds() + seconds
+        with self._changed:
+            self._is_closed = True
+        self.plane.cancel.set()
+        while elapsed_seconds() < deadline:
+            with self._changed:
+                due = [session_id for session_id in self._owed if self._claim(session_id)]
+                if not due:
+                    if not self._issuing and not any(self._owed.values()):
+                        return
+                    self._changed.wait(max(0.0, min(TICK_SECONDS, deadline - elapsed_seconds())))
+            for session_id in due:
+                if not start_thread(self._revoke, session_id):
+                    self._revoke(session_id)
+
+    def left_behind(self) -> List[str]:
+        """What `leave` could not settle, in words; told once."""
+        with self._changed:
+            owed = [each for each, is_begun in self._owed.items() if is_begun or not self._keep]
+            self._owed.clear()
+            lines = [f"session {each} is not revoked, it will expire on its own" for each in owed]
+            if self._issuing:
+                lines.append("a session may have been issued, it will expire on its own")
+            return lines
+
+    def _owe(self, session_id: str, issued: List[str]) -> None:
+        with self._changed:
+            if session_id.lower() in self._known:
+                raise TransportError(f"{ISSUE}: the answer's session_id is that of an earlier session")
+            self._known.add(session_id.lower())
+            self._owed[session_id] = False
+            issued.append(session_id)
+            self._changed.notify_all()
+
+    def _claim(self, session_id: str) -> bool:
+        """With the lock held: whether it is for the caller to revoke it, once."""
+        is_begun_or_done = self._owed.get(session_id, True)
+        if is_begun_or_done or self._keep and self._is_closed:
+            return False
+        self._owed[session_id] = True
+        return True
+
+    def _revoke(self, session_id: str) -> None:
+        """Tries for LEAVE_SECONDS where the failure may pass. Raises nothing."""
+        self.say(f"session {session_id} released")
+        deadline, failure = elapsed_seconds() + LEAVE_SECONDS, ""
+        while True:
+            try:
+                self.plane.revoke(self._project_id, session_id, max(0.5, deadline - elapsed_seconds()))
+                break
+            except Exception as error:
+                failure = str(error) if isinstance(error, PlexctlError) else show_error(error)
+                wait = getattr(error, "retry_after_seconds", None) or POLL_MIN_SECONDS
+                status = getattr(error, "status", 0)
+                may_pass = status == 429 or status >= 500 if status else getattr(error, "passing", False)
+                if not may_pass or elapsed_seconds() + wait > deadline:
+                    break
+            failure = ""
+            time.sleep(wait)
+        with self._changed:
+            if self._owed.pop(session_id, None) and failure:  # else it was told already
+                self.report(f"warning: session {session_id} is not revoked, it will expire on its own: {failure}")
+            self._changed.notify_all()
+
+
+class MediatedSession:
+    """One session, from its issue to the reason of its end.
+
+    `open` issues it and waits for its listener; then `issued` and `endpoint` are known. `dial` connects
+    to the listener. `is_over()` tells, and looks after the session meanwhile; `why` is what has ended it.
+    Questions about it are asked in threads of their own, one at a time: what they and its user share
+    stands under its lock.
+    """
+
+    def __init__(self, ledger: Ledger, wait_seconds: float = 90.0) -> None:
+        self.issued: Optional[IssuedSession] = None
+        self.expires_on = float("inf")
+        self.ready_on = 0.0  # when its Node had reported the listener; 0: not yet
+        self._ledger = ledger
+        self._wait_seconds = wait_seconds
+        self._warned_at = float("inf")
+        self._lock = threading.Condition()  # guards what follows
+        self._why: Optional[PlexctlError] = None
+        self._endpoint: Optional[Endpoint] = None
+        self._route: Any = None  # family and address of the endpoint
+        self._refused_since = 0.0
+        self._is_asking = False
+        self._asked_on = 0.0  # when the last answer came, or failed to
+        self._has_answer = False
+        self._recheck_on = float("inf")
+
+    @property
+    def why(self) -> Optional[PlexctlError]:
+        """What has ended it; None while it lasts."""
+        with self._lock:
+            return self._why
+
+    @property
+    def endpoint(self) -> Optional[Endpoint]:
+        """The listener endpoint that the Node has reported last."""
+        with self._lock:
+            return self._endpoint
+
+    @property
+    def session_id(self) -> str:
+        """As the server wrote it; "" before it is issued."""
+        return self.issued.session_id if self.issued else ""
+
+    def open(self, request: SessionRequest, tell: Report) -> None:
+        """Issues the session, and waits until its Node has reported the listener; PlexctlError."""
+        issued = self.issued = self._ledger.issue(request)
         self.expires_on = issued.issued_on + issued.lifetime_seconds
         if issued.session.status != "active" or issued.lifetime_seconds <= 0:
             raise SessionOver("the session was over when it arrived")
-        return issued.listener_endpoint or self._await_endpoint()
+        self._move(issued.listener_endpoint or self._await_endpoint(tell))
+        self.ready_on = elapsed_seconds()
+        self._recheck_on = self.ready_on + RECHECK_SECONDS
+        self._ledger.say(f"session {self.session_id}: listener endpoint {self.endpoint}, "
+                         f"expires at {issued.expires_at}")
 
-    def _await_endpoint(self) -> Endpoint:
-        sessions, pause = self._sessions, POLL_MIN_SECONDS
-        deadline = elapsed_seconds() + sessions.wait_seconds
-        limit = show_seconds(sessions.wait_seconds)
-        if sessions.wait_seconds:
-            tell = sessions.say if sessions.first else sessions.tell_once
-            tell("waiting for the Node to report its listener (up to %s)" % limit)
-        while elapsed_seconds() < deadline:
-            left = deadline - elapsed_seconds()
+    def end(self, why: PlexctlError) -> None:
+        """It is over; the first reason counts."""
+        with self._lock:
+            self._why = self._why or why
+
+    def is_over(self) -> bool:
+        """Whether it carries no more; to be asked often."""
+        now = elapsed_seconds()
+        if now >= self.expires_on:
+            self.end(SessionOver("the session expired"))
+        elif now >= self._recheck_on:
+            self._recheck_on = now + RECHECK_SECONDS
+            self.ask()
+        return self.why is not None
+
+    def warn_of_its_end(self) -> None:
+        """A warning when WARN_LEFT_SECONDS are left; to be called often."""
+        left, lifetime = self.expires_on - elapsed_seconds(), self.issued.lifetime_seconds if self.issued else 0.0
+        for threshold in reversed(WARN_LEFT_SECONDS):
+            if 0 < left <= threshold < min(lifetime, self._warned_at):
+                self._warned_at = threshold
+                self._ledger.report(f"warning: {show_seconds(left + 0.5)} of the session are left")
+
+    def ask(self, seconds: float = 0.0) -> bool:
+        """Has GetSession asked, in a thread, and waits so long for the answer. Whether there is one.
+
+        One question at a time, and one in ASK_SECONDS, serves all who want to know.
+        """
+        with self._lock:
+            is_due = elapsed_seconds() - self._asked_on >= ASK_SECONDS and self._why is None
+            if is_due and not self._is_asking:
+                self._is_asking = start_thread(self._ask)
+                self._has_answer = False
+            self._lock.wait_for(lambda: not self._is_asking, seconds)
+            return self._has_answer and not self._is_asking
+
+    def dial(self, is_stopped: Callable[[], bool]) -> Leg:
+        """A connection to the listener; PlexctlError says why there is none."""
+        has_moved = False
+        while True:
+            with self._lock:
+                route = self._route
             try:
-                session = sessions.plane.get(sessions.request.project_id, self.session_id,
-                                             min(EXCHANGE_SECONDS, max(1.0, left)))
+                leg = dial(route, lambda: self.is_over() or is_stopped())
+                self._refused_since = 0.0
+                return leg
+            except OSError as error:
+                failure = error
+            if is_stopped():
+                raise Cancelled("interrupted")
+            has_answer = self.ask(ASK_LIMIT_SECONDS)
+            if self.why is None and not has_moved and self.has_moved_from(route):
+                has_moved = True  # a new endpoint is tried once
+                continue
+            if self.why is None and has_answer and isinstance(failure, ConnectionRefusedError):
+                raise self._note_refusal() from failure
+            raise self.why or PlexctlError(
+                f"cannot connect to the listener endpoint {self.endpoint}: {show_error(failure)}")
+
+    def has_moved_from(self, route: Any) -> bool:
+        """Whether its listener is elsewhere by now."""
+        with self._lock:
+            return bool(self._route != route)
+
+    def _note_refusal(self) -> PlexctlError:
+        """The listener is gone, though the control plane says that the session is active."""
+        now = elapsed_seconds()
+        self._refused_since = self._refused_since or now
+        if now - self._refused_since >= GONE_SECONDS:
+            self.end(ListenerGone("the Node has closed the session's listener, and has opened no other one "
+                                  f"for {GONE_SECONDS} s"))
+        return self.why or DialRefused(f"the listener endpoint {self.endpoint} refuses connections")
+
+    def _await_endpoint(self, tell: Report) -> Endpoint:
+        plane, pause = self._ledger.plane, POLL_MIN_SECONDS
+        deadline = elapsed_seconds() + self._wait_seconds
+        limit = show_seconds(self._wait_seconds)
+        if self._wait_seconds:
+            tell(f"waiting for the Node to report its listener (up to {limit})")
+        while elapsed_seconds() < deadline:
+            left = max(1.0, deadline - elapsed_seconds())
+            try:
+                session = self._ledger.get(self.session_id, min(EXCHANGE_SECONDS, left))
                 if session.status != "active":
                     raise describe_end(session)
                 if session.listener_endpoint:
@@ -1866,539 +2049,70 @@ class Worker:
             except (TransportError, ApiError) as error:
                 if not error.passing:
                     raise
-            if sessions.plane.cancel.wait(max(0.0, min(pause, deadline - elapsed_seconds()))):
+            if plane.cancel.wait(max(0.0, min(pause, deadline - elapsed_seconds()))):
                 raise Cancelled("interrupted")
             pause = min(pause * 1.5, POLL_MAX_SECONDS)
-        raise EndpointMissing("the Node reported no listener endpoint within %s; is it up, "
-                              "with fewer than ten sessions? (--wait-seconds)" % limit)
+        raise EndpointMissing(
+            f"the Node reported no listener endpoint within {limit}; check that the Node is online and has fewer "
+            "than 10 sessions (those of print mode count until they expire), or wait longer (--wait-seconds)")
 
     def _move(self, endpoint: Endpoint) -> None:
-        """Looks the endpoint's name up once; what it leads to is judged like the endpoint itself."""
-        host: "Any" = endpoint.host.encode("ascii")  # for a str, getaddrinfo loads the IDNA codec, 1 ms
+        """Looks the endpoint's name up, once; what it leads to is judged like the endpoint itself."""
         try:
-            found = socket.getaddrinfo(host, endpoint.port, 0, socket.SOCK_STREAM)
+            found = socket.getaddrinfo(endpoint.host, endpoint.port, 0, socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
-            raise PlexctlError("listener endpoint %s: %s" % (endpoint, show_error(error))) from error
+            raise PlexctlError(f"listener endpoint {endpoint}: {show_error(error)}") from error
         family, _, _, _, address = found[0]
-        if not is_dialable(str(address[0]), is_loopback(self._sessions.plane.server.host)):
-            raise PlexctlError("listener endpoint %s: leads to %s, which is refused" % (endpoint, address[0]))
-        self.endpoint, self._route = endpoint, (family, address)
+        if not is_dialable(str(address[0]), is_loopback(self._ledger.plane.server.host)):
+            raise PlexctlError(f"listener endpoint {endpoint}: leads to {address[0]}, which is refused")
+        with self._lock:
+            self._endpoint, self._route = endpoint, (family, address)
 
-    def _serve(self, connection: Connection) -> None:
-        """One connection, from the dial to its end."""
-        sessions = self._sessions
+    def _ask(self) -> None:
+        """GetSession, and what follows from the answer. Raises nothing."""
+        has_answer = False
         try:
-            if not self._partner.is_free.is_set():  # it still drains what comes for a client that is gone
-                self._partner.do(None)
-                self._partner = Partner()
-            remote = self._dial()
-        except PlexctlError as error:
-            if not sessions.put_back(self):
-                sessions.end(self, error)
-            return
-        dialled_on = elapsed_seconds()
-        # psql's Ctrl-C and iperf3's data get no answer, but come beside a connection that has had one
-        is_reached = sessions.is_answering()
-        sessions.say("connection from %s to %s", connection, self.endpoint)
-        relay = connection.relay = Relay(connection.sock, remote, self._buffer, self._partner,
-                                         connection.is_gone, self.ask_in_thread)
-        sessions.add_relay(relay)
-        relay.carry()
-        if relay.remote_ended_first and (connection.wants_reason or not relay.down.moved):
-            self.ask()
-        sessions.end(self, self._judge(
-            relay, not is_reached and elapsed_seconds() - dialled_on < UNREACHABLE_SECONDS))
-
-    def _judge(self, relay: Relay, is_suspicious: bool) -> "Optional[PlexctlError]":
-        """What there is to say of a connection that was carried; None where it went well."""
-        if self._sessions.is_stopped:
-            return Cancelled("interrupted")
-        if self.why is not None:
-            return self.why
-        if relay.remote_ended_first and not relay.down.moved and is_suspicious:
-            return PlexctlError(
-                "the Node ended the connection at once and nothing came back: nothing listens at %s, or "
-                "the Node cannot reach it (--host and --port are as the Node sees them)"
-                % join_host_port(self._sessions.request.host, self._sessions.request.port))
-        if relay.error is not None:
-            is_peer_s = isinstance(relay.error, OSError) and relay.error.errno not in EXHAUSTED
-            return (ConnectionFailed if is_peer_s else PlexctlError)(
-                "the connection ended: %s" % show_error(relay.error))
-        return None
-
-    def _dial(self) -> "socket.socket":
-        """A connection to the listener; PlexctlError says why there is none."""
-        has_moved = False
-        while not self.check_over():
-            route = self._route
-            try:
-                remote = dial(route, self.check_over)
-            except OSError as failure:
-                has_answer = self.ask()
-                if self._sessions.is_stopped or not has_moved and self._route != route:
-                    has_moved = True  # a new endpoint is tried once
-                    continue
-                if has_answer and self.why is None and isinstance(failure, ConnectionRefusedError):
-                    self._note_refusal()
-                raise self.why or PlexctlError("cannot connect to the listener endpoint %s: %s" % (
-                    self.endpoint, show_error(failure))) from failure
-            self._refused_since = 0.0
-            self.has_carried = True
-            return remote
-        raise self.why or Cancelled("interrupted")
-
-    def _note_refusal(self) -> None:
-        """The listener is gone, though the control plane says that the session is active."""
-        now = elapsed_seconds()
-        self._refused_since = self._refused_since or now
-        if self._sessions.may_replace(self):
-            self.why = SessionOver("the Node has closed the session's listener")
-        elif now - self._refused_since >= GONE_SECONDS:
-            self.why = SessionOver("the Node has closed the session's listener and opened no other one "
-                                   "for %d s" % GONE_SECONDS)
-
-    def ask_in_thread(self) -> None:
-        """To be called for any hint that the session may be over."""
-        if elapsed_seconds() - self._asked_on >= ASK_SECONDS and not self._asking.locked():
-            start_thread(self.ask, EXCHANGE_SECONDS)
-
-    def ask(self, seconds: float = ASK_LIMIT_SECONDS) -> bool:
-        """Asks GetSession and acts on it; whether there is an answer in time. Raises nothing.
-
-        One question at a time, and one in ASK_SECONDS, serves all who want to know.
-        """
-        sessions = self._sessions
-        if not self._asking.acquire(timeout=seconds):
-            return False
-        try:
-            if self.why is not None or elapsed_seconds() - self._asked_on < ASK_SECONDS:
-                return self._has_answer
-            self._has_answer = False
-            try:
-                session = sessions.plane.get(sessions.request.project_id, self.session_id, seconds)
-                self._has_answer = True
-                if session.status != "active":
-                    self.why = describe_end(session)
-                elif session.listener_endpoint not in (None, self.endpoint):
-                    sessions.say("the Node reports a new listener endpoint: %s", session.listener_endpoint)
-                    self._move(session.listener_endpoint)
-            except PlexctlError as error:
-                if isinstance(error, ApiError) and error.status in (404, 410):
-                    self.why = SessionRevoked("the session is gone")
-                elif not sessions.is_stopped:
-                    sessions.tell_once("warning: %s" % error)
-            finally:
-                self._asked_on = elapsed_seconds()
-                self._recheck_on = self._asked_on + RECHECK_SECONDS
-            return self._has_answer
-        finally:
-            self._asking.release()
+            session = self._ledger.get(self.session_id, EXCHANGE_SECONDS)
+            has_answer = True
+            if session.status != "active":
+                self.end(describe_end(session))
+            elif session.listener_endpoint not in (None, self.endpoint):
+                self._ledger.say(f"the Node reports a new listener endpoint: {session.listener_endpoint}")
+                self._move(session.listener_endpoint)
+        except Cancelled:
+            pass
+        except Exception as error:
+            if isinstance(error, ApiError) and error.status in (404, 410):
+                self.end(SessionRevoked("the session is gone"))
+            else:
+                self._ledger.tell_once(f"warning: {error if isinstance(error, PlexctlError) else show_error(error)}")
+        with self._lock:
+            self._asked_on, self._has_answer, self._is_asking = elapsed_seconds(), has_answer, False
+            self._lock.notify_all()
 
 
 def describe_end(session: Session) -> SessionOver:
     """Why a session is no longer active."""
-    reason = " (%s)" % session.revoke_reason if session.revoke_reason else ""
+    reason = f" ({session.revoke_reason})" if session.revoke_reason else ""
     if session.status == "revoked" and session.revoke_reason not in ("ttl_expired", "idle_timeout"):
         return SessionRevoked("the session was revoked" + reason)
     return SessionOver("the session expired" + reason)
 
 
-class Sessions:
-    """The workers, and the queue of the connections that they serve, first come first served.
-
-    At most `limit` sessions at once, `minimum` of them issued at the start; `renew`: one that has run
-    out is replaced. Every session_id that the control plane ever gave is owed a revocation, until
-    `keep` or `leave`. `report` takes lines, from any thread; more of them with `verbose`.
-
-    A worker's `why` ends its session, and clients that wait go on waiting for the others, or for the one
-    that replaces it; `over` ends all of them: whoever runs them raises it, and `stop` resets who waits.
-    """
-
-    def __init__(self, plane: ControlPlane, request: SessionRequest, report: "Report", limit: int = 4,
-                 minimum: int = 1, renew: bool = False, wait_seconds: float = 90.0,
-                 verbose: bool = False) -> None:
-        self.plane = plane
-        self.request = request
-        self.report = report
-        self.wait_seconds = wait_seconds
-        self.over: "Optional[PlexctlError]" = None  # what has ended all of them
-        self.first: "Optional[Worker]" = None  # that was ready
-        self.is_stopped = False
-        self.lock = threading.RLock()  # `report` may ask for a count
-        self._relays: "List[Relay]" = []  # that are not closed yet, and so not added to _ended
-        self._changed = threading.Condition(self.lock)
-        self._limit = limit
-        self._minimum = minimum
-        self._renew = renew
-        self.verbose = verbose
-        self._workers: "List[Worker]" = []
-        self._idle: "List[Worker]" = []  # the last one is taken first, so that the others can be given back
-        self._queue: "Any" = collections.deque()
-        self._ended = Counts()
-        self._known: "Set[str]" = set()  # every session_id that there was
-        self._owed: "Dict[str, bool]" = {}  # by session_id; True: it is being revoked
-        self._keep = False
-        self._replaced_on = -float("inf")
-        self._retry_on = self._sweep_on = 0.0
-        self._warned_at = float("inf")
-        self._told: "Set[str]" = set()
-
-    # For whoever forwards
-
-    def establish(self) -> Worker:
-        """Issues the first sessions, and waits until the Node of one of them reports its listener."""
-        with self._changed:
-            for _ in range(0 if self.is_stopped else self._minimum):
-                self._start_worker()
-            while self.first is None:
-                if self.over or self.is_stopped:
-                    raise self.over or Cancelled("interrupted")
-                self._changed.wait(TICK_SECONDS)
-            return self.first
-
-    def put(self, connection: Connection) -> None:
-        """One connection more: it is carried as soon as a session is idle."""
-        with self.lock:
-            if not self.is_stopped and not self.over:
-                self._queue.append(connection)
-                self._call_idle()
-                if not self._workers:
-                    self._grow(elapsed_seconds())
-                return
-        connection.end(self.over or Cancelled("interrupted"))
-
-    def tick(self) -> None:
-        """To be called several times a second: who has left, who has waited for long, whose time is up."""
-        now = elapsed_seconds()
-        with self.lock:
-            if now >= self._sweep_on:
-                for connection in [each for each in self._queue if each.has_left()]:
-                    self._queue.remove(connection)
-                    connection.end(Cancelled("the client has left"))
-                self._sweep_on = now + 10 * (elapsed_seconds() - now)  # at most a tenth of the time
-            if self._is_time_up(now):
-                self.over = self.over or SessionOver("the session expired")
-            self._grow(now)
-            for each in self._workers:
-                if each.connection and each.check_over() and each.connection.relay:
-                    each.connection.relay.stop()
-        lifetime = self.first.issued.lifetime_seconds if self.first and self.first.issued else 0.0
-        left_seconds = self.seconds_left()
-        for threshold in () if self._renew else reversed(WARN_LEFT_SECONDS):
-            if 0 < left_seconds <= threshold < min(lifetime, self._warned_at):
-                self._warned_at = threshold
-                self.report("warning: %s of the session are left" % show_seconds(left_seconds + 0.5))
-
-    def count(self) -> Counts:
-        """The totals so far; from any thread."""
-        with self.lock:
-            return Counts(len(self._list_carried()), len(self._queue), self._ended.ended,
-                          sum(worker.is_ready and not worker.is_ending for worker in self._workers),
-                          self._ended.up + sum(relay.up.moved for relay in self._relays),
-                          self._ended.down + sum(relay.down.moved for relay in self._relays))
-
-    def count_descriptors(self) -> int:
-        """How many descriptors the connections may take, those that wait and those that are carried."""
-        lingering = [each for each in tuple(self._relays) if each.client_is_gone and not each.is_closed]
-        return len(self._queue) + 2 * (len(self._list_carried()) + len(lingering))
-
-    def seconds_left(self) -> float:
-        """Until the sessions run out, with `renew` the first of them; 0 where there is none."""
-        with self.lock:
-            workers = [worker for worker in self._workers if worker.is_ready]
-            if not self._renew and self.first is not None:
-                workers = [self.first]
-            return max(0.0, min((each.expires_on for each in workers), default=0.0) - elapsed_seconds())
-
-    def is_delivering(self) -> bool:
-        """Whether bytes of clients that are gone are still on their way to the target."""
-        with self.lock:
-            return (any(relay.client_is_gone and not relay.is_closed for relay in self._relays)
-                    or any(each.is_gone() for each in self._list_carried() + list(self._queue)))
-
-    def is_answering(self) -> bool:
-        """Whether the target has sent something to a connection that is open."""
-        with self.lock:
-            return any(relay.down.moved and not relay.is_closed for relay in self._relays)
-
-    def say(self, line: str, *words: "Any") -> None:
-        """A line for who wants to know more."""
-        if self.verbose:
-            self.report(line % words)
-
-    def tell_once(self, line: str, subject: str = "") -> None:
-        """A line, once in a run; or one of all that have the same subject."""
-        if (subject or line) not in self._told:
-            self._told.add(subject or line)
-            self.report(line)
-
-    # For the workers, each in its own thread
-
-    def next_request(self) -> SessionRequest:
-        """What to ask for: without `renew` a further session may not outlive the first one."""
-        asked = self.request
-        if self._renew or self.first is None:
-            return asked
-        left = max(1, int(self.first.expires_on - elapsed_seconds()))
-        return SessionRequest(**dict(vars(asked), ttl_seconds=min(asked.ttl_seconds or left, left)))
-
-    def owe(self, worker: Worker, session_id: str) -> None:
-        """There is a session of this id, to be revoked whatever follows."""
-        with self._changed:
-            if session_id in self._known:
-                raise TransportError("%s: the answer's session_id is that of an earlier session" % ISSUE)
-            self._known.add(session_id)
-            worker.session_id = session_id
-            self._owed[session_id] = False
-            self._changed.notify_all()  # leave() may be waiting for it
-
-    def add_ready(self, worker: Worker) -> None:
-        """Its Node has reported the listener."""
-        with self._changed:
-            worker.is_ready = True
-            self.first = self.first or worker
-            self._changed.notify_all()
-        self.say("session %s: listener endpoint %s, expires at %s", worker.session_id, worker.endpoint,
-                 worker.issued and worker.issued.expires_at)
-
-    def take(self, worker: Worker) -> "Optional[Connection]":
-        """The next connection for an idle worker; None where it is to end."""
-        with self.lock:
-            idle_since = elapsed_seconds()
-            while not worker.check_over() and not self.over:
-                while self._queue:
-                    connection: Connection = self._queue.popleft()
-                    if elapsed_seconds() - connection.began < POLL_SECONDS or not connection.has_left():
-                        self._forget_idle(worker)
-                        worker.connection = connection
-                        return connection
-                    connection.end(Cancelled("the client has left"))
-                if elapsed_seconds() - idle_since >= IDLE_SECONDS and self._minimum < sum(
-                        each.is_ready and not each.is_ending for each in self._workers):
-                    break
-                if worker not in self._idle:
-                    self._idle.append(worker)
-                worker.turn.wait(TICK_SECONDS)
-            self._forget_idle(worker)
-            worker.is_ending = True
-            return None
-
-    def put_back(self, worker: Worker) -> bool:
-        """Hands the connection of a session that has just ended to another one, where there may be one."""
-        with self.lock:
-            others = any(each.why is None and not each.is_ending for each in self._workers)
-            if self.is_stopped or self.over or not worker.why or not (others or self._renew):
-                return False
-            self._queue.appendleft(worker.connection)
-            worker.connection = None
-            self._call_idle()
-            return True
-
-    def add_relay(self, relay: Relay) -> None:
-        """A connection begins to be carried."""
-        with self.lock:
-            for each in [each for each in self._relays if each.is_closed]:
-                self._relays.remove(each)
-                self._ended.up += each.up.moved
-                self._ended.down += each.down.moved
-            self._relays.append(relay)
-            if self.is_stopped:
-                relay.stop()
-
-    def end(self, worker: Worker, error: "Optional[PlexctlError]") -> None:
-        """The worker's connection is over."""
-        with self._changed:
-            connection, worker.connection = worker.connection, None
-            if connection is not None:
-                self._ended.ended += 1
-                connection.end(error)
-            self._changed.notify_all()
-
-    def may_replace(self, worker: Worker) -> bool:
-        """Whether one whose listener is gone is replaced at once: a Node may refuse everybody."""
-        now = elapsed_seconds()
-        with self.lock:
-            if not self._renew or not worker.has_carried and now - self._replaced_on < REPLACE_SECONDS:
-                return False
-            if not worker.has_carried:
-                self._replaced_on = now
-            return True
-
-    def dismiss(self, worker: Worker) -> None:
-        """A worker's last act: what follows from its end, and the revocation."""
-        self.end(worker, worker.why or Cancelled("interrupted"))
-        with self._changed:
-            worker.is_ending = True
-            if worker.why and not self.over and not self.is_stopped:
-                self._follow(worker, worker.why)
-            if worker.why and worker.why.may_exist and worker.why is not self.over and (
-                    self.over or self.is_stopped or self.first is None):  # nobody else says it
-                self.report("warning: session unknown: %s" % worker.why)
-            is_due = self._claim(worker.session_id)
-            self._changed.notify_all()
-        if is_due:
-            self._revoke(worker.session_id)
-        with self._changed:
-            self._workers.remove(worker)
-            self._changed.notify_all()
-
-    # Below: how
-
-    def _list_carried(self) -> "List[Connection]":
-        return [worker.connection for worker in tuple(self._workers) if worker.connection]
-
-    def _is_time_up(self, now: float) -> bool:
-        """Without `renew` access is for the time of the first session."""
-        return not self._renew and self.first is not None and now >= self.first.expires_on
-
-    def _call_idle(self) -> None:
-        if self._idle:
-            self._idle.pop().turn.notify()
-
-    def _forget_idle(self, worker: Worker) -> None:
-        if worker in self._idle:
-            self._idle.remove(worker)
-
-    def _start_worker(self) -> None:
-        """With the lock held."""
-        worker = Worker(self)
-        self._workers.append(worker)
-        if not start_thread(worker.run):
-            self._workers.remove(worker)
-            why = PlexctlError("cannot start a thread for a session (ulimit -u)")
-            if self.first is None and not self._workers:
-                self.over = self.over or why
-            self._retry_on = elapsed_seconds() + RETRY_SECONDS
-            self.tell_once("warning: %s" % why)
-            while not self._workers and self._queue:
-                self._queue.popleft().end(why)
-
-    def _grow(self, now: float) -> None:
-        """With the lock held: starts the workers that are wanted now."""
-        if self.first is None or self.is_stopped or self.over or now < self._retry_on:
-            return
-        live = [worker for worker in self._workers if not worker.is_ending]
-        if self._workers and not live:  # the server may count what is being revoked
-            return
-        coming = sum(not worker.is_ready for worker in live)
-        patience = GRACE_SECONDS if live else 0.0
-        waited = sum(now - connection.began >= patience for connection in self._queue)
-        if waited and len(live) - coming >= self._limit:
-            self.tell_once("warning: more connections at once than sessions (%d): they wait their turn "
-                           "(--max-sessions)" % self._limit, "limit")
-        missing = self._minimum - len(live) if self._minimum > 1 else 0  # one alone: when needed
-        wanted = min(max(waited - coming, missing), self._limit - len(self._workers))
-        for _ in range(wanted if self._renew or self.first.expires_on - now >= 1 else 0):
-            self._start_worker()
-
-    def _follow(self, worker: Worker, why: PlexctlError) -> None:
-        """With the lock held: what one's end means for the others, and for those who wait."""
-        others = sum(not each.is_ending for each in self._workers)
-        refused = isinstance(why, ApiError) and why.status < 500
-        if isinstance(why, SessionRevoked) or self._is_time_up(elapsed_seconds()) or not others and (
-                self.first is None or refused or not self._renew):
-            self.over = why
-        elif worker.is_ready:
-            self.tell_once("%s%s" % (why, "; the next connection gets a new one" if self._renew else ""))
-        elif self.first is None:  # whoever established it hears of the last one
-            pass
-        elif others and (refused or isinstance(why, EndpointMissing)):
-            self._limit = min(self._limit, others)
-            self.tell_once("warning: no further session, connections wait for those there are: %s" % why,
-                           "limit")
-        else:
-            self._retry_on = elapsed_seconds() + RETRY_SECONDS
-            self.tell_once("warning: no further session for now: %s" % why)
-        while self._queue and not (others or self.over or worker.is_ready):
-            self._queue.popleft().end(why)
-
-    # Leaving
-
-    def keep(self) -> None:
-        """The sessions are in the operator's hands from now on: `leave` will not revoke them."""
-        self._keep = True
-
-    def stop(self, seconds: float = CLOSE_SECONDS) -> None:
-        """Ends every connection, with a reset where it was not over; waits for that so long."""
-        deadline = elapsed_seconds() + seconds
-        with self._changed:
-            if self.is_stopped:
-                return
-            self.is_stopped = True
-            self.plane.cancel.set()
-            while self._queue:
-                self._queue.popleft().end(Cancelled("interrupted"))
-            for relay in self._relays:
-                relay.stop()
-            for worker in self._workers:
-                worker.turn.notify()
-            self._changed.notify_all()
-            while self._list_carried() and elapsed_seconds() < deadline:
-                self._changed.wait(max(0.0, deadline - elapsed_seconds()))
-            for connection in self._list_carried():
-                connection.end(Cancelled("interrupted"))
-
-    def leave(self, seconds: float = LEAVE_SECONDS) -> None:
-        """Revokes what is owed, also what is just being issued; returns after `seconds` at most."""
-        deadline = elapsed_seconds() + seconds
-        self.stop(0.0)
-        while elapsed_seconds() < deadline:
-            with self._changed:
-                due = [session_id for session_id in self._owed if self._claim(session_id)]
-                if not due:
-                    if not any(self._owed.values()) and all(each.session_id for each in self._workers):
-                        return
-                    self._changed.wait(max(0.0, min(TICK_SECONDS, deadline - elapsed_seconds())))
-            for session_id in due:
-                if not start_thread(self._revoke, session_id):
-                    self._revoke(session_id)
-
-    def left_behind(self) -> "List[str]":
-        """What `leave` could not settle, in words; told once."""
-        with self.lock:
-            owed = [each for each, is_begun in self._owed.items() if is_begun or not self._keep]
-            self._owed.clear()
-            lines = ["session %s is not revoked, it will run out by itself" % each for each in owed]
-            if not all(worker.session_id for worker in self._workers):
-                lines.append("a session may have been issued, it will run out by itself")
-            return lines
-
-    def _claim(self, session_id: str) -> bool:
-        """With the lock held: whether it is for the caller to revoke it, once."""
-        is_begun_or_done = self._owed.get(session_id, True)
-        if is_begun_or_done or self._keep and self.is_stopped:
-            return False
-        self._owed[session_id] = True
-        return True
-
-    def _revoke(self, session_id: str) -> None:
-        """A failure that may pass is tried again. Raises nothing."""
-        self.say("session %s given back", session_id)
-        deadline, failure = elapsed_seconds() + LEAVE_SECONDS, None
-        while True:
-            try:
-                self.plane.revoke(self.request.project_id, session_id, max(0.5, deadline - elapsed_seconds()))
-                break
-            except Exception as error:
-                if not getattr(error, "passing", False) or elapsed_seconds() + POLL_MIN_SECONDS > deadline:
-                    failure = error if isinstance(error, PlexctlError) else show_error(error)
-                    break
-            time.sleep(POLL_MIN_SECONDS)
-        with self._changed:
-            if self._owed.pop(session_id, None) and failure:  # else it was told already
-                self.report("warning: session %s is not revoked, it will run out by itself: %s"
-                            % (session_id, failure))
-            self._changed.notify_all()
-
-
 # ------------------------------------------------------------------------------------- forwarder
 
-BACKLOG_CONNECTIONS = 1024  # the default of 5 makes bursts wait a second
+BACKLOG_CONNECTIONS = 4096  # the default of 5 makes bursts wait a second
 PAUSE_SECONDS = 0.5  # after an accept() that failed
-RESERVED_DESCRIPTORS = 24  # for exchanges with the control plane, and the standard library
+GRACE_SECONDS = 0.3  # that a connection waits for a session to become free, before one is issued for it
+IDLE_SECONDS = 60  # after which a session that nobody needs is given back
+STUCK_SECONDS = 10  # that a Node may take to end a connection, before its session is given back
+LIMIT_SECONDS = 60  # until a session is asked for again, after one was refused
+RETRY_SECONDS = 5  # the same, after a failure that may pass
+REPLACE_SECONDS = 60  # a session that has lasted so long is replaced at once when its listener is gone
 TCP_SYN_SENT, TCP_LISTEN = 2, 10
 SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, NETLINK_SOCK_DIAG = 20, 1, 4
 NOBODY = 0xFFFFFFFF  # no uid: (uid_t) -1
+OVERFLOW_UID = 65534  # in a user namespace, every uid that it does not know
 
 
 class OwnerCheck:
@@ -2467,95 +2181,172 @@ class OwnerCheck:
         self._netlink.close()
 
 
-def read_proc(path: str) -> str:
-    """A small file of the kernel's, "" where there is none."""
-    try:
-        with open(path, encoding="ascii") as file:
-            return file.read()
-    except (OSError, ValueError):
-        return ""
+class Listener(socketserver.TCPServer):
+    """The local address. It binds and listens when it is made; a thread that has a use for a client calls
+    `take`, one at a time, so that the kernel's backlog is the queue of those that wait.
+    """
+
+    request_queue_size = BACKLOG_CONNECTIONS
+    allow_reuse_address = True
+    timeout = TICK_SECONDS  # of `take`
+
+    def __init__(self, local: LocalAddress, may_serve: Callable[[socket.socket, Any], bool],
+                 warn_once: Report) -> None:
+        self.path = local.path
+        self.address_family = (socket.AF_UNIX if local.path else
+                               socket.AF_INET6 if ":" in local.host else socket.AF_INET)
+        self._may_serve = may_serve
+        self._warn_once = warn_once
+        self._taken: Optional[Tuple[socket.socket, Any]] = None
+        self._identity: Optional[os.stat_result] = None  # of the unix socket's file
+        super().__init__(local.path or (local.host, local.port), None)  # type: ignore[arg-type]
+
+    def take(self) -> Optional[Tuple[socket.socket, Any]]:
+        """The next client and its address; None where none has come in time, or none that may be served."""
+        self._taken = None
+        self.handle_request()
+        return self._taken
+
+    def count_waiting(self) -> int:
+        """How many connections wait to be accepted; elsewhere than on Linux, and on a unix socket, 1 for any."""
+        if not poll_now(self.fileno(), select.POLLIN):
+            return 0
+        if self.path or not ON_LINUX:
+            return 1
+        info = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28)
+        return max(1, int(struct.unpack_from("=I", info, 24)[0]))  # tcpi_unacked: of a listener, its backlog
+
+    def server_bind(self) -> None:
+        """With the options of a leg, which what is accepted has from here; a unix socket is 0600."""
+        if not self.path:
+            set_leg_options(self.socket)
+            self.socket.settimeout(self.timeout)  # handle_request() takes the smaller one of two
+            super().server_bind()
+            return
+        self.socket.settimeout(self.timeout)
+        mask = os.umask(0o177)
+        try:
+            super().server_bind()
+        finally:
+            os.umask(mask)
+        self._identity = os.lstat(self.path)
+
+    def server_close(self) -> None:
+        """Also removes a unix socket, if it is still ours. Whoever waits gets a reset."""
+        super().server_close()
+        mine, self._identity = self._identity, None
+        try:
+            if mine and os.path.samestat(mine, os.lstat(self.path)):
+                os.unlink(self.path)
+        except OSError:  # it is gone, or its directory is not ours any more
+            pass
+
+    def get_request(self) -> Tuple[socket.socket, Any]:
+        """Does not spin where there are no descriptors to accept with."""
+        try:
+            return self.socket.accept()
+        except OSError as error:
+            if error.errno in EXHAUSTED:
+                self._warn_once(f"cannot accept connections for now: {show_error(error)}")
+                time.sleep(PAUSE_SECONDS)
+            raise
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        return self._may_serve(request, client_address)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._taken = request, client_address
+
+    def shutdown_request(self, request: Any) -> None:
+        """A client that is not served gets a reset."""
+        request.close()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        kind = type(sys.exc_info()[1]).__name__
+        self._warn_once(f"a connection was dropped after {kind}")
 
 
-def has_unmapped_uid() -> bool:
-    """Whether our own uid is what a user namespace shows for every uid that it does not know."""
-    overflow = read_proc("/proc/sys/kernel/overflowuid").strip() or "65534"
-    identity = ["0", "0", str(NOBODY)]
-    return str(os.geteuid()) == overflow and read_proc("/proc/self/uid_map").split() != identity
+class Counts(NamedTuple):
+    """Totals: connections `open`, `waiting` and `ended`; live `sessions`; bytes `up` and `down`."""
+
+    open: int = 0
+    waiting: int = 0
+    ended: int = 0
+    sessions: int = 0
+    up: int = 0
+    down: int = 0
 
 
-def create_listener(local: LocalAddress) -> "Any":
-    """A socketserver that binds and listens now; what becomes of a connection is for its owner to set."""
-    class Listener(socketserver.TCPServer):
-        request_queue_size = BACKLOG_CONNECTIONS
-        allow_reuse_address = os.name == "posix"  # on Windows it would let others take the port
-        identity: "Optional[os.stat_result]" = None
-        if local.path:
-            address_family = socket.AF_UNIX
-        elif ":" in local.host:
-            address_family = socket.AF_INET6
-
-        def server_bind(self) -> None:
-            if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):  # Windows
-                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-            mask = os.umask(0o177) if local.path else 0
-            try:
-                super().server_bind()
-            finally:
-                if local.path:
-                    os.umask(mask)
-            self.socket.setblocking(False)
-            if local.path:
-                self.identity = os.lstat(local.path)
-            else:
-                set_leg_options(self.socket)
-
-        def server_close(self) -> None:
-            super().server_close()
-            mine, self.identity = self.identity, None
-            try:
-                if mine and os.path.samestat(mine, os.lstat(local.path)):
-                    os.unlink(local.path)
-            except OSError:  # it is gone, or its directory is not ours any more
-                pass
-
-    address = local.path or (local.host, local.port)
-    try:
-        return Listener(address, None)  # type: ignore[arg-type]
-    except (OSError, OverflowError) as error:
-        raise PlexctlError("--local-addr %s: cannot listen: %s"
-                           % (escape(str(local)), show_error(error))) from error
+OPENING, FREE, BUSY, STUCK, ENDING = "opening", "free", "busy", "stuck", "ending"
 
 
-def count_capacity() -> int:
-    """How many descriptors connections may take, so that some are left for everything else."""
-    if not ON_LINUX:  # select() takes no more
-        return 400
-    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return 1 << 30 if soft == resource.RLIM_INFINITY else max(2, soft - RESERVED_DESCRIPTORS)
+class Carrier:
+    """One of a Forwarder's sessions, and what its thread does now. The thread alone changes it."""
+
+    def __init__(self, session: MediatedSession) -> None:
+        self.session = session
+        self.state = OPENING  # under the forwarder's lock, like `relay` and `is_spare`
+        self.relay: Optional[Relay] = None
+        self.is_gone: Callable[[], bool] = lambda: False  # whether the client listens no more
+        self.is_spare = False  # it is to be given back
+        self.awaited: Optional[Leg] = None  # of the connection before, which the Node has yet to end
+        self.awaited_until = 0.0
+        self.buffers = create_buffers()
+
+
+class SessionStuck(PlexctlError):
+    """The Node does not end a connection whose client is gone: the session can carry no other one."""
 
 
 class Forwarder:
-    """Listens on a local address, and puts every connection into the queue of `sessions`.
+    """Forwards a local address to mediated sessions, which are issued as connections need them.
 
-    The address is bound when the object is made (PlexctlError if that fails); `start` accepts, also
-    before the first session is there, and `stop` ends everything.
+    The address is bound when the object is made (PlexctlError). `establish` issues the first sessions and
+    waits for one of them. `tick` has to be called several times a second from then on, until `over` says
+    what has ended all of them. `stop` ends every connection; revoking is the ledger's (Ledger.leave).
+
+    At most `limit` sessions at once, `minimum` of them kept ready; `renew`: one that has run out is replaced.
+    A session has a thread: while it is free, it takes a client from the listener, and carries that until
+    the Node has ended the connection. What the threads share is in here, under one lock.
     """
 
-    def __init__(self, local: LocalAddress, sessions: Sessions, allow_other_users: bool = False) -> None:
+    def __init__(self, local: LocalAddress, ledger: Ledger, request: SessionRequest, limit: int = 4,
+                 minimum: int = 1, renew: bool = False, wait_seconds: float = 90.0,
+                 allow_other_users: bool = False, verbose: bool = False) -> None:
+        self.over: Optional[PlexctlError] = None
+        self.first: Optional[MediatedSession] = None  # that was ready
         self.unidentified = 0  # connections not served, since their clients had gone already
-        self._sessions = sessions
-        self._is_accepting = False
-        self._accepted_until = float("inf")
-        self._tick_on = 0.0
-        self._capacity = count_capacity()
-        server = self._server = create_listener(local)
-        server.get_request, server.verify_request = self._get_request, self._may_serve
-        server.process_request, server.service_actions = self._enqueue, self.tick
-        server.shutdown_request = lambda request: close_leg(request, reset=True)
-        server.handle_error = lambda request, address: self.warn_once(
-            "a connection was dropped after %s" % type(sys.exc_info()[1]).__name__)
-        self.local = local if local.path else LocalAddress(local.host, server.server_address[1])
-        self._owners: "Optional[OwnerCheck]" = None
+        self._ledger = ledger
+        self._request = request
+        self._limit = self._full_limit = limit
+        self._limited_until = 0.0
+        self._minimum = minimum
+        self._renew = renew
+        self._wait_seconds = wait_seconds
+        self._verbose = verbose
+        self._changed = threading.Condition()  # guards all of these
+        self._carriers: List[Carrier] = []
+        self._returned: List[Tuple[socket.socket, Any]] = []  # clients whose session was over before they were served
+        self._ended = Counts()
+        self._is_stopped = False
+        self._is_ending = threading.Event()  # nothing is carried any more
+        self._has_been_stuck = False
+        self._explaining = 0
+        self._waiting_since = self._spare_since = elapsed_seconds()
+        self._replaced_on = -float("inf")
+        self._retry_on = 0.0
+        self._finishing_since = float("inf")
+        self._is_rejecting = False
+        self._turn = threading.Lock()  # whoever has it may call the listener
+        try:
+            self._listener = Listener(local, self._may_serve, self._warn_once)
+        except (OSError, OverflowError) as error:
+            reason = show_error(error)
+            if local.path and getattr(error, "errno", 0) == errno.EADDRINUSE:
+                reason = "a file exists there (a socket left by a killed run? remove it)"
+            raise PlexctlError(f"--local-addr {escape(str(local))}: cannot listen: {reason}") from error
+        self.local = local if local.path else LocalAddress(local.host, self._listener.server_address[1])
+        self._owners: Optional[OwnerCheck] = None
         self._checks_owners = False
         self._create_owner_check(allow_other_users)
 
@@ -2565,53 +2356,376 @@ class Forwarder:
     def __exit__(self, *exception: object) -> None:
         self.stop()
 
-    def start(self) -> None:
-        """Accepts from now on, in a thread; PlexctlError where there is none."""
-        self._is_accepting = True
-        if not start_thread(self._accept):
-            self._is_accepting = False
-            raise PlexctlError("cannot start a thread to accept connections (ulimit -u)")
+    # For whoever runs it
 
-    def accept_rest(self) -> None:
-        """Accepts the connections that wait already, and no more."""
-        self._stop_accepting()
-        self._server.timeout, deadline = 0, elapsed_seconds() + CLOSE_SECONDS
-        while self._server.fileno() >= 0 and elapsed_seconds() < deadline and wait_for(
-                self._server.fileno(), READABLE, 0):
-            self._server.handle_request()
-        self._server.server_close()
+    def establish(self) -> MediatedSession:
+        """Issues the first sessions, and waits until the Node of one of them has reported its listener."""
+        with self._changed:
+            for _ in range(0 if self._is_stopped else self._minimum):
+                self._start()
+            while self.first is None:
+                if self.over or self._is_stopped:
+                    raise self.over or Cancelled("interrupted")
+                self._changed.wait(TICK_SECONDS)
+            return self.first
 
-    def stop(self) -> None:
-        """Stops listening and ends every connection, within CLOSE_SECONDS or so."""
-        self._stop_accepting()
-        self._server.server_close()
-        self._sessions.stop()
+    def tick(self) -> None:
+        """Sees to it that there are as many sessions as are needed, and that time is kept."""
+        now = elapsed_seconds()
+        with self._changed:
+            if self._is_time_up(now):
+                self._end(SessionOver("the session expired"))
+            if not self.over:
+                self._grow(now)
+                self._shrink(now)
+            is_rejecting = self.over or self.first is not None and not self._list_live() and now < self._retry_on
+        if is_rejecting:
+            self._reject_waiting()
+        if self.first is not None and not self._renew:
+            self.first.warn_of_its_end()
+
+    def count(self) -> Counts:
+        """The totals so far; from any thread."""
+        with self._changed:
+            relays = [each.relay for each in self._carriers if each.relay]
+            waiting = 0 if self._is_stopped else self._listener.count_waiting()
+            return Counts(len(relays), waiting + len(self._returned), self._ended.ended,
+                          sum(each.state in (FREE, BUSY) for each in self._carriers),
+                          self._ended.up + sum(relay.up.moved for relay in relays),
+                          self._ended.down + sum(relay.down.moved for relay in relays))
+
+    def seconds_left(self) -> float:
+        """Until the sessions run out, with `renew` the first of them; 0 where there is none."""
+        with self._changed:
+            sessions = [each.session for each in self._carriers if each.state in (FREE, BUSY)]
+            if not self._renew and self.first is not None:
+                sessions = [self.first]
+            return max(0.0, min((each.expires_on for each in sessions), default=0.0) - elapsed_seconds())
+
+    def finish(self) -> None:
+        """From now on clients count as gone where nobody can know (for LEAVE_SECONDS): see is_delivering."""
+        self._finishing_since = elapsed_seconds()
+
+    def is_delivering(self) -> bool:
+        """Whether bytes of clients that are gone are still on their way to the target."""
+        with self._changed:
+            return bool(self._returned or not self._is_stopped and self._listener.count_waiting() or any(
+                each.awaited or each.state == BUSY and (not each.relay or each.is_gone())
+                for each in self._carriers))
+
+    def stop(self, seconds: float = CLOSE_SECONDS) -> None:
+        """Stops listening and ends every connection, with a reset where it was not over."""
+        deadline = elapsed_seconds() + seconds
+        with self._changed:
+            if self._is_stopped:
+                return
+            self._is_stopped = True
+            self._is_ending.set()
+            self._ledger.plane.cancel.set()
+        self._turn.acquire(timeout=seconds)  # nobody is at the listener then
+        self._listener.server_close()
+        with self._changed:
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._explaining and not any(
+                each.state == BUSY for each in self._carriers), max(0.0, deadline - elapsed_seconds()))
+            for client, _ in self._returned:
+                client.close()
+            del self._returned[:]
         if self._owners is not None:
             self._owners.close()
 
-    def raise_limit(self) -> None:
-        """Raises the process's limit of descriptors, and takes as many connections as that allows."""
-        if ON_LINUX:
-            try:
-                hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-                resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-            except (OSError, ValueError):
-                pass
-        self._capacity = count_capacity()
+    # A session's thread
 
-    # What the listener calls, in its thread
-
-    def _get_request(self) -> "Tuple[socket.socket, Any]":
+    def _run(self, carrier: Carrier) -> None:
+        session = carrier.session
         try:
-            return self._server.socket.accept()  # type: ignore[no-any-return]
-        except OSError as error:
-            if error.errno in EXHAUSTED:
-                self.warn_once("cannot accept connections for now: %s" % show_error(error))
-                time.sleep(PAUSE_SECONDS)  # do not spin
-            raise
+            session.open(self._next_request(), self._tell_waiting)
+            with self._changed:
+                self.first = self.first or session
+                self._changed.notify_all()
+            client = self._take(carrier)
+            while client is not None:
+                self._serve(carrier, *client)
+                client = self._take(carrier)
+        except SessionStuck as error:
+            self._warn_once(str(error))
+            self._wait_for_the_node(carrier)
+        except PlexctlError as error:
+            session.end(error)
+        except Exception as error:  # no memory or descriptors, or a defect
+            session.end(PlexctlError(f"a session was given up after {show_error(error)}"))
+        finally:
+            self._dismiss(carrier)
 
-    def _may_serve(self, client: "socket.socket", address: "Any") -> bool:
+    def _take(self, carrier: Carrier) -> Optional[Tuple[socket.socket, Any]]:
+        """The next client for a session that is free; None where the session is to be given back."""
+        self._set_state(carrier, FREE)
+        while not self._is_ending.is_set() and not carrier.session.is_over():
+            has_ended = self._see_awaited(carrier)
+            with self._changed:
+                if carrier.is_spare:
+                    return None
+                is_needed = has_ended or not any(
+                    each.state == FREE and not each.awaited for each in self._carriers)
+                client = self._returned.pop(0) if self._returned and is_needed else None
+            if client is None and not is_needed and carrier.awaited is not None:
+                wait_for(carrier.awaited.reads_at, select.POLLIN, TICK_SECONDS)
+            elif client is None and self._turn.acquire(timeout=TICK_SECONDS):
+                try:
+                    client = None if self._is_stopped else self._listener.take()
+                finally:
+                    self._turn.release()
+            if client is not None:
+                self._set_state(carrier, BUSY)
+                return client
+        return None
+
+    def _see_awaited(self, carrier: Carrier) -> bool:
+        """Whether the Node has ended the connection before; SessionStuck where it does not."""
+        leg, now = carrier.awaited, elapsed_seconds()
+        if leg is None:
+            return True
+        if leg.has_ended():
+            leg.close(reset=False)
+            self._await(carrier, None)
+            return True
+        if leg.count_unsent():
+            carrier.awaited_until = now + QUIET_SECONDS
+        if now >= carrier.awaited_until:
+            raise SessionStuck("the Node has not ended a connection whose client is gone: its session is not "
+                               "used any more")
+        return False
+
+    def _serve(self, carrier: Carrier, sock: socket.socket, address: Any) -> None:
+        """One connection, from the dial to its end."""
+        session, client = carrier.session, Leg(sock)
+        try:
+            remote = session.dial(self._is_ending.is_set)
+            try:
+                while not self._see_awaited(carrier):
+                    if self._is_ending.is_set() or session.is_over():
+                        raise session.why or Cancelled("interrupted")
+                    wait_for(carrier.awaited.reads_at, select.POLLIN, TICK_SECONDS)  # type: ignore[union-attr]
+            except BaseException:
+                remote.close()
+                raise
+        except PlexctlError as error:
+            self._refuse(carrier, sock, address, error)
+            if isinstance(error, SessionStuck):
+                raise
+            return
+        had_answer = self._has_answered()
+        self._say(f"connection from {name_client(address)} to {session.endpoint}")
+        relay = Relay(client, remote, carrier.buffers, lambda: self._is_gone(sock, address),
+                      lambda: self._is_ending.is_set() or session.is_over(),
+                      lambda: self._is_ending.is_set() or session.ask())
+        with self._changed:
+            carrier.relay, carrier.is_gone = relay, lambda: self._is_gone(sock, address)
+        relay.carry()
+        if relay.is_awaited:
+            self._await(carrier, remote)
+        self._note_end(carrier, relay, had_answer)
+        if relay.is_stuck and not self._is_ending.is_set():
+            raise SessionStuck("the Node did not take what a client had sent that has reset its connection: its "
+                               "session is not used any more")
+
+    def _await(self, carrier: Carrier, leg: Optional[Leg]) -> None:
+        """What the Node has yet to end; None: nothing any more."""
+        with self._changed:
+            carrier.awaited, carrier.awaited_until = leg, elapsed_seconds() + QUIET_SECONDS
+
+    def _refuse(self, carrier: Carrier, sock: socket.socket, address: Any, error: PlexctlError) -> None:
+        """A client that its session cannot serve goes to another one, or gets a reset."""
+        session, now = carrier.session, elapsed_seconds()
+        with self._changed:
+            if isinstance(error, DialRefused) and self._renew:
+                is_young = now - session.ready_on < REPLACE_SECONDS
+                if not is_young or now - self._replaced_on >= REPLACE_SECONDS:
+                    self._replaced_on = now if is_young else self._replaced_on
+                    session.end(ListenerGone("the Node has closed the session's listener"))
+            is_unusable = isinstance(error, SessionStuck) or session.why is not None
+            if is_unusable and not self._is_ending.is_set() and (
+                    self._renew or isinstance(error, SessionStuck) or len(self._list_live()) > 1):
+                self._returned.append((sock, address))
+                return
+        sock.close()
+        if not isinstance(error, (SessionOver, Cancelled)):
+            self._warn_once(f"a connection was not served: {error}")
+        self._count_end(carrier)
+
+    def _count_end(self, carrier: Carrier, up: int = 0, down: int = 0) -> None:
+        with self._changed:
+            carrier.relay = None
+            self._ended = self._ended._replace(ended=self._ended.ended + 1, up=self._ended.up + up,
+                                               down=self._ended.down + down)
+            self._changed.notify_all()
+
+    def _note_end(self, carrier: Carrier, relay: Relay, had_answer: bool) -> None:
+        """What there is to say of a connection that was carried."""
+        self._count_end(carrier, relay.up.moved, relay.down.moved)
+        error = None if self._is_ending.is_set() or carrier.session.why else relay.error
+        is_peer_s = isinstance(error, OSError) and error.errno not in EXHAUSTED
+        reason = f" ({show_error(error)})" if error else ""
+        self._say(f"connection closed{reason}: {show_bytes(relay.up.moved)} up, "
+                  f"{show_bytes(relay.down.moved)} down")
+        if error and not is_peer_s:
+            self._warn_once(f"a connection ended: {show_error(error)}")
+        if relay.remote_ended_first and not relay.down.moved and not had_answer:
+            with self._changed:
+                self._explaining += 1
+            if not start_thread(self._explain, carrier.session):
+                self._explain(carrier.session)
+
+    def _explain(self, session: MediatedSession) -> None:
+        """Why the Node has ended a connection without a byte: the session's end, or the target."""
+        session.ask(ASK_LIMIT_SECONDS)
+        if session.why is None and self.over is None:
+            self._warn_once(describe_unreachable(self._request), "unreachable")
+        with self._changed:
+            self._explaining -= 1
+            self._changed.notify_all()
+
+    def _wait_for_the_node(self, carrier: Carrier) -> None:
+        """Gives it time to end the connection, before giving the session back makes it do so."""
+        with self._changed:
+            carrier.state, self._has_been_stuck = STUCK, True
+        deadline = elapsed_seconds() + STUCK_SECONDS
+        while elapsed_seconds() < deadline and not self._is_ending.wait(TICK_SECONDS):
+            if carrier.awaited is not None and carrier.awaited.has_ended():
+                return
+
+    def _dismiss(self, carrier: Carrier) -> None:
+        """The thread's last act: what follows from the session's end, and its revocation."""
+        session, why = carrier.session, carrier.session.why
+        with self._changed:
+            carrier.state = ENDING
+            if why is not None and not self._is_ending.is_set():
+                self._follow(session, why)
+            if why is not None and why.may_exist and why is not self.over and (
+                    self._is_ending.is_set() or self.first is None):  # nobody else says it
+                self._ledger.report(f"warning: session unknown: {why}")
+        if session.session_id:
+            self._ledger.give_back(session.session_id)
+        with self._changed:
+            if carrier.awaited is not None:
+                carrier.awaited.close(reset=False)
+            self._carriers.remove(carrier)
+            self._changed.notify_all()
+
+    # How many sessions there are
+
+    def _list_live(self) -> List[Carrier]:
+        return [each for each in self._carriers if each.state in (OPENING, FREE, BUSY)]
+
+    def _set_state(self, carrier: Carrier, state: str) -> None:
+        with self._changed:
+            carrier.state, carrier.is_spare = state, False
+
+    def _start(self) -> None:
+        """With the lock held: one session more."""
+        carrier = Carrier(MediatedSession(self._ledger, self._wait_seconds))
+        self._carriers.append(carrier)
+        if not start_thread(self._run, carrier):
+            self._carriers.remove(carrier)
+            why = PlexctlError("cannot start a thread for a session (ulimit -u)")
+            self._retry_on = elapsed_seconds() + RETRY_SECONDS
+            self._warn_once(str(why))
+            if self.first is None and not self._carriers:
+                self._end(why)
+
+    def _grow(self, now: float) -> None:
+        """With the lock held: starts the sessions that are wanted now."""
+        live = self._list_live()
+        waiting = len(self._returned) + self._listener.count_waiting()
+        if not waiting or any(each.state == FREE for each in live):
+            waiting, self._waiting_since = 0, now
+        if self.first is None or now < self._retry_on or (
+                self._carriers and not live and self._carriers[-1].state == ENDING):
+            return  # the server may count what is being revoked
+        if now >= self._limited_until:
+            self._limit = self._full_limit
+        has_waited = waiting and (not live or now - self._waiting_since >= GRACE_SECONDS)
+        coming = sum(each.state == OPENING for each in live)
+        if has_waited and len(live) - coming >= self._limit:
+            self._ledger.tell_once(
+                f"warning: {waiting} connection{'s wait' if waiting > 1 else ' waits'} until one closes: each "
+                f"needs a session (--max-sessions is {self._limit}; a connection pool must not be larger)", "limit")
+        missing = self._minimum - len(live) if self._minimum > 1 else 0  # one alone: when it is needed
+        wanted = min(max(waiting - coming if has_waited else 0, missing), self._limit - len(self._carriers))
+        for _ in range(wanted if self._renew or self.first.expires_on - now >= 1 else 0):
+            self._start()
+
+    def _shrink(self, now: float) -> None:
+        """With the lock held: gives back what has not been needed for a while."""
+        free = [each for each in self._carriers if each.state == FREE]
+        if len(free) <= self._minimum:
+            self._spare_since = now
+        elif now - self._spare_since >= IDLE_SECONDS:
+            free[-1].is_spare, self._spare_since = True, now
+
+    def _next_request(self) -> SessionRequest:
+        """What to ask for: without `renew` a further session may not outlive the first one."""
+        asked = self._request
+        if self._renew or self.first is None:
+            return asked
+        left = max(1, int(self.first.expires_on - elapsed_seconds()))
+        return asked._replace(ttl_seconds=min(asked.ttl_seconds or left, left))
+
+    def _is_time_up(self, now: float) -> bool:
+        """Without `renew` access is for the time of the first session."""
+        return not self._renew and self.first is not None and now >= self.first.expires_on
+
+    def _end(self, why: PlexctlError) -> None:
+        """With the lock held: nothing is carried any more."""
+        self.over = self.over or why
+        self._is_ending.set()
+        self._changed.notify_all()
+
+    def _follow(self, session: MediatedSession, why: PlexctlError) -> None:
+        """With the lock held: what a session's end means for the others, and for those who wait."""
+        others, now, tell = len(self._list_live()), elapsed_seconds(), self._ledger.tell_once
+        is_refused = isinstance(why, ApiError) and why.status < 500
+        is_last = not others and not self._renew and (session.ready_on or not self._has_been_stuck)
+        if isinstance(why, SessionRevoked) or self._is_time_up(now) or is_last or not others and (
+                self.first is None or is_refused):
+            self._end(why)
+        elif session.ready_on:
+            tell(f"{why}; the next connection gets a new one" if self._renew else str(why))
+        elif self.first is None:  # whoever establishes hears of the last one
+            pass
+        elif others and (is_refused or isinstance(why, EndpointMissing)):
+            self._limit, self._limited_until = others, now + LIMIT_SECONDS
+            tell(f"warning: no further session, connections wait for those there are: {why}", "limit")
+        else:
+            self._retry_on = now + RETRY_SECONDS
+            tell(f"warning: no further session for now: {why}")
+        if isinstance(why, ListenerGone) and not others and now - session.ready_on < REPLACE_SECONDS:
+            self._retry_on = max(self._retry_on, self._replaced_on + REPLACE_SECONDS)
+
+    # Who may connect
+
+    def _create_owner_check(self, allow_other_users: bool) -> None:
+        if self.local.path:
+            return
+        if not is_loopback(self.local.host):
+            if not allow_other_users:
+                self._warn_once(f"{self.local} is not a loopback address: any user, here and elsewhere, can use "
+                                "the port")
+            return
+        try:
+            self._owners = OwnerCheck(self._listener.address_family, (self.local.host, self.local.port))
+            self._checks_owners = not allow_other_users and os.geteuid() != OVERFLOW_UID
+        except (OSError, AttributeError) as error:
+            if getattr(error, "errno", None) in EXHAUSTED:
+                self._listener.server_close()
+                raise PlexctlError(f"cannot carry connections: {show_error(error)}") from error
+        if not self._checks_owners and not allow_other_users:
+            self._warn_once("this host cannot tell whose a connection is: any local user can use the port")
+
+    def _may_serve(self, client: socket.socket, address: Any) -> bool:
         """Whether the user behind this connection may use the port: ours or root, by the kernel's word."""
+        if self._is_rejecting:
+            return False
         if not self._checks_owners or self._owners is None:
             return True
         uid = self._owners.find(address)[0]
@@ -2620,84 +2734,74 @@ class Forwarder:
         if uid in (0, os.geteuid()):
             return True
         if uid == NOBODY:
-            self.unidentified += 1
+            with self._changed:
+                self.unidentified += 1
         else:
-            self._sessions.tell_once("warning: turned away connections of uid %d (--allow-other-users lets "
-                                     "other users in)" % uid, "other users")
+            self._warn_once(f"rejected connections of uid {uid} (--allow-other-users lets other users in)",
+                            "other users")
         return False
 
-    def _enqueue(self, client: "socket.socket", address: "Any") -> None:
-        if self._sessions.count_descriptors() >= self._capacity:
-            self.warn_once("no more descriptors (ulimit -n): connections are refused")
-            close_leg(client, reset=True)
-            return
-
-        def is_gone() -> bool:
-            if self.local.path:
-                return has_hung_up(client)
-            if self._owners is None:  # nobody can know; at the end there is time for what was sent to arrive
-                return 0 <= elapsed_seconds() - self._accepted_until < LEAVE_SECONDS
-            return self._owners.find(address)[1]
-
-        self._sessions.put(Connection(client, self._end, is_gone, address))
-
-    def tick(self) -> None:
-        """To be called often. Nothing may end the accepting."""
-        now = elapsed_seconds()
-        if now < self._tick_on:
-            return
-        self._tick_on = now + POLL_SECONDS
+    def _is_gone(self, client: socket.socket, address: Any) -> bool:
+        """Whether a client listens no more; False where nobody can know, but for a while at the end."""
         try:
-            self._sessions.tick()
-        except Exception as error:
-            self.warn_once("%s while looking after connections" % show_error(error))
-
-    def warn_once(self, text: str) -> None:
-        self._sessions.tell_once("warning: " + text)
-
-    # Below: how
-
-    def _create_owner_check(self, allow_other_users: bool) -> None:
+            if poll_now(client.fileno(), 0):  # a reset; of a unix socket, a close as well
+                return True
+        except ValueError:  # it is closed on our side by now
+            return True
         if self.local.path:
-            return
-        if not is_loopback(self.local.host):
-            if not allow_other_users:
-                self.warn_once("%s is not a loopback address: any user, here and elsewhere, can use the "
-                               "port" % self.local)
+            return False
+        if self._owners is None:
+            return 0 <= elapsed_seconds() - self._finishing_since < LEAVE_SECONDS
+        return self._owners.find(address)[1]
+
+    def _reject_waiting(self) -> None:
+        """Resets the connections that wait, since no session will come to take them."""
+        with self._changed:
+            returned, self._returned = self._returned, []
+        for client, _ in returned:
+            client.close()
+        if not self._turn.acquire(timeout=TICK_SECONDS):
             return
         try:
-            self._owners = OwnerCheck(self._server.address_family, (self.local.host, self.local.port))
-            self._checks_owners = not allow_other_users and not has_unmapped_uid()
-        except (OSError, AttributeError) as error:
-            if getattr(error, "errno", None) in EXHAUSTED:
-                self._server.server_close()
-                raise PlexctlError("cannot carry connections: %s" % show_error(error)) from error
-        if not self._checks_owners and not allow_other_users:
-            self.warn_once("this host cannot tell whose a connection is: any local user can use the port")
+            self._is_rejecting = True
+            for _ in range(0 if self._is_stopped else self._listener.count_waiting()):
+                self._listener.take()
+        finally:
+            self._is_rejecting = False
+            self._turn.release()
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                self._server.serve_forever(POLL_SECONDS)
-            except Exception as error:  # of its waiting itself
-                self.warn_once("cannot accept connections for now: %s" % show_error(error))
-                time.sleep(PAUSE_SECONDS)
-            if not self._is_accepting:
-                return
+    # What is said
 
-    def _stop_accepting(self) -> None:
-        if self._is_accepting:
-            self._is_accepting, self._accepted_until = False, elapsed_seconds()
-            self._server.shutdown()  # which waits for serve_forever; _accept always comes to it
+    def _say(self, line: str) -> None:
+        if self._verbose:
+            self._ledger.report(line)
 
-    def _end(self, connection: Connection, error: "Optional[PlexctlError]") -> None:
-        relay = connection.relay
-        if relay is not None and self._sessions.verbose:
-            why = " (%s)" % error if isinstance(error, ConnectionFailed) else ""
-            self._sessions.report("connection closed%s: %s up, %s down" % (
-                why, show_bytes(relay.up.moved), show_bytes(relay.down.moved)))
-        if error is not None and not isinstance(error, (SessionOver, ConnectionFailed, Cancelled)):
-            self.warn_once(str(error) if relay else "a connection was not served: %s" % error)
+    def _warn_once(self, text: str, subject: str = "") -> None:
+        self._ledger.tell_once("warning: " + text, subject)
+
+    def _tell_waiting(self, line: str) -> None:
+        """That the Node is waited for: once, and of further sessions where somebody wants to know."""
+        if self.first is None:
+            self._ledger.tell_once(line)
+        else:
+            self._say(line)
+
+    def _has_answered(self) -> bool:
+        """Whether the target has sent something to a connection that is open: then it can be reached."""
+        with self._changed:
+            return any(each.relay and each.relay.down.moved for each in self._carriers)
+
+
+def name_client(address: Any) -> str:
+    """A client's address for people."""
+    return join_host_port(*address[:2]) if isinstance(address, tuple) else "a local process"
+
+
+def describe_unreachable(request: SessionRequest) -> str:
+    """What is known of a connection that the Node has ended without a byte from the target."""
+    return (f"the Node ended the connection and nothing came back: nothing listens at "
+            f"{join_host_port(request.host, request.port)}, or the Node cannot reach it "
+            "(--host and --port are as the Node sees them)")
 
 
 # ---------------------------------------------------------------------------------------- output
@@ -2741,10 +2845,11 @@ def format_yaml(document: "Dict[str, Any]", width: int = 0, indent: str = "") ->
 
 FORMATS: "Dict[str, Callable[[Dict[str, Any], int], str]]" = {
     "text": format_text, "json": format_json, "yaml": format_yaml}
-FAILED_WAIT_SECONDS = 0.1
-NOTIFY_SECONDS = 1.0
+WAIT_SECONDS = 0.05  # between two looks of the main thread: a signal's handler cannot wake it
+REDRAW_SECONDS = 1.0  # of the live line
+TICKING_SECONDS = 0.1  # between two looks after the sessions
 STATUS_SECONDS = 60
-DELIVERY_SECONDS = 0.02
+NOTIFY_SECONDS = 1.0
 
 
 def write_all(stream: "Optional[IO[str]]", text: str) -> None:
@@ -2763,82 +2868,49 @@ def write_all(stream: "Optional[IO[str]]", text: str) -> None:
         try:
             raw = raw[os.write(fd, raw):]
         except BlockingIOError:
-            wait_for(fd, WRITABLE)
-
-
-def is_writable(stream: "Optional[IO[str]]") -> bool:
-    """Whether a line can be written without blocking, as far as anybody knows."""
-    try:
-        return wait_for(stream.fileno(), WRITABLE, 0)  # type: ignore[union-attr]
-    except (OSError, ValueError, AttributeError):  # closed, or not a file: writing tells
-        return True
-
-
-class Waker:
-    """A socket that the main thread waits at, and that any other thread, or a signal, writes to."""
-
-    def __init__(self) -> None:
-        self._is_awake = False
-        self._watched, self.written = socket.socketpair()  # `written` is also for signal.set_wakeup_fd
-        self._watched.setblocking(False)
-        self.written.setblocking(False)
-
-    def wake(self) -> None:
-        """Ends the wait, or the next one."""
-        if not self._is_awake:  # were it full, Python 3.6 would complain of a signal on stderr
-            self._is_awake = True
-            try:
-                self.written.send(b"\0")
-            except OSError:  # closed
-                pass
-
-    def wait(self, seconds: float) -> None:
-        """Until somebody wakes it, for so long at most. Where waiting fails, what follows it must happen."""
-        try:
-            if wait_for(self._watched.fileno(), READABLE, seconds):
-                self._watched.recv(4096)
-        except OSError:
-            time.sleep(min(seconds, FAILED_WAIT_SECONDS))
-        self._is_awake = False  # not before: recv would take the byte of a wake() in between
-
-    def close(self) -> None:
-        self._watched.close()
-        self.written.close()
+            wait_for(fd, select.POLLOUT)
 
 
 class Messages:
     """What goes to stderr: lines of any thread, and the live line.
 
-    A thread writes them: a stderr that takes nothing (a full pipe, a terminal that was stopped or whose
-    network is gone) is no reason to stop, nor to keep a signal waiting.
+    One thread writes all of them, in order: a stderr that takes nothing (a full pipe, a terminal that
+    was stopped) is no reason to stop, nor to keep a signal waiting.
     """
 
-    def __init__(self, stream: "Optional[IO[str]]", live: bool) -> None:
+    def __init__(self, stream: Optional[IO[str]], live: bool, quiet: bool = False) -> None:
         self.stream = stream
-        self.is_live = live and stream is not None and stream.isatty()
-        self._shown = 0  # characters of the live line that stand there
-        self._texts: "Any" = collections.deque()  # one that ends no line is the live line, "" wipes it
-        self._written = threading.Condition()
-        self._is_writing = False
+        self.is_terminal = stream is not None and stream.isatty()
+        self._is_live = live and self.is_terminal and not quiet
+        self._is_quiet = quiet
+        self._shown = 0  # characters of the live line that stand there; the writing thread's
+        self._texts: Any = queue.Queue()  # of strings: one without a line end is the live line; and events
+        if not start_thread(self._write):
+            raise PlexctlError("cannot start a thread (ulimit -u)")
 
     def report(self, line: str) -> None:
         """One line for stderr; from any thread."""
-        self._put("plexctl: %s\n" % line)
+        if not self._is_quiet or line.startswith("error: "):
+            self._texts.put(f"plexctl: {line}\n")
 
     def show(self, line: str) -> None:
-        """Draws the live line, as much of it as fits; nothing where there is no terminal."""
-        if self.is_live and not self._is_writing and not self._is_in_background():
+        """Draws the live line, as much of it as fits; nothing where there is no terminal, or it is another's."""
+        if self._is_live and self._texts.empty() and not self._is_in_background():
             width = max(0, terminal_width(self.stream) - 3)  # the echo of Ctrl-C stands behind it
             while len(line) > width:
                 line = line.rpartition(", ")[0] or line[:width]
-            self._put(line)
+            self._texts.put(line)
 
     def flush(self, seconds: float) -> None:
         """Wipes the live line, and waits until everything is written, for so long at most."""
-        if self.is_live or self._texts:
-            self._put("")
-        with self._written:
-            self._written.wait_for(lambda: not self._is_writing, seconds)
+        written = threading.Event()
+        self._texts.put("")
+        self._texts.put(written)
+        written.wait(seconds)
+
+    def close(self) -> None:
+        """Ends the thread; what is said later is nobody's."""
+        self._texts.put(None)
 
     def _is_in_background(self) -> bool:
         """Whether the terminal is another process group's now (`plexctl ... &`)."""
@@ -2847,32 +2919,45 @@ class Messages:
         except (OSError, ValueError, AttributeError):
             return False
 
-    def _put(self, text: str) -> None:
-        with self._written:
-            self._texts.append(text)
-            if self._is_writing:
-                return
-            self._is_writing = True
-        if not start_thread(self._write):
-            self._write(may_block=False)
-
-    def _write(self, may_block: bool = True) -> None:
-        """Writes what there is, each text in place of the live line, as far as stderr takes it."""
-        while True:
-            with self._written:
-                if not self._texts or not may_block and not is_writable(self.stream):
-                    self._is_writing = False
-                    self._written.notify_all()
-                    return
-                text = self._texts.popleft()
+    def _write(self) -> None:
+        """Writes what comes, each text in place of the live line."""
+        for text in iter(self._texts.get, None):
+            if not isinstance(text, str):
+                text.set()
+                continue
             shown, self._shown = self._shown, 0 if text.endswith("\n") else len(text)
             if shown:
                 rows = (shown - 1) // terminal_width(self.stream)  # several after it was narrowed
-                text = ("\x1b[%dA" % rows if rows else "") + "\r\x1b[J" + text
+                text = (f"\x1b[{rows}A" if rows else "") + "\r\x1b[J" + text
             try:
-                write_all(self.stream, text)
+                if text:
+                    write_all(self.stream, text)
             except Exception:  # noqa: S110  # closed, full, or a host's own stream: there is nowhere to say so
                 pass
+
+
+class Outcome:
+    """What a function returns or raises, run in a thread."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self.is_there = threading.Event()
+        self._result: Any = None
+        self._error: Optional[BaseException] = None
+        if not start_thread(self._run, function):
+            self._run(function)  # better without an ear for signals than not at all
+
+    def _run(self, function: Callable[[], Any]) -> None:
+        try:
+            self._result = function()
+        except BaseException as error:
+            self._error = error
+        self.is_there.set()
+
+    def get(self) -> Any:
+        """The result, or the error raised; once it `is_there`."""
+        if self._error is not None:
+            raise self._error
+        return self._result
 
 
 class Foreground:
@@ -2882,13 +2967,13 @@ class Foreground:
     only hurries), and an `ignored` one is nobody's. `signals` holds those that were heard and not raised yet.
     """
 
-    def __init__(self, stream: "Optional[IO[str]]", live: bool) -> None:
-        self.waker = Waker()
-        self.messages = Messages(stream, live)
-        self.report = self.messages.report
-        self.signals: "List[int]" = []
-        self.ignored: "Tuple[int, ...]" = ()
-        self.passed_on: "Tuple[int, ...]" = ()  # they do not count: COMMAND's to act on
+    def __init__(self, messages: Messages, core_limits: Optional[Tuple[int, int]] = None) -> None:
+        self.messages = messages
+        self.core_limits = core_limits  # soft and hard, that COMMAND is to have; None: those that there are
+        self.report = messages.report
+        self.signals: List[int] = []
+        self.ignored: Tuple[int, ...] = ()
+        self.passed_on: Tuple[int, ...] = ()  # they do not count: COMMAND's to act on
         self._asked = 0  # signals that asked for the end
         self._is_finishing = False
 
@@ -2900,57 +2985,65 @@ class Foreground:
             if self._asked > 2:
                 end_by_signal(signum)
 
-    def wait(self, seconds: float) -> None:
-        """Until something happens, `seconds` at most. Raises Interrupted for a signal."""
-        self.waker.wait(0 if self.signals and not self._is_finishing else seconds)
-        if self.signals and not self._is_finishing:
-            raise Interrupted(self.signals.pop(0))
+    def wait(self, seconds: float, done: Optional[threading.Event] = None) -> None:
+        """For so long, or until `done` is set. Raises Interrupted for a signal."""
+        deadline = elapsed_seconds() + seconds
+        while not (done is not None and done.is_set()):
+            if self.signals and not self._is_finishing:
+                raise Interrupted(self.signals.pop(0))
+            left = deadline - elapsed_seconds()
+            if left <= 0:
+                return
+            if done is None:
+                time.sleep(min(WAIT_SECONDS, left))
+            else:
+                done.wait(min(WAIT_SECONDS, left))
 
-    def call(self, function: "Callable[[], Any]", status: "Optional[Callable[[], str]]" = None) -> "Any":
+    @contextlib.contextmanager
+    def cores_as_before(self) -> Iterator[None]:
+        """With the limit of core files that the process was started with, for what is started meanwhile."""
+        if self.core_limits is not None:
+            limits = resource.getrlimit(resource.RLIMIT_CORE)
+            resource.setrlimit(resource.RLIMIT_CORE, self.core_limits)
+        try:
+            yield
+        finally:
+            if self.core_limits is not None:
+                resource.setrlimit(resource.RLIMIT_CORE, limits)
+
+    def call(self, function: Callable[[], Any], status: Optional[Callable[[], str]] = None) -> Any:
         """What `function` returns or raises, run in a thread, so that a signal ends the wait."""
         self.wait(0)  # a signal that is here already: then nothing is begun
-        outcome = self._start(function)
-        while not outcome:
-            self.wait(TICK_SECONDS)
-            if status is not None and not outcome:
+        outcome = Outcome(function)
+        while not outcome.is_there.is_set():
+            self.wait(REDRAW_SECONDS, outcome.is_there)
+            if status is not None and not outcome.is_there.is_set():
                 self.messages.show(status())
-        result, error = outcome[0]
-        if error is not None:
-            raise error
-        return result
+        return outcome.get()
 
-    def finish(self, function: "Callable[[], None]", seconds: float) -> None:
-        """Runs what must still be done, for `seconds` at most; a further signal leaves HURRY_SECONDS."""
+    def finish(self, function: Callable[[], None], seconds: float, slow: str = "") -> None:
+        """Runs what must still be done, for `seconds` at most; a further signal leaves HURRY_SECONDS.
+
+        `slow` is said on a terminal where it takes longer than a second.
+        """
         self._is_finishing = True
-        outcome = self._start(function)
-        deadline = elapsed_seconds() + seconds
-        while not outcome and elapsed_seconds() < deadline:
+        outcome, began = Outcome(function), elapsed_seconds()
+        deadline = began + seconds
+        while not outcome.is_there.is_set() and elapsed_seconds() < deadline:
             if self.signals:
                 deadline = min(deadline, elapsed_seconds() + HURRY_SECONDS)
-            self.wait(max(0.0, min(TICK_SECONDS, deadline - elapsed_seconds())))
+            self.wait(min(REDRAW_SECONDS, deadline - elapsed_seconds()), outcome.is_there)
+            if slow and self.messages.is_terminal and elapsed_seconds() - began > 1:
+                self.report(slow)
+                slow = ""
 
-    def write(self, text: str, stream: "Optional[IO[str]]", name: str) -> None:
+    def write(self, text: str, stream: Optional[IO[str]], name: str) -> None:
         """Writes text to a stream, behind the messages; PlexctlError unless all of it was taken."""
         self.messages.flush(HURRY_SECONDS)
         try:
             self.call(lambda: write_all(stream, text))
         except (OSError, ValueError) as error:
-            raise PlexctlError("cannot write to %s: %s" % (name, show_error(error))) from error
-
-    def _start(self, function: "Callable[[], Any]") -> "List[Tuple[Any, Optional[BaseException]]]":
-        """Runs it in a thread; its result or error is put in the list that is returned."""
-        outcome: "List[Tuple[Any, Optional[BaseException]]]" = []
-
-        def run() -> None:
-            try:
-                outcome.append((function(), None))
-            except BaseException as error:
-                outcome.append((None, error))
-            self.waker.wake()
-
-        if not start_thread(run):  # better without an ear for signals than not at all
-            run()
-        return outcome
+            raise PlexctlError(f"cannot write to {name}: {show_error(error)}") from error
 
 
 # ---------------------------------------------------------------------------------- command line
@@ -3178,19 +3271,24 @@ def find_command(name: str, environ: "Environ") -> str:
 class Run:
     """One invocation: the options, and what every mode of it needs."""
 
-    def __init__(self, options: "argparse.Namespace", environ: "Environ", foreground: Foreground,
-                 stdout: "Optional[IO[str]]") -> None:
+    def __init__(self, options: Any, environ: Environ, foreground: Foreground, stdout: Optional[IO[str]]) -> None:
         self.options = options
         self.environ = environ
         self.foreground = foreground
         self.stdout = stdout
+        self.began = elapsed_seconds()
         self.request = SessionRequest(options.project_id, options.resource_id, options.host,
                                       options.port, options.ttl_seconds)
-        self.report = foreground.report
-        if options.mode == "--stdio" and not options.verbose:  # ssh's terminal may be in raw mode
-            # of what Sessions says, only what is left behind: see Sessions._revoke and dismiss
-            self.report = lambda line: (
-                foreground.report(line) if line.startswith("warning: session ") else None)
+
+    def report(self, line: str) -> None:
+        """A line for stderr; --stdio says only what is left behind, as ssh's terminal may be in raw mode."""
+        if self.options.mode != "--stdio" or self.options.verbose or line.startswith("warning: session "):
+            self.foreground.report(line)
+
+    def say(self, line: str) -> None:
+        """A line for who wants to know more."""
+        if self.options.verbose:
+            self.foreground.report(line)
 
     def execute(self) -> int:
         """The exit code. PlexctlError and Interrupted leave no session behind either."""
@@ -3199,49 +3297,50 @@ class Run:
         server, token = foreground.call(lambda: resolve_credentials(
             options.server, options.profile, options.token_file, options.allow_http, self.environ))
         # in a thread as well: --ca-file may be a pipe
-        plane = foreground.call(lambda: ControlPlane(
-            server, token, options.ca_file, self.environ,
-            report=foreground.report if options.verbose else lambda line: None))
+        plane = foreground.call(lambda: ControlPlane(server, token, options.ca_file, self.environ, report=self.say))
         self.audit = AuditLog(self.environ, foreground.report) if options.reveal_secrets else None
-        self.sessions = Sessions(plane, self.request, self.report, options.max_sessions, options.min_sessions,
-                                 options.renew, options.wait_seconds, options.verbose > 0)
+        self.ledger = Ledger(plane, options.project_id, self.report, self.say)
         try:
             if options.mode == "print":
                 return self.print_coordinates()
-            if __name__ == "__main__":
-                gc.enable()
             if options.mode == "--stdio":
                 return self.carry_stdio()
             return self.forward(program)
         finally:
-            foreground.finish(self.sessions.leave, LEAVE_SECONDS)
-            for words in self.sessions.left_behind():
+            foreground.finish(self.ledger.leave, LEAVE_SECONDS, "releasing the session")
+            for words in self.ledger.left_behind():
                 foreground.report("warning: " + words)
             if self.audit is not None:  # not before: an interrupted record may still be on its way
                 self.audit.close()
 
-    def establish(self) -> Worker:
+    def establish(self, issue: Callable[[], MediatedSession]) -> MediatedSession:
         """The first session, and its token where it is to be revealed."""
-        began = elapsed_seconds()
-        worker: Worker = self.foreground.call(self.sessions.establish, lambda: "waiting for the Node: %s"
-                                              % show_seconds(elapsed_seconds() - began))
-        issued = worker.issued
+        session: MediatedSession = self.foreground.call(issue, lambda: (
+            f"waiting for the Node: {show_seconds(elapsed_seconds() - self.began)}"))
+        issued = session.issued
         if self.audit is not None and issued is not None:
             audit, token = self.audit, issued.token
-            self.foreground.call(lambda: audit.record(self.sessions.plane.server, self.request, issued))
+            self.foreground.call(lambda: audit.record(self.ledger.plane.server, self.request, issued))
             self.foreground.write("plexctl: warning: the next line is the session token, a secret\n"
-                                  "PLEXCTL_SESSION_TOKEN=%s\n" % token.reveal(),
+                                  f"PLEXCTL_SESSION_TOKEN={token.reveal()}\n",
                                   self.foreground.messages.stream, "standard error")
         if self.options.keep_session:
-            self.sessions.keep()
-        return worker
+            self.ledger.keep()
+            self.report(f"session {session.session_id} is kept until {issued and issued.expires_at}")
+        return session
 
-    def print_document(self, local: LocalAddress, worker: Worker) -> None:
+    def issue_one(self) -> MediatedSession:
+        """For print mode and --stdio, which need one."""
+        session = MediatedSession(self.ledger, self.options.wait_seconds)
+        session.open(self.request, self.ledger.tell_once)
+        return session
+
+    def print_document(self, local: LocalAddress, session: MediatedSession) -> None:
         """The one document of stdout; PlexctlError unless all of it was taken."""
-        document = {"session_id": worker.session_id, "kind": "tcp", "local_addr": str(local),
-                    "listener_endpoint": str(worker.endpoint),
+        document = {"session_id": session.session_id, "kind": "tcp", "local_addr": str(local),
+                    "listener_endpoint": str(session.endpoint),
                     "target": {"host": self.request.host, "port": self.request.port},
-                    "expires_at": worker.issued and worker.issued.expires_at}
+                    "expires_at": session.issued and session.issued.expires_at}
         width = terminal_width(self.stdout) if self.stdout is not None and self.stdout.isatty() else 0
         self.foreground.write(FORMATS[self.options.output](document, width), self.stdout, "standard output")
 
@@ -3254,173 +3353,201 @@ class Run:
                     sock.bind((local.host, 0))
                     local = LocalAddress(local.host, sock.getsockname()[1])
             except OSError as error:
-                raise PlexctlError("--local-addr %s: cannot be bound: %s"
-                                   % (local, show_error(error))) from error
-        self.print_document(local, self.establish())
-        self.sessions.keep()
+                raise PlexctlError(f"--local-addr {local}: cannot be bound: {show_error(error)}") from error
+        session = self.establish(self.issue_one)
+        self.print_document(local, session)
+        self.ledger.keep()
+        if self.foreground.messages.is_terminal and session.issued:
+            self.report(f"nothing listens on {local}: connect to {session.endpoint}, or use --proxy to listen; "
+                        f"the session stays until {session.issued.expires_at}")
         return EXIT_OK
 
     def carry_stdio(self) -> int:
         """--stdio: one connection over descriptors 0 and 1."""
-        self.establish()
-        load_modules()
-        began, streams = elapsed_seconds(), StandardStreams()
-        ended: "List[Optional[PlexctlError]]" = []
-
-        def end(connection: Connection, error: "Optional[PlexctlError]") -> None:
-            ended.append(streams.error or error)
-            self.foreground.waker.wake()
-
-        connection = Connection(streams, end, wants_reason=True)
-        self.sessions.put(connection)
+        session = self.establish(self.issue_one)
+        remote = self.foreground.call(lambda: session.dial(self.ledger.plane.cancel.is_set))
+        streams = StandardStreams()
+        relay = Relay(streams, remote, create_buffers(), streams.is_gone, session.is_over,
+                      lambda: self.explain_end(session, relay))
+        self.told: Optional[PlexctlError] = None
+        carried = Outcome(relay.carry)
+        began = elapsed_seconds()
         try:
-            while not ended or self.sessions.is_delivering():
-                self.watch_sessions()
-            if ended[0] is not None:
-                raise ended[0]
-        except Interrupted:
-            relay = connection.relay  # a signal after everything was delivered is no failure
-            if not relay or not relay.down.is_over or relay.error or streams.error:
-                raise
+            while not carried.is_there.is_set():
+                try:
+                    self.foreground.wait(TICKING_SECONDS, carried.is_there)
+                except Interrupted:
+                    # ssh hangs up as soon as it has seen the end: that counts, and not the signal
+                    if not relay.is_ending:
+                        raise
+                if self.options.verbose:
+                    session.warn_of_its_end()
+            deadline = elapsed_seconds() + LINGER_SECONDS
+            while relay.is_awaited and not remote.has_ended() and elapsed_seconds() < deadline:
+                self.foreground.wait(TICKING_SECONDS)  # what was sent is still on its way
         finally:
-            self.sessions.stop()
-            if self.options.verbose:
-                self.report(describe_total(self.sessions.count(), began, "connection closed"))
+            counts = Counts(ended=1, up=relay.up.moved, down=relay.down.moved)
+            self.say(describe_total(counts, began, "connection closed"))
+        error = self.told or streams.error or session.why or describe_failure(relay)
+        if error is not None:
+            raise error
         return EXIT_OK
+
+    def explain_end(self, session: MediatedSession, relay: Relay) -> None:
+        """Says why --stdio's connection has ended, before the client sees that."""
+        session.ask(ASK_LIMIT_SECONDS)
+        error = session.why or describe_failure(relay)
+        if error is None and relay.remote_ended_first and not relay.down.moved:
+            error = PlexctlError(describe_unreachable(self.request))
+        if error is not None:
+            self.told = error
+            error.is_told = True
+            self.foreground.report(f"error: {error}")
+            self.foreground.messages.flush(HURRY_SECONDS)
 
     def forward(self, program: str) -> int:
         """--proxy and -- COMMAND: the local socket is bound first, an address in use costs nothing."""
-        options, foreground, began = self.options, self.foreground, elapsed_seconds()
-        with Forwarder(options.local_addr, self.sessions, options.allow_other_users) as forwarder:
-            forwarder.start()  # connections may come, and wait
-            worker = self.establish()
-            told, tell_on = "", 0.0
+        options, foreground = self.options, self.foreground
+        with Forwarder(options.local_addr, self.ledger, self.request, options.max_sessions, options.min_sessions,
+                       options.renew, options.wait_seconds, options.allow_other_users,
+                       options.verbose > 0) as forwarder:
+            session = self.establish(forwarder.establish)
             try:
-                load_modules()
                 self.tell_systemd("READY=1")
                 if program:
                     return self.run_command(program, forwarder)
-                forwarder.raise_limit()
-                self.print_document(forwarder.local, worker)
-                while True:
-                    self.watch_sessions()
-                    words = self.describe_now(forwarder)
-                    foreground.messages.show(words)
-                    if words != told and elapsed_seconds() >= tell_on:
-                        told, tell_on = words, elapsed_seconds() + STATUS_SECONDS
-                        self.tell_systemd("STATUS=" + words)
+                self.print_document(forwarder.local, session)
+                if foreground.messages.is_terminal:
+                    self.report(f"forwarding {forwarder.local} to {self.target()}; press Ctrl-C to stop")
+                self.watch(forwarder)
             finally:
                 foreground.ignored = foreground.passed_on = ()
                 self.tell_systemd("STOPPING=1")
                 foreground.finish(forwarder.stop, CLOSE_SECONDS + 1)
-                total = describe_total(self.sessions.count(), began, "COMMAND ended" if program else "")
+                total = describe_total(forwarder.count(), self.began, "COMMAND ended" if program else "")
                 if forwarder.unidentified:
-                    total += "; %d not served, closed before their owner could be asked for (unix: and " \
-                             "--allow-other-users do not ask)" % forwarder.unidentified
-                foreground.report(total)
+                    total += (f"; {forwarder.unidentified} closed before their owner could be checked (unix: and "
+                              "--allow-other-users do not check)")
+                self.report(total)
+        return EXIT_OK
 
-    def watch_sessions(self, seconds: float = TICK_SECONDS) -> None:
-        """One turn of waiting; raises what ended the sessions."""
-        self.foreground.wait(seconds)
-        if self.options.mode == "--stdio":
-            self.sessions.tick()
-        if self.sessions.over is not None:
-            raise self.sessions.over
+    def watch(self, forwarder: Forwarder) -> None:
+        """--proxy: looks after the forwarder until something ends it, and raises that."""
+        told, tell_on, draw_on = "", 0.0, 0.0
+        while True:
+            self.tick(forwarder)
+            now = elapsed_seconds()
+            if now < draw_on:
+                continue
+            draw_on = now + REDRAW_SECONDS
+            words = self.describe_now(forwarder)
+            self.foreground.messages.show(words)
+            if words != told and now >= tell_on:
+                told, tell_on = words, now + STATUS_SECONDS
+                self.tell_systemd("STATUS=" + words)
+
+    def tick(self, forwarder: Forwarder) -> None:
+        """One turn of waiting; raises what has ended the sessions."""
+        self.foreground.wait(TICKING_SECONDS)
+        forwarder.tick()
+        if forwarder.over is not None:
+            raise forwarder.over
+
+    def target(self) -> str:
+        return escape(join_host_port(self.request.host, self.request.port), 60)
 
     def describe_now(self, forwarder: Forwarder) -> str:
         """The live line, what matters most first."""
-        counts, left = self.sessions.count(), self.sessions.seconds_left()
-        target = escape(join_host_port(self.request.host, self.request.port), 60)
-        return "%s%d open, %d waiting, %d ended, %d session%s, %s up, %s down, %s -> %s" % (
-            "%s left, " % show_seconds(left) if left else "", counts.open, counts.waiting,
-            counts.ended, counts.sessions, "" if counts.sessions == 1 else "s", show_bytes(counts.up),
-            show_bytes(counts.down), forwarder.local, target)
+        counts, left = forwarder.count(), forwarder.seconds_left()
+        until = f"{show_seconds(left)} left, " if left else ""
+        return (f"{until}{counts.open} open, {counts.waiting} waiting, {counts.ended} ended, "
+                f"{counts.sessions} session{'' if counts.sessions == 1 else 's'}, {show_bytes(counts.up)} up, "
+                f"{show_bytes(counts.down)} down, {forwarder.local} -> {self.target()}")
 
     def tell_systemd(self, state: str) -> None:
         """sd_notify(3), for units of Type=notify; a state that cannot be told is a warning."""
         path = self.environ.get("NOTIFY_SOCKET", "")
         try:
-            if path[:1] in ("/", "@") and hasattr(socket, "AF_UNIX"):
+            if path[:1] in ("/", "@"):
                 send_record("\0" + path[1:] if path[0] == "@" else path, state.encode(), NOTIFY_SECONDS)
         except (OSError, ValueError) as error:
-            self.sessions.tell_once("warning: NOTIFY_SOCKET: systemd was not told: %s" % show_error(error))
+            self.ledger.tell_once(f"warning: NOTIFY_SOCKET: systemd was not told: {show_error(error)}")
 
     def run_command(self, program: str, forwarder: Forwarder) -> int:
         """-- COMMAND: its terminal, Ctrl-C and Ctrl-\\ are its own, other signals are handed on."""
         foreground = self.foreground
         foreground.wait(0)
-        foreground.ignored = (signal.SIGINT, getattr(signal, "SIGQUIT", signal.SIGINT))
-        foreground.passed_on = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGUSR1", "SIGUSR2")
-                                     if hasattr(signal, name))
+        foreground.ignored = (signal.SIGINT, signal.SIGQUIT)
+        foreground.passed_on = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
         foreground.messages.flush(HURRY_SECONDS)  # before anything that COMMAND says
         child = self.start_command(program, forwarder.local)
-        forwarder.raise_limit()  # after the start of COMMAND, which keeps the limits it was given
-        has_port, terminated = True, False
+        is_terminated = is_over = False
         while child.poll() is None:
             try:
-                if has_port:
-                    self.watch_sessions()
-                else:
-                    foreground.wait(TICK_SECONDS)
+                foreground.wait(WAIT_SECONDS)
             except Interrupted as interrupted:
                 try:
                     child.send_signal(interrupted.signum)
                 except OSError:  # it ended just now, or is another user's by now
                     pass
                 if interrupted.signum not in foreground.passed_on:
-                    if terminated:
+                    if is_terminated:
                         raise
-                    terminated = True
-            except PlexctlError as error:
-                foreground.report("warning: %s; the port is closed, COMMAND goes on" % error)
-                forwarder.stop()
-                has_port = False
+                    is_terminated = True
+            forwarder.tick()  # when all is over it resets whoever connects, and the port stays ours
+            if forwarder.over is not None and not is_over:
+                is_over = True
+                foreground.report(f"warning: {forwarder.over}; connections are refused from now on; COMMAND is "
+                                  "still running")
         foreground.ignored = foreground.passed_on = ()
-        if has_port:  # what COMMAND sent right before its end still arrives
-            self.deliver(forwarder)
+        if not is_over:
+            self.deliver(forwarder)  # what COMMAND sent right before its end
         status = int(child.returncode)
         return status if status >= 0 else EXIT_SIGNAL_BASE - status
 
     def deliver(self, forwarder: Forwarder) -> None:
         """Until what clients have sent that are gone has arrived, as long as it moves."""
-        forwarder.accept_rest()
-        moved, give_up_on = -1, 0.0
+        forwarder.finish()
+        moved, give_up_on = None, 0.0
         try:
-            while self.sessions.is_delivering():
-                counts = self.sessions.count()
-                if counts.up != moved:
-                    moved, give_up_on = counts.up, elapsed_seconds() + CLOSE_SECONDS
+            while forwarder.is_delivering():
+                counts = forwarder.count()
+                if (counts.up, counts.ended) != moved:
+                    moved, give_up_on = (counts.up, counts.ended), elapsed_seconds() + CLOSE_SECONDS
                 if elapsed_seconds() > give_up_on:
                     break
-                self.watch_sessions(DELIVERY_SECONDS)
-                forwarder.tick()
-            if self.sessions.count().waiting:
-                self.foreground.report("warning: COMMAND has ended, and connections still wait for a session")
+                self.tick(forwarder)
+            if forwarder.count().waiting:
+                self.report("warning: COMMAND has ended, and connections still wait for a session")
         except PlexctlError as error:
-            self.foreground.report("warning: %s" % error)
+            self.report(f"warning: {error}")
 
-    def start_command(self, program: str, local: LocalAddress) -> "Any":
-        """Starts COMMAND with its placeholders and environment filled in; wakes us at its end."""
+    def start_command(self, program: str, local: LocalAddress) -> Any:
+        """Starts COMMAND with its placeholders and environment filled in."""
         host, port = (local.path, "") if local.path else (local.host, str(local.port))
         environ = dict(self.environ, PLEXCTL_LOCAL_HOST=host, PLEXCTL_LOCAL_PORT=port,
                        PLEXCTL_LOCAL_ADDR=str(local))
         environ.pop("PLEXSPHERE_TOKEN", None)
+        if not local.path and is_loopback(local.host):
+            exempt = environ.get("no_proxy") or environ.get("NO_PROXY")  # or curl would go to a proxy with it
+            environ["no_proxy"] = environ["NO_PROXY"] = f"{exempt},{local.host}" if exempt else local.host
         arguments = [re.sub(r"\{(host|port|addr)\}", lambda found: environ[
             "PLEXCTL_LOCAL_" + found.group(1).upper()], argument) for argument in self.options.command]
         try:
             # COMMAND could read the token there, again or, of /dev/stdin, for the first time
             stdin = subprocess.DEVNULL if is_standard_input(self.options.token_file or "") else None
-            child = subprocess.Popen(arguments, executable=program, env=environ, stdin=stdin)
+            with self.foreground.cores_as_before():
+                return subprocess.Popen(arguments, executable=program, env=environ, stdin=stdin)
         except (OSError, ValueError) as error:
-            raise PlexctlError("%s: cannot be executed: %s" % (escape(arguments[0]), show_error(error)),
+            raise PlexctlError(f"{escape(arguments[0])}: cannot be executed: {show_error(error)}",
                                exit_code=EXIT_NOT_EXECUTABLE) from error
 
-        def await_end() -> None:
-            child.wait()
-            self.foreground.waker.wake()
 
-        start_thread(await_end)  # else run_command sees it at its next turn
-        return child
+def describe_failure(relay: Relay) -> Optional[PlexctlError]:
+    """What has broken a connection, if anything."""
+    if relay.error is None or isinstance(relay.error, PlexctlError):
+        return relay.error
+    return PlexctlError(f"the connection ended: {show_error(relay.error)}")
 
 
 def describe_total(counts: Counts, began: float, reason: str) -> str:
@@ -3428,16 +3555,16 @@ def describe_total(counts: Counts, began: float, reason: str) -> str:
     error = sys.exc_info()[1]
     if isinstance(error, (Interrupted, PlexctlError)):
         reason = str(error) if isinstance(error, Interrupted) else ""
-    return "%d connection%s, %s up, %s down, %s%s" % (
-        counts.ended, "" if counts.ended == 1 else "s", show_bytes(counts.up),
-        show_bytes(counts.down), show_seconds(elapsed_seconds() - began), reason and ": " + reason)
+    return (f"{counts.ended} connection{'' if counts.ended == 1 else 's'}, {show_bytes(counts.up)} up, "
+            f"{show_bytes(counts.down)} down, {show_seconds(elapsed_seconds() - began)}{reason and ': ' + reason}")
 
 
 # ------------------------------------------------------------------------------------------ main
 
 __all__ = [  # what is stable for those who vendor this file
-    "ApiError", "ControlPlane", "CredentialsError", "Endpoint", "Forwarder", "IssuedSession", "LocalAddress",
-    "PlexctlError", "Secret", "Server", "Session", "SessionOver", "SessionRequest", "Sessions",
+    "ApiError", "ControlPlane", "CredentialsError", "Endpoint", "Forwarder", "IssuedSession", "Ledger", "LocalAddress",
+    "MediatedSession",
+    "PlexctlError", "Secret", "Server", "Session", "SessionOver", "SessionRequest",
     "TransportError", "UsageError", "main", "parse_local_address", "parse_server"]
 
 
@@ -3450,56 +3577,72 @@ def reserve_standard_descriptors() -> None:
             open_nowhere(os.O_RDONLY)  # the lowest free number; writing to it fails
 
 
-SIGNALS_OF_THE_END = ("SIGINT", "SIGTERM", "SIGHUP")
-RARER_SIGNALS = ("SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGXCPU", "SIGVTALRM", "SIGPROF", "SIGIO",
-                 "SIGPWR")
+FAULTS = ("SIGABRT", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGTRAP", "SIGSYS")
+HARMLESS = ("SIGKILL", "SIGSTOP", "SIGTSTP", "SIGTTIN", "SIGTTOU", "SIGCONT", "SIGCHLD", "SIGURG", "SIGWINCH",
+            "SIGINFO")  # whose default action ends no process, and the one that nobody can handle
+ALWAYS_HANDLED = ("SIGINT", "SIGTERM", "SIGHUP")  # whoever has a handler for them; the others where nobody has
 
 
-def handle_signals(foreground: Foreground) -> "Callable[[], None]":
-    """What would end the process goes to the foreground, the third of them ends the process at once.
+def handle_signals(foreground: Foreground) -> Callable[[], None]:
+    """Whatever signal would end the process goes to the foreground.
 
-    Of the rarer ones only those that nobody else in the process has a handler for. Returns what
-    puts the handlers back that were there before.
+    Returns what puts the handlers back that were there before.
     """
     if threading.current_thread() is not threading.main_thread():
         return lambda: None
-    before: "Dict[int, Any]" = {}
-    for name in SIGNALS_OF_THE_END + RARER_SIGNALS:
-        signum = getattr(signal, name, None)
-        if signum is None:
-            continue
-        current = signal.getsignal(signum)
-        if current == signal.SIG_DFL or name in SIGNALS_OF_THE_END and current != signal.SIG_IGN:  # nohup, &
-            before[signum] = signal.signal(signum, foreground.handle)
-    if hasattr(signal, "SIGCHLD") and signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
+    before: Dict[int, Any] = {}
+    kept = {getattr(signal, name, None) for name in FAULTS + HARMLESS}
+    always = {getattr(signal, name) for name in ALWAYS_HANDLED}
+    for signum in set(range(1, signal.NSIG)) - kept:
+        try:
+            current = signal.getsignal(signum)
+            if current == signal.SIG_DFL or signum in always and current != signal.SIG_IGN:  # nohup, &
+                before[signum] = signal.signal(signum, foreground.handle)
+        except (OSError, ValueError):  # the C library keeps it for itself
+            pass
+    if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
         before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or COMMAND has no status
-    quiet: "Dict[str, Any]" = {"warn_on_full_buffer": False} if sys.version_info >= (3, 7) else {}
-    wakeup = signal.set_wakeup_fd(foreground.waker.written.fileno(), **quiet)
 
     def restore() -> None:
-        signal.set_wakeup_fd(wakeup)
         for signum, handler in before.items():
             signal.signal(signum, handler)
 
     return restore
 
 
-def perform(argv: "Optional[Sequence[str]]" = None, environ: "Optional[Environ]" = None,
-            ends_process: bool = False) -> "Tuple[int, int]":
-    """The command, as an exit code and the number of the signal that ended it (0: none)."""
+def forbid_cores() -> Tuple[int, int]:
+    """No core file, which would hold the tokens; the limits that there were.
+
+    1 byte is the limit that the kernel honours for a core_pattern that is a pipe as well (core(5)).
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    try:
+        resource.setrlimit(resource.RLIMIT_CORE, (1, hard))
+    except (OSError, ValueError):  # the hard limit is 0
+        pass
+    return soft, hard
+
+
+def perform(argv: Optional[Sequence[str]] = None, environ: Optional[Environ] = None,
+            core_limits: Optional[Tuple[int, int]] = None) -> Tuple[int, int]:
+    """The command, as an exit code and the number of the signal that ended it (0: none).
+
+    `core_limits`: the process ends with the command, and these are the limits that COMMAND is to have.
+    """
     prints = ""
     try:
         prints, options = parse_arguments(sys.argv[1:] if argv is None else argv)
         if prints:
             write_all(sys.stdout, prints)
             return EXIT_OK, 0
-        foreground = Foreground(sys.stderr, options.mode in ("print", "--proxy"))
+        messages = Messages(sys.stderr, options.mode in ("print", "--proxy"), getattr(options, "quiet", False))
+        foreground = Foreground(messages, core_limits)
         restore_handlers = handle_signals(foreground)
     except PlexctlError as error:
         return fail(str(error), error.exit_code), 0
-    except Exception as error:  # no descriptors to load a module with, or a library that is damaged
-        return fail("cannot %s: %s" % (
-            "write to standard output" if prints else "start", show_error(error)), EXIT_FAILURE), 0
+    except Exception as error:  # no descriptors or memory, or a library that is damaged
+        return fail(f"cannot {'write to standard output' if prints else 'start'}: {show_error(error)}",
+                    EXIT_FAILURE), 0
     status, signum = EXIT_FAILURE, 0
     try:
         status = Run(options, os.environ if environ is None else environ, foreground, sys.stdout).execute()
@@ -3508,32 +3651,32 @@ def perform(argv: "Optional[Sequence[str]]" = None, environ: "Optional[Environ]"
         status = EXIT_SIGNAL_BASE + signum
     except PlexctlError as error:
         status = error.exit_code
-        foreground.report("error: %s" % error)
+        if not error.is_told:
+            foreground.report(f"error: {error}")
     except ImportError as error:  # of a module that the standard library loads late
-        foreground.report("error: this Python lacks a part of its standard library: %s" % show_error(error))
+        foreground.report(f"error: this Python lacks a part of its standard library: {show_error(error)}")
     except (OSError, MemoryError) as error:
-        foreground.report("error: the system refuses: %s" % show_error(error))
+        foreground.report(f"error: the system refuses: {show_error(error)}")
     except Exception as error:  # a defect; its text may hold what it was given
-        foreground.report("error: internal error, please report it (with -v): %s" % show_error(error))
+        foreground.report(f"error: internal error, please report it (with -v): {show_error(error)}")
     finally:
-        foreground.messages.flush(HURRY_SECONDS)
-        if not ends_process:  # else a late signal would make it look as if it had not come to its end
+        messages.flush(HURRY_SECONDS)
+        if core_limits is None:  # else a late signal would make it look as if it had not come to its end
             restore_handlers()
-            foreground.waker.close()
-            foreground.messages.stream = None  # what is said late is nobody's
+            messages.close()
     return status, signum
 
 
 def fail(message: str, status: int) -> int:
     """The one line of an error."""
     try:
-        write_all(sys.stderr, "plexctl: error: %s\n" % message)
+        write_all(sys.stderr, f"plexctl: error: {message}\n")
     except (OSError, ValueError):
         pass
     return status
 
 
-def main(argv: "Optional[Sequence[str]]" = None, environ: "Optional[Environ]" = None) -> int:
+def main(argv: Optional[Sequence[str]] = None, environ: Optional[Environ] = None) -> int:
     """The command. Returns the exit code, 128 + n where signal n ended it; raises nothing."""
     return perform(argv, environ)[0]
 
@@ -3546,7 +3689,7 @@ def run() -> None:
     """
     reserve_standard_descriptors()
     try:
-        status, signum = perform(ends_process=True)
+        status, signum = perform(core_limits=forbid_cores())
         if signum:
             end_by_signal(signum)
         os._exit(status)
