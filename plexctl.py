@@ -1312,7 +1312,8 @@ QUIET_SECONDS = 2.0
 FIRST_ASK_SECONDS = 0.002  # whether a client that has ended its input is gone; then ever less often
 LAST_ASK_SECONDS = 0.4
 SILENT_SECONDS = 120  # of a path, while data waits for an answer
-READS_AT_ONCE = 64
+READS_AT_ONCE = 1000
+LOOK_SECONDS = 0.02
 LINGER_SECONDS = 10  # for the Node to end a connection whose client is gone, before the run ends
 LEG_OPTIONS: List[Tuple[str, str, Any]] = [
     ("IPPROTO_TCP", "TCP_NODELAY", 1),  # a request in two writes costs 44 ms without it
@@ -1507,7 +1508,7 @@ class Flow:
         self.buffer = self.first_buffer = buffer
         self.moved = 0  # bytes
         self.rest = buffer[:0]  # what was read, and is not all sent yet
-        self.read_on = elapsed_seconds()
+        self.active_on = elapsed_seconds()
         self.has_ended = False  # the source has ended its input
         self.is_over = False  # and that was passed on
         self.is_lost = False  # the sink takes nothing any more: what comes is thrown away
@@ -1520,19 +1521,25 @@ class Flow:
             return
         self.has_ended = not count
         if self.has_ended or not self.is_lost:
-            self.read_on = now
+            self.active_on = now
             self.rest = self.buffer[:count]
             if count == len(self.buffer) < LARGEST_BUFFER_BYTES:
                 self._grow()
 
-    def write(self) -> None:
+    def write(self, now: float) -> None:
         """Hands on what the sink takes now; OSError where the sink is lost."""
         try:
             sent = self.sink.send(self.rest)
         except BlockingIOError:
             return
+        self.active_on = now
         self.moved += sent
         self.rest = self.rest[sent:]
+
+    def shrink(self) -> None:
+        """Gives a larger buffer back."""
+        if not self.rest:
+            self.buffer, self.rest = self.first_buffer, self.first_buffer[:0]
 
     def _grow(self) -> None:
         """A larger buffer for a source that fills this one; unlike a bytearray it is given back at once."""
@@ -1586,6 +1593,10 @@ class Relay:
                 self._move(dict(ready), elapsed_seconds())
         except Exception as error:
             self.error = self.error or error
+        try:
+            self._settle()
+        except Exception as error:
+            self.error = self.error or error
         self._close()
 
     def _watch(self) -> None:
@@ -1632,11 +1643,11 @@ class Relay:
                     self._read(flow, now)
             if is_due and flow.rest:
                 try:
-                    flow.write()
+                    flow.write(now)
                 except OSError as error:
                     self._lose_sink(flow, error)
             elif not ready:
-                flow.buffer = flow.first_buffer  # nobody holds a larger one any more
+                flow.shrink()
 
     def _read(self, flow: Flow, now: float) -> None:
         try:
@@ -1680,7 +1691,7 @@ class Relay:
         if self.client_is_gone and up.is_over:
             return True
         # the Node serves another one already; a client may keep its end open for ever
-        return down.is_over and (up.is_over or not up.rest and now - max(up.read_on, down.read_on) >= QUIET_SECONDS)
+        return down.is_over and (up.is_over or not up.rest and now - max(up.active_on, down.active_on) >= QUIET_SECONDS)
 
     def _end_down(self) -> None:
         """The remote's end is passed on at once."""
@@ -1704,7 +1715,7 @@ class Relay:
             self._ask_on, self._ask_pause = now + self._ask_pause, min(2 * self._ask_pause, LAST_ASK_SECONDS)
             if self.client_is_gone:
                 self._check_client(*() if up.is_over else (errno.EPIPE,))
-        is_quiet = not down.rest and now - max(up.read_on, down.read_on) >= QUIET_SECONDS
+        is_quiet = not down.rest and now - max(up.active_on, down.active_on) >= QUIET_SECONDS
         if not up.is_over and (self.client_is_gone or down.is_over or is_quiet):
             up.is_over = True
             self._pass_on(up)
@@ -1716,19 +1727,24 @@ class Relay:
         except OSError:  # its peer is gone
             flow.is_lost = True
 
-    def _close(self) -> None:
-        up, down, remote = self.up, self.down, self._remote
-        is_broken = self.error is not None
-        if is_broken and not (self._client_is_lost or down.is_over):
+    def _settle(self) -> None:
+        """What there is to do before the legs of a broken connection are closed."""
+        if self.error is not None and not (self._client_is_lost or self.down.is_over):
             self.is_ending = True
             self._on_end()
+        if self._client_is_lost:
+            deadline = elapsed_seconds() + QUIET_SECONDS
+            while self._remote.count_unsent() and elapsed_seconds() < deadline and not self._is_stopped():
+                time.sleep(LOOK_SECONDS)
+            self.is_stuck = self._remote.count_unsent() > 0
+
+    def _close(self) -> None:
+        up, down, is_broken = self.up, self.down, self.error is not None
         # what was thrown away must not look as if it had arrived
         self._client.close(reset=is_broken or not down.is_over or up.is_lost and not up.has_ended)
         self.is_awaited = not (is_broken or down.is_over)
-        if is_broken:
-            self.is_stuck = self._client_is_lost and (bool(up.rest) or remote.count_unsent() > 0)
         if not self.is_awaited:
-            remote.close(reset=is_broken or not up.is_over)
+            self._remote.close(reset=is_broken or not up.is_over)
 
 
 # -------------------------------------------------------------------------------------- sessions
@@ -2289,6 +2305,7 @@ class Carrier:
         self.relay: Optional[Relay] = None
         self.is_gone: Callable[[], bool] = lambda: False  # whether the client listens no more
         self.is_spare = False  # it is to be given back
+        self.is_replaced = False  # its listener is gone, and another session may be issued at once
         self.awaited: Optional[Leg] = None  # of the connection before, which the Node has yet to end
         self.awaited_until = 0.0
         self.buffers = create_buffers()
@@ -2542,6 +2559,7 @@ class Forwarder:
                 is_young = now - session.ready_on < REPLACE_SECONDS
                 if not is_young or now - self._replaced_on >= REPLACE_SECONDS:
                     self._replaced_on = now if is_young else self._replaced_on
+                    carrier.is_replaced = True
                     session.end(ListenerGone("the Node has closed the session's listener"))
             is_unusable = isinstance(error, SessionStuck) or session.why is not None
             if is_unusable and not self._is_ending.is_set() and (
@@ -2600,11 +2618,11 @@ class Forwarder:
         with self._changed:
             carrier.state = ENDING
             if why is not None and not self._is_ending.is_set():
-                self._follow(session, why)
+                self._follow(carrier, why)
             if why is not None and why.may_exist and why is not self.over and (
                     self._is_ending.is_set() or self.first is None):  # nobody else says it
                 self._ledger.report(f"warning: session unknown: {why}")
-        if session.session_id:
+        if session.session_id and not self._is_stopped:  # else Ledger.leave does it
             self._ledger.give_back(session.session_id)
         with self._changed:
             if carrier.awaited is not None:
@@ -2681,8 +2699,9 @@ class Forwarder:
         self._is_ending.set()
         self._changed.notify_all()
 
-    def _follow(self, session: MediatedSession, why: PlexctlError) -> None:
+    def _follow(self, carrier: Carrier, why: PlexctlError) -> None:
         """With the lock held: what a session's end means for the others, and for those who wait."""
+        session = carrier.session
         others, now, tell = len(self._list_live()), elapsed_seconds(), self._ledger.tell_once
         is_refused = isinstance(why, ApiError) and why.status < 500
         is_last = not others and not self._renew and (session.ready_on or not self._has_been_stuck)
@@ -2699,7 +2718,7 @@ class Forwarder:
         else:
             self._retry_on = now + RETRY_SECONDS
             tell(f"warning: no further session for now: {why}")
-        if isinstance(why, ListenerGone) and not others and now - session.ready_on < REPLACE_SECONDS:
+        if isinstance(why, ListenerGone) and not carrier.is_replaced and now - session.ready_on < REPLACE_SECONDS:
             self._retry_on = max(self._retry_on, self._replaced_on + REPLACE_SECONDS)
 
     # Who may connect
@@ -2726,6 +2745,8 @@ class Forwarder:
         """Whether the user behind this connection may use the port: ours or root, by the kernel's word."""
         if self._is_rejecting:
             return False
+        if self.local.path:  # one that has closed without a byte wants nothing any more
+            return not poll_now(client.fileno(), 0) or bool(client.recv(1, socket.MSG_PEEK))
         if not self._checks_owners or self._owners is None:
             return True
         uid = self._owners.find(address)[0]
