@@ -1806,18 +1806,20 @@ class Ledger:
         self._changed = threading.Condition()  # guards what follows
         self._known: Set[str] = set()  # every session_id that there was, in lower case
         self._owed: Dict[str, bool] = {}  # by session_id; True: it is being revoked
+        self._unknown: List[PlexctlError] = []  # after which a session may exist
         self._issuing = 0
         self._keep = False
         self._is_closed = False  # nothing is issued any more
         self._told: Set[str] = set()
 
-    def tell_once(self, line: str, subject: str = "") -> None:
-        """A line, once in a run; or one of all that have the same subject."""
+    def tell_once(self, line: str, subject: str = "") -> bool:
+        """A line, once in a run; or one of all that have the same subject. Whether it was told now."""
         with self._changed:
             is_new = (subject or line) not in self._told
             self._told.add(subject or line)
         if is_new:
             self.report(line)
+        return is_new
 
     def issue(self, request: SessionRequest) -> IssuedSession:
         """ControlPlane.issue; the session is owed a revocation as soon as its id is known."""
@@ -1828,9 +1830,12 @@ class Ledger:
         issued: List[str] = []
         try:
             return self.plane.issue(request, lambda session_id: self._owe(session_id, issued))
-        except PlexctlError:
+        except PlexctlError as error:
             for session_id in issued:  # there is one, whatever is wrong with the answer
                 self.give_back(session_id)
+            if error.may_exist:
+                with self._changed:
+                    self._unknown.append(error)
             raise
         finally:
             with self._changed:
@@ -1870,12 +1875,13 @@ class Ledger:
                 if not start_thread(self._revoke, session_id):
                     self._revoke(session_id)
 
-    def left_behind(self) -> List[str]:
-        """What `leave` could not settle, in words; told once."""
+    def left_behind(self, raised: Optional[BaseException] = None) -> List[str]:
+        """What `leave` could not settle, in words; told once. `raised` is told by somebody else."""
         with self._changed:
             owed = [each for each, is_begun in self._owed.items() if is_begun or not self._keep]
             self._owed.clear()
             lines = [f"session {each} is not revoked, it will expire on its own" for each in owed]
+            lines += [f"session unknown: {each}" for each in self._unknown if each is not raised and not each.is_told]
             if self._issuing:
                 lines.append("a session may have been issued, it will expire on its own")
             return lines
@@ -2619,9 +2625,6 @@ class Forwarder:
             carrier.state = ENDING
             if why is not None and not self._is_ending.is_set():
                 self._follow(carrier, why)
-            if why is not None and why.may_exist and why is not self.over and (
-                    self._is_ending.is_set() or self.first is None):  # nobody else says it
-                self._ledger.report(f"warning: session unknown: {why}")
         if session.session_id and not self._is_stopped:  # else Ledger.leave does it
             self._ledger.give_back(session.session_id)
         with self._changed:
@@ -2714,10 +2717,10 @@ class Forwarder:
             pass
         elif others and (is_refused or isinstance(why, EndpointMissing)):
             self._limit, self._limited_until = others, now + LIMIT_SECONDS
-            tell(f"warning: no further session, connections wait for those there are: {why}", "limit")
+            why.is_told = tell(f"warning: no further session, connections wait for those there are: {why}", "limit")
         else:
             self._retry_on = now + RETRY_SECONDS
-            tell(f"warning: no further session for now: {why}")
+            why.is_told = tell(f"warning: no further session for now: {why}")
         if isinstance(why, ListenerGone) and not carrier.is_replaced and now - session.ready_on < REPLACE_SECONDS:
             self._retry_on = max(self._retry_on, self._replaced_on + REPLACE_SECONDS)
 
@@ -3329,7 +3332,7 @@ class Run:
             return self.forward(program)
         finally:
             foreground.finish(self.ledger.leave, LEAVE_SECONDS, "releasing the session")
-            for words in self.ledger.left_behind():
+            for words in self.ledger.left_behind(sys.exc_info()[1]):
                 foreground.report("warning: " + words)
             if self.audit is not None:  # not before: an interrupted record may still be on its way
                 self.audit.close()
@@ -3417,6 +3420,8 @@ class Run:
     def explain_end(self, session: MediatedSession, relay: Relay) -> None:
         """Says why --stdio's connection has ended, before the client sees that."""
         session.ask(ASK_LIMIT_SECONDS)
+        if self.ledger.plane.cancel.is_set():  # we have ended it
+            return
         error = session.why or describe_failure(relay)
         if error is None and relay.remote_ended_first and not relay.down.moved:
             error = PlexctlError(describe_unreachable(self.request))
