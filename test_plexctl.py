@@ -270,6 +270,26 @@ def silent(_connection, target):
     target.closing.wait()
 
 
+def stream(connection, target):
+    """Send for ever, and read nothing."""
+    while not target.closing.is_set():
+        connection.sendall(bytes(1 << 16))
+
+
+@contextlib.contextmanager
+def dial_that_hangs():
+    """A listener whose backlog is full: a dial to it neither succeeds nor fails, its SYNs are dropped."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(8):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        yield listener
+
+
 # ---- simulator: carrying bytes ------------------------------------------------------------------
 
 class Direction:
@@ -288,7 +308,7 @@ class Direction:
     def read(self):
         """Take what there is."""
         try:
-            self.take(self.source.recv(1 << 18))
+            self.take(self.source.recv(1 << 15))
         except BlockingIOError:
             pass
         except OSError:
@@ -328,17 +348,17 @@ class Direction:
         return "open"
 
 
-def carry(client, target, delay=0, room=1, half_close=False, over=lambda: False, next_one=None):
+def carry(client, target, delay=0, room=1, half_close=False, over=lambda: False):
     """Carry bytes both ways between two sockets, and leave it to the caller to close them.
 
-    Returns when one side has ended its input and all that it sent has been handed on; with `half_close`
-    when both have, each end being passed on by itself. Or when over(), within 0.1 s. Raises
-    ConnectionResetError when a side has reset. If next_one, a listening socket, has a connection in its
-    backlog meanwhile, returns since when, else None."""
+    With room for 1 as two loops of blocking reads and writes do: a side is not looked at while what it
+    has sent is not written. Returns when one side has ended its input and all that it sent has been handed
+    on; with `half_close` when both have, each end being passed on by itself. Or when over(), within 0.1 s.
+    Raises ConnectionResetError when a side has reset."""
     for each in (client, target):
         each.setblocking(False)
     up, down = Direction(client, target, delay, room), Direction(target, client, delay, room)
-    open_ways, waiting_since = [(up, down), (down, up)], None
+    open_ways = [(up, down), (down, up)]
     while open_ways and not over():
         seconds, wanted = 0.1, collections.defaultdict(int)
         for way, _ in open_ways:
@@ -349,8 +369,6 @@ def carry(client, target, delay=0, room=1, half_close=False, over=lambda: False,
                 seconds = min(seconds, left)
             if way.reads():
                 wanted[way.source] |= READS
-        if next_one and waiting_since is None:
-            wanted[next_one] |= READS
         readable = wait_for_sockets(wanted, seconds)
         for way, opposite in list(open_ways):
             if way.source in readable and way.reads():
@@ -358,18 +376,17 @@ def carry(client, target, delay=0, room=1, half_close=False, over=lambda: False,
             try:
                 if way.write() == "open":
                     continue
-            except BrokenPipeError:  # a reset that is the news of the other direction, and as long on its way
-                opposite.take(None)
+            except BrokenPipeError:
+                if not half_close:
+                    raise ConnectionResetError from None
+                opposite.take(None)  # a reset that is the news of the other direction, and as long on its way
             else:
                 if not half_close:
-                    return waiting_since
+                    return
                 hang_up(way.sink, socket.SHUT_WR)
             open_ways.remove((way, opposite))
             if way.line or not open_ways and opposite.line:
                 raise ConnectionResetError
-        if next_one in readable:
-            waiting_since = time.monotonic()
-    return waiting_since
 
 
 READS, WRITES = 1, 4  # as in poll(); Windows has select() alone
@@ -407,29 +424,34 @@ class Node(Watched):
     """The on-Node mediated listeners, one per session, all carrying connections to one address.
 
     By default as the real Node (plexsphere/plexd, February 2026): a listener serves one connection at a
-    time, the next one waits in the kernel's backlog; when either side ends its input, or resets, both
-    connections are closed, whatever was on its way; where the target cannot be reached the connection is
-    closed without a word; at most ten sessions at once, a further one never gets a listener; listener and
-    connections are closed at expiry and at a revocation.
+    time, the next one waits in the kernel's backlog; it is accepted first, and the target dialled then,
+    for as long as that takes; where that fails it is closed without a word; when either side's end or
+    reset is read, or a write fails, both connections are closed, but neither is read while what that side
+    sent before is not written, nor during the dial; at most ten sessions at once, a further one never gets
+    a listener; listener and connections are closed, with a plain end, at expiry and at a revocation.
 
     kinder: several connections at once, half-closes are kept, a reset is passed on as a reset; each of
-        these also by itself: one_at_a_time, half_close, resets
+        these also by itself: one_at_a_time, half_close (then it does not end when the client is gone, but
+        only once the target has ended too, or cannot be written to the client), resets
     delay: seconds that the way from plexctl takes, in each direction
     late: seconds until a session has its listener and its endpoint is reported; a list has one number for
         each session in turn, the last one for all further ones
     cap: seconds after which listener and connections are closed, though the session is active
+    early: seconds that its clock is ahead of the control plane's: it closes so long before the expiry
+    dial_seconds: when a dial that neither succeeds nor fails is given up
     max_sessions: how many have a listener at once
 
     What it saw: `connections` (accepted, by session), `most` (served at once, by session), `waits`."""
 
     def __init__(self, target_address, *, kinder=False, one_at_a_time=None, half_close=None, resets=None,
-                 delay=0, late=0, cap=None, max_sessions=10):
+                 delay=0, late=0, cap=float("inf"), early=0.5, dial_seconds=float("inf"), max_sessions=10):
         super().__init__()
         self.target_address = target_address
         self.one_at_a_time = not kinder if one_at_a_time is None else one_at_a_time
         self.half_close = kinder if half_close is None else half_close
         self.resets = kinder if resets is None else resets
-        self.delay, self.late, self.cap, self.max_sessions = delay, late, cap, max_sessions
+        self.delay, self.late, self.max_sessions = delay, late, max_sessions
+        self.cap, self.early, self.dial_seconds = cap, early, dial_seconds
         self.connections, self.most, self.waits = collections.Counter(), collections.Counter(), []
         self._listeners = collections.OrderedDict()
 
@@ -442,7 +464,7 @@ class Node(Watched):
         if isinstance(late, (list, tuple)):
             late = late[min(len(self._listeners), len(late) - 1)]
         with self.changed:
-            self._listeners[session_id] = SessionListener(self, session_id, seconds, late)
+            self._listeners[session_id] = SessionListener(self, session_id, seconds - self.early, late)
 
     def endpoint(self, session_id):
         """The session's endpoint as host:port, the last one if its listener is closed; None before."""
@@ -485,13 +507,16 @@ class Node(Watched):
         return sum(each.is_open() for each in self._listeners.values()) < self.max_sessions
 
 
+DIALLING = (errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK)
+
+
 class SessionListener:
     """What a Node has for a session: a listener, a thread that serves it, and connections."""
 
     def __init__(self, node, session_id, seconds, late):
         self.node, self.session_id, self.connections = node, session_id, set()
         self.endpoint, self._socket, self._mesh, self._closing = None, None, None, threading.Event()
-        self._ends, self._lock = time.monotonic() + seconds, threading.Lock()
+        self._ends = time.monotonic() + seconds
         if not late:
             self._open()
         threading.Thread(target=self._run, args=(late,), daemon=True).start()
@@ -501,8 +526,7 @@ class SessionListener:
             if self.node.has_room() and not self._closing.is_set():
                 self._socket = listening_socket()
                 self._socket.setblocking(False)
-                if self.node.cap is not None:
-                    self._ends = min(self._ends, time.monotonic() + self.node.cap)
+                self._ends = min(self._ends, time.monotonic() + self.node.cap)
                 address = self._socket.getsockname()
                 if self.node.delay:
                     self._mesh = Mesh(address, self.node.delay)
@@ -531,66 +555,58 @@ class SessionListener:
             self._open()
         if self._socket is None:
             return
-        waiting_since = None
         while not self._over() and self._socket.fileno() >= 0:
-            if not wait_for_sockets({self._socket: READS}, 0.1):
-                continue
-            try:
-                connection = self._socket.accept()[0]
-            except BlockingIOError:  # it has gone meanwhile
-                continue
-            except OSError:
-                break
-            with self.node.changed:
-                self.node.connections[self.session_id] += 1
-                self._tell_wait(waiting_since, True)
-            waiting_since = None
-            with self._lock:
-                self.connections.add(connection)
-                self.node.most[self.session_id] = max(
-                    self.node.most[self.session_id], len(self.connections))
-            if self.node.one_at_a_time:
-                waiting_since = self._serve(connection)
-            else:
-                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
-        with self.node.changed:
-            self._tell_wait(waiting_since, False)
+            if wait_for_sockets({self._socket: READS}, 0.1):
+                self._accept()
         while not self._over():
             self._closing.wait(min(0.1, max(0, self.seconds_left())))
         self.close()
 
-    def _tell_wait(self, since, served):
-        if since is not None:
-            self.node.waits.append(Wait(self.session_id, time.monotonic() - since, served))
-        self.node.changed.notify_all()
+    def _accept(self):
+        """Serve the connection in the backlog, if only after the one that is being served."""
+        node, since, client = self.node, time.monotonic(), None
+        with node.changed:
+            must_wait = node.one_at_a_time and bool(self.connections)
+            while node.one_at_a_time and self.connections and not self._over():
+                node.changed.wait(0.1)
+            if not self._over():
+                with contextlib.suppress(OSError):  # it, or the listener, has gone meanwhile
+                    client = self._socket.accept()[0]
+            if must_wait:
+                node.waits.append(Wait(self.session_id, time.monotonic() - since, client is not None))
+            if client:
+                self.connections.add(client)
+                node.connections[self.session_id] += 1
+                node.most[self.session_id] = max(node.most[self.session_id], len(self.connections))
+                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+            node.changed.notify_all()
 
     def _serve(self, client):
-        """Carry one connection to the target; returns since when the next one has been waiting, or None."""
+        """Carry one connection to the target."""
         target, finish = socket.socket(), socket.socket.close
         try:
             for each in (client, target):
                 each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self._reaches(target):
-                return carry(client, target, half_close=self.node.half_close, over=self._over,
-                             next_one=self._socket if self.node.one_at_a_time else None)
+                carry(client, target, half_close=self.node.half_close, over=self._over)
         except ConnectionResetError:
             finish = reset_close if self.node.resets else finish
         finally:
-            with self._lock:
+            with self.node.changed:
                 self.connections.discard(client)
                 for each in (client, target):
                     finish(each)
-            with self.node.changed:
                 self.node.changed.notify_all()
-        return None
 
     def _reaches(self, target):
-        target.settimeout(5)
-        try:
-            target.connect(self.node.target_address)
-        except OSError:
-            return False
-        return True
+        target.setblocking(False)
+        began = time.monotonic()
+        while time.monotonic() - began < self.node.dial_seconds and not self._over():
+            error = target.connect_ex(self.node.target_address)
+            if error not in DIALLING:
+                return error in (0, errno.EISCONN)
+            wait_for_sockets({target: WRITES}, 0.1)
+        return False
 
     def refuse(self):
         """Accept nobody any more; what is open goes on."""
@@ -606,7 +622,7 @@ class SessionListener:
         """Accept nobody any more, and end what is open."""
         self._closing.set()
         self.refuse()
-        with self._lock:
+        with self.node.changed:
             for connection in self.connections:
                 hang_up(connection, socket.SHUT_RD)  # wakes its thread, and sends nothing yet
 
@@ -1058,15 +1074,13 @@ class PlaneHandler(http.server.BaseHTTPRequestHandler):
 
 
 class Simulation:
-    """A target, a Node in front of it and a control plane, together: `target`, `node`, `plane`."""
+    """A target, a Node and a control plane, together: `target`, `node`, `plane`; options are of the last two."""
 
-    def __init__(self, serve=echo, *, kinder=False, one_at_a_time=None, half_close=None, resets=None,
-                 delay=0, late=0, cap=None, max_sessions=10, **plane_options):
+    def __init__(self, serve=echo, **options):
         self.target = Target(serve)
-        self.node = Node(self.target.address, kinder=kinder, one_at_a_time=one_at_a_time,
-                         half_close=half_close, resets=resets, delay=delay, late=late, cap=cap,
-                         max_sessions=max_sessions)
-        self.plane = ControlPlane(node=self.node, **plane_options)
+        of_node = {name: options.pop(name) for name in Node.__init__.__kwdefaults__ if name in options}
+        self.node = Node(self.target.address, **of_node)
+        self.plane = ControlPlane(node=self.node, **options)
 
     def __enter__(self):
         return self
@@ -1751,9 +1765,74 @@ def test_the_eleventh_session_never_gets_a_listener():
         assert node.endpoint("later") and node.endpoint(10) is None
 
 
-@pytest.mark.parametrize("how", ["cap", "expiry", "revocation", "restart"])
-def test_the_node_closes_listener_and_connection(how):
-    options = {"cap": {"cap": 0.5}, "expiry": {"ttl": 0.5}}.get(how, {})
+def fill(client):
+    """Send until nothing is taken for a second."""
+    client.settimeout(1)
+    with pytest.raises(socket.timeout):
+        while True:
+            client.sendall(bytes(1 << 20))
+
+
+@pytest.mark.parametrize("leave", [socket.socket.close, reset_close], ids=["ends", "resets"])
+@pytest.mark.parametrize("where", ["a write", "a dial"])
+def test_the_node_is_deaf_to_a_client_that_leaves_during(where, leave):
+    def serve(connection, target):
+        takes.wait(20)
+        echo(connection, target)
+
+    takes = threading.Event()
+    with node_to(serve, dial_seconds=3) as (node, target, endpoint), dial_that_hangs() as hanging:
+        if where == "a dial":
+            node.target_address = hanging.getsockname()
+        with dial(endpoint) as client, dial(endpoint) as following:
+            following.sendall(b"x")
+            if where == "a write":
+                fill(client)
+            node.wait_for(lambda: node.busy("first"))
+            leave(client)
+            let_pass(0.5)
+            assert node.busy("first") and node.waiting("first") and node.connections == {"first": 1}
+            node.target_address = target.address
+            takes.set()
+            assert following.recv(1) == b"x"
+
+
+@pytest.mark.parametrize("serve, half_close", [(stream, False), (stream, True), (silent, True)])
+def test_a_node_that_writes_to_a_client_that_is_gone_ends(serve, half_close):
+    """But one that passes half-closes on does not, before the client has ended both directions."""
+    with node_to(serve, half_close=half_close) as (node, _, endpoint), dial(endpoint) as client:
+        if half_close:
+            client.sendall(b"x")
+            client.shutdown(socket.SHUT_WR)
+            let_pass(0.5)
+            assert node.busy("first")
+        else:
+            fill(client)
+        client.close()
+        if serve is silent:
+            let_pass(0.5)
+            assert node.busy("first")
+            node.close("first")
+        node.wait_for(lambda: not node.busy("first"))
+
+
+@pytest.mark.parametrize("options", [dict(dial_seconds=0.5), dict(cap=0.5), {}],
+                         ids=["given up", "cap", "revoked"])
+def test_a_dial_that_hangs_ends_with(options):
+    with node_to(echo, **options) as (node, _, endpoint), dial_that_hangs() as hanging:
+        node.target_address = hanging.getsockname()
+        with dial(endpoint) as client:
+            node.wait_for(lambda: node.busy("first"))
+            if not options:
+                node.close("first")
+            assert client.recv(1) == b""
+            node.wait_for(lambda: can_be_dialled(endpoint) == ("dial_seconds" in options))
+
+
+@pytest.mark.parametrize("how, options", [
+    ("cap", dict(cap=0.5)), ("expiry", dict(ttl=0.5, early=0)), ("expiry by its own clock", dict(ttl=30, early=29.5)),
+    ("revocation", {}), ("restart", {})], ids=str)
+def test_the_node_closes_listener_and_connection(how, options):
     with Simulation(**options) as simulation:
         plane, node = simulation.plane, simulation.node
         session_id = issued_by(plane)
@@ -1765,9 +1844,9 @@ def test_the_node_closes_listener_and_connection(how):
                 plane.revoke(session_id)
             elif how == "restart":
                 node.restart()
-            assert client.recv(1) == b""
+            assert client.recv(1) == b""  # looks complete
         node.wait_for(lambda: not can_be_dialled(endpoint))
-        assert (session_id in plane.active()) == (how in ("cap", "restart"))
+        assert (session_id in plane.active()) == (how not in ("expiry", "revocation"))
         assert node.is_open(session_id) == (how == "restart") == (node.endpoint(session_id) != endpoint)
 
 
@@ -5424,17 +5503,12 @@ def test_thirty_stuck_readers_take_little_memory_and_hamper_nobody():
 
 
 def test_a_bulk_stream_starves_no_keystroke(way):
-    def pour(connection, target):
-        data = bytes(MIB)
-        while not target.closing.is_set():
-            connection.sendall(data)
-
     def read(connection):
         with contextlib.suppress(OSError):
             for _ in chunks(connection):
                 pass
 
-    with relayed_to(on_request(b=pour, e=echo), **way) as running:
+    with relayed_to(on_request(b=stream, e=echo), **way) as running:
         with dial(running.address) as bulk, dial(running.address) as other:
             bulk.sendall(b"b")
             other.sendall(b"e")
@@ -5564,10 +5638,7 @@ def test_a_client_that_resets_is_noticed_while_the_target_takes_nothing(kinder):
         heard.append(how_it_ends(connection)[0])
 
     with relayed_to(read_late, **kinder) as running, dial(running.address) as client:
-        client.settimeout(1)
-        with pytest.raises(socket.timeout):
-            while True:
-                client.sendall(bytes(MIB))
+        fill(client)
         reset_close(client)
         eventually(lambda: running.count().open == 0)
         go.set()
@@ -5859,20 +5930,6 @@ def test_an_address_in_use_costs_no_session(cli, simulation):
                      simulation.plane.environment())
     assert result.status == 1 and simulation.plane.requests == []
     one_error_line(result, "--local-addr", address, "in use")
-
-
-@contextlib.contextmanager
-def dial_that_hangs():
-    """A listener whose backlog is full: a dial to it neither succeeds nor fails."""
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.socket())
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(0)
-        for _ in range(8):
-            filler = stack.enter_context(socket.socket())
-            filler.setblocking(False)
-            filler.connect_ex(listener.getsockname())
-        yield listener
 
 
 STOP_STATES = {  # what a Simulation is to be like, what the first client does, and what is waited for then
