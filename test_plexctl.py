@@ -1074,7 +1074,7 @@ class PlaneHandler(http.server.BaseHTTPRequestHandler):
 
 
 class Simulation:
-    """A target, a Node and a control plane, together: `target`, `node`, `plane`; options are of the last two."""
+    """A target, a Node and a control plane, together: `target`, `node`, `plane`; with options of both."""
 
     def __init__(self, serve=echo, **options):
         self.target = Target(serve)
@@ -1504,6 +1504,7 @@ if __name__ == "__main__":
 import ast
 import base64
 import copy
+import ctypes
 import fcntl
 import gc
 import getpass
@@ -1830,7 +1831,7 @@ def test_a_dial_that_hangs_ends_with(options):
 
 
 @pytest.mark.parametrize("how, options", [
-    ("cap", dict(cap=0.5)), ("expiry", dict(ttl=0.5, early=0)), ("expiry by its own clock", dict(ttl=30, early=29.5)),
+    ("cap", dict(cap=0.5)), ("expiry", dict(ttl=0.5, early=0)), ("its own clock", dict(ttl=30, early=29.5)),
     ("revocation", {}), ("restart", {})], ids=str)
 def test_the_node_closes_listener_and_connection(how, options):
     with Simulation(**options) as simulation:
@@ -5829,16 +5830,6 @@ def test_nothing_is_dialled_but_for_a_connection(simulation):
         assert sum(simulation.node.connections.values()) == simulation.target.accepted == 1
 
 
-def test_both_legs_have_nodelay_and_keepalive_and_urgent_data_inline(way):
-    with relayed_to(**way) as running, dial(running.address) as client:
-        chat(client, 1)
-        up = running.relays()[0].up
-        for leg in (up.source, up.sink):
-            for level, name in ((socket.IPPROTO_TCP, "TCP_NODELAY"), (socket.SOL_SOCKET, "SO_KEEPALIVE"),
-                                (socket.SOL_SOCKET, "SO_OOBINLINE")):
-                assert leg.getsockopt(level, getattr(socket, name)), name
-
-
 def test_an_ipv6_address_can_be_listened_on():
     try:
         with socket.socket(socket.AF_INET6) as probe:
@@ -6509,22 +6500,6 @@ def settled(running, ended):
     """Wait until so many connections have ended, here and at the Node."""
     eventually(lambda: running.count().ended == ended, state=lambda: running.count().ended)
     eventually(lambda: not any(running.node.busy(each) for each in running.plane.issued))
-
-
-def test_an_unused_flag_means_four_sessions_and_the_fifth_connection_waits(simulation):
-    with proxied(simulation.plane) as process, contextlib.ExitStack() as stack:
-        address = local_address(process)
-        clients = [stack.enter_context(dial(address)) for _ in range(6)]
-        for client in clients[:4]:
-            chat(client, 1)
-        process.wait_for_output("--max-sessions")
-        assert len(simulation.plane.issued) == 4
-        for number in (0, 1):
-            clients[number].close()
-            chat(clients[4 + number], 1)
-        process.send_signal(signal.SIGTERM)
-        assert process.finish().stderr.count("warning") == 1
-        simulation.plane.wait_for(lambda: sorted(simulation.plane.revoked) == sorted(simulation.plane.issued))
 
 
 def test_four_connections_have_four_sessions_which_the_next_four_use_again(simulation):
@@ -8514,13 +8489,6 @@ def test_signals_that_were_handed_on_do_not_count_once_command_has_ended(simulat
     revoked_once(simulation.plane)
 
 
-def test_a_command_that_outlives_its_session_is_told_of_once_and_goes_on(simulation):
-    with start(simulation, "--ttl-seconds", 1, "--", "sleep", "4") as process:
-        result = process.finish()
-    assert result.returncode == 0
-    assert result.stderr.count("the session expired; the port is closed, COMMAND goes on") == 1
-
-
 # ---- tests: stdio --------------------------------------------------------------------------------
 
 def stdio(simulation, *flags, **popen):
@@ -9266,6 +9234,417 @@ def test_the_proxy_with_closed_descriptors(simulation, closed):
     revoked_once(simulation.plane)
 
 
+# ---- tests: what the Node's agent and others found -----------------------------------------------
+
+@contextlib.contextmanager
+def running_proxy(simulation, *flags, **popen):
+    """(process, address) of a proxy; it ends by SIGTERM, and has then revoked each session just once."""
+    with start(simulation, "--proxy", *flags, **popen) as process:
+        yield process, proxy_address(process)
+        process.send_signal(signal.SIGTERM)
+        ends_by(process, signal.SIGTERM, 10)
+    revoked_once(simulation.plane, len(simulation.plane.issued))
+
+
+def says_nothing_twice(process):
+    """Every line on stderr is another one."""
+    lines = process.err.splitlines()
+    return len(lines) == len(set(lines))
+
+
+def open_by(pid):
+    """How many threads and descriptors a process has."""
+    return len(os.listdir("/proc/%d/task" % pid)), len(os.listdir("/proc/%d/fd" % pid))
+
+
+def legs_of(pid):
+    """The TCP sockets of a process of ours that have a peer on loopback, as sockets (Linux 5.6)."""
+    call, folder, legs = ctypes.CDLL(None).syscall, "/proc/%d/fd/" % pid, []
+    pidfd = call(434, pid, 0)  # pidfd_open
+    for name in os.listdir(folder):
+        if os.readlink(folder + name).startswith("socket:"):
+            fd = call(438, pidfd, int(name), 0)  # pidfd_getfd
+            if fd < 0:
+                pytest.skip("nobody may have another process's descriptors here")
+            sock = socket.socket(fileno=fd)
+            with contextlib.suppress(OSError):
+                if sock.getpeername()[:1] == ("127.0.0.1",):
+                    legs.append(sock)
+    os.close(pidfd)
+    return legs
+
+
+@contextlib.contextmanager
+def with_limits(simulation, limits, *flags):
+    """plexctl --proxy whose constants have other values: {name: number}."""
+    program = ("import json, sys; sys.path.insert(0, sys.argv.pop(1)); import plexctl\n"
+               "for name, number in json.loads(sys.argv.pop(1)).items():\n"
+               "    assert hasattr(plexctl, name), name\n"
+               "    setattr(plexctl, name, number)\n"
+               "sys.exit(plexctl.main(sys.argv[1:]))")
+    words = [sys.executable, "-c", program, HERE, json.dumps(limits)]
+    with Process(words + forward_args(simulation.plane, "--proxy", *flags),
+                 env=clean_environment(simulation.plane.environment())) as process:
+        yield process, proxy_address(process)
+
+
+@pytest.mark.parametrize("limit", [1, 4])
+@pytest.mark.parametrize("where", ["a write", "a dial"])
+def test_a_client_that_leaves_while_the_node_is_blocked_keeps_no_session(where, limit):
+    """The Node reads neither its end nor its reset: only a revocation helps."""
+    with Simulation(on_request(x=silent, e=echo)) as simulation, dial_that_hangs() as hanging:
+        plane, node = simulation.plane, simulation.node
+        with running_proxy(simulation, "--max-sessions", limit) as (process, address):
+            if where == "a dial":
+                node.target_address = hanging.getsockname()
+            client = dial(address)
+            client.sendall(b"x")
+            node.wait_for(lambda: node.busy(plane.issued[0]))
+            if where == "a write":
+                fill(client)
+            (reset_close if where == "a write" else socket.socket.close)(client)
+            node.target_address = simulation.target.address
+            for _ in range(3):
+                with dial(address, 30) as following:
+                    following.sendall(b"e")
+                    chat(following, 1)
+            plane.wait_for(lambda: plane.issued[0] in plane.revoked, 30)
+            assert "warning" in process.err and says_nothing_twice(process)
+        assert len(plane.issued) < 4
+
+
+@pytest.mark.parametrize("way", ["proxy", "stdio"])
+def test_a_target_that_the_node_gives_up_on_is_named_however_late(make_pipe, way):
+    with Simulation(dial_seconds=12) as simulation, dial_that_hangs() as hanging:
+        simulation.node.target_address = hanging.getsockname()
+        if way == "stdio":
+            with start(simulation, "--stdio", stdin=make_pipe()[0]) as process:
+                assert process.finish(40).returncode == 1
+        else:
+            with running_proxy(simulation) as (process, address):
+                assert knock(address)[1] == b""
+                process.wait_for_output("--host")
+        said = [line for line in process.err.splitlines() if "--host" in line]
+        assert len(said) == 1 and all(word in said[0] for word in ("--port", HOST, str(PORT))), said
+    revoked_once(simulation.plane)
+
+
+@pytest.mark.parametrize("why, words", [("down", "--host"), ("revoked", "revoked")])
+def test_why_it_ended_is_said_also_where_ssh_hangs_up_at_once(make_pipe, why, words):
+    for _ in range(5):
+        (out_reader, out_writer), (in_reader, in_writer) = make_pipe(), make_pipe()
+        with Simulation() as simulation:
+            if why == "down":
+                simulation.target.close()
+            with start(simulation, "--stdio", stdin=in_reader, stdout=out_writer) as process:
+                out_writer.close()
+                if why == "revoked":
+                    in_writer.write(b"hello")
+                    assert out_reader.read(5) == b"hello"
+                    simulation.plane.revoke(simulation.plane.issued[0])
+                assert out_reader.read(1) == b""
+                process.send_signal(signal.SIGHUP)
+                result = process.finish(10)
+        assert result.returncode == 1 and words in error_of(result), process.describe()
+
+
+def test_the_port_of_a_session_that_is_over_stays_bound_while_command_goes_on(simulation):
+    script = "echo $PLEXCTL_LOCAL_PORT; read line; exit 7"
+    with start(simulation, "--ttl-seconds", 1, "--", "sh", "-c", script, stdin=subprocess.PIPE) as process:
+        address = "127.0.0.1", int(process.ready())
+        process.wait_for(lambda: "expired" in process.err)
+        for _ in range(20):
+            with socket.socket() as other, pytest.raises(OSError):
+                other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                other.bind(address)
+            assert knock("%s:%d" % address) == ("reset", b"")
+        process.stdin.close()
+        assert process.finish().returncode == 7 and process.err.count("expired") == 1
+
+
+def test_a_node_that_refuses_after_each_connection_costs_few_sessions_with_renew(simulation):
+    with running_proxy(simulation, "--renew") as (_, address):
+        ends = time.monotonic() + 8
+        while time.monotonic() < ends:
+            attempt(address)
+            for each in [each for each in simulation.plane.issued if simulation.node.connections[each]]:
+                simulation.node.refuse(each)
+        assert len(simulation.plane.issued) <= 5
+
+
+@READS_PROC
+@pytest.mark.parametrize("node", [dict(half_close=True), dict(kinder=True)], ids=shown)
+def test_a_node_that_does_not_end_costs_no_threads_and_is_dialled_no_further(node):
+    """It passes half-closes on, and the target goes on for ever."""
+    def tick(connection, target):
+        while not target.closing.wait(0.02):
+            connection.sendall(b"tick")
+
+    def come_and_go():
+        while not done.is_set():
+            with contextlib.suppress(OSError), dial(address, 2) as client:
+                client.recv(4)
+
+    done, most = threading.Event(), (0, 0)
+    with Simulation(tick, **node) as simulation:
+        with running_proxy(simulation) as (process, address):
+            for _ in range(4):
+                threading.Thread(target=come_and_go, daemon=True).start()
+            ends = time.monotonic() + 8
+            while time.monotonic() < ends:
+                let_pass(0.1)
+                most = [max(pair) for pair in zip(most, open_by(process.pid))]
+        done.set()
+        let_pass(0.5)  # the Node finds out who waited
+        assert most[0] < 20 and most[1] < 40, most
+        assert max(simulation.node.most.values()) < 3
+        waits = collections.Counter(wait.session_id for wait in simulation.node.waits)
+        assert not waits or max(waits.values()) == 1  # dialled ahead, before it was known to be stuck
+
+
+@pytest.mark.parametrize("why", ["refused", "the Node is full", "the Node is late"])
+def test_a_limit_that_was_learned_is_forgotten(why):
+    options = {"the Node is full": dict(max_sessions=2), "the Node is late": dict(late=[0, 1e6, 0])}
+    with Simulation(**options.get(why, {})) as simulation:
+        plane, other = simulation.plane, issued_by(simulation.plane) if "full" in why else None
+        plane.script("issue", PASS, *[problem("session_limit_exceeded")] * (why == "refused"))
+        with with_limits(simulation, {"LIMIT_SECONDS": 2}, "--wait-seconds", 1) as (process, address):
+            with dial(address) as first, dial(address, 30) as second:
+                chat(first, 1)
+                process.wait_for_output("warning")
+                if other:
+                    plane.revoke(other)
+                chat(second, 1)
+                chat(first, 1)
+            assert says_nothing_twice(process)
+
+
+def test_a_getsession_that_hangs_delays_no_connection(simulation):
+    """The target is a log sink: it takes a line, and closes without an answer."""
+    simulation.target.serve = lambda connection, _: connection.recv(100)
+    simulation.plane.script("get", *[hold(60)] * 50)
+    with running_proxy(simulation, "--max-sessions", 1) as (_, address):
+        began = time.monotonic()
+        for _ in range(4):
+            with dial(address) as client:
+                client.sendall(b"a line")
+                assert how_it_ends(client)[1] == b""
+        assert time.monotonic() - began < 8
+
+
+@READS_PROC
+@pytest.mark.parametrize("way", ["proxy", "stdio"])
+def test_a_leg_that_is_dead_is_noticed_within_two_minutes(simulation, make_pipe, way):
+    with contextlib.ExitStack() as stack:
+        if way == "stdio":
+            process = stack.enter_context(talking_stdio(simulation, make_pipe))
+        else:
+            process, address = stack.enter_context(running_proxy(simulation))
+            chat(stack.enter_context(dial(address)), 1)
+        legs = legs_of(process.pid)
+        assert len(legs) == 1 + (way == "proxy")
+        for leg in legs:
+            with leg:
+                options = [leg.getsockopt(*option) for option in (
+                    (socket.SOL_SOCKET, socket.SO_KEEPALIVE), (socket.SOL_SOCKET, socket.SO_OOBINLINE),
+                    (socket.IPPROTO_TCP, socket.TCP_NODELAY), (socket.IPPROTO_TCP, 18))]  # TCP_USER_TIMEOUT
+                assert [bool(each) for each in options[:3]] == [True] * 3 and options[3] == 120000
+        if way == "stdio":
+            process.send_signal(signal.SIGTERM)
+            ends_by(process, signal.SIGTERM)
+
+
+@pytest.mark.parametrize("size", [5, 1 << 20])
+def test_a_stdout_without_a_reader_is_an_error_also_when_stdin_has_ended(simulation, make_pipe, size):
+    simulation.target.serve = source(size)
+    reader, writer = make_pipe()
+    reader.close()
+    with start(simulation, "--stdio", stdout=writer) as process:
+        result = process.finish()
+    assert result.returncode == 1 and "standard output" in error_of(result), process.describe()
+    revoked_once(simulation.plane)
+
+
+def test_a_reset_by_the_target_is_one_on_the_socket_that_stdio_was_given():
+    def speak_and_reset(connection, target):
+        connection.sendall(b"hello")
+        resetter(1)(connection, target)
+
+    with listening_socket() as listener, socket.create_connection(listener.getsockname(), 20) as far:
+        near, _ = listener.accept()
+        with Simulation(speak_and_reset, kinder=True) as simulation, \
+                start(simulation, "--stdio", stdin=near, stdout=near) as process:
+            near.close()
+            assert read_exactly(far, 5) == b"hello"
+            far.sendall(b"x")
+            assert how_it_ends(far) == ("reset", b"")
+            assert process.finish().returncode == 1
+    revoked_once(simulation.plane)
+
+
+@pytest.mark.parametrize("trouble", [
+    problem("session_limit_exceeded", headers=[("Retry-After", "1")]), problem("session_limit_exceeded"),
+    problem("internal"), problem("signing_unavailable"), Answer(502), Answer(504), drop],
+    ids=["429 with Retry-After", "429", "500", "503", "502", "504", "no answer"])
+def test_eight_sessions_are_revoked_at_a_gateway_that_is_in_trouble(simulation, trouble):
+    plane = simulation.plane
+    with start(simulation, "--proxy", "--max-sessions", 8, "--min-sessions", 8) as process:
+        proxy_address(process)
+        plane.wait_for(lambda: len(plane.issued) == 8)
+        plane.script("revoke", *[PASS] * 4, *[trouble] * 12)
+        process.send_signal(signal.SIGTERM)
+        assert "warning" not in ends_by(process, signal.SIGTERM, 12).stderr
+    assert plane.active() == [] and sorted(plane.revoked) == sorted(plane.issued)
+
+
+@pytest.mark.parametrize("flags, limit", [((), 4), (("--max-sessions", 2), 2)], ids=["unless told", "2"])
+def test_a_pool_that_is_larger_than_the_sessions_is_told_so(simulation, flags, limit):
+    with running_proxy(simulation, *flags) as (process, address), contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(dial(address)) for _ in range(limit + 2)]
+        for client in clients[:limit]:
+            chat(client, 1)
+        process.wait_for_output("warning")
+        assert len(simulation.plane.issued) == limit
+        for client, following in zip(clients, clients[limit:]):
+            client.close()
+            chat(following, 1)
+        warnings = [line for line in process.err.splitlines() if "warning" in line]
+        assert len(warnings) == 1 and re.match(
+            r"plexctl: warning: [12] connections? waits? until one closes: each needs a session "
+            r"\(--max-sessions is %d; a connection pool must not be larger\)\Z" % limit, warnings[0]), warnings
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+@pytest.mark.parametrize("before", [{}, {"no_proxy": "a.example,b"}, {"NO_PROXY": "a.example"}], ids=shown)
+def test_command_reaches_the_port_without_a_proxy(simulation, host, before):
+    flags = ["--local-addr", "[::1]:0"] if ":" in host else []
+    env = simulation.plane.environment(http_proxy="http://proxy.example:3128", **before)
+    result = run_plexctl(forward_args(simulation.plane, *flags, "--", sys.executable, "-c", TELL), env=env)
+    environment = json.loads(result.stdout)[1]
+    for name in ("no_proxy", "NO_PROXY"):
+        names = environment.get(name, "").replace("[", "").replace("]", "").split(",")
+        assert {host, *",".join(before.values()).split(",")} - {""} <= set(names), environment
+
+
+@READS_PROC
+def test_what_waits_is_served_in_order_and_costs_neither_thread_nor_descriptor():
+    """And those that have left meanwhile are not dialled."""
+    def serve(connection, _target):
+        heard.append(connection.recv(1))
+        connection.sendall(b"!")
+        connection.recv(1)
+
+    heard, waiting = [], []
+    stays = [bytes([number]) for number in range(1, 40) if number % 3]
+    with Simulation(serve) as simulation, contextlib.ExitStack() as stack:
+        process, address = stack.enter_context(running_proxy(simulation, "--max-sessions", 1))
+        first = stack.enter_context(dial(address))
+        first.sendall(b"0")
+        assert first.recv(1) == b"!"
+        before = open_by(process.pid)
+        for number in range(1, 40):
+            waiting.append(stack.enter_context(dial(address)))
+            waiting[-1].sendall(bytes([number])[:number % 3])
+        process.wait_for_output("warning")  # of who waits
+        let_pass(0.5)
+        threads, descriptors = open_by(process.pid)
+        assert threads <= before[0] and descriptors <= before[1] + 2  # the next one may be dialled already
+        for number, client in list(enumerate(waiting, 1)):
+            if number % 3 == 0:
+                (reset_close if number % 2 else socket.socket.close)(client)
+                waiting.remove(client)
+        first.close()
+        for client in waiting:
+            assert client.recv(1) == b"!"
+            client.close()
+        assert heard == [b"0"] + stays
+
+
+def test_nothing_is_sent_to_a_node_that_has_not_ended_the_connection_before():
+    with listening_socket() as listener, ControlPlane(endpoint="%s:%d" % listener.getsockname()) as plane:
+        listener.settimeout(20)
+        with running_proxy(types.SimpleNamespace(plane=plane), "--max-sessions", 1) as (_, address):
+            with dial(address) as first:
+                first.sendall(b"1")
+                served = listener.accept()[0]
+                assert served.recv(9) == b"1"
+            with served, dial(address) as second:
+                second.sendall(b"2")
+                assert served.recv(9) == b""
+                listener.settimeout(0.5)
+                ahead = None
+                with contextlib.suppress(socket.timeout):
+                    ahead = listener.accept()[0]
+                    ahead.settimeout(0.5)
+                    assert ahead.recv(9) == b"", "it was sent something"
+                listener.settimeout(20)
+                served.close()
+                ahead = ahead or listener.accept()[0]
+                ahead.settimeout(20)
+                assert ahead.recv(9) == b"2"
+                ahead.close()
+
+
+@pytest.mark.parametrize("flags", [(), ("--ttl-seconds", 60)], ids=["the server's default", "a TTL"])
+def test_a_further_session_is_asked_for_no_longer_than_the_first_one_lasts(simulation, flags):
+    with running_proxy(simulation, *flags) as (_, address), dial(address) as first:
+        chat(first, 1)
+        let_pass(1.5)
+        with dial(address) as second:
+            chat(second, 1)
+        earlier, later = simulation.plane.sessions
+        assert later.expires <= earlier.expires + 1  # whole seconds
+
+
+@pytest.mark.parametrize("way", ["tcp", pytest.param("unix", marks=UNIX), "stdio"])
+def test_a_half_close_is_passed_on_once_the_target_is_quiet(tmp_path, way):
+    def serve(connection, _target):
+        for _ in range(5):
+            connection.sendall(b".")
+            let_pass(0.5)
+        quiet.append(time.monotonic())
+        for _ in chunks(connection):
+            pass
+        quiet.append(time.monotonic())
+        connection.sendall(b"!")
+
+    quiet = []
+    with Simulation(serve, kinder=True) as simulation:
+        if way == "stdio":
+            assert stdio(simulation, input=b"?").stdout == b".....!"
+        else:
+            flags = ["--local-addr", "unix:%s" % (tmp_path / "s")] if way == "unix" else []
+            with running_proxy(simulation, *flags) as (_, address), \
+                    (dial(address) if way == "tcp" else dial_unix(address[5:])) as client:
+                client.sendall(b"?")
+                client.shutdown(socket.SHUT_WR)
+                assert how_it_ends(client) == ("eof", b".....!")
+    assert 1 < quiet[1] - quiet[0] < 10
+
+
+IN_THE_BACKGROUND = """
+import os, subprocess, sys, termios
+mode = termios.tcgetattr(0)
+mode[3] |= termios.TOSTOP
+termios.tcsetattr(0, termios.TCSANOW, mode)
+child = subprocess.Popen(sys.argv[1:], preexec_fn=os.setpgrp)
+status = os.waitpid(child.pid, os.WUNTRACED)[1]
+if os.WIFSTOPPED(status):
+    child.kill()
+    sys.exit(99)
+sys.exit(os.WEXITSTATUS(status))
+"""
+
+
+def test_a_terminal_that_stops_who_writes_in_the_background_does_not_stop_it(simulation, terminal):
+    command = plexctl_command(forward_args(simulation.plane, "--proxy", "--ttl-seconds", "2"), sys.executable)
+    screen = terminal(200)
+    with Process([sys.executable, "-c", IN_THE_BACKGROUND] + command, **screen.controlling(),
+                 env=clean_environment(simulation.plane.environment())) as process:
+        assert process.finish().returncode == 1, screen.read()  # not 99
+    assert "127.0.0.1" in screen.read() and "the session expired" in screen.read()
+
+
 # ---- tests: real programs ------------------------------------------------------------------------
 
 @pytest.fixture(params=[0, 0.02], ids=["no delay", "20 ms"])
@@ -9336,14 +9715,12 @@ def run_program(*command, **popen):
 
 @contextlib.contextmanager
 def proxy_port(simulation, *flags, sessions=1):
-    """The port of a running proxy, which issues at most so many sessions, dials none that has a connection
-    (which would wait at the Node), and revokes each just once."""
-    with start(simulation, "--proxy", *flags) as process:
-        yield proxy_address(process).rsplit(":", 1)[1]
-        process.send_signal(signal.SIGTERM)
-        assert "nothing came back" not in ends_by(process, signal.SIGTERM).stderr
+    """The port of a running proxy, which issues at most so many sessions, and dials none that has a
+    connection (which would wait at the Node)."""
+    with running_proxy(simulation, *flags) as (process, address):
+        yield address.rsplit(":", 1)[1]
+    assert "nothing came back" not in process.err
     assert 1 <= len(simulation.plane.issued) <= sessions
-    revoked_once(simulation.plane, len(simulation.plane.issued))
     assert all(wait.seconds < 1 for wait in simulation.node.waits), simulation.node.waits
 
 
@@ -9595,29 +9972,84 @@ def ssh_options(far, tmp_path):
         yield ["-F", "/dev/null"] + [word for option in options for word in ("-o", option)]
 
 
+def proxy_command(simulation, *flags):
+    """The option of ssh that takes the way through plexctl --stdio."""
+    command = plexctl_command(forward_args(simulation.plane, "--stdio", *flags), sys.executable)
+    return ["-o", "ProxyCommand=" + " ".join(shlex.quote(word) for word in command)]
+
+
+def through_ssh(run, ssh, directory):
+    """A stream each way, and what is on the other side's stderr."""
+    assert run(*ssh, "127.0.0.1", "cat", input=pattern(8 << 20)) == pattern(8 << 20)
+    assert run(*ssh, "127.0.0.1", "echo hello; echo lost >&2") == b"hello\n"
+
+
+def through_scp(run, ssh, directory):
+    """A file each way."""
+    for source_and_copy in (["data", "127.0.0.1:%s" % (directory / "copied")],
+                            ["127.0.0.1:%s" % (directory / "copied"), "back"]):
+        run(need("scp")[0], *ssh[1:], *source_and_copy)
+
+
+def through_rsync(run, ssh, directory):
+    """The same."""
+    for source_and_copy in (["data", "127.0.0.1:%s" % (directory / "copied")],
+                            ["127.0.0.1:%s" % (directory / "copied"), "back"]):
+        run(need("rsync")[0], "-e", " ".join(shlex.quote(str(word)) for word in ssh), *source_and_copy)
+
+
+def through_git(run, ssh, directory):
+    """A push, and a clone."""
+    git = need("git") + ["-c", "core.sshCommand=" + " ".join(shlex.quote(str(word)) for word in ssh),
+                         "-c", "user.name=x", "-c", "user.email=x@example.com"]
+    url = "127.0.0.1:%s" % (directory / "bare")
+    for words in (["init", "-q", "--bare", "bare"], ["init", "-q", "."], ["add", "data"],
+                  ["commit", "-qm", "x"], ["push", "-q", url, "HEAD:refs/heads/main"],
+                  ["clone", "-q", "-b", "main", url, "clone"]):
+        run(*git, *words)
+    os.rename(str(directory / "clone" / "data"), str(directory / "back"))
+
+
 @pytest.mark.realworld
 @pytest.mark.parametrize("way", ["proxy", "ProxyCommand"])
-def test_ssh_and_scp(far, ssh_options, tmp_path, way):
-    ssh, scp = need("ssh", "scp")
-    data = pattern(8 << 20)
-    (tmp_path / "data").write_bytes(data)
+@pytest.mark.parametrize("program", [through_ssh, through_scp, through_rsync, through_git],
+                         ids=["ssh", "scp", "rsync", "git"])
+def test_what_goes_through_ssh(far, ssh_options, tmp_path, way, program):
+    (tmp_path / "data").write_bytes(pattern(8 << 20))
+    env = dict(os.environ, HOME=str(tmp_path), **far.plane.environment())
     with contextlib.ExitStack() as stack:
-        env = dict(os.environ, **far.plane.environment())
-        if way == "proxy":
-            ssh_options += ["-o", "Port=" + stack.enter_context(proxy_port(far))]
-        else:
-            command = plexctl_command(forward_args(far.plane, "--stdio"), sys.executable)
-            ssh_options += ["-o", "ProxyCommand=" + " ".join(shlex.quote(word) for word in command)]
-        ssh = [ssh] + ssh_options + ["127.0.0.1"]
-        assert run_program(*(ssh + ["cat"]), input=data, env=env) == data
-        assert run_program(*(ssh + ["echo hello; echo lost >&2"]), env=env) == b"hello\n"
-        copied = "127.0.0.1:%s" % (tmp_path / "copied")
-        run_program(*([scp] + ssh_options + [tmp_path / "data", copied]), env=env)
-        run_program(*([scp] + ssh_options + [copied, tmp_path / "back"]), env=env)
-        assert (tmp_path / "back").read_bytes() == data
+        ssh = need("ssh") + ssh_options + (
+            ["-o", "Port=" + stack.enter_context(proxy_port(far))] if way == "proxy" else proxy_command(far))
+        program(lambda *words, **popen: run_program(*words, env=env, cwd=str(tmp_path), **popen),
+                ssh, tmp_path)
+        if program is not through_ssh:
+            assert (tmp_path / "back").read_bytes() == pattern(8 << 20)
+        assert sum(far.node.connections.values()) == 2
     if way == "ProxyCommand":
-        far.plane.wait_for(lambda: len(far.plane.revoked) == 4)
-        revoked_once(far.plane, 4)
+        far.plane.wait_for(lambda: len(far.plane.revoked) == 2)
+        revoked_once(far.plane, 2)
+
+
+@pytest.mark.realworld
+@pytest.mark.parametrize("why, words", [("down", "--host"), ("revoked", "revoked")])
+def test_ssh_shows_why_its_proxycommand_ended(far, ssh_options, why, words):
+    if why == "down":
+        far.node.target_address = "127.0.0.1", quiet_port()
+    command = need("ssh") + ssh_options + proxy_command(far) + ["127.0.0.1", "echo ready; cat"]
+    for _ in range(3):
+        with Process(command, env=dict(os.environ, **far.plane.environment()), stdin=subprocess.PIPE) as ssh:
+            if why == "revoked":
+                ssh.wait_for_output("ready")
+                far.plane.revoke(far.plane.issued[-1])
+            result = ssh.finish()
+        assert result.returncode == 255 and words in error_of(result)
+
+
+@pytest.mark.realworld
+def test_nc_that_ends_its_input_has_the_whole_answer(far):
+    with proxy_port(far) as port:
+        answer = run_program(*need("nc.openbsd"), "-N", "127.0.0.1", port, input=pattern(1 << 20))
+    assert answer == pattern(1 << 20)
 
 
 def big_file(path, mebibytes, first=0):
@@ -9692,6 +10124,14 @@ def test_curl_downloads_several_files_at_once(far, web_server, files):
                  for number in range(files)]
         run_program(curl, "-sS", "--parallel", "--fail", *sum(words, []))
     assert [hash_of(web_server / ("to%d" % number)) for number in range(files)] == digests
+
+
+@pytest.mark.realworld
+def test_curl_as_command_goes_to_no_proxy(far, web_server):
+    (web_server / "page").write_text("here")
+    curl = need("curl") + ["-sS", "--fail", "http://{addr}/page"]
+    result = run_command(far, *curl, env={"http_proxy": "http://127.0.0.1:%d" % quiet_port()})
+    assert (result.returncode, result.stdout) == (0, "here"), result.stderr
 
 
 @pytest.mark.realworld
