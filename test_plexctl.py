@@ -270,6 +270,26 @@ def silent(_connection, target):
     target.closing.wait()
 
 
+def stream(connection, target):
+    """Send for ever, and read nothing."""
+    while not target.closing.is_set():
+        connection.sendall(bytes(1 << 16))
+
+
+@contextlib.contextmanager
+def dial_that_hangs():
+    """A listener whose backlog is full: a dial to it neither succeeds nor fails, its SYNs are dropped."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(8):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        yield listener
+
+
 # ---- simulator: carrying bytes ------------------------------------------------------------------
 
 class Direction:
@@ -288,7 +308,7 @@ class Direction:
     def read(self):
         """Take what there is."""
         try:
-            self.take(self.source.recv(1 << 18))
+            self.take(self.source.recv(1 << 15))
         except BlockingIOError:
             pass
         except OSError:
@@ -328,17 +348,17 @@ class Direction:
         return "open"
 
 
-def carry(client, target, delay=0, room=1, half_close=False, over=lambda: False, next_one=None):
+def carry(client, target, delay=0, room=1, half_close=False, over=lambda: False):
     """Carry bytes both ways between two sockets, and leave it to the caller to close them.
 
-    Returns when one side has ended its input and all that it sent has been handed on; with `half_close`
-    when both have, each end being passed on by itself. Or when over(), within 0.1 s. Raises
-    ConnectionResetError when a side has reset. If next_one, a listening socket, has a connection in its
-    backlog meanwhile, returns since when, else None."""
+    With room for 1 as two loops of blocking reads and writes do: a side is not looked at while what it
+    has sent is not written. Returns when one side has ended its input and all that it sent has been handed
+    on; with `half_close` when both have, each end being passed on by itself. Or when over(), within 0.1 s.
+    Raises ConnectionResetError when a side has reset."""
     for each in (client, target):
         each.setblocking(False)
     up, down = Direction(client, target, delay, room), Direction(target, client, delay, room)
-    open_ways, waiting_since = [(up, down), (down, up)], None
+    open_ways = [(up, down), (down, up)]
     while open_ways and not over():
         seconds, wanted = 0.1, collections.defaultdict(int)
         for way, _ in open_ways:
@@ -349,8 +369,6 @@ def carry(client, target, delay=0, room=1, half_close=False, over=lambda: False,
                 seconds = min(seconds, left)
             if way.reads():
                 wanted[way.source] |= READS
-        if next_one and waiting_since is None:
-            wanted[next_one] |= READS
         readable = wait_for_sockets(wanted, seconds)
         for way, opposite in list(open_ways):
             if way.source in readable and way.reads():
@@ -358,18 +376,17 @@ def carry(client, target, delay=0, room=1, half_close=False, over=lambda: False,
             try:
                 if way.write() == "open":
                     continue
-            except BrokenPipeError:  # a reset that is the news of the other direction, and as long on its way
-                opposite.take(None)
+            except BrokenPipeError:
+                if not half_close:
+                    raise ConnectionResetError from None
+                opposite.take(None)  # a reset that is the news of the other direction, and as long on its way
             else:
                 if not half_close:
-                    return waiting_since
+                    return
                 hang_up(way.sink, socket.SHUT_WR)
             open_ways.remove((way, opposite))
             if way.line or not open_ways and opposite.line:
                 raise ConnectionResetError
-        if next_one in readable:
-            waiting_since = time.monotonic()
-    return waiting_since
 
 
 READS, WRITES = 1, 4  # as in poll(); Windows has select() alone
@@ -407,29 +424,34 @@ class Node(Watched):
     """The on-Node mediated listeners, one per session, all carrying connections to one address.
 
     By default as the real Node (plexsphere/plexd, February 2026): a listener serves one connection at a
-    time, the next one waits in the kernel's backlog; when either side ends its input, or resets, both
-    connections are closed, whatever was on its way; where the target cannot be reached the connection is
-    closed without a word; at most ten sessions at once, a further one never gets a listener; listener and
-    connections are closed at expiry and at a revocation.
+    time, the next one waits in the kernel's backlog; it is accepted first, and the target dialled then,
+    for as long as that takes; where that fails it is closed without a word; when either side's end or
+    reset is read, or a write fails, both connections are closed, but neither is read while what that side
+    sent before is not written, nor during the dial; at most ten sessions at once, a further one never gets
+    a listener; listener and connections are closed, with a plain end, at expiry and at a revocation.
 
     kinder: several connections at once, half-closes are kept, a reset is passed on as a reset; each of
-        these also by itself: one_at_a_time, half_close, resets
+        these also by itself: one_at_a_time, half_close (then it does not end when the client is gone, but
+        only once the target has ended too, or cannot be written to the client), resets
     delay: seconds that the way from plexctl takes, in each direction
     late: seconds until a session has its listener and its endpoint is reported; a list has one number for
         each session in turn, the last one for all further ones
     cap: seconds after which listener and connections are closed, though the session is active
+    early: seconds that its clock is ahead of the control plane's: it closes so long before the expiry
+    dial_seconds: when a dial that neither succeeds nor fails is given up
     max_sessions: how many have a listener at once
 
     What it saw: `connections` (accepted, by session), `most` (served at once, by session), `waits`."""
 
     def __init__(self, target_address, *, kinder=False, one_at_a_time=None, half_close=None, resets=None,
-                 delay=0, late=0, cap=None, max_sessions=10):
+                 delay=0, late=0, cap=float("inf"), early=0.5, dial_seconds=float("inf"), max_sessions=10):
         super().__init__()
         self.target_address = target_address
         self.one_at_a_time = not kinder if one_at_a_time is None else one_at_a_time
         self.half_close = kinder if half_close is None else half_close
         self.resets = kinder if resets is None else resets
-        self.delay, self.late, self.cap, self.max_sessions = delay, late, cap, max_sessions
+        self.delay, self.late, self.max_sessions = delay, late, max_sessions
+        self.cap, self.early, self.dial_seconds = cap, early, dial_seconds
         self.connections, self.most, self.waits = collections.Counter(), collections.Counter(), []
         self._listeners = collections.OrderedDict()
 
@@ -442,7 +464,7 @@ class Node(Watched):
         if isinstance(late, (list, tuple)):
             late = late[min(len(self._listeners), len(late) - 1)]
         with self.changed:
-            self._listeners[session_id] = SessionListener(self, session_id, seconds, late)
+            self._listeners[session_id] = SessionListener(self, session_id, seconds - self.early, late)
 
     def endpoint(self, session_id):
         """The session's endpoint as host:port, the last one if its listener is closed; None before."""
@@ -485,13 +507,16 @@ class Node(Watched):
         return sum(each.is_open() for each in self._listeners.values()) < self.max_sessions
 
 
+DIALLING = (errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK)
+
+
 class SessionListener:
     """What a Node has for a session: a listener, a thread that serves it, and connections."""
 
     def __init__(self, node, session_id, seconds, late):
         self.node, self.session_id, self.connections = node, session_id, set()
         self.endpoint, self._socket, self._mesh, self._closing = None, None, None, threading.Event()
-        self._ends, self._lock = time.monotonic() + seconds, threading.Lock()
+        self._ends = time.monotonic() + seconds
         if not late:
             self._open()
         threading.Thread(target=self._run, args=(late,), daemon=True).start()
@@ -501,8 +526,7 @@ class SessionListener:
             if self.node.has_room() and not self._closing.is_set():
                 self._socket = listening_socket()
                 self._socket.setblocking(False)
-                if self.node.cap is not None:
-                    self._ends = min(self._ends, time.monotonic() + self.node.cap)
+                self._ends = min(self._ends, time.monotonic() + self.node.cap)
                 address = self._socket.getsockname()
                 if self.node.delay:
                     self._mesh = Mesh(address, self.node.delay)
@@ -531,66 +555,58 @@ class SessionListener:
             self._open()
         if self._socket is None:
             return
-        waiting_since = None
         while not self._over() and self._socket.fileno() >= 0:
-            if not wait_for_sockets({self._socket: READS}, 0.1):
-                continue
-            try:
-                connection = self._socket.accept()[0]
-            except BlockingIOError:  # it has gone meanwhile
-                continue
-            except OSError:
-                break
-            with self.node.changed:
-                self.node.connections[self.session_id] += 1
-                self._tell_wait(waiting_since, True)
-            waiting_since = None
-            with self._lock:
-                self.connections.add(connection)
-                self.node.most[self.session_id] = max(
-                    self.node.most[self.session_id], len(self.connections))
-            if self.node.one_at_a_time:
-                waiting_since = self._serve(connection)
-            else:
-                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
-        with self.node.changed:
-            self._tell_wait(waiting_since, False)
+            if wait_for_sockets({self._socket: READS}, 0.1):
+                self._accept()
         while not self._over():
             self._closing.wait(min(0.1, max(0, self.seconds_left())))
         self.close()
 
-    def _tell_wait(self, since, served):
-        if since is not None:
-            self.node.waits.append(Wait(self.session_id, time.monotonic() - since, served))
-        self.node.changed.notify_all()
+    def _accept(self):
+        """Serve the connection in the backlog, if only after the one that is being served."""
+        node, since, client = self.node, time.monotonic(), None
+        with node.changed:
+            must_wait = node.one_at_a_time and bool(self.connections)
+            while node.one_at_a_time and self.connections and not self._over():
+                node.changed.wait(0.1)
+            if not self._over():
+                with contextlib.suppress(OSError):  # it, or the listener, has gone meanwhile
+                    client = self._socket.accept()[0]
+            if must_wait:
+                node.waits.append(Wait(self.session_id, time.monotonic() - since, client is not None))
+            if client:
+                self.connections.add(client)
+                node.connections[self.session_id] += 1
+                node.most[self.session_id] = max(node.most[self.session_id], len(self.connections))
+                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+            node.changed.notify_all()
 
     def _serve(self, client):
-        """Carry one connection to the target; returns since when the next one has been waiting, or None."""
+        """Carry one connection to the target."""
         target, finish = socket.socket(), socket.socket.close
         try:
             for each in (client, target):
                 each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self._reaches(target):
-                return carry(client, target, half_close=self.node.half_close, over=self._over,
-                             next_one=self._socket if self.node.one_at_a_time else None)
+                carry(client, target, half_close=self.node.half_close, over=self._over)
         except ConnectionResetError:
             finish = reset_close if self.node.resets else finish
         finally:
-            with self._lock:
+            with self.node.changed:
                 self.connections.discard(client)
                 for each in (client, target):
                     finish(each)
-            with self.node.changed:
                 self.node.changed.notify_all()
-        return None
 
     def _reaches(self, target):
-        target.settimeout(5)
-        try:
-            target.connect(self.node.target_address)
-        except OSError:
-            return False
-        return True
+        target.setblocking(False)
+        began = time.monotonic()
+        while time.monotonic() - began < self.node.dial_seconds and not self._over():
+            error = target.connect_ex(self.node.target_address)
+            if error not in DIALLING:
+                return error in (0, errno.EISCONN)
+            wait_for_sockets({target: WRITES}, 0.1)
+        return False
 
     def refuse(self):
         """Accept nobody any more; what is open goes on."""
@@ -606,7 +622,7 @@ class SessionListener:
         """Accept nobody any more, and end what is open."""
         self._closing.set()
         self.refuse()
-        with self._lock:
+        with self.node.changed:
             for connection in self.connections:
                 hang_up(connection, socket.SHUT_RD)  # wakes its thread, and sends nothing yet
 
@@ -1058,15 +1074,13 @@ class PlaneHandler(http.server.BaseHTTPRequestHandler):
 
 
 class Simulation:
-    """A target, a Node in front of it and a control plane, together: `target`, `node`, `plane`."""
+    """A target, a Node and a control plane, together: `target`, `node`, `plane`; with options of both."""
 
-    def __init__(self, serve=echo, *, kinder=False, one_at_a_time=None, half_close=None, resets=None,
-                 delay=0, late=0, cap=None, max_sessions=10, **plane_options):
+    def __init__(self, serve=echo, **options):
         self.target = Target(serve)
-        self.node = Node(self.target.address, kinder=kinder, one_at_a_time=one_at_a_time,
-                         half_close=half_close, resets=resets, delay=delay, late=late, cap=cap,
-                         max_sessions=max_sessions)
-        self.plane = ControlPlane(node=self.node, **plane_options)
+        of_node = {name: options.pop(name) for name in Node.__init__.__kwdefaults__ if name in options}
+        self.node = Node(self.target.address, **of_node)
+        self.plane = ControlPlane(node=self.node, **options)
 
     def __enter__(self):
         return self
@@ -1490,6 +1504,7 @@ if __name__ == "__main__":
 import ast
 import base64
 import copy
+import ctypes
 import fcntl
 import gc
 import getpass
@@ -1751,9 +1766,74 @@ def test_the_eleventh_session_never_gets_a_listener():
         assert node.endpoint("later") and node.endpoint(10) is None
 
 
-@pytest.mark.parametrize("how", ["cap", "expiry", "revocation", "restart"])
-def test_the_node_closes_listener_and_connection(how):
-    options = {"cap": {"cap": 0.5}, "expiry": {"ttl": 0.5}}.get(how, {})
+def fill(client):
+    """Send until nothing is taken for a second."""
+    client.settimeout(1)
+    with pytest.raises(socket.timeout):
+        while True:
+            client.sendall(bytes(1 << 20))
+
+
+@pytest.mark.parametrize("leave", [socket.socket.close, reset_close], ids=["ends", "resets"])
+@pytest.mark.parametrize("where", ["a write", "a dial"])
+def test_the_node_is_deaf_to_a_client_that_leaves_during(where, leave):
+    def serve(connection, target):
+        takes.wait(20)
+        echo(connection, target)
+
+    takes = threading.Event()
+    with node_to(serve, dial_seconds=3) as (node, target, endpoint), dial_that_hangs() as hanging:
+        if where == "a dial":
+            node.target_address = hanging.getsockname()
+        with dial(endpoint) as client, dial(endpoint) as following:
+            following.sendall(b"x")
+            if where == "a write":
+                fill(client)
+            node.wait_for(lambda: node.busy("first"))
+            leave(client)
+            let_pass(0.5)
+            assert node.busy("first") and node.waiting("first") and node.connections == {"first": 1}
+            node.target_address = target.address
+            takes.set()
+            assert following.recv(1) == b"x"
+
+
+@pytest.mark.parametrize("serve, half_close", [(stream, False), (stream, True), (silent, True)])
+def test_a_node_that_writes_to_a_client_that_is_gone_ends(serve, half_close):
+    """But one that passes half-closes on does not, before the client has ended both directions."""
+    with node_to(serve, half_close=half_close) as (node, _, endpoint), dial(endpoint) as client:
+        if half_close:
+            client.sendall(b"x")
+            client.shutdown(socket.SHUT_WR)
+            let_pass(0.5)
+            assert node.busy("first")
+        else:
+            fill(client)
+        client.close()
+        if serve is silent:
+            let_pass(0.5)
+            assert node.busy("first")
+            node.close("first")
+        node.wait_for(lambda: not node.busy("first"))
+
+
+@pytest.mark.parametrize("options", [dict(dial_seconds=0.5), dict(cap=0.5), {}],
+                         ids=["given up", "cap", "revoked"])
+def test_a_dial_that_hangs_ends_with(options):
+    with node_to(echo, **options) as (node, _, endpoint), dial_that_hangs() as hanging:
+        node.target_address = hanging.getsockname()
+        with dial(endpoint) as client:
+            node.wait_for(lambda: node.busy("first"))
+            if not options:
+                node.close("first")
+            assert client.recv(1) == b""
+            node.wait_for(lambda: can_be_dialled(endpoint) == ("dial_seconds" in options))
+
+
+@pytest.mark.parametrize("how, options", [
+    ("cap", dict(cap=0.5)), ("expiry", dict(ttl=0.5, early=0)), ("its own clock", dict(ttl=30, early=29.5)),
+    ("revocation", {}), ("restart", {})], ids=str)
+def test_the_node_closes_listener_and_connection(how, options):
     with Simulation(**options) as simulation:
         plane, node = simulation.plane, simulation.node
         session_id = issued_by(plane)
@@ -1765,9 +1845,9 @@ def test_the_node_closes_listener_and_connection(how):
                 plane.revoke(session_id)
             elif how == "restart":
                 node.restart()
-            assert client.recv(1) == b""
+            assert client.recv(1) == b""  # looks complete
         node.wait_for(lambda: not can_be_dialled(endpoint))
-        assert (session_id in plane.active()) == (how in ("cap", "restart"))
+        assert (session_id in plane.active()) == (how not in ("expiry", "revocation"))
         assert node.is_open(session_id) == (how == "restart") == (node.endpoint(session_id) != endpoint)
 
 
@@ -5397,17 +5477,12 @@ def test_thirty_stuck_readers_take_little_memory_and_hamper_nobody():
 
 
 def test_a_bulk_stream_starves_no_keystroke(way):
-    def pour(connection, target):
-        data = bytes(MIB)
-        while not target.closing.is_set():
-            connection.sendall(data)
-
     def read(connection):
         with contextlib.suppress(OSError):
             for _ in chunks(connection):
                 pass
 
-    with relayed_to(on_request(b=pour, e=echo), **way) as running:
+    with relayed_to(on_request(b=stream, e=echo), **way) as running:
         with dial(running.address) as bulk, dial(running.address) as other:
             bulk.sendall(b"b")
             other.sendall(b"e")
@@ -5524,10 +5599,7 @@ def test_a_client_that_resets_is_noticed_while_the_target_takes_nothing(kinder):
         heard.append(how_it_ends(connection)[0])
 
     with relayed_to(read_late, **kinder) as running, dial(running.address) as client:
-        client.settimeout(1)
-        with pytest.raises(socket.timeout):
-            while True:
-                client.sendall(bytes(MIB))
+        fill(client)
         reset_close(client)
         eventually(lambda: running.count().open == 0)
         go.set()
@@ -5718,16 +5790,6 @@ def test_nothing_is_dialled_but_for_a_connection(simulation):
         assert sum(simulation.node.connections.values()) == simulation.target.accepted == 1
 
 
-def test_both_legs_have_nodelay_and_keepalive_and_urgent_data_inline(way):
-    with relayed_to(**way) as running, dial(running.address) as client:
-        chat(client, 1)
-        up = running.relays()[0].up
-        for leg in (up.source.sock, up.sink.sock):
-            for level, name in ((socket.IPPROTO_TCP, "TCP_NODELAY"), (socket.SOL_SOCKET, "SO_KEEPALIVE"),
-                                (socket.SOL_SOCKET, "SO_OOBINLINE")):
-                assert leg.getsockopt(level, getattr(socket, name)), name
-
-
 def test_an_ipv6_address_can_be_listened_on():
     try:
         with socket.socket(socket.AF_INET6) as probe:
@@ -5819,20 +5881,6 @@ def test_an_address_in_use_costs_no_session(cli, simulation):
                      simulation.plane.environment())
     assert result.status == 1 and simulation.plane.requests == []
     one_error_line(result, "--local-addr", address, "in use")
-
-
-@contextlib.contextmanager
-def dial_that_hangs():
-    """A listener whose backlog is full: a dial to it neither succeeds nor fails."""
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.socket())
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(0)
-        for _ in range(8):
-            filler = stack.enter_context(socket.socket())
-            filler.setblocking(False)
-            filler.connect_ex(listener.getsockname())
-        yield listener
 
 
 STOP_STATES = {  # what a Simulation is to be like, what the first client does, and what is waited for then
@@ -6345,22 +6393,6 @@ def settled(running, ended):
     """Wait until so many connections have ended, here and at the Node."""
     eventually(lambda: running.count().ended == ended, state=lambda: running.count().ended)
     eventually(lambda: not any(running.node.busy(each) for each in running.plane.issued))
-
-
-def test_an_unused_flag_means_four_sessions_and_the_fifth_connection_waits(simulation):
-    with proxied(simulation.plane) as process, contextlib.ExitStack() as stack:
-        address = local_address(process)
-        clients = [stack.enter_context(dial(address)) for _ in range(6)]
-        for client in clients[:4]:
-            chat(client, 1)
-        process.wait_for_output("--max-sessions")
-        assert len(simulation.plane.issued) == 4
-        for number in (0, 1):
-            clients[number].close()
-            chat(clients[4 + number], 1)
-        process.send_signal(signal.SIGTERM)
-        assert process.finish().stderr.count("warning") == 1
-        simulation.plane.wait_for(lambda: sorted(simulation.plane.revoked) == sorted(simulation.plane.issued))
 
 
 def test_four_connections_have_four_sessions_which_the_next_four_use_again(simulation):
@@ -8285,13 +8317,6 @@ def test_signals_that_were_handed_on_do_not_count_once_command_has_ended(simulat
     revoked_once(simulation.plane)
 
 
-def test_a_command_that_outlives_its_session_is_told_of_once_and_goes_on(simulation):
-    with start(simulation, "--ttl-seconds", 1, "--", "sleep", "4") as process:
-        result = process.finish()
-    assert result.returncode == 0
-    assert result.stderr.count("the session expired; connections are refused from now on; COMMAND is still running") == 1
-
-
 # ---- tests: stdio --------------------------------------------------------------------------------
 
 def stdio(simulation, *flags, **popen):
@@ -9037,6 +9062,417 @@ def test_the_proxy_with_closed_descriptors(simulation, closed):
     revoked_once(simulation.plane)
 
 
+# ---- tests: what the Node's agent and others found -----------------------------------------------
+
+@contextlib.contextmanager
+def running_proxy(simulation, *flags, **popen):
+    """(process, address) of a proxy; it ends by SIGTERM, and has then revoked each session just once."""
+    with start(simulation, "--proxy", *flags, **popen) as process:
+        yield process, proxy_address(process)
+        process.send_signal(signal.SIGTERM)
+        ends_by(process, signal.SIGTERM, 10)
+    revoked_once(simulation.plane, len(simulation.plane.issued))
+
+
+def says_nothing_twice(process):
+    """Every line on stderr is another one."""
+    lines = process.err.splitlines()
+    return len(lines) == len(set(lines))
+
+
+def open_by(pid):
+    """How many threads and descriptors a process has."""
+    return len(os.listdir("/proc/%d/task" % pid)), len(os.listdir("/proc/%d/fd" % pid))
+
+
+def legs_of(pid):
+    """The TCP sockets of a process of ours that have a peer on loopback, as sockets (Linux 5.6)."""
+    call, folder, legs = ctypes.CDLL(None).syscall, "/proc/%d/fd/" % pid, []
+    pidfd = call(434, pid, 0)  # pidfd_open
+    for name in os.listdir(folder):
+        if os.readlink(folder + name).startswith("socket:"):
+            fd = call(438, pidfd, int(name), 0)  # pidfd_getfd
+            if fd < 0:
+                pytest.skip("nobody may have another process's descriptors here")
+            sock = socket.socket(fileno=fd)
+            with contextlib.suppress(OSError):
+                if sock.getpeername()[:1] == ("127.0.0.1",):
+                    legs.append(sock)
+    os.close(pidfd)
+    return legs
+
+
+@contextlib.contextmanager
+def with_limits(simulation, limits, *flags):
+    """plexctl --proxy whose constants have other values: {name: number}."""
+    program = ("import json, sys; sys.path.insert(0, sys.argv.pop(1)); import plexctl\n"
+               "for name, number in json.loads(sys.argv.pop(1)).items():\n"
+               "    assert hasattr(plexctl, name), name\n"
+               "    setattr(plexctl, name, number)\n"
+               "sys.exit(plexctl.main(sys.argv[1:]))")
+    words = [sys.executable, "-c", program, HERE, json.dumps(limits)]
+    with Process(words + forward_args(simulation.plane, "--proxy", *flags),
+                 env=clean_environment(simulation.plane.environment())) as process:
+        yield process, proxy_address(process)
+
+
+@pytest.mark.parametrize("limit", [1, 4])
+@pytest.mark.parametrize("where", ["a write", "a dial"])
+def test_a_client_that_leaves_while_the_node_is_blocked_keeps_no_session(where, limit):
+    """The Node reads neither its end nor its reset: only a revocation helps."""
+    with Simulation(on_request(x=silent, e=echo)) as simulation, dial_that_hangs() as hanging:
+        plane, node = simulation.plane, simulation.node
+        with running_proxy(simulation, "--max-sessions", limit) as (process, address):
+            if where == "a dial":
+                node.target_address = hanging.getsockname()
+            client = dial(address)
+            client.sendall(b"x")
+            node.wait_for(lambda: node.busy(plane.issued[0]))
+            if where == "a write":
+                fill(client)
+            (reset_close if where == "a write" else socket.socket.close)(client)
+            node.target_address = simulation.target.address
+            for _ in range(3):
+                with dial(address, 30) as following:
+                    following.sendall(b"e")
+                    chat(following, 1)
+            plane.wait_for(lambda: plane.issued[0] in plane.revoked, 30)
+            assert "warning" in process.err and says_nothing_twice(process)
+        assert len(plane.issued) < 4
+
+
+@pytest.mark.parametrize("way", ["proxy", "stdio"])
+def test_a_target_that_the_node_gives_up_on_is_named_however_late(make_pipe, way):
+    with Simulation(dial_seconds=12) as simulation, dial_that_hangs() as hanging:
+        simulation.node.target_address = hanging.getsockname()
+        if way == "stdio":
+            with start(simulation, "--stdio", stdin=make_pipe()[0]) as process:
+                assert process.finish(40).returncode == 1
+        else:
+            with running_proxy(simulation) as (process, address):
+                assert knock(address)[1] == b""
+                process.wait_for_output("--host")
+        said = [line for line in process.err.splitlines() if "--host" in line]
+        assert len(said) == 1 and all(word in said[0] for word in ("--port", HOST, str(PORT))), said
+    revoked_once(simulation.plane)
+
+
+@pytest.mark.parametrize("why, words", [("down", "--host"), ("revoked", "revoked")])
+def test_why_it_ended_is_said_also_where_ssh_hangs_up_at_once(make_pipe, why, words):
+    for _ in range(5):
+        (out_reader, out_writer), (in_reader, in_writer) = make_pipe(), make_pipe()
+        with Simulation() as simulation:
+            if why == "down":
+                simulation.target.close()
+            with start(simulation, "--stdio", stdin=in_reader, stdout=out_writer) as process:
+                out_writer.close()
+                if why == "revoked":
+                    in_writer.write(b"hello")
+                    assert out_reader.read(5) == b"hello"
+                    simulation.plane.revoke(simulation.plane.issued[0])
+                assert out_reader.read(1) == b""
+                process.send_signal(signal.SIGHUP)
+                result = process.finish(10)
+        assert result.returncode == 1 and words in error_of(result), process.describe()
+
+
+def test_the_port_of_a_session_that_is_over_stays_bound_while_command_goes_on(simulation):
+    script = "echo $PLEXCTL_LOCAL_PORT; read line; exit 7"
+    with start(simulation, "--ttl-seconds", 1, "--", "sh", "-c", script, stdin=subprocess.PIPE) as process:
+        address = "127.0.0.1", int(process.ready())
+        process.wait_for(lambda: "expired" in process.err)
+        for _ in range(20):
+            with socket.socket() as other, pytest.raises(OSError):
+                other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                other.bind(address)
+            assert knock("%s:%d" % address) == ("reset", b"")
+        process.stdin.close()
+        assert process.finish().returncode == 7 and process.err.count("expired") == 1
+
+
+def test_a_node_that_refuses_after_each_connection_costs_few_sessions_with_renew(simulation):
+    with running_proxy(simulation, "--renew") as (_, address):
+        ends = time.monotonic() + 8
+        while time.monotonic() < ends:
+            attempt(address)
+            for each in [each for each in simulation.plane.issued if simulation.node.connections[each]]:
+                simulation.node.refuse(each)
+        assert len(simulation.plane.issued) <= 5
+
+
+@READS_PROC
+@pytest.mark.parametrize("node", [dict(half_close=True), dict(kinder=True)], ids=shown)
+def test_a_node_that_does_not_end_costs_no_threads_and_is_dialled_no_further(node):
+    """It passes half-closes on, and the target goes on for ever."""
+    def tick(connection, target):
+        while not target.closing.wait(0.02):
+            connection.sendall(b"tick")
+
+    def come_and_go():
+        while not done.is_set():
+            with contextlib.suppress(OSError), dial(address, 2) as client:
+                client.recv(4)
+
+    done, most = threading.Event(), (0, 0)
+    with Simulation(tick, **node) as simulation:
+        with running_proxy(simulation) as (process, address):
+            for _ in range(4):
+                threading.Thread(target=come_and_go, daemon=True).start()
+            ends = time.monotonic() + 8
+            while time.monotonic() < ends:
+                let_pass(0.1)
+                most = [max(pair) for pair in zip(most, open_by(process.pid))]
+        done.set()
+        let_pass(0.5)  # the Node finds out who waited
+        assert most[0] < 20 and most[1] < 40, most
+        assert max(simulation.node.most.values()) < 3
+        waits = collections.Counter(wait.session_id for wait in simulation.node.waits)
+        assert not waits or max(waits.values()) == 1  # dialled ahead, before it was known to be stuck
+
+
+@pytest.mark.parametrize("why", ["refused", "the Node is full", "the Node is late"])
+def test_a_limit_that_was_learned_is_forgotten(why):
+    options = {"the Node is full": dict(max_sessions=2), "the Node is late": dict(late=[0, 1e6, 0])}
+    with Simulation(**options.get(why, {})) as simulation:
+        plane, other = simulation.plane, issued_by(simulation.plane) if "full" in why else None
+        plane.script("issue", PASS, *[problem("session_limit_exceeded")] * (why == "refused"))
+        with with_limits(simulation, {"LIMIT_SECONDS": 2}, "--wait-seconds", 1) as (process, address):
+            with dial(address) as first, dial(address, 30) as second:
+                chat(first, 1)
+                process.wait_for_output("warning")
+                if other:
+                    plane.revoke(other)
+                chat(second, 1)
+                chat(first, 1)
+            assert says_nothing_twice(process)
+
+
+def test_a_getsession_that_hangs_delays_no_connection(simulation):
+    """The target is a log sink: it takes a line, and closes without an answer."""
+    simulation.target.serve = lambda connection, _: connection.recv(100)
+    simulation.plane.script("get", *[hold(60)] * 50)
+    with running_proxy(simulation, "--max-sessions", 1) as (_, address):
+        began = time.monotonic()
+        for _ in range(4):
+            with dial(address) as client:
+                client.sendall(b"a line")
+                assert how_it_ends(client)[1] == b""
+        assert time.monotonic() - began < 8
+
+
+@READS_PROC
+@pytest.mark.parametrize("way", ["proxy", "stdio"])
+def test_a_leg_that_is_dead_is_noticed_within_two_minutes(simulation, make_pipe, way):
+    with contextlib.ExitStack() as stack:
+        if way == "stdio":
+            process = stack.enter_context(talking_stdio(simulation, make_pipe))
+        else:
+            process, address = stack.enter_context(running_proxy(simulation))
+            chat(stack.enter_context(dial(address)), 1)
+        legs = legs_of(process.pid)
+        assert len(legs) == 1 + (way == "proxy")
+        for leg in legs:
+            with leg:
+                options = [leg.getsockopt(*option) for option in (
+                    (socket.SOL_SOCKET, socket.SO_KEEPALIVE), (socket.SOL_SOCKET, socket.SO_OOBINLINE),
+                    (socket.IPPROTO_TCP, socket.TCP_NODELAY), (socket.IPPROTO_TCP, 18))]  # TCP_USER_TIMEOUT
+                assert [bool(each) for each in options[:3]] == [True] * 3 and options[3] == 120000
+        if way == "stdio":
+            process.send_signal(signal.SIGTERM)
+            ends_by(process, signal.SIGTERM)
+
+
+@pytest.mark.parametrize("size", [5, 1 << 20])
+def test_a_stdout_without_a_reader_is_an_error_also_when_stdin_has_ended(simulation, make_pipe, size):
+    simulation.target.serve = source(size)
+    reader, writer = make_pipe()
+    reader.close()
+    with start(simulation, "--stdio", stdout=writer) as process:
+        result = process.finish()
+    assert result.returncode == 1 and "standard output" in error_of(result), process.describe()
+    revoked_once(simulation.plane)
+
+
+def test_a_reset_by_the_target_is_one_on_the_socket_that_stdio_was_given():
+    def speak_and_reset(connection, target):
+        connection.sendall(b"hello")
+        resetter(1)(connection, target)
+
+    with listening_socket() as listener, socket.create_connection(listener.getsockname(), 20) as far:
+        near, _ = listener.accept()
+        with Simulation(speak_and_reset, kinder=True) as simulation, \
+                start(simulation, "--stdio", stdin=near, stdout=near) as process:
+            near.close()
+            assert read_exactly(far, 5) == b"hello"
+            far.sendall(b"x")
+            assert how_it_ends(far) == ("reset", b"")
+            assert process.finish().returncode == 1
+    revoked_once(simulation.plane)
+
+
+@pytest.mark.parametrize("trouble", [
+    problem("session_limit_exceeded", headers=[("Retry-After", "1")]), problem("session_limit_exceeded"),
+    problem("internal"), problem("signing_unavailable"), Answer(502), Answer(504), drop],
+    ids=["429 with Retry-After", "429", "500", "503", "502", "504", "no answer"])
+def test_eight_sessions_are_revoked_at_a_gateway_that_is_in_trouble(simulation, trouble):
+    plane = simulation.plane
+    with start(simulation, "--proxy", "--max-sessions", 8, "--min-sessions", 8) as process:
+        proxy_address(process)
+        plane.wait_for(lambda: len(plane.issued) == 8)
+        plane.script("revoke", *[PASS] * 4, *[trouble] * 12)
+        process.send_signal(signal.SIGTERM)
+        assert "warning" not in ends_by(process, signal.SIGTERM, 12).stderr
+    assert plane.active() == [] and sorted(plane.revoked) == sorted(plane.issued)
+
+
+@pytest.mark.parametrize("flags, limit", [((), 4), (("--max-sessions", 2), 2)], ids=["unless told", "2"])
+def test_a_pool_that_is_larger_than_the_sessions_is_told_so(simulation, flags, limit):
+    with running_proxy(simulation, *flags) as (process, address), contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(dial(address)) for _ in range(limit + 2)]
+        for client in clients[:limit]:
+            chat(client, 1)
+        process.wait_for_output("warning")
+        assert len(simulation.plane.issued) == limit
+        for client, following in zip(clients, clients[limit:]):
+            client.close()
+            chat(following, 1)
+        warnings = [line for line in process.err.splitlines() if "warning" in line]
+        assert len(warnings) == 1 and re.match(
+            r"plexctl: warning: [12] connections? waits? until one closes: each needs a session "
+            r"\(--max-sessions is %d; a connection pool must not be larger\)\Z" % limit, warnings[0]), warnings
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+@pytest.mark.parametrize("before", [{}, {"no_proxy": "a.example,b"}, {"NO_PROXY": "a.example"}], ids=shown)
+def test_command_reaches_the_port_without_a_proxy(simulation, host, before):
+    flags = ["--local-addr", "[::1]:0"] if ":" in host else []
+    env = simulation.plane.environment(http_proxy="http://proxy.example:3128", **before)
+    result = run_plexctl(forward_args(simulation.plane, *flags, "--", sys.executable, "-c", TELL), env=env)
+    environment = json.loads(result.stdout)[1]
+    for name in ("no_proxy", "NO_PROXY"):
+        names = environment.get(name, "").replace("[", "").replace("]", "").split(",")
+        assert {host, *",".join(before.values()).split(",")} - {""} <= set(names), environment
+
+
+@READS_PROC
+def test_what_waits_is_served_in_order_and_costs_neither_thread_nor_descriptor():
+    """And those that have left meanwhile are not dialled."""
+    def serve(connection, _target):
+        heard.append(connection.recv(1))
+        connection.sendall(b"!")
+        connection.recv(1)
+
+    heard, waiting = [], []
+    stays = [bytes([number]) for number in range(1, 40) if number % 3]
+    with Simulation(serve) as simulation, contextlib.ExitStack() as stack:
+        process, address = stack.enter_context(running_proxy(simulation, "--max-sessions", 1))
+        first = stack.enter_context(dial(address))
+        first.sendall(b"0")
+        assert first.recv(1) == b"!"
+        before = open_by(process.pid)
+        for number in range(1, 40):
+            waiting.append(stack.enter_context(dial(address)))
+            waiting[-1].sendall(bytes([number])[:number % 3])
+        process.wait_for_output("warning")  # of who waits
+        let_pass(0.5)
+        threads, descriptors = open_by(process.pid)
+        assert threads <= before[0] and descriptors <= before[1] + 2  # the next one may be dialled already
+        for number, client in list(enumerate(waiting, 1)):
+            if number % 3 == 0:
+                (reset_close if number % 2 else socket.socket.close)(client)
+                waiting.remove(client)
+        first.close()
+        for client in waiting:
+            assert client.recv(1) == b"!"
+            client.close()
+        assert heard == [b"0"] + stays
+
+
+def test_nothing_is_sent_to_a_node_that_has_not_ended_the_connection_before():
+    with listening_socket() as listener, ControlPlane(endpoint="%s:%d" % listener.getsockname()) as plane:
+        listener.settimeout(20)
+        with running_proxy(types.SimpleNamespace(plane=plane), "--max-sessions", 1) as (_, address):
+            with dial(address) as first:
+                first.sendall(b"1")
+                served = listener.accept()[0]
+                assert served.recv(9) == b"1"
+            with served, dial(address) as second:
+                second.sendall(b"2")
+                assert served.recv(9) == b""
+                listener.settimeout(0.5)
+                ahead = None
+                with contextlib.suppress(socket.timeout):
+                    ahead = listener.accept()[0]
+                    ahead.settimeout(0.5)
+                    assert ahead.recv(9) == b"", "it was sent something"
+                listener.settimeout(20)
+                served.close()
+                ahead = ahead or listener.accept()[0]
+                ahead.settimeout(20)
+                assert ahead.recv(9) == b"2"
+                ahead.close()
+
+
+@pytest.mark.parametrize("flags", [(), ("--ttl-seconds", 60)], ids=["the server's default", "a TTL"])
+def test_a_further_session_is_asked_for_no_longer_than_the_first_one_lasts(simulation, flags):
+    with running_proxy(simulation, *flags) as (_, address), dial(address) as first:
+        chat(first, 1)
+        let_pass(1.5)
+        with dial(address) as second:
+            chat(second, 1)
+        earlier, later = simulation.plane.sessions
+        assert later.expires <= earlier.expires + 1  # whole seconds
+
+
+@pytest.mark.parametrize("way", ["tcp", pytest.param("unix", marks=UNIX), "stdio"])
+def test_a_half_close_is_passed_on_once_the_target_is_quiet(tmp_path, way):
+    def serve(connection, _target):
+        for _ in range(5):
+            connection.sendall(b".")
+            let_pass(0.5)
+        quiet.append(time.monotonic())
+        for _ in chunks(connection):
+            pass
+        quiet.append(time.monotonic())
+        connection.sendall(b"!")
+
+    quiet = []
+    with Simulation(serve, kinder=True) as simulation:
+        if way == "stdio":
+            assert stdio(simulation, input=b"?").stdout == b".....!"
+        else:
+            flags = ["--local-addr", "unix:%s" % (tmp_path / "s")] if way == "unix" else []
+            with running_proxy(simulation, *flags) as (_, address), \
+                    (dial(address) if way == "tcp" else dial_unix(address[5:])) as client:
+                client.sendall(b"?")
+                client.shutdown(socket.SHUT_WR)
+                assert how_it_ends(client) == ("eof", b".....!")
+    assert 1 < quiet[1] - quiet[0] < 10
+
+
+IN_THE_BACKGROUND = """
+import os, subprocess, sys, termios
+mode = termios.tcgetattr(0)
+mode[3] |= termios.TOSTOP
+termios.tcsetattr(0, termios.TCSANOW, mode)
+child = subprocess.Popen(sys.argv[1:], preexec_fn=os.setpgrp)
+status = os.waitpid(child.pid, os.WUNTRACED)[1]
+if os.WIFSTOPPED(status):
+    child.kill()
+    sys.exit(99)
+sys.exit(os.WEXITSTATUS(status))
+"""
+
+
+def test_a_terminal_that_stops_who_writes_in_the_background_does_not_stop_it(simulation, terminal):
+    command = plexctl_command(forward_args(simulation.plane, "--proxy", "--ttl-seconds", "2"), sys.executable)
+    screen = terminal(200)
+    with Process([sys.executable, "-c", IN_THE_BACKGROUND] + command, **screen.controlling(),
+                 env=clean_environment(simulation.plane.environment())) as process:
+        assert process.finish().returncode == 1, screen.read()  # not 99
+    assert "127.0.0.1" in screen.read() and "the session expired" in screen.read()
+
+
 # ---- tests: real programs ------------------------------------------------------------------------
 
 @pytest.fixture(params=[0, 0.02], ids=["no delay", "20 ms"])
@@ -9107,14 +9543,12 @@ def run_program(*command, **popen):
 
 @contextlib.contextmanager
 def proxy_port(simulation, *flags, sessions=1):
-    """The port of a running proxy, which issues at most so many sessions, dials none that has a connection
-    (which would wait at the Node), and revokes each just once."""
-    with start(simulation, "--proxy", *flags) as process:
-        yield proxy_address(process).rsplit(":", 1)[1]
-        process.send_signal(signal.SIGTERM)
-        assert "nothing came back" not in ends_by(process, signal.SIGTERM).stderr
+    """The port of a running proxy, which issues at most so many sessions, and dials none that has a
+    connection (which would wait at the Node)."""
+    with running_proxy(simulation, *flags) as (process, address):
+        yield address.rsplit(":", 1)[1]
+    assert "nothing came back" not in process.err
     assert 1 <= len(simulation.plane.issued) <= sessions
-    revoked_once(simulation.plane, len(simulation.plane.issued))
     assert all(wait.seconds < 1 for wait in simulation.node.waits), simulation.node.waits
 
 
@@ -9366,29 +9800,84 @@ def ssh_options(far, tmp_path):
         yield ["-F", "/dev/null"] + [word for option in options for word in ("-o", option)]
 
 
+def proxy_command(simulation, *flags):
+    """The option of ssh that takes the way through plexctl --stdio."""
+    command = plexctl_command(forward_args(simulation.plane, "--stdio", *flags), sys.executable)
+    return ["-o", "ProxyCommand=" + " ".join(shlex.quote(word) for word in command)]
+
+
+def through_ssh(run, ssh, directory):
+    """A stream each way, and what is on the other side's stderr."""
+    assert run(*ssh, "127.0.0.1", "cat", input=pattern(8 << 20)) == pattern(8 << 20)
+    assert run(*ssh, "127.0.0.1", "echo hello; echo lost >&2") == b"hello\n"
+
+
+def through_scp(run, ssh, directory):
+    """A file each way."""
+    for source_and_copy in (["data", "127.0.0.1:%s" % (directory / "copied")],
+                            ["127.0.0.1:%s" % (directory / "copied"), "back"]):
+        run(need("scp")[0], *ssh[1:], *source_and_copy)
+
+
+def through_rsync(run, ssh, directory):
+    """The same."""
+    for source_and_copy in (["data", "127.0.0.1:%s" % (directory / "copied")],
+                            ["127.0.0.1:%s" % (directory / "copied"), "back"]):
+        run(need("rsync")[0], "-e", " ".join(shlex.quote(str(word)) for word in ssh), *source_and_copy)
+
+
+def through_git(run, ssh, directory):
+    """A push, and a clone."""
+    git = need("git") + ["-c", "core.sshCommand=" + " ".join(shlex.quote(str(word)) for word in ssh),
+                         "-c", "user.name=x", "-c", "user.email=x@example.com"]
+    url = "127.0.0.1:%s" % (directory / "bare")
+    for words in (["init", "-q", "--bare", "bare"], ["init", "-q", "."], ["add", "data"],
+                  ["commit", "-qm", "x"], ["push", "-q", url, "HEAD:refs/heads/main"],
+                  ["clone", "-q", "-b", "main", url, "clone"]):
+        run(*git, *words)
+    os.rename(str(directory / "clone" / "data"), str(directory / "back"))
+
+
 @pytest.mark.realworld
 @pytest.mark.parametrize("way", ["proxy", "ProxyCommand"])
-def test_ssh_and_scp(far, ssh_options, tmp_path, way):
-    ssh, scp = need("ssh", "scp")
-    data = pattern(8 << 20)
-    (tmp_path / "data").write_bytes(data)
+@pytest.mark.parametrize("program", [through_ssh, through_scp, through_rsync, through_git],
+                         ids=["ssh", "scp", "rsync", "git"])
+def test_what_goes_through_ssh(far, ssh_options, tmp_path, way, program):
+    (tmp_path / "data").write_bytes(pattern(8 << 20))
+    env = dict(os.environ, HOME=str(tmp_path), **far.plane.environment())
     with contextlib.ExitStack() as stack:
-        env = dict(os.environ, **far.plane.environment())
-        if way == "proxy":
-            ssh_options += ["-o", "Port=" + stack.enter_context(proxy_port(far))]
-        else:
-            command = plexctl_command(forward_args(far.plane, "--stdio"), sys.executable)
-            ssh_options += ["-o", "ProxyCommand=" + " ".join(shlex.quote(word) for word in command)]
-        ssh = [ssh] + ssh_options + ["127.0.0.1"]
-        assert run_program(*(ssh + ["cat"]), input=data, env=env) == data
-        assert run_program(*(ssh + ["echo hello; echo lost >&2"]), env=env) == b"hello\n"
-        copied = "127.0.0.1:%s" % (tmp_path / "copied")
-        run_program(*([scp] + ssh_options + [tmp_path / "data", copied]), env=env)
-        run_program(*([scp] + ssh_options + [copied, tmp_path / "back"]), env=env)
-        assert (tmp_path / "back").read_bytes() == data
+        ssh = need("ssh") + ssh_options + (
+            ["-o", "Port=" + stack.enter_context(proxy_port(far))] if way == "proxy" else proxy_command(far))
+        program(lambda *words, **popen: run_program(*words, env=env, cwd=str(tmp_path), **popen),
+                ssh, tmp_path)
+        if program is not through_ssh:
+            assert (tmp_path / "back").read_bytes() == pattern(8 << 20)
+        assert sum(far.node.connections.values()) == 2
     if way == "ProxyCommand":
-        far.plane.wait_for(lambda: len(far.plane.revoked) == 4)
-        revoked_once(far.plane, 4)
+        far.plane.wait_for(lambda: len(far.plane.revoked) == 2)
+        revoked_once(far.plane, 2)
+
+
+@pytest.mark.realworld
+@pytest.mark.parametrize("why, words", [("down", "--host"), ("revoked", "revoked")])
+def test_ssh_shows_why_its_proxycommand_ended(far, ssh_options, why, words):
+    if why == "down":
+        far.node.target_address = "127.0.0.1", quiet_port()
+    command = need("ssh") + ssh_options + proxy_command(far) + ["127.0.0.1", "echo ready; cat"]
+    for _ in range(3):
+        with Process(command, env=dict(os.environ, **far.plane.environment()), stdin=subprocess.PIPE) as ssh:
+            if why == "revoked":
+                ssh.wait_for_output("ready")
+                far.plane.revoke(far.plane.issued[-1])
+            result = ssh.finish()
+        assert result.returncode == 255 and words in error_of(result)
+
+
+@pytest.mark.realworld
+def test_nc_that_ends_its_input_has_the_whole_answer(far):
+    with proxy_port(far) as port:
+        answer = run_program(*need("nc.openbsd"), "-N", "127.0.0.1", port, input=pattern(1 << 20))
+    assert answer == pattern(1 << 20)
 
 
 def big_file(path, mebibytes, first=0):
@@ -9463,6 +9952,14 @@ def test_curl_downloads_several_files_at_once(far, web_server, files):
                  for number in range(files)]
         run_program(curl, "-sS", "--parallel", "--fail", *sum(words, []))
     assert [hash_of(web_server / ("to%d" % number)) for number in range(files)] == digests
+
+
+@pytest.mark.realworld
+def test_curl_as_command_goes_to_no_proxy(far, web_server):
+    (web_server / "page").write_text("here")
+    curl = need("curl") + ["-sS", "--fail", "http://{addr}/page"]
+    result = run_command(far, *curl, env={"http_proxy": "http://127.0.0.1:%d" % quiet_port()})
+    assert (result.returncode, result.stdout) == (0, "here"), result.stderr
 
 
 @pytest.mark.realworld
