@@ -1466,6 +1466,10 @@ class StandardStreams:
         """Nobody can know."""
         return False
 
+    def count_unsent(self) -> int:
+        """Nobody can know."""
+        return 0
+
     def end(self) -> None:
         """The reader sees the end."""
         if self._socket is not None:
@@ -1654,6 +1658,7 @@ class Relay:
             flow.read(now)
         except OSError:
             self._client_is_lost = flow is self.up
+            self.remote_ended_first = flow is self.down
             raise
 
     def _check_client(self, *harmless: int) -> None:
@@ -1673,7 +1678,7 @@ class Relay:
         if flow is self.down:
             self.client_is_gone = True
         elif not is_end:
-            self.error = error
+            self.error, self.remote_ended_first = error, True
 
     def _is_done(self, now: float) -> bool:
         """Passes on the ends of input that are due, and tells whether the connection is over."""
@@ -1690,14 +1695,18 @@ class Relay:
             self._end_up(now)
         if self.client_is_gone and up.is_over:
             return True
+        if not down.is_over or up.is_over:
+            return down.is_over
+        if self._client.count_unsent():  # it has not had everything
+            down.active_on = now
         # the Node serves another one already; a client may keep its end open for ever
-        return down.is_over and (up.is_over or not up.rest and now - max(up.active_on, down.active_on) >= QUIET_SECONDS)
+        return not up.rest and now - max(up.active_on, down.active_on) >= QUIET_SECONDS
 
     def _end_down(self) -> None:
         """The remote's end is passed on at once."""
-        self.remote_ended_first = not (self.up.is_over or self.client_is_gone or self.error)
         if self.error:
             raise self.error  # the end that is read behind a reset
+        self.remote_ended_first = not (self.up.is_over or self.client_is_gone)
         self.is_ending = True
         if self.remote_ended_first:
             self._on_end()
@@ -2714,7 +2723,8 @@ class Forwarder:
         elif session.ready_on:
             tell(f"{why}; the next connection gets a new one" if self._renew else str(why))
         elif self.first is None:  # whoever establishes hears of the last one
-            pass
+            if why.may_exist:
+                why.is_told = tell(f"warning: session unknown: {why}")
         elif others and (is_refused or isinstance(why, EndpointMissing)):
             self._limit, self._limited_until = others, now + LIMIT_SECONDS
             why.is_told = tell(f"warning: no further session, connections wait for those there are: {why}", "limit")
@@ -3423,7 +3433,7 @@ class Run:
         if self.ledger.plane.cancel.is_set():  # we have ended it
             return
         error = session.why or describe_failure(relay)
-        if error is None and relay.remote_ended_first and not relay.down.moved:
+        if session.why is None and relay.remote_ended_first and not relay.down.moved:
             error = PlexctlError(describe_unreachable(self.request))
         if error is not None:
             self.told = error

@@ -5640,7 +5640,7 @@ def test_a_target_that_resets_is_no_clean_end_for_the_client_and_harms_nobody(ki
 @pytest.mark.skipif(not LINUX, reason="only epoll tells of a reset that nobody reads")
 def test_a_reset_after_the_half_close_is_noticed_while_the_answer_is_awaited():
     go = threading.Event()
-    with relayed_to(late_answer(go), kinder=True) as running:
+    with relayed_to(late_answer(go), direct=True) as running:
         client = dial(running.address)
         client.sendall(b"x")
         client.shutdown(socket.SHUT_WR)
@@ -6462,7 +6462,7 @@ def test_eight_at_once_ask_for_seven_at_once(simulation):
 
 
 @pytest.mark.parametrize("delay, rounds", [(0, 40), (0.02, 15)])
-def test_a_listener_that_has_a_connection_is_never_dialled(delay, rounds):
+def test_a_listener_that_has_a_connection_is_not_dialled_long_before_its_end(delay, rounds):
     def work():
         for number in range(rounds):
             assert visit(running.address, pattern(200, number))
@@ -6477,9 +6477,8 @@ def test_a_listener_that_has_a_connection_is_never_dialled(delay, rounds):
             worker.join(60)
         settled(running, 8 * rounds)
         assert len(done) == 8 and len(running.plane.issued) <= 4
-        # a dial may overtake the end before it, on its way or at a Node that is busy
-        waits = running.node.waits
-        assert len(waits) < rounds and all(wait.served and wait.seconds < 2 for wait in waits), waits
+        # the next one may be dialled before the Node has ended the one before
+        assert all(wait.served and wait.seconds < 2 for wait in running.node.waits), running.node.waits
 
 
 def test_a_session_is_not_idle_before_everything_was_handed_on():
@@ -7742,38 +7741,6 @@ def test_a_library_user_s_own_handlers_stay(cli, simulation):
         signal.signal(signal.SIGUSR1, before)
 
 
-def test_a_waker_that_is_awake_already_is_not_woken_again():
-    waker = plexctl.Waker()
-    for _ in range(2):
-        for _ in range(100000):
-            waker.wake()
-        assert unread(waker._watched.fileno()) == 1
-        waker.wait(10)
-        assert unread(waker._watched.fileno()) == 0
-    waker.close()
-
-
-def test_a_wake_during_another_one_s_end_is_not_the_last_one():
-    waker, over = plexctl.Waker(), threading.Event()
-
-    def keep_waking():
-        while not over.is_set():
-            waker.wake()
-    threads = [threading.Thread(target=keep_waking, daemon=True) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    try:
-        for _ in range(200):
-            began = time.monotonic()
-            waker.wait(10)
-            assert time.monotonic() - began < 9, "it went deaf"
-    finally:
-        over.set()
-        for thread in threads:
-            thread.join()
-        waker.close()
-
-
 @pytest.mark.skipif(not LINUX, reason="/proc")
 def test_it_waits_with_descriptors_beyond_what_select_takes(simulation):
     def fill():
@@ -7861,7 +7828,7 @@ def glibc_has_aborted(simulation, stderr):
 @pytest.mark.parametrize("mode", ["print", "stdio", "command"])
 def test_too_few_descriptors_are_an_error_in_one_line_that_leaves_nothing(simulation, tmp_path, mode):
     path = tmp_path / "socket"
-    for limit in range(4, 40):
+    for limit in range(6, 40):
         flags = {"print": [], "stdio": ["--stdio"],
                  "command": ["--local-addr", "unix:%s" % path] * (limit % 2) + ["--", "true"]}[mode]
         command = plexctl_command(forward_args(simulation.plane, *flags), sys.executable)
@@ -7871,7 +7838,7 @@ def test_too_few_descriptors_are_an_error_in_one_line_that_leaves_nothing(simula
         SEEN.extend([("out", done.stdout.decode()), ("err", done.stderr.decode())])
         assert not path.exists() and b"any local user" not in done.stderr
         if done.returncode == 0:
-            assert limit > 4 and len(simulation.plane.active()) == (mode == "print")
+            assert len(simulation.plane.active()) == (mode == "print")
             return
         if glibc_has_aborted(simulation, done.stderr.decode()):
             continue
@@ -8799,20 +8766,21 @@ def test_the_live_line_is_one_line_cut_to_the_terminal(simulation, terminal, col
             assert client.recv(9) == b"hello"
             wanted = drawn.replace("%s", address)
             process.wait_for(lambda: screen.seen.count(wanted.encode()) >= 2)
-            row, = rows_of(screen.read(), columns)
+            row = rows_of(screen.read(), columns)[-1]
             assert re.match(r"(30m00|29m5\d)s left, " + re.escape(wanted) + "$", row), row
         process.send_signal(signal.SIGTERM)
         ends_by(process, signal.SIGTERM)
     rows = rows_of(screen.read(), columns)
-    summary = "".join(row.ljust(columns) for row in rows).strip()  # the one thing that is left
-    assert re.match(r"plexctl: 2 connections, .* ended by SIGTERM$", summary), rows
+    left = "".join(row.ljust(columns) for row in rows).strip()  # two lines
+    assert re.match(r"plexctl: forwarding %s to %s:%d; press Ctrl-C to stop +"
+                    r"plexctl: 2 connections, .* ended by SIGTERM$" % (address, HOST, PORT), left), rows
 
 
 def test_the_live_line_follows_the_width_of_the_terminal(simulation, terminal):
     screen = terminal(200)
     with start(simulation, "--proxy", stderr=screen.slave) as process:
         process.wait_for(lambda: b" -> " in screen.seen)
-        drawn = len(rows_of(screen.read(), 200)[0])
+        drawn = len(rows_of(screen.read(), 200)[-1])
         screen.resize(30)  # the terminal wraps the old line: all its rows have to go
         process.wait_for(lambda: b"\x1b[%dA" % ((drawn - 1) // 30) in screen.seen)
         last = screen.read().rsplit("\x1b[J", 1)[1]
@@ -9260,26 +9228,50 @@ def test_a_getsession_that_hangs_delays_no_connection(simulation):
         assert time.monotonic() - began < 8
 
 
-@READS_PROC
-@pytest.mark.parametrize("way", ["proxy", "stdio"])
-def test_a_leg_that_is_dead_is_noticed_within_two_minutes(simulation, make_pipe, way):
-    with contextlib.ExitStack() as stack:
-        if way == "stdio":
-            process = stack.enter_context(talking_stdio(simulation, make_pipe))
+def drop_everything(sock):
+    """Nothing that comes for this socket arrives any more, as on a path that has died."""
+    program = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # return 0: drop it, see bpf(2)
+    sock.setsockopt(socket.SOL_SOCKET, 26, struct.pack("HL", 1, ctypes.addressof(program)))  # SO_ATTACH_FILTER
+
+
+@pytest.mark.skipif(not LINUX, reason="TCP_INFO")
+@pytest.mark.parametrize("way", ["up", "down"])
+def test_a_path_that_dies_under_unacknowledged_data_is_noticed(monkeypatch, way):
+    monkeypatch.setattr(plexctl, "SILENT_SECONDS", 1)
+    ends, go = [], threading.Event()
+
+    def serve(connection, target):
+        connection.sendall(connection.recv(1))
+        if way == "up":
+            drop_everything(connection)
+            go.set()
+            target.closing.wait()
+            return
+        go.wait(20)
+        connection.sendall(b"more")
+        ends.append(how_it_ends(connection)[0])
+
+    with relayed_to(serve, direct=True) as running, dial(running.address) as client:
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+        if way == "up":
+            assert go.wait(20)
+            client.sendall(b"more")
+            assert how_it_ends(client) == ("reset", b"")
         else:
-            process, address = stack.enter_context(running_proxy(simulation))
-            chat(stack.enter_context(dial(address)), 1)
-        legs = legs_of(process.pid)
-        assert len(legs) == 1 + (way == "proxy")
-        for leg in legs:
-            with leg:
-                options = [leg.getsockopt(*option) for option in (
-                    (socket.SOL_SOCKET, socket.SO_KEEPALIVE), (socket.SOL_SOCKET, socket.SO_OOBINLINE),
-                    (socket.IPPROTO_TCP, socket.TCP_NODELAY), (socket.IPPROTO_TCP, 18))]  # TCP_USER_TIMEOUT
-                assert [bool(each) for each in options[:3]] == [True] * 3 and options[3] == 120000
-        if way == "stdio":
-            process.send_signal(signal.SIGTERM)
-            ends_by(process, signal.SIGTERM)
+            drop_everything(client)
+            go.set()
+            eventually(lambda: ends == ["reset"])
+
+
+@pytest.mark.skipif(not LINUX, reason="TCP_INFO")
+def test_a_reader_that_makes_a_pause_is_no_path_that_has_died(monkeypatch):
+    """With TCP_USER_TIMEOUT it would be: Linux counts the probes that are answered, too."""
+    monkeypatch.setattr(plexctl, "SILENT_SECONDS", 1)
+    with relayed_to(source(24 * MIB)) as running, small_window(running.address) as client:
+        standstill(lambda: running.count().down)
+        let_pass(4)
+        assert how_it_ends(client) == ("eof", pattern(24 * MIB))
 
 
 @pytest.mark.parametrize("size", [5, 1 << 20])
