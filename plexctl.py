@@ -76,7 +76,8 @@ try:
     import urllib.request
     import zlib
     from typing import (
-        IO, Any, Callable, Dict, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Set, Tuple, Union)
+        IO, Any, Callable, Dict, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Set, Tuple, Type,
+        Union)
 
     if os.name == "posix":
         import pwd
@@ -534,6 +535,7 @@ def show_error(error: BaseException) -> str:
 CONFIG_SHAPE = ('{"default": "prod", "profiles": {"prod": '
                 '{"server": "https://plexsphere.example.com", "token": "psk_..."}}}')
 OPEN_AT_ONCE = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)  # Windows has neither
+ALL_BITS, WRITE_BITS = 0o077, 0o022  # of the group and of others
 BYTE_ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 
 
@@ -585,18 +587,20 @@ def parse_token(raw: bytes, source: str) -> Secret:
 
 def show_word(word: str) -> str:
     """A word of the command line for a message, quoted; "" for what may be a token in the wrong place."""
-    looks_like_token = len(word) > 20 or word.lower().startswith("psk")
-    return "" if looks_like_token and not os.path.isdir(os.path.dirname(word)) else f" '{escape(word)}'"
+    may_be_token = len(word) > 20 or word.lower().startswith("psk")
+    return "" if may_be_token and not os.path.isdir(os.path.dirname(word)) else f" '{escape(word)}'"
 
 
-def find_file_fault(status: os.stat_result, forbidden_bits: int, advice: str) -> str:
-    """What speaks against a file that only we, or root, may read or write; "" for nothing."""
+def find_file_fault(status: os.stat_result, forbidden_bits: int) -> str:
+    """What speaks against a file that only we, or root, may use in these ways; "" for nothing."""
     if os.name != "posix":
         return ""
     if status.st_uid not in (os.geteuid(), 0):
         return f"is owned by uid {status.st_uid}, must be yours or root's"
     mode = stat.S_IMODE(status.st_mode)
-    return f"permissions {mode:04o} are too open; {advice}" if mode & forbidden_bits else ""
+    advice = "chmod go-w" if forbidden_bits == WRITE_BITS else (
+        "chmod 600 (a mounted secret: --token-file - < FILE)")
+    return f"permissions {mode:04o} are too open; run {advice}" if mode & forbidden_bits else ""
 
 
 def is_standard_input(path: str) -> bool:
@@ -622,63 +626,47 @@ def read_limited(descriptor: int, limit: int) -> bytes:
     raise ValueError(f"is larger than {limit} bytes")
 
 
-def read_secret_file(path: str, source: str, advice: str = "run chmod 600") -> bytes:
-    """Reads a file that nobody else can read or replace; "-" is standard input, as it is.
+def read_own_file(path: str, source: str, forbidden_bits: int = ALL_BITS, limit: int = SECRET_FILE_MAX_BYTES,
+                  kind: Type[PlexctlError] = CredentialsError) -> bytes:
+    """Reads a file that others may not use in the ways of `forbidden_bits`; "-" is standard input, as it is.
 
     It is opened first and then judged by its descriptor, so that nothing can be swapped in
     between; non-blocking, since a FIFO without a writer would block `open` for ever. The file that
     is descriptor 0, by whatever name, is read there: opened once more it would start anew, and
-    all of it would be left for --stdio or COMMAND to give away.
+    all of it would be left for --stdio or COMMAND to give away. An error of `kind` where it cannot
+    be read, CredentialsError where it is not safe.
     """
     at_stdin = is_standard_input(path)
     if at_stdin and sys.stdin is None:
-        raise CredentialsError(f"{source}: standard input is closed")
+        raise kind(f"{source}: standard input is closed")
     try:
         descriptor = os.dup(0) if at_stdin else os.open(path, os.O_RDONLY | OPEN_AT_ONCE)
     except (OSError, ValueError) as error:
-        raise CredentialsError(f"{source}: cannot be opened: {show_error(error)}") from error
+        raise kind(f"{source}: cannot be opened: {show_error(error)}") from error
     try:
         status = os.fstat(descriptor)
         is_file = stat.S_ISREG(status.st_mode)
+        if not at_stdin and not is_file and not stat.S_ISFIFO(status.st_mode):
+            raise ValueError("must be a regular file or a pipe")
         if path != "-" and (is_file or not at_stdin):
-            if not is_file and not stat.S_ISFIFO(status.st_mode):
-                raise CredentialsError(f"{source}: must be a regular file or a pipe")
-            fault = find_file_fault(status, 0o077, advice)
+            fault = find_file_fault(status, forbidden_bits)
             if fault:
                 raise CredentialsError(f"{source}: {fault}")
         if path != "-" and is_file:
             os.lseek(descriptor, 0, os.SEEK_SET)
-        return read_limited(descriptor, SECRET_FILE_MAX_BYTES)
+        return read_limited(descriptor, limit)
     except OSError as error:
-        raise CredentialsError(f"{source}: cannot be read: {show_error(error)}") from error
+        raise kind(f"{source}: cannot be read: {show_error(error)}") from error
     except ValueError as error:
-        raise CredentialsError(f"{source}: {error}") from error
+        raise kind(f"{source}: {error}") from error
     finally:
         os.close(descriptor)
 
 
 def read_ca_file(path: str) -> str:
-    """The PEM text of --ca-file; UsageError where it cannot be used.
-
-    Whoever can write it decides which server gets the bearer token: it must be ours or root's and
-    nobody else's to write, judged by the open descriptor. CredentialsError otherwise.
-    """
+    """The PEM text of --ca-file; whoever can write it decides which server gets the bearer token."""
     source = "--ca-file " + escape(path)
-    try:
-        descriptor = os.open(path, os.O_RDONLY | OPEN_AT_ONCE)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{source}: cannot be opened: {show_error(error)}") from error
-    try:
-        fault = find_file_fault(os.fstat(descriptor), 0o022, "run chmod go-w")
-        if fault:
-            raise CredentialsError(f"{source}: {fault}")
-        raw = read_limited(descriptor, CA_FILE_MAX_BYTES)
-    except OSError as error:
-        raise UsageError(f"{source}: cannot be read: {show_error(error)}") from error
-    except ValueError as error:
-        raise UsageError(f"{source}: {error}") from error
-    finally:
-        os.close(descriptor)
+    raw = read_own_file(path, source, WRITE_BITS, CA_FILE_MAX_BYTES, UsageError)
     if b"-----BEGIN CERTIFICATE-----" not in raw:
         raise UsageError(f"{source}: not a PEM bundle of certificates")
     return raw.decode("ascii", "ignore")  # comments may be in UTF-8
@@ -714,10 +702,10 @@ def read_profile(name: str, environ: Environ) -> Profile:
         if name:
             raise CredentialsError(f"--profile: there is no {source}; expected {CONFIG_SHAPE}") from None
         return Profile()
-    except OSError:  # read_secret_file says why
+    except OSError:  # read_own_file says why
         pass
     try:
-        document = parse_json(read_secret_file(path, source))
+        document = parse_json(read_own_file(path, source))
     except ValueError:
         document = None
     profiles = document.get("profiles") if is_object(document, default=str, profiles=dict) else None
@@ -748,8 +736,7 @@ def read_token_file(path: str) -> Secret:
     """The token of --token-file. A name that is no path, and of nothing, may be the token itself."""
     is_path = path[:1] in "/.~-" or os.path.lexists(path)
     source = "--token-file " + escape(path) if is_path else "--token-file" + show_word(path)
-    return parse_token(read_secret_file(
-        path, source, "run chmod 600 (a mounted secret: --token-file - < FILE)"), source)
+    return parse_token(read_own_file(path, source), source)
 
 
 def resolve_credentials(server_flag: Optional[str], profile_flag: Optional[str], token_file: Optional[str],
@@ -1368,7 +1355,7 @@ class AuditLog(logging.Handler):
                 make_private_directory(os.path.dirname(path))
             self._descriptor = os.open(path, flags, 0o600)
             status = os.fstat(self._descriptor)
-            fault = find_file_fault(status, 0o022, "run chmod 600")
+            fault = find_file_fault(status, WRITE_BITS)
             if not stat.S_ISREG(status.st_mode):  # a device might keep nothing
                 fault = "must be a regular file"
         except (OSError, ValueError) as error:

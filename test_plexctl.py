@@ -2385,9 +2385,9 @@ def test_a_token_in_the_environment_with_other_characters_exits_3(cli, simulatio
 
 def test_a_token_file_of_64_kib_is_read_and_a_larger_one_is_not(tmp_path):
     full = write_private(tmp_path / "full", b"a" * 65536)
-    assert plexctl.read_secret_file(full, "--token-file") == b"a" * 65536
+    assert plexctl.read_own_file(full, "--token-file") == b"a" * 65536
     with pytest.raises(plexctl.CredentialsError, match="larger than 65536"):
-        plexctl.read_secret_file(write_private(tmp_path / "more", b"a" * 65537), "--token-file")
+        plexctl.read_own_file(write_private(tmp_path / "more", b"a" * 65537), "--token-file")
 
 
 def make_fifo(path):
@@ -2465,7 +2465,7 @@ def test_a_token_file_cannot_be_swapped_between_the_check_and_the_use(tmp_path):
     try:
         for _ in range(1500):
             try:
-                seen.add(plexctl.read_secret_file(path, "--token-file"))
+                seen.add(plexctl.read_own_file(path, "--token-file"))
             except plexctl.CredentialsError:
                 pass
     finally:
@@ -2489,7 +2489,7 @@ def test_a_token_file_that_is_descriptor_0_leaves_nothing_there(tmp_path, name):
         pytest.skip("no " + name)
     program = ("import os, sys; sys.path.insert(0, %r); import plexctl; name = sys.argv[1]\n"
                "assert plexctl.is_standard_input(name) and not plexctl.is_standard_input('/dev/null')\n"
-               "print(len(plexctl.read_secret_file(name, 'here')), os.read(0, 100))" % HERE)
+               "print(len(plexctl.read_own_file(name, 'here')), os.read(0, 100))" % HERE)
     with open(path) as stdin:
         words = [sys.executable, "-I", "-B", "-c", program, name]
         result = run_words(words, clean_environment(), stdin=stdin)
@@ -2575,10 +2575,10 @@ def test_a_secret_file_is_closed_again(tmp_path):
     path.write_text(BEARER)
     path.chmod(0o600)
     before = descriptors()
-    assert plexctl.read_secret_file(str(path), "it") == BEARER.encode()
+    assert plexctl.read_own_file(str(path), "it") == BEARER.encode()
     path.chmod(0o640)
     with pytest.raises(plexctl.CredentialsError):
-        plexctl.read_secret_file(str(path), "it")
+        plexctl.read_own_file(str(path), "it")
     assert descriptors() == before
 
 
