@@ -169,7 +169,7 @@ class ApiError(PlexctlError):
 
 
 class Cancelled(PlexctlError):
-    """A question whose answer nobody waits for any more: the run is ending."""
+    """A request that was given up because the run is ending."""
 
 
 class SessionOver(PlexctlError):
@@ -195,12 +195,12 @@ _CLOCK = 7 if ON_LINUX else getattr(time, "CLOCK_MONOTONIC", None)
 
 
 def elapsed_seconds() -> float:
-    """A clock that nobody sets, and that goes on while the machine sleeps."""
+    """Read a clock that nobody sets and that goes on while the machine sleeps."""
     return time.clock_gettime(_CLOCK) if _CLOCK is not None else time.monotonic()
 
 
 def start_thread(function: Callable[..., object], *arguments: Any) -> bool:
-    """Runs it in a thread that does not keep the process alive; False if there are no more threads."""
+    """Run it in a daemon thread; return False if no thread can be started."""
     try:
         threading.Thread(target=function, args=arguments, daemon=True).start()
         return True
@@ -209,7 +209,7 @@ def start_thread(function: Callable[..., object], *arguments: Any) -> bool:
 
 
 def send_record(path: str, data: bytes, seconds: float) -> None:
-    """Sends one datagram to a unix socket; OSError where that does not take it in time."""
+    """Send one datagram to a unix socket; OSError if it is not taken in time."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.settimeout(seconds)
         sock.connect(path)
@@ -217,7 +217,7 @@ def send_record(path: str, data: bytes, seconds: float) -> None:
 
 
 def wait_for(fd: int, mask: int, seconds: Optional[float] = None) -> bool:
-    """Waits until a descriptor is ready (0: until its other end is lost), for ever or for so long."""
+    """Wait until a descriptor is ready (mask 0: until its other end is gone); return whether it is."""
     seconds = None if seconds is None else max(0.0, seconds)
     if ON_LINUX:  # where poll() takes terminals as well, and any number
         poller = select.poll()
@@ -266,13 +266,13 @@ Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 
 
 def escape(text: str, limit: int = SHOWN_MAX_CHARACTERS) -> str:
-    """`text` as printable ASCII, cut to `limit` characters: foreign text cannot drive a terminal."""
+    """Return `text` as printable ASCII, at most `limit` characters: it cannot control a terminal."""
     shown = "".join(c if " " <= c <= "~" else ascii(c)[1:-1] for c in text[:limit + 1])
     return shown if len(shown) <= limit else shown[:limit] + "..."
 
 
 def matching(pattern: str, what: str, convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
-    """A parser of what matches the whole pattern, converted; ValueError says that it must be `what`."""
+    """Return a parser for text that matches the whole pattern; its ValueError says what it must be."""
     def parse(text: str) -> Any:
         if not re.fullmatch(pattern, text):
             raise ValueError("must be " + what)
@@ -281,7 +281,7 @@ def matching(pattern: str, what: str, convert: Callable[[str], Any] = str) -> Ca
 
 
 def one_of(*words: str) -> Callable[[str], Any]:
-    """A parser that takes just these words (of letters, digits and hyphens)."""
+    """Return a parser that accepts only these words (of letters, digits and hyphens)."""
     return matching("|".join(words), "one of " + ", ".join(words))
 
 
@@ -292,14 +292,14 @@ parse_seconds = matching(r"[0-9]{1,9}(\.[0-9]{1,9})?", "a number of seconds, 0 o
 
 
 def parse_int(text: str, low: int, high: int) -> int:
-    """Plain ASCII digits, `low` to `high`."""
+    """Parse plain ASCII digits, `low` to `high`."""
     if not re.fullmatch("[0-9]{1,18}", text) or not low <= int(text) <= high:
         raise ValueError(f"must be a whole number from {low} to {high}")
     return int(text)
 
 
 def parse_target_host(text: str) -> str:
-    """A target host as the Node will see it: printable, no white space."""
+    """Check a target host as the Node will see it: printable, no white space."""
     if "/" in text:
         raise ValueError("must be a host name or address, not a URL")
     if not 1 <= len(text) <= HOST_MAX_CHARACTERS or not text.isprintable() or " " in text:
@@ -310,7 +310,7 @@ def parse_target_host(text: str) -> str:
 
 
 def parse_address(host: str) -> Optional[Address]:
-    """An IP address literal, an IPv4-mapped one as the IPv4 address that it is; None for anything else.
+    """Parse an IP address literal, an IPv4-mapped one as IPv4; return None for anything else.
 
     Up to 3.9.4 ipaddress takes the leading zeros of 010.0.0.1, which connect() reads as octal.
     """
@@ -324,35 +324,35 @@ def parse_address(host: str) -> Optional[Address]:
 
 
 def is_host_name(text: str) -> bool:
-    """Whether this is a DNS name; connect() takes a last label that is a number for an IPv4 address."""
+    """Tell whether this is a DNS name. With a number as the last label, connect() takes it for an address."""
     labels = (text[:-1] if text.endswith(".") else text).split(".")
     return (len(text) <= HOST_MAX_CHARACTERS and all(re.fullmatch(LABEL_PATTERN, each) for each in labels)
             and not re.fullmatch("0[xX].*|[0-9]+", labels[-1]))
 
 
 def is_loopback(host: str) -> bool:
-    """Whether `host` (a literal or a name) can only be this machine."""
+    """Tell whether `host` (a literal or a name) can only be this machine."""
     address = parse_address(host)
     return address.is_loopback if address else host.lower().rstrip(".") == "localhost"
 
 
 def is_dialable(host: str, from_loopback: bool = False) -> bool:
-    """Whether a listener endpoint may be at this address; a name is judged once it is looked up.
+    """Tell whether a listener endpoint may be at this address; a name is judged once it is looked up.
 
-    Not on this machine (unless `from_loopback`: the control plane is here, and so may be the
-    Node), not unspecified, no multicast, nothing link-local: clouds have their metadata service
-    there, and a control plane behind `ssh -L` is on loopback, too.
+    Not on this machine and no multicast, unless `from_loopback`: the control plane is here, and so
+    may be the Node. Never link-local: clouds have their metadata service there, and a control
+    plane behind `ssh -L` is on loopback, too.
     """
     address = parse_address(host.partition("%")[0])  # getaddrinfo gives fe80::1%eth0
     if address is None:
         return True
-    if address.is_loopback:
-        return from_loopback
-    return not (address.is_unspecified or address.is_multicast or address.is_link_local)
+    if address.is_link_local:
+        return False
+    return from_loopback or not (address.is_loopback or address.is_unspecified or address.is_multicast)
 
 
 def join_host_port(host: str, port: int) -> str:
-    """host:port, with brackets around an IPv6 address (RFC 3986, section 3.2.2)."""
+    """Return host:port, with brackets around an IPv6 address (RFC 3986, section 3.2.2)."""
     return f"[{host}]:{port}" if ":" in host and host[0] != "[" else f"{host}:{port}"
 
 
@@ -377,7 +377,7 @@ class Endpoint(NamedTuple):
 
 
 def parse_endpoint(text: str, lowest_port: int = 1) -> Endpoint:
-    """host:port or [IPv6]:port; the host an address literal or a DNS name; no 127.1, no 0."""
+    """Parse host:port or [IPv6]:port; the host is an address literal or a DNS name, not 127.1 or 0."""
     left, _, port = text.rpartition(":")
     has_brackets = left.startswith("[") and left.endswith("]")
     host = left[1:-1] if has_brackets else left
@@ -398,7 +398,7 @@ class LocalAddress(NamedTuple):
 
 
 def parse_local_address(text: str) -> LocalAddress:
-    """127.0.0.1:0, [::1]:0 or unix:/path. `localhost` is taken for 127.0.0.1, so it stays literal."""
+    """Parse 127.0.0.1:0, [::1]:0 or unix:/path. `localhost` becomes 127.0.0.1, to be printed literally."""
     scheme, _, path = text.partition(":")
     if scheme == "unix":
         if path[:1] != "/" or not path.isprintable() or len(os.fsencode(path)) > SOCKET_PATH_MAX_BYTES:
@@ -427,12 +427,12 @@ class Server(NamedTuple):
         return f"{self.scheme}://{join_host_port(self.host, self.port)}{self.prefix}"
 
     def same_origin(self, other: "Server") -> bool:
-        """Same scheme, host and port (RFC 6454, section 5)."""
+        """Tell whether scheme, host and port are the same (RFC 6454, section 5)."""
         return self[:3] == other[:3]
 
 
 def parse_server(text: str, allow_http: bool) -> Server:
-    """An absolute https URL; http only for loopback, or where `allow_http` says so."""
+    """Parse an absolute https URL; http only for loopback, or with `allow_http`."""
     found = re.fullmatch(URL_PATTERN, text)
     if not found:
         raise ValueError("must be an absolute https:// URL without user info, query, fragment or white space")
@@ -448,7 +448,7 @@ def parse_server(text: str, allow_http: bool) -> Server:
 
 
 def parse_time(text: str) -> float:
-    """An RFC 3339 date-time, as seconds since the epoch. A leap second counts as the one before."""
+    """Parse an RFC 3339 time into seconds since the epoch. A leap second counts as the one before it."""
     found = re.fullmatch(TIME_PATTERN, text)
     if not found:
         raise ValueError("is not an RFC 3339 time")
@@ -460,7 +460,7 @@ def parse_time(text: str) -> float:
 
 
 def parse_json(raw: bytes) -> Any:
-    """Strict JSON (RFC 8259): UTF-8, no NaN, no duplicate keys, no lone surrogates. Numbers are floats."""
+    """Parse strict JSON (RFC 8259): UTF-8, no NaN, duplicate keys, lone surrogates. Numbers become floats."""
     def unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
         fields = dict(pairs)
         if len(fields) != len(pairs):
@@ -478,13 +478,13 @@ def parse_json(raw: bytes) -> Any:
 
 
 def show_bytes(count: int) -> str:
-    """A byte count for people: 512 B, 1.5 KiB, 3.2 GiB."""
+    """Format a byte count for people: 512 B, 1.5 KiB, 3.2 GiB."""
     power = min(4, max(0, count.bit_length() - 1) // 10)
     return f"{count / 1024 ** power:.1f} {' KMGT'[power]}iB" if power else f"{count} B"
 
 
 def show_seconds(seconds: float) -> str:
-    """A duration for people: 5s, 2m05s, 1h02m."""
+    """Format a duration for people: 5s, 2m05s, 1h02m."""
     minutes, rest = divmod(max(0, int(seconds)), 60)
     if minutes >= 60:
         return f"{minutes // 60}h{minutes % 60:02d}m"
@@ -502,7 +502,7 @@ HTTP_FAULTS = (  # the first that fits counts
 
 
 def show_error(error: BaseException) -> str:
-    """Why something failed, without what it was given: a message may hold a header or a body."""
+    """Say why something failed. Most texts of exceptions are not used: they may hold a header or a body."""
     if isinstance(error, urllib.error.URLError) and isinstance(error.reason, BaseException):
         return show_error(error.reason)
     for kind, words in HTTP_FAULTS:
@@ -549,7 +549,7 @@ class Secret:
         self.source = source
 
     def reveal(self) -> str:
-        """The value itself."""
+        """Return the value."""
         return self._value
 
     def __repr__(self) -> str:
@@ -560,7 +560,7 @@ class Secret:
 
 
 def find_token_fault(raw: bytes) -> str:
-    """What is wrong with a bearer token, without showing it; "" for nothing."""
+    """Say what is wrong with a bearer token, without showing it; "" if nothing is."""
     if not raw:
         return "is empty"
     if raw.startswith(BYTE_ORDER_MARKS):
@@ -577,7 +577,7 @@ def find_token_fault(raw: bytes) -> str:
 
 
 def parse_token(raw: bytes, source: str) -> Secret:
-    """A bearer token: one line end is dropped, the rest is 1 to 8192 characters of \\x21-\\x7e."""
+    """Parse a bearer token: one line end is dropped, the rest must be 1 to 8192 characters of \\x21-\\x7e."""
     kept = raw[:-2] if raw.endswith(b"\r\n") else raw[:-1] if raw.endswith(b"\n") else raw
     fault = find_token_fault(kept)
     if fault:
@@ -586,13 +586,13 @@ def parse_token(raw: bytes, source: str) -> Secret:
 
 
 def show_word(word: str) -> str:
-    """A word of the command line for a message, quoted; "" for what may be a token in the wrong place."""
+    """Quote a word of the command line for a message; "" if it may be a token in the wrong place."""
     may_be_token = len(word) > 20 or word.lower().startswith("psk")
     return "" if may_be_token and not os.path.isdir(os.path.dirname(word)) else f" '{escape(word)}'"
 
 
 def find_file_fault(status: os.stat_result, forbidden_bits: int) -> str:
-    """What speaks against a file that only we, or root, may use in these ways; "" for nothing."""
+    """Say why a file is not safe: only we and root may own it and use it in these ways. "" if it is."""
     if os.name != "posix":
         return ""
     if status.st_uid not in (os.geteuid(), 0):
@@ -604,7 +604,7 @@ def find_file_fault(status: os.stat_result, forbidden_bits: int) -> str:
 
 
 def is_standard_input(path: str) -> bool:
-    """Whether it names the file that is descriptor 0: "-", /dev/stdin, or whatever was redirected."""
+    """Tell whether this names the file that is descriptor 0: "-", /dev/stdin, or what was redirected."""
     try:
         return path == "-" or os.path.samestat(os.stat(path), os.fstat(0))
     except (OSError, ValueError):
@@ -612,7 +612,7 @@ def is_standard_input(path: str) -> bool:
 
 
 def read_limited(descriptor: int, limit: int) -> bytes:
-    """All of it, waiting for a pipe's writer; OSError, or ValueError if it is more than `limit` bytes."""
+    """Read to the end, waiting for a pipe's writer; ValueError if there are more than `limit` bytes."""
     raw = b""
     while len(raw) <= limit:
         try:
@@ -628,7 +628,7 @@ def read_limited(descriptor: int, limit: int) -> bytes:
 
 def read_own_file(path: str, source: str, forbidden_bits: int = ALL_BITS, limit: int = SECRET_FILE_MAX_BYTES,
                   kind: Type[PlexctlError] = CredentialsError) -> bytes:
-    """Reads a file that others may not use in the ways of `forbidden_bits`; "-" is standard input, as it is.
+    """Read a file on which others have none of the `forbidden_bits`; "-" is standard input, unchecked.
 
     It is opened first and then judged by its descriptor, so that nothing can be swapped in
     between; non-blocking, since a FIFO without a writer would block `open` for ever. The file that
@@ -664,7 +664,7 @@ def read_own_file(path: str, source: str, forbidden_bits: int = ALL_BITS, limit:
 
 
 def read_ca_file(path: str) -> str:
-    """The PEM text of --ca-file; whoever can write it decides which server gets the bearer token."""
+    """Read the PEM text of --ca-file. Whoever can write it decides which server gets the bearer token."""
     source = "--ca-file " + escape(path)
     raw = read_own_file(path, source, WRITE_BITS, CA_FILE_MAX_BYTES, UsageError)
     if b"-----BEGIN CERTIFICATE-----" not in raw:
@@ -680,7 +680,7 @@ class Profile(NamedTuple):
 
 
 def find_own_file(variable: str, below_home: str, name: str, environ: Environ) -> str:
-    """plexctl's file in an XDG base directory (freedesktop.org); "" where there is no home for it."""
+    """Return the path of our file in an XDG base directory (freedesktop.org); "" without a home directory."""
     base = environ.get(variable, "")
     if not os.path.isabs(base):
         base = os.path.join(environ.get("HOME") or os.path.expanduser("~"), below_home)
@@ -688,12 +688,12 @@ def find_own_file(variable: str, below_home: str, name: str, environ: Environ) -
 
 
 def is_object(value: Any, **types: type) -> bool:
-    """Whether this is a JSON object with no fields but these, each of its type."""
+    """Tell whether this is a JSON object with only these fields, each of its type."""
     return isinstance(value, dict) and all(isinstance(value[name], types.get(name, ())) for name in value)
 
 
 def read_profile(name: str, environ: Environ) -> Profile:
-    """The profile called `name`, or for "" the config file's default one; an empty one if there is none."""
+    """Read the profile called `name`, or for "" the default one, which may be empty."""
     path = find_own_file("XDG_CONFIG_HOME", ".config", "config.json", environ)
     source = "config file " + escape(path)
     try:
@@ -725,7 +725,7 @@ def read_profile(name: str, environ: Environ) -> Profile:
 
 
 def check_server(text: str, source: str, allow_http: bool) -> Server:
-    """parse_server, as a UsageError that names the source."""
+    """Parse a server's URL; UsageError names the source."""
     try:
         return parse_server(text, allow_http)
     except ValueError as error:
@@ -733,7 +733,7 @@ def check_server(text: str, source: str, allow_http: bool) -> Server:
 
 
 def read_token_file(path: str) -> Secret:
-    """The token of --token-file. A name that is no path, and of nothing, may be the token itself."""
+    """Read --token-file. What is neither a path nor a file may be the token itself."""
     is_path = path[:1] in "/.~-" or os.path.lexists(path)
     source = "--token-file " + escape(path) if is_path else "--token-file" + show_word(path)
     return parse_token(read_own_file(path, source), source)
@@ -741,7 +741,7 @@ def read_token_file(path: str) -> Secret:
 
 def resolve_credentials(server_flag: Optional[str], profile_flag: Optional[str], token_file: Optional[str],
                         allow_http: bool, environ: Environ) -> Tuple[Server, Secret]:
-    """Server and bearer token, of each the first that is given: flag, --profile, environment, default one.
+    """Find server and bearer token, each in: its flag, --profile, the environment, the default profile.
 
     A token that stands in a profile goes to that profile's own server and to no other.
     """
@@ -839,7 +839,7 @@ class Exchange:
 
     def run(self, opener: urllib.request.OpenerDirector, request: Any, seconds: float,
             is_needless: Callable[[], bool], tell: Callable[[], None]) -> None:
-        """Gets the answer within `seconds`, or TransportError; Cancelled once it `is_needless`.
+        """Get the answer within `seconds`, or raise TransportError; Cancelled once it `is_needless`.
 
         `tell` is called after SILENT_SECONDS without one.
         """
@@ -874,10 +874,10 @@ class Exchange:
                 fault = read_body(response, self.body)
         except Exception as error:  # OSError, HTTPException, ValueError, RecursionError, MemoryError, ...
             fault = show_error(error)  # the error itself, its context too, would hold the request
-        if self.status and self.status not in SUCCESS:  # which counts by itself
-            self.body = self.body if not fault else bytearray()
-        elif fault:
+        if fault and (self.status in SUCCESS or not self.status):
             self._error = self._fail(fault)
+        elif fault:  # the status of an error counts by itself
+            self.body.clear()
         self._done.set()
 
     def _fail(self, fault: str) -> TransportError:
@@ -903,7 +903,7 @@ class PlaneConnection(http.client.HTTPConnection):
         exchange.connection = self
 
     def connect(self) -> None:
-        """Connects, through a proxy where there is one; from then on the request counts as sent."""
+        """Connect, through a proxy if there is one; from then on the request counts as sent."""
         super().connect()
         if self._context is not None:
             # the handshake comes apart, so that it can be woken as well
@@ -918,7 +918,7 @@ class PlaneConnection(http.client.HTTPConnection):
         self.sock.settimeout(EXCHANGE_SECONDS)
 
     def wake(self) -> None:
-        """Ends what the exchange's thread waits for; a look-up and a TCP handshake end by themselves."""
+        """Make the exchange's thread stop waiting, unless it is looking up a name or still connecting."""
         sock = self._kept or self.sock
         try:
             if sock is not None:
@@ -946,7 +946,7 @@ class PlaneHandler(urllib.request.AbstractHTTPHandler):
 
 
 def read_body(response: http.client.HTTPResponse, body: bytearray) -> str:
-    """Reads into `body`, piece by piece; returns why it is not all of it, "" if it is.
+    """Read the body piece by piece into `body`; return what is wrong with it, "" if nothing is.
 
     read() would take a chunk of size -1 for no limit at all, and not notice an end that comes early.
     """
@@ -960,7 +960,7 @@ def read_body(response: http.client.HTTPResponse, body: bytearray) -> str:
 
 
 def find_session_id(answer: Exchange) -> str:
-    """The id of a session that a success names, however it is packed or torn; "" where none can be read."""
+    """Find the id of the session in a success, even if that is compressed or cut off; "" if there is none."""
     raw = bytes(answer.body) if answer.status in SUCCESS else b""
     if raw.startswith(b"\x1f\x8b"):  # gzip, which nobody asked for
         try:
@@ -976,7 +976,7 @@ def find_session_id(answer: Exchange) -> str:
 
 
 def find_proxy(server: Server, environ: Environ) -> str:
-    """The proxy URL for an https server, "" for none: HTTPS_PROXY unless NO_PROXY names the host."""
+    """Return the proxy's URL for an https server: HTTPS_PROXY unless NO_PROXY names the host; "" for none."""
     if server.scheme != "https":  # it would see the bearer token
         return ""
     proxy = environ.get("https_proxy") or environ.get("HTTPS_PROXY") or ""
@@ -1000,7 +1000,7 @@ def find_proxy(server: Server, environ: Environ) -> str:
 
 
 def create_tls_context(ca_file: Optional[str] = None) -> ssl.SSLContext:
-    """Certificates and host names verified, TLS 1.2 at least; no way to turn it off."""
+    """Create a context that verifies certificates and host names, with TLS 1.2 at least."""
     ca_text = read_ca_file(ca_file) if ca_file else None
     try:
         context = ssl.create_default_context(cadata=ca_text)
@@ -1016,7 +1016,7 @@ def create_tls_context(ca_file: Optional[str] = None) -> ssl.SSLContext:
 
 
 def create_opener(server: Server, ca_file: Optional[str], proxy: str) -> urllib.request.OpenerDirector:
-    """A urllib opener for one server, which follows no redirect and raises for no status.
+    """Create a urllib opener for one server that follows no redirect and raises for no status.
 
     urllib's default one carries the bearer token to wherever a redirect points and to the proxy of
     plain http, and opens file: URLs. This one has just the handlers that it is given.
@@ -1032,7 +1032,7 @@ def create_opener(server: Server, ca_file: Optional[str], proxy: str) -> urllib.
 
 
 def parse_http_date(text: Optional[str]) -> float:
-    """A Date header (RFC 9110, section 5.6.7) in seconds since the epoch; 0 where it is none."""
+    """Parse a Date header (RFC 9110, section 5.6.7) into seconds since the epoch; 0 if it is malformed."""
     try:
         return email.utils.parsedate_to_datetime(text or "").timestamp()
     except (TypeError, ValueError, IndexError, OverflowError):
@@ -1040,15 +1040,26 @@ def parse_http_date(text: Optional[str]) -> float:
 
 
 def parse_retry_after(text: Optional[str]) -> Optional[float]:
-    """Seconds of a Retry-After header (RFC 9110, section 10.2.3), up to RETRY_AFTER_MAX_SECONDS."""
+    """Parse a Retry-After header (RFC 9110, section 10.2.3) into seconds, RETRY_AFTER_MAX_SECONDS at most."""
     if text and re.fullmatch("[0-9]+", text):
         return min(float(text), RETRY_AFTER_MAX_SECONDS)
     moment = parse_http_date(text)
     return max(0.0, min(moment - time.time(), RETRY_AFTER_MAX_SECONDS)) if moment else None
 
 
+def may_pass(operation: str, status: int, code: str, has_retry_after: bool) -> bool:
+    """Tell whether the same request may well succeed a little later."""
+    if operation == REVOKE:
+        return status == 429 or status >= 500
+    if status == 409:  # the first request with this idempotency key is still being answered
+        return code == "idempotent_replay"
+    if status == 429:  # a rate limit; without Retry-After it is the limit of sessions
+        return has_retry_after
+    return status in (502, 503, 504)
+
+
 def random_uuid() -> str:
-    """A version 4 UUID (RFC 9562, section 5.4); importing uuid takes 20 ms on 3.6."""
+    """Create a version 4 UUID (RFC 9562, section 5.4); importing uuid takes 20 ms on 3.6."""
     digits = os.urandom(16).hex()
     return "-".join((digits[:8], digits[8:12], "4" + digits[13:16], "8" + digits[17:20], digits[20:]))
 
@@ -1061,11 +1072,11 @@ class Fields:
         self._document = document if isinstance(document, dict) else {}
 
     def get(self, name: str) -> Any:
-        """A field as it is, None where it is missing."""
+        """Return a field as it is, None if it is missing."""
         return self._document.get(name)
 
     def take(self, name: str, parse: Callable[[Any], Any], kind: type = str) -> Any:
-        """A required field of this kind, as `parse` (which raises ValueError) makes it."""
+        """Return a required field of this kind as parsed by `parse`, which raises ValueError."""
         value, fault = self.get(name), "is missing, or of another type"
         if isinstance(value, kind):
             try:
@@ -1075,7 +1086,7 @@ class Fields:
         raise TransportError(f"{self._operation}: the answer's {name} {fault}")
 
     def take_optional(self, name: str, parse: Callable[[str], Any]) -> Any:
-        """The same, or None where the field is missing or null."""
+        """Do the same, or return None if the field is missing or null."""
         return None if self.get(name) is None else self.take(name, parse)
 
 
@@ -1084,10 +1095,10 @@ class ControlPlane:
 
     Safe to use from several threads. Every call ends within its limit and raises PlexctlError:
     UsageError for what was given here, TransportError for no or a malformed answer, ApiError for
-    an error answer. `cancel` (threading.Event) ends pauses and further attempts, and gives up on a
-    GetSession at once (Cancelled); not on the others, whose outcome is to be known. `report` takes
-    a line per exchange: method, path, status, seconds; never a header or a body. `notice` takes
-    what somebody who waits should read: a server that is silent.
+    an error answer. `cancel` (threading.Event) ends pauses and further attempts, and gives up a
+    GetSession at once (Cancelled), but not the others, whose outcome matters. `report` takes a line
+    per exchange: method, path, status, seconds; never a header or a body. `notice` takes a line for
+    whoever waits when the server is silent.
     """
 
     def __init__(self, server: Server, token: Secret, ca_file: Optional[str] = None,
@@ -1107,10 +1118,10 @@ class ControlPlane:
 
     def issue(self, request: SessionRequest,
               on_issued: Callable[[str], None] = lambda session_id: None) -> IssuedSession:
-        """Issues a session; the same idempotency key in each of at most ISSUE_ATTEMPTS attempts.
+        """Issue a session, with the same idempotency key in each of at most ISSUE_ATTEMPTS attempts.
 
-        `on_issued(session_id)` is called as soon as an id can be read, before anything else of the
-        answer is judged, and be it no 201: the caller can then revoke it whatever follows.
+        `on_issued(session_id)` is called as soon as an id can be read, even from an answer that is
+        malformed or no 201, and before it is judged: the caller can revoke the session whatever follows.
         """
         path = f"/v1/projects/{request.project_id}/sessions"
         body: Dict[str, Any] = {
@@ -1131,20 +1142,20 @@ class ControlPlane:
                              session, endpoint or session.listener_endpoint)
 
     def get(self, project_id: str, session_id: str, seconds: float = EXCHANGE_SECONDS) -> Session:
-        """The session as the control plane sees it now."""
+        """Return the session as the control plane sees it now."""
         path = f"/v1/projects/{project_id}/sessions/{session_id}"
         answer = self._exchange(Exchange(GET, self._peer), path, None, seconds)
         return self._parse_session(self._parse_body(answer), session_id)
 
     def revoke(self, project_id: str, session_id: str, seconds: float = EXCHANGE_SECONDS) -> None:
-        """Revokes the session. One that is gone already (404, 409, 410) counts as revoked."""
+        """Revoke the session. One that is gone already (404, 409, 410) counts as revoked."""
         path = f"/v1/projects/{project_id}/sessions/{session_id}/revoke"
         self._exchange(Exchange(REVOKE, self._peer), path, {"revoke_reason": "operator_request"}, seconds)
         self._session_tokens.pop(session_id, None)
 
     def _ask_until_issued(self, path: str, body: Dict[str, Any],
                           on_issued: Callable[[str], None]) -> Tuple[Exchange, Fields, str]:
-        """The answer to IssueSession, after attempts and pauses, its fields and the session's id."""
+        """Try until there is an answer of 201; return it, its fields and the session's id."""
         owed: Set[str] = set()
 
         def owe(session_id: str) -> None:
@@ -1158,9 +1169,9 @@ class ControlPlane:
             try:
                 try:
                     self._exchange(answer, path, body)
-                finally:
+                finally:  # an answer that is cut off, or no 201, may name a session as well
                     owe(find_session_id(answer))
-                may_exist = True  # and nobody can revoke it if its id does not follow
+                may_exist = True  # and nobody can revoke it if its id cannot be read
                 fields = self._parse_body(answer)
                 session_id = fields.take("session_id", parse_session_id)
                 owe(session_id)
@@ -1183,7 +1194,7 @@ class ControlPlane:
 
     def _exchange(self, answer: Exchange, path: str, body: Optional[Dict[str, Any]],
                   seconds: float = EXCHANGE_SECONDS) -> Exchange:
-        """Carries the exchange out; ApiError for an answer that is not among those expected."""
+        """Carry out the exchange; ApiError for an unexpected status."""
         operation = answer.operation
         request = urllib.request.Request(str(self.server) + path, headers={
             "Accept": "application/json, application/problem+json"})
@@ -1206,7 +1217,7 @@ class ControlPlane:
         return answer
 
     def _parse_problem(self, answer: Exchange) -> ApiError:
-        """The error of an unexpected answer (RFC 9457 problem details, where it has them)."""
+        """Make the error of an unexpected status, with its problem details (RFC 9457) if it has any."""
         try:
             problem = self._parse_body(answer)
         except TransportError:
@@ -1219,21 +1230,17 @@ class ControlPlane:
             shown = self._show(problem.get(name))
             if shown:
                 text += f"; {name.replace('_', ' ')} {shown}"
-        forbidden = EXIT_REBAC_DENIED if code == "rebac_denied" else EXIT_FORBIDDEN
         retry_after = parse_retry_after(answer.headers.get("Retry-After"))
-        # 409: the first request with this idempotency key is still being answered
-        passing = status in (502, 503, 504) or status == 409 and code == "idempotent_replay" or (
-            status == 429 and retry_after is not None)  # a rate limit
-        # a gateway that lost the answer, that first request, no error; 429 and 503 did nothing
-        may_exist = answer.operation == ISSUE and (status < 300 or passing and status not in (429, 503))
-        if answer.operation == REVOKE:
-            passing = status == 429 or status >= 500
+        passing = may_pass(answer.operation, status, code, retry_after is not None)
+        # a gateway that lost the answer, the first request, no error at all; 429 and 503 did nothing
+        may_exist = answer.operation == ISSUE and (status < 300 or passing and status in (409, 502, 504))
+        forbidden = EXIT_REBAC_DENIED if code == "rebac_denied" else EXIT_FORBIDDEN
         return ApiError(text + self._advise(answer, code, retry_after is not None), passing=passing,
                         may_exist=may_exist, status=status, code=code, retry_after_seconds=retry_after,
                         exit_code={401: EXIT_CREDENTIALS, 403: forbidden}.get(status, EXIT_FAILURE))
 
     def _advise(self, answer: Exchange, code: str, is_rate_limit: bool) -> str:
-        """What an operator can do about an error answer, to be put behind it."""
+        """Say what an operator can do about an error answer."""
         if answer.status == 429:
             return "; too many requests, try again later" if is_rate_limit else (
                 "; sessions count until they expire or are revoked, also those of print mode; "
@@ -1244,7 +1251,7 @@ class ControlPlane:
         if answer.status in (404, 405, 501):
             return "; check --project-id, --resource-id and --server"
         if answer.status < 300:
-            return "; the API does not answer so, check --server"
+            return "; the API does not answer like this, check --server"
         advice = ""
         if answer.status in (401, 403) and self._token_source:
             advice = "; the token is from " + self._token_source
@@ -1281,14 +1288,14 @@ class ControlPlane:
                        self._show(fields.get("revoke_reason")))
 
     def _conceal(self, text: str) -> str:
-        """`text` without the tokens in it: a server may repeat what it was sent, in either case."""
+        """Remove the tokens from a text: a server may repeat what it was sent, in upper or lower case."""
         for secret in [self._token, *self._session_tokens.values()]:
             if len(secret.reveal()) >= FINDABLE_CHARACTERS:
                 text = re.sub(re.escape(secret.reveal()), "(secret)", text, flags=re.IGNORECASE)
         return text
 
     def _show(self, value: Any) -> str:
-        """A string or a list of strings of the server's for people, escaped; "" for anything else."""
+        """Format a string of the server's, or a list of strings, for people; "" for anything else."""
         words = value if isinstance(value, list) else [value]
         return escape(self._conceal(", ".join(word for word in words if isinstance(word, str))))
 
@@ -1300,7 +1307,7 @@ SYSLOG_AUTHPRIV_INFO = 10 * 8 + 6  # RFC 3164, section 4.1.1: facility * 8 + sev
 
 
 def make_private_directory(path: str) -> None:
-    """Makes it, and what is missing above it, 0700; os.makedirs does so with the last one alone (3.7)."""
+    """Make it, and what is missing above it, 0700; from 3.7 on os.makedirs does so with the last one only."""
     if os.path.isdir(path):
         return
     make_private_directory(os.path.dirname(path))
@@ -1312,7 +1319,7 @@ def make_private_directory(path: str) -> None:
 
 
 def send_to_syslog(message: str) -> None:
-    """One line for the host's syslog (RFC 3164, without a host name), where it has one; OSError."""
+    """Send one line to the host's syslog, if it has one (RFC 3164, without a host name); OSError."""
     for path in SYSLOG_SOCKETS:
         if os.path.exists(path):
             month_to_second = time.ctime()[4:19]  # strftime would take the locale's names
@@ -1322,7 +1329,7 @@ def send_to_syslog(message: str) -> None:
 
 
 def find_user(environ: Environ) -> Tuple[str, Optional[int]]:
-    """The name and the uid of whoever runs this."""
+    """Return the name and the uid of whoever runs this."""
     if os.name != "posix":
         return environ.get("USERNAME", ""), None
     try:
@@ -1365,14 +1372,14 @@ class AuditLog(logging.Handler):
             raise PlexctlError(f"{self._source}: {fault} (PLEXCTL_AUDIT_LOG names another)")
 
     def close(self) -> None:
-        """Closes the file, and ignores errors: what counts was synced."""
+        """Close the file and ignore errors: what counts was synced."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.closerange(descriptor, descriptor + 1)
         super().close()
 
     def record(self, server: Server, request: SessionRequest, issued: IssuedSession) -> None:
-        """Writes one JSON object in one line with one write; raises unless it is verifiably there."""
+        """Write one JSON object in one line with one write; raise unless it is verifiably there."""
         user, uid = find_user(self._environ)
         message = json.dumps({
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": "session_token_revealed",
@@ -1402,7 +1409,7 @@ class AuditLog(logging.Handler):
                          + show_error(error))
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Writes a line at the end of the file, synced; OSError unless all its bytes are there."""
+        """Append a line to the file and sync it; OSError unless all its bytes are there."""
         line = (record.getMessage() + "\n").encode("ascii")
         size = os.lseek(self._descriptor, 0, os.SEEK_END)
         os.lseek(self._descriptor, max(0, size - 1), os.SEEK_SET)
@@ -2807,7 +2814,7 @@ class Forwarder:
 
 
 def terminal_width(stream: Optional[IO[str]]) -> int:
-    """In columns; 80 where nobody knows."""
+    """Return the width in columns; 80 if nobody knows."""
     try:
         return os.get_terminal_size(stream.fileno()).columns or 80  # type: ignore[union-attr]
     except (OSError, ValueError, AttributeError):
@@ -2815,7 +2822,7 @@ def terminal_width(stream: Optional[IO[str]]) -> int:
 
 
 def format_text(document: Dict[str, Any], width: int = 0) -> str:
-    """A header line and a row, columns aligned; one line per column on a terminal of less `width`."""
+    """Format a header line and a row, columns aligned; one line per column if the terminal is narrower."""
     cells = dict(document, target=join_host_port(**document["target"]))
     header = row = lines = ""
     for name in ("local_addr", "listener_endpoint", "target", "session_id", "expires_at"):
@@ -2828,12 +2835,12 @@ def format_text(document: Dict[str, Any], width: int = 0) -> str:
 
 
 def format_json(document: Dict[str, Any], width: int = 0) -> str:
-    """One line of JSON, ASCII only."""
+    """Format one line of JSON, ASCII only."""
     return json.dumps(document) + "\n"
 
 
 def format_yaml(document: Dict[str, Any], width: int = 0, indent: str = "") -> str:
-    """The same keys; every string quoted as JSON quotes it, which YAML 1.2 reads the same way."""
+    """Format the same keys as YAML; strings are quoted as in JSON, which YAML 1.2 reads the same way."""
     text = ""
     for key, value in document.items():
         if isinstance(value, dict):
@@ -2852,7 +2859,7 @@ DELIVERY_SECONDS = 0.02
 
 
 def write_all(stream: Optional[IO[str]], text: str) -> None:
-    """Writes ASCII text past Python's buffer, so that nothing is left to fail at exit; OSError."""
+    """Write ASCII text without Python's buffer, so that nothing is left to fail at exit; OSError."""
     if stream is None:
         raise OSError(errno.EBADF, "it is closed")
     try:
@@ -3088,7 +3095,7 @@ parse_word = matching(r"[^\0]+", "one character or more")  # a path may hold wha
 
 
 def describe_version() -> str:
-    """The version, and the SHA-256 of the file that this was loaded from, be it in a zip file."""
+    """Return the version and the SHA-256 of the file that this was loaded from, even from a zip file."""
     try:
         raw = __loader__.get_data(__file__)  # type: ignore[name-defined]
         digest = f"sha256 {hashlib.sha256(raw).hexdigest()} of {escape(__file__)}"
@@ -3100,7 +3107,7 @@ def describe_version() -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, whose errors are UsageErrors without the value that was given: it may be a secret."""
+    """argparse's parser, with UsageErrors that do not show the value: it may be a secret."""
 
     def __init__(self) -> None:
         def create_formatter(prog: str) -> argparse.HelpFormatter:
@@ -3116,7 +3123,7 @@ class Parser(argparse.ArgumentParser):
 
     def add(self, group: Any, flag: str, metavar: str, parse: Callable[[str], Any], text: str,
             default: Any = None, required: bool = False) -> None:
-        """A flag with a value; of several the last one counts."""
+        """Add a flag with a value; the last one counts."""
         def convert(value: str) -> Any:
             try:
                 return parse(value)
@@ -3127,7 +3134,7 @@ class Parser(argparse.ArgumentParser):
         group.add_argument(flag, metavar=metavar, type=convert, default=default, required=required, help=text)
 
     def add_switch(self, group: Any, flags: str, text: str, action: str = "store_true") -> None:
-        """A flag without a value; also --flag=true and --flag=false, as the Go plexctl has them."""
+        """Add a flag without a value, and --flag=true and --flag=false, as in the Go plexctl."""
         *short, flag = flags.split()
         self.takes_value.update((each, False) for each in [*short, flag])
         group.add_argument(*short, flag, action=action, default=False, help=text)
@@ -3137,7 +3144,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def create_parser() -> Parser:
-    """One parser for all flags: those of the command may stand before it as well."""
+    """Create one parser for all flags: those of the command may come before it as well."""
     parser = Parser()
     group = parser.add_argument_group("target")
     parser.add(group, "--project-id", "UUID", parse_uuid, "owning Project (required)", required=True)
@@ -3184,7 +3191,7 @@ def create_parser() -> Parser:
 
 
 def describe_unknown(word: str, flags: Sequence[str]) -> str:
-    """An unknown flag without what may be a secret, and which known one was meant."""
+    """Describe an unknown flag, without what may be a secret, and the known one that was probably meant."""
     flag = word.partition("=")[0]
     if re.search(r"\s", flag):
         name = f" ({flag.split()[0]} ...)" if flag.split()[0] in flags else ""
@@ -3201,7 +3208,7 @@ def describe_unknown(word: str, flags: Sequence[str]) -> str:
 
 
 def describe_unexpected(word: str, has_command: bool) -> str:
-    """An argument that is neither a flag, nor a value, nor the command."""
+    """Describe an argument that is neither a flag, nor a value, nor the command."""
     if has_command:
         return f"unexpected argument{show_word(word)}; put -- before the command to run"
     import difflib
@@ -3210,7 +3217,7 @@ def describe_unexpected(word: str, has_command: bool) -> str:
 
 
 def find_flags(words: Sequence[str], takes_value: Mapping[str, bool]) -> List[str]:
-    """The flags and their values, without the command; just the one flag where that is -h or --version.
+    """Return the flags and their values, without the command; -h or --version alone.
 
     What argparse would get wrong ends here: it shows the value of an unknown flag, prints our help for
     `psql -h` without `--`, drops a value of `--` (up to 3.12), and does not split -vv (3.6, 3.7).
@@ -3247,7 +3254,7 @@ def find_flags(words: Sequence[str], takes_value: Mapping[str, bool]) -> List[st
 
 
 def parse_arguments(argv: Sequence[str]) -> Tuple[str, Any]:
-    """What -h or --version prints, or the options; UsageError where they are not right."""
+    """Return what -h or --version prints, or the options."""
     end = argv.index("--") if "--" in argv else len(argv)
     parser = create_parser()
     try:
@@ -3265,7 +3272,7 @@ def parse_arguments(argv: Sequence[str]) -> Tuple[str, Any]:
 
 
 def check_together(options: argparse.Namespace) -> None:
-    """Flags that exclude or need one another; fills in `mode` and what depends on others."""
+    """Check flags that exclude or need one another; set `mode` and defaults that depend on others."""
     def given(*flags: str) -> List[str]:
         return [flag for flag in flags if getattr(options, flag[2:].replace("-", "_"))]
 
@@ -3296,7 +3303,7 @@ def check_together(options: argparse.Namespace) -> None:
 
 
 def find_command(name: str, environ: Environ) -> str:
-    """The program a COMMAND names; exit 127 or 126 as a shell would, before anything is issued."""
+    """Find the program that COMMAND names; exit 127 or 126 like a shell, before anything is issued."""
     path = environ.get("PATH", os.defpath)
     found = shutil.which(name, path=path)
     if found and os.path.isfile(found):
