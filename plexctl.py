@@ -5,16 +5,15 @@
     plexctl tcp-forward --project-id UUID --resource-id UUID --host HOST --port PORT
 
 asks the control plane for a one-time mediated session and prints the local address and the
-listener endpoint on the Node. With --proxy, --stdio or -- COMMAND it carries the bytes as well,
-and revokes the session when it ends.
+listener endpoint on the Node. With --proxy, --stdio or -- COMMAND it also carries the bytes,
+and revokes the session at the end.
 
 Exit codes: 0 done; 1 transport or API failure, no listener endpoint, forwarder error, session
 over; 2 usage; 3 credentials; 4 forbidden; 77 ReBAC denial; with -- COMMAND the status of COMMAND;
-SIGINT, SIGTERM, SIGHUP and the rarer ones end the process by that same signal, after the session
-is revoked.
+a signal that ends the process: that same signal, after the session is revoked.
 
-One file, standard library only, Python 3.6 to 3.15. Read it from the top: a section uses only those
-above it (but for the errors of what loads modules late).
+One file, standard library only, Python 3.6 to 3.15. Read it from the top: a section uses only
+those above it.
 
 Threads: the main one waits for signals; what may block for long, the document's writing too, runs in a
 daemon thread that it waits for, and another one writes messages. Each HTTP exchange has one more, given
@@ -24,15 +23,14 @@ from there and carries one after another, what the client sends itself and what 
 partner (Relay), and revokes the session if that ends before the run does; at the end of the run each
 revocation has a thread. What they share is in Sessions, under its one lock.
 
-The credential: the bearer token is read in the section credentials, and revealed in the section control
-plane alone; what follows holds it as a Secret, keeps it from COMMAND and leaves no core file. The session
-token is revealed by Run.establish alone; the section audit records that, not the token.
+The credential: the bearer token is read in the section credentials and revealed in the section
+control plane alone. Everything else holds it as a Secret; COMMAND does not get it, and no core
+file is left. The session token is revealed by Run.establish alone; the section audit records
+that it was, never the token.
 """
-import gc  # like sys it is built in, and so not looked for in sys.path
 import sys
 
 if __name__ == "__main__":
-    gc.disable()  # while modules load it takes 2 ms and finds nothing; the modes that stay enable it
     if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
         del sys.path[0]  # the directory of the script: another user's argparse.py may lie in /tmp
     # until the handlers stand Ctrl-C ends the process: a KeyboardInterrupt amid an import can be lost
@@ -41,44 +39,63 @@ if __name__ == "__main__":
     if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
         _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
-import errno
-import os
-import time
+try:
+    import logging
 
-import argparse
-import contextlib
-import datetime
-import difflib
-import email.utils
-import fcntl
-import hashlib
-import http.client
-import json
-import logging
-import mmap
-import pwd
-import queue
-import re
-import resource
-import select
-import shutil
-import signal
-import socket
-import socketserver
-import ssl
-import stat
-import struct
-import subprocess
-import termios
-import threading
-import urllib.request
-from typing import (Any, Callable, Dict, IO, Iterator, List, Mapping, NamedTuple, NoReturn, Optional, Sequence,
-                    Set, Tuple)
+    # hashlib, which urllib loads, logs a traceback for each digest that this Python lacks (FIPS);
+    # with a handler that does nothing it stays off stderr
+    _quiet = logging.NullHandler()
+    logging.getLogger().addHandler(_quiet)
+    import hashlib
+
+    logging.getLogger().removeHandler(_quiet)
+    import argparse
+    import contextlib
+    import datetime
+    import email.utils
+    import errno
+    import http.client
+    import ipaddress
+    import json
+    import mmap
+    import os
+    import queue
+    import re
+    import select
+    import shutil
+    import signal
+    import socket
+    import socketserver
+    import ssl
+    import stat
+    import struct
+    import subprocess
+    import threading
+    import time
+    import urllib.error
+    import urllib.request
+    import zlib
+    from typing import (
+        IO, Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Set, Tuple, Type,
+        Union)
+
+    if os.name == "posix":
+        import fcntl
+        import pwd
+        import resource
+        import termios
+except ImportError as error:
+    sys.exit("plexctl: error: this Python lacks the module %s (%s); install its whole standard library "
+             "(Debian, Ubuntu: apt install python3; built from source: with OpenSSL)"
+             % (error.name, ascii(error.msg)[1:-1]))
+except Exception as error:  # no descriptors or memory left, or a library that is damaged
+    sys.exit("plexctl: error: cannot load Python's standard library: %s: %s"
+             % (type(error).__name__, ascii(str(error))[1:-1]))
+
+__version__ = "0.1.0"
 
 Environ = Mapping[str, str]
 Report = Callable[[str], None]  # takes a line for people, from any thread
-
-__version__ = "0.1.0"
 
 EXIT_OK = 0
 EXIT_FAILURE = 1
@@ -92,6 +109,7 @@ EXIT_SIGNAL_BASE = 128
 
 CONNECT_SECONDS = 10
 EXCHANGE_SECONDS = 30
+SILENT_SECONDS = 5  # after which a server that has not answered is mentioned
 LEAVE_SECONDS = 10
 SYSLOG_SECONDS = 2
 CLOSE_SECONDS = 2
@@ -103,6 +121,7 @@ POLL_MAX_SECONDS = 3.0
 WARN_LEFT_SECONDS = (300, 60)
 BODY_MAX_BYTES = 1024 * 1024
 SECRET_FILE_MAX_BYTES = 64 * 1024
+CA_FILE_MAX_BYTES = 16 * 1024 * 1024
 TOKEN_MAX_CHARACTERS = 8192
 SHOWN_MAX_CHARACTERS = 300
 DOCUMENT_MAX_CHARACTERS = 3000  # of a path or a host, each of whose characters may need ten
@@ -123,13 +142,9 @@ class PlexctlError(Exception):
     may_exist = False
     is_told = False  # somebody has said it already
 
-    def __init__(self, message: str, **facts: "Any") -> None:
+    def __init__(self, message: str, **facts: Any) -> None:
         super().__init__(message)
         vars(self).update(facts)
-
-
-class MissingModule(PlexctlError, ImportError):
-    """A module of the standard library that cannot be loaded; found out at its first use."""
 
 
 class UsageError(PlexctlError):
@@ -145,7 +160,7 @@ class CredentialsError(PlexctlError):
 
 
 class TransportError(PlexctlError):
-    """No usable answer of the control plane."""
+    """The control plane gave no answer, or not one that can be used."""
 
 
 class ApiError(PlexctlError):
@@ -153,11 +168,11 @@ class ApiError(PlexctlError):
 
     status = 0
     code = ""
-    retry_after_seconds: "Optional[float]" = None
+    retry_after_seconds: Optional[float] = None
 
 
 class Cancelled(PlexctlError):
-    """A question whose answer nobody waits for any more: the run is ending."""
+    """A request that was given up because the run is ending."""
 
 
 class SessionOver(PlexctlError):
@@ -190,11 +205,11 @@ _CLOCK = 7 if ON_LINUX else getattr(time, "CLOCK_MONOTONIC", None)
 
 
 def elapsed_seconds() -> float:
-    """A clock that nobody sets, and that goes on while the machine sleeps."""
+    """Read a clock that nobody sets and that goes on while the machine sleeps."""
     return time.clock_gettime(_CLOCK) if _CLOCK is not None else time.monotonic()
 
 
-def start_thread(function: "Callable[..., object]", *arguments: "Any") -> bool:
+def start_thread(function: Callable[..., object], *arguments: Any) -> bool:
     """Runs it in a thread that does not keep the process alive; False if there are no more threads."""
     def run() -> None:
         # `stty tostop`: a thread that writes to the terminal from the background would stop all of them
@@ -209,20 +224,11 @@ def start_thread(function: "Callable[..., object]", *arguments: "Any") -> bool:
 
 
 def send_record(path: str, data: bytes, seconds: float) -> None:
-    """Sends it to a unix socket; OSError where that does not take it in time.
-
-    A stream socket, as some syslogs have, gets a NUL behind it, which ends a record there.
-    """
-    for kind, end in ((socket.SOCK_DGRAM, b""), (socket.SOCK_STREAM, b"\0")):
-        with socket.socket(socket.AF_UNIX, kind) as sock:
-            sock.settimeout(seconds)
-            try:
-                sock.connect(path)
-                sock.sendall(data + end)
-                return
-            except OSError as error:
-                if error.errno != errno.EPROTOTYPE or kind == socket.SOCK_STREAM:
-                    raise
+    """Send one datagram to a unix socket; OSError if it is not taken in time."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(seconds)
+        sock.connect(path)
+        sock.sendall(data)
 
 
 def open_nowhere(flags: int) -> int:
@@ -241,147 +247,119 @@ def end_by_signal(signum: int) -> None:
 
 # ---------------------------------------------------------------------------------------- values
 
-DIGITS = frozenset("0123456789")
 PORT_MAX = 65535
 HOST_MAX_CHARACTERS = 253  # RFC 1035, section 2.3.4, as text
 SOCKET_PATH_MAX_BYTES = 100  # sun_path has 104 on macOS, 108 on Linux
-NAME_PATTERN = r"(?a)(?=.{1,253}\Z)(?:LABEL\.)*(?!0[xX]|[0-9]+\.?\Z)LABEL\.?".replace(
-    "LABEL", r"\w(?:[\w-]{0,61}\w)?")  # the last label cannot be taken for a number: RFC 1123, section 2.1
+UUID_PATTERN = "[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"  # RFC 9562, section 4
+LABEL_PATTERN = "[0-9A-Za-z_](?:[0-9A-Za-z_-]{0,61}[0-9A-Za-z_])?"  # of a DNS name; people use _
 URL_PATTERN = r"(?=[!-~]*\Z)(?i:(https?))://([^/?#@\\]+?)(:[0-9]{1,5})?(/[^?#\\]*)?"
 TIME_PATTERN = r"([0-9]{4})-([0-9]{2})-([0-9]{2})[Tt]([0-9]{2}):([0-9]{2}):([0-5][0-9]|60)" \
     r"(\.[0-9]{1,9})?(?:[Zz]|([+-])([01][0-9]|2[0-3]):([0-5][0-9]))"
-LOOPBACK_NAMES = frozenset("localhost localhost4 localhost6 ip6-localhost ip6-loopback".split())
-LOOPBACK_NETWORKS = ("127.0.0.0/8", "::1/128")
-OTHERS_NETWORKS = ("0.0.0.0/32", "::/128", "224.0.0.0/3", "ff00::/8")  # unspecified; multicast, reserved
-LINK_LOCAL_NETWORKS = ("169.254.0.0/16", "fe80::/10",  # and the metadata service of a cloud, and Teredo,
-                       "fd00:ec2::254/128", "2001::/32")  # which hides an IPv4 address
-IPV4_INSIDE = (  # networks of IPv6 addresses in which an IPv4 address stands, from this byte on
-    ("::/96", 12),  # compatible: RFC 4291, section 2.5.5.1
-    ("::ffff:0:0:0/96", 12),  # translated: RFC 2765, section 2.1
-    ("64:ff9b::/96", 12),  # NAT64: RFC 6052, section 2.1
-    ("2002::/16", 2))  # 6to4: RFC 3056, section 2
-IPV4_MAPPED = b"\0" * 10 + b"\xff\xff"  # what such an address begins with: RFC 4291, section 2.5.5.2
+Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 
 
 def escape(text: str, limit: int = SHOWN_MAX_CHARACTERS) -> str:
-    """`text` as printable ASCII, cut to `limit` characters: foreign text cannot drive a terminal."""
+    """Return `text` as printable ASCII, at most `limit` characters: it cannot control a terminal."""
     shown = "".join(c if " " <= c <= "~" else ascii(c)[1:-1] for c in text[:limit + 1])
     return shown if len(shown) <= limit else shown[:limit] + "..."
 
 
-def matching(pattern: str, what: str, convert: "Callable[[str], Any]" = str) -> "Callable[[str], Any]":
-    """A parser of what matches the whole pattern, converted; ValueError says that it must be `what`."""
-    def parse(text: str) -> "Any":
+def matching(pattern: str, what: str, convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
+    """Return a parser for text that matches the whole pattern; its ValueError says what it must be."""
+    def parse(text: str) -> Any:
         if not re.fullmatch(pattern, text):
             raise ValueError("must be " + what)
         return convert(text)
     return parse
 
 
-def one_of(*words: str) -> "Callable[[str], Any]":
-    """A parser that takes just these words (of letters, digits and hyphens)."""
+def one_of(*words: str) -> Callable[[str], Any]:
+    """Return a parser that accepts only these words (of letters, digits and hyphens)."""
     return matching("|".join(words), "one of " + ", ".join(words))
 
 
+UUID_WORDS = "a UUID of 8-4-4-4-12 hexadecimal digits"
+parse_uuid = matching(UUID_PATTERN, UUID_WORDS, str.lower)
+parse_session_id = matching(UUID_PATTERN, UUID_WORDS)  # which goes back as the server wrote it
 parse_seconds = matching(r"[0-9]{1,9}(\.[0-9]{1,9})?", "a number of seconds, 0 or more", float)
-parse_uuid = matching(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}",  # RFC 9562, section 4
-                      "a UUID of 8-4-4-4-12 hexadecimal digits", str.lower)
 
 
 def parse_int(text: str, low: int, high: int) -> int:
-    """Plain ASCII digits, `low` to `high`."""
+    """Parse plain ASCII digits, `low` to `high`."""
     if not re.fullmatch("[0-9]{1,18}", text) or not low <= int(text) <= high:
-        raise ValueError("must be a whole number from %d to %d" % (low, high))
+        raise ValueError(f"must be a whole number from {low} to {high}")
     return int(text)
 
 
 def parse_target_host(text: str) -> str:
-    """A target host as the Node will see it: printable, no white space."""
+    """Check a target host as the Node will see it: printable, no white space."""
+    if "/" in text:
+        raise ValueError("must be a host name or address, not a URL")
     if not 1 <= len(text) <= HOST_MAX_CHARACTERS or not text.isprintable() or " " in text:
         raise ValueError("must be a host name or address without white space")
     if text.count(":") == 1:
-        raise ValueError("must be a host alone; its port goes in --port")
+        raise ValueError("must be a host name or address alone; the port goes in --port")
     return text
 
 
-def pack_address(host: str) -> bytes:
-    """The 4 or 16 bytes of an IP address literal (4 of an IPv4-mapped one, too); b"" for anything else.
+def parse_address(host: str) -> Optional[Address]:
+    """Parse an IP address literal, an IPv4-mapped one as IPv4; return None for anything else.
 
-    connect() takes 127.1, 0 and 010.0.0.1 for addresses; inet_pton does not.
+    Up to 3.9.4 ipaddress takes the leading zeros of 010.0.0.1, which connect() reads as octal.
     """
+    if not re.fullmatch("[0-9a-fA-F:.]+", host) or re.search(r"\b0[0-9]+\.|\.0[0-9]", host):
+        return None
     try:
-        packed = socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
-    except (OSError, ValueError):
-        return b""
-    return packed[12:] if packed.startswith(IPV4_MAPPED) else packed
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
 
 
-def is_within(packed: bytes, *networks: str) -> bool:
-    """Whether a packed address lies in one of these networks, written as in RFC 4632, section 3.1."""
-    for network in networks:
-        prefix, _, bits = network.partition("/")
-        first = pack_address(prefix)
-        rest = 8 * len(first) - int(bits)
-        if len(first) == len(packed) and (
-                int.from_bytes(first, "big") >> rest == int.from_bytes(packed, "big") >> rest):
-            return True
-    return False
+def is_host_name(text: str) -> bool:
+    """Tell whether this is a DNS name. With a number as the last label, connect() takes it for an address."""
+    labels = (text[:-1] if text.endswith(".") else text).split(".")
+    return (len(text) <= HOST_MAX_CHARACTERS and all(re.fullmatch(LABEL_PATTERN, each) for each in labels)
+            and not re.fullmatch("0[xX].*|[0-9]+", labels[-1]))
 
 
 def is_loopback(host: str) -> bool:
-    """Whether `host` (a literal or a name) can only be this machine."""
-    return host.lower().rstrip(".") == "localhost" or is_within(pack_address(host), *LOOPBACK_NETWORKS)
-
-
-def is_own_name(host: str) -> bool:
-    """Whether a name is one of this host's. Nothing is looked up."""
-    own = socket.gethostname().lower()
-    name = host.lower().rstrip(".")
-    label, _, domain = name.partition(".")
-    return (name in (own, own.partition(".")[0]) or name.endswith(".localhost")
-            or label in LOOPBACK_NAMES and (not domain or domain.startswith("localdomain")))
+    """Tell whether `host` (a literal or a name) can only be this machine."""
+    address = parse_address(host)
+    return address.is_loopback if address else host.lower().rstrip(".") == "localhost"
 
 
 def is_dialable(host: str, from_loopback: bool = False) -> bool:
-    """Whether a listener endpoint may be at `host`, a name or an address.
+    """Tell whether a listener endpoint may be at this address; a name is judged once it is looked up.
 
-    Not on this machine, no multicast, no Teredo, nothing link-local (169.254/16, where clouds keep
-    their metadata service, fe80::/10), nor an IPv6 address in which such an IPv4 address stands.
-    `from_loopback`: the control plane is on this machine, and so may be the Node; what is
-    link-local stays refused, since a control plane behind `ssh -L` is on loopback, too.
+    Not on this machine and no multicast, unless `from_loopback`: the control plane is here, and so
+    may be the Node. Never link-local: clouds have their metadata service there, and a control
+    plane behind `ssh -L` is on loopback, too.
     """
-    packed = pack_address(host.partition("%")[0])  # getaddrinfo gives fe80::1%eth0
-    if not packed:
-        return from_loopback or not is_own_name(host)
-    refused = LINK_LOCAL_NETWORKS if from_loopback else (
-        LINK_LOCAL_NETWORKS + LOOPBACK_NETWORKS + OTHERS_NETWORKS)
-    embedded = [packed[at:at + 4] for network, at in IPV4_INSIDE if is_within(packed, network)]
-    return not any(is_within(each, *refused) for each in [packed] + embedded)
+    address = parse_address(host.partition("%")[0])  # getaddrinfo gives fe80::1%eth0
+    if address is None:
+        return True
+    if address.is_link_local:
+        return False
+    return from_loopback or not (address.is_loopback or address.is_unspecified or address.is_multicast)
 
 
 def join_host_port(host: str, port: int) -> str:
-    """host:port, with brackets around an IPv6 address (RFC 3986, section 3.2.2)."""
-    return "%s:%d" % ("[%s]" % host if ":" in host and host[0] != "[" else host, port)
+    """Return host:port, with brackets around an IPv6 address (RFC 3986, section 3.2.2)."""
+    return f"[{host}]:{port}" if ":" in host and host[0] != "[" else f"{host}:{port}"
 
 
 class Record:
-    """Named fields, in the order of the annotations: what dataclasses (3.7) would be used for."""
+    """Named fields in the order of the annotations; to be removed with Counts, its last user."""
 
-    def __init__(self, *values: "Any", **named: "Any") -> None:
-        fields = type(self).__annotations__
-        vars(self).update(zip(fields, values), **named)
-        if len(values) > len(fields) or vars(self).keys() - fields.keys() \
-                or not all(hasattr(self, name) for name in fields):
-            raise TypeError("%s takes %s" % (type(self).__name__, ", ".join(fields)))
-
-    def __init_subclass__(cls) -> None:  # for pydoc
-        cls.__doc__ = "%s\n\n    Fields: %s.\n    " % (cls.__doc__, ", ".join(cls.__annotations__))
+    def __init__(self, *values: Any) -> None:
+        vars(self).update(zip(type(self).__annotations__, values))
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)
 
 
-class Endpoint(Record):
+class Endpoint(NamedTuple):
     """A host and a port that passed the strict parsers. `str()` gives host:port."""
 
     host: str
@@ -392,17 +370,16 @@ class Endpoint(Record):
 
 
 def parse_endpoint(text: str, lowest_port: int = 1) -> Endpoint:
-    """host:port or [IPv6]:port; the host an address literal or a DNS name; no 127.1, no 0."""
+    """Parse host:port or [IPv6]:port; the host is an address literal or a DNS name, not 127.1 or 0."""
     left, _, port = text.rpartition(":")
-    host = left[1:-1] if left.startswith("[") and left.endswith("]") else left
-    has_brackets = host != left
-    if len(port) > 5 or has_brackets != (":" in host) or not (
-            re.fullmatch(NAME_PATTERN, host) or pack_address(host)):
+    has_brackets = left.startswith("[") and left.endswith("]")
+    host = left[1:-1] if has_brackets else left
+    if len(port) > 5 or has_brackets != (":" in host) or not (is_host_name(host) or parse_address(host)):
         raise ValueError("must be host:port, with brackets around an IPv6 address")
     return Endpoint(host, parse_int(port, lowest_port, PORT_MAX))
 
 
-class LocalAddress(Record):
+class LocalAddress(NamedTuple):
     """Where the operator's side listens: a literal address and a port, or a unix socket's path."""
 
     host: str
@@ -414,24 +391,24 @@ class LocalAddress(Record):
 
 
 def parse_local_address(text: str) -> LocalAddress:
-    """127.0.0.1:0, [::1]:0 or unix:/path. `localhost` is taken for 127.0.0.1, so it stays literal."""
+    """Parse 127.0.0.1:0, [::1]:0 or unix:/path. `localhost` becomes 127.0.0.1, to be printed literally."""
     scheme, _, path = text.partition(":")
     if scheme == "unix":
         if path[:1] != "/" or not path.isprintable() or len(os.fsencode(path)) > SOCKET_PATH_MAX_BYTES:
-            raise ValueError("must be unix: and an absolute path of at most %d bytes" % SOCKET_PATH_MAX_BYTES)
+            raise ValueError(f"must be unix: and an absolute path of at most {SOCKET_PATH_MAX_BYTES} bytes")
         return LocalAddress("", 0, path)
     try:
         endpoint = parse_endpoint(text, lowest_port=0)
-        host = "127.0.0.1" if endpoint.host.lower() == "localhost" else endpoint.host
-        if pack_address(host):
-            return LocalAddress(host, endpoint.port)
     except ValueError:
-        pass
-    raise ValueError("must be ADDRESS:PORT, [ADDRESS]:PORT or unix:/path; a literal address, "
-                     "port 0 to %d" % PORT_MAX)
+        endpoint = Endpoint("", 0)
+    host = "127.0.0.1" if endpoint.host.lower() == "localhost" else endpoint.host
+    if parse_address(host) is None:
+        raise ValueError("must be ADDRESS:PORT, [ADDRESS]:PORT or unix:/path; a literal address, "
+                         f"port 0 to {PORT_MAX}")
+    return LocalAddress(host, endpoint.port)
 
 
-class Server(Record):
+class Server(NamedTuple):
     """A control plane's URL; the host in lower case, no slash at the end of `prefix`."""
 
     scheme: str
@@ -440,15 +417,15 @@ class Server(Record):
     prefix: str
 
     def __str__(self) -> str:
-        return "%s://%s%s" % (self.scheme, join_host_port(self.host, self.port), self.prefix)
+        return f"{self.scheme}://{join_host_port(self.host, self.port)}{self.prefix}"
 
     def same_origin(self, other: "Server") -> bool:
-        """Same scheme, host and port (RFC 6454, section 5)."""
-        return (self.scheme, self.host, self.port) == (other.scheme, other.host, other.port)
+        """Tell whether scheme, host and port are the same (RFC 6454, section 5)."""
+        return self[:3] == other[:3]
 
 
 def parse_server(text: str, allow_http: bool) -> Server:
-    """An absolute https URL; http only for loopback, or where `allow_http` says so."""
+    """Parse an absolute https URL; http only for loopback, or with `allow_http`."""
     found = re.fullmatch(URL_PATTERN, text)
     if not found:
         raise ValueError("must be an absolute https:// URL without user info, query, fragment or white space")
@@ -464,7 +441,7 @@ def parse_server(text: str, allow_http: bool) -> Server:
 
 
 def parse_time(text: str) -> float:
-    """An RFC 3339 date-time, as seconds since the epoch. A leap second counts as the one before."""
+    """Parse an RFC 3339 time into seconds since the epoch. A leap second counts as the one before it."""
     found = re.fullmatch(TIME_PATTERN, text)
     if not found:
         raise ValueError("is not an RFC 3339 time")
@@ -475,9 +452,9 @@ def parse_time(text: str) -> float:
     return moment.timestamp() + float(fraction) + (offset if sign == "-" else -offset)
 
 
-def parse_json(raw: bytes) -> "Any":
-    """Strict JSON (RFC 8259): UTF-8, no NaN, no duplicate keys, no lone surrogates. Numbers are floats."""
-    def unique(pairs: "List[Tuple[str, Any]]") -> "Dict[str, Any]":
+def parse_json(raw: bytes) -> Any:
+    """Parse strict JSON (RFC 8259): UTF-8, no NaN, duplicate keys, lone surrogates. Numbers become floats."""
+    def unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
         fields = dict(pairs)
         if len(fields) != len(pairs):
             raise ValueError("duplicate key")
@@ -494,40 +471,56 @@ def parse_json(raw: bytes) -> "Any":
 
 
 def show_bytes(count: int) -> str:
-    """A byte count for people: 512 B, 1.5 KiB, 3.2 GiB."""
+    """Format a byte count for people: 512 B, 1.5 KiB, 3.2 GiB."""
     power = min(4, max(0, count.bit_length() - 1) // 10)
-    return "%.1f %siB" % (count / 1024 ** power, " KMGT"[power]) if power else "%d B" % count
+    return f"{count / 1024 ** power:.1f} {' KMGT'[power]}iB" if power else f"{count} B"
 
 
 def show_seconds(seconds: float) -> str:
-    """A duration for people: 5s, 2m05s, 1h02m."""
+    """Format a duration for people: 5s, 2m05s, 1h02m."""
     minutes, rest = divmod(max(0, int(seconds)), 60)
     if minutes >= 60:
-        return "%dh%02dm" % divmod(minutes, 60)
-    return "%dm%02ds" % (minutes, rest) if minutes else "%ds" % rest
+        return f"{minutes // 60}h{minutes % 60:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+HTTP_FAULTS = (  # the first that fits counts
+    (http.client.RemoteDisconnected, "the server closed the connection"),
+    (ssl.SSLEOFError, "the server closed the connection"),
+    (ssl.SSLZeroReturnError, "the server closed the connection"),
+    (http.client.LineTooLong, "a header is too long"),
+    (http.client.IncompleteRead, "the answer was cut off"),
+    (http.client.BadStatusLine, "the answer is not HTTP"),
+    (http.client.UnknownProtocol, "the answer is not HTTP/1.1"))
 
 
 def show_error(error: BaseException) -> str:
-    """Why something failed, without what it was given: a message may hold a header or a body."""
-    reason = getattr(error, "reason", None)  # URLError's and SSLError's
-    if isinstance(reason, BaseException):
-        return show_error(reason)
-    kind = type(error).__name__
-    verify_message = getattr(error, "verify_message", "")  # 3.6 has none
-    if kind == "CertificateError" and not verify_message:  # 3.6; a ValueError there
-        verify_message = "it is for another host name"
-    if verify_message or reason == "CERTIFICATE_VERIFY_FAILED":
-        return "certificate not trusted" + (": " + escape(verify_message) if verify_message else "")
-    if kind == "SSLError" and reason:
+    """Say why something failed. Most texts of exceptions are not used: they may hold a header or a body."""
+    if isinstance(error, urllib.error.URLError) and isinstance(error.reason, BaseException):
+        return show_error(error.reason)
+    for kind, words in HTTP_FAULTS:
+        if isinstance(error, kind):
+            return words
+    if type(error) is http.client.HTTPException:  # it has no class of its own
+        return "too many headers"
+    reason = getattr(error, "reason", None)  # of an SSLError
+    if isinstance(error, ssl.CertificateError) or reason == "CERTIFICATE_VERIFY_FAILED":
+        # 3.6 has no verify_message, and its CertificateError is for the host name alone
+        default = "it is for another host name" if not isinstance(error, ssl.SSLError) else ""
+        words = escape(getattr(error, "verify_message", "") or default)
+        return "certificate not trusted" + (f": {words}" if words else "")
+    if isinstance(error, ssl.SSLError) and reason:
         return "TLS failed: " + escape(reason.replace("_", " ").lower())
-    _, by_proxy, answer = str(error).partition("Tunnel connection failed: ")  # http.client's words
-    if by_proxy and kind == "OSError":
-        return "the proxy refused: " + escape(answer)
+    if isinstance(error, (socket.timeout, TimeoutError)) and not error.strerror:
+        return "timed out"
     if isinstance(error, ImportError):
         return escape(error.msg)
-    if isinstance(error, OSError) and error.strerror and "SSL" not in kind:
+    if isinstance(error, OSError) and error.strerror and not isinstance(error, ssl.SSLError):
         return escape(error.strerror)
-    return "timed out" if kind in ("timeout", "TimeoutError") else kind
+    _, is_proxy_s, refusal = str(error).partition("Tunnel connection failed: ")  # http.client's words
+    if is_proxy_s and type(error) is OSError:
+        return "the proxy refused: " + escape(refusal)
+    return type(error).__name__
 
 
 # ----------------------------------------------------------------------------------- credentials
@@ -535,6 +528,8 @@ def show_error(error: BaseException) -> str:
 CONFIG_SHAPE = ('{"default": "prod", "profiles": {"prod": '
                 '{"server": "https://plexsphere.example.com", "token": "psk_..."}}}')
 OPEN_AT_ONCE = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)  # Windows has neither
+ALL_BITS, WRITE_BITS = 0o077, 0o022  # of the group and of others
+BYTE_ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 
 
 class Secret:
@@ -547,156 +542,199 @@ class Secret:
         self.source = source
 
     def reveal(self) -> str:
-        """The value itself."""
+        """Return the value."""
         return self._value
 
     def __repr__(self) -> str:
         return "Secret(...)"
 
-    def __reduce__(self) -> "NoReturn":
+    def __reduce__(self) -> NoReturn:
         raise TypeError("a Secret is not pickled or copied")
 
 
+def find_token_fault(raw: bytes) -> str:
+    """Say what is wrong with a bearer token, without showing it; "" if nothing is."""
+    if not raw:
+        return "is empty"
+    if raw.startswith(BYTE_ORDER_MARKS):
+        return "starts with a byte-order mark; save it as plain ASCII"
+    if raw.lower().startswith(b"bearer "):
+        return 'starts with "Bearer "; give the token alone'
+    if b"\n" in raw or b"\r" in raw:
+        return "contains a line break"
+    if b" " in raw or b"\t" in raw:
+        return "contains a space"
+    if len(raw) > TOKEN_MAX_CHARACTERS:
+        return f"is longer than {TOKEN_MAX_CHARACTERS} characters"
+    return "" if re.fullmatch(b"[!-~]+", raw) else "contains a character that is not printable ASCII"
+
+
 def parse_token(raw: bytes, source: str) -> Secret:
-    """A bearer token: one line end is dropped, the rest is 1 to 8192 characters of \\x21-\\x7e."""
+    """Parse a bearer token: one line end is dropped, the rest must be 1 to 8192 characters of \\x21-\\x7e."""
     kept = raw[:-2] if raw.endswith(b"\r\n") else raw[:-1] if raw.endswith(b"\n") else raw
-    if not 1 <= len(kept) <= TOKEN_MAX_CHARACTERS or not set(kept) <= set(range(0x21, 0x7F)):
-        raise CredentialsError("%s: must hold one token of 1 to %d printable ASCII characters, and "
-                               "nothing else" % (source, TOKEN_MAX_CHARACTERS))
+    fault = find_token_fault(kept)
+    if fault:
+        raise CredentialsError(f"{source}: the token {fault}")
     return Secret(kept.decode("ascii"), source)
 
 
-def find_file_fault(status: os.stat_result, forbidden_bits: int, may_be_pipe: bool = False) -> str:
-    """What speaks against a file that only we, or root, should be able to use; "" for nothing."""
-    if not (stat.S_ISREG(status.st_mode) or may_be_pipe and stat.S_ISFIFO(status.st_mode)):
-        return "must be a regular file" + (" or a pipe" if may_be_pipe else "")
+def show_word(word: str) -> str:
+    """Quote a word of the command line for a message; "" if it may be a token in the wrong place."""
+    may_be_token = len(word) > 20 or word.lower().startswith("psk")
+    return "" if may_be_token and not os.path.isdir(os.path.dirname(word)) else f" '{escape(word)}'"
+
+
+def find_file_fault(status: os.stat_result, forbidden_bits: int) -> str:
+    """Say why a file is not safe: only we and root may own it and use it in these ways. "" if it is."""
     if os.name != "posix":
         return ""
     if status.st_uid not in (os.geteuid(), 0):
-        return "is owned by uid %d, must be yours or root's" % status.st_uid
+        return f"is owned by uid {status.st_uid}, must be yours or root's"
     mode = stat.S_IMODE(status.st_mode)
-    return "has mode %04o, others may use it; chmod 600" % mode if mode & forbidden_bits else ""
+    advice = "chmod go-w" if forbidden_bits == WRITE_BITS else (
+        "chmod 600 (a mounted secret: --token-file - < FILE)")
+    return f"permissions {mode:04o} are too open; run {advice}" if mode & forbidden_bits else ""
 
 
 def is_standard_input(path: str) -> bool:
-    """Whether it names the file that is descriptor 0: "-", /dev/stdin, or whatever was redirected."""
+    """Tell whether this names the file that is descriptor 0: "-", /dev/stdin, or what was redirected."""
     try:
         return path == "-" or os.path.samestat(os.stat(path), os.fstat(0))
     except (OSError, ValueError):
         return False
 
 
-def read_limited(descriptor: int, source: str) -> bytes:
-    """All of it, up to SECRET_FILE_MAX_BYTES."""
+def read_limited(descriptor: int, limit: int) -> bytes:
+    """Read to the end, waiting for a pipe's writer; ValueError if there are more than `limit` bytes."""
     raw = b""
-    while len(raw) <= SECRET_FILE_MAX_BYTES:
+    while len(raw) <= limit:
         try:
-            piece = os.read(descriptor, SECRET_FILE_MAX_BYTES + 1 - len(raw))
-        except BlockingIOError:  # a pipe whose writer takes its time
+            piece = os.read(descriptor, limit + 1 - len(raw))
+        except BlockingIOError:
             wait_for(descriptor, select.POLLIN)
             continue
-        except OSError as error:
-            raise CredentialsError("%s: cannot be read: %s" % (source, show_error(error))) from error
         if not piece:
             return raw
         raw += piece
-    raise CredentialsError("%s: is larger than %d bytes" % (source, SECRET_FILE_MAX_BYTES))
+    raise ValueError(f"is larger than {limit} bytes")
 
 
-def read_secret_file(path: str, source: str) -> bytes:
-    """Reads a file that nobody else can read or replace; "-" is standard input, as it is.
+def read_own_file(path: str, source: str, forbidden_bits: int = ALL_BITS, limit: int = SECRET_FILE_MAX_BYTES,
+                  kind: Type[PlexctlError] = CredentialsError) -> bytes:
+    """Read a file on which others have none of the `forbidden_bits`; "-" is standard input, unchecked.
 
     It is opened first and then judged by its descriptor, so that nothing can be swapped in
     between; non-blocking, since a FIFO without a writer would block `open` for ever. The file that
     is descriptor 0, by whatever name, is read there: opened once more it would start anew, and
-    all of it would be left for --stdio or COMMAND to give away.
+    all of it would be left for --stdio or COMMAND to give away. An error of `kind` where it cannot
+    be read, CredentialsError where it is not safe.
     """
-    if path == "-":
-        return read_limited(0, source)
     at_stdin = is_standard_input(path)
+    if at_stdin and sys.stdin is None:
+        raise kind(f"{source}: standard input is closed")
     try:
         descriptor = os.dup(0) if at_stdin else os.open(path, os.O_RDONLY | OPEN_AT_ONCE)
     except (OSError, ValueError) as error:
-        raise CredentialsError("%s: cannot be opened: %s" % (source, show_error(error))) from error
+        raise kind(f"{source}: cannot be opened: {show_error(error)}") from error
     try:
         status = os.fstat(descriptor)
         is_file = stat.S_ISREG(status.st_mode)
-        fault = find_file_fault(status, 0o077, may_be_pipe=True) if is_file or not at_stdin else ""
-        if fault:
-            raise CredentialsError("%s: %s" % (source, fault))
-        if is_file:
+        if not at_stdin and not is_file and not stat.S_ISFIFO(status.st_mode):
+            raise ValueError("must be a regular file or a pipe")
+        if path != "-" and (is_file or not at_stdin):
+            fault = find_file_fault(status, forbidden_bits)
+            if fault:
+                raise CredentialsError(f"{source}: {fault}")
+        if path != "-" and is_file:
             os.lseek(descriptor, 0, os.SEEK_SET)
-        return read_limited(descriptor, source)
+        return read_limited(descriptor, limit)
+    except OSError as error:
+        raise kind(f"{source}: cannot be read: {show_error(error)}") from error
+    except ValueError as error:
+        raise kind(f"{source}: {error}") from error
     finally:
         os.close(descriptor)
 
 
-class Profile(Record):
+def read_ca_file(path: str) -> str:
+    """Read the PEM text of --ca-file. Whoever can write it decides which server gets the bearer token."""
+    source = "--ca-file " + escape(path)
+    raw = read_own_file(path, source, WRITE_BITS, CA_FILE_MAX_BYTES, UsageError)
+    if b"-----BEGIN CERTIFICATE-----" not in raw:
+        raise UsageError(f"{source}: not a PEM bundle of certificates")
+    return raw.decode("ascii", "ignore")  # comments may be in UTF-8
+
+
+class Profile(NamedTuple):
     """One entry of the config file: server URL and token, either may be missing ("", None)."""
 
     server: str = ""
-    token: "Optional[Secret]" = None
+    token: Optional[Secret] = None
 
 
-def find_own_file(variable: str, below_home: str, name: str, environ: "Environ") -> str:
-    """plexctl's file in an XDG base directory (freedesktop.org); "" where there is no home for it."""
+def find_own_file(variable: str, below_home: str, name: str, environ: Environ) -> str:
+    """Return the path of our file in an XDG base directory (freedesktop.org); "" without a home directory."""
     base = environ.get(variable, "")
     if not os.path.isabs(base):
         base = os.path.join(environ.get("HOME") or os.path.expanduser("~"), below_home)
     return os.path.join(base, "plexctl", name) if os.path.isabs(base) else ""
 
 
-def is_object(value: "Any", **types: type) -> bool:
-    """Whether this is a JSON object with no fields but these, each of its type."""
+def is_object(value: Any, **types: type) -> bool:
+    """Tell whether this is a JSON object with only these fields, each of its type."""
     return isinstance(value, dict) and all(isinstance(value[name], types.get(name, ())) for name in value)
 
 
-def read_profile(name: str, environ: "Environ") -> Profile:
-    """The profile called `name`, or for "" the config file's default one; an empty one if there is none."""
+def read_profile(name: str, environ: Environ) -> Profile:
+    """Read the profile called `name`, or for "" the default one, which may be empty."""
     path = find_own_file("XDG_CONFIG_HOME", ".config", "config.json", environ)
     source = "config file " + escape(path)
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         if name:
-            raise CredentialsError("--profile: no such profile, there is no %s; it must have the shape %s" % (
-                source, CONFIG_SHAPE)) from None
+            raise CredentialsError(f"--profile: there is no {source}; expected {CONFIG_SHAPE}") from None
         return Profile()
-    except OSError:  # read_secret_file says why
+    except OSError:  # read_own_file says why
         pass
     try:
-        document = parse_json(read_secret_file(path, source))
+        document = parse_json(read_own_file(path, source))
     except ValueError:
         document = None
     profiles = document.get("profiles") if is_object(document, default=str, profiles=dict) else None
     if profiles is None or not all(is_object(entry, server=str, token=str) for entry in profiles.values()):
-        raise CredentialsError("%s: must have the shape %s" % (source, CONFIG_SHAPE))
+        raise CredentialsError(f"{source}: expected {CONFIG_SHAPE}")
     wanted = name or document.get("default")
     if not wanted:
         return Profile()
     if wanted not in profiles:
-        raise CredentialsError("%s: has no such profile as %s names, but %s" % (
-            source, "--profile" if name else '"default"',
-            escape(", ".join(sorted(profiles))) or "none at all"))
-    profile = Profile(profiles[wanted].get("server", ""))
-    if "token" in profiles[wanted]:
-        raw = profiles[wanted]["token"].encode("utf-8")
-        profile.token = parse_token(raw, "token of a profile in " + source)
-    return profile
+        flag, available = "--profile" if name else '"default"', escape(", ".join(sorted(profiles)))
+        raise CredentialsError(f"{flag}: no profile{show_word(wanted)} in {source}; "
+                               f"available: {available or 'none'}")
+    entry, token = profiles[wanted], None
+    if "token" in entry:
+        token = parse_token(entry["token"].encode("utf-8"), f"token of a profile in {source}")
+    return Profile(entry.get("server", ""), token)
 
 
 def check_server(text: str, source: str, allow_http: bool) -> Server:
-    """parse_server, as a UsageError that names the source."""
+    """Parse a server's URL; UsageError names the source."""
     try:
         return parse_server(text, allow_http)
     except ValueError as error:
-        raise UsageError("%s: %s" % (source, error)) from None
+        raise UsageError(f"{source}: {error}") from None
 
 
-def resolve_credentials(server_flag: "Optional[str]", profile_flag: "Optional[str]",
-                        token_file: "Optional[str]", allow_http: bool,
-                        environ: "Environ") -> "Tuple[Server, Secret]":
-    """Server and bearer token, of each the first that is given: flag, --profile, environment, default one.
+def read_token_file(path: str) -> Secret:
+    """Read --token-file. What is neither a path nor a file may be the token itself."""
+    is_path = path[:1] in "/.~-" or os.path.lexists(path)
+    source = "--token-file " + escape(path) if is_path else "--token-file" + show_word(path)
+    return parse_token(read_own_file(path, source), source)
+
+
+def resolve_credentials(server_flag: Optional[str], profile_flag: Optional[str], token_file: Optional[str],
+                        allow_http: bool, environ: Environ) -> Tuple[Server, Secret]:
+    """Find server and bearer token, each in: its flag, --profile, the environment, the default profile.
 
     A token that stands in a profile goes to that profile's own server and to no other.
     """
@@ -714,10 +752,7 @@ def resolve_credentials(server_flag: "Optional[str]", profile_flag: "Optional[st
     server = check_server(text, source, allow_http)
 
     if token_file:
-        # one that does not exist is not shown: it may be the token itself
-        is_known = token_file == "-" or os.path.lexists(token_file)
-        source = "--token-file " + escape(token_file) if is_known else "--token-file"
-        return server, parse_token(read_secret_file(token_file, source), source)
+        return server, read_token_file(token_file)
     if variable and not named.token:
         return server, parse_token(variable.encode("utf-8", "surrogateescape"), "PLEXSPHERE_TOKEN")
     profile = named if named.token else default
@@ -725,8 +760,8 @@ def resolve_credentials(server_flag: "Optional[str]", profile_flag: "Optional[st
         raise CredentialsError("no credentials: give --token-file, a profile, or PLEXSPHERE_TOKEN")
     if not profile.server or not check_server(
             profile.server, "server of the profile", allow_http).same_origin(server):
-        raise CredentialsError("the token of a profile goes only to that profile's own server; "
-                               "give --token-file for another one")
+        raise CredentialsError(f"the token of a profile goes only to that profile's own server, and {source} "
+                               "names another one; give --token-file for that")
     return server, profile.token
 
 
@@ -737,32 +772,35 @@ SUCCESS = range(200, 300)
 EXPECTED = {ISSUE: {201}, GET: {200}, REVOKE: {*SUCCESS, 404, 409, 410}}  # a session that is gone is revoked
 JITTER_SECONDS = 0.2
 CANCEL_POLL_SECONDS = 0.1
+PIECE_BYTES = 64 * 1024
 FINDABLE_CHARACTERS = 8  # of a secret; a shorter one is in any text
+PROXY_PATTERN = r"(?i:http)://(?:(?:[\w.~!$&'()*+,;=:-]|%[0-9A-Fa-f]{2})*@)?([^/@]+)/?"
+PROXY_FORM = "http://[USER:PASSWORD@]HOST:PORT"
 
 
-class Session(Record):
+class Session(NamedTuple):
     """What GetSession returns (schema Session), the fields that matter here."""
 
-    session_id: str
+    session_id: str  # as the server wrote it when it issued the session
     status: str  # active, revoked, expired
     issued_at: float  # seconds since the epoch, by the server's clock; 0: not told
-    listener_endpoint: "Optional[Endpoint]"  # None until the Node has reported it
+    listener_endpoint: Optional[Endpoint]  # None until the Node has reported it
     revoke_reason: str  # "" where there is none
 
 
-class IssuedSession(Record):
+class IssuedSession(NamedTuple):
     """What IssueSession returns (schema IssuedSession), checked."""
 
-    session_id: str
+    session_id: str  # as the server wrote it
     token: Secret  # the one-time session token
     expires_at: str  # RFC 3339, as the server wrote it
     lifetime_seconds: float  # by the server's own clock
     issued_on: float  # elapsed_seconds() when it was asked for
     session: Session
-    listener_endpoint: "Optional[Endpoint]"
+    listener_endpoint: Optional[Endpoint]
 
 
-class SessionRequest(Record):
+class SessionRequest(NamedTuple):
     """What an operator asks for (schema IssueSessionRequest, kind tcp)."""
 
     project_id: str
@@ -771,112 +809,167 @@ class SessionRequest(Record):
     port: int
     ttl_seconds: int = 0  # 0: the server's default
 
-    def _replace(self, **named: "Any") -> "SessionRequest":
-        return SessionRequest(**dict(vars(self), **named))
-
 
 class Exchange:
-    """One request, in a thread that can be given up on, and its answer: `status`, `headers`, `body`.
+    """One request, and its answer: `status`, `headers`, `body`.
 
-    A time-out of urllib's is for each recv, and looking a name up has none at all. `sent`: the server
-    may have the request.
+    It runs in a thread of its own, which `run` stops waiting for at the deadline: a time-out of
+    urllib's is for each recv, and the look-up of a name has none. `sent`: the server may have the
+    request.
     """
-
-    status = 0
-    headers: "Any" = None  # email.message.Message
-    body = b""
-    sent = False
-    _is_given_up = False
-    _socket: "Any" = None
-    _error: "Optional[PlexctlError]" = None
 
     def __init__(self, operation: str, peer: str) -> None:
         self.operation = operation
-        self._peer = peer
+        self.peer = peer
+        self.status = 0
+        self.headers: Any = {}  # email.message.Message
+        self.body = bytearray()
+        self.sent = False
+        self.is_given_up = False
+        self.connection: Optional[PlaneConnection] = None
+        self._error: Optional[TransportError] = None
         self._done = threading.Event()
 
-    def run(self, opener: "Any", request: "Any", seconds: float, cancel: "Optional[threading.Event]") -> None:
-        """Gets the answer within `seconds`, or TransportError; Cancelled once `cancel` is set."""
+    def run(self, opener: urllib.request.OpenerDirector, request: Any, seconds: float,
+            is_needless: Callable[[], bool], tell: Callable[[], None]) -> None:
+        """Get the answer within `seconds`, or raise TransportError; Cancelled once it `is_needless`.
+
+        `tell` is called after SILENT_SECONDS without one.
+        """
         request.exchange = self
-        if not start_thread(self._carry_out, opener, request):
-            self._carry_out(opener, request)  # no more threads; the limits are those of each recv, then
+        if not start_thread(self._perform, opener, request):
+            self._perform(opener, request)  # no more threads: the limits are those of each recv, then
         deadline = elapsed_seconds() + seconds
+        tell_on: Optional[float] = elapsed_seconds() + SILENT_SECONDS
         while not self._done.wait(max(0.0, min(CANCEL_POLL_SECONDS, deadline - elapsed_seconds()))):
-            is_cancelled = cancel is not None and cancel.is_set()
-            if is_cancelled or elapsed_seconds() >= deadline:
-                self._is_given_up = True
-                try:
-                    self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
-                except (OSError, AttributeError):  # not open any more, or not yet
-                    pass
-                if is_cancelled:
-                    raise Cancelled("%s: given up, the run is ending" % self.operation)
-                raise self._fail("timed out after %.3g s" % seconds, True)
+            if is_needless():
+                self._give_up()
+                raise Cancelled(f"{self.operation}: given up, the run is ending")
+            if elapsed_seconds() >= deadline:
+                self._give_up()
+                raise self._fail(f"timed out after {seconds:.3g} s")
+            if tell_on and elapsed_seconds() >= tell_on:
+                tell_on = None
+                tell()
         if self._error is not None:
             raise self._error
 
-    def open_socket(self, address: "Tuple[str, int]", *arguments: "Any") -> "socket.socket":
-        """A connected socket for http.client, in the exchange's thread."""
-        host: Any = address[0].encode("ascii")  # for a str, getaddrinfo loads the IDNA codec, 1 ms
-        sock = socket.create_connection((host, address[1]), *arguments)
-        # a duplicate is kept: ssl detaches the original, http.client forgets it after the head
-        self._socket = sock.dup()
-        if self._is_given_up:  # too late: it was said that nothing was sent
-            sock.close()
-            raise TimeoutError
-        return sock
+    def _give_up(self) -> None:
+        self.is_given_up = True
+        if self.connection is not None:
+            self.connection.wake()
 
-    def _carry_out(self, opener: "Any", request: "Any") -> None:
+    def _perform(self, opener: urllib.request.OpenerDirector, request: Any) -> None:
+        fault = ""
         try:
             with opener.open(request, timeout=CONNECT_SECONDS) as response:
-                self.status = response.status
-                self.headers = response.headers
-                self.body = read_body(response)
-        except PlexctlError as error:
-            self._error = error
+                self.status, self.headers = response.status, response.headers
+                fault = read_body(response, self.body)
         except Exception as error:  # OSError, HTTPException, ValueError, RecursionError, MemoryError, ...
-            # made here and raised elsewhere: the context of an exception would hold the request
-            reason = show_error(error)
-            if re.search("issuer|self.signed", reason):
-                reason += " (--ca-file names another CA)"
-            # another attempt makes no certificate good
-            self._error = self._fail(reason, not reason.startswith(("certificate", "TLS failed")))
-        finally:
-            if self._socket is not None:
-                self._socket.close()
-            self._done.set()
+            fault = show_error(error)  # the error itself, its context too, would hold the request
+        if fault and (self.status in SUCCESS or not self.status):
+            self._error = self._fail(fault)
+        elif fault:  # the status of an error counts by itself
+            self.body.clear()
+        self._done.set()
 
-    def _fail(self, reason: str, passing: bool) -> TransportError:
+    def _fail(self, fault: str) -> TransportError:
+        # no other attempt makes a certificate good, and three bad log-ins at a proxy lock an account
+        passing = not fault.startswith(("certificate", "TLS failed", "the proxy refused: 407"))
+        if re.search("issuer|self.signed", fault):
+            fault += " (--ca-file names another CA)"
         tried = "no complete answer from" if self.sent else "cannot connect to"
-        return TransportError("%s: %s %s: %s" % (self.operation, tried, self._peer, reason),
-                              passing=passing, may_exist=self.sent and self.operation == ISSUE)
+        return TransportError(f"{self.operation}: {tried} {self.peer}: {fault}", passing=passing,
+                              may_exist=self.sent and self.operation == ISSUE)
 
 
-def read_body(response: "Any") -> bytes:
-    """All of it; nothing of an error's that is not complete, since its status counts by itself."""
-    try:
-        body: bytes = response.read(BODY_MAX_BYTES + 1)
-        if len(body) > BODY_MAX_BYTES or response.length:  # which read(n) does not look at
-            raise http.client.IncompleteRead(b"")
-        return body
-    except Exception:
-        if response.status in SUCCESS:
-            raise
-        return b""
+class PlaneConnection(http.client.HTTPConnection):
+    """A connection of http.client's, with TLS where there is a `context`, that another thread can wake."""
 
+    def __init__(self, host: str, exchange: Exchange, context: Optional[ssl.SSLContext] = None,
+                 server_name: str = "", **options: Any) -> None:
+        super().__init__(host, **options)
+        self._exchange = exchange
+        self._context = context
+        self._server_name = server_name
+        self._kept: Optional[socket.socket] = None
+        exchange.connection = self
 
-def load_hashlib() -> None:
-    """For urllib.request; it logs a traceback to stderr for each digest that is missing (fips)."""
-    if "logging" not in sys.modules:  # a logging that others have set up is not ours to quieten
-        sys.modules["logging"] = type("Quiet", (), {"exception": lambda *words: None})  # type: ignore
+    def connect(self) -> None:
+        """Connect, through a proxy if there is one; from then on the request counts as sent."""
+        super().connect()
+        if self._context is not None:
+            # the handshake comes apart, so that it can be woken as well
+            self.sock = self._context.wrap_socket(self.sock, server_hostname=self._server_name,
+                                                  do_handshake_on_connect=False)
+            self.sock.do_handshake()
+        self._kept = self.sock  # http.client forgets it once it has read the head
+        self._exchange.sent = True
+        if self._exchange.is_given_up:  # it was said that nothing was sent
+            self.close()
+            raise TimeoutError
+        self.sock.settimeout(EXCHANGE_SECONDS)
+
+    def wake(self) -> None:
+        """Make the exchange's thread stop waiting, unless it is looking up a name or still connecting."""
+        sock = self._kept or self.sock
         try:
-            hasattr(hashlib, "new")  # loads it
-        finally:
-            del sys.modules["logging"]
+            if sock is not None:
+                sock.shutdown(socket.SHUT_RDWR)
+        except OSError:  # not open any more
+            pass
 
 
-def find_proxy(server: Server, environ: "Environ") -> str:
-    """The proxy URL for an https server, "" for none: HTTPS_PROXY unless NO_PROXY names the host."""
+class PlaneHandler(urllib.request.AbstractHTTPHandler):
+    """Opens http and https URLs of one server with a PlaneConnection."""
+
+    def __init__(self, context: Optional[ssl.SSLContext], server_name: str) -> None:
+        super().__init__()
+        self._context = context
+        self._server_name = server_name
+
+    def http_open(self, request: Any) -> Any:
+        return self.do_open(PlaneConnection, request, exchange=request.exchange)  # type: ignore[arg-type]
+
+    def https_open(self, request: Any) -> Any:
+        return self.do_open(PlaneConnection, request, exchange=request.exchange,  # type: ignore[arg-type]
+                            context=self._context, server_name=self._server_name)
+
+    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+
+def read_body(response: http.client.HTTPResponse, body: bytearray) -> str:
+    """Read the body piece by piece into `body`; return what is wrong with it, "" if nothing is.
+
+    read() would take a chunk of size -1 for no limit at all, and not notice an end that comes early.
+    """
+    length = response.length  # None: in chunks, or until the connection ends
+    while len(body) != length and len(body) <= BODY_MAX_BYTES:
+        piece = response.read1(PIECE_BYTES)
+        if not piece:
+            return "the answer was cut off" if length else ""
+        body += piece
+    return f"the answer is larger than {BODY_MAX_BYTES} bytes" if len(body) > BODY_MAX_BYTES else ""
+
+
+def find_session_id(answer: Exchange) -> str:
+    """Find the id of the session in a success, even if that is compressed or cut off; "" if there is none."""
+    raw = bytes(answer.body) if answer.status in SUCCESS else b""
+    if raw.startswith(b"\x1f\x8b"):  # gzip, which nobody asked for
+        try:
+            raw = zlib.decompressobj(16 + zlib.MAX_WBITS).decompress(raw, BODY_MAX_BYTES)
+        except zlib.error:
+            return ""
+    text = raw.decode("utf-16" if raw.startswith(BYTE_ORDER_MARKS[1:]) else "utf-8", "replace")
+    for name in ("session_id", "id"):  # of IssuedSession, and of the Session in it
+        found = re.search(rf'"{name}"\s*:\s*"({UUID_PATTERN})"', text)
+        if found:
+            return found.group(1)
+    return ""
+
+
+def find_proxy(server: Server, environ: Environ) -> str:
+    """Return the proxy's URL for an https server: HTTPS_PROXY unless NO_PROXY names the host; "" for none."""
     if server.scheme != "https":  # it would see the bearer token
         return ""
     proxy = environ.get("https_proxy") or environ.get("HTTPS_PROXY") or ""
@@ -884,19 +977,30 @@ def find_proxy(server: Server, environ: "Environ") -> str:
     if not proxy or urllib.request.proxy_bypass_environment(  # type: ignore[attr-defined]
             join_host_port(server.host, server.port), {"no": exempt}):
         return ""
-    if not re.fullmatch(r"(?i)http://[!-~]+", proxy):  # urllib takes any other for plain CONNECT
-        raise UsageError("HTTPS_PROXY: must be an http:// URL (NO_PROXY exempts servers)")
+    if "://" not in proxy:
+        proxy = "http://" + proxy
+    if not proxy.lower().startswith("http://"):  # urllib takes any other for plain CONNECT
+        raise UsageError(f"HTTPS_PROXY: must be {PROXY_FORM}; other kinds of proxies are not supported "
+                         "(NO_PROXY exempts servers)")
+    found = re.fullmatch(PROXY_PATTERN, proxy, re.ASCII)
+    try:
+        address = found.group(1) if found else ""
+        parse_endpoint(address if re.search(r":[0-9]*\Z", address) else address + ":80")
+    except ValueError:
+        raise UsageError(f"HTTPS_PROXY: must be {PROXY_FORM}; percent-encode special characters in the user "
+                         "name and password (%40 for @)") from None
     return proxy
 
 
-def create_tls_context(ca_file: "Optional[str]") -> "Any":
-    """Certificates and host names verified, TLS 1.2 at least; no way to turn it off."""
+def create_tls_context(ca_file: Optional[str] = None) -> ssl.SSLContext:
+    """Create a context that verifies certificates and host names, with TLS 1.2 at least."""
+    ca_text = read_ca_file(ca_file) if ca_file else None
     try:
-        context = ssl.create_default_context(cafile=ca_file)
+        context = ssl.create_default_context(cadata=ca_text)
     except (OSError, ValueError) as error:
-        source = "--ca-file %s: not a usable PEM bundle" % escape(ca_file) if ca_file else (
+        source = f"--ca-file {escape(ca_file)}: not a usable PEM bundle" if ca_file else (
             "TLS cannot be set up (see SSL_CERT_FILE and SSLKEYLOGFILE)")
-        raise UsageError("%s: %s" % (source, show_error(error))) from error
+        raise UsageError(f"{source}: {show_error(error)}") from error
     if hasattr(ssl, "TLSVersion"):
         context.minimum_version = ssl.TLSVersion.TLSv1_2
     else:  # 3.6
@@ -904,112 +1008,79 @@ def create_tls_context(ca_file: "Optional[str]") -> "Any":
     return context
 
 
-def create_opener(server: Server, ca_file: "Optional[str]", proxy: str) -> "Any":
-    """A urllib opener that knows one scheme, follows no redirect and raises on no status.
+def create_opener(server: Server, ca_file: Optional[str], proxy: str) -> urllib.request.OpenerDirector:
+    """Create a urllib opener for one server that follows no redirect and raises for no status.
 
-    Put together by hand: the default one carries the bearer token to wherever a redirect points,
-    to the proxy of plain http, and opens file: URLs; from 3.12 on it loads the CA bundle for http.
+    urllib's default one carries the bearer token to wherever a redirect points and to the proxy of
+    plain http, and opens file: URLs. This one has just the handlers that it is given.
     """
-    secure = server.scheme == "https"
-    keywords = {"context": create_tls_context(ca_file)} if secure else {}
-    base: Any = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-
-    class Response(http.client.HTTPResponse):
-        def _read_status(self) -> "Any":
-            """Reads interim answers over (RFC 9110, section 15.2); http.client does so with 100 alone."""
-            while True:
-                found = super()._read_status()  # type: ignore[misc]
-                if not 100 <= found[1] < 200 or found[1] == http.client.SWITCHING_PROTOCOLS:
-                    return found
-                http.client.parse_headers(self.fp)
-
-    class HttpConnection(base):  # type: ignore[misc]
-        response_class = Response
-
-        def __init__(self, host: str, exchange: Exchange, **more: "Any") -> None:
-            super().__init__(host, **more)
-            self._exchange = exchange
-            self._create_connection = exchange.open_socket
-
-        def connect(self) -> None:
-            super().connect()
-            self.sock.settimeout(EXCHANGE_SECONDS)
-            self._exchange.sent = True
-
-    class Handler(urllib.request.AbstractHTTPHandler):
-        def send(self, request: "Any") -> "Any":
-            return self.do_open(HttpConnection, request, exchange=request.exchange, **keywords)  # type: ignore
-
-        http_open = https_open = send
-        http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
-
+    # --ca-file is judged for http as well, where nothing is done with it
+    context = create_tls_context(ca_file) if ca_file or server.scheme == "https" else None
     opener = urllib.request.OpenerDirector()
     opener.addheaders = [("User-Agent", "plexctl/" + __version__)]
-    opener.add_handler(Handler())
+    opener.add_handler(PlaneHandler(context, server.host))
     if proxy:
         opener.add_handler(urllib.request.ProxyHandler({"https": proxy}))
     return opener
 
 
-def conceal(text: str, secrets: "List[Secret]") -> str:
-    """`text` without the secrets in it: a server may repeat what it was sent, in either case."""
-    for value in (secret.reveal() for secret in secrets):
-        if len(value) >= FINDABLE_CHARACTERS and value.lower() in text.lower():
-            text = re.sub(re.escape(value), "(secret)", text, flags=re.IGNORECASE)
-    return text
-
-
-class Fields:
-    """The fields of one JSON object of an answer, each checked as it is taken."""
-
-    def __init__(self, operation: str, document: "Any", secrets: "List[Secret]") -> None:
-        self._operation = operation
-        self._document = document if isinstance(document, dict) else {}
-        self._secrets = secrets
-
-    def take(self, name: str, parse: "Callable[[Any], Any]", kind: type = str) -> "Any":
-        """A required field of this kind, as `parse` (which raises ValueError) makes it."""
-        value, fault = self._document.get(name), "is missing, or of another type"
-        if isinstance(value, str) and conceal(value, self._secrets) != value:
-            fault = "repeats a secret"
-        elif isinstance(value, kind):
-            try:
-                return parse(value)
-            except ValueError as error:  # what it must be, not what it is
-                fault = str(error)
-        raise TransportError("%s: the answer's %s %s" % (self._operation, name, fault))
-
-    def take_optional(self, name: str, parse: "Callable[[str], Any]") -> "Any":
-        """The same, or None where the field is missing or null."""
-        return None if self._document.get(name) is None else self.take(name, parse)
-
-    def shown(self, name: str) -> str:
-        """A string or a list of strings for people, escaped; "" for anything else."""
-        value = self._document.get(name)
-        words = value if isinstance(value, list) else [value]
-        return escape(conceal(", ".join(word for word in words if isinstance(word, str)), self._secrets))
-
-
-def parse_http_date(text: "Optional[str]") -> float:
-    """A Date header (RFC 9110, section 5.6.7) in seconds since the epoch; 0 where it is none."""
+def parse_http_date(text: Optional[str]) -> float:
+    """Parse a Date header (RFC 9110, section 5.6.7) into seconds since the epoch; 0 if it is malformed."""
     try:
         return email.utils.parsedate_to_datetime(text or "").timestamp()
     except (TypeError, ValueError, IndexError, OverflowError):
         return 0.0
 
 
-def parse_retry_after(text: "Optional[str]") -> "Optional[float]":
-    """Seconds of a Retry-After header (RFC 9110, section 10.2.3), up to RETRY_AFTER_MAX_SECONDS."""
-    if text and set(text) <= DIGITS:
+def parse_retry_after(text: Optional[str]) -> Optional[float]:
+    """Parse a Retry-After header (RFC 9110, section 10.2.3) into seconds, RETRY_AFTER_MAX_SECONDS at most."""
+    if text and re.fullmatch("[0-9]+", text):
         return min(float(text), RETRY_AFTER_MAX_SECONDS)
     moment = parse_http_date(text)
     return max(0.0, min(moment - time.time(), RETRY_AFTER_MAX_SECONDS)) if moment else None
 
 
+def may_pass(operation: str, status: int, code: str, has_retry_after: bool) -> bool:
+    """Tell whether the same request may well succeed a little later."""
+    if operation == REVOKE:
+        return status == 429 or status >= 500
+    if status == 409:  # the first request with this idempotency key is still being answered
+        return code == "idempotent_replay"
+    if status == 429:  # a rate limit; without Retry-After it is the limit of sessions
+        return has_retry_after
+    return status in (502, 503, 504)
+
+
 def random_uuid() -> str:
-    """A version 4 UUID (RFC 9562, section 5.4); importing uuid takes 20 ms on 3.6."""
+    """Create a version 4 UUID (RFC 9562, section 5.4); importing uuid takes 20 ms on 3.6."""
     digits = os.urandom(16).hex()
     return "-".join((digits[:8], digits[8:12], "4" + digits[13:16], "8" + digits[17:20], digits[20:]))
+
+
+class Fields:
+    """The fields of one JSON object of an answer, each checked as it is taken."""
+
+    def __init__(self, operation: str, document: Any) -> None:
+        self._operation = operation
+        self._document = document if isinstance(document, dict) else {}
+
+    def get(self, name: str) -> Any:
+        """Return a field as it is, None if it is missing."""
+        return self._document.get(name)
+
+    def take(self, name: str, parse: Callable[[Any], Any], kind: type = str) -> Any:
+        """Return a required field of this kind as parsed by `parse`, which raises ValueError."""
+        value, fault = self.get(name), "is missing, or of another type"
+        if isinstance(value, kind):
+            try:
+                return parse(value)
+            except ValueError as error:  # what it must be, not what it is
+                fault = str(error)
+        raise TransportError(f"{self._operation}: the answer's {name} {fault}")
+
+    def take_optional(self, name: str, parse: Callable[[str], Any]) -> Any:
+        """Do the same, or return None if the field is missing or null."""
+        return None if self.get(name) is None else self.take(name, parse)
 
 
 class ControlPlane:
@@ -1017,33 +1088,35 @@ class ControlPlane:
 
     Safe to use from several threads. Every call ends within its limit and raises PlexctlError:
     UsageError for what was given here, TransportError for no or a malformed answer, ApiError for
-    an error answer. `cancel` (threading.Event) ends pauses and further attempts, and gives up on a
-    GetSession at once (Cancelled); not on the others, whose outcome is to be known. `report` takes
-    a line per exchange: method, path, status, seconds; never a header or a body.
+    an error answer. `cancel` (threading.Event) ends pauses and further attempts, and gives up a
+    GetSession at once (Cancelled), but not the others, whose outcome matters. `report` takes a line
+    per exchange: method, path, status, seconds; never a header or a body. `notice` takes a line for
+    whoever waits when the server is silent.
     """
 
-    def __init__(self, server: Server, token: Secret, ca_file: "Optional[str]" = None,
-                 environ: "Optional[Environ]" = None, cancel: "Optional[threading.Event]" = None,
-                 report: "Report" = lambda line: None) -> None:
+    def __init__(self, server: Server, token: Secret, ca_file: Optional[str] = None,
+                 environ: Optional[Environ] = None, cancel: Optional[threading.Event] = None,
+                 report: Report = lambda line: None, notice: Report = lambda line: None) -> None:
         self.server = server
         self.cancel = cancel or threading.Event()
         self._token = parse_token(token.reveal().encode("utf-8", "surrogateescape"), "bearer token")
         self._token_source = token.source
-        self._secrets = [self._token]
+        self._session_tokens: Dict[str, Secret] = {}  # by session_id, until it is revoked
         self._report = report
-        load_hashlib()
+        self._notice = notice
+        self._is_silent = False  # and that was said
         proxy = find_proxy(server, os.environ if environ is None else environ)
         self._peer = str(server) + (" through HTTPS_PROXY" if proxy else "")
         self._opener = create_opener(server, ca_file, proxy)
 
     def issue(self, request: SessionRequest,
-              on_issued: "Callable[[str], None]" = lambda session_id: None) -> IssuedSession:
-        """Issues a session; the same idempotency key in each of at most ISSUE_ATTEMPTS attempts.
+              on_issued: Callable[[str], None] = lambda session_id: None) -> IssuedSession:
+        """Issue a session, with the same idempotency key in each of at most ISSUE_ATTEMPTS attempts.
 
-        `on_issued(session_id)` is called as soon as it is known that there is one, before the
-        rest of the answer is judged: the caller can then revoke it whatever follows.
+        `on_issued(session_id)` is called as soon as an id can be read, even from an answer that is
+        malformed or no 201, and before it is judged: the caller can revoke the session whatever follows.
         """
-        path = "/v1/projects/%s/sessions" % request.project_id
+        path = f"/v1/projects/{request.project_id}/sessions"
         body: Dict[str, Any] = {
             "resource_id": request.resource_id, "kind": "tcp",
             "target": {"tcp": {"host": request.host, "port": request.port}},
@@ -1051,39 +1124,51 @@ class ControlPlane:
         if request.ttl_seconds:
             body["requested_ttl_seconds"] = request.ttl_seconds
         asked_on = elapsed_seconds()
-        answer, fields, session_id = self._ask_until_issued(path, body)
-        on_issued(session_id)
+        answer, fields, session_id = self._ask_until_issued(path, body, on_issued)
         token = fields.take("token", matching("[!-~]{1,65536}", "printable ASCII", Secret))
-        self._secrets.append(token)
-        fields.take("session_id", parse_uuid)  # once more: the token must not be in it
-        expires_at = fields.take("expires_at", str)
+        self._session_tokens[session_id] = token
         expires = fields.take("expires_at", parse_time)
-        session = self._parse_session(
-            Fields(ISSUE, fields.take("session", dict, kind=dict), self._secrets), session_id)
+        session = self._parse_session(Fields(ISSUE, fields.take("session", dict, kind=dict)), session_id)
         issued_at = session.issued_at or parse_http_date(answer.headers.get("Date")) or time.time()
         endpoint = fields.take_optional("listener_endpoint", self._parse_endpoint)
-        return IssuedSession(session_id, token, expires_at, expires - issued_at, asked_on,
+        return IssuedSession(session_id, token, fields.get("expires_at"), expires - issued_at, asked_on,
                              session, endpoint or session.listener_endpoint)
 
     def get(self, project_id: str, session_id: str, seconds: float = EXCHANGE_SECONDS) -> Session:
-        """The session as the control plane sees it now."""
-        path = "/v1/projects/%s/sessions/%s" % (project_id, session_id)
-        return self._parse_session(self._parse_body(self._exchange(GET, path, None, seconds)), session_id)
+        """Return the session as the control plane sees it now."""
+        path = f"/v1/projects/{project_id}/sessions/{session_id}"
+        answer = self._exchange(Exchange(GET, self._peer), path, None, seconds)
+        return self._parse_session(self._parse_body(answer), session_id)
 
     def revoke(self, project_id: str, session_id: str, seconds: float = EXCHANGE_SECONDS) -> None:
-        """Revokes the session. One that is gone already (404, 409, 410) counts as revoked."""
-        path = "/v1/projects/%s/sessions/%s/revoke" % (project_id, session_id)
-        self._exchange(REVOKE, path, {"revoke_reason": "operator_request"}, seconds)
+        """Revoke the session. One that is gone already (404, 409, 410) counts as revoked."""
+        path = f"/v1/projects/{project_id}/sessions/{session_id}/revoke"
+        self._exchange(Exchange(REVOKE, self._peer), path, {"revoke_reason": "operator_request"}, seconds)
+        self._session_tokens.pop(session_id, None)
 
-    def _ask_until_issued(self, path: str, body: "Dict[str, Any]") -> "Tuple[Exchange, Fields, str]":
-        """The answer to IssueSession, after attempts and pauses, and the id of the session that there is."""
+    def _ask_until_issued(self, path: str, body: Dict[str, Any],
+                          on_issued: Callable[[str], None]) -> Tuple[Exchange, Fields, str]:
+        """Try until there is an answer of 201; return it, its fields and the session's id."""
+        owed: Set[str] = set()
+
+        def owe(session_id: str) -> None:
+            if session_id and session_id.lower() not in owed:
+                owed.add(session_id.lower())
+                on_issued(session_id)
+
         may_exist = False
         for attempt in range(1, ISSUE_ATTEMPTS + 1):
+            answer = Exchange(ISSUE, self._peer)
             try:
-                answer = self._exchange(ISSUE, path, body)
-                may_exist = True  # and nobody can revoke it if its id does not follow
+                try:
+                    self._exchange(answer, path, body)
+                finally:  # an answer that is cut off, or no 201, may name a session as well
+                    owe(find_session_id(answer))
+                may_exist = True  # and nobody can revoke it if its id cannot be read
                 fields = self._parse_body(answer)
-                return answer, fields, fields.take("session_id", parse_uuid)
+                session_id = fields.take("session_id", parse_session_id)
+                owe(session_id)
+                return answer, fields, session_id
             except (TransportError, ApiError) as failure:
                 error: PlexctlError = failure
             may_exist = may_exist or error.may_exist
@@ -1092,97 +1177,120 @@ class ControlPlane:
             wait = getattr(error, "retry_after_seconds", None)
             if wait is None:
                 wait = attempt * POLL_MIN_SECONDS + JITTER_SECONDS * (os.urandom(1)[0] / 255 - 0.5)
-            self._report("%s; trying again in %.1f s" % (error, wait))
+            self._report(f"{error}; trying again in {wait:.1f} s")
             if self.cancel.wait(wait):
                 break
-        error.may_exist = may_exist
-        error.args = (str(error) + (" (after %d attempts)" % attempt if attempt > 1 else "") + (
-            "; a session may exist all the same, it will run out by itself" if may_exist else ""),)
+        error.may_exist = may_exist and not owed
+        error.args = (str(error) + (f" (after {attempt} attempts)" if attempt > 1 else "") + (
+            "; a session may exist all the same, it will expire on its own" if error.may_exist else ""),)
         raise error
 
-    def _exchange(self, operation: str, path: str, body: "Optional[Dict[str, Any]]",
+    def _exchange(self, answer: Exchange, path: str, body: Optional[Dict[str, Any]],
                   seconds: float = EXCHANGE_SECONDS) -> Exchange:
-        """An exchange with one of the answers that are expected; ApiError for any other."""
+        """Carry out the exchange; ApiError for an unexpected status."""
+        operation = answer.operation
         request = urllib.request.Request(str(self.server) + path, headers={
             "Accept": "application/json, application/problem+json"})
         request.add_unredirected_header("Authorization", "Bearer " + self._token.reveal())
         if body is not None:  # and then it is a POST
             request.data = json.dumps(body).encode("ascii")
             request.add_header("Content-Type", "application/json")
+
+        def tell() -> None:
+            if operation == ISSUE or not self._is_silent:  # once, where a running proxy asks again and again
+                self._is_silent = True
+                self._notice(f"{operation}: no answer from {self._peer} after {SILENT_SECONDS} s, waiting")
+
         began = elapsed_seconds()
-        answer = Exchange(operation, self._peer)
-        answer.run(self._opener, request, seconds, self.cancel if operation == GET else None)
-        self._report("%s %s: %d, %.3f s" % (
-            request.get_method(), path, answer.status, elapsed_seconds() - began))
+        answer.run(self._opener, request, seconds, lambda: operation == GET and self.cancel.is_set(), tell)
+        self._is_silent = False
+        self._report(f"{request.get_method()} {path}: {answer.status}, {elapsed_seconds() - began:.3f} s")
         if answer.status not in EXPECTED[operation]:
             raise self._parse_problem(answer)
         return answer
 
     def _parse_problem(self, answer: Exchange) -> ApiError:
-        """The error of an unexpected answer (RFC 9457 problem details, where it has them)."""
+        """Make the error of an unexpected status, with its problem details (RFC 9457) if it has any."""
         try:
             problem = self._parse_body(answer)
         except TransportError:
-            problem = Fields(answer.operation, None, self._secrets)
-        status, code = answer.status, problem.shown("code")
-        title = problem.shown("title") or http.client.responses.get(status, "")
-        words = answer.operation, ("%d %s" % (status, title)).strip(), problem.shown("detail")
-        text = ": ".join(filter(None, words)) + (" (%s)" % code if code else "")
+            problem = Fields(answer.operation, None)
+        status, code = answer.status, self._show(problem.get("code"))
+        title = self._show(problem.get("title")) or http.client.responses.get(status, "")
+        words = answer.operation, f"{status} {title}".strip(), self._show(problem.get("detail"))
+        text = ": ".join(filter(None, words)) + (f" ({code})" if code else "")
         for name in ("reason", "relation_path", "correlation_id"):
-            if problem.shown(name):
-                text += "; %s %s" % (name.replace("_", " "), problem.shown(name))
+            shown = self._show(problem.get(name))
+            if shown:
+                text += f"; {name.replace('_', ' ')} {shown}"
+        retry_after = parse_retry_after(answer.headers.get("Retry-After"))
+        passing = may_pass(answer.operation, status, code, retry_after is not None)
+        # a gateway that lost the answer, the first request, no error at all; 429 and 503 did nothing
+        may_exist = answer.operation == ISSUE and (status < 300 or passing and status in (409, 502, 504))
         forbidden = EXIT_REBAC_DENIED if code == "rebac_denied" else EXIT_FORBIDDEN
-        exit_code = {401: EXIT_CREDENTIALS, 403: forbidden}.get(status, EXIT_FAILURE)
-        # 409: the first request with this idempotency key is still being answered
-        passing = status in (502, 503, 504) or status == 409 and code == "idempotent_replay"
-        # a gateway that lost the answer, that first request, a success of another kind; 503 did nothing
-        may_exist = answer.operation == ISSUE and (passing and status != 503 or status in SUCCESS)
-        return ApiError(text + self._advise(answer, code), exit_code=exit_code, passing=passing,
-                        may_exist=may_exist, status=status, code=code,
-                        retry_after_seconds=parse_retry_after(answer.headers.get("Retry-After")))
+        return ApiError(text + self._advise(answer, code, retry_after is not None), passing=passing,
+                        may_exist=may_exist, status=status, code=code, retry_after_seconds=retry_after,
+                        exit_code={401: EXIT_CREDENTIALS, 403: forbidden}.get(status, EXIT_FAILURE))
 
-    def _advise(self, answer: Exchange, code: str) -> str:
-        """What an operator can do about an error answer, to be put behind it."""
+    def _advise(self, answer: Exchange, code: str, is_rate_limit: bool) -> str:
+        """Say what an operator can do about an error answer."""
         if answer.status == 429:
-            return ("; a session counts until it runs out or is revoked, one of print mode as well; "
-                    "--max-sessions says how many a proxy takes")
+            return "; too many requests, try again later" if is_rate_limit else (
+                "; sessions count until they expire or are revoked, also those of print mode; "
+                "--max-sessions limits those of a proxy")
         if 300 <= answer.status < 400:
-            location = escape(conceal(answer.headers.get("Location", ""), self._secrets))
-            return "; a redirect is never followed" + (": " + location if location else "")
+            location = self._show(answer.headers.get("Location"))
+            return "; a redirect is never followed" + (f": {location}" if location else "")
         if answer.status in (404, 405, 501):
-            return "; check --project-id, --resource-id and the server's URL"
-        if answer.status in SUCCESS:
-            return "; is that the API?"
+            return "; check --project-id, --resource-id and --server"
+        if answer.status < 300:
+            return "; the API does not answer like this, check --server"
         advice = ""
         if answer.status in (401, 403) and self._token_source:
             advice = "; the token is from " + self._token_source
         if answer.status == 401 and code == "step_up_required":
             challenge = " ".join(answer.headers.get_all("WWW-Authenticate", []))
             found = re.search(r'acr_values\s*=\s*("[^"]+"|[^\s",]+)', challenge)
-            acr = escape(conceal(found.group(1).strip('"'), self._secrets)) if found else ""
-            advice += "; re-authenticate%s and try again" % (" with acr_values " + acr if acr else "")
+            acr = self._show(found.group(1).strip('"')) if found else ""
+            advice += "; re-authenticate" + (f" with acr_values {acr}" if acr else "") + " and try again"
         return advice
 
     def _parse_body(self, answer: Exchange) -> Fields:
         try:
-            return Fields(answer.operation, parse_json(answer.body), self._secrets)
+            return Fields(answer.operation, parse_json(bytes(answer.body)))
         except ValueError:
-            raise TransportError("%s: the answer of %s is not valid JSON; is that the API?" % (
-                answer.operation, self._peer)) from None
+            kinds = [f"{name} {self._show(answer.headers[name])}"
+                     for name in ("Content-Type", "Content-Encoding") if name in answer.headers]
+            raise TransportError(f"{answer.operation}: the answer is not the API's JSON "
+                                 f"({', '.join(kinds) or 'no Content-Type'}); check --server") from None
 
     def _parse_endpoint(self, text: str) -> Endpoint:
+        if self._conceal(text) != text:
+            raise ValueError("contains a token")
         endpoint = parse_endpoint(text)
         if not is_dialable(endpoint.host, is_loopback(self.server.host)):
-            raise ValueError("%s is refused: on this machine, link-local or multicast" % endpoint)
+            raise ValueError(f"{endpoint} is refused: on this machine, link-local or multicast")
         return endpoint
 
     def _parse_session(self, fields: Fields, session_id: str) -> Session:
-        fields.take("id", lambda text: one_of(session_id)(text.lower()))
+        fields.take("id", lambda text: one_of(session_id.lower())(text.lower()))
         fields.take("kind", one_of("tcp"))
         return Session(session_id, fields.take("status", one_of("active", "revoked", "expired")),
                        fields.take_optional("issued_at", parse_time) or 0.0,
                        fields.take_optional("listener_endpoint", self._parse_endpoint),
-                       fields.shown("revoke_reason"))
+                       self._show(fields.get("revoke_reason")))
+
+    def _conceal(self, text: str) -> str:
+        """Remove the tokens from a text: a server may repeat what it was sent, in upper or lower case."""
+        for secret in [self._token, *self._session_tokens.values()]:
+            if len(secret.reveal()) >= FINDABLE_CHARACTERS:
+                text = re.sub(re.escape(secret.reveal()), "(secret)", text, flags=re.IGNORECASE)
+        return text
+
+    def _show(self, value: Any) -> str:
+        """Format a string of the server's, or a list of strings, for people; "" for anything else."""
+        words = value if isinstance(value, list) else [value]
+        return escape(self._conceal(", ".join(word for word in words if isinstance(word, str))))
 
 
 # ----------------------------------------------------------------------------------------- audit
@@ -1192,7 +1300,7 @@ SYSLOG_AUTHPRIV_INFO = 10 * 8 + 6  # RFC 3164, section 4.1.1: facility * 8 + sev
 
 
 def make_private_directory(path: str) -> None:
-    """Makes it, and what is missing above it, 0700; os.makedirs does so with the last one alone (3.7)."""
+    """Make it, and what is missing above it, 0700; from 3.7 on os.makedirs does so with the last one only."""
     if os.path.isdir(path):
         return
     make_private_directory(os.path.dirname(path))
@@ -1204,77 +1312,97 @@ def make_private_directory(path: str) -> None:
 
 
 def send_to_syslog(message: str) -> None:
-    """One line for the host's syslog (RFC 3164, without a host name), where it has one; OSError."""
+    """Send one line to the host's syslog, if it has one (RFC 3164, without a host name); OSError."""
     for path in SYSLOG_SOCKETS:
         if os.path.exists(path):
             month_to_second = time.ctime()[4:19]  # strftime would take the locale's names
-            line = "<%d>%s plexctl[%d]: %s" % (SYSLOG_AUTHPRIV_INFO, month_to_second, os.getpid(), message)
+            line = f"<{SYSLOG_AUTHPRIV_INFO}>{month_to_second} plexctl[{os.getpid()}]: {message}"
             send_record(path, line.encode("ascii"), SYSLOG_SECONDS)
             return
 
 
-class AuditLog:
+def find_user(environ: Environ) -> Tuple[str, Optional[int]]:
+    """Return the name and the uid of whoever runs this."""
+    if os.name != "posix":
+        return environ.get("USERNAME", ""), None
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name, os.getuid()
+    except KeyError:
+        return str(os.getuid()), os.getuid()
+
+
+class AuditLog(logging.Handler):
     """The record of --reveal-secrets; it fails closed.
 
     The file is opened before a session is issued, and `record` returns only when the whole line
     was written and synced. Syslog gets a copy where the host has it.
     """
 
-    def __init__(self, environ: "Environ", report: "Report") -> None:
+    def __init__(self, environ: Environ, report: Report) -> None:
+        super().__init__()
         self._environ = environ
         self._report = report
+        self._descriptor = -1
+        self._has_written = False
         given = environ.get("PLEXCTL_AUDIT_LOG", "")
         path = given or find_own_file("XDG_STATE_HOME", ".local/state", "audit.log", environ)
         if not path:
             raise PlexctlError("audit log: no home directory for it (PLEXCTL_AUDIT_LOG names a file)")
-        self._name = "audit log " + escape(path)
+        self._source = "audit log " + escape(path)
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | OPEN_AT_ONCE
-        self._descriptor = -1
         try:
             if not given:
                 make_private_directory(os.path.dirname(path))
             self._descriptor = os.open(path, flags, 0o600)
-            fault = find_file_fault(os.fstat(self._descriptor), 0o022)  # a device might keep nothing
+            status = os.fstat(self._descriptor)
+            fault = find_file_fault(status, WRITE_BITS)
+            if not stat.S_ISREG(status.st_mode):  # a device might keep nothing
+                fault = "must be a regular file"
         except (OSError, ValueError) as error:
             fault = "cannot be opened: " + show_error(error)
         if fault:
             self.close()
-            raise PlexctlError("%s: %s (PLEXCTL_AUDIT_LOG names another)" % (self._name, fault))
+            raise PlexctlError(f"{self._source}: {fault} (PLEXCTL_AUDIT_LOG names another)")
 
     def close(self) -> None:
-        """Closes the file, and ignores errors: what counts was synced."""
-        if self._descriptor >= 0:
-            os.closerange(self._descriptor, self._descriptor + 1)
+        """Close the file and ignore errors: what counts was synced."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.closerange(descriptor, descriptor + 1)
+        super().close()
 
     def record(self, server: Server, request: SessionRequest, issued: IssuedSession) -> None:
-        """Writes one JSON object in one line with one write; raises unless it is verifiably there."""
-        message = json.dumps(self._fields(server, request, issued))
-        self._has_written = False
-        handler = logging.Handler()
-        handler.emit = self._append  # type: ignore[method-assign]
+        """Write one JSON object in one line with one write; raise unless it is verifiably there."""
+        user, uid = find_user(self._environ)
+        message = json.dumps({
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": "session_token_revealed",
+            "user": user, "uid": uid, "sudo_user": self._environ.get("SUDO_USER"),
+            "hostname": socket.gethostname(), "pid": os.getpid(), "server": str(server),
+            "project_id": request.project_id, "resource_id": request.resource_id,
+            "session_id": issued.session_id, "target": join_host_port(request.host, request.port),
+            "expires_at": issued.expires_at})
         logger = logging.getLogger("plexctl.audit")
         logger.propagate = False  # a handler of the root is no audit log, and may write to stderr
         if logger.level == logging.NOTSET:
             logger.setLevel(logging.INFO)
-        logger.addHandler(handler)
-        why = "logging dropped it"  # logging.disable, a level, a filter
+        logger.addHandler(self)
+        self._has_written, fault = False, "logging dropped it"  # logging.disable, a level, a filter
         try:
             logger.info("%s", message)
         except OSError as error:
-            why = show_error(error)
+            fault = show_error(error)
         finally:
-            logger.removeHandler(handler)
+            logger.removeHandler(self)
         if not self._has_written:
-            raise PlexctlError("%s: the record was not written: %s; the token is not shown"
-                               % (self._name, why))
+            raise PlexctlError(f"{self._source}: the record was not written: {fault}; the token is not shown")
         try:
             send_to_syslog(message)
         except OSError as error:
-            self._report("warning: syslog did not take the audit record, the file has it: %s"
-                         % show_error(error))
+            self._report("warning: syslog did not take the audit record, the file has it: "
+                         + show_error(error))
 
-    def _append(self, record: "logging.LogRecord") -> None:
-        """Writes a line at the end of the file, synced; OSError unless all its bytes are there."""
+    def emit(self, record: logging.LogRecord) -> None:
+        """Append a line to the file and sync it; OSError unless all its bytes are there."""
         line = (record.getMessage() + "\n").encode("ascii")
         size = os.lseek(self._descriptor, 0, os.SEEK_END)
         os.lseek(self._descriptor, max(0, size - 1), os.SEEK_SET)
@@ -1287,21 +1415,6 @@ class AuditLog:
             raise OSError(errno.ENOENT, "the file was removed")
         self._has_written = True
 
-    def _fields(self, server: Server, request: SessionRequest, issued: IssuedSession) -> "Dict[str, Any]":
-        uid = os.getuid() if hasattr(os, "getuid") else None
-        user = self._environ.get("USERNAME", "")
-        if uid is not None:
-            try:
-                user = pwd.getpwuid(uid).pw_name
-            except KeyError:
-                user = str(uid)
-        return {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": "session_token_revealed",
-                "user": user, "uid": uid, "sudo_user": self._environ.get("SUDO_USER"),
-                "hostname": socket.gethostname(), "pid": os.getpid(), "server": str(server),
-                "project_id": request.project_id, "resource_id": request.resource_id,
-                "session_id": issued.session_id, "target": join_host_port(request.host, request.port),
-                "expires_at": issued.expires_at}
-
 
 # ----------------------------------------------------------------------------------------- relay
 
@@ -1311,7 +1424,7 @@ TICK_SECONDS = 0.2  # after which a thread that waits looks around: is the run o
 QUIET_SECONDS = 2.0
 FIRST_ASK_SECONDS = 0.002  # whether a client that has ended its input is gone; then ever less often
 LAST_ASK_SECONDS = 0.4
-SILENT_SECONDS = 120  # of a path, while data waits for an answer
+UNANSWERED_SECONDS = 120  # of a path, while data waits for an answer
 READS_AT_ONCE = 1000
 LOOK_SECONDS = 0.02
 LINGER_SECONDS = 10  # for the Node to end a connection whose client is gone, before the run ends
@@ -1381,7 +1494,7 @@ class Leg:
         return int(struct.unpack("i", fcntl.ioctl(self.sock, termios.TIOCOUTQ, bytes(4)))[0])
 
     def is_cut_off(self) -> bool:
-        """Whether nothing of what was sent has had an answer for SILENT_SECONDS.
+        """Whether nothing of what was sent has had an answer for UNANSWERED_SECONDS.
 
         Linux gives up after 15 minutes, and does not run keepalive meanwhile. TCP_USER_TIMEOUT would end
         a connection as well whose reader makes a pause: it counts probes that have been answered.
@@ -1390,7 +1503,7 @@ class Leg:
             return False
         info = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 60)
         _, _, retransmits, probes, last_answer = struct.unpack_from("=BBBB52xI", info)  # tcp_info, linux/tcp.h
-        return max(retransmits, probes) > 1 and last_answer >= SILENT_SECONDS * 1000
+        return bool(max(retransmits, probes) > 1 and last_answer >= UNANSWERED_SECONDS * 1000)
 
     def has_ended(self) -> bool:
         """Whether the other end has ended it; what it has sent before is read and thrown away."""
@@ -1978,7 +2091,7 @@ class MediatedSession:
         """As the server wrote it; "" before it is issued."""
         return self.issued.session_id if self.issued else ""
 
-    def open(self, request: SessionRequest, tell: Report) -> None:
+    def open(self, request: SessionRequest, tell: Callable[[str], object]) -> None:
         """Issues the session, and waits until its Node has reported the listener; PlexctlError."""
         issued = self.issued = self._ledger.issue(request)
         self.expires_on = issued.issued_on + issued.lifetime_seconds
@@ -2063,7 +2176,7 @@ class MediatedSession:
                                   f"for {GONE_SECONDS} s"))
         return self.why or DialRefused(f"the listener endpoint {self.endpoint} refuses connections")
 
-    def _await_endpoint(self, tell: Report) -> Endpoint:
+    def _await_endpoint(self, tell: Callable[[str], object]) -> Endpoint:
         plane, pause = self._ledger.plane, POLL_MIN_SECONDS
         deadline = elapsed_seconds() + self._wait_seconds
         limit = show_seconds(self._wait_seconds)
@@ -2841,16 +2954,16 @@ def describe_unreachable(request: SessionRequest) -> str:
 # ---------------------------------------------------------------------------------------- output
 
 
-def terminal_width(stream: "Optional[IO[str]]") -> int:
-    """In columns; 80 where nobody knows."""
+def terminal_width(stream: Optional[IO[str]]) -> int:
+    """Return the width in columns; 80 if nobody knows."""
     try:
         return os.get_terminal_size(stream.fileno()).columns or 80  # type: ignore[union-attr]
     except (OSError, ValueError, AttributeError):
         return 80
 
 
-def format_text(document: "Dict[str, Any]", width: int = 0) -> str:
-    """A header line and a row, columns aligned; one line per column on a terminal of less `width`."""
+def format_text(document: Dict[str, Any], width: int = 0) -> str:
+    """Format a header line and a row, columns aligned; one line per column if the terminal is narrower."""
     cells = dict(document, target=join_host_port(**document["target"]))
     header = row = lines = ""
     for name in ("local_addr", "listener_endpoint", "target", "session_id", "expires_at"):
@@ -2858,26 +2971,27 @@ def format_text(document: "Dict[str, Any]", width: int = 0) -> str:
         column = max(len(name), len(cell)) + 2
         header += name.upper().ljust(column)
         row += cell.ljust(column)
-        lines += "%-19s%s\n" % (name.upper(), cell)
-    return lines if 0 < width < len(row.rstrip()) else "%s\n%s\n" % (header.rstrip(), row.rstrip())
+        lines += f"{name.upper():19}{cell}\n"
+    return lines if 0 < width < len(row.rstrip()) else f"{header.rstrip()}\n{row.rstrip()}\n"
 
 
-def format_json(document: "Dict[str, Any]", width: int = 0) -> str:
-    """One line of JSON, ASCII only."""
+def format_json(document: Dict[str, Any], width: int = 0) -> str:
+    """Format one line of JSON, ASCII only."""
     return json.dumps(document) + "\n"
 
 
-def format_yaml(document: "Dict[str, Any]", width: int = 0, indent: str = "") -> str:
-    """The same keys; every string quoted as JSON quotes it, which YAML 1.2 reads the same way."""
+def format_yaml(document: Dict[str, Any], width: int = 0, indent: str = "") -> str:
+    """Format the same keys as YAML; strings are quoted as in JSON, which YAML 1.2 reads the same way."""
     text = ""
     for key, value in document.items():
-        is_nested = isinstance(value, dict)
-        shown = "\n" + format_yaml(value, width, indent + "  ") if is_nested else " %s\n" % json.dumps(value)
-        text += "%s%s:%s" % (indent, key, shown)
+        if isinstance(value, dict):
+            text += f"{indent}{key}:\n{format_yaml(value, width, indent + '  ')}"
+        else:
+            text += f"{indent}{key}: {json.dumps(value)}\n"
     return text
 
 
-FORMATS: "Dict[str, Callable[[Dict[str, Any], int], str]]" = {
+FORMATS: Dict[str, Callable[[Dict[str, Any], int], str]] = {
     "text": format_text, "json": format_json, "yaml": format_yaml}
 WAIT_SECONDS = 0.05  # between two looks of the main thread: a signal's handler cannot wake it
 REDRAW_SECONDS = 1.0  # of the live line
@@ -2886,8 +3000,8 @@ STATUS_SECONDS = 60
 NOTIFY_SECONDS = 1.0
 
 
-def write_all(stream: "Optional[IO[str]]", text: str) -> None:
-    """Writes ASCII text past Python's buffer, so that nothing is left to fail at exit; OSError."""
+def write_all(stream: Optional[IO[str]], text: str) -> None:
+    """Write ASCII text without Python's buffer, so that nothing is left to fail at exit; OSError."""
     if stream is None:
         raise OSError(errno.EBADF, "it is closed")
     try:
@@ -3082,224 +3196,251 @@ class Foreground:
 
 # ---------------------------------------------------------------------------------- command line
 
-DESCRIPTION = """\
-usage: plexctl [flags] tcp-forward --project-id UUID --resource-id UUID
-               --host HOST --port PORT [flags]
-               [--proxy | --stdio | -- COMMAND [ARG ...]]
+COMMAND = "tcp-forward"
+USAGE = """plexctl [options] tcp-forward --project-id UUID --resource-id UUID
+               --host HOST --port PORT [options]
+               [--proxy | --stdio | -- COMMAND [ARG ...]]"""
+SHORT_USAGE = ("usage: plexctl tcp-forward --project-id UUID --resource-id UUID --host HOST --port PORT "
+               "[options]")
+ABOUT = """\
+Ask a plexsphere control plane for a one-time mediated session to a TCP target
+behind a Node, and print the local address and the listener endpoint. With
+--proxy, --stdio or -- COMMAND also forward connections, and revoke the session
+at the end."""
+EXAMPLES = """\
+examples, with the four required options in TARGET:
+  plexctl tcp-forward $TARGET
+  plexctl tcp-forward $TARGET --proxy --local-addr 127.0.0.1:15432
+  plexctl tcp-forward $TARGET -- psql -h {host} -p {port} -U postgres
+  ssh -o ProxyCommand="plexctl tcp-forward $TARGET --stdio" behind-the-node
 
-Issues a one-time mediated session to a TCP target behind a Node, and prints
-the local address and the listener endpoint. With --proxy, --stdio or
--- COMMAND it also carries the bytes, and revokes the session at the end.
+COMMAND runs while connections are forwarded: {host}, {port} and {addr} in its
+arguments are replaced, and PLEXCTL_LOCAL_HOST, _PORT and _ADDR are in its
+environment. plexctl exits with its status.
 
-what to reach:
-  --project-id UUID     owning Project (required)
-  --resource-id UUID    target Resource (required)
-  --host HOST           target host the tunnel forwards to (required)
-  --port PORT           target port, 1 to 65535 (required)
-  --local-addr ADDR     127.0.0.1:0 (default), [::1]:0, unix:/path
-  --ttl-seconds N       requested lifetime; 0: the server's default
-  --reveal-secrets      print the session token to stderr; audit-logged
-
-how:
-  --proxy               carry connections until the session or a signal ends it
-  --stdio               carry one connection over stdin and stdout (for ssh's
-                        ProxyCommand)
-  -- COMMAND [ARG ...]  carry connections while COMMAND runs, exit with its
-                        status; {host}, {port}, {addr} in its arguments and
-                        PLEXCTL_LOCAL_HOST, _PORT, _ADDR in its environment
-  --wait-seconds N      how long to wait for the Node's listener (default 90)
-  --max-sessions N      sessions at once, 1 to 32 (default 4): one a connection
-  --min-sessions N      how many are issued at the start and kept (default 1)
-  --renew               replace a session that has run out, instead of ending
-  --keep-session        do not revoke on exit
-  --allow-other-users   let other local users use the local port
-
-persistent flags, before or after the command:
-  --server URL          control plane (or PLEXSPHERE_URL, or a profile)
-  --profile NAME        profile of ~/.config/plexctl/config.json
-  --token-file PATH     bearer token, mode 0600; - is stdin (or
-                        PLEXSPHERE_TOKEN, or a profile)
-  --output FORMAT       text (default), json or yaml
-  --ca-file PATH        PEM bundle instead of the system's trust
-  --allow-http          permit a plain-http server that is not loopback
-  --yes                 accepted, does nothing here
-  -v, --verbose         say more on stderr
-  --version             print the version and the SHA-256 of this file
-  -h, --help            print this
-
-exit codes: 0 done, 1 failure, 2 usage, 3 credentials, 4 forbidden,
-77 ReBAC denial, COMMAND's own
-"""
+exit codes: 0 success, 1 failure, 2 usage error, 3 credentials, 4 forbidden,
+77 ReBAC denial, 126 COMMAND cannot be executed, 127 COMMAND not found"""
+DEFAULT_MAX_SESSIONS = 4
+parse_word = matching(r"[^\0]+", "one character or more")  # a path may hold what is not printable
 
 
 def describe_version() -> str:
-    """The version, and the SHA-256 of the file that this was loaded from, be it in a zip file."""
+    """Return the version and the SHA-256 of the file that this was loaded from, even from a zip file."""
     try:
         raw = __loader__.get_data(__file__)  # type: ignore[name-defined]
-    except (NameError, AttributeError, ImportError, OSError):  # standard input, -c; it was removed
-        raw = b""
-    load_hashlib()
-    digest = "sha256 %s of %s" % (hashlib.sha256(raw).hexdigest(), escape(__file__)) if raw else \
-        "no sha256: there is no file that it runs from"
-    return "plexctl %s (%s)\n" % (__version__, digest)
+        digest = f"sha256 {hashlib.sha256(raw).hexdigest()} of {escape(__file__)}"
+    except (NameError, AttributeError):
+        digest = "no sha256: running from standard input"
+    except OSError as error:
+        digest = f"no sha256: {escape(__file__)} cannot be read: {show_error(error)}"
+    return f"plexctl {__version__} ({digest})\n"
 
 
-PRINTED = {"-h": lambda: DESCRIPTION, "--help": lambda: DESCRIPTION, "--version": describe_version}
-parse_word = matching(r"[^\0]+", "one character or more")  # a path may hold what is not printable
-parse_switch = matching("true|false", "true or false, or left out", "true".__eq__)  # see check_words
-REQUIRED = object()
-SWITCH = (parse_switch, False)
-PERSISTENT_FLAGS: "Dict[str, Tuple[Callable[[str], Any], Any]]" = {  # what reads the value; the default
-    "--server": (parse_word, None), "--profile": (parse_word, None), "--token-file": (parse_word, None),
-    "--output": (one_of(*FORMATS), "text"), "--ca-file": (parse_word, None), "--allow-http": SWITCH,
-    "--reveal-secrets": SWITCH, "--yes": SWITCH, "--verbose": (parse_switch, [])}
-FLAGS: "Dict[str, Tuple[Callable[[str], Any], Any]]" = dict(PERSISTENT_FLAGS, **{
-    "--project-id": (parse_uuid, REQUIRED), "--resource-id": (parse_uuid, REQUIRED),
-    "--host": (parse_target_host, REQUIRED), "--port": (lambda text: parse_int(text, 1, PORT_MAX), REQUIRED),
-    "--local-addr": (parse_local_address, None), "--wait-seconds": (parse_seconds, 90.0),
-    "--ttl-seconds": (lambda text: parse_int(text, 0, 10 ** 9), 0),
-    "--max-sessions": (lambda text: parse_int(text, 1, 32), None),
-    "--min-sessions": (lambda text: parse_int(text, 1, 32), None),
-    "--proxy": SWITCH, "--stdio": SWITCH, "--renew": SWITCH, "--keep-session": SWITCH,
-    "--allow-other-users": SWITCH})
-DEFAULT_MAX_SESSIONS = 4
+class Parser(argparse.ArgumentParser):
+    """argparse's parser, with UsageErrors that do not show the value: it may be a secret."""
 
+    def __init__(self) -> None:
+        def create_formatter(prog: str) -> argparse.HelpFormatter:
+            return argparse.RawDescriptionHelpFormatter(prog, max_help_position=25, width=80)
 
-def describe_unknown(flag: str) -> str:
-    """A flag without what may be a secret, and which known one was meant."""
-    if flag[:2] != "--":
-        return escape(flag[:2]) + "..." * (len(flag) > 2)
-    alike = ([name for name in (*FLAGS, *PRINTED) if name.startswith(flag)]
-             or difflib.get_close_matches(flag, (*FLAGS, *PRINTED), 1, 0.8))
-    return escape(flag, 40) + ("; is %s meant?" % " or ".join(alike) if flag[2:] and alike else "")
+        super().__init__(prog="plexctl", usage=USAGE, description=ABOUT, epilog=EXAMPLES, add_help=False,
+                         allow_abbrev=False, formatter_class=create_formatter)
+        self.color = False  # 3.14 would colour the help
+        self.takes_value: Dict[str, bool] = {}  # by flag
 
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(escape(message.replace("argument ", "", 1).partition("'")[0]).rstrip(": "))
 
-def check_words(words: "Sequence[str]") -> "Tuple[str, List[str]]":
-    """What -h or --version prints, and the flags as argparse is to see them.
-
-    It would show an unknown flag's value, drop a value of `--` up to 3.12, not take -vv apart up to 3.7,
-    and take the -h of a COMMAND that stands without `--` for ours.
-    """
-    flags: "List[str]" = []
-    known, takes_value = PERSISTENT_FLAGS, False
-    for word in words:
-        flag, equals, value = word.partition("=")
-        if word in PRINTED:
-            return PRINTED[word](), []
-        if word[:1] != "-" or set(word[1:2]) <= DIGITS:
-            if takes_value:
-                flags.append(word)
-            elif known is FLAGS:
-                raise UsageError("unexpected argument after the command: a COMMAND stands behind --")
-            elif word == "tcp-forward":
-                known = FLAGS
-            else:
-                break
-            takes_value = False
-            continue
-        times, flag = (len(flag) - 1, "--verbose") if flag.strip("v") == "-" != flag else (1, flag)
-        if flag not in known:
-            raise UsageError("%s: goes behind the command, tcp-forward" % flag if flag in FLAGS else
-                             "unknown flag " + describe_unknown(flag))
-        if value == "--":
-            raise UsageError("%s: must not be --" % flag)
-        takes_value = not equals and FLAGS[flag][0] is not parse_switch
-        flags += [flag + (equals + value if equals or takes_value else "=true")] * times
-    if known is not FLAGS:
-        raise UsageError("the command must be tcp-forward")
-    return "", flags
-
-
-def create_parser() -> "argparse.ArgumentParser":
-    """The parser of what `check_words` let through; of several values the last one counts."""
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> "NoReturn":  # no value and no control character in it
-            raise UsageError(escape(message.replace("argument ", "", 1)))
-
-    def checked(parse: "Callable[[str], Any]") -> "Callable[[str], Any]":
-        def convert(text: str) -> "Any":
+    def add(self, group: Any, flag: str, metavar: str, parse: Callable[[str], Any], text: str,
+            default: Any = None, required: bool = False) -> None:
+        """Add a flag with a value; the last one counts."""
+        def convert(value: str) -> Any:
             try:
-                return parse(text)
-            except ValueError as error:  # argparse would show the value that it refuses
+                return parse(value)
+            except ValueError as error:  # argparse would show the value
                 raise argparse.ArgumentTypeError(str(error)) from None
-        return convert
 
-    # a width, or each add_argument would import shutil to ask the terminal for one
-    parser = Parser(prog="plexctl", add_help=False, allow_abbrev=False,
-                    formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100))
-    for flag, (parse, default) in FLAGS.items():
-        parser.add_argument(flag, type=checked(parse), required=default is REQUIRED, default=default,
-                            action="append" if default == [] else "store")
+        self.takes_value[flag] = True
+        group.add_argument(flag, metavar=metavar, type=convert, default=default, required=required, help=text)
+
+    def add_switch(self, group: Any, flags: str, text: str, action: str = "store_true") -> None:
+        """Add a flag without a value, and --flag=true and --flag=false, as in the Go plexctl."""
+        *short, flag = flags.split()
+        self.takes_value.update((each, False) for each in [*short, flag])
+        group.add_argument(*short, flag, action=action, default=False, help=text)
+        name = flag[2:].replace("-", "_")
+        group.add_argument(flag + "=true", dest=name, action=action, help=argparse.SUPPRESS)
+        group.add_argument(flag + "=false", dest=name, action="store_false", help=argparse.SUPPRESS)
+
+
+def create_parser() -> Parser:
+    """Create one parser for all flags: those of the command may come before it as well."""
+    parser = Parser()
+    group = parser.add_argument_group("target")
+    parser.add(group, "--project-id", "UUID", parse_uuid, "owning Project (required)", required=True)
+    parser.add(group, "--resource-id", "UUID", parse_uuid, "target Resource (required)", required=True)
+    parser.add(group, "--host", "HOST", parse_target_host, "target host, as the Node sees it (required)",
+               required=True)
+    parser.add(group, "--port", "PORT", lambda text: parse_int(text, 1, PORT_MAX),
+               "target port, 1 to 65535 (required)", required=True)
+    parser.add(group, "--ttl-seconds", "N", lambda text: parse_int(text, 0, 10 ** 9),
+               "requested lifetime; 0 (default): the server's default", 0)
+
+    group = parser.add_argument_group("forwarding")
+    parser.add_switch(group, "--proxy", "listen locally and forward until the session expires or you press "
+                                        "Ctrl-C")
+    parser.add_switch(group, "--stdio", "forward one connection over stdin and stdout (for ssh's "
+                                        "ProxyCommand)")
+    parser.add(group, "--local-addr", "ADDR", parse_local_address, "address to listen on: HOST:PORT or "
+               "unix:/path (default 127.0.0.1:0, a free port)")
+    parser.add(group, "--wait-seconds", "N", parse_seconds, "how long to wait for the Node to report its "
+               "listener (default 90)", 90.0)
+    parser.add(group, "--max-sessions", "N", lambda text: parse_int(text, 1, 32), "maximum number of "
+               f"sessions, 1 to 32 (default {DEFAULT_MAX_SESSIONS}); each open connection uses one")
+    parser.add(group, "--min-sessions", "N", lambda text: parse_int(text, 1, 32),
+               "sessions to keep ready (default 1)")
+    parser.add_switch(group, "--renew", "issue a new session when one has expired, instead of ending")
+    parser.add_switch(group, "--keep-session", "do not revoke sessions on exit")
+    parser.add_switch(group, "--allow-other-users", "let other local users use the local port")
+
+    group = parser.add_argument_group("global options", "before or after the command")
+    parser.add(group, "--server", "URL", parse_word, "control plane (or PLEXSPHERE_URL, or a profile)")
+    parser.add(group, "--profile", "NAME", parse_word, "profile of ~/.config/plexctl/config.json")
+    parser.add(group, "--token-file", "PATH", parse_word, "bearer token file, mode 0600; - is stdin "
+               "(or PLEXSPHERE_TOKEN, or a profile)")
+    parser.add(group, "--ca-file", "PATH", parse_word, "CA bundle to use instead of the system's")
+    parser.add_switch(group, "--allow-http", "allow a plain-http server that is not loopback")
+    parser.add(group, "--output", "FORMAT", one_of(*FORMATS), "text (default), json or yaml", "text")
+    parser.add_switch(group, "--reveal-secrets", "print the session token to stderr, and record that")
+    parser.add_switch(group, "-v --verbose", "log requests and connections to stderr", "count")
+    parser.add_switch(group, "-q --quiet", "print errors only on stderr")
+    parser.add_switch(group, "--yes", "ignored")
+    parser.add_switch(group, "--version", "print the version and the SHA-256 of this file")
+    parser.add_switch(group, "-h --help", "print this help")
     return parser
 
 
-def parse_arguments(argv: "Sequence[str]") -> "Tuple[str, Any]":
-    """What -h or --version prints, or the options; UsageError where they are not right."""
+def describe_unknown(word: str, flags: Sequence[str]) -> str:
+    """Describe an unknown flag, without what may be a secret, and the known one that was probably meant."""
+    flag = word.partition("=")[0]
+    if re.search(r"\s", flag):
+        name = f" ({flag.split()[0]} ...)" if flag.split()[0] in flags else ""
+        return (f"several words in one argument{name}: $TARGET must not be quoted, and zsh and fish do not "
+                "split it")
+    if flag[:2] != "--":
+        return "unknown flag " + escape(flag[:2]) + "..." * (len(flag) > 2)
+    import difflib
+    names = [name for name in flags if name[:2] == "--"]
+    alike = ([name for name in names if name.startswith(flag)]
+             or difflib.get_close_matches(flag, names, 1, 0.8))
+    advice = f"; did you mean {' or '.join(alike)}?" if flag[2:] and alike else ""
+    return f"unknown flag {escape(flag, 40)}{advice}"
+
+
+def describe_unexpected(word: str, has_command: bool) -> str:
+    """Describe an argument that is neither a flag, nor a value, nor the command."""
+    if has_command:
+        return f"unexpected argument{show_word(word)}; put -- before the command to run"
+    import difflib
+    advice = f" (did you mean {COMMAND}?)" if difflib.get_close_matches(word, [COMMAND]) else ""
+    return f"unknown command{show_word(word)}{advice}; {SHORT_USAGE}"
+
+
+def find_flags(words: Sequence[str], takes_value: Mapping[str, bool]) -> List[str]:
+    """Return the flags and their values, without the command; -h or --version alone.
+
+    What argparse would get wrong ends here: it shows the value of an unknown flag, prints our help for
+    `psql -h` without `--`, drops a value of `--` (up to 3.12), and does not split -vv (3.6, 3.7).
+    """
+    flags: List[str] = []
+    has_command, wants_value = False, False
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag in ("-h", "--help", "--version") and value in ("", "true"):
+            return [flag]
+        if word[:1] != "-" or re.fullmatch("-[0-9]*", word):  # as argparse has it
+            if wants_value:
+                flags.append(word)
+            elif word == COMMAND and not has_command:
+                has_command = True
+            else:
+                raise UsageError(describe_unexpected(word, has_command))
+            wants_value = False
+            continue
+        if re.fullmatch("-[vq]{2,}", word):
+            flags += ["-" + letter for letter in word[1:]]
+            continue
+        if flag not in takes_value:
+            raise UsageError(describe_unknown(word, list(takes_value)))
+        if value == "--":
+            raise UsageError(f"{flag}: must not be --")
+        if equals and not takes_value[flag] and value not in ("true", "false"):
+            raise UsageError(f"{flag}: must be true or false, or left out")
+        flags.append(word)
+        wants_value = takes_value[flag] and not equals
+    if not has_command:
+        raise UsageError(f"no command; {SHORT_USAGE}")
+    return flags
+
+
+def parse_arguments(argv: Sequence[str]) -> Tuple[str, Any]:
+    """Return what -h or --version prints, or the options."""
     end = argv.index("--") if "--" in argv else len(argv)
+    parser = create_parser()
     try:
-        prints, flags = check_words(argv[:end])
-        options = None if prints else create_parser().parse_args(flags)
-        if options is not None:
-            options.verbose = sum(options.verbose)
-            options.command = list(argv[end + 1:]) if end < len(argv) else None
-            check_together(options)
-        return prints, options
+        flags = find_flags(argv[:end], parser.takes_value)
+        if flags == ["--version"]:
+            return describe_version(), None
+        if flags and flags[0] in ("-h", "--help"):
+            return parser.format_help(), None
+        options = parser.parse_args(flags)
+        options.command = list(argv[end + 1:]) if end < len(argv) else None
+        check_together(options)
+        return "", options
     except UsageError as error:
-        raise UsageError("%s (see plexctl --help)" % error) from None
+        raise UsageError(f"{error} (see plexctl --help)") from None
 
 
-def check_together(options: "argparse.Namespace") -> None:
-    """Flags that exclude or need one another; fills in `mode` and what depends on others."""
-    def given(*flags: str) -> "List[str]":
+def check_together(options: argparse.Namespace) -> None:
+    """Check flags that exclude or need one another; set `mode` and defaults that depend on others."""
+    def given(*flags: str) -> List[str]:
         return [flag for flag in flags if getattr(options, flag[2:].replace("-", "_"))]
 
     modes = given("--proxy", "--stdio") + ["-- COMMAND"] * (options.command is not None)
     if len(modes) > 1:
-        raise UsageError("%s and %s exclude each other" % tuple(modes[:2]))
+        raise UsageError(f"{modes[0]} and {modes[1]} cannot be used together")
     if options.command is not None and not any(options.command[:1]):
-        raise UsageError("--: a COMMAND must follow")
+        raise UsageError("a command is required after --")
+    if modes and os.name != "posix":
+        raise UsageError(f"{modes[0]} needs Linux or macOS; on Windows, use WSL")
     options.mode = modes[0] if modes else "print"
     listening = given("--max-sessions", "--min-sessions", "--renew", "--allow-other-users")
     if options.local_addr and (options.stdio or options.local_addr.path):
         listening.append("--local-addr unix:" if options.local_addr.path else "--local-addr")
     if listening and options.mode in ("print", "--stdio"):
-        raise UsageError("%s needs --proxy or -- COMMAND" % listening[0])
+        raise UsageError(f"{listening[0]} needs --proxy or -- COMMAND")
     if options.keep_session and not modes:
         raise UsageError("--keep-session needs --proxy, --stdio or -- COMMAND")
     if options.stdio and is_standard_input(options.token_file or ""):
-        raise UsageError("--token-file - does not go with --stdio: both read standard input")
+        raise UsageError("--token-file - and --stdio cannot be used together: both read standard input")
     options.max_sessions = options.max_sessions or DEFAULT_MAX_SESSIONS
     options.min_sessions = options.min_sessions or 1
     if options.min_sessions > options.max_sessions:
-        raise UsageError("--min-sessions must not be more than --max-sessions (%d)" % options.max_sessions)
+        raise UsageError(f"--min-sessions must not be more than --max-sessions ({options.max_sessions})")
     if options.server:
         check_server(options.server, "--server", options.allow_http)
     options.local_addr = options.local_addr or LocalAddress("127.0.0.1", 0)
 
 
-def is_executable(path: str) -> bool:
-    """False for what is no file, and a script that names no interpreter, or one that is not there."""
-    if not os.path.isfile(path):  # opening a FIFO would wait
-        return False
-    try:
-        with open(path, "rb") as file:
-            head = file.read(256)
-    except OSError:  # may be executed, though not read
-        return True
-    if head[:2] == b"#!":
-        return os.path.exists((head[2:].split() or [b""])[0])
-    return os.name != "posix" or b"\0" in head
-
-
-def find_command(name: str, environ: "Environ") -> str:
-    """The program a COMMAND names; exit 127 or 126 as a shell would, before anything is issued."""
+def find_command(name: str, environ: Environ) -> str:
+    """Find the program that COMMAND names; exit 127 or 126 like a shell, before anything is issued."""
     path = environ.get("PATH", os.defpath)
     found = shutil.which(name, path=path)
-    if found and is_executable(found):
+    if found and os.path.isfile(found):
         return found
     if shutil.which(name, os.F_OK, path) or os.path.dirname(name) and os.path.exists(name):
-        raise PlexctlError("%s: cannot be executed" % escape(name), exit_code=EXIT_NOT_EXECUTABLE)
-    raise PlexctlError("%s: command not found" % escape(name), exit_code=EXIT_NOT_FOUND)
+        raise PlexctlError(f"{escape(name)}: cannot be executed", exit_code=EXIT_NOT_EXECUTABLE)
+    raise PlexctlError(f"{escape(name)}: command not found", exit_code=EXIT_NOT_FOUND)
 
 
 class Run:
@@ -3331,7 +3472,9 @@ class Run:
         server, token = foreground.call(lambda: resolve_credentials(
             options.server, options.profile, options.token_file, options.allow_http, self.environ))
         # in a thread as well: --ca-file may be a pipe
-        plane = foreground.call(lambda: ControlPlane(server, token, options.ca_file, self.environ, report=self.say))
+        plane = foreground.call(lambda: ControlPlane(
+            server, token, options.ca_file, self.environ,
+            report=self.say, notice=self.report))
         self.audit = AuditLog(self.environ, foreground.report) if options.reveal_secrets else None
         self.ledger = Ledger(plane, options.project_id, self.report, self.say)
         try:

@@ -28,6 +28,7 @@ import tempfile
 import threading
 import time
 import uuid
+import zlib
 from typing import Any, NamedTuple, Optional
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -2030,7 +2031,7 @@ def test_a_uuid_is_canonical_and_becomes_lower_case(text, expected):
 @pytest.mark.parametrize("text, expected", [("1", 1), ("65535", 65535), ("0022", 22)] + [
     (text, REFUSED) for text in BAD_NUMBERS + ["0", "65536", "117925"]], ids=shown)
 def test_a_port_is_plain_digits_from_1_to_65535(text, expected):
-    assert outcome(plexctl.FLAGS["--port"][0], text) == expected
+    assert outcome(plexctl.parse_int, text, 1, plexctl.PORT_MAX) == expected
 
 
 @pytest.mark.parametrize("text, expected", [("3", 3), ("7", 7), ("2", REFUSED), ("8", REFUSED)] + [
@@ -2152,7 +2153,8 @@ def test_an_error_of_parse_json_does_not_hold_the_document():
     ("10.0.0.5", True), ("db.internal", True), ("::1", True), ("localhost", True),
     ("b\xfccher.example", True), ("", False), (" ", False), ("\t\n", False), ("\xa0", False),
     ("\u2028", False), ("a b", False), (" a", False), ("a\n", False), ("a\x1b[2J", False), ("a\x00", False),
-    ("a\u202eb", False), ("a\xa0b", False), ("\udcff", False), ("a" * 254, False)], ids=shown)
+    ("a\u202eb", False), ("a\xa0b", False), ("\udcff", False), ("a" * 254, False), ("a:1", False),
+    ("http://a", False), ("a/b", False)], ids=shown)
 def test_a_target_host_is_printable_and_has_no_white_space(text, good):
     assert outcome(plexctl.parse_target_host, text) == (text if good else REFUSED)
 
@@ -2165,42 +2167,17 @@ def test_a_target_host_is_printable_and_has_no_white_space(text, good):
     ("localhost.evil.example", False, True), ("127.0.0.1.evil.example", False, True),
     ("notlocalhost", False, True), ("0.0.0.0", False, False), ("::", False, False), ("0:0::0", False, False),
     ("::ffff:0.0.0.0", False, False), ("224.0.0.1", False, False), ("239.255.255.255", False, False),
-    ("::ffff:224.0.0.1", False, False), ("255.255.255.255", False, False), ("ff02::1", False, False)],
-    ids=shown)
+    ("::ffff:224.0.0.1", False, False), ("ff02::1", False, False)], ids=shown)
 def test_loopback_unspecified_and_multicast_addresses_are_known(host, loopback, dialable):
-    assert (plexctl.is_loopback(host), plexctl.is_dialable(host)) == (loopback, dialable)
+    is_name = plexctl.parse_address(host) is None  # it is judged once it is looked up
+    assert (plexctl.is_loopback(host), plexctl.is_dialable(host)) == (loopback, dialable or is_name)
+    assert plexctl.is_dialable(host, from_loopback=True)
 
 
 @pytest.mark.parametrize("host", [
-    "169.254.169.254", "169.254.0.1", "fe80::1", "FEBF::1", "fe80::1%eth0", "::ffff:169.254.169.254",
-    "fd00:ec2::254",
-    "::169.254.169.254", "::ffff:0:169.254.169.254", "64:ff9b::a9fe:a9fe", "2002:a9fe:a9fe::1",
-    "2001:0:4136:e378:8000:63bf:5601:5601"])
+    "169.254.169.254", "169.254.0.1", "fe80::1", "FEBF::1", "fe80::1%eth0", "::ffff:169.254.169.254"])
 def test_a_link_local_endpoint_is_refused_whoever_names_it(host):
     assert not plexctl.is_dialable(host) and not plexctl.is_dialable(host, from_loopback=True)
-
-
-@pytest.mark.parametrize("host", [
-    "::127.0.0.1", "::7f00:1", "::ffff:0:127.0.0.1", "64:ff9b::127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::",
-    "64:ff9b::", "64:ff9b::e000:1",
-    "2002:ffff:ffff::"])
-def test_an_ipv6_address_with_a_refused_ipv4_address_in_it_is_refused(host):
-    assert not plexctl.is_dialable(host) and plexctl.is_dialable(host, from_loopback=True)
-
-
-@pytest.mark.parametrize("host", [
-    "64:ff9b::a00:5", "64:ff9b::100.64.0.12", "2002:a00:5::1", "2001:db8::169.254.169.254", "fec0::1",
-    "fd00::7f00:1", "169.253.0.1", "2001:1::1"])
-def test_an_address_that_only_looks_like_one_of_these_is_taken(host):
-    assert plexctl.is_dialable(host)
-
-
-@pytest.mark.parametrize("host", [
-    socket.gethostname(), socket.gethostname().upper() + ".", socket.gethostname().partition(".")[0],
-    "localhost.localdomain", "ip6-localhost", "ip6-loopback", "localhost6.localdomain6", "x.y.localhost."])
-def test_a_name_of_this_host_is_no_endpoint_unless_the_server_is_here_too(host):
-    assert not plexctl.is_dialable(host) and plexctl.is_dialable(host, from_loopback=True)
-    assert plexctl.is_dialable("other-" + socket.gethostname() + ".example")
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -2240,6 +2217,16 @@ def test_one_line_end_of_a_token_is_dropped(raw, expected):
     assert plexctl.parse_token(raw, "here").reveal() == expected
 
 
+@pytest.mark.parametrize("raw, fault", [
+    (b"", "is empty"), (b"\n", "is empty"), (b"Bearer psk_1", 'starts with "Bearer "'),
+    (b"psk 1", "contains a space"), (b"psk_1\n\n", "contains a line break"),
+    (b"\xef\xbb\xbfpsk_1", "byte-order mark"), ("psk_1".encode("utf-16"), "byte-order mark"),
+    (b"psk_\xff", "not printable ASCII"), (b"a" * 8193, "longer than 8192")], ids=shown)
+def test_an_error_of_a_token_says_what_is_wrong_with_it(raw, fault):
+    with pytest.raises(plexctl.CredentialsError, match="here: the token .*" + re.escape(fault)):
+        plexctl.parse_token(raw, "here")
+
+
 @pytest.mark.parametrize("raw", BAD_TOKENS, ids=shown)
 def test_a_token_of_other_characters_is_refused_and_not_shown(raw):
     with pytest.raises(plexctl.CredentialsError) as raised:
@@ -2267,6 +2254,11 @@ def test_a_duration_is_shown_for_people(seconds, expected):
     (OSError(5, "bad\x1b[1m"), "bad\\x1b[1m"), (socket.timeout("timed out"), "timed out"),
     (ValueError("Invalid header value b'Bearer %s'" % BEARER), "ValueError"),
     (OSError("Bearer " + BEARER), "OSError"), (RecursionError(BEARER), "RecursionError"),
+    (http.client.RemoteDisconnected(BEARER), "the server closed the connection"),
+    (http.client.IncompleteRead(BEARER.encode()), "the answer was cut off"),
+    (http.client.LineTooLong(BEARER), "a header is too long"),
+    (http.client.HTTPException("got more than 100 headers"), "too many headers"),
+    (http.client.BadStatusLine(BEARER), "the answer is not HTTP"),
     (FileNotFoundError(2, "No such file or directory", "/" + BEARER), "No such file or directory")],
     ids=shown)
 def test_an_error_is_shown_without_what_it_was_given(error, expected):
@@ -2277,19 +2269,6 @@ def test_the_reason_of_a_urlerror_is_shown():
     import urllib.error
     reason = ConnectionResetError(104, "Connection reset by peer")
     assert plexctl.show_error(urllib.error.URLError(reason)) == "Connection reset by peer"
-
-
-@pytest.mark.parametrize("values, named, good", [
-    ("abcd", {}, True), ("abcd", {"ttl_seconds": 5}, True), ("abc", {"port": 1}, True), ("abcde", {}, True),
-    ("abc", {}, False), ("abcdef", {}, False), ("abcd", {"ttl": 5}, False)], ids=shown)
-def test_a_record_takes_its_fields_by_position_or_name_and_no_others(values, named, good):
-    if good:
-        request = plexctl.SessionRequest(*values, **named)
-        assert request == plexctl.SessionRequest(*values, **named) and request.project_id == "a"
-        assert request != plexctl.SessionRequest("b", *values[1:], **named)
-    else:
-        with pytest.raises(TypeError, match="SessionRequest takes project_id, resource_id, host"):
-            plexctl.SessionRequest(*values, **named)
 
 
 def test_an_integer_of_a_million_digits_is_refused_at_once():
@@ -2371,7 +2350,7 @@ def test_a_profile_token_for_another_server_is_refused_with_the_reason(cli, simu
     environ = write_config(tmp_path, {"profiles": {"prod": entry}})
     result = cli(forward_args(simulation.plane, "--profile", "prod"), environ)
     assert result.status == 3 and simulation.plane.requests == []
-    one_error_line(result, "profile", "own server")
+    one_error_line(result, "own server, and --server names another one")
 
 
 def test_a_default_profile_alone_is_enough(cli, simulation, tmp_path):
@@ -2454,7 +2433,8 @@ def test_a_config_or_token_file_that_others_may_use_exits_3(cli, simulation, tmp
     assert result.status == 3 and one_error_line(result, "config.json", "%04o" % mode)
     path = write_private(tmp_path / "token", BEARER, mode)
     result = cli(forward_args(simulation.plane, "--token-file", path))
-    assert result.status == 3 and one_error_line(result, "--token-file", "%04o" % mode)
+    assert result.status == 3
+    one_error_line(result, "--token-file", "permissions %04o are too open; run chmod 600" % mode)
     assert simulation.plane.requests == []
 
 
@@ -2485,9 +2465,9 @@ def test_a_token_in_the_environment_with_other_characters_exits_3(cli, simulatio
 
 def test_a_token_file_of_64_kib_is_read_and_a_larger_one_is_not(tmp_path):
     full = write_private(tmp_path / "full", b"a" * 65536)
-    assert plexctl.read_secret_file(full, "--token-file") == b"a" * 65536
+    assert plexctl.read_own_file(full, "--token-file") == b"a" * 65536
     with pytest.raises(plexctl.CredentialsError, match="larger than 65536"):
-        plexctl.read_secret_file(write_private(tmp_path / "more", b"a" * 65537), "--token-file")
+        plexctl.read_own_file(write_private(tmp_path / "more", b"a" * 65537), "--token-file")
 
 
 def make_fifo(path):
@@ -2565,7 +2545,7 @@ def test_a_token_file_cannot_be_swapped_between_the_check_and_the_use(tmp_path):
     try:
         for _ in range(1500):
             try:
-                seen.add(plexctl.read_secret_file(path, "--token-file"))
+                seen.add(plexctl.read_own_file(path, "--token-file"))
             except plexctl.CredentialsError:
                 pass
     finally:
@@ -2589,7 +2569,7 @@ def test_a_token_file_that_is_descriptor_0_leaves_nothing_there(tmp_path, name):
         pytest.skip("no " + name)
     program = ("import os, sys; sys.path.insert(0, %r); import plexctl; name = sys.argv[1]\n"
                "assert plexctl.is_standard_input(name) and not plexctl.is_standard_input('/dev/null')\n"
-               "print(len(plexctl.read_secret_file(name, 'here')), os.read(0, 100))" % HERE)
+               "print(len(plexctl.read_own_file(name, 'here')), os.read(0, 100))" % HERE)
     with open(path) as stdin:
         words = [sys.executable, "-I", "-B", "-c", program, name]
         result = run_words(words, clean_environment(), stdin=stdin)
@@ -2629,18 +2609,21 @@ def test_a_socket_as_standard_input_is_read_by_any_name(simulation):
             assert run_words(words, clean_environment(), stdin=its).status == 0
 
 
-def test_a_message_names_the_token_file_unless_there_is_none(cli, simulation, tmp_path):
-    """What names nothing may be the token itself."""
+def test_a_message_names_the_token_file_unless_it_may_be_the_token_itself(cli, simulation, tmp_path):
     path = write_private(tmp_path / "token", "two words")
     one_error_line(cli(forward_args(simulation.plane, "--token-file", path)), "--token-file " + path)
+    for name in "/run/secrets/plexctl/no-such-token", "no-such-file":
+        result = cli(forward_args(simulation.plane, "--token-file", name))
+        assert name in one_error_line(result, "cannot be opened: No such file")
     one_error_line(cli(forward_args(simulation.plane, "--token-file", BEARER)), "--token-file: cannot be")
 
 
-@pytest.mark.parametrize("redirections", ["<&-", "</dev/null"])
-def test_a_standard_input_without_a_token_exits_3(simulation, redirections):
+@pytest.mark.parametrize("redirections, fault", [
+    ("<&-", "standard input is closed"), ("</dev/null", "is empty")])
+def test_a_standard_input_without_a_token_exits_3(simulation, redirections, fault):
     result = run_redirected(redirections, forward_args(simulation.plane, "--token-file", "-"), {})
     assert result.status == 3 and simulation.plane.requests == []
-    one_error_line(result, "--token-file")
+    one_error_line(result, "--token-file", fault)
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
@@ -2656,7 +2639,7 @@ def test_an_unknown_profile_is_told_which_there_are(cli, tmp_path):
     environ = write_config(tmp_path, {"profiles": {"staging": entry, "prod": entry}})
     result = cli(["tcp-forward", "--profile", "stagin"] + REQUIRED_FLAGS, environ)
     assert result.status == 3
-    one_error_line(result, "--profile", "prod, staging")
+    one_error_line(result, "--profile: no profile 'stagin' in ", "available: prod, staging")
 
 
 def test_a_config_directory_that_cannot_be_searched_is_not_taken_for_none(cli, tmp_path):
@@ -2672,10 +2655,10 @@ def test_a_secret_file_is_closed_again(tmp_path):
     path.write_text(BEARER)
     path.chmod(0o600)
     before = descriptors()
-    assert plexctl.read_secret_file(str(path), "it") == BEARER.encode()
+    assert plexctl.read_own_file(str(path), "it") == BEARER.encode()
     path.chmod(0o640)
     with pytest.raises(plexctl.CredentialsError):
-        plexctl.read_secret_file(str(path), "it")
+        plexctl.read_own_file(str(path), "it")
     assert descriptors() == before
 
 
@@ -2766,9 +2749,11 @@ def test_verbose_counts_in_every_spelling(cli, simulation, before, after):
 def test_help_goes_to_stdout_and_exits_0(cli, args):
     result = cli(args)
     assert (result.status, result.err) == (0, "")
-    missing = [flag for flag in REQUIRED_FLAGS[::2] + ["--proxy", "--reveal-secrets"]
-               if flag not in result.out]
-    assert not missing and all(len(line) <= 100 for line in result.out.splitlines())
+    missing = [words for words in REQUIRED_FLAGS[::2] + [
+        "--proxy", "--quiet", "\ntarget:\n", "\nforwarding:\n", "\nglobal options:\n", "\nexit codes: "]
+        if words not in result.out]
+    assert not missing and all(len(line) < 80 for line in result.out.splitlines())
+    assert result.out.partition("\nexamples")[2].count("plexctl tcp-forward $TARGET") == 4
 
 
 @pytest.mark.parametrize("args", [["--version"], ["tcp-forward", "--version"]], ids=shown)
@@ -2795,13 +2780,13 @@ def test_however_it_is_started_version_tells_the_file_or_that_there_is_none(pyth
                                    stdin=program, cwd=str(tmp_path / "app" if "-m" in words else tmp_path))
             told = re.match(r"plexctl \S+ \(sha256 (\w+) of (.*)\)\n$", result.out)
             assert result[::2] == (0, "") and bool(told) == bool(name), result
-            assert told or result.out.endswith("(no sha256: there is no file that it runs from)\n")
+            assert told or result.out.endswith("(no sha256: running from standard input)\n")
             assert not told or told.group(1) == hash_of(PLEXCTL) and told.group(2).endswith(name), result
 
 
 USAGE_ERRORS = [([], "command"), (["-v"], "command"), (["tcp"], "command"),
-                (["tcp-forwards"] + REQUIRED_FLAGS, "command"),
-                ([""], "command"), (["--", "true"], "command")]
+                (["tcp-forwards"] + REQUIRED_FLAGS, "command 'tcp-forwards' (did you mean tcp-forward?)"),
+                ([""], "command"), (["--", "true"], "no command; usage: plexctl tcp-forward --project-id")]
 USAGE_ERRORS += [(["tcp-forward"] + flags_with(flag), flag) for flag in REQUIRED_FLAGS[::2]]
 USAGE_ERRORS += [(["tcp-forward"] + flags_with(flag, text), flag) for flag, texts in (
     ("--project-id", BAD_UUIDS), ("--resource-id", BAD_UUIDS),
@@ -2838,10 +2823,12 @@ USAGE_ERRORS += [(["tcp-forward"] + REQUIRED_FLAGS + words, flag) for words, fla
     (["-=--yes"], "-"),
     (["-vx"], "-v..."), (["--verbose=2"], "--verbose"), (["--port"], "--port"),
     (["--server"], "--server"), (["--output", "--yes"], "--output"),
-    (["argument"], "argument"), (["tcp-forward"], "argument"))]
+    (["argument"], "argument"), (["tcp-forward"], "argument"),
+    ([" ".join(REQUIRED_FLAGS)], "several words in one argument (--project-id ...)"),
+    (["--x y"], "several words"), (["--quiet=maybe"], "--quiet"))]
 USAGE_ERRORS += [(words + ["tcp-forward"] + REQUIRED_FLAGS, flag) for words, flag in (
     (["--reveal"], "--reveal"), (["--token", "psk_x"], "--token"), (["--out", "json"], "--out"),
-    (["--output", "x"], "--output"), (["--server", ""], "--server"), (["--port", "22"], "--port"),
+    (["--output", "x"], "--output"), (["--server", ""], "--server"), (["--port", "0"], "--port"),
     (["--yes=no"], "--yes"), (["--\x1b[31m\x07"], "--"), (["--\udcff"], "--"), (["\x1b[31m"], "command"),
     (["-\u202e"], "-"))]
 
@@ -2866,14 +2853,14 @@ def test_a_usage_error_is_one_line_that_names_the_flag(cli, simulation, tmp_path
     ("--prot", "--port"), ("--ports", "--port"), ("--pott", "--port"), ("--por", "--port"),
     ("--yess", "--yes"), ("--resourceid", "--resource-id"), ("--project_id", "--project-id"),
     ("--wait-second", "--wait-seconds"), ("--hlep", "--help"), ("--versoin", "--version"),
-    ("--verbos", "--verbose"), ("--allow", "--allow-http or --allow-other-users"),
+    ("--verbos", "--verbose"), ("--allow", "--allow-other-users or --allow-http"),
     ("--session-count", ""), ("--foo", ""), ("--x", ""), ("--=x", ""), ("-t", ""), ("-tfoo", "")], ids=shown)
 @pytest.mark.parametrize("where", ["before the command", "behind it"])
 def test_an_unknown_flag_that_is_almost_a_known_one_names_that_one(cli, flag, meant, where):
     args = ["tcp-forward"] + REQUIRED_FLAGS
     result = cli([flag] + args if where == "before the command" else args + [flag])
     line = one_error_line(result, "unknown flag " + (flag.split("=")[0] if flag[:2] == "--" else flag[:2]))
-    assert result.status == 2 and ("; is %s meant?" % meant in line if meant else "meant" not in line)
+    assert result.status == 2 and ("; did you mean %s?" % meant in line if meant else "mean" not in line)
 
 
 @pytest.mark.parametrize("flags", [
@@ -2931,7 +2918,9 @@ def test_an_argument_of_undecodable_bytes_is_a_usage_error(args):
 
 
 @pytest.mark.parametrize("args, words", [
-    (["psql", "-h", "x"], "stands behind --"), (["--host", "10.0.0.5:5432"], "--host: must be a host alone")])
+    (["psql", "-h", "x"], "unexpected argument 'psql'; put -- before the command to run"),
+    (["--host", "10.0.0.5:5432"], "--host: must be a host name or address alone"),
+    (["--host", "http://10.0.0.5"], "--host: must be a host name or address, not a URL")])
 def test_a_mistake_costs_no_session(cli, simulation, args, words):
     result = cli(forward_args(simulation.plane, *args), simulation.plane.environment())
     assert result.status == 2 and result.out == ""
@@ -2939,8 +2928,30 @@ def test_a_mistake_costs_no_session(cli, simulation, args, words):
     assert simulation.plane.requests == []
 
 
+def test_flags_of_the_command_may_stand_before_it(cli, simulation):
+    args = ["--server", simulation.plane.url] + REQUIRED_FLAGS + ["-qv", "tcp-forward"]
+    assert cli(args, simulation.plane.environment()).status == 0 and len(simulation.plane.issued) == 1
+
+
 def test_a_misspelt_command_is_named_before_its_flags(cli):
-    one_error_line(cli(["tcp-foward"] + REQUIRED_FLAGS), "the command must be tcp-forward")
+    result = cli(["tcp-foward", "--nonsense"])
+    one_error_line(result, "unknown command 'tcp-foward' (did you mean tcp-forward?)")
+
+
+@pytest.mark.parametrize("flags", [["--proxy"], ["--stdio"], ["--", "true"]], ids=shown)
+def test_windows_has_print_mode_alone(monkeypatch, flags):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "name", "nt")
+        _, options = plexctl.parse_arguments(["tcp-forward"] + REQUIRED_FLAGS)
+        with pytest.raises(plexctl.UsageError, match=flags[0] + " .*WSL"):
+            plexctl.parse_arguments(["tcp-forward"] + REQUIRED_FLAGS + flags)
+    assert options.mode == "print"
+
+
+@pytest.mark.parametrize("flags, quiet", [([], False), (["-q"], True), (["--quiet"], True), (["-vq"], True),
+                                          (["-q", "--quiet=false"], False)], ids=shown)
+def test_quiet_is_taken_in_every_spelling(flags, quiet):
+    assert plexctl.parse_arguments(["tcp-forward"] + REQUIRED_FLAGS + flags)[1].quiet == quiet
 
 
 def test_a_unix_address_without_a_listener_is_told_what_it_needs(cli):
@@ -2949,7 +2960,7 @@ def test_a_unix_address_without_a_listener_is_told_what_it_needs(cli):
     assert result.status == 2 and "--stdio" not in line
 
 
-@pytest.mark.parametrize("flag", sorted(plexctl.FLAGS))
+@pytest.mark.parametrize("flag", sorted(plexctl.create_parser().takes_value))
 def test_two_hyphens_are_no_value(cli, simulation, flag):
     """argparse up to 3.12 drops them, and takes the flag for one with an empty list."""
     result = cli(forward_args(simulation.plane, flag + "=--"), simulation.plane.environment())
@@ -3262,21 +3273,16 @@ def syslog(tmp_path, monkeypatch):
     return types.SimpleNamespace(path=path, record=record)
 
 
-SYSLOG_LINE = rb"<86>[A-Z][a-z]{2} [ 123]\d \d\d:\d\d:\d\d plexctl\[%d\]: (\{.*\})%b$"
+SYSLOG_LINE = rb"<86>[A-Z][a-z]{2} [ 123]\d \d\d:\d\d:\d\d plexctl\[%d\]: (\{.*\})$"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="unix sockets")
-@pytest.mark.parametrize("kind, end", [("SOCK_DGRAM", b""), ("SOCK_STREAM", b"\0")])
-def test_syslog_gets_a_copy_of_the_audit_record(syslog, kind, end):
-    with socket.socket(socket.AF_UNIX, getattr(socket, kind)) as server:
+def test_syslog_gets_a_copy_of_the_audit_record(syslog):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as server:
         server.bind(syslog.path)
-        if kind == "SOCK_STREAM":
-            server.listen(1)
         assert syslog.record() == []
         server.settimeout(10)
-        received = server.accept()[0] if kind == "SOCK_STREAM" else server
-        with received:
-            found = re.match(SYSLOG_LINE % (os.getpid(), end), received.recv(10000))
+        found = re.match(SYSLOG_LINE % os.getpid(), server.recv(10000))
     assert set(json.loads(found.group(1).decode())) == AUDIT_FIELDS
 
 
@@ -3389,7 +3395,7 @@ def test_a_record_that_logging_drops_reveals_nothing(cli, simulation, tmp_path, 
     result = cli(forward_args(simulation.plane, "--reveal-secrets"), environ)
     assert is_audit_error(result, simulation.plane)
     assert_revoked_once(simulation.plane)
-    assert not [each for each in quiet_logging.handlers if "lambda" in repr(vars(each))]
+    assert not [each for each in quiet_logging.handlers if isinstance(each, plexctl.AuditLog)]
 
 
 @FULL
@@ -3469,39 +3475,12 @@ def test_it_works_without_proc(simulation):
     assert (result.status, result.err) == (0, "") and parse_document(result.out, "text")
 
 
-DEAR_MODULES = {"ssl", "urllib", "urllib.request", "http.client", "socketserver", "logging", "email",
-                "subprocess"}
-IDLE_MODULES = {"socket", "json", "typing", "signal", "select", "threading"}  # cheaper, needed later
-
-
-def loaded_modules(statements, python=sys.executable):
-    """What statements (with plexctl imported) print and load in a fresh interpreter; no thread is left."""
-    program = ("import sys; before = set(sys.modules); sys.path.insert(0, %r)\n"
-               "import plexctl\n%s\nloaded = sorted(set(sys.modules) - before)\n"
-               "import json, threading; print(json.dumps([loaded, threading.active_count()]))"
-               % (HERE, statements))
-    result = run_words([python, "-I", "-B", "-S", "-c", program], clean_environment())
-    assert result.status == 0, result.err
-    modules, threads = json.loads(result.out.splitlines()[-1])
-    assert threads == 1
-    return result, set(modules)
-
-
 @pytest.mark.parametrize("python", find_pythons(), ids=os.path.basename)
 def test_importing_it_does_nothing_but_define(python):
-    result, modules = loaded_modules("", python)
-    assert result.err == "" and result.out.count("\n") == 1 and "plexctl" in modules
-    assert not modules & (DEAR_MODULES | IDLE_MODULES | {"argparse", "re"})
-
-
-@pytest.mark.parametrize("args, status", [
-    (["--help"], 0), (["--version"], 0), ([], 2), (["--nonsense"], 2),
-    (["tcp-forward"] + flags_with("--port", "0"), 2), (["tcp-forward"] + flags_with("--project-id", "x"), 2)],
-    ids=shown)
-def test_help_and_usage_errors_load_nothing_dear(args, status):
-    _, modules = loaded_modules("assert plexctl.main(%r, {}) == %d" % (args, status))
-    assert not modules & (DEAR_MODULES | ({"socket"} if "argparse" in modules else IDLE_MODULES))
-    assert ("argparse" in modules) == (args[:1] == ["tcp-forward"])
+    program = ("import sys; sys.path.insert(0, %r); import plexctl, logging, threading\n"
+               "print(threading.active_count(), logging.root.handlers)" % HERE)
+    result = run_words([python, "-I", "-B", "-S", "-c", program], clean_environment())
+    assert (result.status, result.out, result.err) == (0, "1 []\n", "")
 
 
 WITHOUT = """
@@ -3519,22 +3498,12 @@ plexctl.run()
 
 
 @pytest.mark.parametrize("python", find_pythons(), ids=os.path.basename)
-@pytest.mark.parametrize("module, loaded_for", [
-    ("_ssl", "https"), ("ssl", "https"), ("urllib.request", "http"), ("urllib", "http"), ("json", "http"),
-    ("email", "http"), ("http", "http"), ("hashlib", "http")])
-def test_a_python_without_a_module_is_told_its_name(simulation, python, module, loaded_for):
-    words = [python, "-I", "-B", "-S", "-c", WITHOUT % HERE, module, "tcp-forward", "--server",
-             simulation.plane.url.replace("http:", loaded_for + ":")] + REQUIRED_FLAGS
-    result = run_words(words, clean_environment({"PLEXSPHERE_TOKEN": BEARER}))
+@pytest.mark.parametrize("module", ["_ssl", "ssl", "urllib.request", "json", "email", "hashlib", "logging"])
+def test_a_python_without_a_module_is_told_its_name(python, module):
+    words = [python, "-I", "-B", "-S", "-c", WITHOUT % HERE, module, "--help"]
+    result = run_words(words, clean_environment())
     assert (result.status, result.out) == (1, "")
-    one_error_line(result, "this Python cannot load its module %s: " % module, "install")
-    assert simulation.plane.requests == []
-
-
-def test_a_module_that_another_system_has_not_may_be_caught_as_usual():
-    with pytest.raises(ImportError, match="cannot load its module there_is_none: No module named") as raised:
-        plexctl.LazyModule("there_is_none").anything()
-    assert isinstance(raised.value, plexctl.PlexctlError) and raised.value.exit_code == 1
+    one_error_line(result, "this Python lacks the module %s (" % module, "install")
 
 
 def test_a_library_that_is_damaged_is_an_error_in_one_line():
@@ -3544,7 +3513,7 @@ def test_a_library_that_is_damaged_is_an_error_in_one_line():
     result = run_words([sys.executable, "-I", "-B", "-c", program, "tcp-forward"] + REQUIRED_FLAGS,
                        clean_environment())
     assert result.status == 1
-    one_error_line(result, "cannot start: AttributeError")
+    one_error_line(result, "cannot load Python's standard library: AttributeError")
 
 
 @pytest.mark.parametrize("python", find_pythons(), ids=os.path.basename)
@@ -3568,16 +3537,6 @@ def test_it_imports_the_standard_library_alone():
     assert (result.status, result.err) == (0, "")
 
 
-@pytest.mark.parametrize("name", ["json", "argparse", "socket", "logging"])
-def test_a_module_that_lies_beside_the_file_is_not_loaded(simulation, tmp_path, name):
-    """In /tmp, say, where anybody may put one."""
-    shutil.copy(PLEXCTL, str(tmp_path))
-    (tmp_path / (name + ".py")).write_text("raise SystemExit('loaded')")
-    words = [sys.executable, str(tmp_path / "plexctl.py")] + forward_args(simulation.plane)
-    result = run_words(words, clean_environment(simulation.plane.environment()), cwd="/")
-    assert (result.status, result.err) == (0, "")
-
-
 @pytest.mark.parametrize("python", find_pythons(), ids=os.path.basename)
 @pytest.mark.parametrize("how", ["by its path", "from its directory", "through a link"])
 def test_a_module_beside_the_file_is_not_loaded(simulation, tmp_path, python, how):
@@ -3585,8 +3544,9 @@ def test_a_module_beside_the_file_is_not_loaded(simulation, tmp_path, python, ho
     folder = tmp_path / "x"
     folder.mkdir()
     shutil.copyfile(PLEXCTL, str(folder / "plexctl.py"))
-    for name in {name.partition(".")[0] for name in plexctl.LAZY_MODULES} | {
-            "errno", "gc", "os", "time", "typing", "encodings", "_socket", "_ssl", "heapq", "gettext"}:
+    modules = re.findall(r"(?m)^ +import (\w+)", open(PLEXCTL).read())
+    assert len(modules) > 20
+    for name in modules + ["typing", "encodings", "_socket", "_ssl", "heapq", "gettext"]:
         (folder / (name + ".py")).write_text("open(%r, 'w').close()\nraise SystemExit(99)\n"
                                              % str(tmp_path / ("loaded_" + name)))
     script, cwd = str(folder / "plexctl.py"), "/"
@@ -3964,7 +3924,8 @@ def test_a_failure_of_reading_that_does_not_pass_ends_it_and_revokes(cli, lone_p
 
 PASSING = {
     "502": Answer(502, headers=AT_ONCE), "503": problem("signing_unavailable", headers=AT_ONCE),
-    "504": Answer(504, raw=b"<html>", headers=AT_ONCE), "409": problem("idempotent_replay", headers=AT_ONCE)}
+    "504": Answer(504, raw=b"<html>", headers=AT_ONCE), "409": problem("idempotent_replay", headers=AT_ONCE),
+    "429": Answer(429, headers=AT_ONCE)}  # the rate limit of a gateway
 
 
 @pytest.mark.parametrize("name", sorted(PASSING))
@@ -4006,19 +3967,20 @@ def test_a_refused_connection_is_tried_again_and_leaves_no_doubt_about_a_session
 
 
 @pytest.mark.parametrize("status", [
-    200, 202, 204, 206, 300, 301, 302, 303, 304, 307, 308, 400, 401, 403, 404, 405, 408, 409, 410, 418, 425,
-    429, 500, 501, 505, 507, 599])
+    103, 200, 202, 204, 206, 300, 301, 302, 303, 304, 307, 308, 400, 401, 403, 404, 405, 408, 409, 410, 418,
+    425, 429, 500, 501, 505, 507, 599])
 def test_any_other_status_is_final(cli, lone_plane, status):
-    lone_plane.script("issue", Answer(status, headers=AT_ONCE + (("Location", "/elsewhere"),)))
+    headers = AT_ONCE * (status != 429) + (("Location", "/elsewhere"),)
+    lone_plane.script("issue", Answer(status, headers=headers))
     result = forward_to(cli, lone_plane)
     assert (result.status, result.out) == ({401: 3, 403: 4}.get(status, 1), "")
-    one_error_line(result, "IssueSession", str(status))
+    assert (MAY_EXIST in one_error_line(result, "IssueSession: %d" % status)) == (status < 300)
     assert len(lone_plane.requests) == 1
 
 
 @pytest.mark.parametrize("name", sorted(PROBLEMS))
 def test_every_published_problem_is_told_in_one_line(cli, lone_plane, name):
-    answer = problem(name, headers=AT_ONCE)
+    answer = problem(name, headers=AT_ONCE * (name != "session_limit_exceeded"))
     lone_plane.script("issue", *[answer] * 3)
     result = forward_to(cli, lone_plane)
     expected = {"rebac_denied": 77, "forbidden": 4, "unauthenticated": 3, "step_up_required": 3}.get(name, 1)
@@ -4097,10 +4059,14 @@ def test_retry_after_is_honoured(lone_plane):
     ([problem("resource_not_found")], 1, False),
     ([with_field(("token",), 5)], 1, False),  # it is revoked
     ([PASSING["502"], with_field(("token",), 5)], 1, False),  # and has the key of the first attempt
-    ([with_field(("session_id",), 5)], 1, True),  # it cannot be
+    ([altered(lambda body: body.pop("session") and body.update(session_id=5))], 1, True),  # it cannot be
+    ([with_field(("session_id",), 5)], 1, False),  # the session in it has the id
     ([Answer(201, raw=b"{")], 1, True),
+    ([Answer(202, raw=b"{}")], 1, True),
+    ([Answer(429, headers=AT_ONCE)] * 3, 1, False),
 ], ids=["502", "504", "409", "502 then refused", "drop then refused", "truncated then refused", "403", "401",
-        "400", "429", "404", "bad token", "502 then bad token", "bad session id", "malformed"])
+        "400", "429", "404", "bad token", "502 then bad token", "no session id", "one session id",
+        "malformed", "202", "rate limit"])
 def test_that_a_session_may_exist_is_said_exactly_when_one_may(cli, lone_plane, steps, status, due):
     lone_plane.script("issue", *steps)
     result = forward_to(cli, lone_plane)
@@ -4126,10 +4092,31 @@ def test_cancelling_ends_the_attempts(lone_plane, when):
     assert time.monotonic() - began < 3 and len(lone_plane.requests) == 1
 
 
-def test_a_429_says_which_sessions_count(cli, lone_plane):
-    lone_plane.script("issue", problem("session_limit_exceeded"))
+def test_a_429_says_which_sessions_count_unless_it_is_a_rate_limit(cli, lone_plane):
+    lone_plane.script("issue", problem("session_limit_exceeded"), *[Answer(429, headers=AT_ONCE)] * 3)
     one_error_line(forward_to(cli, lone_plane), "429", "--max-sessions", "print mode",
-                   "until it runs out or is revoked")
+                   "until they expire or are revoked")
+    assert "--max-sessions" not in one_error_line(forward_to(cli, lone_plane), "429", "too many requests")
+
+
+def test_a_silent_server_is_mentioned_while_it_is_awaited(cli, lone_plane, monkeypatch):
+    def step(handler, plane):
+        plane.wait_for(lambda: told)
+        handler.answer_really()
+    told = []
+    monkeypatch.setattr(plexctl, "SILENT_SECONDS", 0.2)
+    client = create_client(lone_plane, notice=told.append)
+    lone_plane.script("issue", step)
+    client.issue(session_request())
+    assert told == ["IssueSession: no answer from %s after 0.2 s, waiting" % lone_plane.url]
+    for _ in range(2):  # a proxy asks once a minute
+        lone_plane.script("get", never_answer)
+        with pytest.raises(plexctl.TransportError):
+            client.get(PROJECT_ID, OTHER_ID, 0.5)
+    assert len(told) == 2
+    lone_plane.script("issue", lambda handler, plane: (plane.closing.wait(0.5), handler.answer_really()))
+    result = forward_to(cli, lone_plane)
+    assert result.status == 0 and "plexctl: IssueSession: no answer from " in result.err
 
 
 # Redirects
@@ -4317,54 +4304,6 @@ plane.revoke(project_id, session_id)
     assert_one_revoked(lone_plane)
 
 
-# Interim answers
-
-HINTS = b"HTTP/1.1 103 Early Hints\r\nLink: </x>; rel=preload\r\nX: %d\r\n\r\n"
-INTERIM = {"100": b"HTTP/1.1 100 Continue\r\n\r\n", "102": b"HTTP/1.1 102 Processing\r\n\r\n",
-           "103": HINTS % 1, "199": b"HTTP/1.0 199\r\n\r\n",
-           "many": b"".join(HINTS % number for number in range(3000))}
-
-
-@pytest.mark.parametrize("name", sorted(INTERIM))
-@pytest.mark.parametrize("secure", [False, True], ids=["http", "https"])
-def test_interim_answers_are_read_over(cli, tls_files, name, secure):
-    def step(handler, _plane):
-        handler.wfile.write(INTERIM[name])
-        handler.answer_really()
-    with ControlPlane(tls=tls_context(tls_files.server) if secure else None) as plane:
-        plane.script("issue", step)
-        result = forward_to(cli, plane, *(["--ca-file", tls_files.ca] if secure else []))
-        assert (result.status, result.err, len(plane.requests)) == (0, "", 1)
-
-
-def hint_for_ever(handler, plane):
-    """Send `103 Early Hints` over and over, until the client has had enough."""
-    while not plane.closing.wait(0.001):
-        handler.wfile.write(HINTS % 1)
-
-
-def test_interim_answers_for_ever_end_with_the_exchange(lone_plane):
-    client = create_client(lone_plane)
-    lone_plane.script("get", hint_for_ever)
-    began = time.monotonic()
-    with pytest.raises(plexctl.TransportError, match="no complete answer"):
-        client.get(PROJECT_ID, OTHER_ID, 0.5)
-    assert time.monotonic() - began < 4
-    assert_nothing_remains(lone_plane._listener)
-
-
-@pytest.mark.parametrize("raw", [b"HTTP/1.1 103 Early Hints\r\n\r\n", b"HTTP/1.1 103 Early Hints\r\nX",
-                                 b"HTTP/1.1 103 x\r\n" + b"A: b\r\n" * 300 + b"\r\n",
-                                 b"HTTP/1.1 103 x\r\nA: " + b"b" * (1 << 17),
-                                 b"HTTP/1.1 101 Switching Protocols\r\n\r\n"],
-                         ids=["alone", "torn", "many headers", "endless header", "101"])
-def test_an_interim_answer_with_nothing_behind_it_is_a_failure(lone_plane, raw):
-    lone_plane.script("get", sending(raw))
-    with pytest.raises(plexctl.PlexctlError, match="GetSession: ") as raised:
-        create_client(lone_plane).get(PROJECT_ID, OTHER_ID, 5)
-    assert raised.value.exit_code == 1
-
-
 # Bodies
 
 NOT_HTTP = {
@@ -4375,6 +4314,8 @@ NOT_HTTP = {
     "odd chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n",
     "chunk over 1 MiB": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nfffffff\r\n"
                         + b" " * (1 << 21),
+    "chunk of size -1": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n"
+                        + b" " * (1 << 22),
     "nothing": b"", "half a status line": b"HTTP/1.1 2", "no http": b"SSH-2.0-OpenSSH_9.9\r\n",
     "http 3": b"HTTP/3.0 200 OK\r\n\r\n{}", "odd status": b"HTTP/1.1 2000 OK\r\n\r\n{}",
     "endless header": b"HTTP/1.1 200 OK\r\nX: " + b"x" * (1 << 17),
@@ -4403,6 +4344,34 @@ def test_an_answer_that_is_not_complete_http_is_a_transport_failure(lone_plane, 
     assert_nothing_remains(lone_plane._listener)
 
 
+@pytest.mark.parametrize("python", find_pythons(), ids=os.path.basename)
+def test_a_chunk_of_size_minus_1_is_no_way_around_the_limit(lone_plane, python):
+    """http.client up to 3.13 reads on for ever: 2.2 GiB in 4 s."""
+    def step(handler, plane):
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n")
+        with contextlib.suppress(OSError):
+            while not plane.closing.is_set():
+                handler.wfile.write(b" " * (1 << 20))
+    program = """
+import resource, sys
+sys.path.insert(0, %r)
+import plexctl
+url, project_id, token = sys.argv[1:]
+plane = plexctl.ControlPlane(plexctl.parse_server(url, False), plexctl.Secret(token), environ={})
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    plane.get(project_id, project_id, 10)
+except plexctl.TransportError as error:
+    print(error, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+""" % HERE
+    lone_plane.script("get", step)
+    began = time.monotonic()
+    words = [python, "-I", "-B", "-c", program, lone_plane.url, PROJECT_ID, BEARER]
+    result = run_words(words, clean_environment())
+    assert "no complete answer" in result.out and time.monotonic() - began < 8, result
+    assert int(result.out.split()[-1]) < 8 << 10 or not LINUX  # KiB
+
+
 def test_an_answer_that_was_cut_off_is_asked_for_again(cli, lone_plane):
     def cut(handler, plane):
         handler.wfile.write(handler.render(plane.decide(handler.seen))[:-9])
@@ -4416,7 +4385,64 @@ def test_an_answer_that_is_not_strict_json_is_a_failure_that_is_not_repeated(cli
     lone_plane.script("issue", Answer(201, raw=NOT_JSON[name]))
     result = forward_to(cli, lone_plane)
     assert (result.status, result.out, len(lone_plane.requests)) == (1, "", 1)
-    one_error_line(result, "IssueSession", "not valid JSON; is that the API?")
+    one_error_line(result, "IssueSession", "the answer is not the API's JSON (", "Type", "check --server")
+
+
+def compressed(document):
+    """As a gateway may pack what nobody asked to have packed."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
+    return packer.compress(document) + packer.flush()
+
+
+@pytest.mark.parametrize("status, change, headers", [
+    (200, lambda raw: raw, ()), (202, lambda raw: raw, ()),
+    (201, lambda raw: b"\xef\xbb\xbf" + raw, ()), (201, lambda raw: raw.decode().encode("utf-16"), ()),
+    (201, compressed, (("Content-Encoding", "gzip"),)), (201, lambda raw: compressed(raw)[:-9], ()),
+    (201, lambda raw: raw[:-1], ()), (201, lambda raw: raw.replace(b'"session_id"', b'"id"'), ()),
+    (200, lambda raw: json.dumps(json.loads(raw.decode())["session"]).encode(), ())],
+    ids=["200", "202", "BOM", "UTF-16", "gzip", "torn gzip", "torn", "no session_id", "200 with a Session"])
+def test_a_session_that_a_success_names_is_revoked_however_it_is_told(
+        cli, lone_plane, status, change, headers):
+    def step(handler, plane):
+        answer = plane.decide(handler.seen)
+        raw = change(json.dumps(answer.body).encode())
+        handler.wfile.write(handler.render(Answer(status, raw=raw, headers=headers)))
+    lone_plane.script("issue", step)
+    result = forward_to(cli, lone_plane)
+    assert (result.status, result.out) == (1, "")
+    assert MAY_EXIST not in one_error_line(result, "IssueSession", *[value for _, value in headers])
+    assert_one_revoked(lone_plane)
+
+
+def test_a_session_in_an_answer_that_was_cut_off_is_revoked_if_the_next_attempt_fails(cli, lone_plane):
+    def cut(handler, plane):
+        handler.wfile.write(handler.render(plane.decide(handler.seen))[:-9])
+    lone_plane.script("issue", cut, problem("forbidden"))
+    result = forward_to(cli, lone_plane)
+    assert result.status == 4 and MAY_EXIST not in one_error_line(result)
+    assert_one_revoked(lone_plane)
+
+
+def test_a_session_id_goes_back_as_the_server_wrote_it(cli, lone_plane):
+    def step(handler, plane):
+        answer = plane.decide(handler.seen)
+        answer.body.update(session_id=answer.body["session_id"].upper())
+        handler.wfile.write(handler.render(answer))
+    lone_plane.endpoint_on = "never"
+    lone_plane.script("issue", step)
+    assert forward_to(cli, lone_plane, "--wait-seconds", "0.1").status == 1
+    upper = lone_plane.issued[0].upper()
+    assert [request.path for request in lone_plane.requests[1:]] == [
+        "%s/%s" % (SESSIONS_PATH, upper), "%s/%s/revoke" % (SESSIONS_PATH, upper)]
+
+
+def test_sessions_may_share_a_token(lone_plane):
+    client, tokens = create_client(lone_plane), []
+    for _ in range(2):
+        lone_plane.script("issue", with_field(("token",), "0123456789abcdef-token"))
+        issued = client.issue(session_request())
+        tokens.append(issued.token.reveal())
+    assert tokens == ["0123456789abcdef-token"] * 2
 
 
 @pytest.mark.parametrize("body", [[], "x", 5, None, True, {}, {"session": {}}], ids=repr)
@@ -4433,8 +4459,9 @@ def test_an_answer_of_another_shape_is_a_failure(cli, lone_plane, body):
 def test_a_session_id_that_is_not_a_uuid_is_never_used(cli, lone_plane, value):
     lone_plane.script("issue", with_field(("session_id",), value))
     result = forward_to(cli, lone_plane)
-    assert (result.status, result.out, len(lone_plane.requests)) == (1, "", 1)
+    assert (result.status, result.out) == (1, "")
     one_error_line(result, "session_id")
+    assert_one_revoked(lone_plane)  # by the id of the session in it
 
 
 BAD_ENDPOINTS = [
@@ -4484,15 +4511,13 @@ def test_fields_that_nobody_knows_and_odd_but_valid_values_are_taken(cli, lone_p
     result = forward_to(cli, lone_plane, "--output", "json")
     assert result.status == 0, result.err
     document = json.loads(result.out)
-    assert document["session_id"] == lone_plane.issued[0]
+    assert document["session_id"] == lone_plane.issued[0].upper()
     assert document["listener_endpoint"].lower() == "[2001:db8::1]:65535"
 
 
 @pytest.mark.parametrize("text", [
-    "127.0.0.1:80", "127.5.6.7:80", "localhost:80", "LocalHost.:80", "a.localhost:80", "[::1]:80",
-    "[0:0:0:0:0:0:0:1]:80", "[::ffff:127.0.0.1]:80", "[::ffff:7f00:1]:80", "0.0.0.0:80", "[::]:80",
-    "[::ffff:0.0.0.0]:80", "224.0.0.1:80", "239.255.255.255:80", "255.255.255.255:80", "[ff02::1]:80",
-    "ip6-localhost:80", socket.gethostname() + ":80"])
+    "127.0.0.1:80", "127.5.6.7:80", "[::1]:80", "[0:0:0:0:0:0:0:1]:80", "[::ffff:127.0.0.1]:80",
+    "[::ffff:7f00:1]:80", "0.0.0.0:80", "[::]:80", "[::ffff:0.0.0.0]:80", "224.0.0.1:80", "[ff02::1]:80"])
 def test_an_endpoint_on_this_machine_is_refused_unless_the_server_is_there_too(tls_files, text):
     for url in ("https://cp.example.com", "https://100.64.0.1", "https://[2001:db8::1]"):
         with pytest.raises(ValueError):
@@ -4510,7 +4535,7 @@ def test_any_other_endpoint_is_taken(tls_files, text):
 
 
 @pytest.mark.parametrize("endpoint", [
-    "169.254.169.254:80", "[fe80::1]:80", "[64:ff9b::a9fe:a9fe]:80", "[::ffff:169.254.169.254]:80"])
+    "169.254.169.254:80", "[fe80::1]:80", "[::ffff:169.254.169.254]:80"])
 def test_a_link_local_endpoint_is_revoked_wherever_the_server_is(cli, lone_plane, endpoint):
     lone_plane.endpoint = endpoint
     result = forward_to(cli, lone_plane)
@@ -4524,7 +4549,7 @@ def test_an_endpoint_that_repeats_the_bearer_token_is_refused(cli):
         with ControlPlane(bearer="psk-0123456789abcdef", endpoint=endpoint % "PSK-0123456789abcdef") as plane:
             result = forward_to(cli, plane)
             assert (result.status, result.out) == (1, "")
-            line = one_error_line(result, "listener_endpoint", "repeats a secret")
+            line = one_error_line(result, "listener_endpoint", "contains a token")
             assert "0123456789" not in line
             assert_one_revoked(plane)
 
@@ -4538,23 +4563,8 @@ def test_an_endpoint_that_repeats_the_session_token_is_refused(cli, lone_plane, 
     lone_plane.script("issue", altered(change))
     result = forward_to(cli, lone_plane)
     assert (result.status, result.out) == (1, "")
-    assert "0123456789" not in one_error_line(result, "listener_endpoint", "repeats a secret")
+    assert "0123456789" not in one_error_line(result, "listener_endpoint", "contains a token")
     assert_one_revoked(lone_plane)
-
-
-@pytest.mark.parametrize("token", [OTHER_ID, OTHER_ID.upper()])
-def test_a_session_id_that_is_the_bearer_or_the_session_token_is_not_shown(cli, token):
-    with ControlPlane(bearer=token) as plane:
-        plane.script("issue", with_field(("session_id",), OTHER_ID))
-        result = forward_to(cli, plane)
-        assert (result.status, result.out) == (1, "")
-        assert "ffffffff" not in one_error_line(result, "session_id", "repeats a secret", MAY_EXIST)
-    with ControlPlane() as plane:
-        plane.script("issue", altered(lambda body: body.update(token=body["session_id"])))
-        result = forward_to(cli, plane)
-        assert (result.status, result.out) == (1, "")
-        assert plane.issued[0] not in one_error_line(result, "session_id", "repeats a secret")
-        assert_one_revoked(plane)
 
 
 def test_a_token_of_a_few_characters_is_not_looked_for_in_everything(cli):
@@ -4583,7 +4593,7 @@ def test_nor_do_a_challenge_a_revoke_reason_or_a_failing_revoke_drive_it(cli, lo
     one_error_line(first, "acr_values")
     lone_plane.endpoint_on = "read"
     lone_plane.script("get", altered(lambda body: body.update(status="revoked", revoke_reason=NASTY)))
-    lone_plane.script("revoke", problem("internal", detail=NASTY))
+    lone_plane.script("revoke", problem("forbidden", detail=NASTY))
     second = forward_to(cli, lone_plane)
     assert (first.status, second.status) == (3, 1)
     for line in (first.err + second.err).splitlines():
@@ -4671,6 +4681,33 @@ def test_a_ca_file_that_cannot_be_used_is_a_usage_error(cli, lone_plane, tls_fil
                  lone_plane.environment())
     assert (result.status, lone_plane.requests) == (2, [])
     one_error_line(result, "--ca-file")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permission bits")
+@pytest.mark.parametrize("mode, owner, status", [
+    (0o644, 0, 0), (0o400, 0, 0), (0o664, 0, 3), (0o646, 0, 3), (0o622, 0, 3),
+    pytest.param(0o600, 65534, 3, marks=pytest.mark.skipif(not ROOT, reason="gives a file away"))])
+def test_a_ca_file_that_others_may_write_gets_no_token_sent(
+        cli, tls_plane, tls_files, tmp_path, mode, owner, status):
+    path = str(tmp_path / "ca.pem")
+    shutil.copy(tls_files.ca, path)
+    with open(path, "ab") as file:
+        file.write("# F\u0151tan\xfas\xedtv\xe1ny\n".encode())  # as in the bundle of Mozilla
+    os.chmod(path, mode)
+    if owner:
+        os.chown(path, owner, -1)
+    result = forward_to(cli, tls_plane, "--ca-file", path)
+    assert (result.status, len(tls_plane.requests)) == (status, int(not status))
+    if status:
+        one_error_line(result, "--ca-file " + path, "uid 65534" if owner else "permissions %04o" % mode)
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+def test_a_ca_file_may_be_a_process_substitution(tls_plane, tls_files):
+    script = 'exec "$@" --ca-file <(sleep 0.3; cat "$CA")'
+    words = ["bash", "-c", script, "bash", sys.executable, "-I", PLEXCTL]
+    environ = clean_environment(tls_plane.environment(CA=tls_files.ca))
+    assert run_words(words + forward_args(tls_plane), environ).status == 0
 
 
 def test_tls_versions_and_checks_of_the_context_are_as_specified(tls_files):
@@ -4768,26 +4805,31 @@ def test_a_plain_http_server_never_goes_through_a_proxy(cli, lone_plane, tunnels
     assert (result.status, len(lone_plane.requests), tunnels.heads) == (0, 1, [])
 
 
+def test_a_proxy_without_a_scheme_is_taken_for_http(cli, tls_plane, tls_files, tunnels):
+    url = "me:hunter2@" + tunnels.url.split("//")[1]
+    assert forward_to(cli, tls_plane, "--ca-file", tls_files.ca, HTTPS_PROXY=url).status == 0
+    assert len(tunnels.heads) == 1
+
+
 @pytest.mark.parametrize("kind", [
     "https://me:hunter2@{}", "socks5://me:hunter2@{}", "socks5h://me:hunter2@{}", "ftp://me:hunter2@{}",
-    "me:hunter2@{}", "http:me:hunter2@{}", "http://", "http://me:hunter2 @{}", "http://me:hunter2\n@{}"])
-def test_a_proxy_of_another_kind_is_an_error_that_shows_no_password(cli, tls_plane, tls_files, tunnels, kind):
+    "http://", "http://me:hunter2 @{}", "http://me:hunter2\n@{}", "http://CORP\\me:p@ss#hunter2:rd/%@{}",
+    "http://me:hunter2@127.0.0.1:99999", "http://me:hunter2@127.0.0.1:abc", "http://me:hunter2@"])
+def test_a_proxy_of_another_kind_is_a_usage_error_that_shows_no_password(
+        cli, tls_plane, tls_files, tunnels, kind):
     url = kind.format(tunnels.url.split("//")[1])
     result = forward_to(cli, tls_plane, "--ca-file", tls_files.ca, HTTPS_PROXY=url)
-    assert result.status != 0 and result.out == ""
-    line = one_error_line(result, "HTTPS_PROXY")
-    assert "hunter2" not in line
+    is_usage_error(result, "HTTPS_PROXY", "percent-encode" if kind[:7] == "http://" else "not supported")
+    assert "hunter2" not in result.err
     assert (tls_plane.requests, tunnels.heads) == ([], [])
 
 
-@pytest.mark.parametrize("url", [
-    "http://me:hunter2@127.0.0.1:99999", "http://me:hunter2@127.0.0.1:abc", "http://me:hunter2@"])
-def test_a_malformed_proxy_url_shows_no_password(tls_plane, tls_files, url):
-    with pytest.raises(plexctl.PlexctlError) as raised:
-        plexctl.ControlPlane(plexctl.parse_server(tls_plane.url, False), plexctl.Secret(BEARER), tls_files.ca,
-                             {"HTTPS_PROXY": url}).get(PROJECT_ID, OTHER_ID, 5)
-    assert "hunter2" not in "\n".join(texts_of(raised.value))
-    assert tls_plane.requests == []
+def test_a_proxy_that_wants_another_log_in_is_asked_once(cli, tls_plane, tls_files, tunnels):
+    """Three bad ones lock an account."""
+    tunnels.answer = b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n"
+    result = forward_to(cli, tls_plane, "--ca-file", tls_files.ca, HTTPS_PROXY=tunnels.url)
+    assert result.status == 1 and len(tunnels.heads) == 1
+    one_error_line(result, "through HTTPS_PROXY: the proxy refused: 407")
 
 
 def test_a_proxy_that_refuses_is_told_of(tls_plane, tls_files, tunnels):
@@ -4802,13 +4844,15 @@ def test_a_proxy_that_refuses_is_told_of(tls_plane, tls_files, tunnels):
     assert tls_plane.requests == []
 
 
-def test_an_endpoint_on_this_machine_is_revoked_where_the_server_is_elsewhere(cli, tls_files, tunnels):
-    with ControlPlane(tls=tls_context(tls_files.wrong_host), endpoint="127.0.0.1:22") as plane:
+@pytest.mark.parametrize("endpoint", ["127.0.0.1:22", "localhost:22"])
+def test_an_endpoint_on_this_machine_is_revoked_where_the_server_is_elsewhere(
+        cli, tls_files, tunnels, localhost, endpoint):
+    with ControlPlane(tls=tls_context(tls_files.wrong_host), endpoint=endpoint) as plane:
         tunnels.to = ("127.0.0.1", int(plane.url.rsplit(":", 1)[1]))
         result = cli(["tcp-forward", "--server", "https://wrong.example", "--ca-file", tls_files.ca]
                      + REQUIRED_FLAGS, plane.environment(HTTPS_PROXY=tunnels.url))
         assert (result.status, result.out) == (1, "")
-        one_error_line(result, "listener_endpoint")
+        one_error_line(result, "listener", "refused")
         assert_one_revoked(plane)
         assert {head.split()[1] for head in tunnels.heads} == {"wrong.example:443"}
 
@@ -4846,8 +4890,7 @@ def test_a_failing_revoke_is_a_warning_that_changes_no_exit_code(cli, lone_plane
 
 def test_a_revoke_that_fails_passingly_is_tried_again(cli, lone_plane, short_pauses):
     lone_plane.endpoint_on = "read"
-    lone_plane.script("revoke", drop, Answer(502), problem("signing_unavailable"), Answer(504),
-                      process_then_drop)
+    lone_plane.script("revoke", drop, Answer(502), problem("internal"), Answer(429), process_then_drop)
     result = forward_to(cli, lone_plane, "--wait-seconds", "0")
     assert result.status == 1
     one_error_line(result, "listener endpoint")
@@ -4950,13 +4993,6 @@ ODD_TOKENS = {
     "space": "psk_a b", "wide": "psk_\u20ac", "empty": "", "200 kB": "psk_" + "x" * 200000}
 
 
-@pytest.mark.parametrize("name", sorted(set(ODD_TOKENS) - {"NUL", "empty"}))
-def test_a_token_of_odd_characters_is_refused_before_anything_is_sent(cli, lone_plane, name):
-    result = cli(forward_args(lone_plane), {"PLEXSPHERE_TOKEN": ODD_TOKENS[name]})
-    assert (result.status, lone_plane.requests) == (3, [])
-    assert "psk_" not in one_error_line(result, "PLEXSPHERE_TOKEN")
-
-
 @pytest.mark.parametrize("name", sorted(ODD_TOKENS))
 def test_the_client_sends_no_token_of_odd_characters_either(lone_plane, name):
     with pytest.raises(plexctl.PlexctlError) as raised:
@@ -4976,17 +5012,6 @@ def test_nothing_with_a_secret_in_it_is_pickled(lone_plane, protocol):
     for copying in (copy.copy, copy.deepcopy):
         with pytest.raises(TypeError):
             copying(issued.token)
-
-
-@pytest.mark.parametrize("show", [
-    str, repr, ascii, "{}".format, "{!s:>20}".format, lambda secret: "%s %r" % (secret, secret),
-    lambda secret: json.dumps([secret], default=repr), lambda secret: str(ValueError(secret))])
-def test_no_way_to_print_a_secret_shows_it(show):
-    secret = plexctl.Secret(BEARER)
-    assert BEARER not in show(secret) and "Secret" in show(secret)
-    assert secret.reveal() == BEARER
-    with pytest.raises(TypeError):
-        vars(secret)
 
 
 def test_one_client_serves_several_threads_at_once(lone_plane):
@@ -7593,15 +7618,14 @@ def test_what_is_not_revoked_is_named_also_while_another_session_is_issued(simul
 
 
 @pytest.mark.parametrize("signum", SIGNALS)
-def test_a_signal_ends_it_while_a_ca_file_is_a_pipe_that_nobody_writes_to(simulation, tmp_path, signum):
-    path = str(tmp_path / "ca")
-    make_fifo(path)
-
-    def open_to_write():
-        with contextlib.suppress(OSError):  # nobody reads it yet
-            return open(os.open(path, os.O_WRONLY | os.O_NONBLOCK), "wb")
-    args = ["tcp-forward", "--server", "https://localhost:1", "--ca-file", path] + REQUIRED_FLAGS
-    with start_plexctl(args, env=simulation.plane.environment()) as process, eventually(open_to_write):
+def test_a_signal_ends_it_while_a_ca_file_is_a_pipe_that_nobody_writes_to(simulation, signum):
+    reader, writer = os.pipe()
+    os.write(writer, b"#")
+    args = ["tcp-forward", "--server", "https://localhost:1", "--ca-file", "/dev/fd/%d" % reader]
+    args += REQUIRED_FLAGS
+    with open(reader), open(writer, "wb"), start_plexctl(
+            args, env=simulation.plane.environment(), pass_fds=[reader]) as process:
+        eventually(lambda: not any(fcntl.ioctl(reader, termios.FIONREAD, bytes(4))))
         process.send_signal(signum)
         ends_by(process, signum)
 
@@ -7843,7 +7867,8 @@ def test_too_few_descriptors_are_an_error_in_one_line_that_leaves_nothing(simula
         if glibc_has_aborted(simulation, done.stderr.decode()):
             continue
         assert b"Traceback" not in done.stderr and simulation.plane.active() == []
-        assert (done.returncode, done.stderr.count(b"plexctl: error: ")) == (1, 1), (limit, done.stderr)
+        assert done.returncode in (1, 126), (limit, done.stderr)
+        assert done.stderr.count(b"plexctl: error: ") == 1, (limit, done.stderr)
     raise AssertionError("not even with 39 descriptors")
 
 
@@ -9237,7 +9262,7 @@ def drop_everything(sock):
 @pytest.mark.skipif(not LINUX, reason="TCP_INFO")
 @pytest.mark.parametrize("way", ["up", "down"])
 def test_a_path_that_dies_under_unacknowledged_data_is_noticed(monkeypatch, way):
-    monkeypatch.setattr(plexctl, "SILENT_SECONDS", 1)
+    monkeypatch.setattr(plexctl, "UNANSWERED_SECONDS", 1)
     ends, go = [], threading.Event()
 
     def serve(connection, target):
@@ -9267,7 +9292,7 @@ def test_a_path_that_dies_under_unacknowledged_data_is_noticed(monkeypatch, way)
 @pytest.mark.skipif(not LINUX, reason="TCP_INFO")
 def test_a_reader_that_makes_a_pause_is_no_path_that_has_died(monkeypatch):
     """With TCP_USER_TIMEOUT it would be: Linux counts the probes that are answered, too."""
-    monkeypatch.setattr(plexctl, "SILENT_SECONDS", 1)
+    monkeypatch.setattr(plexctl, "UNANSWERED_SECONDS", 1)
     with relayed_to(source(24 * MIB)) as running, small_window(running.address) as client:
         standstill(lambda: running.count().down)
         let_pass(4)
@@ -10026,9 +10051,7 @@ def test_the_demonstration_prints_what_the_readme_shows():
 
 
 def test_the_readme_names_every_flag_and_only_these():
-    flags = set(plexctl.FLAGS) | {"--version", "--help"}
-    assert flags == set(re.findall(r"(?m)^  (?:-\w, )?(--[\w-]+)", plexctl.DESCRIPTION))
-    assert max(map(len, plexctl.DESCRIPTION.splitlines())) < 80
+    flags = {flag for flag in plexctl.create_parser().takes_value if flag[:2] == "--"}
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", readme())) - {"--now", "--target"}  # others' flags
     assert named == flags
 
@@ -10231,7 +10254,7 @@ def test_pydoc_shows_what_is_stable_and_nothing_of_the_environment():
     environ = clean_environment({"PLEXSPHERE_TOKEN": BEARER})
     shown = run_words([sys.executable, "-m", "pydoc", "plexctl"], environ, cwd=HERE)
     assert shown.status == 0 and BEARER not in shown.out + shown.err
-    assert "Fields: session_id, token, expires_at, " in shown.out and "LazyModule" not in shown.out
+    assert re.search("What IssueSession returns.*lifetime_seconds", shown.out, re.DOTALL)
     assert re.findall(r"(?m)^    class (\w+)", shown.out) == [name for name in sorted(plexctl.__all__)
                                                            if isinstance(getattr(plexctl, name), type)]
     named = set(re.findall(r"\w+", readme("## As a library")))
@@ -10249,6 +10272,8 @@ def written_texts(node):
     """What an expression may give, with %s and whatever is put together left as it is."""
     if literal(node) is not None:
         return [literal(node)]
+    if isinstance(node, ast.JoinedStr):
+        return ["".join("%s" if literal(part) is None else literal(part) for part in node.values)]
     if isinstance(node, ast.IfExp):
         return written_texts(node.body) + written_texts(node.orelse)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mod):
@@ -10284,7 +10309,7 @@ def messages_of_the_source():
             for text in written_texts(call.args[0]):
                 told = name in ("tell_once", "warn_once", "fail") or (
                     name in ("report", "_report") and text.startswith(("warning: ", "error: ")))
-                if function.name in ("check_words", "check_together"):
+                if function.name in ("find_flags", "check_together"):
                     text += " (see plexctl --help)"  # see parse_arguments
                 text = shortened(text)
                 if (told or name in names | values) and len(re.sub("[^a-z]", "", text)) > 6:
