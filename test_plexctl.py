@@ -9353,10 +9353,10 @@ def test_a_pool_that_is_larger_than_the_sessions_is_told_so(simulation, flags, l
         for client, following in zip(clients, clients[limit:]):
             client.close()
             chat(following, 1)
-        warnings = [line for line in process.err.splitlines() if "warning" in line]
-        assert len(warnings) == 1 and re.match(
+        warning, = [line for line in process.err.splitlines() if "warning" in line]
+        assert re.match(
             r"plexctl: warning: [12] connections? waits? until one closes: each needs a session "
-            r"\(--max-sessions is %d; a connection pool must not be larger\)\Z" % limit, warnings[0]), warnings
+            r"\(--max-sessions is %d; a connection pool must not be larger\)\Z" % limit, warning), warning
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
