@@ -5143,9 +5143,9 @@ def using_sessions(plane, local="127.0.0.1:0", ticks=True, establish=True, allow
     server = plexctl.parse_server(plane.url, False)
     control = plexctl.ControlPlane(server, plexctl.Secret(plane.bearer), environ={})
     request = plexctl.SessionRequest(PROJECT_ID, RESOURCE_ID, HOST, PORT, ttl_seconds)
-    lines = []
+    lines, verbose = [], options.pop("verbose", False)
     ledger = plexctl.Ledger(control, PROJECT_ID, lambda line: running.report(line),
-                            lambda line: running.report(line) if options.get("verbose") else None)
+                            lambda line: running.report(line) if verbose else None)
     running = types.SimpleNamespace(
         lines=lines, report=lines.append, plane=plane, node=plane.node, ledger=ledger,
         said=lambda *words: [line for line in lines if all(word in line for word in words)],
@@ -5366,11 +5366,11 @@ def test_256_mebibytes_go_each_way_at_once_and_the_buffers_shrink_again(way):
             assert data
             received.update(data)
             left -= len(data)
-            largest = max(largest, len(relay.up.buffer))
+            largest = max(largest, len(relay.up._buffer))
         sender.join(20)
         assert sent.digest() == received.digest()
         assert plexctl.FIRST_BUFFER_BYTES < largest <= plexctl.LARGEST_BUFFER_BYTES
-        eventually(lambda: len(relay.up.buffer) == len(relay.down.buffer) == plexctl.FIRST_BUFFER_BYTES)
+        eventually(lambda: len(relay.up._buffer) == len(relay.down._buffer) == plexctl.FIRST_BUFFER_BYTES)
         eventually(lambda: count_shared_maps() <= maps)  # nobody holds them any more, nor those of others
         chat(client, 3)
         assert running.count().open == 1 and running.lines == []
@@ -5823,7 +5823,7 @@ def test_an_ipv6_address_can_be_listened_on():
         pytest.skip("no IPv6")
     with relayed_to(local="[::1]:0") as running:
         assert re.match(r"\[::1\]:[1-9][0-9]*\Z", running.address)
-        assert is_alive(running) and running.lines == [] and (running.forwarder._owners or not LINUX)
+        assert is_alive(running) and running.lines == [] and (running.forwarder.listener._owners or not LINUX)
 
 
 def dial_unix(path):
@@ -6283,7 +6283,7 @@ def test_a_payload_from_a_dead_connection_is_not_ours_whatever_we_do_on_its_port
             client = stack.enter_context(dial(running.address))
         running.forwarder.establish()
         assert talk(client, b"good")
-        assert bytes(heard) == b"good" and running.forwarder.unidentified == 1 and running.lines == []
+        assert bytes(heard) == b"good" and running.forwarder.listener.unidentified == 1 and running.lines == []
 
 
 @NEEDS_A_STRANGER
@@ -6355,7 +6355,7 @@ def test_one_that_has_gone_before_it_could_be_asked_for_is_not_served_and_counte
         running.forwarder.establish()
         assert is_alive(running)
         assert running.target.accepted == 2 - LINUX
-        assert running.forwarder.unidentified == LINUX and running.lines == []
+        assert running.forwarder.listener.unidentified == LINUX and running.lines == []
 
 
 @pytest.mark.skipif(not (LINUX and shutil.which("unshare") and subprocess.call(
@@ -6551,7 +6551,7 @@ def test_a_client_that_leaves_while_it_waits_is_never_dialled(kind, leave):
         served = kind.is_unix or not LINUX
         eventually(lambda: running.count().up == 64 + 54 * served + 64)  # counted after it was sent
         assert running.target.accepted == 2 + served
-        assert running.forwarder.unidentified == (0 if served else 2)
+        assert running.forwarder.listener.unidentified == (0 if served else 2)
 
 
 @pytest.mark.parametrize("late", [[0.5, 60, 60], [60, 0.5, 60], [60, 60, 0.5]], ids=shown)
