@@ -1206,7 +1206,7 @@ class ControlPlane:
         def tell() -> None:
             if operation == ISSUE or not self._is_silent:  # once, where a running proxy asks again and again
                 self._is_silent = True
-                self._notice(f"{operation}: no answer from {self._peer} after {SILENT_SECONDS} s, waiting")
+                self._notice(f"still waiting for {self._peer} to answer {operation}")
 
         began = elapsed_seconds()
         answer.run(self._opener, request, seconds, lambda: operation == GET and self.cancel.is_set(), tell)
@@ -3228,7 +3228,7 @@ def find_flags(words: Sequence[str], takes_value: Mapping[str, bool]) -> List[st
         flag, equals, value = word.partition("=")
         if flag in ("-h", "--help", "--version") and value in ("", "true"):
             return [flag]
-        if word[:1] != "-" or re.fullmatch("-[0-9]*", word):  # as argparse has it
+        if word[:1] != "-" or re.fullmatch("-[0-9.]*", word):  # no flag, for argparse either
             if wants_value:
                 flags.append(word)
             elif word == COMMAND and not has_command:
