@@ -4716,7 +4716,7 @@ def test_a_proxy_without_a_scheme_is_taken_for_http(cli, tls_plane, tls_files, t
 
 @pytest.mark.parametrize("kind", [
     "https://me:hunter2@{}", "socks5://me:hunter2@{}", "socks5h://me:hunter2@{}", "ftp://me:hunter2@{}",
-    "http://", "http://me:hunter2 @{}", "http://me:hunter2\n@{}", "http://CORP\\me:p@ss#hunter2:rd/%@{}",
+    "http:me:hunter2@{}", "http://", "http://me:hunter2 @{}", "http://me:hunter2\n@{}", "http://CORP\\me:p@ss#hunter2:rd/%@{}",
     "http://me:hunter2@127.0.0.1:99999", "http://me:hunter2@127.0.0.1:abc", "http://me:hunter2@"])
 def test_a_proxy_of_another_kind_is_a_usage_error_that_shows_no_password(
         cli, tls_plane, tls_files, tunnels, kind):
