@@ -653,9 +653,10 @@ def read_own_file(path: str, source: str, forbidden_bits: int = ALL_BITS, limit:
     try:
         status = os.fstat(descriptor)
         is_file = stat.S_ISREG(status.st_mode)
-        if not at_stdin and not is_file and not stat.S_ISFIFO(status.st_mode):
-            raise ValueError("must be a regular file or a pipe")
+        # a pipe, a socket or a terminal at standard input is the caller's choice
         if path != "-" and (is_file or not at_stdin):
+            if not is_file and not stat.S_ISFIFO(status.st_mode):
+                raise ValueError("must be a regular file or a pipe")
             fault = find_file_fault(status, forbidden_bits)
             if fault:
                 raise CredentialsError(f"{source}: {fault}")
@@ -780,6 +781,10 @@ def resolve_credentials(server_flag: Optional[str], profile_flag: Optional[str],
 
 
 # --------------------------------------------------------------------------------- control plane
+#
+# A call of ControlPlane makes one Exchange per attempt. That runs urllib's opener in a thread:
+# PlaneHandler opens a PlaneConnection, read_body reads what comes, and the calling thread waits
+# until that is done or its time is up. Then the calling thread judges the answer.
 
 ISSUE, GET, REVOKE = "IssueSession", "GetSession", "RevokeSession"
 SUCCESS = range(200, 300)
@@ -850,7 +855,7 @@ class Exchange:
 
         `tell` is called after SILENT_SECONDS without one.
         """
-        request.exchange = self
+        request.exchange = self  # for PlaneHandler
         if not start_thread(self._perform, opener, request):
             self._perform(opener, request)  # no more threads: the limits are those of each recv, then
         deadline = elapsed_seconds() + seconds
@@ -991,7 +996,7 @@ def find_proxy(server: Server, environ: Environ) -> str:
     if not proxy or urllib.request.proxy_bypass_environment(  # type: ignore[attr-defined]
             join_host_port(server.host, server.port), {"no": exempt}):
         return ""
-    if "://" not in proxy:
+    if "://" not in proxy and not proxy.lower().startswith("http:"):
         proxy = "http://" + proxy
     if not proxy.lower().startswith("http://"):  # urllib takes any other for plain CONNECT
         raise UsageError(f"HTTPS_PROXY: must be {PROXY_FORM}; other kinds of proxies are not supported "
@@ -1213,7 +1218,7 @@ class ControlPlane:
         def tell() -> None:
             if operation == ISSUE or not self._is_silent:  # once, where a running proxy asks again and again
                 self._is_silent = True
-                self._notice(f"{operation}: no answer from {self._peer} after {SILENT_SECONDS} s, waiting")
+                self._notice(f"still waiting for {self._peer} to answer {operation}")
 
         began = elapsed_seconds()
         answer.run(self._opener, request, seconds, lambda: operation == GET and self.cancel.is_set(), tell)
@@ -3333,7 +3338,7 @@ def find_flags(words: Sequence[str], takes_value: Mapping[str, bool]) -> List[st
         flag, equals, value = word.partition("=")
         if flag in ("-h", "--help", "--version") and value in ("", "true"):
             return [flag]
-        if word[:1] != "-" or re.fullmatch("-[0-9]*", word):  # as argparse has it
+        if word[:1] != "-" or re.fullmatch("-[0-9.]*", word):  # no flag, for argparse either
             if wants_value:
                 flags.append(word)
             elif word == COMMAND and not has_command:

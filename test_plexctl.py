@@ -2227,14 +2227,6 @@ def test_an_error_of_a_token_says_what_is_wrong_with_it(raw, fault):
         plexctl.parse_token(raw, "here")
 
 
-@pytest.mark.parametrize("raw", BAD_TOKENS, ids=shown)
-def test_a_token_of_other_characters_is_refused_and_not_shown(raw):
-    with pytest.raises(plexctl.CredentialsError) as raised:
-        plexctl.parse_token(raw, "here")
-    assert str(raised.value).startswith("here: ") and "psk" not in str(raised.value)
-    assert raised.value.exit_code == 3
-
-
 @pytest.mark.parametrize("count, expected", [
     (0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1536, "1.5 KiB"), (1 << 20, "1.0 MiB"),
     (5 << 30, "5.0 GiB"), (3 << 40, "3.0 TiB"), (5000 << 40, "5000.0 TiB")])
@@ -2786,6 +2778,7 @@ def test_however_it_is_started_version_tells_the_file_or_that_there_is_none(pyth
 
 USAGE_ERRORS = [([], "command"), (["-v"], "command"), (["tcp"], "command"),
                 (["tcp-forwards"] + REQUIRED_FLAGS, "command 'tcp-forwards' (did you mean tcp-forward?)"),
+                (["tcp-foward", "--nonsense"], "command 'tcp-foward' (did you mean tcp-forward?)"),
                 ([""], "command"), (["--", "true"], "no command; usage: plexctl tcp-forward --project-id")]
 USAGE_ERRORS += [(["tcp-forward"] + flags_with(flag), flag) for flag in REQUIRED_FLAGS[::2]]
 USAGE_ERRORS += [(["tcp-forward"] + flags_with(flag, text), flag) for flag, texts in (
@@ -2814,6 +2807,7 @@ USAGE_ERRORS += [(["tcp-forward"] + REQUIRED_FLAGS + words, flag) for words, fla
     (["--proxy", "--min-sessions", "5"], "--min-sessions"),
     (["--min-sessions", "3", "--max-sessions", "2", "--", "true"], "--min-sessions"),
     (["--local-addr", "127.0.0.1:0", "--stdio"], "--local-addr"),
+    (["--local-addr", "unix:/x"], "--local-addr unix: needs --proxy or -- COMMAND"),
     (["--local-addr", "unix:/x", "--stdio"], "--local-addr"), (["--"], "--"), (["--", ""], "--"),
     (["--proxy", "--"], "--"), (["--reveal"], "--reveal"), (["--reveal=true"], "--reveal"),
     (["--prox"], "--prox"), (["--out", "json"], "--out"), (["--token", "psk_x"], "--token"),
@@ -2933,11 +2927,6 @@ def test_flags_of_the_command_may_stand_before_it(cli, simulation):
     assert cli(args, simulation.plane.environment()).status == 0 and len(simulation.plane.issued) == 1
 
 
-def test_a_misspelt_command_is_named_before_its_flags(cli):
-    result = cli(["tcp-foward", "--nonsense"])
-    one_error_line(result, "unknown command 'tcp-foward' (did you mean tcp-forward?)")
-
-
 @pytest.mark.parametrize("flags", [["--proxy"], ["--stdio"], ["--", "true"]], ids=shown)
 def test_windows_has_print_mode_alone(monkeypatch, flags):
     with monkeypatch.context() as patch:
@@ -2952,12 +2941,6 @@ def test_windows_has_print_mode_alone(monkeypatch, flags):
                                           (["-q", "--quiet=false"], False)], ids=shown)
 def test_quiet_is_taken_in_every_spelling(flags, quiet):
     assert plexctl.parse_arguments(["tcp-forward"] + REQUIRED_FLAGS + flags)[1].quiet == quiet
-
-
-def test_a_unix_address_without_a_listener_is_told_what_it_needs(cli):
-    result = cli(["tcp-forward", "--local-addr", "unix:/tmp/x"] + REQUIRED_FLAGS)
-    line = one_error_line(result, "--local-addr", "--proxy", "COMMAND")
-    assert result.status == 2 and "--stdio" not in line
 
 
 @pytest.mark.parametrize("flag", sorted(plexctl.create_parser().takes_value))
@@ -4108,7 +4091,7 @@ def test_a_silent_server_is_mentioned_while_it_is_awaited(cli, lone_plane, monke
     client = create_client(lone_plane, notice=told.append)
     lone_plane.script("issue", step)
     client.issue(session_request())
-    assert told == ["IssueSession: no answer from %s after 0.2 s, waiting" % lone_plane.url]
+    assert told == ["still waiting for %s to answer IssueSession" % lone_plane.url]
     for _ in range(2):  # a proxy asks once a minute
         lone_plane.script("get", never_answer)
         with pytest.raises(plexctl.TransportError):
@@ -4116,7 +4099,7 @@ def test_a_silent_server_is_mentioned_while_it_is_awaited(cli, lone_plane, monke
     assert len(told) == 2
     lone_plane.script("issue", lambda handler, plane: (plane.closing.wait(0.5), handler.answer_really()))
     result = forward_to(cli, lone_plane)
-    assert result.status == 0 and "plexctl: IssueSession: no answer from " in result.err
+    assert result.status == 0 and "plexctl: still waiting for http://" in result.err
 
 
 # Redirects
@@ -4813,7 +4796,7 @@ def test_a_proxy_without_a_scheme_is_taken_for_http(cli, tls_plane, tls_files, t
 
 @pytest.mark.parametrize("kind", [
     "https://me:hunter2@{}", "socks5://me:hunter2@{}", "socks5h://me:hunter2@{}", "ftp://me:hunter2@{}",
-    "http://", "http://me:hunter2 @{}", "http://me:hunter2\n@{}", "http://CORP\\me:p@ss#hunter2:rd/%@{}",
+    "http:me:hunter2@{}", "http://", "http://me:hunter2 @{}", "http://me:hunter2\n@{}", "http://CORP\\me:p@ss#hunter2:rd/%@{}",
     "http://me:hunter2@127.0.0.1:99999", "http://me:hunter2@127.0.0.1:abc", "http://me:hunter2@"])
 def test_a_proxy_of_another_kind_is_a_usage_error_that_shows_no_password(
         cli, tls_plane, tls_files, tunnels, kind):
@@ -4824,24 +4807,14 @@ def test_a_proxy_of_another_kind_is_a_usage_error_that_shows_no_password(
     assert (tls_plane.requests, tunnels.heads) == ([], [])
 
 
-def test_a_proxy_that_wants_another_log_in_is_asked_once(cli, tls_plane, tls_files, tunnels):
+def test_a_proxy_that_wants_another_log_in_is_told_of_and_asked_once(cli, tls_plane, tls_files, tunnels):
     """Three bad ones lock an account."""
-    tunnels.answer = b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n"
-    result = forward_to(cli, tls_plane, "--ca-file", tls_files.ca, HTTPS_PROXY=tunnels.url)
-    assert result.status == 1 and len(tunnels.heads) == 1
-    one_error_line(result, "through HTTPS_PROXY: the proxy refused: 407")
-
-
-def test_a_proxy_that_refuses_is_told_of(tls_plane, tls_files, tunnels):
     tunnels.answer = b"HTTP/1.1 407 \x1b[2JProxy Authentication Required\r\nContent-Length: 0\r\n\r\n"
-    environ = {"HTTPS_PROXY": tunnels.url.replace("//", "//me:hunter2@")}
-    client = plexctl.ControlPlane(plexctl.parse_server(tls_plane.url, False), plexctl.Secret(BEARER),
-                                  tls_files.ca, environ)
-    words = "cannot connect to .* through HTTPS_PROXY: the proxy refused"
-    with pytest.raises(plexctl.TransportError, match=words) as raised:
-        client.get(PROJECT_ID, OTHER_ID, 5)
-    assert re.match(r"[ -~]+\Z", str(raised.value)) and "hunter2" not in str(raised.value)
-    assert tls_plane.requests == []
+    result = forward_to(cli, tls_plane, "--ca-file", tls_files.ca,
+                        HTTPS_PROXY=tunnels.url.replace("//", "//me:hunter2@"))
+    assert result.status == 1 and len(tunnels.heads) == 1 and tls_plane.requests == []
+    line = one_error_line(result, "cannot connect to ", " through HTTPS_PROXY: the proxy refused: 407")
+    assert re.match(r"[ -~]+\Z", line) and "hunter2" not in line
 
 
 @pytest.mark.parametrize("endpoint", ["127.0.0.1:22", "localhost:22"])
