@@ -1479,6 +1479,7 @@ class Leg:
         self.recv_into = sock.recv_into
         self.send = sock.send
         self.reads_at = self.writes_at = sock.fileno()
+        self.discarded = 0  # bytes that nobody was there for any more
         self._tells = ON_LINUX and sock.family != socket.AF_UNIX  # the kernel tells about the path
 
     def end(self) -> None:
@@ -1511,7 +1512,9 @@ class Leg:
         """Return whether the other end has ended or reset it; discard what it sent before."""
         try:
             for _ in range(READS_AT_ONCE):
-                if not self.sock.recv(FIRST_BUFFER_BYTES):
+                count = len(self.sock.recv(FIRST_BUFFER_BYTES))
+                self.discarded += count
+                if not count:
                     return True
             return False
         except BlockingIOError:
@@ -1569,9 +1572,7 @@ class StandardStreams:
 
     def is_gone(self) -> bool:
         """Return whether nobody reads standard output any more."""
-        if poll_now(1, 0) & (select.POLLERR | select.POLLHUP):
-            self.error = PlexctlError("cannot write to standard output: nobody reads it")
-        return self.error is not None
+        return bool(poll_now(1, 0) & (select.POLLERR | select.POLLHUP))
 
     def take_error(self) -> int:
         """Return 0: reading and writing tell."""
@@ -3542,6 +3543,9 @@ class Run:
             deadline = elapsed_seconds() + STUCK_SECONDS
             while relay.is_awaited and not remote.has_ended() and elapsed_seconds() < deadline:
                 self.foreground.wait(TICKING_SECONDS)  # what was sent is still on its way
+            # nobody reads: ssh leaves like that, too, but has had everything
+            if relay.is_awaited and (not relay.down.moved or relay.down.rest or remote.discarded):
+                streams.error = PlexctlError("cannot write to standard output: nobody reads it")
         finally:
             counts = Counts(ended=1, up=relay.up.moved, down=relay.down.moved)
             self.say(describe_total(counts, began, "connection closed"))
