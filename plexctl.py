@@ -15,13 +15,11 @@ a signal that ends the process: that same signal, after the session is revoked.
 One file, standard library only, Python 3.6 to 3.15. Read it from the top: a section uses only
 those above it.
 
-Threads: the main one waits for signals; what may block for long, the document's writing too, runs in a
-daemon thread that it waits for, and another one writes messages. Each HTTP exchange has one more, given
-up on at its deadline, since a name look-up has no time-out. One accepts connections (Forwarder), puts
-them into a queue, and looks after it ten times a second (Sessions.tick). One worker a session takes them
-from there and carries one after another, what the client sends itself and what the Node sends in its
-partner (Relay), and revokes the session if that ends before the run does; at the end of the run each
-revocation has a thread. What they share is in Sessions, under its one lock.
+Threads. The main one waits for signals and looks after everything else ten times a second. Each session
+has one (Forwarder), which accepts, dials and carries its connections, one after another (Relay). One
+writes messages to stderr. Short-lived ones: an HTTP exchange, which is given up on at its deadline, since
+a name look-up has no time-out; a question about a session; a revocation; whatever else may block, such as
+writing the document. What they share is guarded by the lock of Forwarder, Ledger or MediatedSession.
 
 The credential: the bearer token is read in the section credentials and revealed in the section
 control plane alone. Everything else holds it as a Secret; COMMAND does not get it, and no core
@@ -76,8 +74,8 @@ try:
     import urllib.request
     import zlib
     from typing import (
-        IO, Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Set, Tuple, Type,
-        Union)
+        IO, Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Set, Tuple,
+        Type, Union)
 
     if os.name == "posix":
         import fcntl
@@ -212,8 +210,8 @@ def elapsed_seconds() -> float:
 def start_thread(function: Callable[..., object], *arguments: Any) -> bool:
     """Runs it in a thread that does not keep the process alive; False if there are no more threads."""
     def run() -> None:
-        # `stty tostop`: a thread that writes to the terminal from the background would stop all of them
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
+        if hasattr(signal, "SIGTTOU"):  # with `stty tostop`, one that writes to the terminal would stop all
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
         function(*arguments)
 
     try:
@@ -246,7 +244,7 @@ def wait_for(fd: int, mask: int, seconds: Optional[float] = None) -> bool:
 
 
 def open_nowhere(flags: int) -> int:
-    """A descriptor that takes or gives nothing, also where there is no /dev/null."""
+    """Open a descriptor that takes or gives nothing, also where there is no /dev/null."""
     try:
         return os.open(os.devnull, flags)
     except OSError:
@@ -254,7 +252,7 @@ def open_nowhere(flags: int) -> int:
 
 
 def end_by_signal(signum: int) -> None:
-    """Ends the process as the signal would have: a shell sees 128 + n and stops its loops."""
+    """End the process as the signal would have: a shell sees 128 + n and stops its loops."""
     signal.signal(signum, signal.SIG_DFL)
     os.kill(os.getpid(), signum)
 
@@ -361,16 +359,6 @@ def is_dialable(host: str, from_loopback: bool = False) -> bool:
 def join_host_port(host: str, port: int) -> str:
     """Return host:port, with brackets around an IPv6 address (RFC 3986, section 3.2.2)."""
     return f"[{host}]:{port}" if ":" in host and host[0] != "[" else f"{host}:{port}"
-
-
-class Record:
-    """Named fields in the order of the annotations; to be removed with Counts, its last user."""
-
-    def __init__(self, *values: Any) -> None:
-        vars(self).update(zip(type(self).__annotations__, values))
-
-    def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and vars(self) == vars(other)
 
 
 class Endpoint(NamedTuple):
@@ -482,6 +470,11 @@ def parse_json(raw: bytes) -> Any:
     except (ValueError, RecursionError, MemoryError):
         pass  # raised below: the context of an exception would hold the text
     raise ValueError("not valid JSON")
+
+
+def show_count(count: int, noun: str) -> str:
+    """Return 1 session, 2 sessions."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def show_bytes(count: int) -> str:
@@ -2022,7 +2015,8 @@ class Ledger:
             failure = ""
         with self._changed:
             if self._owed.pop(session_id, None) and failure:  # else left_behind has told
-                self.report(f"warning: session {session_id} is not revoked, it will expire on its own: {failure}")
+                self.report(f"warning: session {session_id} is not revoked, it will expire on its own: "
+                            f"{failure}")
             self._changed.notify_all()
 
 
@@ -2085,7 +2079,7 @@ class MediatedSession:
             self._why = self._why or why
 
     def is_over(self) -> bool:
-        """Return whether it carries no more. To be called often: it keeps the time, and asks once a minute."""
+        """Return whether it carries no more. Call it often: it keeps the time, and asks once a minute."""
         now = elapsed_seconds()
         if now >= self.expires_on:
             self.end(SessionOver("the session expired"))
@@ -2095,8 +2089,9 @@ class MediatedSession:
         return self.why is not None
 
     def warn_of_its_end(self) -> None:
-        """Report when WARN_LEFT_SECONDS are left. To be called often."""
-        left, lifetime = self.expires_on - elapsed_seconds(), self.issued.lifetime_seconds if self.issued else 0.0
+        """Report when WARN_LEFT_SECONDS are left. Call it often."""
+        left = self.expires_on - elapsed_seconds()
+        lifetime = self.issued.lifetime_seconds if self.issued else 0.0
         for threshold in reversed(WARN_LEFT_SECONDS):
             if 0 < left <= threshold < min(lifetime, self._warned_at):
                 self._warned_at = threshold
@@ -2276,12 +2271,9 @@ class OwnerCheck:
     def find(self, client: Tuple[Any, ...]) -> Tuple[int, bool]:
         """Return the uid that holds the client's socket (NOBODY: unknown), and whether it was closed.
 
-        Of a closed socket, kernels up to 6.16 say that it is root's.
+        OSError if the kernel does not answer. Older ones say of a closed socket that it is root's.
         """
-        try:
-            uid, inode = self._ask(client, self._local)
-        except OSError:  # the kernel does not tell
-            return NOBODY, False
+        uid, inode = self._ask(client, self._local)
         return uid if inode or uid else NOBODY, not inode
 
     def _ask(self, source: Tuple[Any, ...], destination: Tuple[Any, ...],
@@ -2363,7 +2355,7 @@ class Listener(socketserver.TCPServer):
         self._is_rejecting = False
 
     def count_waiting(self) -> int:
-        """Return how many connections wait; 1 for any number on a unix socket, and elsewhere than on Linux."""
+        """Return how many connections wait; 1 for any number of them where the kernel does not tell."""
         if self.fileno() < 0 or not poll_now(self.fileno(), select.POLLIN):
             return 0
         if self._path or not ON_LINUX:
@@ -2375,7 +2367,9 @@ class Listener(socketserver.TCPServer):
         """Return whether a client listens no more; False where nobody can know."""
         if client.fileno() < 0 or poll_now(client.fileno(), 0):  # a reset; of a unix socket, a close as well
             return True
-        return self._owners is not None and self._owners.find(address)[1]
+        with contextlib.suppress(OSError):
+            return self._owners is not None and self._owners.find(address)[1]
+        return False
 
     def knows_who_is_gone(self) -> bool:
         """Return whether `is_gone` can tell a closed connection from a half-closed one."""
@@ -2423,7 +2417,11 @@ class Listener(socketserver.TCPServer):
             return not poll_now(request.fileno(), 0) or bool(request.recv(1, socket.MSG_PEEK))
         if not self._checks_owners or self._owners is None:
             return True
-        uid = self._owners.find(client_address)[0]
+        try:
+            uid = self._owners.find(client_address)[0]
+        except OSError as error:
+            self._warn_once(f"a connection was rejected, its owner could not be checked: {show_error(error)}")
+            return False
         # behind a reset, the address may be another one's by now
         if uid == NOBODY or not is_connected(request):
             self.unidentified += 1
@@ -2448,8 +2446,8 @@ class Listener(socketserver.TCPServer):
     def _set_up_owner_check(self, allow_other_users: bool) -> None:
         if not is_loopback(self.local.host):
             if not allow_other_users:
-                self._warn_once(f"{self.local} is not a loopback address: any user, here and elsewhere, can use "
-                                "the port")
+                self._warn_once(f"{self.local} is not a loopback address: any user, here and elsewhere, can "
+                                "use the port")
             return
         try:
             self._owners = OwnerCheck(self.address_family, (self.local.host, self.local.port))
@@ -2650,7 +2648,8 @@ class Forwarder:
                 if carrier.is_spare:
                     return None
                 # one that still waits for the Node leaves the client to one that does not
-                is_needed = is_free or not any(each.state == FREE and not each.awaited for each in self._carriers)
+                is_needed = is_free or not any(
+                    each.state == FREE and not each.awaited for each in self._carriers)
                 client = self._returned.pop(0) if self._returned and is_needed else None
             if client is None and not is_needed and carrier.awaited is not None:
                 wait_for(carrier.awaited.reads_at, select.POLLIN, TICK_SECONDS)
@@ -2706,8 +2705,8 @@ class Forwarder:
             self._await(carrier, remote)
         self._note_end(carrier, relay, had_answer)
         if relay.is_stuck and not self._is_ending.is_set():
-            raise SessionStuck("the Node did not take what a client had sent that has reset its connection; its "
-                               "session is not used any more")
+            raise SessionStuck("the Node did not take what a client had sent that has reset its connection; "
+                               "its session is not used any more")
 
     def _dial(self, carrier: Carrier) -> Leg:
         """Connect to the listener, and wait until the Node has ended the last connection."""
@@ -2835,7 +2834,8 @@ class Forwarder:
         if has_waited and len(live) - opening >= self._limit:
             self._ledger.tell_once(
                 f"warning: {waiting} connection{'s wait' if waiting > 1 else ' waits'} until one closes: each "
-                f"needs a session (--max-sessions is {self._limit}; a connection pool must not be larger)", "limit")
+                f"needs a session (--max-sessions is {self._limit}; a connection pool must not be larger)",
+                "limit")
         missing = self._minimum - len(live) if self._minimum > 1 else 0  # a single one when it is needed
         wanted = min(max(waiting - opening if has_waited else 0, missing), self._limit - len(self._carriers))
         if self._renew or self.first.expires_on - now >= 1:
@@ -2867,7 +2867,8 @@ class Forwarder:
             why.is_told = why.may_exist and tell(f"warning: session unknown: {why}")
         elif others and (is_refused or isinstance(why, EndpointMissing)):
             self._limit, self._limited_until = others, now + LIMIT_SECONDS
-            why.is_told = tell(f"warning: no further session, connections wait for those there are: {why}", "limit")
+            why.is_told = tell(
+                f"warning: no further session, connections wait for those there are: {why}", "limit")
         else:
             self._retry_on = now + RETRY_SECONDS
             why.is_told = tell(f"warning: no further session for now: {why}")
@@ -3001,10 +3002,10 @@ def write_all(stream: Optional[IO[str]], text: str) -> None:
 
 
 class Messages:
-    """What goes to stderr: lines of any thread, and the live line.
+    """Lines for stderr, from any thread, and the live line.
 
-    One thread writes all of them, in order: a stderr that takes nothing (a full pipe, a terminal that
-    was stopped) is no reason to stop, nor to keep a signal waiting.
+    One thread writes all of them, in order: a stderr that takes nothing (a full pipe, a stopped
+    terminal) delays nothing else.
     """
 
     def __init__(self, stream: Optional[IO[str]], live: bool, quiet: bool = False) -> None:
@@ -3018,12 +3019,12 @@ class Messages:
             raise PlexctlError("cannot start a thread (ulimit -u)")
 
     def report(self, line: str) -> None:
-        """One line for stderr; from any thread."""
+        """Write a line; with `quiet` only an error."""
         if not self._is_quiet or line.startswith("error: "):
             self._texts.put(f"plexctl: {line}\n")
 
     def show(self, line: str) -> None:
-        """Draws the live line, as much of it as fits; nothing where there is no terminal, or it is another's."""
+        """Draw the live line, cut to the terminal, if that is ours and has taken everything else."""
         if self._is_live and self._texts.empty() and not self._is_in_background():
             width = max(0, terminal_width(self.stream) - 3)  # the echo of Ctrl-C stands behind it
             while len(line) > width:
@@ -3031,25 +3032,24 @@ class Messages:
             self._texts.put(line)
 
     def flush(self, seconds: float) -> None:
-        """Wipes the live line, and waits until everything is written, for so long at most."""
+        """Wipe the live line, and wait until everything is written, for so long at most."""
         written = threading.Event()
         self._texts.put("")
         self._texts.put(written)
         written.wait(seconds)
 
     def close(self) -> None:
-        """Ends the thread; what is said later is nobody's."""
+        """End the thread; what is reported later is lost."""
         self._texts.put(None)
 
     def _is_in_background(self) -> bool:
-        """Whether the terminal is another process group's now (`plexctl ... &`)."""
+        """Return whether the terminal is another process group's now (`plexctl ... &`)."""
         try:
             return os.tcgetpgrp(self.stream.fileno()) != os.getpgrp()  # type: ignore[union-attr]
         except (OSError, ValueError, AttributeError):
             return False
 
     def _write(self) -> None:
-        """Writes what comes, each text in place of the live line."""
         for text in iter(self._texts.get, None):
             if not isinstance(text, str):
                 text.set()
@@ -3061,12 +3061,12 @@ class Messages:
             try:
                 if text:
                     write_all(self.stream, text)
-            except Exception:  # noqa: S110  # closed, full, or a host's own stream: there is nowhere to say so
+            except Exception:  # noqa: S110  # closed or full: there is nowhere to say so
                 pass
 
 
 class Outcome:
-    """What a function returns or raises, run in a thread."""
+    """What a function returns or raises that runs in a thread."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
         self.is_there = threading.Event()
@@ -3083,31 +3083,30 @@ class Outcome:
         self.is_there.set()
 
     def get(self) -> Any:
-        """The result, or the error raised; once it `is_there`."""
+        """Return the result or raise the error, once it `is_there`."""
         if self._error is not None:
             raise self._error
         return self._result
 
 
 class Foreground:
-    """The main thread: it waits for signals and for other threads.
+    """The main thread, which waits for signals and for other threads.
 
-    A signal's whole life is here: `handle` hears it, `wait` raises it as Interrupted (`finish`
-    only hurries), and an `ignored` one is nobody's. `signals` holds those that were heard and not raised yet.
+    `handle` puts a signal into a list, and `wait` raises it as Interrupted; `finish` only hurries.
     """
 
     def __init__(self, messages: Messages, core_limits: Optional[Tuple[int, int]] = None) -> None:
         self.messages = messages
         self.core_limits = core_limits  # soft and hard, that COMMAND is to have; None: those that there are
         self.report = messages.report
-        self.signals: List[int] = []
+        self.signals: List[int] = []  # heard, and not raised yet
         self.ignored: Tuple[int, ...] = ()
         self.passed_on: Tuple[int, ...] = ()  # they do not count: COMMAND's to act on
         self._asked = 0  # signals that asked for the end
         self._is_finishing = False
 
     def handle(self, signum: int, frame: object) -> None:
-        """The handler: a third signal that asks for the end ends the process at once."""
+        """Hear a signal; the third that asks for the end ends the process at once."""
         if signum not in self.ignored:
             self.signals.append(signum)
             self._asked += signum not in self.passed_on
@@ -3115,7 +3114,7 @@ class Foreground:
                 end_by_signal(signum)
 
     def wait(self, seconds: float, done: Optional[threading.Event] = None) -> None:
-        """For so long, or until `done` is set. Raises Interrupted for a signal."""
+        """Wait so long, or until `done` is set; Interrupted for a signal."""
         deadline = elapsed_seconds() + seconds
         while not (done is not None and done.is_set()):
             if self.signals and not self._is_finishing:
@@ -3130,7 +3129,7 @@ class Foreground:
 
     @contextlib.contextmanager
     def cores_as_before(self) -> Iterator[None]:
-        """With the limit of core files that the process was started with, for what is started meanwhile."""
+        """Restore the limit of core files for what is started meanwhile."""
         if self.core_limits is not None:
             limits = resource.getrlimit(resource.RLIMIT_CORE)
             resource.setrlimit(resource.RLIMIT_CORE, self.core_limits)
@@ -3141,7 +3140,7 @@ class Foreground:
                 resource.setrlimit(resource.RLIMIT_CORE, limits)
 
     def call(self, function: Callable[[], Any], status: Optional[Callable[[], str]] = None) -> Any:
-        """What `function` returns or raises, run in a thread, so that a signal ends the wait."""
+        """Run it in a thread, so that a signal ends the wait; return or raise what it does."""
         self.wait(0)  # a signal that is here already: then nothing is begun
         outcome = Outcome(function)
         while not outcome.is_there.is_set():
@@ -3151,9 +3150,9 @@ class Foreground:
         return outcome.get()
 
     def finish(self, function: Callable[[], None], seconds: float, slow: str = "") -> None:
-        """Runs what must still be done, for `seconds` at most; a further signal leaves HURRY_SECONDS.
+        """Run what must still be done, for `seconds` at most; a further signal leaves HURRY_SECONDS.
 
-        `slow` is said on a terminal where it takes longer than a second.
+        `slow` is reported on a terminal if it takes longer than a second.
         """
         self._is_finishing = True
         outcome, began = Outcome(function), elapsed_seconds()
@@ -3167,7 +3166,7 @@ class Foreground:
                 slow = ""
 
     def write(self, text: str, stream: Optional[IO[str]], name: str) -> None:
-        """Writes text to a stream, behind the messages; PlexctlError unless all of it was taken."""
+        """Write text to a stream, after the messages; PlexctlError unless all of it was taken."""
         self.messages.flush(HURRY_SECONDS)
         try:
             self.call(lambda: write_all(stream, text))
@@ -3427,7 +3426,8 @@ def find_command(name: str, environ: Environ) -> str:
 class Run:
     """One invocation: the options, and what every mode of it needs."""
 
-    def __init__(self, options: Any, environ: Environ, foreground: Foreground, stdout: Optional[IO[str]]) -> None:
+    def __init__(self, options: Any, environ: Environ, foreground: Foreground,
+                 stdout: Optional[IO[str]]) -> None:
         self.options = options
         self.environ = environ
         self.foreground = foreground
@@ -3437,17 +3437,17 @@ class Run:
                                       options.port, options.ttl_seconds)
 
     def report(self, line: str) -> None:
-        """A line for stderr; --stdio says only what is left behind, as ssh's terminal may be in raw mode."""
+        """Report a line; with --stdio only what is left behind, since ssh's terminal may be in raw mode."""
         if self.options.mode != "--stdio" or self.options.verbose or line.startswith("warning: session "):
             self.foreground.report(line)
 
     def say(self, line: str) -> None:
-        """A line for who wants to know more."""
+        """Report a line with -v."""
         if self.options.verbose:
             self.foreground.report(line)
 
     def execute(self) -> int:
-        """The exit code. PlexctlError and Interrupted leave no session behind either."""
+        """Return the exit code. PlexctlError and Interrupted leave no session behind either."""
         options, foreground = self.options, self.foreground
         program = find_command(options.command[0], self.environ) if options.command else ""
         server, token = foreground.call(lambda: resolve_credentials(
@@ -3472,7 +3472,7 @@ class Run:
                 self.audit.close()
 
     def establish(self, issue: Callable[[], MediatedSession]) -> MediatedSession:
-        """The first session, and its token where it is to be revealed."""
+        """Return the first session; reveal its token if that is wanted."""
         session: MediatedSession = self.foreground.call(issue, lambda: (
             f"waiting for the Node: {show_seconds(elapsed_seconds() - self.began)}"))
         issued = session.issued
@@ -3488,13 +3488,13 @@ class Run:
         return session
 
     def issue_one(self) -> MediatedSession:
-        """For print mode and --stdio, which need one."""
+        """Issue the one session of print mode or --stdio."""
         session = MediatedSession(self.ledger, self.options.wait_seconds)
         session.open(self.request, self.ledger.tell_once)
         return session
 
     def print_document(self, local: LocalAddress, session: MediatedSession) -> None:
-        """The one document of stdout; PlexctlError unless all of it was taken."""
+        """Write the document to stdout; PlexctlError unless all of it was taken."""
         document = {"session_id": session.session_id, "kind": "tcp", "local_addr": str(local),
                     "listener_endpoint": str(session.endpoint),
                     "target": {"host": self.request.host, "port": self.request.port},
@@ -3503,7 +3503,7 @@ class Run:
         self.foreground.write(FORMATS[self.options.output](document, width), self.stdout, "standard output")
 
     def print_coordinates(self) -> int:
-        """Print mode: nothing is bound for longer than a moment, nothing dialled or revoked."""
+        """Print mode: bind nothing for longer than a moment; dial and revoke nothing."""
         local = self.options.local_addr
         if not local.port:
             try:
@@ -3516,12 +3516,12 @@ class Run:
         self.print_document(local, session)
         self.ledger.keep()
         if self.foreground.messages.is_terminal and session.issued:
-            self.report(f"nothing listens on {local}: connect to {session.endpoint}, or use --proxy to listen; "
-                        f"the session stays until {session.issued.expires_at}")
+            self.report(f"nothing listens on {local}: connect to {session.endpoint}, or use --proxy to "
+                        f"listen; the session stays until {session.issued.expires_at}")
         return EXIT_OK
 
     def carry_stdio(self) -> int:
-        """--stdio: one connection over descriptors 0 and 1."""
+        """--stdio: carry one connection over descriptors 0 and 1."""
         session = self.establish(self.issue_one)
         remote = self.foreground.call(lambda: session.dial(self.ledger.plane.cancel.is_set))
         streams = StandardStreams()
@@ -3555,7 +3555,7 @@ class Run:
         return EXIT_OK
 
     def explain_end(self, session: MediatedSession, relay: Relay) -> None:
-        """Says why --stdio's connection has ended, before the client sees that."""
+        """Report why the connection of --stdio ended, before the client sees that: ssh hangs up then."""
         session.ask(ASK_LIMIT_SECONDS)
         if self.ledger.plane.cancel.is_set():  # we have ended it
             return
@@ -3569,10 +3569,11 @@ class Run:
             self.foreground.messages.flush(HURRY_SECONDS)
 
     def forward(self, program: str) -> int:
-        """--proxy and -- COMMAND: the local socket is bound first, an address in use costs nothing."""
+        """--proxy and -- COMMAND. The address is bound first: one in use costs no session."""
         options, foreground = self.options, self.foreground
-        with Forwarder(options.local_addr, self.ledger, self.request, options.max_sessions, options.min_sessions,
-                       options.renew, options.wait_seconds, options.allow_other_users) as forwarder:
+        with Forwarder(options.local_addr, self.ledger, self.request, options.max_sessions,
+                       options.min_sessions, options.renew, options.wait_seconds,
+                       options.allow_other_users) as forwarder:
             session = self.establish(forwarder.establish)
             try:
                 self.tell_systemd("READY=1")
@@ -3589,13 +3590,13 @@ class Run:
                 total = describe_total(forwarder.count(), self.began, "COMMAND ended" if program else "")
                 unidentified = forwarder.listener.unidentified
                 if unidentified:
-                    total += (f"; {unidentified} closed before {'its' if unidentified == 1 else 'their'} owner could "
-                              "be checked (unix: and --allow-other-users do not check)")
+                    total += (f"; {unidentified} closed before {'its' if unidentified == 1 else 'their'} owner "
+                              "could be checked (unix: and --allow-other-users do not check)")
                 self.report(total)
         return EXIT_OK
 
     def watch(self, forwarder: Forwarder) -> None:
-        """--proxy: looks after the forwarder until something ends it, and raises that."""
+        """Look after the forwarder until something ends it, and raise that."""
         told, tell_on, draw_on = "", 0.0, 0.0
         while True:
             self.tick(forwarder)
@@ -3610,25 +3611,26 @@ class Run:
                 self.tell_systemd("STATUS=" + words)
 
     def tick(self, forwarder: Forwarder) -> None:
-        """One turn of waiting; raises what has ended the sessions."""
+        """Wait a moment; raise what has ended the sessions."""
         self.foreground.wait(TICKING_SECONDS)
         forwarder.tick()
         if forwarder.over is not None:
             raise forwarder.over
 
     def target(self) -> str:
+        """Return the target for people."""
         return escape(join_host_port(self.request.host, self.request.port), 60)
 
     def describe_now(self, forwarder: Forwarder) -> str:
-        """The live line, what matters most first."""
+        """Return the live line, what matters most first."""
         counts, left = forwarder.count(), forwarder.seconds_left()
         until = f"{show_seconds(left)} left, " if left else ""
         return (f"{until}{counts.open} open, {counts.waiting} waiting, {counts.ended} ended, "
-                f"{counts.sessions} session{'' if counts.sessions == 1 else 's'}, {show_bytes(counts.up)} up, "
+                f"{show_count(counts.sessions, 'session')}, {show_bytes(counts.up)} up, "
                 f"{show_bytes(counts.down)} down, {forwarder.local} -> {self.target()}")
 
     def tell_systemd(self, state: str) -> None:
-        """sd_notify(3), for units of Type=notify; a state that cannot be told is a warning."""
+        """Notify systemd (sd_notify(3), Type=notify); warn if that fails."""
         path = self.environ.get("NOTIFY_SOCKET", "")
         try:
             if path[:1] in ("/", "@"):
@@ -3637,7 +3639,7 @@ class Run:
             self.ledger.tell_once(f"warning: NOTIFY_SOCKET: systemd was not told: {show_error(error)}")
 
     def run_command(self, program: str, forwarder: Forwarder) -> int:
-        """-- COMMAND: its terminal, Ctrl-C and Ctrl-\\ are its own, other signals are handed on."""
+        """-- COMMAND: Ctrl-C and Ctrl-\\ of the terminal are its own, other signals are handed on."""
         foreground = self.foreground
         foreground.wait(0)
         foreground.ignored = (signal.SIGINT, signal.SIGQUIT)
@@ -3660,8 +3662,8 @@ class Run:
             forwarder.tick()  # when all is over it resets whoever connects, and the port stays ours
             if forwarder.over is not None and not is_over:
                 is_over = True
-                foreground.report(f"warning: {forwarder.over}; connections are refused from now on; COMMAND is "
-                                  "still running")
+                self.report(f"warning: {forwarder.over}; connections are refused from now on; COMMAND is still "
+                            "running")
         foreground.ignored = foreground.passed_on = ()
         if not is_over:
             self.deliver(forwarder)  # what COMMAND sent right before its end
@@ -3669,7 +3671,7 @@ class Run:
         return status if status >= 0 else EXIT_SIGNAL_BASE - status
 
     def deliver(self, forwarder: Forwarder) -> None:
-        """Until what clients have sent that are gone has arrived, as long as it moves."""
+        """Wait until what clients had sent before they left has arrived, as long as it moves."""
         moved, give_up_on = None, 0.0
         try:
             while forwarder.is_delivering():
@@ -3685,7 +3687,7 @@ class Run:
             self.report(f"warning: {error}")
 
     def start_command(self, program: str, local: LocalAddress) -> Any:
-        """Starts COMMAND with its placeholders and environment filled in."""
+        """Start COMMAND, with its placeholders and environment filled in."""
         host, port = (local.path, "") if local.path else (local.host, str(local.port))
         environ = dict(self.environ, PLEXCTL_LOCAL_HOST=host, PLEXCTL_LOCAL_PORT=port,
                        PLEXCTL_LOCAL_ADDR=str(local))
@@ -3706,32 +3708,31 @@ class Run:
 
 
 def describe_failure(relay: Relay) -> Optional[PlexctlError]:
-    """What has broken a connection, if anything."""
+    """Return what has broken a connection, if anything."""
     if relay.error is None or isinstance(relay.error, PlexctlError):
         return relay.error
     return PlexctlError(f"the connection ended: {show_error(relay.error)}")
 
 
 def describe_total(counts: Counts, began: float, reason: str) -> str:
-    """The line at the end; if a signal was the reason it is told, an error says its own."""
+    """Return the line at the end. An error that ends the run is told by itself, a signal here."""
     error = sys.exc_info()[1]
     if isinstance(error, (Interrupted, PlexctlError)):
         reason = str(error) if isinstance(error, Interrupted) else ""
-    return (f"{counts.ended} connection{'' if counts.ended == 1 else 's'}, {show_bytes(counts.up)} up, "
-            f"{show_bytes(counts.down)} down, {show_seconds(elapsed_seconds() - began)}{reason and ': ' + reason}")
+    return (f"{show_count(counts.ended, 'connection')}, {show_bytes(counts.up)} up, {show_bytes(counts.down)} "
+            f"down, {show_seconds(elapsed_seconds() - began)}{reason and ': ' + reason}")
 
 
 # ------------------------------------------------------------------------------------------ main
 
 __all__ = [  # what is stable for those who vendor this file
-    "ApiError", "ControlPlane", "CredentialsError", "Endpoint", "Forwarder", "IssuedSession", "Ledger", "LocalAddress",
-    "MediatedSession",
-    "PlexctlError", "Secret", "Server", "Session", "SessionOver", "SessionRequest",
-    "TransportError", "UsageError", "main", "parse_local_address", "parse_server"]
+    "ApiError", "ControlPlane", "CredentialsError", "Endpoint", "Forwarder", "IssuedSession", "Ledger",
+    "LocalAddress", "MediatedSession", "PlexctlError", "Secret", "Server", "Session", "SessionOver",
+    "SessionRequest", "TransportError", "UsageError", "main", "parse_local_address", "parse_server"]
 
 
 def reserve_standard_descriptors() -> None:
-    """Nothing that is opened later may become descriptor 0, 1 or 2 and be written to by mistake."""
+    """Keep files that are opened later from becoming descriptor 0, 1 or 2."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -3742,14 +3743,11 @@ def reserve_standard_descriptors() -> None:
 FAULTS = ("SIGABRT", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGTRAP", "SIGSYS")
 HARMLESS = ("SIGKILL", "SIGSTOP", "SIGTSTP", "SIGTTIN", "SIGTTOU", "SIGCONT", "SIGCHLD", "SIGURG", "SIGWINCH",
             "SIGINFO")  # whose default action ends no process, and the one that nobody can handle
-ALWAYS_HANDLED = ("SIGINT", "SIGTERM", "SIGHUP")  # whoever has a handler for them; the others where nobody has
+ALWAYS_HANDLED = ("SIGINT", "SIGTERM", "SIGHUP")  # the others only where nobody else has a handler
 
 
 def handle_signals(foreground: Foreground) -> Callable[[], None]:
-    """Whatever signal would end the process goes to the foreground.
-
-    Returns what puts the handlers back that were there before.
-    """
+    """Have every signal handled that would end the process; return what restores the old handlers."""
     if threading.current_thread() is not threading.main_thread():
         return lambda: None
     before: Dict[int, Any] = {}
@@ -3762,7 +3760,7 @@ def handle_signals(foreground: Foreground) -> Callable[[], None]:
                 before[signum] = signal.signal(signum, foreground.handle)
         except (OSError, ValueError):  # the C library keeps it for itself
             pass
-    if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
+    if hasattr(signal, "SIGCHLD") and signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
         before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or COMMAND has no status
 
     def restore() -> None:
@@ -3772,24 +3770,24 @@ def handle_signals(foreground: Foreground) -> Callable[[], None]:
     return restore
 
 
-def forbid_cores() -> Tuple[int, int]:
-    """No core file, which would hold the tokens; the limits that there were.
+def forbid_cores() -> Optional[Tuple[int, int]]:
+    """Forbid core files, which would hold the tokens; return the limits that there were, if they change.
 
-    1 byte is the limit that the kernel honours for a core_pattern that is a pipe as well (core(5)).
+    The kernel honours a limit of 1 byte even where core_pattern is a pipe, unlike 0 (core(5)).
     """
-    soft, hard = resource.getrlimit(resource.RLIMIT_CORE)
     try:
-        resource.setrlimit(resource.RLIMIT_CORE, (1, hard))
-    except (OSError, ValueError):  # the hard limit is 0
-        pass
-    return soft, hard
+        limits = resource.getrlimit(resource.RLIMIT_CORE)
+        resource.setrlimit(resource.RLIMIT_CORE, (1, limits[1]))
+        return limits
+    except (NameError, OSError, ValueError):  # Windows; the hard limit is 0
+        return None
 
 
 def perform(argv: Optional[Sequence[str]] = None, environ: Optional[Environ] = None,
-            core_limits: Optional[Tuple[int, int]] = None) -> Tuple[int, int]:
-    """The command, as an exit code and the number of the signal that ended it (0: none).
+            ends_process: bool = False, core_limits: Optional[Tuple[int, int]] = None) -> Tuple[int, int]:
+    """Run the command; return its exit code and the number of the signal that ended it (0: none).
 
-    `core_limits`: the process ends with the command, and these are the limits that COMMAND is to have.
+    `core_limits`: what COMMAND is to have.
     """
     prints = ""
     try:
@@ -3797,7 +3795,7 @@ def perform(argv: Optional[Sequence[str]] = None, environ: Optional[Environ] = N
         if prints:
             write_all(sys.stdout, prints)
             return EXIT_OK, 0
-        messages = Messages(sys.stderr, options.mode in ("print", "--proxy"), getattr(options, "quiet", False))
+        messages = Messages(sys.stderr, options.mode in ("print", "--proxy"), options.quiet)
         foreground = Foreground(messages, core_limits)
         restore_handlers = handle_signals(foreground)
     except PlexctlError as error:
@@ -3823,14 +3821,14 @@ def perform(argv: Optional[Sequence[str]] = None, environ: Optional[Environ] = N
         foreground.report(f"error: internal error, please report it (with -v): {show_error(error)}")
     finally:
         messages.flush(HURRY_SECONDS)
-        if core_limits is None:  # else a late signal would make it look as if it had not come to its end
+        if not ends_process:  # else a late signal would make it look as if it had not come to its end
             restore_handlers()
             messages.close()
     return status, signum
 
 
 def fail(message: str, status: int) -> int:
-    """The one line of an error."""
+    """Write the one line of an error; return the status."""
     try:
         write_all(sys.stderr, f"plexctl: error: {message}\n")
     except (OSError, ValueError):
@@ -3839,19 +3837,19 @@ def fail(message: str, status: int) -> int:
 
 
 def main(argv: Optional[Sequence[str]] = None, environ: Optional[Environ] = None) -> int:
-    """The command. Returns the exit code, 128 + n where signal n ended it; raises nothing."""
+    """Run the command; return the exit code, 128 + n if signal n ended it. Never raises."""
     return perform(argv, environ)[0]
 
 
 def run() -> None:
-    """The process: the command, then its end.
+    """Run the command as a process.
 
-    os._exit, since what Python does at exit could still change the status: a flush that fails
-    (120), a thread that was given up on and wakes up. Everything is written and closed by then.
+    os._exit, since Python's own exit could still change the status: a flush that fails (120), a thread
+    that was given up on and wakes up. Everything is written and closed by then.
     """
     reserve_standard_descriptors()
     try:
-        status, signum = perform(core_limits=forbid_cores())
+        status, signum = perform(ends_process=True, core_limits=forbid_cores())
         if signum:
             end_by_signal(signum)
         os._exit(status)
