@@ -74,8 +74,8 @@ try:
     import urllib.request
     import zlib
     from typing import (
-        IO, Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Set, Tuple,
-        Type, Union)
+        IO, Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Set,
+        Tuple, Type, Union)
 
     if os.name == "posix":
         import fcntl
@@ -1807,7 +1807,7 @@ class Relay:
         if up.is_over and (down.is_over or self._client_is_gone):
             return True
         # it may keep its end open for ever, and the Node serves another one already
-        return down.is_over and self._is_quiet(now)
+        return down.is_over and self._is_quiet(now) and not self._client.count_unsent()
 
     def _end_down(self) -> None:
         if self.error is not None:
@@ -2833,9 +2833,9 @@ class Forwarder:
         has_waited = waiting and (not live or now - self._waiting_since >= GRACE_SECONDS)
         if has_waited and len(live) - opening >= self._limit:
             self._ledger.tell_once(
-                f"warning: {waiting} connection{'s wait' if waiting > 1 else ' waits'} until one closes: each "
-                f"needs a session (--max-sessions is {self._limit}; a connection pool must not be larger)",
-                "limit")
+                f"warning: {waiting} connection{'s wait' if waiting > 1 else ' waits'} until one closes: "
+                f"each needs a session (--max-sessions is {self._limit}; a connection pool must not be "
+                "larger)", "limit")
         missing = self._minimum - len(live) if self._minimum > 1 else 0  # a single one when it is needed
         wanted = min(max(waiting - opening if has_waited else 0, missing), self._limit - len(self._carriers))
         if self._renew or self.first.expires_on - now >= 1:
@@ -3130,14 +3130,16 @@ class Foreground:
     @contextlib.contextmanager
     def cores_as_before(self) -> Iterator[None]:
         """Restore the limit of core files for what is started meanwhile."""
-        if self.core_limits is not None:
-            limits = resource.getrlimit(resource.RLIMIT_CORE)
-            resource.setrlimit(resource.RLIMIT_CORE, self.core_limits)
+        limits = self.core_limits
+        with contextlib.suppress(OSError, ValueError):
+            if limits is not None:
+                resource.setrlimit(resource.RLIMIT_CORE, limits)
         try:
             yield
         finally:
-            if self.core_limits is not None:
-                resource.setrlimit(resource.RLIMIT_CORE, limits)
+            with contextlib.suppress(OSError, ValueError):
+                if limits is not None:
+                    resource.setrlimit(resource.RLIMIT_CORE, (1, limits[1]))
 
     def call(self, function: Callable[[], Any], status: Optional[Callable[[], str]] = None) -> Any:
         """Run it in a thread, so that a signal ends the wait; return or raise what it does."""
@@ -3590,8 +3592,8 @@ class Run:
                 total = describe_total(forwarder.count(), self.began, "COMMAND ended" if program else "")
                 unidentified = forwarder.listener.unidentified
                 if unidentified:
-                    total += (f"; {unidentified} closed before {'its' if unidentified == 1 else 'their'} owner "
-                              "could be checked (unix: and --allow-other-users do not check)")
+                    total += (f"; {unidentified} closed before {'its' if unidentified == 1 else 'their'} "
+                              "owner could be checked (unix: and --allow-other-users do not check)")
                 self.report(total)
         return EXIT_OK
 
@@ -3662,8 +3664,8 @@ class Run:
             forwarder.tick()  # when all is over it resets whoever connects, and the port stays ours
             if forwarder.over is not None and not is_over:
                 is_over = True
-                self.report(f"warning: {forwarder.over}; connections are refused from now on; COMMAND is still "
-                            "running")
+                self.report(f"warning: {forwarder.over}; connections are refused from now on; COMMAND is "
+                            "still running")
         foreground.ignored = foreground.passed_on = ()
         if not is_over:
             self.deliver(forwarder)  # what COMMAND sent right before its end
@@ -3719,8 +3721,8 @@ def describe_total(counts: Counts, began: float, reason: str) -> str:
     error = sys.exc_info()[1]
     if isinstance(error, (Interrupted, PlexctlError)):
         reason = str(error) if isinstance(error, Interrupted) else ""
-    return (f"{show_count(counts.ended, 'connection')}, {show_bytes(counts.up)} up, {show_bytes(counts.down)} "
-            f"down, {show_seconds(elapsed_seconds() - began)}{reason and ': ' + reason}")
+    return (f"{show_count(counts.ended, 'connection')}, {show_bytes(counts.up)} up, "
+            f"{show_bytes(counts.down)} down, {show_seconds(elapsed_seconds() - began)}{reason and ': ' + reason}")
 
 
 # ------------------------------------------------------------------------------------------ main

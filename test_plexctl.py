@@ -7517,7 +7517,7 @@ def test_a_terminal_that_takes_a_part_of_a_line_does_not_keep_it_from_revoking(s
         room = fill()
         read()
         stderr.write(b"x" * (room - 10))
-        assert select.select([], [stderr], [], 0)[1]
+        eventually(lambda: select.select([], [stderr], [], 0)[1])
         os.set_blocking(slave, True)
         with start(simulation, "--proxy", "-v", stderr=slave, start_new_session=True) as process:
             simulation.plane.wait_for(lambda: simulation.plane.issued)
