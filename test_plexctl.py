@@ -6345,6 +6345,28 @@ def test_where_our_uid_is_the_one_of_every_stranger_that_is_announced(simulation
         assert attempt(parse_document(process.out, "text")["local_addr"])
 
 
+@NEEDS_A_STRANGER
+def test_what_a_user_has_sent_and_closed_while_it_waited_is_still_his(simulation, lone_copy):
+    """Where the kernel says whose a closed socket was; else it is nobody's."""
+    heard, uid = bytearray(), 60000 + os.getpid() % 5000
+    simulation.target.serve = recorder(heard)
+    words = ["/usr/bin/python3", "-I", "plexctl.py"] + forward_args(
+        simulation.plane, "--proxy", "--max-sessions", "1", "--output", "json")
+    send = ("import socket, sys; s = socket.create_connection(('127.0.0.1', int(sys.argv[1])));"
+            "s.sendall(b'mine'); s.close()")
+    with Process(words, env=clean_environment(simulation.plane.environment()), cwd=lone_copy,
+                 preexec_fn=becoming(uid)) as process:
+        address = local_address(process)
+        with dial(address) as first:  # root's, who may
+            chat(first, 1)
+            subprocess.run(["/usr/bin/python3", "-c", send, address.rsplit(":", 1)[1]], check=True, timeout=20,
+                           preexec_fn=becoming(uid))
+        assert visit(address)  # it was that one's turn before
+        process.send_signal(signal.SIGTERM)
+        result = process.finish()
+    assert ("could be checked" in result.stderr) == (b"mine" not in bytes(heard))
+
+
 def test_a_host_that_cannot_tell_is_announced_once_and_connections_are_served(simulation, monkeypatch):
     def cannot(family, local):
         raise OSError("not here")
@@ -7485,8 +7507,10 @@ def test_keep_session_revokes_nothing(simulation, make_pipe, flags):
         else:
             proxy_address(process)
         process.send_signal(signal.SIGTERM)
-        ends_by(process, signal.SIGTERM)
+        err = ends_by(process, signal.SIGTERM).stderr
     assert len(simulation.plane.issued) == 1 and not revoke_requests(simulation.plane)
+    kept = "session %s is kept until %s" % (simulation.plane.issued[0], simulation.plane.sessions[0].expires_at)
+    assert err.count(kept) == (flags != ["--stdio"])  # whose terminal may be in raw mode
 
 
 def test_a_stderr_that_nobody_reads_does_not_keep_it_from_revoking(simulation, make_pipe):
@@ -7619,8 +7643,7 @@ def test_a_process_that_is_killed_resets_its_clients():
                 pass
 
 
-OTHER_SIGNALS = ("SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGXCPU", "SIGVTALRM", "SIGPROF", "SIGIO",
-                 "SIGPWR")  # than SIGNALS, which leave no core file and are sent in every state above
+OTHER_SIGNALS = (3, 10, 12, 14, 16, 24, 26, 27, 29, 30, 34, 50, 64)  # than SIGNALS: SIGQUIT to SIGRTMAX
 
 
 def may_dump_core():
@@ -7629,10 +7652,9 @@ def may_dump_core():
 
 
 @pytest.mark.skipif(not LINUX, reason="Linux has all of them")
-@pytest.mark.parametrize("name", OTHER_SIGNALS)
+@pytest.mark.parametrize("signum", OTHER_SIGNALS)
 @pytest.mark.parametrize("mode", ["waiting for the Node", "proxy", "stdio"])
-def test_every_signal_revokes_and_ends_it_without_a_core_file(simulation, tmp_path, make_pipe, name, mode):
-    signum = getattr(signal, name)
+def test_every_signal_revokes_and_ends_it_without_a_core_file(simulation, tmp_path, make_pipe, signum, mode):
     reader, writer = make_pipe()
     if mode == "waiting for the Node":
         simulation.plane.endpoint_on = "never"
@@ -7661,9 +7683,8 @@ def test_every_signal_revokes_and_ends_it_without_a_core_file(simulation, tmp_pa
 
 
 @pytest.mark.skipif(not LINUX, reason="Linux has all of them")
-@pytest.mark.parametrize("name", OTHER_SIGNALS)
-def test_other_signals_beside_a_command_leave_no_session_either(simulation, name):
-    signum = getattr(signal, name)
+@pytest.mark.parametrize("signum", OTHER_SIGNALS)
+def test_other_signals_beside_a_command_leave_no_session_either(simulation, signum):
     with start(simulation, "--", "sh", "-c", "echo started; exec sleep 30") as process:
         process.wait_for_output("started")
         process.send_signal(signum)
@@ -7672,6 +7693,23 @@ def test_other_signals_beside_a_command_leave_no_session_either(simulation, name
             process.send_signal(signum)
         assert process.finish().returncode == 128 + signum
     revoked_once(simulation.plane)
+
+
+@pytest.mark.skipif(not LINUX, reason="/proc")
+def test_no_core_file_has_a_token_from_the_start_on_and_command_has_the_limit_that_there_was(simulation):
+    """Of a fault, say: 1 byte holds for a core_pattern that is a pipe, too."""
+    def limits(pid):
+        with open("/proc/%s/limits" % pid) as stream:
+            return re.search(r"core file size +(\S+) +(\S+)", stream.read()).groups()
+
+    def set_limit():
+        resource.setrlimit(resource.RLIMIT_CORE, (4096, 8192))
+
+    with start(simulation, "--", "sh", "-c", "echo $$; exec sleep 30", preexec_fn=set_limit) as process:
+        command_pid = int(process.ready())
+        assert limits(process.pid) == ("1", "8192") and limits(command_pid) == ("4096", "8192")
+        process.send_signal(signal.SIGTERM)
+        assert process.finish().returncode == 128 + signal.SIGTERM
 
 
 def test_a_third_signal_ends_it_at_once(simulation):
@@ -8789,6 +8827,38 @@ def test_the_live_line_follows_the_width_of_the_terminal(simulation, terminal):
         screen.resize(150)
         process.wait_for(lambda: screen.seen.count(b" -> ") > 1 and screen.seen.endswith(b":%d" % PORT))
         assert rows_of(screen.read().rsplit("\r", 1)[1], 150)[0].endswith(":%d" % PORT)
+
+
+def test_quiet_leaves_errors_alone_and_what_was_asked_for(simulation, terminal):
+    screen = terminal(200)
+    with start(simulation, "--proxy", "-q", "--local-addr", "0.0.0.0:0", stderr=screen.slave) as process:
+        assert visit("127.0.0.1:" + proxy_address(process).rsplit(":", 1)[1])
+        process.send_signal(signal.SIGTERM)
+        ends_by(process, signal.SIGTERM)
+    assert screen.read() == ""
+    simulation.plane.script("issue", problem("forbidden"))
+    result = run_plexctl(forward_args(simulation.plane, "-q"), env=simulation.plane.environment())
+    assert result.returncode == 4 and result.stderr.count("\n") == 1 and "IssueSession: 403" in error_of(result)
+
+
+def test_print_mode_on_a_terminal_says_that_nothing_listens(simulation, terminal):
+    screen = terminal(300)
+    with start(simulation, stderr=screen.slave) as process:
+        assert process.finish().returncode == 0
+    session, line = simulation.plane.sessions[0], screen.read()
+    for words in ("nothing listens on " + parse_document(process.out, "text")["local_addr"],
+                  "connect to %s, or use --proxy" % session.endpoint, "stays until " + session.expires_at):
+        assert words in line and line.count("\n") == 1, line
+
+
+def test_a_slow_revocation_is_mentioned_on_a_terminal(simulation, terminal):
+    simulation.plane.script("revoke", hold(2))
+    screen = terminal(200)
+    with start(simulation, "--proxy", stderr=screen.slave) as process:
+        proxy_address(process)
+        process.send_signal(signal.SIGTERM)
+        process.finish()
+    assert screen.read().count("plexctl: releasing the session") == 1
 
 
 @pytest.mark.parametrize("columns", [40, 80])
