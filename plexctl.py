@@ -3721,8 +3721,9 @@ def describe_total(counts: Counts, began: float, reason: str) -> str:
     error = sys.exc_info()[1]
     if isinstance(error, (Interrupted, PlexctlError)):
         reason = str(error) if isinstance(error, Interrupted) else ""
-    return (f"{show_count(counts.ended, 'connection')}, {show_bytes(counts.up)} up, "
-            f"{show_bytes(counts.down)} down, {show_seconds(elapsed_seconds() - began)}{reason and ': ' + reason}")
+    connections = show_count(counts.ended, "connection")
+    return (f"{connections}, {show_bytes(counts.up)} up, {show_bytes(counts.down)} down, "
+            f"{show_seconds(elapsed_seconds() - began)}{reason and ': ' + reason}")
 
 
 # ------------------------------------------------------------------------------------------ main

@@ -1,12 +1,21 @@
-"""Tests of plexctl, with the simulator they run against and a demonstration that uses it too.
+"""Tests of plexctl, with the simulator that they run against and a demonstration that uses it too.
 
     python3 test_plexctl.py          show plexctl at work on the simulator, and check what it does
-    python3 test_plexctl.py serve    keep the simulator running, to try plexctl by hand
-                                     [--delay SECONDS] [--late SECONDS] [--kinder] [--target HOST:PORT]
-    python3 -m pytest                the tests
+    python3 test_plexctl.py serve    keep the simulator running, to try plexctl by hand (serve --help)
+    python3 -m pytest -n 8           the tests (pytest-xdist; without it, leave out -n 8)
 
 The simulator is real sockets on loopback: a control plane that answers by the published API, a Node
 with one listener per mediated session, and targets behind it. It needs only the standard library.
+
+Sections, in this order; each begins with a line `# ---- NAME ---`:
+
+    simulator       waiting and listening; targets; carrying bytes; the Node; the control plane;
+                    plexctl as a process, and its clients
+    demonstration   what the first two commands above run
+    tests           in the order of plexctl.py: values, credentials, command line, output, revealing the
+                    session token, one file alone, control plane, relay, forwarder, whose connection it is,
+                    sessions; then whole processes: signals, exit codes, COMMAND, stdio, terminal, readiness,
+                    real programs; then README and packaging
 """
 import argparse
 import collections
@@ -459,13 +468,16 @@ class Node(Watched):
     def describe(self):
         return "node accepted %s, %s" % (dict(self.connections), self.waits)
 
-    def open(self, session_id, seconds=float("inf")):
-        """Listen for a session that ends in so many seconds, now or when it is late."""
+    def open(self, session_id, seconds=float("inf"), reaches=True):
+        """Listen for a session that ends in so many seconds, now or when it is late.
+
+        Where it does not reach the target, every dial fails."""
         late = self.late
         if isinstance(late, (list, tuple)):
             late = late[min(len(self._listeners), len(late) - 1)]
         with self.changed:
-            self._listeners[session_id] = SessionListener(self, session_id, seconds - self.early, late)
+            self._listeners[session_id] = SessionListener(
+                self, session_id, seconds - self.early, late, reaches)
 
     def endpoint(self, session_id):
         """The session's endpoint as host:port, the last one if its listener is closed; None before."""
@@ -499,7 +511,8 @@ class Node(Watched):
         with self.changed:
             for session_id, old in list(self._listeners.items()):
                 if old.is_open():
-                    self._listeners[session_id] = SessionListener(self, session_id, old.seconds_left(), 0)
+                    self._listeners[session_id] = SessionListener(
+                        self, session_id, old.seconds_left(), 0, old.reaches)
                     old.close()
             self.changed.notify_all()
 
@@ -514,8 +527,8 @@ DIALLING = (errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK)
 class SessionListener:
     """What a Node has for a session: a listener, a thread that serves it, and connections."""
 
-    def __init__(self, node, session_id, seconds, late):
-        self.node, self.session_id, self.connections = node, session_id, set()
+    def __init__(self, node, session_id, seconds, late, reaches):
+        self.node, self.session_id, self.reaches, self.connections = node, session_id, reaches, set()
         self.endpoint, self._socket, self._mesh, self._closing = None, None, None, threading.Event()
         self._ends = time.monotonic() + seconds
         if not late:
@@ -602,7 +615,7 @@ class SessionListener:
     def _reaches(self, target):
         target.setblocking(False)
         began = time.monotonic()
-        while time.monotonic() - began < self.node.dial_seconds and not self._over():
+        while self.reaches and time.monotonic() - began < self.node.dial_seconds and not self._over():
             error = target.connect_ex(self.node.target_address)
             if error not in DIALLING:
                 return error in (0, errno.EISCONN)
@@ -834,13 +847,16 @@ class ControlPlane(Watched):
     idle_timeout: seconds, as it says them on a session; revoke(..., "idle_timeout") does it
     clock_offset: seconds its clock is wrong by; date: whether it sends a Date header
     prefix: a path in front of /v1; bearer: the token it wants
+    known: (project id, resource id, host, port), if there are no others: 404, an unreachable target
+    log: called with each Request and its Answer
 
     `requests`, `sessions`, `issued` and `revoked` (ids, by the API only) are in order of time."""
 
     def __init__(self, *, tls=None, node=None, endpoint="127.0.0.1:9", endpoint_on="issue",
                  reads_before_endpoint=0, ttl=1800, clock_offset=0, date=True, session_limit=None,
-                 prefix="", bearer=BEARER, idle_timeout=900):
+                 prefix="", bearer=BEARER, idle_timeout=900, known=None, log=lambda request, answer: None):
         super().__init__()
+        self.known, self.log = known, log
         self.tls, self.node, self.prefix, self.bearer = tls, node, prefix, bearer
         self.endpoint, self.endpoint_on = endpoint, endpoint_on
         self.reads_before_endpoint, self.session_limit = reads_before_endpoint, session_limit
@@ -917,6 +933,8 @@ class ControlPlane(Watched):
             return problem("resource_not_found", request.path)
         if not all(is_uuid(each) for each in request.ids):
             return problem("invalid_target", request.path, detail="malformed id")
+        if self.known and request.ids[0] != self.known[0]:
+            return problem("resource_not_found", request.path)
         with self.changed:
             if request.operation == "issue":
                 answer = self._issue(request)
@@ -933,13 +951,17 @@ class ControlPlane(Watched):
         wrong = what_is_wrong(request)
         if wrong:
             return problem("invalid_target", request.path, detail=wrong)
+        if self.known and request.body["resource_id"] != self.known[1]:
+            return problem("resource_not_found", request.path)
         session = self._by_key.get(request.body.get("idempotency_key"))
         if session is None:
             if self.session_limit is not None and len(self.active()) >= self.session_limit:
                 return problem("session_limit_exceeded", request.path)
             session = MediatedSession(self, request.ids[0], request.body)
             if self.node:
-                self.node.open(session.id, session.expires - self.now())
+                tcp = session.target["tcp"]
+                reaches = not self.known or (tcp["host"], tcp["port"]) == self.known[2:]
+                self.node.open(session.id, session.expires - self.now(), reaches)
             self._sessions[session.id] = session
             self.issued.append(session.id)
             if "idempotency_key" in request.body:
@@ -1054,7 +1076,8 @@ class PlaneHandler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(self.render(self.server.decide(self.seen)))
 
     def render(self, answer):
-        """The bytes of an answer."""
+        """The bytes of an answer, which is logged."""
+        self.server.log(self.seen, answer)
         raw = answer.raw
         if raw is None:
             raw = b"" if answer.body is None else json.dumps(answer.body).encode("ascii")
@@ -1318,10 +1341,14 @@ def say(text=""):
     print(text, flush=True)
 
 
+FLAGS_TO_PASTE = "--project-id $PROJECT --resource-id $RESOURCE --host %s --port %d" % (HOST, PORT)
+IDS_TO_PASTE = "export PROJECT=%s RESOURCE=%s" % (PROJECT_ID, RESOURCE_ID)
+
+
 def show_command(args):
-    """Print a command line as an operator would type it, whose TARGET is exported like ours."""
+    """Print a command line as an operator would type it who has exported PROJECT and RESOURCE."""
     line = " ".join(shlex.quote(arg) for arg in ["plexctl"] + args)
-    say("$ " + line.replace(" ".join(REQUIRED_FLAGS), "$TARGET").replace(sys.executable, "python3"))
+    say("$ " + line.replace(" ".join(REQUIRED_FLAGS), FLAGS_TO_PASTE).replace(sys.executable, "python3"))
 
 
 def show_output(result):
@@ -1442,7 +1469,7 @@ def demonstrate():
             plane = simulation.plane
             say("A control plane, a Node and an echo target are up on loopback; PLEXSPHERE_URL and")
             say("PLEXSPHERE_TOKEN are in plexctl's environment. What it is to reach:")
-            say('$ export TARGET="%s"' % " ".join(REQUIRED_FLAGS))
+            say("$ " + IDS_TO_PASTE)
             common = ["tcp-forward"] + REQUIRED_FLAGS
             demonstrate_print(plane, common, scratch)
             demonstrate_reveal(plane, common, scratch)
@@ -1455,42 +1482,80 @@ def demonstrate():
     return 0
 
 
+def log_request(request, answer):
+    """Print a line for a request to the control plane."""
+    name = {"issue": "IssueSession", "get": "GetSession", "revoke": "RevokeSession"}.get(
+        request.operation, "no such operation")
+    body = answer.body or {}
+    more = body.get("detail") or body.get("session_id") or " ".join(request.ids[1:])
+    say("%s  %s %s  %s: %d %s" % (time.strftime("%H:%M:%S"), request.method, request.path, name,
+                                  answer.status, more))
+
+
 def serve_simulation(target=None, **node_options):
-    """Keep control plane, Node and echo target up until Ctrl-C; returns the exit status."""
+    """Keep control plane, Node and target up until Ctrl-C; returns the exit status."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    known = (PROJECT_ID, RESOURCE_ID, HOST, PORT)
     try:
-        with Simulation(**node_options) as simulation:
+        with Simulation(known=known, log=log_request, **node_options) as simulation:
             simulation.node.target_address = target or simulation.target.address
+            say("The simulator is running: a control plane, a Node and a target. Press Ctrl-C to stop it.")
+            say("Paste this into another terminal (bash, zsh or fish), in this directory:\n")
             for name, value in sorted(simulation.plane.environment().items(), reverse=True):
                 say("export %s=%s" % (name, value))
-            say('export TARGET="%s"' % " ".join(REQUIRED_FLAGS))
+            say(IDS_TO_PASTE)
+            say("python3 plexctl.py tcp-forward %s --proxy\n" % FLAGS_TO_PASTE)
+            say("Then connect to LOCAL_ADDR: %s:%d is %s." % (HOST, PORT, (
+                "%s:%d" % target if target else "an echo service, which sends back what it is sent")))
+            say("Another Project or Resource is not found (404); another host or port is not reachable.")
+            say("Requests to the control plane:\n")
             while True:
                 time.sleep(3600)
     except KeyboardInterrupt:
+        say("stopped")
         return 0
 
 
-def address_of(text):
-    """HOST:PORT as an address."""
-    host, port = text.rsplit(":", 1)
-    return host, int(port)
+def reachable_address(text):
+    """HOST:PORT as an address that accepts connections; ArgumentTypeError says what is wrong."""
+    matched = re.match(r"([^:]+):([0-9]{1,5})\Z", text)
+    if not matched or not 1 <= int(matched.group(2)) <= 65535:
+        raise argparse.ArgumentTypeError("expected HOST:PORT, such as 127.0.0.1:5432; got %r" % text)
+    try:
+        with socket.socket() as sock:
+            sock.settimeout(5)
+            sock.connect((matched.group(1), int(matched.group(2))))
+            return sock.getpeername()
+    except OSError as error:
+        raise argparse.ArgumentTypeError("cannot connect to %s: %s; start the target first" % (
+            text, error.strerror or error)) from None
+
+
+def seconds_of(text):
+    """A number of seconds, 0 or more."""
+    if not re.match(r"[0-9]+([.][0-9]+)?\Z", text):
+        raise argparse.ArgumentTypeError("expected a number of seconds, such as 0.02; got %r" % text)
+    return float(text)
 
 
 def demo_main(argv):
     """`python3 test_plexctl.py [serve]`."""
     if not argv:
         return demonstrate()
-    parser = argparse.ArgumentParser(prog="test_plexctl.py",
-                                     description="Without arguments: a demonstration.")
-    parser.add_argument("serve", choices=["serve"], help="keep the simulator running, until Ctrl-C")
-    parser.add_argument("--delay", type=float, default=0, metavar="SECONDS",
-                        help="what the way to the Node takes, in each direction")
-    parser.add_argument("--late", type=float, default=0, metavar="SECONDS",
-                        help="until the Node has a session's listener, and reports it")
+    parser = argparse.ArgumentParser(
+        prog="test_plexctl.py", description="Without arguments, show plexctl at work. With serve, keep the "
+                                            "simulator running, to try plexctl by hand.")
+    parser.add_argument("serve", choices=["serve"], help="keep the simulator running until Ctrl-C")
+    parser.add_argument("--target", type=reachable_address, metavar="HOST:PORT",
+                        help="what %s:%d is (default: an echo service)" % (HOST, PORT))
+    parser.add_argument("--late", type=seconds_of, default=0, metavar="SECONDS",
+                        help="how long the Node takes to report a session's listener (default 0; a real one: "
+                             "up to 60)")
+    parser.add_argument("--delay", type=seconds_of, default=0, metavar="SECONDS",
+                        help="latency to the Node, each way (default 0)")
     parser.add_argument("--kinder", action="store_true",
-                        help="a Node with several connections at once, and half-closes")
-    parser.add_argument("--target", type=address_of, metavar="HOST:PORT", help="a target instead of the echo")
+                        help="a Node that serves several connections at once and keeps half-closes")
     options = vars(parser.parse_args(argv))
     del options["serve"]
     return serve_simulation(**options)
@@ -1510,9 +1575,7 @@ import fcntl
 import gc
 import getpass
 import glob
-import itertools
 import logging
-import multiprocessing.connection
 import pickle
 import pty
 import resource
@@ -1530,99 +1593,6 @@ import plexctl
 
 LINUX = sys.platform.startswith("linux")
 ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
-
-
-def pytest_generate_tests(metafunc):
-    """The hook that pytest looks for in a test module; it comes before the tests are run."""
-    if not metafunc.config.pluginmanager.has_plugin("side by side"):
-        metafunc.config.pluginmanager.register(SideBySide(metafunc.config), "side by side")
-
-
-class SideBySide:
-    """Runs the tests in several processes, each one function with all its parameters after another.
-
-    They mostly wait, and pytest is the only package that they may need (pytest-xdist would be one more).
-    With --pdb or -s, by pytest-xdist's workers, or without fork they are run as ever.
-    """
-
-    processes = int(os.environ.get("TESTS_AT_ONCE", 8))
-
-    def __init__(self, config):
-        self.config = config
-        self.reports = None  # of the tests that were run in this process, if it is one of several
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtestloop(self, session):
-        option = self.config.option
-        by_function = itertools.groupby(session.items, lambda item: item.originalname)
-        groups = [list(items) for _, items in by_function]
-        count = min(self.processes, len(groups))
-        if count < 2 or option.usepdb or option.capture == "no" or option.collectonly or session.testsfailed \
-                or hasattr(self.config, "workerinput") \
-                or "fork" not in multiprocessing.get_all_start_methods():
-            return None
-        with contextlib.suppress(AttributeError):  # made now it is one for all, and removed as ever
-            self.config._tmp_path_factory.getbasetemp()
-        context, numbers, in_hand = multiprocessing.get_context("fork"), iter(range(len(groups))), {}
-        for _ in range(count):
-            pipe, end = context.Pipe()
-            in_hand[pipe] = None
-            context.Process(target=self.take, args=(session, groups, end, list(in_hand)), daemon=True).start()
-            end.close()
-        for pipe in list(in_hand):
-            self.hand_over(pipe, in_hand, numbers)
-        while in_hand:
-            for pipe in multiprocessing.connection.wait(list(in_hand)):
-                try:
-                    reports = pipe.recv()
-                except EOFError:
-                    raise AssertionError("a process died with %s" % groups[in_hand[pipe]]) from None
-                for report in reports:
-                    self.replay(session, report)
-                self.hand_over(pipe, in_hand, numbers)
-        return True
-
-    def hand_over(self, pipe, in_hand, numbers):
-        """Gives a process the next group, or tells it to end."""
-        in_hand[pipe] = next(numbers, None)
-        pipe.send(in_hand[pipe])
-        if in_hand[pipe] is None:
-            del in_hand[pipe]
-
-    def replay(self, session, data):
-        """Tells pytest of a report, as if the test had run here."""
-        hook = self.config.hook
-        report = hook.pytest_report_from_serializable(config=self.config, data=data)
-        if report.when == "setup":
-            hook.pytest_runtest_logstart(nodeid=report.nodeid, location=report.location)
-        hook.pytest_runtest_logreport(report=report)
-        if report.when == "teardown":
-            hook.pytest_runtest_logfinish(nodeid=report.nodeid, location=report.location)
-        if session.shouldfail:
-            raise session.Failed(session.shouldfail)
-
-    def take(self, session, groups, pipe, inherited):
-        """In one of the processes: runs groups of tests, until there are no more, or nobody to ask."""
-        for each in inherited:
-            each.close()
-        hook, capture = self.config.hook, self.config.pluginmanager.getplugin("capturemanager")
-        capture.stop_global_capturing()  # its files are those of all processes
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the other process reports
-        capture.start_global_capturing()
-        try:
-            for number in iter(pipe.recv, None):
-                self.reports = []
-                for item, following in zip(groups[number], groups[number][1:] + [None]):
-                    hook.pytest_runtest_protocol(item=item, nextitem=following)
-                pipe.send(self.reports)
-        except (KeyboardInterrupt, EOFError, BrokenPipeError):
-            with contextlib.suppress(OSError):
-                hook.pytest_sessionfinish(session=session, exitstatus=2)  # ends what the tests have begun
-
-    def pytest_runtest_logreport(self, report):
-        if self.reports is not None:
-            to_data = self.config.hook.pytest_report_to_serializable
-            self.reports.append(to_data(config=self.config, report=report))
 
 
 class Result(NamedTuple):
@@ -6359,8 +6329,8 @@ def test_what_a_user_has_sent_and_closed_while_it_waited_is_still_his(simulation
         address = local_address(process)
         with dial(address) as first:  # root's, who may
             chat(first, 1)
-            subprocess.run(["/usr/bin/python3", "-c", send, address.rsplit(":", 1)[1]], check=True, timeout=20,
-                           preexec_fn=becoming(uid))
+            command = ["/usr/bin/python3", "-c", send, address.rsplit(":", 1)[1]]
+            subprocess.run(command, check=True, timeout=20, preexec_fn=becoming(uid))
         assert visit(address)  # it was that one's turn before
         process.send_signal(signal.SIGTERM)
         result = process.finish()
@@ -7509,7 +7479,8 @@ def test_keep_session_revokes_nothing(simulation, make_pipe, flags):
         process.send_signal(signal.SIGTERM)
         err = ends_by(process, signal.SIGTERM).stderr
     assert len(simulation.plane.issued) == 1 and not revoke_requests(simulation.plane)
-    kept = "session %s is kept until %s" % (simulation.plane.issued[0], simulation.plane.sessions[0].expires_at)
+    session, = simulation.plane.sessions
+    kept = "session %s is kept until %s" % (session.id, session.expires_at)
     assert err.count(kept) == (flags != ["--stdio"])  # whose terminal may be in raw mode
 
 
@@ -8838,7 +8809,7 @@ def test_quiet_leaves_errors_alone_and_what_was_asked_for(simulation, terminal):
     assert screen.read() == ""
     simulation.plane.script("issue", problem("forbidden"))
     result = run_plexctl(forward_args(simulation.plane, "-q"), env=simulation.plane.environment())
-    assert result.returncode == 4 and result.stderr.count("\n") == 1 and "IssueSession: 403" in error_of(result)
+    assert result.returncode == 4 and result.stderr == error_of(result) + "\n"
 
 
 def test_print_mode_on_a_terminal_says_that_nothing_listens(simulation, terminal):
@@ -10048,10 +10019,15 @@ PUBLISHED_EXAMPLES = [
     ' --local-addr 127.0.0.1:15432 --reveal-secrets']
 
 
+def page(name="README.md"):
+    """A page of documentation."""
+    with open(os.path.join(HERE, name), encoding="utf-8") as file:
+        return file.read()
+
+
 def readme(title=""):
     """The README; or what stands below a heading in it (`### psql`), up to the next one."""
-    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-        text = file.read()
+    text = page()
     if not title:
         return text
     below = text[text.index("\n%s\n" % title) + len(title) + 2:]
@@ -10086,27 +10062,94 @@ def test_the_published_examples_work_word_for_word(simulation, tmp_path, line):
     assert simulation.plane.revoked == []
 
 
+HEADINGS = ["Install", "Quick start", "Usage", "Recipes", "Credentials", "How it behaves", "Troubleshooting",
+            "Security", "Comparison", "Performance", "Library use", "Contributing", "License"]
+
+
+def test_the_readme_has_the_headings_that_readers_know_and_its_links_lead_somewhere():
+    assert re.findall("(?m)^## (.*)$", readme()) == HEADINGS
+    for name in ["README.md", ".ci/README.md"] + glob.glob(os.path.join(HERE, ".github", "*.md")):
+        for link in re.findall(r"\]\(([^)]+)\)", page(name)):
+            path, _, anchor = link.partition("#")
+            if not path.startswith("https://"):
+                there = os.path.join(HERE, os.path.dirname(name), path) if path else os.path.join(HERE, name)
+                assert os.path.exists(there), (name, link)
+                titles = re.findall("(?m)^#+ (.*)$", page(there)) if anchor else []
+                assert anchor in [""] + [title.lower().replace(" ", "-") for title in titles], (name, link)
+
+
+def test_the_picture_of_the_terminal_is_what_a_run_prints(simulation, terminal):
+    command, *shown = re.search("```console\n\\$ (.*?)\n```", readme(), re.DOTALL).group(1).split("\n")
+
+    def alike(rows):  # but for ids, times, addresses and seconds
+        changing = r"[0-9a-f-]{36}|20[0-9TZ:-]{18}|(?<![0-9.])[0-9.]+:[0-9]{5}|^[0-9]+m[0-9]+s"
+        return [re.sub(changing, "#", row) for row in rows if row]
+    args = shlex.split(command.replace("$PROJECT", PROJECT_ID).replace("$RESOURCE", RESOURCE_ID))
+    screen = terminal(80)
+    with start_plexctl(args[1:], env=simulation.plane.environment(), **screen.controlling()) as process:
+        eventually(lambda: b" open, " in screen.seen)
+        with dial(re.search(r"LOCAL_ADDR +(\S+)", screen.read()).group(1)) as client:
+            assert talk(client, bytes(1 << 20))
+            eventually(lambda: b" 1.0 MiB down" in screen.seen)
+            assert alike(rows_of(screen.read(), 80)) == alike(shown)
+        process.send_signal(signal.SIGINT)
+        process.finish()
+
+
 @pytest.mark.once
-def test_the_demonstration_prints_what_the_readme_shows():
-    def alike(text):  # but for ids, times, ports and seconds
-        return re.sub("[0-9a-f-]{36}|20[0-9TZ:-]{18}|(?<=127[.]0[.]0[.]1:)[0-9]+|[0-9]+s", "#", text)
+def test_the_demonstration_shows_that_all_is_as_it_should_be():
+    command = code_blocks(readme("## Contributing"))[0].splitlines()[0]
+    assert command == "python3 test_plexctl.py"
     with Process([sys.executable, os.path.join(HERE, "test_plexctl.py")], env=clean_environment()) as process:
         result = process.finish(60)
     del SEEN[:]  # it shows a session token, as it was asked to
     assert result.returncode == 0 and BEARER not in result.stdout + result.stderr, process.describe()
-    command, shown = code_blocks(readme().partition("\n## ")[0])[-2:]
-    assert command == "python3 test_plexctl.py" and alike(shown) in alike(result.stdout)
+    assert result.stdout.endswith("\nall as it should be\n")
 
 
-def test_the_readme_names_every_flag_and_only_these():
-    flags = {flag for flag in plexctl.create_parser().takes_value if flag[:2] == "--"}
-    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", readme())) - {"--now", "--target"}  # others' flags
-    assert named == flags
+def flags_of_the_help():
+    """What --help says: {flag: (its metavar, the default that its text names)}."""
+    shown = run_words([sys.executable, "-I", PLEXCTL, "--help"], clean_environment()).out
+    listed = re.findall(r"(?m)^  (?:-\w, )?(--[a-z-]+)(?: ([A-Z]+))?(?=\s)((?:.*\n)(?: {4,}.*\n)*)", shown)
+    found = {}
+    for flag, metavar, words in listed:
+        default = re.search(r"\(default ([^),]+)|(\w+) \(default\)", " ".join(words.split()))
+        found[flag] = metavar, (default.group(1) or default.group(2)) if default else ""
+    return found
+
+
+def test_the_table_of_options_is_that_of_the_help():
+    table = {}
+    for flags, default in re.findall(r"(?m)^\| (`-.*?) \|(.*?)\| .*\|$", readme("## Usage")):
+        for span in re.findall("`([^`]+)`", flags):
+            flag, metavar = re.search(r"(--[a-z-]+) ?(.*)", span).groups()
+            table[flag] = metavar, default
+    known = flags_of_the_help()
+    assert set(table) == set(known) and len(known) > 20
+    for flag, (metavar, default) in known.items():
+        assert table[flag][0] == metavar and default in table[flag][1], flag
+
+
+def test_the_readme_names_no_flag_that_there_is_not():
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", readme()))
+    assert named - set(flags_of_the_help()) == {"--now"}  # systemctl's
+
+
+SHELLS = ["bash", "zsh", "fish"]
+
+
+@pytest.fixture(params=SHELLS)
+def shell(request):
+    """Each shell that is installed."""
+    found = shutil.which(request.param)
+    if not found:
+        pytest.skip("%s is not installed" % request.param)
+    return found
 
 
 @contextlib.contextmanager
-def recipe(simulation, tmp_path, block, **popen):
-    """A block of the README, as it stands, in bash; with plexctl.py in HOME, where it is run as well.
+def recipe(simulation, tmp_path, block, shell="bash", **popen):
+    """A block of the README, as it stands, after the exports of the quick start; with plexctl.py in HOME.
 
     plexctl and python3 are ours; `ssh bastion` runs its command here, as sshd would."""
     python = shlex.quote(sys.executable)
@@ -10117,18 +10160,29 @@ def recipe(simulation, tmp_path, block, **popen):
         tool.write_text("#!/bin/sh\nexec %s\n" % line)
         tool.chmod(0o755)
     shutil.copy(PLEXCTL, str(tmp_path))
-    target = re.search('TARGET="(.*)"', readme("## Recipes")).group(1)
-    env = simulation.plane.environment(HOME=str(tmp_path), TARGET=target, PATH=os.pathsep.join(
-        [str(tmp_path / "bin"), os.environ["PATH"]]))
-    with Process(["bash", "-c", block], cwd=str(tmp_path), env=clean_environment(env), **popen) as process:
+    exports = code_blocks(readme("## Quick start"))[0]
+    assert exports.count("https://plexsphere.example.com") == exports.count("psk_...") == 1
+    for name, value in (("https://plexsphere.example.com", simulation.plane.url), ("psk_...", BEARER)):
+        exports = exports.replace(name, value)
+    env = dict(HOME=str(tmp_path), PATH=os.pathsep.join([str(tmp_path / "bin"), os.environ["PATH"]]))
+    # a session of its own: a terminal's Ctrl-C would reach the shell as well
+    with Process([shell, "-c", exports + "\n" + block], cwd=str(tmp_path), env=clean_environment(env),
+                 start_new_session=True, **popen) as process:
         yield process
 
 
-def run_recipe(simulation, tmp_path, block, **popen):
+def press_ctrl_c(process):
+    """SIGINT for the shell and what it runs, as a terminal sends it; then the end."""
+    os.killpg(process.pid, signal.SIGINT)
+    result = process.finish()
+    assert "ended by SIGINT" in result.stderr, process.describe()
+
+
+def run_recipe(simulation, tmp_path, block, shell="bash", status=0, **popen):
     """A block of the README that comes to an end; its stdout."""
-    with recipe(simulation, tmp_path, block, **popen) as process:
+    with recipe(simulation, tmp_path, block, shell, **popen) as process:
         result = process.finish(60)
-    assert result.returncode == 0, process.describe()
+    assert result.returncode == status, process.describe()
     assert "plexctl: error" not in result.stderr, result.stderr
     return result.stdout
 
@@ -10165,19 +10219,23 @@ def recipe_blocks(name):
 
 
 def test_every_recipe_is_run_by_a_test():
-    names = set(re.findall("(?m)^### (.*)$", readme())) - {"Print mode, and the session token"}  # published
-    tests = {name for name in globals() if name.startswith("test_the_recipe_called_")}
-    assert {"test_the_recipe_called_" + name.lower().replace(" ", "_") for name in names} == tests
+    names = {re.sub("[^a-z]+", "_", name.lower()) for name in re.findall("(?m)^### (.*)$", readme())}
+    prefix = "test_the_recipe_called_"
+    assert {prefix + name for name in names} == {name for name in globals() if name.startswith(prefix)}
 
 
 @pytest.mark.realworld
-def test_the_recipe_called_psql(simulation, postgres, tmp_path):
+def test_the_recipe_called_psql(simulation, postgres, tmp_path, shell):
     need("psql")
-    blocks = recipe_blocks("psql")
     (tmp_path / "query").write_text("select 41 + 1 as answer;\n")
-    with open(str(tmp_path / "query")) as query:
-        assert "\n     42\n" in run_recipe(simulation, tmp_path, blocks[0], stdin=query)
-    revoked_once(simulation.plane)
+    quick = code_blocks(readme("## Quick start"))[1:]
+    for block in [quick[0]] + recipe_blocks("psql"):
+        with open(str(tmp_path / "query")) as query:
+            assert "\n     42\n" in run_recipe(simulation, tmp_path, block, shell, stdin=query)
+    revoked_once(simulation.plane, 3)
+    with recipe(simulation, tmp_path, quick[1], shell) as process:
+        process.ready(2)
+        press_ctrl_c(process)
 
 
 @pytest.mark.realworld
@@ -10192,35 +10250,28 @@ def test_the_recipe_called_ssh(simulation, ssh_options, tmp_path):
     revoked_once(simulation.plane)
 
 
-@pytest.mark.realworld
-def test_the_recipe_called_curl_or_a_browser(tmp_path, recipe_ports):
-    need("curl")
-    blocks = recipe_blocks("curl or a browser")
-    once, browser = blocks[0].splitlines()
+def test_the_recipe_called_browser(tmp_path, recipe_ports, shell):
+    block = recipe_blocks("Browser")[0]
+    address = skip_if_taken(block)
     with Simulation(answer_http) as simulation:
-        assert run_recipe(simulation, tmp_path, once) == "hello\n"
-        revoked_once(simulation.plane)
-        address = skip_if_taken(browser)
-        with recipe(simulation, tmp_path, browser) as process:
+        with recipe(simulation, tmp_path, block, shell) as process:
             process.ready(2)
             assert exchange(address, b"GET / HTTP/1.0\r\n\r\n").endswith(b"hello\n")
-            process.send_signal(signal.SIGINT)
-            ends_by(process, signal.SIGINT)
-        revoked_once(simulation.plane, 2)
+            press_ctrl_c(process)
+        revoked_once(simulation.plane)
 
 
-def test_the_recipe_called_a_connection_pool(simulation, tmp_path, recipe_ports):
-    blocks = recipe_blocks("A connection pool")
-    address = skip_if_taken(blocks[0])
-    with recipe(simulation, tmp_path, blocks[0]) as process, contextlib.ExitStack() as stack:
+def test_the_recipe_called_connection_pool(simulation, tmp_path, recipe_ports, shell):
+    block = recipe_blocks("Connection pool")[0]
+    address = skip_if_taken(block)
+    with recipe(simulation, tmp_path, block, shell) as process, contextlib.ExitStack() as stack:
         process.ready(2)
         simulation.plane.wait_for(lambda: len(simulation.plane.issued) == 4)
         for pooled in [stack.enter_context(dial(address)) for _ in range(4)]:
             pooled.sendall(b"x")
             assert pooled.recv(1) == b"x"
         assert len(simulation.plane.issued) == 4
-        process.send_signal(signal.SIGTERM)
-        ends_by(process, signal.SIGTERM)
+        press_ctrl_c(process)
     revoked_once(simulation.plane, 4)
 
 
@@ -10259,31 +10310,80 @@ def test_systemd_has_nothing_against_the_unit(tmp_path):
     assert [line for line in done.stdout.splitlines() if "plexctl-test" in line] == []
 
 
-def test_the_recipe_called_ci(simulation, tmp_path):
-    blocks = recipe_blocks("CI")
-    shown = run_recipe(simulation, tmp_path, blocks[0])
-    assert re.sub(r":[0-9]+$", ":42337", shown.splitlines()[0]) + "\nstatus 3" == blocks[1]
+def test_the_recipe_called_ci(simulation, tmp_path, shell):
+    block, = recipe_blocks("CI")
+    shown = run_recipe(simulation, tmp_path, block, shell, status=3)
+    assert re.match(r"testing 127[.]0[.]0[.]1:[0-9]+\n\Z", shown)
     revoked_once(simulation.plane)
 
 
 @pytest.mark.realworld
-def test_the_recipe_called_json_and_jq(tmp_path):
-    need("curl", "jq")
-    blocks = recipe_blocks("JSON and jq")
-    with Simulation(answer_http) as simulation:
-        assert run_recipe(simulation, tmp_path, blocks[0]) == simulation.plane.sessions[0].endpoint + "\n"
-        assert run_recipe(simulation, tmp_path, blocks[1]) == "hello\n"
-        assert simulation.plane.revoked == simulation.plane.issued[1:]
+def test_the_recipe_called_json_and_jq(simulation, tmp_path, shell):
+    need("jq")
+    once, proxy = recipe_blocks("JSON and jq")[0].splitlines()
+    assert run_recipe(simulation, tmp_path, once, shell) == simulation.plane.sessions[0].endpoint + "\n"
+    with recipe(simulation, tmp_path, proxy.replace("jq ", "jq --unbuffered "), shell) as process:
+        assert visit(process.ready().strip())
+        press_ctrl_c(process)
+    assert simulation.plane.revoked == simulation.plane.issued[1:]
 
 
-def test_the_recipe_called_nothing_copied_at_all(simulation, tmp_path):
-    blocks = recipe_blocks("Nothing copied at all")
-    document = parse_document(run_recipe(simulation, tmp_path, blocks[0]), "text")
+def test_the_recipe_called_over_ssh_without_copying(simulation, tmp_path, shell):
+    block, = recipe_blocks("Over ssh, without copying")
+    document = parse_document(run_recipe(simulation, tmp_path, block, shell), "text")
     assert document["session_id"] == simulation.plane.issued[0]
 
 
+def test_the_recipe_called_a_mounted_secret(simulation, tmp_path, shell):
+    block, = recipe_blocks("A mounted secret")
+    (tmp_path / "secret").write_text(BEARER + "\n")
+    (tmp_path / "secret").chmod(0o444)
+    assert block.endswith(" < /run/secrets/plexsphere")
+    block = block.replace("/run/secrets/plexsphere", str(tmp_path / "secret"))
+    with recipe(simulation, tmp_path, "export PLEXSPHERE_TOKEN=another\n" + block, shell) as process:
+        process.ready(2)
+        press_ctrl_c(process)
+    revoked_once(simulation.plane)
+
+
+def test_the_simulator_for_people_says_what_to_paste_and_logs_requests(tmp_path, shell):
+    def forward(exports, *more):
+        command = [shlex.quote(sys.executable), "-I", shlex.quote(PLEXCTL), "tcp-forward"]
+        line = exports + "\n" + " ".join(command + list(more))
+        return run_words([shell, "-c", line], clean_environment({"HOME": str(tmp_path)}), timeout=60)
+    serve = [sys.executable, os.path.join(HERE, "test_plexctl.py"), "serve"]
+    with Process(serve, env=clean_environment()) as process:
+        process.wait_for_output("Requests to the control plane:\n")
+        assert "Press Ctrl-C to stop it" in process.out
+        lines = process.out[process.out.index("export "):].split("\n\n")[0].splitlines()
+        exports, paste = "\n".join(lines[:-1]), lines[-1]
+        assert paste == "python3 plexctl.py tcp-forward %s --proxy" % FLAGS_TO_PASTE
+        assert forward(exports, FLAGS_TO_PASTE).status == 0
+        assert "IssueSession: 201" in process.out
+        wrong = FLAGS_TO_PASTE.replace("$RESOURCE", PROJECT_ID)
+        one_error_line(forward(exports, wrong), "404", "check --project-id, --resource-id and --server")
+        elsewhere = forward(exports, FLAGS_TO_PASTE.replace("5432", "5433"), "--stdio")
+        assert elsewhere.status == 1 and "10.0.0.5:5433" in elsewhere.err
+        process.wait_for_output("RevokeSession: 204")
+        process.send_signal(signal.SIGINT)
+        assert process.finish().returncode == 0
+    del SEEN[:]  # it says the token, to be pasted
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--target", "127.0.0.1"], "expected HOST:PORT"),
+    (["--target", "127.0.0.1:70000"], "expected HOST:PORT"),
+    (["--target", "127.0.0.1:1"], "cannot connect to 127.0.0.1:1"),
+    (["--late", "soon"], "number of seconds")], ids=["no port", "large port", "nobody there", "no number"])
+def test_the_simulator_for_people_says_what_is_wrong_with_its_options(arguments, said):
+    with Process([sys.executable, os.path.join(HERE, "test_plexctl.py"), "serve"] + arguments,
+                 env=clean_environment()) as process:
+        result = process.finish()
+    assert result.returncode == 2 and said in result.stderr.splitlines()[-1]
+
+
 def test_the_library_example_works(simulation):
-    code = code_blocks(readme("## As a library"))[0]
+    code = code_blocks(readme("## Library use"))[0]
     assert code.count('"https://plexsphere.example.com"') == code.count('"psk_..."') == 1
     code = code.replace("https://plexsphere.example.com", simulation.plane.url)
     code = code.replace("psk_...", simulation.plane.bearer)
@@ -10305,7 +10405,7 @@ def test_pydoc_shows_what_is_stable_and_nothing_of_the_environment():
     assert re.search("What IssueSession returns.*lifetime_seconds", shown.out, re.DOTALL)
     assert re.findall(r"(?m)^    class (\w+)", shown.out) == [name for name in sorted(plexctl.__all__)
                                                            if isinstance(getattr(plexctl, name), type)]
-    named = set(re.findall(r"\w+", readme("## As a library")))
+    named = set(re.findall(r"\w+", readme("## Library use")))
     assert set(plexctl.__all__) - named == set()
 
 
@@ -10355,7 +10455,7 @@ def messages_of_the_source():
                 continue
             name = getattr(call.func, "id", getattr(call.func, "attr", ""))
             for text in written_texts(call.args[0]):
-                told = name in ("tell_once", "warn_once", "fail") or (
+                told = name in ("tell_once", "_warn_once", "_notice", "fail") or (
                     name in ("report", "_report") and text.startswith(("warning: ", "error: ")))
                 if function.name in ("find_flags", "check_together"):
                     text += " (see plexctl --help)"  # see parse_arguments
@@ -10366,32 +10466,34 @@ def messages_of_the_source():
     return found
 
 
-def told_in_the_readme():
-    """The messages that the README has a word on."""
-    page = readme("## When it says ..., do ...")
-    return [shortened(span) for row in re.findall(r"(?m)^\| (`.*?) \| .* \|$", page)
+def messages_of_the_page(text):
+    """The messages that a table has a row on."""
+    return [shortened(span) for row in re.findall(r"(?m)^\| (`.*?) \| .* \|$", text)
             for span in re.findall("`([^`]+)`", row)]
 
 
-def test_the_readme_says_what_to_do_about_every_message():
-    known = [re.compile(".*".join(map(re.escape, span.split("...")))) for span in told_in_the_readme()]
+def test_the_documentation_says_what_to_do_about_every_message():
+    spans = messages_of_the_page(page(".github/TROUBLESHOOTING.md"))
+    known = [re.compile(".*".join(map(re.escape, span.split("...")))) for span in spans]
     missing = {key: text for key, text in messages_of_the_source().items()
                if not any(each.fullmatch(text) or each.fullmatch("...: " + text) for each in known)}
     assert not missing, missing
 
 
-def test_the_readme_has_no_message_that_there_is_not(cli):
+@pytest.mark.parametrize("text", [readme("## Troubleshooting"), page(".github/TROUBLESHOOTING.md")],
+                         ids=["README.md", "TROUBLESHOOTING.md"])
+def test_the_documentation_has_no_message_that_there_is_not(cli, text):
     with open(PLEXCTL, encoding="utf-8") as file:
         texts = [literal(node) for node in ast.walk(ast.parse(file.read()))]
     texts = "\n".join(text for text in texts if text)
     texts += cli(["tcp-forward"]).err + cli(["tcp-forward", "--host"]).err + "401 403 5xx"
-    stale = [span for span in told_in_the_readme() for part in span.split("...")
+    stale = [span for span in messages_of_the_page(text) for part in span.split("...")
              if part.strip(" :;") not in texts]
     assert stale == []
 
 
 def test_every_claim_has_a_test_that_there_is():
-    named = set(re.findall(r"\btest_\w+", readme())) - {"test_plexctl"}
+    named = set(re.findall(r"\btest_\w+", page(".github/SECURITY.md"))) - {"test_plexctl"}
     assert named and named - set(globals()) == set()
 
 
@@ -10403,6 +10505,8 @@ def test_a_console_script_of_one_module_is_installed(tmp_path):
     checkout.mkdir()
     for name in ("plexctl.py", "pyproject.toml", "README.md"):
         shutil.copy(os.path.join(HERE, name), str(checkout))
+    (checkout / ".github").mkdir()
+    shutil.copy(os.path.join(HERE, ".github", "LICENSE"), str(checkout / ".github"))
     python = os.path.join(environment, "bin", "python")
     pip = [python, "-m", "pip", "-q", "--disable-pip-version-check"]
     if sys.version_info < (3, 7):  # the pip that comes with 3.6 knows no build backends
@@ -10426,4 +10530,5 @@ def test_a_console_script_of_one_module_is_installed(tmp_path):
     files = subprocess.run(pip[:-2] + ["show", "-f", "plexctl"], stdout=subprocess.PIPE,
                            universal_newlines=True)
     assert "plexctl.py" in files.stdout and "test_plexctl.py" not in files.stdout
+    assert "LICENSE" in files.stdout
     assert re.search(r"(?m)^Requires: *$", files.stdout)
