@@ -5402,7 +5402,8 @@ def test_a_client_may_go_on_after_the_server_has_ended(kinder, monkeypatch):
         assert heard == ["eof", pattern(MIB)] and running.count().up == MIB
 
 
-def test_a_slow_reader_slows_the_server_and_loses_nothing_when_that_ends_first(way):
+def test_a_slow_reader_slows_the_server_and_loses_nothing_when_that_ends_first(way, monkeypatch):
+    monkeypatch.setattr(plexctl, "QUIET_SECONDS", 10)
     size = 24 * MIB
     with relayed_to(source(size), **way) as running, small_window(running.address) as client:
         assert standstill(lambda: running.count().down) < size
