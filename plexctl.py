@@ -15,13 +15,11 @@ a signal that ends the process: that same signal, after the session is revoked.
 One file, standard library only, Python 3.6 to 3.15. Read it from the top: a section uses only
 those above it.
 
-Threads: the main one waits for signals; what may block for long, the document's writing too, runs in a
-daemon thread that it waits for, and another one writes messages. Each HTTP exchange has one more, given
-up on at its deadline, since a name look-up has no time-out. One accepts connections (Forwarder), puts
-them into a queue, and looks after it ten times a second (Sessions.tick). One worker a session takes them
-from there and carries one after another, what the client sends itself and what the Node sends in its
-partner (Relay), and revokes the session if that ends before the run does; at the end of the run each
-revocation has a thread. What they share is in Sessions, under its one lock.
+Threads. The main one waits for signals and looks after everything else ten times a second. Each session
+has one (Forwarder), which accepts, dials and carries its connections, one after another (Relay). One
+writes messages to stderr. Short-lived ones: an HTTP exchange, which is given up on at its deadline, since
+a name look-up has no time-out; a question about a session; a revocation; whatever else may block, such as
+writing the document. What they share is guarded by the lock of Forwarder, Ledger or MediatedSession.
 
 The credential: the bearer token is read in the section credentials and revealed in the section
 control plane alone. Everything else holds it as a Secret; COMMAND does not get it, and no core
@@ -76,8 +74,8 @@ try:
     import urllib.request
     import zlib
     from typing import (
-        IO, Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Set, Tuple, Type,
-        Union)
+        IO, Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Set,
+        Tuple, Type, Union)
 
     if os.name == "posix":
         import fcntl
@@ -212,8 +210,8 @@ def elapsed_seconds() -> float:
 def start_thread(function: Callable[..., object], *arguments: Any) -> bool:
     """Runs it in a thread that does not keep the process alive; False if there are no more threads."""
     def run() -> None:
-        # `stty tostop`: a thread that writes to the terminal from the background would stop all of them
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
+        if hasattr(signal, "SIGTTOU"):  # with `stty tostop`, one that writes to the terminal would stop all
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
         function(*arguments)
 
     try:
@@ -231,8 +229,22 @@ def send_record(path: str, data: bytes, seconds: float) -> None:
         sock.sendall(data)
 
 
+def poll_now(fd: int, mask: int) -> int:
+    """Return what poll(2) says of a descriptor at this moment; 0 for nothing."""
+    poller = select.poll()
+    poller.register(fd, mask)
+    return next((events for _, events in poller.poll(0)), 0)
+
+
+def wait_for(fd: int, mask: int, seconds: Optional[float] = None) -> bool:
+    """Wait until a descriptor is ready, for ever or for so long; return whether it is."""
+    poller = select.poll()
+    poller.register(fd, mask)
+    return bool(poller.poll(None if seconds is None else max(0.0, seconds) * 1000))
+
+
 def open_nowhere(flags: int) -> int:
-    """A descriptor that takes or gives nothing, also where there is no /dev/null."""
+    """Open a descriptor that takes or gives nothing, also where there is no /dev/null."""
     try:
         return os.open(os.devnull, flags)
     except OSError:
@@ -240,7 +252,7 @@ def open_nowhere(flags: int) -> int:
 
 
 def end_by_signal(signum: int) -> None:
-    """Ends the process as the signal would have: a shell sees 128 + n and stops its loops."""
+    """End the process as the signal would have: a shell sees 128 + n and stops its loops."""
     signal.signal(signum, signal.SIG_DFL)
     os.kill(os.getpid(), signum)
 
@@ -347,16 +359,6 @@ def is_dialable(host: str, from_loopback: bool = False) -> bool:
 def join_host_port(host: str, port: int) -> str:
     """Return host:port, with brackets around an IPv6 address (RFC 3986, section 3.2.2)."""
     return f"[{host}]:{port}" if ":" in host and host[0] != "[" else f"{host}:{port}"
-
-
-class Record:
-    """Named fields in the order of the annotations; to be removed with Counts, its last user."""
-
-    def __init__(self, *values: Any) -> None:
-        vars(self).update(zip(type(self).__annotations__, values))
-
-    def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and vars(self) == vars(other)
 
 
 class Endpoint(NamedTuple):
@@ -468,6 +470,11 @@ def parse_json(raw: bytes) -> Any:
     except (ValueError, RecursionError, MemoryError):
         pass  # raised below: the context of an exception would hold the text
     raise ValueError("not valid JSON")
+
+
+def show_count(count: int, noun: str) -> str:
+    """Return 1 session, 2 sessions."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def show_bytes(count: int) -> str:
@@ -639,9 +646,10 @@ def read_own_file(path: str, source: str, forbidden_bits: int = ALL_BITS, limit:
     try:
         status = os.fstat(descriptor)
         is_file = stat.S_ISREG(status.st_mode)
-        if not at_stdin and not is_file and not stat.S_ISFIFO(status.st_mode):
-            raise ValueError("must be a regular file or a pipe")
+        # a pipe, a socket or a terminal at standard input is the caller's choice
         if path != "-" and (is_file or not at_stdin):
+            if not is_file and not stat.S_ISFIFO(status.st_mode):
+                raise ValueError("must be a regular file or a pipe")
             fault = find_file_fault(status, forbidden_bits)
             if fault:
                 raise CredentialsError(f"{source}: {fault}")
@@ -766,6 +774,10 @@ def resolve_credentials(server_flag: Optional[str], profile_flag: Optional[str],
 
 
 # --------------------------------------------------------------------------------- control plane
+#
+# A call of ControlPlane makes one Exchange per attempt. That runs urllib's opener in a thread:
+# PlaneHandler opens a PlaneConnection, read_body reads what comes, and the calling thread waits
+# until that is done or its time is up. Then the calling thread judges the answer.
 
 ISSUE, GET, REVOKE = "IssueSession", "GetSession", "RevokeSession"
 SUCCESS = range(200, 300)
@@ -836,7 +848,7 @@ class Exchange:
 
         `tell` is called after SILENT_SECONDS without one.
         """
-        request.exchange = self
+        request.exchange = self  # for PlaneHandler
         if not start_thread(self._perform, opener, request):
             self._perform(opener, request)  # no more threads: the limits are those of each recv, then
         deadline = elapsed_seconds() + seconds
@@ -977,7 +989,7 @@ def find_proxy(server: Server, environ: Environ) -> str:
     if not proxy or urllib.request.proxy_bypass_environment(  # type: ignore[attr-defined]
             join_host_port(server.host, server.port), {"no": exempt}):
         return ""
-    if "://" not in proxy:
+    if "://" not in proxy and not proxy.lower().startswith("http:"):
         proxy = "http://" + proxy
     if not proxy.lower().startswith("http://"):  # urllib takes any other for plain CONNECT
         raise UsageError(f"HTTPS_PROXY: must be {PROXY_FORM}; other kinds of proxies are not supported "
@@ -1199,7 +1211,7 @@ class ControlPlane:
         def tell() -> None:
             if operation == ISSUE or not self._is_silent:  # once, where a running proxy asks again and again
                 self._is_silent = True
-                self._notice(f"{operation}: no answer from {self._peer} after {SILENT_SECONDS} s, waiting")
+                self._notice(f"still waiting for {self._peer} to answer {operation}")
 
         began = elapsed_seconds()
         answer.run(self._opener, request, seconds, lambda: operation == GET and self.cancel.is_set(), tell)
@@ -1420,14 +1432,12 @@ class AuditLog(logging.Handler):
 
 FIRST_BUFFER_BYTES = 64 * 1024
 LARGEST_BUFFER_BYTES = 768 * 1024
-TICK_SECONDS = 0.2  # after which a thread that waits looks around: is the run over?
-QUIET_SECONDS = 2.0
-FIRST_ASK_SECONDS = 0.002  # whether a client that has ended its input is gone; then ever less often
+TICK_SECONDS = 0.2  # a thread that waits looks around this often
+QUIET_SECONDS = 2.0  # see Relay
+FIRST_ASK_SECONDS = 0.002  # between two looks whether a client is gone; each pause is twice the last
 LAST_ASK_SECONDS = 0.4
-UNANSWERED_SECONDS = 120  # of a path, while data waits for an answer
+UNANSWERED_SECONDS = 120  # after which a path is dead
 READS_AT_ONCE = 1000
-LOOK_SECONDS = 0.02
-LINGER_SECONDS = 10  # for the Node to end a connection whose client is gone, before the run ends
 LEG_OPTIONS: List[Tuple[str, str, Any]] = [
     ("IPPROTO_TCP", "TCP_NODELAY", 1),  # a request in two writes costs 44 ms without it
     ("SOL_SOCKET", "SO_KEEPALIVE", 1), ("IPPROTO_TCP", "TCP_KEEPIDLE", 60),
@@ -1435,18 +1445,17 @@ LEG_OPTIONS: List[Tuple[str, str, Any]] = [
     ("SOL_SOCKET", "SO_OOBINLINE", 1),  # urgent data stays in the stream
     # close() sends a reset: not even SIGKILL may let a stream that was cut off look complete
     ("SOL_SOCKET", "SO_LINGER", struct.pack("ii", 1, 0))]
-CLOSE_IN_ORDER = struct.pack("ii", 0, 0)
 
 
 def set_leg_options(sock: socket.socket) -> None:
-    """What both legs of a connection have; what a listener has, the sockets that it accepts have too."""
+    """Set what both legs of a connection need; sockets inherit it from the listener that accepts them."""
     for level, name, value in LEG_OPTIONS:
         if hasattr(socket, name):
             sock.setsockopt(getattr(socket, level), getattr(socket, name), value)
 
 
 def is_connected(sock: socket.socket) -> bool:
-    """False after a reset, whoever has read its error."""
+    """Return False after a reset, even if its error was read before."""
     try:
         sock.getpeername()
         return True
@@ -1454,107 +1463,96 @@ def is_connected(sock: socket.socket) -> bool:
         return False
 
 
-def poll_now(fd: int, mask: int) -> int:
-    """What poll(2) says of a descriptor at this moment; 0 for nothing."""
-    poller = select.poll()
-    poller.register(fd, mask)
-    return next((events for _, events in poller.poll(0)), 0)
-
-
-def wait_for(fd: int, mask: int, seconds: Optional[float] = None) -> bool:
-    """Waits until a descriptor is ready, for ever or for so long."""
-    poller = select.poll()
-    poller.register(fd, mask)
-    return bool(poller.poll(None if seconds is None else max(0.0, seconds) * 1000))
-
-
 class Leg:
-    """One end of a connection: a non-blocking socket. Closing it sends a reset, unless told otherwise."""
+    """One end of a connection: a non-blocking socket that closes with a reset unless told otherwise."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         self.sock = sock
-        self._is_tcp = sock.family != getattr(socket, "AF_UNIX", None)
         self.recv_into = sock.recv_into
         self.send = sock.send
         self.reads_at = self.writes_at = sock.fileno()
+        self.discarded = 0  # bytes that nobody was there for any more
+        self._tells = ON_LINUX and sock.family != socket.AF_UNIX  # the kernel tells about the path
 
     def end(self) -> None:
-        """The half-close of TCP."""
+        """Send the end of input (half-close)."""
         self.sock.shutdown(socket.SHUT_WR)
 
     def take_error(self) -> int:
-        """The error number of a reset that nobody has been told of yet; 0 for none."""
+        """Return the error number of a reset that no call has reported yet; 0 for none."""
         return self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
 
     def count_unsent(self) -> int:
-        """Bytes that were sent, and that the other end has not acknowledged (SIOCOUTQ, tcp(7))."""
-        if not (ON_LINUX and self._is_tcp):
+        """Return how many bytes the other end has not acknowledged (SIOCOUTQ, tcp(7))."""
+        if not self._tells:
             return 0
         return int(struct.unpack("i", fcntl.ioctl(self.sock, termios.TIOCOUTQ, bytes(4)))[0])
 
-    def is_cut_off(self) -> bool:
-        """Whether nothing of what was sent has had an answer for UNANSWERED_SECONDS.
+    def is_dead(self) -> bool:
+        """Return whether what was sent has had no answer for UNANSWERED_SECONDS.
 
-        Linux gives up after 15 minutes, and does not run keepalive meanwhile. TCP_USER_TIMEOUT would end
-        a connection as well whose reader makes a pause: it counts probes that have been answered.
+        Linux itself gives up after 15 minutes, and sends no keepalive meanwhile. TCP_USER_TIMEOUT is
+        no remedy: it also ends a connection whose reader pauses, though it answers every probe.
         """
-        if not (ON_LINUX and self._is_tcp):
+        if not self._tells:
             return False
-        info = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 60)
-        _, _, retransmits, probes, last_answer = struct.unpack_from("=BBBB52xI", info)  # tcp_info, linux/tcp.h
-        return bool(max(retransmits, probes) > 1 and last_answer >= UNANSWERED_SECONDS * 1000)
+        info = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 60)  # struct tcp_info, linux/tcp.h
+        retransmits, probes, milliseconds = struct.unpack_from("=xxBB52xI", info)
+        return bool(max(retransmits, probes) > 1 and milliseconds >= UNANSWERED_SECONDS * 1000)
 
     def has_ended(self) -> bool:
-        """Whether the other end has ended it; what it has sent before is read and thrown away."""
+        """Return whether the other end has ended or reset it; discard what it sent before."""
         try:
             for _ in range(READS_AT_ONCE):
-                if not self.sock.recv(FIRST_BUFFER_BYTES):
+                count = len(self.sock.recv(FIRST_BUFFER_BYTES))
+                self.discarded += count
+                if not count:
                     return True
+            return False
         except BlockingIOError:
-            pass
+            return False
         except OSError:
             return True
-        return False
 
     def close(self, reset: bool = True) -> None:
-        """Closes it, with a reset for the peer or in order."""
+        """Close it, with a reset for the peer or in order."""
         try:
             if not reset:
-                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, CLOSE_IN_ORDER)
-            self.sock.close()
-        except OSError:  # closed all the same
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0))
+        finally:
             self.sock.close()
 
 
 class StandardStreams:
-    """Descriptors 0 and 1 as the client's leg of a Relay: pipes, a terminal, files, or one socket.
+    """Descriptors 0 and 1 as the client's leg: pipes, files, a terminal, or one socket (inetd, socat).
 
-    Their file status flags are left alone, since they may be somebody's terminal: what blocks is
-    written only after poll(2), and no more than it is good for.
+    Their file status flags stay as they are, since they may be somebody's terminal: a blocking
+    descriptor gets no more than poll(2) says that it takes.
     """
 
     def __init__(self) -> None:
         self.reads_at, self.writes_at = 0, 1
-        self.error: Optional[PlexctlError] = None  # why standard output has not had everything
-        self._socket: Optional[socket.socket] = None  # of inetd or socat
+        self.error: Optional[PlexctlError] = None  # why standard output did not get everything
+        self._socket: Optional[socket.socket] = None
         if stat.S_ISSOCK(os.fstat(1).st_mode):  # fromfd() of anything else leaks its duplicate
             self._socket = socket.fromfd(1, socket.AF_INET, socket.SOCK_STREAM)
-            self._set_linger(1)
+            self._set_linger(True)
 
     def recv_into(self, buffer: memoryview) -> int:
-        """Reads standard input; 0 at its end."""
+        """Read standard input; return 0 at its end."""
         try:
             piece = os.read(0, len(buffer))
         except OSError as error:
+            # it was closed at the start, or the terminal is gone
             if error.errno == errno.EISDIR or error.errno == errno.EIO and os.isatty(0):
-                return 0  # it was closed at the start, or the terminal is gone
+                return 0
             raise
         buffer[:len(piece)] = piece
         return len(piece)
 
     def send(self, piece: memoryview) -> int:
-        """Writes to standard output as much as it takes; PlexctlError where that fails."""
+        """Write to standard output as much as it takes; PlexctlError if that fails."""
         try:
             if self._socket is not None:
                 return self._socket.send(piece, socket.MSG_DONTWAIT)
@@ -1566,53 +1564,49 @@ class StandardStreams:
             raise self.error from error
 
     def is_gone(self) -> bool:
-        """Whether nobody reads standard output any more."""
-        if poll_now(1, 0) & (select.POLLERR | select.POLLHUP):
-            self.error = PlexctlError("cannot write to standard output: nobody reads it")
-        return self.error is not None
+        """Return whether nobody reads standard output any more."""
+        return bool(poll_now(1, 0) & (select.POLLERR | select.POLLHUP))
 
     def take_error(self) -> int:
-        """Nothing that a read would not tell."""
+        """Return 0: reading and writing tell."""
         return 0
 
-    def is_cut_off(self) -> bool:
-        """Nobody can know."""
+    count_unsent = take_error
+
+    def is_dead(self) -> bool:
+        """Return False: nobody can know."""
         return False
 
-    def count_unsent(self) -> int:
-        """Nobody can know."""
-        return 0
-
     def end(self) -> None:
-        """The reader sees the end."""
+        """Let the reader see the end."""
         if self._socket is not None:
             self._socket.shutdown(socket.SHUT_WR)
         self._let_go(1)
 
     def close(self, reset: bool = True) -> None:
-        """Lets go of both descriptors; a socket is closed with a reset, or in order."""
+        """Let go of both descriptors; a socket is closed with a reset or in order."""
         if self._socket is not None:
-            self._set_linger(int(reset))
+            self._set_linger(reset)
             self._socket.close()
         self._let_go(1)
         self._let_go(0)
 
-    def _set_linger(self, switch: int) -> None:
-        try:
-            value = struct.pack("ii", switch, 0)
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, value)  # type: ignore[union-attr]
-        except OSError:  # the peer has gone
-            pass
+    def _set_linger(self, switch: bool) -> None:
+        if self._socket is not None:
+            with contextlib.suppress(OSError):  # the peer is gone
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", switch, 0))
 
     def _let_go(self, descriptor: int) -> None:
-        """Its number stays taken, or what is opened next would get it."""
         nowhere = open_nowhere(os.O_RDWR)
-        os.dup2(nowhere, descriptor)
+        os.dup2(nowhere, descriptor)  # the number stays taken, or the next file would get it
         os.close(nowhere)
 
 
-def create_buffers() -> Tuple[memoryview, memoryview]:
-    """What a Relay reads into, a direction each."""
+Buffers = Tuple[memoryview, memoryview]
+
+
+def create_buffers() -> Buffers:
+    """Create what a Relay reads into, one buffer for each direction."""
     return memoryview(bytearray(FIRST_BUFFER_BYTES)), memoryview(bytearray(FIRST_BUFFER_BYTES))
 
 
@@ -1622,29 +1616,29 @@ class Flow:
     def __init__(self, source: Any, sink: Any, buffer: memoryview) -> None:
         self.source = source
         self.sink = sink
-        self.buffer = self.first_buffer = buffer
-        self.moved = 0  # bytes
-        self.rest = buffer[:0]  # what was read, and is not all sent yet
-        self.active_on = elapsed_seconds()
+        self.moved = 0  # bytes that were handed on
+        self.rest = buffer[:0]  # read, and not handed on yet
+        self.active_on = elapsed_seconds()  # when something was read or handed on
         self.has_ended = False  # the source has ended its input
-        self.is_over = False  # and that was passed on
-        self.is_lost = False  # the sink takes nothing any more: what comes is thrown away
+        self.is_over = False  # and the sink was told so
+        self.is_lost = False  # the sink takes nothing any more: what comes is discarded
+        self._buffer = self._first_buffer = buffer
 
     def read(self, now: float) -> None:
-        """Takes in hand what there is; OSError where the source is lost."""
+        """Read once; OSError if the source is lost."""
         try:
-            count = self.source.recv_into(self.buffer)
+            count = self.source.recv_into(self._buffer)
         except BlockingIOError:
             return
         self.has_ended = not count
         if self.has_ended or not self.is_lost:
             self.active_on = now
-            self.rest = self.buffer[:count]
-            if count == len(self.buffer) < LARGEST_BUFFER_BYTES:
+            self.rest = self._buffer[:count]
+            if count == len(self._buffer) < LARGEST_BUFFER_BYTES:
                 self._grow()
 
     def write(self, now: float) -> None:
-        """Hands on what the sink takes now; OSError where the sink is lost."""
+        """Hand on what the sink takes now; OSError if it is lost."""
         try:
             sent = self.sink.send(self.rest)
         except BlockingIOError:
@@ -1654,116 +1648,115 @@ class Flow:
         self.rest = self.rest[sent:]
 
     def shrink(self) -> None:
-        """Gives a larger buffer back."""
+        """Give a larger buffer back."""
         if not self.rest:
-            self.buffer, self.rest = self.first_buffer, self.first_buffer[:0]
+            self._buffer, self.rest = self._first_buffer, self._first_buffer[:0]
 
     def _grow(self) -> None:
-        """A larger buffer for a source that fills this one; unlike a bytearray it is given back at once."""
-        try:
-            self.buffer = memoryview(mmap.mmap(-1, min(2 * len(self.buffer), LARGEST_BUFFER_BYTES)))
-        except (OSError, ValueError):  # no memory: this one will do
+        try:  # an mmap is given back at once, a bytearray is not
+            self._buffer = memoryview(mmap.mmap(-1, min(2 * len(self._buffer), LARGEST_BUFFER_BYTES)))
+        except (OSError, ValueError):  # no memory: go on with this one
             pass
 
 
 class Relay:
     """Carries one connection, both directions, in the thread that calls `carry`.
 
-    `is_gone()`: whether a client that has ended its input listens no more (False where nobody can know).
-    `is_stopped()`: whether to end now, with resets; asked often. `on_end()` is called once, before the client
-    sees an end that it has not made itself.
+    What one side sends is handed on at once; while the other side takes nothing, no more is read. A
+    reset by one side becomes a reset for the other. The Node ends both directions as soon as it reads
+    the end of either, so an end of input is passed on as follows:
 
-    Afterwards the client is closed. `remote` is closed as well, unless its end has yet to come: then it
-    `is_awaited`. `is_stuck`: the Node did not take what a client sent that has reset the connection.
+    - the Node's: at once. A client that then sends nothing for QUIET_SECONDS is let go.
+    - the client's, if it is gone (`is_gone`): at once. If it still listens: once the target has sent
+      nothing for QUIET_SECONDS, since the Node would cut its answer off.
+
+    `is_stopped` is asked often; if it returns True, the connection ends with resets. `on_end` is called
+    once, before the client sees an end or a reset that it has not caused.
+
+    Afterwards the client is closed, and so is `remote`, unless `is_awaited`: the client is gone,
+    everything was handed on, and the Node has yet to end the connection.
     """
 
-    def __init__(self, client: Any, remote: Leg, buffers: Tuple[memoryview, memoryview],
-                 is_gone: Callable[[], bool], is_stopped: Callable[[], bool],
-                 on_end: Callable[[], object] = lambda: None) -> None:
+    def __init__(self, client: Any, remote: Leg, buffers: Buffers, is_gone: Callable[[], bool],
+                 is_stopped: Callable[[], bool], on_end: Callable[[], object]) -> None:
         self.up = Flow(client, remote, buffers[0])
         self.down = Flow(remote, client, buffers[1])
-        self.error: Optional[Exception] = None  # one peer is lost: the other gets a reset
-        self.remote_ended_first = False
-        self.client_is_gone = False  # what it sent is still handed on
-        self.is_ending = False  # the client sees an end soon that it has not made
+        self.error: Optional[Exception] = None  # what has broken the connection
+        self.remote_ended_first = False  # with an end or a reset
+        self.is_ending = False  # the client is about to see an end
         self.is_awaited = False
-        self.is_stuck = False
+        self.is_stuck = False  # the client has reset it, and the Node does not take what was sent
         self._client = client
         self._remote = remote
         self._is_gone = is_gone
         self._is_stopped = is_stopped
         self._on_end = on_end
+        self._client_is_gone = False
         self._client_is_lost = False  # it has reset the connection
-        self._ask_on = 0.0  # when it is asked for the next time whether the client is gone
+        self._has_hung_up = False  # the client; poll() would say so again and again
+        self._ask_on = 0.0  # when to ask next whether the client is gone
         self._ask_pause = FIRST_ASK_SECONDS
-        self._look_on = 0.0  # when the paths are looked at for the next time
-        self._has_hung_up = False  # poll() would say so of the client again and again
+        self._look_on = 0.0  # when to look around next
         self._poller = select.poll()
-        self._watched: Dict[int, int] = {}  # by descriptor, what poll() looks for
+        self._masks: Dict[int, int] = {}  # by descriptor, what poll() waits for
 
     def carry(self) -> None:
-        """Raises nothing: whatever fails ends this connection alone."""
+        """Return once the connection is over for the client. Whatever fails ends this connection alone."""
         try:
-            while not self._is_done(elapsed_seconds()):
-                self._watch()
-                ready = self._poller.poll(self._pause() * 1000)
-                self._move(dict(ready), elapsed_seconds())
+            while not self._is_over(elapsed_seconds()):
+                self._choose()
+                ready = dict(self._poller.poll(self._pause() * 1000))
+                self._move(ready, elapsed_seconds())
         except Exception as error:
-            self.error = self.error or error
+            self.error = error
         try:
-            self._settle()
+            if self.error is not None:
+                self._settle()
         except Exception as error:
-            self.error = self.error or error
+            self.error = error
         self._close()
 
-    def _watch(self) -> None:
-        """Tells poll() what is waited for now."""
-        up, down = self.up, self.down
-        wanted = {self._client.reads_at: 0, self._client.writes_at: 0, self._remote.reads_at: 0}
-        if not (up.rest or up.has_ended):
-            wanted[self._client.reads_at] |= select.POLLIN
+    def _choose(self) -> None:
+        """Choose what poll() waits for."""
+        up, down, client, remote = self.up, self.down, self._client, self._remote
+        masks = {client.reads_at: 0, client.writes_at: 0, remote.reads_at: 0}
+        if not up.rest and not up.has_ended:
+            masks[client.reads_at] |= select.POLLIN
         if down.rest:
-            wanted[self._client.writes_at] |= select.POLLOUT
-        if not (down.rest or down.has_ended or self.client_is_gone):
-            wanted[self._remote.reads_at] |= select.POLLIN
+            masks[client.writes_at] |= select.POLLOUT
+        if not (down.rest or down.has_ended or self._client_is_gone):
+            masks[remote.reads_at] |= select.POLLIN
         if up.rest:
-            wanted[self._remote.reads_at] |= select.POLLOUT
-        for descriptor, mask in wanted.items():
-            # a client's reset is noticed also while nobody reads; a hang-up that is known would be told for ever
-            is_due = mask or (descriptor == self._client.reads_at and not (up.has_ended or self._has_hung_up))
-            if not is_due:
-                if self._watched.pop(descriptor, None) is not None:
+            masks[remote.writes_at] |= select.POLLOUT
+        # a reset by the client is to be noticed even while nothing is read from it
+        is_watched = not (up.has_ended or self._has_hung_up)
+        for descriptor, mask in masks.items():
+            if not mask and not (is_watched and descriptor == client.reads_at):
+                if self._masks.pop(descriptor, None) is not None:
                     self._poller.unregister(descriptor)
-            elif self._watched.get(descriptor) != mask:
+            elif self._masks.get(descriptor) != mask:
                 self._poller.register(descriptor, mask)
-                self._watched[descriptor] = mask
+                self._masks[descriptor] = mask
 
     def _pause(self) -> float:
-        """How long poll() may wait."""
-        if self.up.has_ended and not self.client_is_gone:
+        if self.up.has_ended and not self._client_is_gone:
             return max(0.0, min(TICK_SECONDS, self._ask_on - elapsed_seconds()))
         return TICK_SECONDS
 
     def _move(self, ready: Dict[int, int], now: float) -> None:
-        """Reads and writes as far as it goes without waiting."""
-        client, remote = ready.get(self._client.reads_at, 0), ready.get(self._remote.reads_at, 0)
-        if client and not self._watched[self._client.reads_at]:
+        """Read and write as far as that goes without waiting."""
+        client, remote = self._client, self._remote
+        if ready.get(client.reads_at) and not self._masks[client.reads_at]:
             self._has_hung_up = True
-            self._check_client(errno.EPIPE)  # which is one behind its end: what came before is still read
-        for flow, source_events, sink_events in ((self.up, client, remote), (
-                self.down, remote, ready.get(self._client.writes_at, 0))):
-            if flow.rest:
-                is_due = bool(sink_events)
-            else:
-                is_due = bool(source_events) and not flow.has_ended
-                if is_due:
-                    self._read(flow, now)
-            if is_due and flow.rest:
-                try:
-                    flow.write(now)
-                except OSError as error:
-                    self._lose_sink(flow, error)
-            elif not ready:
+            self._check_client(errno.EPIPE)
+        for flow, source, sink in ((self.up, client.reads_at, remote.writes_at),
+                                   (self.down, remote.reads_at, client.writes_at)):
+            is_ready = ready.get(sink) if flow.rest else ready.get(source) and not flow.has_ended
+            if is_ready and not flow.rest:
+                self._read(flow, now)
+            if is_ready and flow.rest:
+                self._write(flow, now)
+            if not ready:
                 flow.shrink()
 
     def _read(self, flow: Flow, now: float) -> None:
@@ -1774,75 +1767,73 @@ class Relay:
             self.remote_ended_first = flow is self.down
             raise
 
+    def _write(self, flow: Flow, now: float) -> None:
+        try:
+            flow.write(now)
+        except OSError as error:
+            # EPIPE: the peer had ended its input in order. What it sent before is still read, in any case
+            # but a reset by the client
+            self._client_is_lost = flow is self.down and error.errno != errno.EPIPE
+            if self._client_is_lost or error.errno in EXHAUSTED:
+                raise
+            flow.is_lost, flow.rest = True, flow.rest[:0]
+            if flow is self.down:
+                self._client_is_gone = True
+            elif error.errno != errno.EPIPE:
+                self.error, self.remote_ended_first = error, True
+
     def _check_client(self, *harmless: int) -> None:
-        """Raises the error of a reset by the client, but for these numbers."""
+        """Raise the error of a reset by the client, unless harmless: EPIPE is one behind its end of input."""
         error = self._client.take_error()
         if error and error not in harmless:
             self._client_is_lost = True
             raise OSError(error, os.strerror(error))
 
-    def _lose_sink(self, flow: Flow, error: OSError) -> None:
-        """The sink's peer is lost. What it had sent before is still read, and handed on."""
-        is_end = error.errno == errno.EPIPE  # it had ended its input in order, and closed since
-        self._client_is_lost = flow is self.down and not is_end
-        if error.errno in EXHAUSTED or self._client_is_lost:
-            raise error
-        flow.is_lost, flow.rest = True, flow.rest[:0]
-        if flow is self.down:
-            self.client_is_gone = True
-        elif not is_end:
-            self.error, self.remote_ended_first = error, True
-
-    def _is_done(self, now: float) -> bool:
-        """Passes on the ends of input that are due, and tells whether the connection is over."""
+    def _is_over(self, now: float) -> bool:
+        """Pass on the ends of input that are due; return whether the connection is over."""
         up, down = self.up, self.down
         if now >= self._look_on:
             self._look_on = now + TICK_SECONDS
             if self._is_stopped():
                 raise ConnectionAbortedError(errno.ECONNABORTED, os.strerror(errno.ECONNABORTED))
-            if self._client.is_cut_off() or self._remote.is_cut_off():
+            if self._client.is_dead() or self._remote.is_dead():
                 raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+            if down.is_over and self._client.count_unsent():  # it still receives
+                down.active_on = now
         if down.has_ended and not down.is_over:
             self._end_down()
         if up.has_ended:
             self._end_up(now)
-        if self.client_is_gone and up.is_over:
+        if up.is_over and (down.is_over or self._client_is_gone):
             return True
-        if not down.is_over or up.is_over:
-            return down.is_over
-        if self._client.count_unsent():  # it has not had everything
-            down.active_on = now
-        # the Node serves another one already; a client may keep its end open for ever
-        return not up.rest and now - max(up.active_on, down.active_on) >= QUIET_SECONDS
+        # it may keep its end open for ever, and the Node serves another one already
+        return down.is_over and self._is_quiet(now) and not self._client.count_unsent()
 
     def _end_down(self) -> None:
-        """The remote's end is passed on at once."""
-        if self.error:
-            raise self.error  # the end that is read behind a reset
-        self.remote_ended_first = not (self.up.is_over or self.client_is_gone)
+        if self.error is not None:
+            raise self.error  # what looks like an end is a reset, whose error was read before
+        self.remote_ended_first = not (self.up.is_over or self._client_is_gone)
         self.is_ending = True
         if self.remote_ended_first:
             self._on_end()
-        self.down.is_over = True
         self._pass_on(self.down)
 
     def _end_up(self, now: float) -> None:
-        """The Node ends both directions at a client's end of input, and so would cut the answer off.
-
-        It is passed on once the target has been quiet, or has ended, or nobody waits for its answer.
-        """
         up, down = self.up, self.down
-        if now >= self._ask_on and not (self.client_is_gone or down.is_over):
-            self.client_is_gone = self._is_gone()
+        if now >= self._ask_on and not (self._client_is_gone or down.is_over):
             self._ask_on, self._ask_pause = now + self._ask_pause, min(2 * self._ask_pause, LAST_ASK_SECONDS)
-            if self.client_is_gone:
+            self._client_is_gone = self._is_gone()
+            if self._client_is_gone:
                 self._check_client(*() if up.is_over else (errno.EPIPE,))
-        is_quiet = not down.rest and now - max(up.active_on, down.active_on) >= QUIET_SECONDS
-        if not up.is_over and (self.client_is_gone or down.is_over or is_quiet):
-            up.is_over = True
+        if not up.is_over and (self._client_is_gone or down.is_over or self._is_quiet(now)):
             self._pass_on(up)
 
+    def _is_quiet(self, now: float) -> bool:
+        up, down = self.up, self.down
+        return not (up.rest or down.rest) and now - max(up.active_on, down.active_on) >= QUIET_SECONDS
+
     def _pass_on(self, flow: Flow) -> None:
+        flow.is_over = True
         try:
             if not flow.is_lost:
                 flow.sink.end()
@@ -1850,19 +1841,19 @@ class Relay:
             flow.is_lost = True
 
     def _settle(self) -> None:
-        """What there is to do before the legs of a broken connection are closed."""
-        if self.error is not None and not (self._client_is_lost or self.down.is_over):
+        """Do what a broken connection needs before its legs are closed."""
+        if not self._client_is_lost and not self.down.is_over:
             self.is_ending = True
             self._on_end()
         if self._client_is_lost:
             deadline = elapsed_seconds() + QUIET_SECONDS
             while self._remote.count_unsent() and elapsed_seconds() < deadline and not self._is_stopped():
-                time.sleep(LOOK_SECONDS)
+                time.sleep(0.02)
             self.is_stuck = self._remote.count_unsent() > 0
 
     def _close(self) -> None:
         up, down, is_broken = self.up, self.down, self.error is not None
-        # what was thrown away must not look as if it had arrived
+        # what was discarded must not look as if it had arrived
         self._client.close(reset=is_broken or not down.is_over or up.is_lost and not up.has_ended)
         self.is_awaited = not (is_broken or down.is_over)
         if not self.is_awaited:
@@ -1872,30 +1863,352 @@ class Relay:
 # -------------------------------------------------------------------------------------- sessions
 
 ASK_SECONDS = 2  # between two questions about one session
-ASK_LIMIT_SECONDS = 5  # for an answer that somebody waits for
+ASK_LIMIT_SECONDS = 5  # that somebody waits for the answer
 RECHECK_SECONDS = 60  # the reconcile period of a Node
 GONE_SECONDS = 30  # of refused dials, until a listener counts as gone
 CONNECTING = (errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK)
 
 
 class SessionRevoked(SessionOver):
-    """It was taken away, or is not there any more: never replaced by another one."""
+    """The session was taken away or does not exist any more; it is never replaced."""
 
 
 class ListenerGone(SessionOver):
-    """The Node has closed the session's listener, though the session is active."""
+    """The Node has closed the session's listener, although the session is active."""
 
 
 class DialRefused(PlexctlError):
-    """Nobody listens at the endpoint, though the session is active."""
+    """Nothing listens at the endpoint, although the session is active."""
 
 
 class EndpointMissing(PlexctlError):
-    """The Node reported no listener in time."""
+    """The Node did not report a listener in time."""
+
+
+class Ledger:
+    """Issues sessions, and owes each of them one revocation, from the moment its id is known.
+
+    Safe to use from several threads. `report` takes lines for people, `say` what only -v shows.
+    """
+
+    def __init__(self, plane: ControlPlane, project_id: str, report: Report,
+                 say: Report = lambda line: None) -> None:
+        self.plane = plane
+        self.report = report
+        self.say = say
+        self._project_id = project_id
+        self._changed = threading.Condition()  # guards what follows
+        self._known: Set[str] = set()  # every session_id so far, in lower case
+        self._owed: Dict[str, bool] = {}  # by session_id; True: the revocation has begun
+        self._issuing = 0
+        self._unknown: List[PlexctlError] = []  # each may have left a session
+        self._is_closed = False
+        self._is_kept = False
+        self._told: Set[str] = set()
+
+    def tell_once(self, line: str, subject: str = "") -> bool:
+        """Report a line once per run, or once per subject; return whether it was reported now."""
+        with self._changed:
+            is_new = (subject or line) not in self._told
+            self._told.add(subject or line)
+        if is_new:
+            self.report(line)
+        return is_new
+
+    def issue(self, request: SessionRequest) -> IssuedSession:
+        """Issue a session: see ControlPlane.issue. One that comes with a bad answer is given back."""
+        issued: List[str] = []
+
+        def owe(session_id: str) -> None:
+            with self._changed:
+                if session_id.lower() in self._known:
+                    raise TransportError(f"{ISSUE}: the answer's session_id is that of an earlier session")
+                self._known.add(session_id.lower())
+                self._owed[session_id] = False
+                issued.append(session_id)
+
+        with self._changed:
+            if self._is_closed:
+                raise Cancelled("interrupted")
+            self._issuing += 1
+        try:
+            return self.plane.issue(request, owe)
+        except PlexctlError as error:
+            if error.may_exist:
+                with self._changed:
+                    self._unknown.append(error)
+            for session_id in issued:
+                self.give_back(session_id)
+            raise
+        finally:
+            with self._changed:
+                self._issuing -= 1
+                self._changed.notify_all()
+
+    def get(self, session_id: str, seconds: float) -> Session:
+        """Ask for a session: see ControlPlane.get."""
+        return self.plane.get(self._project_id, session_id, seconds)
+
+    def give_back(self, session_id: str) -> None:
+        """Revoke a session now, unless that has begun. Never raises."""
+        with self._changed:
+            is_due = self._claim(session_id)
+        if is_due:
+            self._revoke(session_id)
+
+    def keep(self) -> None:
+        """Leave the sessions to the operator: `leave` will not revoke them."""
+        with self._changed:
+            self._is_kept = True
+
+    def leave(self, seconds: float = LEAVE_SECONDS) -> None:
+        """Issue nothing more, and revoke what is owed, also what is just being issued."""
+        deadline = elapsed_seconds() + seconds
+        with self._changed:
+            self._is_closed = True
+        self.plane.cancel.set()
+        while elapsed_seconds() < deadline:
+            with self._changed:
+                due = [session_id for session_id in self._owed if self._claim(session_id)]
+                if not due:
+                    if not self._issuing and not any(self._owed.values()):
+                        return
+                    self._changed.wait(min(TICK_SECONDS, max(0.0, deadline - elapsed_seconds())))
+            for session_id in due:
+                if not start_thread(self._revoke, session_id):
+                    self._revoke(session_id)
+
+    def left_behind(self, raised: Optional[BaseException] = None) -> List[str]:
+        """Return, once, what `leave` could not settle. The error `raised` is told by somebody else."""
+        with self._changed:
+            owed = [each for each, has_begun in self._owed.items() if has_begun or not self._is_kept]
+            self._owed.clear()
+            lines = [f"session {each} is not revoked, it will expire on its own" for each in owed]
+            lines += [f"session unknown: {each}" for each in self._unknown
+                      if each is not raised and not each.is_told]
+            if self._issuing:
+                lines.append("a session may have been issued, it will expire on its own")
+            return lines
+
+    def _claim(self, session_id: str) -> bool:
+        """With the lock held: return whether the caller is to revoke it. True once."""
+        if self._owed.get(session_id, True) or self._is_kept and self._is_closed:
+            return False
+        self._owed[session_id] = True
+        return True
+
+    def _revoke(self, session_id: str) -> None:
+        self.say(f"session {session_id} released")
+        deadline, failure = elapsed_seconds() + LEAVE_SECONDS, ""
+        while True:
+            try:
+                self.plane.revoke(self._project_id, session_id, max(0.5, deadline - elapsed_seconds()))
+                break
+            except Exception as error:
+                failure = str(error) if isinstance(error, PlexctlError) else show_error(error)
+                status = getattr(error, "status", 0)
+                may_pass = status == 429 or status >= 500 or not status and getattr(error, "passing", False)
+                wait = getattr(error, "retry_after_seconds", None) or POLL_MIN_SECONDS
+            if not may_pass or elapsed_seconds() + wait > deadline:
+                break
+            time.sleep(wait)
+            failure = ""
+        with self._changed:
+            if self._owed.pop(session_id, None) and failure:  # else left_behind has told
+                self.report(f"warning: session {session_id} is not revoked, it will expire on its own: "
+                            f"{failure}")
+            self._changed.notify_all()
+
+
+class MediatedSession:
+    """One session, from its issue to the reason of its end.
+
+    `open` issues it and waits for its listener, `dial` connects to that, `is_over` also looks after it.
+    Its thread and those that ask GetSession share what stands under the lock.
+    """
+
+    def __init__(self, ledger: Ledger, wait_seconds: float = 90.0) -> None:
+        self.issued: Optional[IssuedSession] = None
+        self.expires_on = float("inf")  # elapsed_seconds()
+        self.ready_on = 0.0  # when the Node had reported the listener; 0: not yet
+        self._ledger = ledger
+        self._wait_seconds = wait_seconds
+        self._refused_since = 0.0
+        self._recheck_on = float("inf")
+        self._warned_at = float("inf")
+        self._lock = threading.Condition()  # guards what follows
+        self._why: Optional[PlexctlError] = None
+        self._endpoint: Optional[Endpoint] = None
+        self._route: Any = None  # family and address of the endpoint
+        self._is_asking = False
+        self._asked_on = 0.0  # when the last question ended
+        self._has_answer = False
+
+    @property
+    def why(self) -> Optional[PlexctlError]:
+        """What has ended the session; None while it lasts."""
+        with self._lock:
+            return self._why
+
+    @property
+    def endpoint(self) -> Optional[Endpoint]:
+        """The listener endpoint that the Node has reported last."""
+        with self._lock:
+            return self._endpoint
+
+    @property
+    def session_id(self) -> str:
+        """The id as the server wrote it; "" before the session is issued."""
+        return self.issued.session_id if self.issued else ""
+
+    def open(self, request: SessionRequest, tell: Callable[[str], object]) -> None:
+        """Issue the session, and wait until the Node has reported its listener; PlexctlError."""
+        issued = self.issued = self._ledger.issue(request)
+        self.expires_on = issued.issued_on + issued.lifetime_seconds
+        if issued.session.status != "active" or issued.lifetime_seconds <= 0:
+            raise SessionOver("the session was over when it arrived")
+        self._move(issued.listener_endpoint or self._await_endpoint(tell))
+        self.ready_on = elapsed_seconds()
+        self._recheck_on = self.ready_on + RECHECK_SECONDS
+        self._ledger.say(f"session {self.session_id}: listener endpoint {self.endpoint}, "
+                         f"expires at {issued.expires_at}")
+
+    def end(self, why: PlexctlError) -> None:
+        """Say that the session is over; the first reason counts."""
+        with self._lock:
+            self._why = self._why or why
+
+    def is_over(self) -> bool:
+        """Return whether it carries no more. Call it often: it keeps the time, and asks once a minute."""
+        now = elapsed_seconds()
+        if now >= self.expires_on:
+            self.end(SessionOver("the session expired"))
+        elif now >= self._recheck_on:
+            self._recheck_on = now + RECHECK_SECONDS
+            self.ask()
+        return self.why is not None
+
+    def warn_of_its_end(self) -> None:
+        """Report when WARN_LEFT_SECONDS are left. Call it often."""
+        left = self.expires_on - elapsed_seconds()
+        lifetime = self.issued.lifetime_seconds if self.issued else 0.0
+        for threshold in reversed(WARN_LEFT_SECONDS):
+            if 0 < left <= threshold < min(lifetime, self._warned_at):
+                self._warned_at = threshold
+                self._ledger.report(f"warning: {show_seconds(left + 0.5)} of the session are left")
+
+    def ask(self, seconds: float = 0.0) -> bool:
+        """Have GetSession asked in a thread, and wait so long; return whether there is an answer.
+
+        One question at a time, and one in ASK_SECONDS, serves all who want to know.
+        """
+        with self._lock:
+            is_due = not self._is_asking and elapsed_seconds() - self._asked_on >= ASK_SECONDS
+            if is_due and self._why is None:
+                self._has_answer = False
+                self._is_asking = start_thread(self._ask)
+            self._lock.wait_for(lambda: not self._is_asking, seconds)
+            return self._has_answer and not self._is_asking
+
+    def dial(self, is_stopped: Callable[[], bool]) -> Leg:
+        """Connect to the listener; PlexctlError says why that fails. A new endpoint is tried once."""
+        for _ in range(2):
+            with self._lock:
+                route = self._route
+            try:
+                leg = dial(route, lambda: self.is_over() or is_stopped())
+                self._refused_since = 0.0
+                return leg
+            except OSError as error:
+                failure = error
+            if is_stopped():
+                raise Cancelled("interrupted")
+            has_answer = self.ask(ASK_LIMIT_SECONDS)
+            with self._lock:
+                if self._why is not None or self._route == route:
+                    break
+        if self.why is None and has_answer and isinstance(failure, ConnectionRefusedError):
+            self._note_refusal()
+        raise self.why or PlexctlError(
+            f"cannot connect to the listener endpoint {self.endpoint}: {show_error(failure)}")
+
+    def _note_refusal(self) -> None:
+        """Raise DialRefused until GONE_SECONDS are over, then end the session."""
+        now = elapsed_seconds()
+        self._refused_since = self._refused_since or now
+        if now - self._refused_since < GONE_SECONDS:
+            raise DialRefused(f"cannot connect to the listener endpoint {self.endpoint}: Connection refused")
+        self.end(ListenerGone("the Node has closed the session's listener, and has opened no other one for "
+                              f"{GONE_SECONDS} s"))
+
+    def _await_endpoint(self, tell: Callable[[str], object]) -> Endpoint:
+        pause, deadline = POLL_MIN_SECONDS, elapsed_seconds() + self._wait_seconds
+        limit = show_seconds(self._wait_seconds)
+        if self._wait_seconds:
+            tell(f"waiting for the Node to report its listener (up to {limit})")
+        while elapsed_seconds() < deadline:
+            try:
+                left = max(1.0, deadline - elapsed_seconds())
+                session = self._ledger.get(self.session_id, min(EXCHANGE_SECONDS, left))
+                if session.status != "active":
+                    raise describe_end(session)
+                if session.listener_endpoint:
+                    return session.listener_endpoint
+            except (TransportError, ApiError) as error:
+                if not error.passing:
+                    raise
+            if self._ledger.plane.cancel.wait(max(0.0, min(pause, deadline - elapsed_seconds()))):
+                raise Cancelled("interrupted")
+            pause = min(pause * 1.5, POLL_MAX_SECONDS)
+        raise EndpointMissing(
+            f"the Node reported no listener endpoint within {limit} (--wait-seconds); check that the Node is "
+            "online and has fewer than 10 sessions (those of print mode count until they expire)")
+
+    def _move(self, endpoint: Endpoint) -> None:
+        """Look the endpoint's name up, and check the address that it leads to."""
+        try:
+            found = socket.getaddrinfo(endpoint.host, endpoint.port, 0, socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            raise PlexctlError(f"listener endpoint {endpoint}: {show_error(error)}") from error
+        family, _, _, _, address = found[0]
+        if not is_dialable(str(address[0]), is_loopback(self._ledger.plane.server.host)):
+            raise PlexctlError(f"listener endpoint {endpoint}: leads to {address[0]}, which is refused")
+        with self._lock:
+            self._endpoint, self._route = endpoint, (family, address)
+
+    def _ask(self) -> None:
+        has_answer = False
+        try:
+            session = self._ledger.get(self.session_id, EXCHANGE_SECONDS)
+            has_answer = True
+            if session.status != "active":
+                self.end(describe_end(session))
+            elif session.listener_endpoint not in (None, self.endpoint):
+                self._ledger.say(f"the Node reports a new listener endpoint: {session.listener_endpoint}")
+                self._move(session.listener_endpoint)
+        except Cancelled:
+            pass
+        except Exception as error:
+            if isinstance(error, ApiError) and error.status in (404, 410):
+                self.end(SessionRevoked("the session is gone"))
+            else:
+                reason = str(error) if isinstance(error, PlexctlError) else show_error(error)
+                self._ledger.tell_once(f"warning: {reason}")
+        with self._lock:
+            self._asked_on, self._has_answer, self._is_asking = elapsed_seconds(), has_answer, False
+            self._lock.notify_all()
+
+
+def describe_end(session: Session) -> SessionOver:
+    """Return why a session is no longer active."""
+    reason = f" ({session.revoke_reason})" if session.revoke_reason else ""
+    if session.status == "revoked" and session.revoke_reason not in ("ttl_expired", "idle_timeout"):
+        return SessionRevoked("the session was revoked" + reason)
+    return SessionOver("the session expired" + reason)
 
 
 def dial(route: Tuple[int, Any], is_stopped: Callable[[], bool]) -> Leg:
-    """A leg to (family, address); OSError in time, or once it `is_stopped`."""
+    """Connect to (family, address); OSError in time, or once it `is_stopped`."""
     family, address = route
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -1913,360 +2226,30 @@ def dial(route: Tuple[int, Any], is_stopped: Callable[[], bool]) -> Leg:
         raise
 
 
-class Ledger:
-    """Every session that was ever issued. Each is revoked once, unless it is to be kept.
-
-    Safe to use from several threads. `report` takes lines for people, `say` those that only `-v` shows.
-    """
-
-    def __init__(self, plane: ControlPlane, project_id: str, report: Report,
-                 say: Report = lambda line: None) -> None:
-        self.plane = plane
-        self.report = report
-        self.say = say
-        self._project_id = project_id
-        self._changed = threading.Condition()  # guards what follows
-        self._known: Set[str] = set()  # every session_id that there was, in lower case
-        self._owed: Dict[str, bool] = {}  # by session_id; True: it is being revoked
-        self._unknown: List[PlexctlError] = []  # after which a session may exist
-        self._issuing = 0
-        self._keep = False
-        self._is_closed = False  # nothing is issued any more
-        self._told: Set[str] = set()
-
-    def tell_once(self, line: str, subject: str = "") -> bool:
-        """A line, once in a run; or one of all that have the same subject. Whether it was told now."""
-        with self._changed:
-            is_new = (subject or line) not in self._told
-            self._told.add(subject or line)
-        if is_new:
-            self.report(line)
-        return is_new
-
-    def issue(self, request: SessionRequest) -> IssuedSession:
-        """ControlPlane.issue; the session is owed a revocation as soon as its id is known."""
-        with self._changed:
-            if self._is_closed:
-                raise Cancelled("interrupted")
-            self._issuing += 1
-        issued: List[str] = []
-        try:
-            return self.plane.issue(request, lambda session_id: self._owe(session_id, issued))
-        except PlexctlError as error:
-            for session_id in issued:  # there is one, whatever is wrong with the answer
-                self.give_back(session_id)
-            if error.may_exist:
-                with self._changed:
-                    self._unknown.append(error)
-            raise
-        finally:
-            with self._changed:
-                self._issuing -= 1
-                self._changed.notify_all()
-
-    def get(self, session_id: str, seconds: float) -> Session:
-        """ControlPlane.get."""
-        return self.plane.get(self._project_id, session_id, seconds)
-
-    def give_back(self, session_id: str) -> None:
-        """Revokes it now, unless that was begun already or it is to be kept. Raises nothing."""
-        with self._changed:
-            is_due = self._claim(session_id)
-        if is_due:
-            self._revoke(session_id)
-
-    def keep(self) -> None:
-        """From now on the sessions are the operator's: `leave` will not revoke them."""
-        with self._changed:
-            self._keep = True
-
-    def leave(self, seconds: float = LEAVE_SECONDS) -> None:
-        """Revokes what is owed, also what is just being issued; returns after `seconds` at most."""
-        deadline = elapsed_seconds() + seconds
-        with self._changed:
-            self._is_closed = True
-        self.plane.cancel.set()
-        while elapsed_seconds() < deadline:
-            with self._changed:
-                due = [session_id for session_id in self._owed if self._claim(session_id)]
-                if not due:
-                    if not self._issuing and not any(self._owed.values()):
-                        return
-                    self._changed.wait(max(0.0, min(TICK_SECONDS, deadline - elapsed_seconds())))
-            for session_id in due:
-                if not start_thread(self._revoke, session_id):
-                    self._revoke(session_id)
-
-    def left_behind(self, raised: Optional[BaseException] = None) -> List[str]:
-        """What `leave` could not settle, in words; told once. `raised` is told by somebody else."""
-        with self._changed:
-            owed = [each for each, is_begun in self._owed.items() if is_begun or not self._keep]
-            self._owed.clear()
-            lines = [f"session {each} is not revoked, it will expire on its own" for each in owed]
-            lines += [f"session unknown: {each}" for each in self._unknown if each is not raised and not each.is_told]
-            if self._issuing:
-                lines.append("a session may have been issued, it will expire on its own")
-            return lines
-
-    def _owe(self, session_id: str, issued: List[str]) -> None:
-        with self._changed:
-            if session_id.lower() in self._known:
-                raise TransportError(f"{ISSUE}: the answer's session_id is that of an earlier session")
-            self._known.add(session_id.lower())
-            self._owed[session_id] = False
-            issued.append(session_id)
-            self._changed.notify_all()
-
-    def _claim(self, session_id: str) -> bool:
-        """With the lock held: whether it is for the caller to revoke it, once."""
-        is_begun_or_done = self._owed.get(session_id, True)
-        if is_begun_or_done or self._keep and self._is_closed:
-            return False
-        self._owed[session_id] = True
-        return True
-
-    def _revoke(self, session_id: str) -> None:
-        """Tries for LEAVE_SECONDS where the failure may pass. Raises nothing."""
-        self.say(f"session {session_id} released")
-        deadline, failure = elapsed_seconds() + LEAVE_SECONDS, ""
-        while True:
-            try:
-                self.plane.revoke(self._project_id, session_id, max(0.5, deadline - elapsed_seconds()))
-                break
-            except Exception as error:
-                failure = str(error) if isinstance(error, PlexctlError) else show_error(error)
-                wait = getattr(error, "retry_after_seconds", None) or POLL_MIN_SECONDS
-                status = getattr(error, "status", 0)
-                may_pass = status == 429 or status >= 500 if status else getattr(error, "passing", False)
-                if not may_pass or elapsed_seconds() + wait > deadline:
-                    break
-            failure = ""
-            time.sleep(wait)
-        with self._changed:
-            if self._owed.pop(session_id, None) and failure:  # else it was told already
-                self.report(f"warning: session {session_id} is not revoked, it will expire on its own: {failure}")
-            self._changed.notify_all()
-
-
-class MediatedSession:
-    """One session, from its issue to the reason of its end.
-
-    `open` issues it and waits for its listener; then `issued` and `endpoint` are known. `dial` connects
-    to the listener. `is_over()` tells, and looks after the session meanwhile; `why` is what has ended it.
-    Questions about it are asked in threads of their own, one at a time: what they and its user share
-    stands under its lock.
-    """
-
-    def __init__(self, ledger: Ledger, wait_seconds: float = 90.0) -> None:
-        self.issued: Optional[IssuedSession] = None
-        self.expires_on = float("inf")
-        self.ready_on = 0.0  # when its Node had reported the listener; 0: not yet
-        self._ledger = ledger
-        self._wait_seconds = wait_seconds
-        self._warned_at = float("inf")
-        self._lock = threading.Condition()  # guards what follows
-        self._why: Optional[PlexctlError] = None
-        self._endpoint: Optional[Endpoint] = None
-        self._route: Any = None  # family and address of the endpoint
-        self._refused_since = 0.0
-        self._is_asking = False
-        self._asked_on = 0.0  # when the last answer came, or failed to
-        self._has_answer = False
-        self._recheck_on = float("inf")
-
-    @property
-    def why(self) -> Optional[PlexctlError]:
-        """What has ended it; None while it lasts."""
-        with self._lock:
-            return self._why
-
-    @property
-    def endpoint(self) -> Optional[Endpoint]:
-        """The listener endpoint that the Node has reported last."""
-        with self._lock:
-            return self._endpoint
-
-    @property
-    def session_id(self) -> str:
-        """As the server wrote it; "" before it is issued."""
-        return self.issued.session_id if self.issued else ""
-
-    def open(self, request: SessionRequest, tell: Callable[[str], object]) -> None:
-        """Issues the session, and waits until its Node has reported the listener; PlexctlError."""
-        issued = self.issued = self._ledger.issue(request)
-        self.expires_on = issued.issued_on + issued.lifetime_seconds
-        if issued.session.status != "active" or issued.lifetime_seconds <= 0:
-            raise SessionOver("the session was over when it arrived")
-        self._move(issued.listener_endpoint or self._await_endpoint(tell))
-        self.ready_on = elapsed_seconds()
-        self._recheck_on = self.ready_on + RECHECK_SECONDS
-        self._ledger.say(f"session {self.session_id}: listener endpoint {self.endpoint}, "
-                         f"expires at {issued.expires_at}")
-
-    def end(self, why: PlexctlError) -> None:
-        """It is over; the first reason counts."""
-        with self._lock:
-            self._why = self._why or why
-
-    def is_over(self) -> bool:
-        """Whether it carries no more; to be asked often."""
-        now = elapsed_seconds()
-        if now >= self.expires_on:
-            self.end(SessionOver("the session expired"))
-        elif now >= self._recheck_on:
-            self._recheck_on = now + RECHECK_SECONDS
-            self.ask()
-        return self.why is not None
-
-    def warn_of_its_end(self) -> None:
-        """A warning when WARN_LEFT_SECONDS are left; to be called often."""
-        left, lifetime = self.expires_on - elapsed_seconds(), self.issued.lifetime_seconds if self.issued else 0.0
-        for threshold in reversed(WARN_LEFT_SECONDS):
-            if 0 < left <= threshold < min(lifetime, self._warned_at):
-                self._warned_at = threshold
-                self._ledger.report(f"warning: {show_seconds(left + 0.5)} of the session are left")
-
-    def ask(self, seconds: float = 0.0) -> bool:
-        """Has GetSession asked, in a thread, and waits so long for the answer. Whether there is one.
-
-        One question at a time, and one in ASK_SECONDS, serves all who want to know.
-        """
-        with self._lock:
-            is_due = elapsed_seconds() - self._asked_on >= ASK_SECONDS and self._why is None
-            if is_due and not self._is_asking:
-                self._is_asking = start_thread(self._ask)
-                self._has_answer = False
-            self._lock.wait_for(lambda: not self._is_asking, seconds)
-            return self._has_answer and not self._is_asking
-
-    def dial(self, is_stopped: Callable[[], bool]) -> Leg:
-        """A connection to the listener; PlexctlError says why there is none."""
-        has_moved = False
-        while True:
-            with self._lock:
-                route = self._route
-            try:
-                leg = dial(route, lambda: self.is_over() or is_stopped())
-                self._refused_since = 0.0
-                return leg
-            except OSError as error:
-                failure = error
-            if is_stopped():
-                raise Cancelled("interrupted")
-            has_answer = self.ask(ASK_LIMIT_SECONDS)
-            if self.why is None and not has_moved and self.has_moved_from(route):
-                has_moved = True  # a new endpoint is tried once
-                continue
-            if self.why is None and has_answer and isinstance(failure, ConnectionRefusedError):
-                raise self._note_refusal() from failure
-            raise self.why or PlexctlError(
-                f"cannot connect to the listener endpoint {self.endpoint}: {show_error(failure)}")
-
-    def has_moved_from(self, route: Any) -> bool:
-        """Whether its listener is elsewhere by now."""
-        with self._lock:
-            return bool(self._route != route)
-
-    def _note_refusal(self) -> PlexctlError:
-        """The listener is gone, though the control plane says that the session is active."""
-        now = elapsed_seconds()
-        self._refused_since = self._refused_since or now
-        if now - self._refused_since >= GONE_SECONDS:
-            self.end(ListenerGone("the Node has closed the session's listener, and has opened no other one "
-                                  f"for {GONE_SECONDS} s"))
-        return self.why or DialRefused(f"the listener endpoint {self.endpoint} refuses connections")
-
-    def _await_endpoint(self, tell: Callable[[str], object]) -> Endpoint:
-        plane, pause = self._ledger.plane, POLL_MIN_SECONDS
-        deadline = elapsed_seconds() + self._wait_seconds
-        limit = show_seconds(self._wait_seconds)
-        if self._wait_seconds:
-            tell(f"waiting for the Node to report its listener (up to {limit})")
-        while elapsed_seconds() < deadline:
-            left = max(1.0, deadline - elapsed_seconds())
-            try:
-                session = self._ledger.get(self.session_id, min(EXCHANGE_SECONDS, left))
-                if session.status != "active":
-                    raise describe_end(session)
-                if session.listener_endpoint:
-                    return session.listener_endpoint
-            except (TransportError, ApiError) as error:
-                if not error.passing:
-                    raise
-            if plane.cancel.wait(max(0.0, min(pause, deadline - elapsed_seconds()))):
-                raise Cancelled("interrupted")
-            pause = min(pause * 1.5, POLL_MAX_SECONDS)
-        raise EndpointMissing(
-            f"the Node reported no listener endpoint within {limit}; check that the Node is online and has fewer "
-            "than 10 sessions (those of print mode count until they expire), or wait longer (--wait-seconds)")
-
-    def _move(self, endpoint: Endpoint) -> None:
-        """Looks the endpoint's name up, once; what it leads to is judged like the endpoint itself."""
-        try:
-            found = socket.getaddrinfo(endpoint.host, endpoint.port, 0, socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as error:
-            raise PlexctlError(f"listener endpoint {endpoint}: {show_error(error)}") from error
-        family, _, _, _, address = found[0]
-        if not is_dialable(str(address[0]), is_loopback(self._ledger.plane.server.host)):
-            raise PlexctlError(f"listener endpoint {endpoint}: leads to {address[0]}, which is refused")
-        with self._lock:
-            self._endpoint, self._route = endpoint, (family, address)
-
-    def _ask(self) -> None:
-        """GetSession, and what follows from the answer. Raises nothing."""
-        has_answer = False
-        try:
-            session = self._ledger.get(self.session_id, EXCHANGE_SECONDS)
-            has_answer = True
-            if session.status != "active":
-                self.end(describe_end(session))
-            elif session.listener_endpoint not in (None, self.endpoint):
-                self._ledger.say(f"the Node reports a new listener endpoint: {session.listener_endpoint}")
-                self._move(session.listener_endpoint)
-        except Cancelled:
-            pass
-        except Exception as error:
-            if isinstance(error, ApiError) and error.status in (404, 410):
-                self.end(SessionRevoked("the session is gone"))
-            else:
-                self._ledger.tell_once(f"warning: {error if isinstance(error, PlexctlError) else show_error(error)}")
-        with self._lock:
-            self._asked_on, self._has_answer, self._is_asking = elapsed_seconds(), has_answer, False
-            self._lock.notify_all()
-
-
-def describe_end(session: Session) -> SessionOver:
-    """Why a session is no longer active."""
-    reason = f" ({session.revoke_reason})" if session.revoke_reason else ""
-    if session.status == "revoked" and session.revoke_reason not in ("ttl_expired", "idle_timeout"):
-        return SessionRevoked("the session was revoked" + reason)
-    return SessionOver("the session expired" + reason)
-
-
 # ------------------------------------------------------------------------------------- forwarder
 
 BACKLOG_CONNECTIONS = 4096  # the default of 5 makes bursts wait a second
 PAUSE_SECONDS = 0.5  # after an accept() that failed
-GRACE_SECONDS = 0.3  # that a connection waits for a session to become free, before one is issued for it
+GRACE_SECONDS = 0.3  # a connection waits so long for a session to become free, before one is issued for it
 IDLE_SECONDS = 60  # after which a session that nobody needs is given back
 STUCK_SECONDS = 10  # that a Node may take to end a connection, before its session is given back
-LIMIT_SECONDS = 60  # until a session is asked for again, after one was refused
+LIMIT_SECONDS = 60  # after a session was refused, until one is asked for again
 RETRY_SECONDS = 5  # the same, after a failure that may pass
-REPLACE_SECONDS = 60  # a session that has lasted so long is replaced at once when its listener is gone
+REPLACE_SECONDS = 60  # a session that has lasted so long is replaced as soon as its listener is gone
 TCP_SYN_SENT, TCP_LISTEN = 2, 10
 SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, NETLINK_SOCK_DIAG = 20, 1, 4
 NOBODY = 0xFFFFFFFF  # no uid: (uid_t) -1
-OVERFLOW_UID = 65534  # in a user namespace, every uid that it does not know
+OVERFLOW_UID = 65534  # in a user namespace, any uid that it does not know
 
 
 class OwnerCheck:
-    """Which user holds the other end of a loopback connection, by the kernel's word.
+    """Asks the kernel which user holds the other end of a loopback connection.
 
     sock_diag(7), inet_diag: one netlink request with the exact addresses, about 10 microseconds.
-    OSError from the constructor where the host cannot answer. Usable from several threads.
+    OSError from the constructor if the host cannot answer. Usable from several threads.
     """
 
-    def __init__(self, family: int, local: "Tuple[str, int]") -> None:
+    def __init__(self, family: int, local: Tuple[str, int]) -> None:
         self._family = family
         self._local = local
         self._sequence = 0
@@ -2285,17 +2268,17 @@ class OwnerCheck:
             self.close()
             raise
 
-    def find(self, client: "Tuple[Any, ...]") -> "Tuple[int, bool]":
-        """The uid that holds the client's socket, NOBODY for none; and whether no process has it open."""
-        try:
-            uid, inode = self._ask(client, self._local)
-            return (uid, False) if inode else (NOBODY, True)
-        except OSError:  # the kernel does not tell
-            return NOBODY, False
+    def find(self, client: Tuple[Any, ...]) -> Tuple[int, bool]:
+        """Return the uid that holds the client's socket (NOBODY: unknown), and whether it was closed.
 
-    def _ask(self, source: "Tuple[Any, ...]", destination: "Tuple[Any, ...]",
-             is_listener: bool = False) -> "Tuple[int, int]":
-        """The uid and inode of a socket, of a connection unless `is_listener`; (NOBODY, 0) for none."""
+        OSError if the kernel does not answer. Older ones say of a closed socket that it is root's.
+        """
+        uid, inode = self._ask(client, self._local)
+        return uid if inode or uid else NOBODY, not inode
+
+    def _ask(self, source: Tuple[Any, ...], destination: Tuple[Any, ...],
+             is_listener: bool = False) -> Tuple[int, int]:
+        """Return uid and inode of a socket, of a connection unless `is_listener`; (NOBODY, 0) for none."""
         ports = struct.pack(">HH", source[1], destination[1])
         with self._lock:
             self._sequence = self._sequence + 1 & 0xFFFFFFFF
@@ -2322,71 +2305,102 @@ class OwnerCheck:
         return struct.unpack_from("=II", answer, 80)
 
     def close(self) -> None:
+        """Close the netlink socket."""
         self._netlink.close()
 
 
 class Listener(socketserver.TCPServer):
-    """The local address. It binds and listens when it is made; a thread that has a use for a client calls
-    `take`, one at a time, so that the kernel's backlog is the queue of those that wait.
+    """Listens on the local address, and knows who may connect. The kernel's backlog is its queue.
+
+    It is bound when it is made (PlexctlError); `take` accepts a client. One thread at a time may use it.
     """
 
     request_queue_size = BACKLOG_CONNECTIONS
     allow_reuse_address = True
     timeout = TICK_SECONDS  # of `take`
 
-    def __init__(self, local: LocalAddress, may_serve: Callable[[socket.socket, Any], bool],
-                 warn_once: Report) -> None:
-        self.path = local.path
-        self.address_family = (socket.AF_UNIX if local.path else
-                               socket.AF_INET6 if ":" in local.host else socket.AF_INET)
-        self._may_serve = may_serve
+    def __init__(self, local: LocalAddress, allow_other_users: bool, warn_once: Report) -> None:
+        self.unidentified = 0  # connections not served, since their clients had closed them
+        self._path = local.path
         self._warn_once = warn_once
         self._taken: Optional[Tuple[socket.socket, Any]] = None
+        self._is_rejecting = False
         self._identity: Optional[os.stat_result] = None  # of the unix socket's file
-        super().__init__(local.path or (local.host, local.port), None)  # type: ignore[arg-type]
+        self._owners: Optional[OwnerCheck] = None
+        self._checks_owners = False
+        self.address_family = (socket.AF_UNIX if local.path else
+                               socket.AF_INET6 if ":" in local.host else socket.AF_INET)
+        try:
+            super().__init__(local.path or (local.host, local.port), None)  # type: ignore[arg-type]
+        except (OSError, OverflowError) as error:
+            reason = show_error(error)
+            if local.path and isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+                reason = "a file exists there (a socket left by a killed run? remove it)"
+            raise PlexctlError(f"--local-addr {escape(str(local))}: cannot listen: {reason}") from error
+        self.local = local if local.path else LocalAddress(local.host, self.server_address[1])
+        if not local.path:
+            self._set_up_owner_check(allow_other_users)
 
     def take(self) -> Optional[Tuple[socket.socket, Any]]:
-        """The next client and its address; None where none has come in time, or none that may be served."""
+        """Accept the next client; return its socket and address, or None if none may be served in time."""
         self._taken = None
         self.handle_request()
         return self._taken
 
+    def reject(self) -> None:
+        """Reset the connections that wait."""
+        self._is_rejecting = True
+        for _ in range(self.count_waiting()):
+            self.handle_request()
+        self._is_rejecting = False
+
     def count_waiting(self) -> int:
-        """How many connections wait to be accepted; elsewhere than on Linux, and on a unix socket, 1 for any."""
-        if not poll_now(self.fileno(), select.POLLIN):
+        """Return how many connections wait; 1 for any number of them where the kernel does not tell."""
+        if self.fileno() < 0 or not poll_now(self.fileno(), select.POLLIN):
             return 0
-        if self.path or not ON_LINUX:
+        if self._path or not ON_LINUX:
             return 1
         info = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28)
         return max(1, int(struct.unpack_from("=I", info, 24)[0]))  # tcpi_unacked: of a listener, its backlog
 
+    def is_gone(self, client: socket.socket, address: Any) -> bool:
+        """Return whether a client listens no more; False where nobody can know."""
+        if client.fileno() < 0 or poll_now(client.fileno(), 0):  # a reset; of a unix socket, a close as well
+            return True
+        with contextlib.suppress(OSError):
+            return self._owners is not None and self._owners.find(address)[1]
+        return False
+
+    def knows_who_is_gone(self) -> bool:
+        """Return whether `is_gone` can tell a closed connection from a half-closed one."""
+        return bool(self._path) or self._owners is not None
+
     def server_bind(self) -> None:
-        """With the options of a leg, which what is accepted has from here; a unix socket is 0600."""
-        if not self.path:
+        """Bind it; a unix socket is 0600."""
+        self.socket.settimeout(self.timeout)  # handle_request takes the smaller one of two
+        if not self._path:
             set_leg_options(self.socket)
-            self.socket.settimeout(self.timeout)  # handle_request() takes the smaller one of two
             super().server_bind()
             return
-        self.socket.settimeout(self.timeout)
         mask = os.umask(0o177)
         try:
             super().server_bind()
         finally:
             os.umask(mask)
-        self._identity = os.lstat(self.path)
+        self._identity = os.lstat(self._path)
 
     def server_close(self) -> None:
-        """Also removes a unix socket, if it is still ours. Whoever waits gets a reset."""
+        """Close it, which resets who waits; remove a unix socket, if it is still ours."""
         super().server_close()
+        if self._owners is not None:
+            self._owners.close()
         mine, self._identity = self._identity, None
-        try:
-            if mine and os.path.samestat(mine, os.lstat(self.path)):
-                os.unlink(self.path)
-        except OSError:  # it is gone, or its directory is not ours any more
-            pass
+        with contextlib.suppress(OSError):  # it is gone, or its directory is not ours any more
+            if mine and os.path.samestat(mine, os.lstat(self._path)):
+                os.unlink(self._path)
 
     def get_request(self) -> Tuple[socket.socket, Any]:
-        """Does not spin where there are no descriptors to accept with."""
+        """Accept a connection; without descriptors, do not spin."""
         try:
             return self.socket.accept()
         except OSError as error:
@@ -2396,18 +2410,54 @@ class Listener(socketserver.TCPServer):
             raise
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        return self._may_serve(request, client_address)
+        """Return whether the user behind this connection may use the port: ours or root."""
+        if self._is_rejecting:
+            return False
+        if self._path:  # a client that has closed without a byte wants nothing any more
+            return not poll_now(request.fileno(), 0) or bool(request.recv(1, socket.MSG_PEEK))
+        if not self._checks_owners or self._owners is None:
+            return True
+        try:
+            uid = self._owners.find(client_address)[0]
+        except OSError as error:
+            self._warn_once(f"a connection was rejected, its owner could not be checked: {show_error(error)}")
+            return False
+        # behind a reset, the address may be another one's by now
+        if uid == NOBODY or not is_connected(request):
+            self.unidentified += 1
+            return False
+        if uid not in (0, os.geteuid()):
+            self._warn_once(f"rejected connections of uid {uid} (--allow-other-users lets other users in)")
+            return False
+        return True
 
     def process_request(self, request: Any, client_address: Any) -> None:
+        """Leave the connection to whoever called `take`."""
         self._taken = request, client_address
 
     def shutdown_request(self, request: Any) -> None:
-        """A client that is not served gets a reset."""
+        """Reset a connection that is not served."""
         request.close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        kind = type(sys.exc_info()[1]).__name__
-        self._warn_once(f"a connection was dropped after {kind}")
+        """Say that a connection was lost, without a traceback."""
+        self._warn_once(f"a connection was dropped after {type(sys.exc_info()[1]).__name__}")
+
+    def _set_up_owner_check(self, allow_other_users: bool) -> None:
+        if not is_loopback(self.local.host):
+            if not allow_other_users:
+                self._warn_once(f"{self.local} is not a loopback address: any user, here and elsewhere, can "
+                                "use the port")
+            return
+        try:
+            self._owners = OwnerCheck(self.address_family, (self.local.host, self.local.port))
+            self._checks_owners = not allow_other_users and os.geteuid() != OVERFLOW_UID
+        except (OSError, AttributeError) as error:
+            if getattr(error, "errno", None) in EXHAUSTED:
+                self.server_close()
+                raise PlexctlError(f"cannot carry connections: {show_error(error)}") from error
+        if not self._checks_owners and not allow_other_users:
+            self._warn_once("this host cannot tell whose a connection is: any local user can use the port")
 
 
 class Counts(NamedTuple):
@@ -2422,78 +2472,70 @@ class Counts(NamedTuple):
 
 
 OPENING, FREE, BUSY, STUCK, ENDING = "opening", "free", "busy", "stuck", "ending"
-
-
-class Carrier:
-    """One of a Forwarder's sessions, and what its thread does now. The thread alone changes it."""
-
-    def __init__(self, session: MediatedSession) -> None:
-        self.session = session
-        self.state = OPENING  # under the forwarder's lock, like `relay` and `is_spare`
-        self.relay: Optional[Relay] = None
-        self.is_gone: Callable[[], bool] = lambda: False  # whether the client listens no more
-        self.is_spare = False  # it is to be given back
-        self.is_replaced = False  # its listener is gone, and another session may be issued at once
-        self.awaited: Optional[Leg] = None  # of the connection before, which the Node has yet to end
-        self.awaited_until = 0.0
-        self.buffers = create_buffers()
+LIVE = (OPENING, FREE, BUSY)
+Client = Tuple[socket.socket, Any]  # and its address
 
 
 class SessionStuck(PlexctlError):
-    """The Node does not end a connection whose client is gone: the session can carry no other one."""
+    """The Node does not end a connection whose client is gone, so the session can carry no other one."""
+
+
+class Carrier:
+    """One of a Forwarder's sessions, and what its thread does now."""
+
+    def __init__(self, session: MediatedSession) -> None:
+        self.session = session
+        self.buffers = create_buffers()
+        self.state = OPENING
+        self.client: Optional[Client] = None
+        self.relay: Optional[Relay] = None
+        self.awaited: Optional[Leg] = None  # the last connection, which the Node has yet to end
+        self.awaited_until = 0.0
+        self.is_spare = False  # it is to be given back
+        self.is_replaced = False  # its listener is gone, and another session may be issued at once
 
 
 class Forwarder:
     """Forwards a local address to mediated sessions, which are issued as connections need them.
 
     The address is bound when the object is made (PlexctlError). `establish` issues the first sessions and
-    waits for one of them. `tick` has to be called several times a second from then on, until `over` says
-    what has ended all of them. `stop` ends every connection; revoking is the ledger's (Ledger.leave).
+    waits for one of them. From then on `tick` has to be called several times a second, until `over` says
+    what has ended all of them. `stop` ends every connection; revoking is for Ledger.leave.
 
     At most `limit` sessions at once, `minimum` of them kept ready; `renew`: one that has run out is replaced.
-    A session has a thread: while it is free, it takes a client from the listener, and carries that until
-    the Node has ended the connection. What the threads share is in here, under one lock.
+
+    Each session has a thread. While the session is free its thread takes a client, dials, and carries the
+    connection to its end. Free is a session whose last connection the Node has ended; the next one may be
+    taken and dialled before that, but nothing is sent on it. All that the threads share is guarded by one
+    lock; the listener belongs to the thread that has the turn.
     """
 
     def __init__(self, local: LocalAddress, ledger: Ledger, request: SessionRequest, limit: int = 4,
                  minimum: int = 1, renew: bool = False, wait_seconds: float = 90.0,
-                 allow_other_users: bool = False, verbose: bool = False) -> None:
+                 allow_other_users: bool = False) -> None:
         self.over: Optional[PlexctlError] = None
         self.first: Optional[MediatedSession] = None  # that was ready
-        self.unidentified = 0  # connections not served, since their clients had gone already
         self._ledger = ledger
         self._request = request
-        self._limit = self._full_limit = limit
-        self._limited_until = 0.0
+        self._full_limit = self._limit = limit
         self._minimum = minimum
         self._renew = renew
         self._wait_seconds = wait_seconds
-        self._verbose = verbose
-        self._changed = threading.Condition()  # guards all of these
-        self._carriers: List[Carrier] = []
-        self._returned: List[Tuple[socket.socket, Any]] = []  # clients whose session was over before they were served
-        self._ended = Counts()
-        self._is_stopped = False
+        self.listener = Listener(local, allow_other_users, self._warn_once)
+        self.local = self.listener.local
+        self._turn = threading.Lock()
+        self._changed = threading.Condition()  # guards what follows, `over`, `first`, and the carriers
         self._is_ending = threading.Event()  # nothing is carried any more
-        self._has_been_stuck = False
+        self._is_stopped = False
+        self._carriers: List[Carrier] = []
+        self._returned: List[Client] = []  # whose sessions turned out to be over or stuck
+        self._ended = Counts()
         self._explaining = 0
+        self._has_been_stuck = False
         self._waiting_since = self._spare_since = elapsed_seconds()
-        self._replaced_on = -float("inf")
-        self._retry_on = 0.0
         self._finishing_since = float("inf")
-        self._is_rejecting = False
-        self._turn = threading.Lock()  # whoever has it may call the listener
-        try:
-            self._listener = Listener(local, self._may_serve, self._warn_once)
-        except (OSError, OverflowError) as error:
-            reason = show_error(error)
-            if local.path and getattr(error, "errno", 0) == errno.EADDRINUSE:
-                reason = "a file exists there (a socket left by a killed run? remove it)"
-            raise PlexctlError(f"--local-addr {escape(str(local))}: cannot listen: {reason}") from error
-        self.local = local if local.path else LocalAddress(local.host, self._listener.server_address[1])
-        self._owners: Optional[OwnerCheck] = None
-        self._checks_owners = False
-        self._create_owner_check(allow_other_users)
+        self._replaced_on = -float("inf")
+        self._retry_on = self._limited_until = 0.0
 
     def __enter__(self) -> "Forwarder":
         return self
@@ -2504,18 +2546,17 @@ class Forwarder:
     # For whoever runs it
 
     def establish(self) -> MediatedSession:
-        """Issues the first sessions, and waits until the Node of one of them has reported its listener."""
+        """Issue the first sessions, and return the first whose Node has reported its listener."""
         with self._changed:
             for _ in range(0 if self._is_stopped else self._minimum):
                 self._start()
-            while self.first is None:
-                if self.over or self._is_stopped:
-                    raise self.over or Cancelled("interrupted")
-                self._changed.wait(TICK_SECONDS)
+            self._changed.wait_for(lambda: self.first or self._is_ending.is_set())
+            if self.first is None:
+                raise self.over or Cancelled("interrupted")
             return self.first
 
     def tick(self) -> None:
-        """Sees to it that there are as many sessions as are needed, and that time is kept."""
+        """See to it that there are as many sessions as are needed, and keep the time."""
         now = elapsed_seconds()
         with self._changed:
             if self._is_time_up(now):
@@ -2523,43 +2564,43 @@ class Forwarder:
             if not self.over:
                 self._grow(now)
                 self._shrink(now)
-            is_rejecting = self.over or self.first is not None and not self._list_live() and now < self._retry_on
-        if is_rejecting:
+            nobody_comes = self.first is not None and not self._list_live() and now < self._retry_on
+        if self.over or nobody_comes:
             self._reject_waiting()
         if self.first is not None and not self._renew:
             self.first.warn_of_its_end()
 
     def count(self) -> Counts:
-        """The totals so far; from any thread."""
+        """Return the totals so far."""
         with self._changed:
             relays = [each.relay for each in self._carriers if each.relay]
-            waiting = 0 if self._is_stopped else self._listener.count_waiting()
-            return Counts(len(relays), waiting + len(self._returned), self._ended.ended,
-                          sum(each.state in (FREE, BUSY) for each in self._carriers),
-                          self._ended.up + sum(relay.up.moved for relay in relays),
-                          self._ended.down + sum(relay.down.moved for relay in relays))
+            return self._ended._replace(
+                open=len(relays), waiting=self.listener.count_waiting() + len(self._returned),
+                sessions=sum(each.state in (FREE, BUSY) for each in self._carriers),
+                up=self._ended.up + sum(relay.up.moved for relay in relays),
+                down=self._ended.down + sum(relay.down.moved for relay in relays))
 
     def seconds_left(self) -> float:
-        """Until the sessions run out, with `renew` the first of them; 0 where there is none."""
+        """Return when the sessions run out, with `renew` the first of them; 0 if there is none."""
         with self._changed:
             sessions = [each.session for each in self._carriers if each.state in (FREE, BUSY)]
-            if not self._renew and self.first is not None:
+            if self.first is not None and not self._renew:
                 sessions = [self.first]
             return max(0.0, min((each.expires_on for each in sessions), default=0.0) - elapsed_seconds())
 
-    def finish(self) -> None:
-        """From now on clients count as gone where nobody can know (for LEAVE_SECONDS): see is_delivering."""
-        self._finishing_since = elapsed_seconds()
-
     def is_delivering(self) -> bool:
-        """Whether bytes of clients that are gone are still on their way to the target."""
+        """Return whether something that clients have sent before they were gone is still on its way.
+
+        From the first call on, and for LEAVE_SECONDS, clients count as gone where nobody can know.
+        """
         with self._changed:
-            return bool(self._returned or not self._is_stopped and self._listener.count_waiting() or any(
-                each.awaited or each.state == BUSY and (not each.relay or each.is_gone())
+            self._finishing_since = min(self._finishing_since, elapsed_seconds())
+            return bool(self._returned or self.listener.count_waiting() or any(
+                each.awaited or each.state == BUSY and (not each.client or self._is_gone(*each.client))
                 for each in self._carriers))
 
     def stop(self, seconds: float = CLOSE_SECONDS) -> None:
-        """Stops listening and ends every connection, with a reset where it was not over."""
+        """Stop listening and end every connection, with a reset unless it was over."""
         deadline = elapsed_seconds() + seconds
         with self._changed:
             if self._is_stopped:
@@ -2567,24 +2608,20 @@ class Forwarder:
             self._is_stopped = True
             self._is_ending.set()
             self._ledger.plane.cancel.set()
-        self._turn.acquire(timeout=seconds)  # nobody is at the listener then
-        self._listener.server_close()
-        with self._changed:
             self._changed.notify_all()
+        self._turn.acquire(timeout=seconds)  # it is not given back: nobody uses the listener any more
+        self.listener.server_close()
+        with self._changed:
             self._changed.wait_for(lambda: not self._explaining and not any(
                 each.state == BUSY for each in self._carriers), max(0.0, deadline - elapsed_seconds()))
-            for client, _ in self._returned:
-                client.close()
-            del self._returned[:]
-        if self._owners is not None:
-            self._owners.close()
+            self._close_returned()
 
-    # A session's thread
+    # The thread of a session
 
     def _run(self, carrier: Carrier) -> None:
         session = carrier.session
         try:
-            session.open(self._next_request(), self._tell_waiting)
+            session.open(self._next_request(), self._ledger.say if self.first else self._ledger.tell_once)
             with self._changed:
                 self.first = self.first or session
                 self._changed.notify_all()
@@ -2602,31 +2639,32 @@ class Forwarder:
         finally:
             self._dismiss(carrier)
 
-    def _take(self, carrier: Carrier) -> Optional[Tuple[socket.socket, Any]]:
-        """The next client for a session that is free; None where the session is to be given back."""
-        self._set_state(carrier, FREE)
-        while not self._is_ending.is_set() and not carrier.session.is_over():
-            has_ended = self._see_awaited(carrier)
+    def _take(self, carrier: Carrier) -> Optional[Client]:
+        """Wait for a client; return None if there is none for this session any more."""
+        self._set(carrier, FREE)
+        while not (self._is_ending.is_set() or carrier.session.is_over()):
+            is_free = self._see_awaited(carrier)
             with self._changed:
                 if carrier.is_spare:
                     return None
-                is_needed = has_ended or not any(
+                # one that still waits for the Node leaves the client to one that does not
+                is_needed = is_free or not any(
                     each.state == FREE and not each.awaited for each in self._carriers)
                 client = self._returned.pop(0) if self._returned and is_needed else None
             if client is None and not is_needed and carrier.awaited is not None:
                 wait_for(carrier.awaited.reads_at, select.POLLIN, TICK_SECONDS)
             elif client is None and self._turn.acquire(timeout=TICK_SECONDS):
                 try:
-                    client = None if self._is_stopped else self._listener.take()
+                    client = self.listener.take()
                 finally:
                     self._turn.release()
             if client is not None:
-                self._set_state(carrier, BUSY)
+                self._set(carrier, BUSY, client)
                 return client
         return None
 
     def _see_awaited(self, carrier: Carrier) -> bool:
-        """Whether the Node has ended the connection before; SessionStuck where it does not."""
+        """Return whether the Node has ended the last connection; SessionStuck if it does not."""
         leg, now = carrier.awaited, elapsed_seconds()
         if leg is None:
             return True
@@ -2635,53 +2673,60 @@ class Forwarder:
             self._await(carrier, None)
             return True
         if leg.count_unsent():
-            carrier.awaited_until = now + QUIET_SECONDS
-        if now >= carrier.awaited_until:
-            raise SessionStuck("the Node has not ended a connection whose client is gone: its session is not "
+            self._await(carrier, leg)
+        elif now >= carrier.awaited_until:
+            raise SessionStuck("the Node has not ended a connection whose client is gone; its session is not "
                                "used any more")
         return False
 
+    def _await(self, carrier: Carrier, leg: Optional[Leg]) -> None:
+        with self._changed:
+            carrier.awaited, carrier.awaited_until = leg, elapsed_seconds() + QUIET_SECONDS
+
     def _serve(self, carrier: Carrier, sock: socket.socket, address: Any) -> None:
-        """One connection, from the dial to its end."""
+        """Carry one connection, from the dial to its end."""
         session, client = carrier.session, Leg(sock)
         try:
-            remote = session.dial(self._is_ending.is_set)
-            try:
-                while not self._see_awaited(carrier):
-                    if self._is_ending.is_set() or session.is_over():
-                        raise session.why or Cancelled("interrupted")
-                    wait_for(carrier.awaited.reads_at, select.POLLIN, TICK_SECONDS)  # type: ignore[union-attr]
-            except BaseException:
-                remote.close()
-                raise
+            remote = self._dial(carrier)
         except PlexctlError as error:
-            self._refuse(carrier, sock, address, error)
+            self._refuse(carrier, client, error)
             if isinstance(error, SessionStuck):
                 raise
             return
         had_answer = self._has_answered()
-        self._say(f"connection from {name_client(address)} to {session.endpoint}")
+        self._ledger.say(f"connection from {name_client(address)} to {session.endpoint}")
         relay = Relay(client, remote, carrier.buffers, lambda: self._is_gone(sock, address),
                       lambda: self._is_ending.is_set() or session.is_over(),
                       lambda: self._is_ending.is_set() or session.ask())
         with self._changed:
-            carrier.relay, carrier.is_gone = relay, lambda: self._is_gone(sock, address)
+            carrier.relay = relay
         relay.carry()
         if relay.is_awaited:
             self._await(carrier, remote)
         self._note_end(carrier, relay, had_answer)
         if relay.is_stuck and not self._is_ending.is_set():
-            raise SessionStuck("the Node did not take what a client had sent that has reset its connection: its "
-                               "session is not used any more")
+            raise SessionStuck("the Node did not take what a client had sent that has reset its connection; "
+                               "its session is not used any more")
 
-    def _await(self, carrier: Carrier, leg: Optional[Leg]) -> None:
-        """What the Node has yet to end; None: nothing any more."""
-        with self._changed:
-            carrier.awaited, carrier.awaited_until = leg, elapsed_seconds() + QUIET_SECONDS
+    def _dial(self, carrier: Carrier) -> Leg:
+        """Connect to the listener, and wait until the Node has ended the last connection."""
+        session = carrier.session
+        remote = session.dial(self._is_ending.is_set)
+        try:
+            while not self._see_awaited(carrier):
+                if self._is_ending.is_set() or session.is_over():
+                    raise session.why or Cancelled("interrupted")
+                if carrier.awaited is not None:
+                    wait_for(carrier.awaited.reads_at, select.POLLIN, TICK_SECONDS)
+            return remote
+        except BaseException:
+            remote.close()
+            raise
 
-    def _refuse(self, carrier: Carrier, sock: socket.socket, address: Any, error: PlexctlError) -> None:
-        """A client that its session cannot serve goes to another one, or gets a reset."""
+    def _refuse(self, carrier: Carrier, client: Leg, error: PlexctlError) -> None:
+        """Leave a client to another session, if there may be one; else reset it."""
         session, now = carrier.session, elapsed_seconds()
+        is_stuck = isinstance(error, SessionStuck)
         with self._changed:
             if isinstance(error, DialRefused) and self._renew:
                 is_young = now - session.ready_on < REPLACE_SECONDS
@@ -2689,32 +2734,23 @@ class Forwarder:
                     self._replaced_on = now if is_young else self._replaced_on
                     carrier.is_replaced = True
                     session.end(ListenerGone("the Node has closed the session's listener"))
-            is_unusable = isinstance(error, SessionStuck) or session.why is not None
-            if is_unusable and not self._is_ending.is_set() and (
-                    self._renew or isinstance(error, SessionStuck) or len(self._list_live()) > 1):
-                self._returned.append((sock, address))
+            if (is_stuck or session.why) and not self._is_ending.is_set() and carrier.client and (
+                    is_stuck or self._renew or len(self._list_live()) > 1):
+                self._returned.append(carrier.client)
                 return
-        sock.close()
+        client.close()
         if not isinstance(error, (SessionOver, Cancelled)):
             self._warn_once(f"a connection was not served: {error}")
-        self._count_end(carrier)
-
-    def _count_end(self, carrier: Carrier, up: int = 0, down: int = 0) -> None:
-        with self._changed:
-            carrier.relay = None
-            self._ended = self._ended._replace(ended=self._ended.ended + 1, up=self._ended.up + up,
-                                               down=self._ended.down + down)
-            self._changed.notify_all()
+        self._count_end(carrier, 0, 0)
 
     def _note_end(self, carrier: Carrier, relay: Relay, had_answer: bool) -> None:
-        """What there is to say of a connection that was carried."""
+        """Count a connection that was carried, and say what there is to say about it."""
         self._count_end(carrier, relay.up.moved, relay.down.moved)
         error = None if self._is_ending.is_set() or carrier.session.why else relay.error
-        is_peer_s = isinstance(error, OSError) and error.errno not in EXHAUSTED
         reason = f" ({show_error(error)})" if error else ""
-        self._say(f"connection closed{reason}: {show_bytes(relay.up.moved)} up, "
-                  f"{show_bytes(relay.down.moved)} down")
-        if error and not is_peer_s:
+        self._ledger.say(f"connection closed{reason}: {show_bytes(relay.up.moved)} up, "
+                         f"{show_bytes(relay.down.moved)} down")
+        if error and (not isinstance(error, OSError) or error.errno in EXHAUSTED):  # not a peer's doing
             self._warn_once(f"a connection ended: {show_error(error)}")
         if relay.remote_ended_first and not relay.down.moved and not had_answer:
             with self._changed:
@@ -2723,16 +2759,16 @@ class Forwarder:
                 self._explain(carrier.session)
 
     def _explain(self, session: MediatedSession) -> None:
-        """Why the Node has ended a connection without a byte: the session's end, or the target."""
+        """Say why the Node has ended a connection without a byte: the session's end, or the target."""
         session.ask(ASK_LIMIT_SECONDS)
         if session.why is None and self.over is None:
-            self._warn_once(describe_unreachable(self._request), "unreachable")
+            self._warn_once(describe_unreachable(self._request))
         with self._changed:
             self._explaining -= 1
             self._changed.notify_all()
 
     def _wait_for_the_node(self, carrier: Carrier) -> None:
-        """Gives it time to end the connection, before giving the session back makes it do so."""
+        """Give it time to end the connection; giving the session back will make it."""
         with self._changed:
             carrier.state, self._has_been_stuck = STUCK, True
         deadline = elapsed_seconds() + STUCK_SECONDS
@@ -2741,7 +2777,7 @@ class Forwarder:
                 return
 
     def _dismiss(self, carrier: Carrier) -> None:
-        """The thread's last act: what follows from the session's end, and its revocation."""
+        """Do what follows from the end of a session, and revoke it."""
         session, why = carrier.session, carrier.session.why
         with self._changed:
             carrier.state = ENDING
@@ -2755,17 +2791,23 @@ class Forwarder:
             self._carriers.remove(carrier)
             self._changed.notify_all()
 
-    # How many sessions there are
+    def _set(self, carrier: Carrier, state: str, client: Optional[Client] = None) -> None:
+        with self._changed:
+            carrier.state, carrier.client, carrier.is_spare = state, client, False
+
+    def _count_end(self, carrier: Carrier, up: int, down: int) -> None:
+        with self._changed:
+            carrier.relay = None
+            ended = self._ended
+            self._ended = ended._replace(ended=ended.ended + 1, up=ended.up + up, down=ended.down + down)
+            self._changed.notify_all()
+
+    # How many sessions there are; all of this with the lock held
 
     def _list_live(self) -> List[Carrier]:
-        return [each for each in self._carriers if each.state in (OPENING, FREE, BUSY)]
-
-    def _set_state(self, carrier: Carrier, state: str) -> None:
-        with self._changed:
-            carrier.state, carrier.is_spare = state, False
+        return [each for each in self._carriers if each.state in LIVE]
 
     def _start(self) -> None:
-        """With the lock held: one session more."""
         carrier = Carrier(MediatedSession(self._ledger, self._wait_seconds))
         self._carriers.append(carrier)
         if not start_thread(self._run, carrier):
@@ -2777,176 +2819,116 @@ class Forwarder:
                 self._end(why)
 
     def _grow(self, now: float) -> None:
-        """With the lock held: starts the sessions that are wanted now."""
+        """Start the sessions that connections wait for, and those that are to be kept ready."""
         live = self._list_live()
-        waiting = len(self._returned) + self._listener.count_waiting()
+        waiting = len(self._returned) + self.listener.count_waiting()
         if not waiting or any(each.state == FREE for each in live):
             waiting, self._waiting_since = 0, now
-        if self.first is None or now < self._retry_on or (
-                self._carriers and not live and self._carriers[-1].state == ENDING):
-            return  # the server may count what is being revoked
+        is_revoking = not live and any(each.state == ENDING for each in self._carriers)
+        if self.first is None or now < self._retry_on or is_revoking:  # the server may count that one yet
+            return
         if now >= self._limited_until:
             self._limit = self._full_limit
+        opening = sum(each.state == OPENING for each in live)
         has_waited = waiting and (not live or now - self._waiting_since >= GRACE_SECONDS)
-        coming = sum(each.state == OPENING for each in live)
-        if has_waited and len(live) - coming >= self._limit:
+        if has_waited and len(live) - opening >= self._limit:
             self._ledger.tell_once(
-                f"warning: {waiting} connection{'s wait' if waiting > 1 else ' waits'} until one closes: each "
-                f"needs a session (--max-sessions is {self._limit}; a connection pool must not be larger)", "limit")
-        missing = self._minimum - len(live) if self._minimum > 1 else 0  # one alone: when it is needed
-        wanted = min(max(waiting - coming if has_waited else 0, missing), self._limit - len(self._carriers))
-        for _ in range(wanted if self._renew or self.first.expires_on - now >= 1 else 0):
-            self._start()
+                f"warning: {waiting} connection{'s wait' if waiting > 1 else ' waits'} until one closes: "
+                f"each needs a session (--max-sessions is {self._limit}; a connection pool must not be "
+                "larger)", "limit")
+        missing = self._minimum - len(live) if self._minimum > 1 else 0  # a single one when it is needed
+        wanted = min(max(waiting - opening if has_waited else 0, missing), self._limit - len(self._carriers))
+        if self._renew or self.first.expires_on - now >= 1:
+            for _ in range(wanted):
+                self._start()
 
     def _shrink(self, now: float) -> None:
-        """With the lock held: gives back what has not been needed for a while."""
+        """Give back a session if more than the minimum have been free for a while."""
         free = [each for each in self._carriers if each.state == FREE]
         if len(free) <= self._minimum:
             self._spare_since = now
         elif now - self._spare_since >= IDLE_SECONDS:
             free[-1].is_spare, self._spare_since = True, now
 
-    def _next_request(self) -> SessionRequest:
-        """What to ask for: without `renew` a further session may not outlive the first one."""
-        asked = self._request
-        if self._renew or self.first is None:
-            return asked
-        left = max(1, int(self.first.expires_on - elapsed_seconds()))
-        return asked._replace(ttl_seconds=min(asked.ttl_seconds or left, left))
-
-    def _is_time_up(self, now: float) -> bool:
-        """Without `renew` access is for the time of the first session."""
-        return not self._renew and self.first is not None and now >= self.first.expires_on
+    def _follow(self, carrier: Carrier, why: PlexctlError) -> None:
+        """Draw the conclusions from the end of one session."""
+        now, others, tell = elapsed_seconds(), len(self._list_live()), self._ledger.tell_once
+        was_ready, lasted = carrier.session.ready_on > 0, now - carrier.session.ready_on
+        is_refused = isinstance(why, ApiError) and why.status < 500
+        is_last = not others and not self._renew and (was_ready or not self._has_been_stuck)
+        if isinstance(why, SessionRevoked) or self._is_time_up(now) or is_last or not others and (
+                self.first is None or is_refused):
+            self._end(why)
+        elif was_ready:
+            tell(f"{why}; the next connection gets a new one" if self._renew else str(why))
+            if isinstance(why, ListenerGone) and not carrier.is_replaced and lasted < REPLACE_SECONDS:
+                self._retry_on = max(self._retry_on, self._replaced_on + REPLACE_SECONDS)
+        elif self.first is None:  # `establish` raises the last one
+            why.is_told = why.may_exist and tell(f"warning: session unknown: {why}")
+        elif others and (is_refused or isinstance(why, EndpointMissing)):
+            self._limit, self._limited_until = others, now + LIMIT_SECONDS
+            why.is_told = tell(
+                f"warning: no further session, connections wait for those there are: {why}", "limit")
+        else:
+            self._retry_on = now + RETRY_SECONDS
+            why.is_told = tell(f"warning: no further session for now: {why}")
 
     def _end(self, why: PlexctlError) -> None:
-        """With the lock held: nothing is carried any more."""
         self.over = self.over or why
         self._is_ending.set()
         self._changed.notify_all()
 
-    def _follow(self, carrier: Carrier, why: PlexctlError) -> None:
-        """With the lock held: what a session's end means for the others, and for those who wait."""
-        session = carrier.session
-        others, now, tell = len(self._list_live()), elapsed_seconds(), self._ledger.tell_once
-        is_refused = isinstance(why, ApiError) and why.status < 500
-        is_last = not others and not self._renew and (session.ready_on or not self._has_been_stuck)
-        if isinstance(why, SessionRevoked) or self._is_time_up(now) or is_last or not others and (
-                self.first is None or is_refused):
-            self._end(why)
-        elif session.ready_on:
-            tell(f"{why}; the next connection gets a new one" if self._renew else str(why))
-        elif self.first is None:  # whoever establishes hears of the last one
-            if why.may_exist:
-                why.is_told = tell(f"warning: session unknown: {why}")
-        elif others and (is_refused or isinstance(why, EndpointMissing)):
-            self._limit, self._limited_until = others, now + LIMIT_SECONDS
-            why.is_told = tell(f"warning: no further session, connections wait for those there are: {why}", "limit")
-        else:
-            self._retry_on = now + RETRY_SECONDS
-            why.is_told = tell(f"warning: no further session for now: {why}")
-        if isinstance(why, ListenerGone) and not carrier.is_replaced and now - session.ready_on < REPLACE_SECONDS:
-            self._retry_on = max(self._retry_on, self._replaced_on + REPLACE_SECONDS)
+    def _is_time_up(self, now: float) -> bool:
+        """Return whether the time of the first session is up, which without `renew` is that of the run."""
+        return not self._renew and self.first is not None and now >= self.first.expires_on
 
-    # Who may connect
+    def _next_request(self) -> SessionRequest:
+        """Return what to ask for: without `renew`, no more time than the first session has left."""
+        if self._renew or self.first is None:
+            return self._request
+        left = max(1, int(self.first.expires_on - elapsed_seconds()))
+        return self._request._replace(ttl_seconds=min(self._request.ttl_seconds or left, left))
 
-    def _create_owner_check(self, allow_other_users: bool) -> None:
-        if self.local.path:
-            return
-        if not is_loopback(self.local.host):
-            if not allow_other_users:
-                self._warn_once(f"{self.local} is not a loopback address: any user, here and elsewhere, can use "
-                                "the port")
-            return
-        try:
-            self._owners = OwnerCheck(self._listener.address_family, (self.local.host, self.local.port))
-            self._checks_owners = not allow_other_users and os.geteuid() != OVERFLOW_UID
-        except (OSError, AttributeError) as error:
-            if getattr(error, "errno", None) in EXHAUSTED:
-                self._listener.server_close()
-                raise PlexctlError(f"cannot carry connections: {show_error(error)}") from error
-        if not self._checks_owners and not allow_other_users:
-            self._warn_once("this host cannot tell whose a connection is: any local user can use the port")
+    def _close_returned(self) -> None:
+        for client, _ in self._returned:
+            client.close()
+        del self._returned[:]
 
-    def _may_serve(self, client: socket.socket, address: Any) -> bool:
-        """Whether the user behind this connection may use the port: ours or root, by the kernel's word."""
-        if self._is_rejecting:
-            return False
-        if self.local.path:  # one that has closed without a byte wants nothing any more
-            return not poll_now(client.fileno(), 0) or bool(client.recv(1, socket.MSG_PEEK))
-        if not self._checks_owners or self._owners is None:
-            return True
-        uid = self._owners.find(address)[0]
-        if not is_connected(client):  # its socket is dead, and the address may be another one's by now
-            uid = NOBODY
-        if uid in (0, os.geteuid()):
-            return True
-        if uid == NOBODY:
-            with self._changed:
-                self.unidentified += 1
-        else:
-            self._warn_once(f"rejected connections of uid {uid} (--allow-other-users lets other users in)",
-                            "other users")
-        return False
-
-    def _is_gone(self, client: socket.socket, address: Any) -> bool:
-        """Whether a client listens no more; False where nobody can know, but for a while at the end."""
-        try:
-            if poll_now(client.fileno(), 0):  # a reset; of a unix socket, a close as well
-                return True
-        except ValueError:  # it is closed on our side by now
-            return True
-        if self.local.path:
-            return False
-        if self._owners is None:
-            return 0 <= elapsed_seconds() - self._finishing_since < LEAVE_SECONDS
-        return self._owners.find(address)[1]
+    # What they all use
 
     def _reject_waiting(self) -> None:
-        """Resets the connections that wait, since no session will come to take them."""
+        """Reset the connections that wait, since no session will come to take them."""
         with self._changed:
-            returned, self._returned = self._returned, []
-        for client, _ in returned:
-            client.close()
-        if not self._turn.acquire(timeout=TICK_SECONDS):
-            return
-        try:
-            self._is_rejecting = True
-            for _ in range(0 if self._is_stopped else self._listener.count_waiting()):
-                self._listener.take()
-        finally:
-            self._is_rejecting = False
-            self._turn.release()
+            self._close_returned()
+        if self._turn.acquire(timeout=TICK_SECONDS):
+            try:
+                self.listener.reject()
+            finally:
+                self._turn.release()
 
-    # What is said
-
-    def _say(self, line: str) -> None:
-        if self._verbose:
-            self._ledger.report(line)
-
-    def _warn_once(self, text: str, subject: str = "") -> None:
-        self._ledger.tell_once("warning: " + text, subject)
-
-    def _tell_waiting(self, line: str) -> None:
-        """That the Node is waited for: once, and of further sessions where somebody wants to know."""
-        if self.first is None:
-            self._ledger.tell_once(line)
-        else:
-            self._say(line)
+    def _is_gone(self, sock: socket.socket, address: Any) -> bool:
+        if self.listener.is_gone(sock, address):
+            return True
+        is_finishing = 0 <= elapsed_seconds() - self._finishing_since < LEAVE_SECONDS
+        return is_finishing and not self.listener.knows_who_is_gone()
 
     def _has_answered(self) -> bool:
-        """Whether the target has sent something to a connection that is open: then it can be reached."""
+        """Return whether the target has answered on a connection that is open: so it can be reached."""
         with self._changed:
             return any(each.relay and each.relay.down.moved for each in self._carriers)
 
+    def _warn_once(self, text: str) -> None:
+        self._ledger.tell_once("warning: " + text, text.partition(" (")[0])
+
 
 def name_client(address: Any) -> str:
-    """A client's address for people."""
+    """Return a client's address for people."""
     return join_host_port(*address[:2]) if isinstance(address, tuple) else "a local process"
 
 
 def describe_unreachable(request: SessionRequest) -> str:
-    """What is known of a connection that the Node has ended without a byte from the target."""
-    return (f"the Node ended the connection and nothing came back: nothing listens at "
+    """Return what it means that the Node has ended a connection without a byte from the target."""
+    return ("the Node ended the connection and nothing came back: nothing listens at "
             f"{join_host_port(request.host, request.port)}, or the Node cannot reach it "
             "(--host and --port are as the Node sees them)")
 
@@ -3020,10 +3002,10 @@ def write_all(stream: Optional[IO[str]], text: str) -> None:
 
 
 class Messages:
-    """What goes to stderr: lines of any thread, and the live line.
+    """Lines for stderr, from any thread, and the live line.
 
-    One thread writes all of them, in order: a stderr that takes nothing (a full pipe, a terminal that
-    was stopped) is no reason to stop, nor to keep a signal waiting.
+    One thread writes all of them, in order: a stderr that takes nothing (a full pipe, a stopped
+    terminal) delays nothing else.
     """
 
     def __init__(self, stream: Optional[IO[str]], live: bool, quiet: bool = False) -> None:
@@ -3037,12 +3019,12 @@ class Messages:
             raise PlexctlError("cannot start a thread (ulimit -u)")
 
     def report(self, line: str) -> None:
-        """One line for stderr; from any thread."""
+        """Write a line; with `quiet` only an error."""
         if not self._is_quiet or line.startswith("error: "):
             self._texts.put(f"plexctl: {line}\n")
 
     def show(self, line: str) -> None:
-        """Draws the live line, as much of it as fits; nothing where there is no terminal, or it is another's."""
+        """Draw the live line, cut to the terminal, if that is ours and has taken everything else."""
         if self._is_live and self._texts.empty() and not self._is_in_background():
             width = max(0, terminal_width(self.stream) - 3)  # the echo of Ctrl-C stands behind it
             while len(line) > width:
@@ -3050,25 +3032,24 @@ class Messages:
             self._texts.put(line)
 
     def flush(self, seconds: float) -> None:
-        """Wipes the live line, and waits until everything is written, for so long at most."""
+        """Wipe the live line, and wait until everything is written, for so long at most."""
         written = threading.Event()
         self._texts.put("")
         self._texts.put(written)
         written.wait(seconds)
 
     def close(self) -> None:
-        """Ends the thread; what is said later is nobody's."""
+        """End the thread; what is reported later is lost."""
         self._texts.put(None)
 
     def _is_in_background(self) -> bool:
-        """Whether the terminal is another process group's now (`plexctl ... &`)."""
+        """Return whether the terminal is another process group's now (`plexctl ... &`)."""
         try:
             return os.tcgetpgrp(self.stream.fileno()) != os.getpgrp()  # type: ignore[union-attr]
         except (OSError, ValueError, AttributeError):
             return False
 
     def _write(self) -> None:
-        """Writes what comes, each text in place of the live line."""
         for text in iter(self._texts.get, None):
             if not isinstance(text, str):
                 text.set()
@@ -3080,12 +3061,12 @@ class Messages:
             try:
                 if text:
                     write_all(self.stream, text)
-            except Exception:  # noqa: S110  # closed, full, or a host's own stream: there is nowhere to say so
+            except Exception:  # noqa: S110  # closed or full: there is nowhere to say so
                 pass
 
 
 class Outcome:
-    """What a function returns or raises, run in a thread."""
+    """What a function returns or raises that runs in a thread."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
         self.is_there = threading.Event()
@@ -3102,31 +3083,30 @@ class Outcome:
         self.is_there.set()
 
     def get(self) -> Any:
-        """The result, or the error raised; once it `is_there`."""
+        """Return the result or raise the error, once it `is_there`."""
         if self._error is not None:
             raise self._error
         return self._result
 
 
 class Foreground:
-    """The main thread: it waits for signals and for other threads.
+    """The main thread, which waits for signals and for other threads.
 
-    A signal's whole life is here: `handle` hears it, `wait` raises it as Interrupted (`finish`
-    only hurries), and an `ignored` one is nobody's. `signals` holds those that were heard and not raised yet.
+    `handle` puts a signal into a list, and `wait` raises it as Interrupted; `finish` only hurries.
     """
 
     def __init__(self, messages: Messages, core_limits: Optional[Tuple[int, int]] = None) -> None:
         self.messages = messages
         self.core_limits = core_limits  # soft and hard, that COMMAND is to have; None: those that there are
         self.report = messages.report
-        self.signals: List[int] = []
+        self.signals: List[int] = []  # heard, and not raised yet
         self.ignored: Tuple[int, ...] = ()
         self.passed_on: Tuple[int, ...] = ()  # they do not count: COMMAND's to act on
         self._asked = 0  # signals that asked for the end
         self._is_finishing = False
 
     def handle(self, signum: int, frame: object) -> None:
-        """The handler: a third signal that asks for the end ends the process at once."""
+        """Hear a signal; the third that asks for the end ends the process at once."""
         if signum not in self.ignored:
             self.signals.append(signum)
             self._asked += signum not in self.passed_on
@@ -3134,7 +3114,7 @@ class Foreground:
                 end_by_signal(signum)
 
     def wait(self, seconds: float, done: Optional[threading.Event] = None) -> None:
-        """For so long, or until `done` is set. Raises Interrupted for a signal."""
+        """Wait so long, or until `done` is set; Interrupted for a signal."""
         deadline = elapsed_seconds() + seconds
         while not (done is not None and done.is_set()):
             if self.signals and not self._is_finishing:
@@ -3149,18 +3129,20 @@ class Foreground:
 
     @contextlib.contextmanager
     def cores_as_before(self) -> Iterator[None]:
-        """With the limit of core files that the process was started with, for what is started meanwhile."""
-        if self.core_limits is not None:
-            limits = resource.getrlimit(resource.RLIMIT_CORE)
-            resource.setrlimit(resource.RLIMIT_CORE, self.core_limits)
+        """Restore the limit of core files for what is started meanwhile."""
+        limits = self.core_limits
+        with contextlib.suppress(OSError, ValueError):
+            if limits is not None:
+                resource.setrlimit(resource.RLIMIT_CORE, limits)
         try:
             yield
         finally:
-            if self.core_limits is not None:
-                resource.setrlimit(resource.RLIMIT_CORE, limits)
+            with contextlib.suppress(OSError, ValueError):
+                if limits is not None:
+                    resource.setrlimit(resource.RLIMIT_CORE, (1, limits[1]))
 
     def call(self, function: Callable[[], Any], status: Optional[Callable[[], str]] = None) -> Any:
-        """What `function` returns or raises, run in a thread, so that a signal ends the wait."""
+        """Run it in a thread, so that a signal ends the wait; return or raise what it does."""
         self.wait(0)  # a signal that is here already: then nothing is begun
         outcome = Outcome(function)
         while not outcome.is_there.is_set():
@@ -3170,9 +3152,9 @@ class Foreground:
         return outcome.get()
 
     def finish(self, function: Callable[[], None], seconds: float, slow: str = "") -> None:
-        """Runs what must still be done, for `seconds` at most; a further signal leaves HURRY_SECONDS.
+        """Run what must still be done, for `seconds` at most; a further signal leaves HURRY_SECONDS.
 
-        `slow` is said on a terminal where it takes longer than a second.
+        `slow` is reported on a terminal if it takes longer than a second.
         """
         self._is_finishing = True
         outcome, began = Outcome(function), elapsed_seconds()
@@ -3186,7 +3168,7 @@ class Foreground:
                 slow = ""
 
     def write(self, text: str, stream: Optional[IO[str]], name: str) -> None:
-        """Writes text to a stream, behind the messages; PlexctlError unless all of it was taken."""
+        """Write text to a stream, after the messages; PlexctlError unless all of it was taken."""
         self.messages.flush(HURRY_SECONDS)
         try:
             self.call(lambda: write_all(stream, text))
@@ -3358,7 +3340,7 @@ def find_flags(words: Sequence[str], takes_value: Mapping[str, bool]) -> List[st
         flag, equals, value = word.partition("=")
         if flag in ("-h", "--help", "--version") and value in ("", "true"):
             return [flag]
-        if word[:1] != "-" or re.fullmatch("-[0-9]*", word):  # as argparse has it
+        if word[:1] != "-" or re.fullmatch("-[0-9.]*", word):  # no flag, for argparse either
             if wants_value:
                 flags.append(word)
             elif word == COMMAND and not has_command:
@@ -3446,7 +3428,8 @@ def find_command(name: str, environ: Environ) -> str:
 class Run:
     """One invocation: the options, and what every mode of it needs."""
 
-    def __init__(self, options: Any, environ: Environ, foreground: Foreground, stdout: Optional[IO[str]]) -> None:
+    def __init__(self, options: Any, environ: Environ, foreground: Foreground,
+                 stdout: Optional[IO[str]]) -> None:
         self.options = options
         self.environ = environ
         self.foreground = foreground
@@ -3456,17 +3439,17 @@ class Run:
                                       options.port, options.ttl_seconds)
 
     def report(self, line: str) -> None:
-        """A line for stderr; --stdio says only what is left behind, as ssh's terminal may be in raw mode."""
+        """Report a line; with --stdio only what is left behind, since ssh's terminal may be in raw mode."""
         if self.options.mode != "--stdio" or self.options.verbose or line.startswith("warning: session "):
             self.foreground.report(line)
 
     def say(self, line: str) -> None:
-        """A line for who wants to know more."""
+        """Report a line with -v."""
         if self.options.verbose:
             self.foreground.report(line)
 
     def execute(self) -> int:
-        """The exit code. PlexctlError and Interrupted leave no session behind either."""
+        """Return the exit code. PlexctlError and Interrupted leave no session behind either."""
         options, foreground = self.options, self.foreground
         program = find_command(options.command[0], self.environ) if options.command else ""
         server, token = foreground.call(lambda: resolve_credentials(
@@ -3491,7 +3474,7 @@ class Run:
                 self.audit.close()
 
     def establish(self, issue: Callable[[], MediatedSession]) -> MediatedSession:
-        """The first session, and its token where it is to be revealed."""
+        """Return the first session; reveal its token if that is wanted."""
         session: MediatedSession = self.foreground.call(issue, lambda: (
             f"waiting for the Node: {show_seconds(elapsed_seconds() - self.began)}"))
         issued = session.issued
@@ -3507,13 +3490,13 @@ class Run:
         return session
 
     def issue_one(self) -> MediatedSession:
-        """For print mode and --stdio, which need one."""
+        """Issue the one session of print mode or --stdio."""
         session = MediatedSession(self.ledger, self.options.wait_seconds)
         session.open(self.request, self.ledger.tell_once)
         return session
 
     def print_document(self, local: LocalAddress, session: MediatedSession) -> None:
-        """The one document of stdout; PlexctlError unless all of it was taken."""
+        """Write the document to stdout; PlexctlError unless all of it was taken."""
         document = {"session_id": session.session_id, "kind": "tcp", "local_addr": str(local),
                     "listener_endpoint": str(session.endpoint),
                     "target": {"host": self.request.host, "port": self.request.port},
@@ -3522,7 +3505,7 @@ class Run:
         self.foreground.write(FORMATS[self.options.output](document, width), self.stdout, "standard output")
 
     def print_coordinates(self) -> int:
-        """Print mode: nothing is bound for longer than a moment, nothing dialled or revoked."""
+        """Print mode: bind nothing for longer than a moment; dial and revoke nothing."""
         local = self.options.local_addr
         if not local.port:
             try:
@@ -3535,12 +3518,12 @@ class Run:
         self.print_document(local, session)
         self.ledger.keep()
         if self.foreground.messages.is_terminal and session.issued:
-            self.report(f"nothing listens on {local}: connect to {session.endpoint}, or use --proxy to listen; "
-                        f"the session stays until {session.issued.expires_at}")
+            self.report(f"nothing listens on {local}: connect to {session.endpoint}, or use --proxy to "
+                        f"listen; the session stays until {session.issued.expires_at}")
         return EXIT_OK
 
     def carry_stdio(self) -> int:
-        """--stdio: one connection over descriptors 0 and 1."""
+        """--stdio: carry one connection over descriptors 0 and 1."""
         session = self.establish(self.issue_one)
         remote = self.foreground.call(lambda: session.dial(self.ledger.plane.cancel.is_set))
         streams = StandardStreams()
@@ -3559,9 +3542,12 @@ class Run:
                         raise
                 if self.options.verbose:
                     session.warn_of_its_end()
-            deadline = elapsed_seconds() + LINGER_SECONDS
+            deadline = elapsed_seconds() + STUCK_SECONDS
             while relay.is_awaited and not remote.has_ended() and elapsed_seconds() < deadline:
                 self.foreground.wait(TICKING_SECONDS)  # what was sent is still on its way
+            # nobody reads: ssh leaves like that, too, but has had everything
+            if relay.is_awaited and (not relay.down.moved or relay.down.rest or remote.discarded):
+                streams.error = PlexctlError("cannot write to standard output: nobody reads it")
         finally:
             counts = Counts(ended=1, up=relay.up.moved, down=relay.down.moved)
             self.say(describe_total(counts, began, "connection closed"))
@@ -3571,7 +3557,7 @@ class Run:
         return EXIT_OK
 
     def explain_end(self, session: MediatedSession, relay: Relay) -> None:
-        """Says why --stdio's connection has ended, before the client sees that."""
+        """Report why the connection of --stdio ended, before the client sees that: ssh hangs up then."""
         session.ask(ASK_LIMIT_SECONDS)
         if self.ledger.plane.cancel.is_set():  # we have ended it
             return
@@ -3585,11 +3571,11 @@ class Run:
             self.foreground.messages.flush(HURRY_SECONDS)
 
     def forward(self, program: str) -> int:
-        """--proxy and -- COMMAND: the local socket is bound first, an address in use costs nothing."""
+        """--proxy and -- COMMAND. The address is bound first: one in use costs no session."""
         options, foreground = self.options, self.foreground
-        with Forwarder(options.local_addr, self.ledger, self.request, options.max_sessions, options.min_sessions,
-                       options.renew, options.wait_seconds, options.allow_other_users,
-                       options.verbose > 0) as forwarder:
+        with Forwarder(options.local_addr, self.ledger, self.request, options.max_sessions,
+                       options.min_sessions, options.renew, options.wait_seconds,
+                       options.allow_other_users) as forwarder:
             session = self.establish(forwarder.establish)
             try:
                 self.tell_systemd("READY=1")
@@ -3604,14 +3590,15 @@ class Run:
                 self.tell_systemd("STOPPING=1")
                 foreground.finish(forwarder.stop, CLOSE_SECONDS + 1)
                 total = describe_total(forwarder.count(), self.began, "COMMAND ended" if program else "")
-                if forwarder.unidentified:
-                    total += (f"; {forwarder.unidentified} closed before their owner could be checked (unix: and "
-                              "--allow-other-users do not check)")
+                unidentified = forwarder.listener.unidentified
+                if unidentified:
+                    total += (f"; {unidentified} closed before {'its' if unidentified == 1 else 'their'} "
+                              "owner could be checked (unix: and --allow-other-users do not check)")
                 self.report(total)
         return EXIT_OK
 
     def watch(self, forwarder: Forwarder) -> None:
-        """--proxy: looks after the forwarder until something ends it, and raises that."""
+        """Look after the forwarder until something ends it, and raise that."""
         told, tell_on, draw_on = "", 0.0, 0.0
         while True:
             self.tick(forwarder)
@@ -3626,25 +3613,26 @@ class Run:
                 self.tell_systemd("STATUS=" + words)
 
     def tick(self, forwarder: Forwarder) -> None:
-        """One turn of waiting; raises what has ended the sessions."""
+        """Wait a moment; raise what has ended the sessions."""
         self.foreground.wait(TICKING_SECONDS)
         forwarder.tick()
         if forwarder.over is not None:
             raise forwarder.over
 
     def target(self) -> str:
+        """Return the target for people."""
         return escape(join_host_port(self.request.host, self.request.port), 60)
 
     def describe_now(self, forwarder: Forwarder) -> str:
-        """The live line, what matters most first."""
+        """Return the live line, what matters most first."""
         counts, left = forwarder.count(), forwarder.seconds_left()
         until = f"{show_seconds(left)} left, " if left else ""
         return (f"{until}{counts.open} open, {counts.waiting} waiting, {counts.ended} ended, "
-                f"{counts.sessions} session{'' if counts.sessions == 1 else 's'}, {show_bytes(counts.up)} up, "
+                f"{show_count(counts.sessions, 'session')}, {show_bytes(counts.up)} up, "
                 f"{show_bytes(counts.down)} down, {forwarder.local} -> {self.target()}")
 
     def tell_systemd(self, state: str) -> None:
-        """sd_notify(3), for units of Type=notify; a state that cannot be told is a warning."""
+        """Notify systemd (sd_notify(3), Type=notify); warn if that fails."""
         path = self.environ.get("NOTIFY_SOCKET", "")
         try:
             if path[:1] in ("/", "@"):
@@ -3653,7 +3641,7 @@ class Run:
             self.ledger.tell_once(f"warning: NOTIFY_SOCKET: systemd was not told: {show_error(error)}")
 
     def run_command(self, program: str, forwarder: Forwarder) -> int:
-        """-- COMMAND: its terminal, Ctrl-C and Ctrl-\\ are its own, other signals are handed on."""
+        """-- COMMAND: Ctrl-C and Ctrl-\\ of the terminal are its own, other signals are handed on."""
         foreground = self.foreground
         foreground.wait(0)
         foreground.ignored = (signal.SIGINT, signal.SIGQUIT)
@@ -3676,8 +3664,8 @@ class Run:
             forwarder.tick()  # when all is over it resets whoever connects, and the port stays ours
             if forwarder.over is not None and not is_over:
                 is_over = True
-                foreground.report(f"warning: {forwarder.over}; connections are refused from now on; COMMAND is "
-                                  "still running")
+                self.report(f"warning: {forwarder.over}; connections are refused from now on; COMMAND is "
+                            "still running")
         foreground.ignored = foreground.passed_on = ()
         if not is_over:
             self.deliver(forwarder)  # what COMMAND sent right before its end
@@ -3685,8 +3673,7 @@ class Run:
         return status if status >= 0 else EXIT_SIGNAL_BASE - status
 
     def deliver(self, forwarder: Forwarder) -> None:
-        """Until what clients have sent that are gone has arrived, as long as it moves."""
-        forwarder.finish()
+        """Wait until what clients had sent before they left has arrived, as long as it moves."""
         moved, give_up_on = None, 0.0
         try:
             while forwarder.is_delivering():
@@ -3702,7 +3689,7 @@ class Run:
             self.report(f"warning: {error}")
 
     def start_command(self, program: str, local: LocalAddress) -> Any:
-        """Starts COMMAND with its placeholders and environment filled in."""
+        """Start COMMAND, with its placeholders and environment filled in."""
         host, port = (local.path, "") if local.path else (local.host, str(local.port))
         environ = dict(self.environ, PLEXCTL_LOCAL_HOST=host, PLEXCTL_LOCAL_PORT=port,
                        PLEXCTL_LOCAL_ADDR=str(local))
@@ -3723,32 +3710,32 @@ class Run:
 
 
 def describe_failure(relay: Relay) -> Optional[PlexctlError]:
-    """What has broken a connection, if anything."""
+    """Return what has broken a connection, if anything."""
     if relay.error is None or isinstance(relay.error, PlexctlError):
         return relay.error
     return PlexctlError(f"the connection ended: {show_error(relay.error)}")
 
 
 def describe_total(counts: Counts, began: float, reason: str) -> str:
-    """The line at the end; if a signal was the reason it is told, an error says its own."""
+    """Return the line at the end. An error that ends the run is told by itself, a signal here."""
     error = sys.exc_info()[1]
     if isinstance(error, (Interrupted, PlexctlError)):
         reason = str(error) if isinstance(error, Interrupted) else ""
-    return (f"{counts.ended} connection{'' if counts.ended == 1 else 's'}, {show_bytes(counts.up)} up, "
-            f"{show_bytes(counts.down)} down, {show_seconds(elapsed_seconds() - began)}{reason and ': ' + reason}")
+    connections = show_count(counts.ended, "connection")
+    return (f"{connections}, {show_bytes(counts.up)} up, {show_bytes(counts.down)} down, "
+            f"{show_seconds(elapsed_seconds() - began)}{reason and ': ' + reason}")
 
 
 # ------------------------------------------------------------------------------------------ main
 
 __all__ = [  # what is stable for those who vendor this file
-    "ApiError", "ControlPlane", "CredentialsError", "Endpoint", "Forwarder", "IssuedSession", "Ledger", "LocalAddress",
-    "MediatedSession",
-    "PlexctlError", "Secret", "Server", "Session", "SessionOver", "SessionRequest",
-    "TransportError", "UsageError", "main", "parse_local_address", "parse_server"]
+    "ApiError", "ControlPlane", "CredentialsError", "Endpoint", "Forwarder", "IssuedSession", "Ledger",
+    "LocalAddress", "MediatedSession", "PlexctlError", "Secret", "Server", "Session", "SessionOver",
+    "SessionRequest", "TransportError", "UsageError", "main", "parse_local_address", "parse_server"]
 
 
 def reserve_standard_descriptors() -> None:
-    """Nothing that is opened later may become descriptor 0, 1 or 2 and be written to by mistake."""
+    """Keep files that are opened later from becoming descriptor 0, 1 or 2."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -3759,14 +3746,11 @@ def reserve_standard_descriptors() -> None:
 FAULTS = ("SIGABRT", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGTRAP", "SIGSYS")
 HARMLESS = ("SIGKILL", "SIGSTOP", "SIGTSTP", "SIGTTIN", "SIGTTOU", "SIGCONT", "SIGCHLD", "SIGURG", "SIGWINCH",
             "SIGINFO")  # whose default action ends no process, and the one that nobody can handle
-ALWAYS_HANDLED = ("SIGINT", "SIGTERM", "SIGHUP")  # whoever has a handler for them; the others where nobody has
+ALWAYS_HANDLED = ("SIGINT", "SIGTERM", "SIGHUP")  # the others only where nobody else has a handler
 
 
 def handle_signals(foreground: Foreground) -> Callable[[], None]:
-    """Whatever signal would end the process goes to the foreground.
-
-    Returns what puts the handlers back that were there before.
-    """
+    """Have every signal handled that would end the process; return what restores the old handlers."""
     if threading.current_thread() is not threading.main_thread():
         return lambda: None
     before: Dict[int, Any] = {}
@@ -3779,7 +3763,7 @@ def handle_signals(foreground: Foreground) -> Callable[[], None]:
                 before[signum] = signal.signal(signum, foreground.handle)
         except (OSError, ValueError):  # the C library keeps it for itself
             pass
-    if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
+    if hasattr(signal, "SIGCHLD") and signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
         before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or COMMAND has no status
 
     def restore() -> None:
@@ -3789,24 +3773,24 @@ def handle_signals(foreground: Foreground) -> Callable[[], None]:
     return restore
 
 
-def forbid_cores() -> Tuple[int, int]:
-    """No core file, which would hold the tokens; the limits that there were.
+def forbid_cores() -> Optional[Tuple[int, int]]:
+    """Forbid core files, which would hold the tokens; return the limits that there were, if they change.
 
-    1 byte is the limit that the kernel honours for a core_pattern that is a pipe as well (core(5)).
+    The kernel honours a limit of 1 byte even where core_pattern is a pipe, unlike 0 (core(5)).
     """
-    soft, hard = resource.getrlimit(resource.RLIMIT_CORE)
     try:
-        resource.setrlimit(resource.RLIMIT_CORE, (1, hard))
-    except (OSError, ValueError):  # the hard limit is 0
-        pass
-    return soft, hard
+        limits = resource.getrlimit(resource.RLIMIT_CORE)
+        resource.setrlimit(resource.RLIMIT_CORE, (1, limits[1]))
+        return limits
+    except (NameError, OSError, ValueError):  # Windows; the hard limit is 0
+        return None
 
 
 def perform(argv: Optional[Sequence[str]] = None, environ: Optional[Environ] = None,
-            core_limits: Optional[Tuple[int, int]] = None) -> Tuple[int, int]:
-    """The command, as an exit code and the number of the signal that ended it (0: none).
+            ends_process: bool = False, core_limits: Optional[Tuple[int, int]] = None) -> Tuple[int, int]:
+    """Run the command; return its exit code and the number of the signal that ended it (0: none).
 
-    `core_limits`: the process ends with the command, and these are the limits that COMMAND is to have.
+    `core_limits`: what COMMAND is to have.
     """
     prints = ""
     try:
@@ -3814,7 +3798,7 @@ def perform(argv: Optional[Sequence[str]] = None, environ: Optional[Environ] = N
         if prints:
             write_all(sys.stdout, prints)
             return EXIT_OK, 0
-        messages = Messages(sys.stderr, options.mode in ("print", "--proxy"), getattr(options, "quiet", False))
+        messages = Messages(sys.stderr, options.mode in ("print", "--proxy"), options.quiet)
         foreground = Foreground(messages, core_limits)
         restore_handlers = handle_signals(foreground)
     except PlexctlError as error:
@@ -3840,14 +3824,14 @@ def perform(argv: Optional[Sequence[str]] = None, environ: Optional[Environ] = N
         foreground.report(f"error: internal error, please report it (with -v): {show_error(error)}")
     finally:
         messages.flush(HURRY_SECONDS)
-        if core_limits is None:  # else a late signal would make it look as if it had not come to its end
+        if not ends_process:  # else a late signal would make it look as if it had not come to its end
             restore_handlers()
             messages.close()
     return status, signum
 
 
 def fail(message: str, status: int) -> int:
-    """The one line of an error."""
+    """Write the one line of an error; return the status."""
     try:
         write_all(sys.stderr, f"plexctl: error: {message}\n")
     except (OSError, ValueError):
@@ -3856,19 +3840,19 @@ def fail(message: str, status: int) -> int:
 
 
 def main(argv: Optional[Sequence[str]] = None, environ: Optional[Environ] = None) -> int:
-    """The command. Returns the exit code, 128 + n where signal n ended it; raises nothing."""
+    """Run the command; return the exit code, 128 + n if signal n ended it. Never raises."""
     return perform(argv, environ)[0]
 
 
 def run() -> None:
-    """The process: the command, then its end.
+    """Run the command as a process.
 
-    os._exit, since what Python does at exit could still change the status: a flush that fails
-    (120), a thread that was given up on and wakes up. Everything is written and closed by then.
+    os._exit, since Python's own exit could still change the status: a flush that fails (120), a thread
+    that was given up on and wakes up. Everything is written and closed by then.
     """
     reserve_standard_descriptors()
     try:
-        status, signum = perform(core_limits=forbid_cores())
+        status, signum = perform(ends_process=True, core_limits=forbid_cores())
         if signum:
             end_by_signal(signum)
         os._exit(status)

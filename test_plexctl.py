@@ -2197,14 +2197,6 @@ def test_an_error_of_a_token_says_what_is_wrong_with_it(raw, fault):
         plexctl.parse_token(raw, "here")
 
 
-@pytest.mark.parametrize("raw", BAD_TOKENS, ids=shown)
-def test_a_token_of_other_characters_is_refused_and_not_shown(raw):
-    with pytest.raises(plexctl.CredentialsError) as raised:
-        plexctl.parse_token(raw, "here")
-    assert str(raised.value).startswith("here: ") and "psk" not in str(raised.value)
-    assert raised.value.exit_code == 3
-
-
 @pytest.mark.parametrize("count, expected", [
     (0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1536, "1.5 KiB"), (1 << 20, "1.0 MiB"),
     (5 << 30, "5.0 GiB"), (3 << 40, "3.0 TiB"), (5000 << 40, "5000.0 TiB")])
@@ -2756,6 +2748,7 @@ def test_however_it_is_started_version_tells_the_file_or_that_there_is_none(pyth
 
 USAGE_ERRORS = [([], "command"), (["-v"], "command"), (["tcp"], "command"),
                 (["tcp-forwards"] + REQUIRED_FLAGS, "command 'tcp-forwards' (did you mean tcp-forward?)"),
+                (["tcp-foward", "--nonsense"], "command 'tcp-foward' (did you mean tcp-forward?)"),
                 ([""], "command"), (["--", "true"], "no command; usage: plexctl tcp-forward --project-id")]
 USAGE_ERRORS += [(["tcp-forward"] + flags_with(flag), flag) for flag in REQUIRED_FLAGS[::2]]
 USAGE_ERRORS += [(["tcp-forward"] + flags_with(flag, text), flag) for flag, texts in (
@@ -2784,6 +2777,7 @@ USAGE_ERRORS += [(["tcp-forward"] + REQUIRED_FLAGS + words, flag) for words, fla
     (["--proxy", "--min-sessions", "5"], "--min-sessions"),
     (["--min-sessions", "3", "--max-sessions", "2", "--", "true"], "--min-sessions"),
     (["--local-addr", "127.0.0.1:0", "--stdio"], "--local-addr"),
+    (["--local-addr", "unix:/x"], "--local-addr unix: needs --proxy or -- COMMAND"),
     (["--local-addr", "unix:/x", "--stdio"], "--local-addr"), (["--"], "--"), (["--", ""], "--"),
     (["--proxy", "--"], "--"), (["--reveal"], "--reveal"), (["--reveal=true"], "--reveal"),
     (["--prox"], "--prox"), (["--out", "json"], "--out"), (["--token", "psk_x"], "--token"),
@@ -2903,11 +2897,6 @@ def test_flags_of_the_command_may_stand_before_it(cli, simulation):
     assert cli(args, simulation.plane.environment()).status == 0 and len(simulation.plane.issued) == 1
 
 
-def test_a_misspelt_command_is_named_before_its_flags(cli):
-    result = cli(["tcp-foward", "--nonsense"])
-    one_error_line(result, "unknown command 'tcp-foward' (did you mean tcp-forward?)")
-
-
 @pytest.mark.parametrize("flags", [["--proxy"], ["--stdio"], ["--", "true"]], ids=shown)
 def test_windows_has_print_mode_alone(monkeypatch, flags):
     with monkeypatch.context() as patch:
@@ -2922,12 +2911,6 @@ def test_windows_has_print_mode_alone(monkeypatch, flags):
                                           (["-q", "--quiet=false"], False)], ids=shown)
 def test_quiet_is_taken_in_every_spelling(flags, quiet):
     assert plexctl.parse_arguments(["tcp-forward"] + REQUIRED_FLAGS + flags)[1].quiet == quiet
-
-
-def test_a_unix_address_without_a_listener_is_told_what_it_needs(cli):
-    result = cli(["tcp-forward", "--local-addr", "unix:/tmp/x"] + REQUIRED_FLAGS)
-    line = one_error_line(result, "--local-addr", "--proxy", "COMMAND")
-    assert result.status == 2 and "--stdio" not in line
 
 
 @pytest.mark.parametrize("flag", sorted(plexctl.create_parser().takes_value))
@@ -4078,7 +4061,7 @@ def test_a_silent_server_is_mentioned_while_it_is_awaited(cli, lone_plane, monke
     client = create_client(lone_plane, notice=told.append)
     lone_plane.script("issue", step)
     client.issue(session_request())
-    assert told == ["IssueSession: no answer from %s after 0.2 s, waiting" % lone_plane.url]
+    assert told == ["still waiting for %s to answer IssueSession" % lone_plane.url]
     for _ in range(2):  # a proxy asks once a minute
         lone_plane.script("get", never_answer)
         with pytest.raises(plexctl.TransportError):
@@ -4086,7 +4069,7 @@ def test_a_silent_server_is_mentioned_while_it_is_awaited(cli, lone_plane, monke
     assert len(told) == 2
     lone_plane.script("issue", lambda handler, plane: (plane.closing.wait(0.5), handler.answer_really()))
     result = forward_to(cli, lone_plane)
-    assert result.status == 0 and "plexctl: IssueSession: no answer from " in result.err
+    assert result.status == 0 and "plexctl: still waiting for http://" in result.err
 
 
 # Redirects
@@ -4783,7 +4766,8 @@ def test_a_proxy_without_a_scheme_is_taken_for_http(cli, tls_plane, tls_files, t
 
 @pytest.mark.parametrize("kind", [
     "https://me:hunter2@{}", "socks5://me:hunter2@{}", "socks5h://me:hunter2@{}", "ftp://me:hunter2@{}",
-    "http://", "http://me:hunter2 @{}", "http://me:hunter2\n@{}", "http://CORP\\me:p@ss#hunter2:rd/%@{}",
+    "http:me:hunter2@{}", "http://", "http://me:hunter2 @{}", "http://me:hunter2\n@{}",
+    "http://CORP\\me:p@ss#hunter2:rd/%@{}",
     "http://me:hunter2@127.0.0.1:99999", "http://me:hunter2@127.0.0.1:abc", "http://me:hunter2@"])
 def test_a_proxy_of_another_kind_is_a_usage_error_that_shows_no_password(
         cli, tls_plane, tls_files, tunnels, kind):
@@ -4794,24 +4778,14 @@ def test_a_proxy_of_another_kind_is_a_usage_error_that_shows_no_password(
     assert (tls_plane.requests, tunnels.heads) == ([], [])
 
 
-def test_a_proxy_that_wants_another_log_in_is_asked_once(cli, tls_plane, tls_files, tunnels):
+def test_a_proxy_that_wants_another_log_in_is_told_of_and_asked_once(cli, tls_plane, tls_files, tunnels):
     """Three bad ones lock an account."""
-    tunnels.answer = b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n"
-    result = forward_to(cli, tls_plane, "--ca-file", tls_files.ca, HTTPS_PROXY=tunnels.url)
-    assert result.status == 1 and len(tunnels.heads) == 1
-    one_error_line(result, "through HTTPS_PROXY: the proxy refused: 407")
-
-
-def test_a_proxy_that_refuses_is_told_of(tls_plane, tls_files, tunnels):
     tunnels.answer = b"HTTP/1.1 407 \x1b[2JProxy Authentication Required\r\nContent-Length: 0\r\n\r\n"
-    environ = {"HTTPS_PROXY": tunnels.url.replace("//", "//me:hunter2@")}
-    client = plexctl.ControlPlane(plexctl.parse_server(tls_plane.url, False), plexctl.Secret(BEARER),
-                                  tls_files.ca, environ)
-    words = "cannot connect to .* through HTTPS_PROXY: the proxy refused"
-    with pytest.raises(plexctl.TransportError, match=words) as raised:
-        client.get(PROJECT_ID, OTHER_ID, 5)
-    assert re.match(r"[ -~]+\Z", str(raised.value)) and "hunter2" not in str(raised.value)
-    assert tls_plane.requests == []
+    result = forward_to(cli, tls_plane, "--ca-file", tls_files.ca,
+                        HTTPS_PROXY=tunnels.url.replace("//", "//me:hunter2@"))
+    assert result.status == 1 and len(tunnels.heads) == 1 and tls_plane.requests == []
+    line = one_error_line(result, "cannot connect to ", " through HTTPS_PROXY: the proxy refused: 407")
+    assert re.match(r"[ -~]+\Z", line) and "hunter2" not in line
 
 
 @pytest.mark.parametrize("endpoint", ["127.0.0.1:22", "localhost:22"])
@@ -5113,9 +5087,9 @@ def using_sessions(plane, local="127.0.0.1:0", ticks=True, establish=True, allow
     server = plexctl.parse_server(plane.url, False)
     control = plexctl.ControlPlane(server, plexctl.Secret(plane.bearer), environ={})
     request = plexctl.SessionRequest(PROJECT_ID, RESOURCE_ID, HOST, PORT, ttl_seconds)
-    lines = []
+    lines, verbose = [], options.pop("verbose", False)
     ledger = plexctl.Ledger(control, PROJECT_ID, lambda line: running.report(line),
-                            lambda line: running.report(line) if options.get("verbose") else None)
+                            lambda line: running.report(line) if verbose else None)
     running = types.SimpleNamespace(
         lines=lines, report=lines.append, plane=plane, node=plane.node, ledger=ledger,
         said=lambda *words: [line for line in lines if all(word in line for word in words)],
@@ -5336,11 +5310,11 @@ def test_256_mebibytes_go_each_way_at_once_and_the_buffers_shrink_again(way):
             assert data
             received.update(data)
             left -= len(data)
-            largest = max(largest, len(relay.up.buffer))
+            largest = max(largest, len(relay.up._buffer))
         sender.join(20)
         assert sent.digest() == received.digest()
         assert plexctl.FIRST_BUFFER_BYTES < largest <= plexctl.LARGEST_BUFFER_BYTES
-        eventually(lambda: len(relay.up.buffer) == len(relay.down.buffer) == plexctl.FIRST_BUFFER_BYTES)
+        eventually(lambda: len(relay.up._buffer) == len(relay.down._buffer) == plexctl.FIRST_BUFFER_BYTES)
         eventually(lambda: count_shared_maps() <= maps)  # nobody holds them any more, nor those of others
         chat(client, 3)
         assert running.count().open == 1 and running.lines == []
@@ -5428,7 +5402,8 @@ def test_a_client_may_go_on_after_the_server_has_ended(kinder, monkeypatch):
         assert heard == ["eof", pattern(MIB)] and running.count().up == MIB
 
 
-def test_a_slow_reader_slows_the_server_and_loses_nothing_when_that_ends_first(way):
+def test_a_slow_reader_slows_the_server_and_loses_nothing_when_that_ends_first(way, monkeypatch):
+    monkeypatch.setattr(plexctl, "QUIET_SECONDS", 10)
     size = 24 * MIB
     with relayed_to(source(size), **way) as running, small_window(running.address) as client:
         assert standstill(lambda: running.count().down) < size
@@ -5793,7 +5768,7 @@ def test_an_ipv6_address_can_be_listened_on():
         pytest.skip("no IPv6")
     with relayed_to(local="[::1]:0") as running:
         assert re.match(r"\[::1\]:[1-9][0-9]*\Z", running.address)
-        assert is_alive(running) and running.lines == [] and (running.forwarder._owners or not LINUX)
+        assert is_alive(running) and running.lines == [] and (running.forwarder.listener._owners or not LINUX)
 
 
 def dial_unix(path):
@@ -6253,7 +6228,8 @@ def test_a_payload_from_a_dead_connection_is_not_ours_whatever_we_do_on_its_port
             client = stack.enter_context(dial(running.address))
         running.forwarder.establish()
         assert talk(client, b"good")
-        assert bytes(heard) == b"good" and running.forwarder.unidentified == 1 and running.lines == []
+        assert running.forwarder.listener.unidentified == 1 and running.lines == []
+        assert bytes(heard) == b"good"
 
 
 @NEEDS_A_STRANGER
@@ -6303,7 +6279,8 @@ def test_the_kernel_says_who_holds_the_other_end_and_of_nobody_else(family, host
         other.listen(1)
         assert owners.find(name) == (plexctl.NOBODY, True)  # the kernel answers with the listener
         owners.close()
-        assert owners.find(half_name) == (plexctl.NOBODY, False)  # nobody can know
+        with pytest.raises(OSError):  # nobody can know
+            owners.find(half_name)
     with pytest.raises(OSError):
         plexctl.OwnerCheck(family, local)  # nobody listens there
 
@@ -6325,7 +6302,7 @@ def test_one_that_has_gone_before_it_could_be_asked_for_is_not_served_and_counte
         running.forwarder.establish()
         assert is_alive(running)
         assert running.target.accepted == 2 - LINUX
-        assert running.forwarder.unidentified == LINUX and running.lines == []
+        assert running.forwarder.listener.unidentified == LINUX and running.lines == []
 
 
 @pytest.mark.skipif(not (LINUX and shutil.which("unshare") and subprocess.call(
@@ -6337,6 +6314,28 @@ def test_where_our_uid_is_the_one_of_every_stranger_that_is_announced(simulation
         process.ready(2)
         assert process.err.count("warning: this host cannot tell whose a connection is") == 1
         assert attempt(parse_document(process.out, "text")["local_addr"])
+
+
+@NEEDS_A_STRANGER
+def test_what_a_user_has_sent_and_closed_while_it_waited_is_still_his(simulation, lone_copy):
+    """Where the kernel says whose a closed socket was; else it is nobody's."""
+    heard, uid = bytearray(), 60000 + os.getpid() % 5000
+    simulation.target.serve = recorder(heard)
+    words = ["/usr/bin/python3", "-I", "plexctl.py"] + forward_args(
+        simulation.plane, "--proxy", "--max-sessions", "1", "--output", "json")
+    send = ("import socket, sys; s = socket.create_connection(('127.0.0.1', int(sys.argv[1])));"
+            "s.sendall(b'mine'); s.close()")
+    with Process(words, env=clean_environment(simulation.plane.environment()), cwd=lone_copy,
+                 preexec_fn=becoming(uid)) as process:
+        address = local_address(process)
+        with dial(address) as first:  # root's, who may
+            chat(first, 1)
+            command = ["/usr/bin/python3", "-c", send, address.rsplit(":", 1)[1]]
+            subprocess.run(command, check=True, timeout=20, preexec_fn=becoming(uid))
+        assert visit(address)  # it was that one's turn before
+        process.send_signal(signal.SIGTERM)
+        result = process.finish()
+    assert ("could be checked" in result.stderr) == (b"mine" not in bytes(heard))
 
 
 def test_a_host_that_cannot_tell_is_announced_once_and_connections_are_served(simulation, monkeypatch):
@@ -6409,7 +6408,7 @@ def test_connections_are_served_in_the_order_they_came_in_and_counted(simulation
             chat(following, 1)
             expected = plexctl.Counts(1, 3 - number, number, 1, 64 * (number + 1), 64 * (number + 1))
             eventually(lambda: running.count() == expected)  # noqa: B023
-        assert len(running.said("connections wait until one closes", "--max-sessions is 1")) == len(running.lines) == 1
+        assert running.said("connections wait until one closes", "--max-sessions is 1") == running.lines
 
 
 def test_sequential_use_needs_one_session_and_never_waits_for_the_node():
@@ -6521,7 +6520,7 @@ def test_a_client_that_leaves_while_it_waits_is_never_dialled(kind, leave):
         served = kind.is_unix or not LINUX
         eventually(lambda: running.count().up == 64 + 54 * served + 64)  # counted after it was sent
         assert running.target.accepted == 2 + served
-        assert running.forwarder.unidentified == (0 if served else 2)
+        assert running.forwarder.listener.unidentified == (0 if served else 2)
 
 
 @pytest.mark.parametrize("late", [[0.5, 60, 60], [60, 0.5, 60], [60, 60, 0.5]], ids=shown)
@@ -6823,7 +6822,7 @@ def test_a_session_that_is_revoked_amid_a_connection_ends_the_run_at_once(
         simulation.plane.revoke(simulation.plane.issued[which], "policy_violation")
         eventually(lambda: running.forwarder.over, 8)
         assert str(running.forwarder.over) == "the session was revoked (policy_violation)"
-        assert isinstance(running.forwarder.over, plexctl.SessionOver) and running.forwarder.over.exit_code == 1
+        assert type(running.forwarder.over) is plexctl.SessionRevoked
         assert sorted(how_it_ends(client)[1] for client in clients[which:which + 1]) == [b""]
         assert knock(running.address) == ("reset", b"") and len(simulation.plane.issued) == 2
 
@@ -7479,8 +7478,11 @@ def test_keep_session_revokes_nothing(simulation, make_pipe, flags):
         else:
             proxy_address(process)
         process.send_signal(signal.SIGTERM)
-        ends_by(process, signal.SIGTERM)
+        err = ends_by(process, signal.SIGTERM).stderr
     assert len(simulation.plane.issued) == 1 and not revoke_requests(simulation.plane)
+    session, = simulation.plane.sessions
+    kept = "session %s is kept until %s" % (session.id, session.expires_at)
+    assert err.count(kept) == (flags != ["--stdio"])  # whose terminal may be in raw mode
 
 
 def test_a_stderr_that_nobody_reads_does_not_keep_it_from_revoking(simulation, make_pipe):
@@ -7511,7 +7513,7 @@ def test_a_terminal_that_takes_a_part_of_a_line_does_not_keep_it_from_revoking(s
         room = fill()
         read()
         stderr.write(b"x" * (room - 10))
-        assert select.select([], [stderr], [], 0)[1]
+        eventually(lambda: select.select([], [stderr], [], 0)[1])
         os.set_blocking(slave, True)
         with start(simulation, "--proxy", "-v", stderr=slave, start_new_session=True) as process:
             simulation.plane.wait_for(lambda: simulation.plane.issued)
@@ -7613,8 +7615,7 @@ def test_a_process_that_is_killed_resets_its_clients():
                 pass
 
 
-OTHER_SIGNALS = ("SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGXCPU", "SIGVTALRM", "SIGPROF", "SIGIO",
-                 "SIGPWR")  # than SIGNALS, which leave no core file and are sent in every state above
+OTHER_SIGNALS = (3, 10, 12, 14, 16, 24, 26, 27, 29, 30, 34, 50, 64)  # than SIGNALS: SIGQUIT to SIGRTMAX
 
 
 def may_dump_core():
@@ -7623,10 +7624,9 @@ def may_dump_core():
 
 
 @pytest.mark.skipif(not LINUX, reason="Linux has all of them")
-@pytest.mark.parametrize("name", OTHER_SIGNALS)
+@pytest.mark.parametrize("signum", OTHER_SIGNALS)
 @pytest.mark.parametrize("mode", ["waiting for the Node", "proxy", "stdio"])
-def test_every_signal_revokes_and_ends_it_without_a_core_file(simulation, tmp_path, make_pipe, name, mode):
-    signum = getattr(signal, name)
+def test_every_signal_revokes_and_ends_it_without_a_core_file(simulation, tmp_path, make_pipe, signum, mode):
     reader, writer = make_pipe()
     if mode == "waiting for the Node":
         simulation.plane.endpoint_on = "never"
@@ -7655,9 +7655,8 @@ def test_every_signal_revokes_and_ends_it_without_a_core_file(simulation, tmp_pa
 
 
 @pytest.mark.skipif(not LINUX, reason="Linux has all of them")
-@pytest.mark.parametrize("name", OTHER_SIGNALS)
-def test_other_signals_beside_a_command_leave_no_session_either(simulation, name):
-    signum = getattr(signal, name)
+@pytest.mark.parametrize("signum", OTHER_SIGNALS)
+def test_other_signals_beside_a_command_leave_no_session_either(simulation, signum):
     with start(simulation, "--", "sh", "-c", "echo started; exec sleep 30") as process:
         process.wait_for_output("started")
         process.send_signal(signum)
@@ -7666,6 +7665,23 @@ def test_other_signals_beside_a_command_leave_no_session_either(simulation, name
             process.send_signal(signum)
         assert process.finish().returncode == 128 + signum
     revoked_once(simulation.plane)
+
+
+@pytest.mark.skipif(not LINUX, reason="/proc")
+def test_no_core_file_has_a_token_from_the_start_on_and_command_has_the_limit_that_there_was(simulation):
+    """Of a fault, say: 1 byte holds for a core_pattern that is a pipe, too."""
+    def limits(pid):
+        with open("/proc/%s/limits" % pid) as stream:
+            return re.search(r"core file size +(\S+) +(\S+)", stream.read()).groups()
+
+    def set_limit():
+        resource.setrlimit(resource.RLIMIT_CORE, (4096, 8192))
+
+    with start(simulation, "--", "sh", "-c", "echo $$; exec sleep 30", preexec_fn=set_limit) as process:
+        command_pid = int(process.ready())
+        assert limits(process.pid) == ("1", "8192") and limits(command_pid) == ("4096", "8192")
+        process.send_signal(signal.SIGTERM)
+        assert process.finish().returncode == 128 + signal.SIGTERM
 
 
 def test_a_third_signal_ends_it_at_once(simulation):
@@ -8358,7 +8374,7 @@ def test_what_stdin_gives_arrives_also_when_nobody_reads_the_answer_any_more(mak
         writer.write(data)
         os.close(out_reader)
         writer.close()
-        assert "standard output" in error_of(process.finish()) and process.returncode == 1
+        assert process.finish().returncode == 0
         eventually(lambda: heard)
         assert heard == [data]
 
@@ -8785,6 +8801,38 @@ def test_the_live_line_follows_the_width_of_the_terminal(simulation, terminal):
         assert rows_of(screen.read().rsplit("\r", 1)[1], 150)[0].endswith(":%d" % PORT)
 
 
+def test_quiet_leaves_errors_alone_and_what_was_asked_for(simulation, terminal):
+    screen = terminal(200)
+    with start(simulation, "--proxy", "-q", "--local-addr", "0.0.0.0:0", stderr=screen.slave) as process:
+        assert visit("127.0.0.1:" + proxy_address(process).rsplit(":", 1)[1])
+        process.send_signal(signal.SIGTERM)
+        ends_by(process, signal.SIGTERM)
+    assert screen.read() == ""
+    simulation.plane.script("issue", problem("forbidden"))
+    result = run_plexctl(forward_args(simulation.plane, "-q"), env=simulation.plane.environment())
+    assert result.returncode == 4 and result.stderr == error_of(result) + "\n"
+
+
+def test_print_mode_on_a_terminal_says_that_nothing_listens(simulation, terminal):
+    screen = terminal(300)
+    with start(simulation, stderr=screen.slave) as process:
+        assert process.finish().returncode == 0
+    session, line = simulation.plane.sessions[0], screen.read()
+    for words in ("nothing listens on " + parse_document(process.out, "text")["local_addr"],
+                  "connect to %s, or use --proxy" % session.endpoint, "stays until " + session.expires_at):
+        assert words in line and line.count("\n") == 1, line
+
+
+def test_a_slow_revocation_is_mentioned_on_a_terminal(simulation, terminal):
+    simulation.plane.script("revoke", hold(2))
+    screen = terminal(200)
+    with start(simulation, "--proxy", stderr=screen.slave) as process:
+        proxy_address(process)
+        process.send_signal(signal.SIGTERM)
+        process.finish()
+    assert screen.read().count("plexctl: releasing the session") == 1
+
+
 @pytest.mark.parametrize("columns", [40, 80])
 def test_ctrl_c_leaves_nothing_of_the_live_line_and_no_row_of_its_own(simulation, terminal, columns):
     """The terminal writes ^C where the line ends; in the last column that would begin another row."""
@@ -9094,6 +9142,7 @@ def test_a_client_that_leaves_while_the_node_is_blocked_keeps_no_session(where, 
             if where == "a write":
                 fill(client)
             (reset_close if where == "a write" else socket.socket.close)(client)
+            process.wait_for_output("is not used any more")
             node.target_address = simulation.target.address
             for _ in range(3):
                 with dial(address, 30) as following:
@@ -9225,8 +9274,9 @@ def test_a_getsession_that_hangs_delays_no_connection(simulation):
 
 def drop_everything(sock):
     """Nothing that comes for this socket arrives any more, as on a path that has died."""
-    program = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # return 0: drop it, see bpf(2)
-    sock.setsockopt(socket.SOL_SOCKET, 26, struct.pack("HL", 1, ctypes.addressof(program)))  # SO_ATTACH_FILTER
+    program = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # return 0, which drops it
+    attach_filter = 26  # SO_ATTACH_FILTER
+    sock.setsockopt(socket.SOL_SOCKET, attach_filter, struct.pack("HL", 1, ctypes.addressof(program)))
 
 
 @pytest.mark.skipif(not LINUX, reason="TCP_INFO")

@@ -372,7 +372,7 @@ def judge(run, injector):
     unheard = injector is not None and injector.name == "write" and injector.descriptor == 2
     lost = injector is not None and injector.is_lost and (
         "reset" in run.client_end or run.status == modes.COMMAND_RESET)
-    told = unheard or lost or "warning" in run.process.err or "not served" in run.process.err
+    told = unheard or lost or "warning" in run.process.err or "could be checked" in run.process.err
     if "hangs" not in run.wrong:
         run.check(survived or unserved or injector is not None and run.status in FAILED[run.mode],
                   "status %s", run.status)
