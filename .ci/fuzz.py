@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Command lines, secret files and answers of a control plane, most of them with one thing wrong.
 
-    .ci/venv/bin/pip install hypothesis
+    .ci/venv/bin/pip install pytest hypothesis
     .ci/venv/bin/python .ci/fuzz.py                                  10,000 of each, about ten minutes
     .ci/venv/bin/python .ci/fuzz.py --examples 300 --part answers    300 answers
 
