@@ -1485,11 +1485,10 @@ def demonstrate():
 def log_request(request, answer):
     """Print a line for a request to the control plane."""
     name = {"issue": "IssueSession", "get": "GetSession", "revoke": "RevokeSession"}.get(
-        request.operation, "no such operation")
+        request.operation, "%s %s" % (request.method, request.path))
     body = answer.body or {}
-    more = body.get("detail") or body.get("session_id") or " ".join(request.ids[1:])
-    say("%s  %s %s  %s: %d %s" % (time.strftime("%H:%M:%S"), request.method, request.path, name,
-                                  answer.status, more))
+    say("%s  %s: %d %s" % (time.strftime("%H:%M:%S"), name, answer.status,
+                           body.get("detail") or body.get("session_id") or " ".join(request.ids[1:])))
 
 
 def serve_simulation(target=None, **node_options):
