@@ -12,10 +12,13 @@ Sections, in this order; each begins with a line `# ---- NAME ---`:
     simulator       waiting and listening; targets; carrying bytes; the Node; the control plane;
                     plexctl as a process, and its clients
     demonstration   what the first two commands above run
-    tests           in the order of plexctl.py: values, credentials, command line, output, revealing the
-                    session token, one file alone, control plane, relay, forwarder, whose connection it is,
-                    sessions; then whole processes: signals, exit codes, COMMAND, stdio, terminal, readiness,
-                    real programs; then README and packaging
+    tests           what all of them share; the simulator's Node; tables and helpers;
+                    in the order of plexctl.py: values; credentials, in order; command line; output;
+                    revealing the session token; one file alone; control plane; relay; forwarder;
+                    whose connection it is; sessions in use;
+                    of whole processes: what the tests with processes share; signals; exit codes; COMMAND;
+                    stdio; terminal; readiness; what the Node's agent and others found; real programs;
+                    README and packaging
 """
 import argparse
 import collections
@@ -10060,6 +10063,14 @@ def test_the_published_examples_work_word_for_word(simulation, tmp_path, line):
     else:
         assert done.stderr == ""
     assert simulation.plane.revoked == []
+
+
+def test_the_docstring_of_this_file_lists_its_sections():
+    with open(os.path.join(HERE, "test_plexctl.py"), encoding="utf-8") as file:
+        source = file.read()
+    names = re.findall(r"(?m)^# ---- (?:simulator: |tests: )?(.*?) -+$", source)
+    listed = [" ".join(name.split()) for name in re.split("[;:]|  +", __doc__.partition("NAME ---`:")[2])]
+    assert len(names) > 20 and [name for name in listed if name in names] == names
 
 
 HEADINGS = ["Install", "Quick start", "Usage", "Recipes", "Credentials", "How it behaves", "Troubleshooting",
