@@ -10331,7 +10331,7 @@ def test_the_recipe_called_ci(simulation, tmp_path, shell):
 @pytest.mark.realworld
 def test_the_recipe_called_json_and_jq(simulation, tmp_path, shell):
     need("jq")
-    once, proxy = recipe_blocks("JSON and jq")[0].splitlines()
+    once, proxy = re.split(r"\n(?=plexctl)", recipe_blocks("JSON and jq")[0])
     assert run_recipe(simulation, tmp_path, once, shell) == simulation.plane.sessions[0].endpoint + "\n"
     with recipe(simulation, tmp_path, proxy.replace("jq ", "jq --unbuffered "), shell) as process:
         assert visit(process.ready().strip())
