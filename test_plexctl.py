@@ -12,10 +12,13 @@ Sections, in this order; each begins with a line `# ---- NAME ---`:
     simulator       waiting and listening; targets; carrying bytes; the Node; the control plane;
                     plexctl as a process, and its clients
     demonstration   what the first two commands above run
-    tests           in the order of plexctl.py: values, credentials, command line, output, revealing the
-                    session token, one file alone, control plane, relay, forwarder, whose connection it is,
-                    sessions; then whole processes: signals, exit codes, COMMAND, stdio, terminal, readiness,
-                    real programs; then README and packaging
+    tests           what all of them share; the simulator's Node; tables and helpers;
+                    in the order of plexctl.py: values; credentials, in order; command line; output;
+                    revealing the session token; one file alone; control plane; relay; forwarder;
+                    whose connection it is; sessions in use;
+                    of whole processes: what the tests with processes share; signals; exit codes; COMMAND;
+                    stdio; terminal; readiness; what the Node's agent and others found; real programs;
+                    README and packaging
 """
 import argparse
 import collections
@@ -1485,11 +1488,10 @@ def demonstrate():
 def log_request(request, answer):
     """Print a line for a request to the control plane."""
     name = {"issue": "IssueSession", "get": "GetSession", "revoke": "RevokeSession"}.get(
-        request.operation, "no such operation")
+        request.operation, "%s %s" % (request.method, request.path))
     body = answer.body or {}
-    more = body.get("detail") or body.get("session_id") or " ".join(request.ids[1:])
-    say("%s  %s %s  %s: %d %s" % (time.strftime("%H:%M:%S"), request.method, request.path, name,
-                                  answer.status, more))
+    say("%s  %s: %d %s" % (time.strftime("%H:%M:%S"), name, answer.status,
+                           body.get("detail") or body.get("session_id") or " ".join(request.ids[1:])))
 
 
 def serve_simulation(target=None, **node_options):
@@ -10049,6 +10051,14 @@ def test_the_published_examples_work_word_for_word(simulation, tmp_path, line):
     assert simulation.plane.revoked == []
 
 
+def test_the_docstring_of_this_file_lists_its_sections():
+    with open(os.path.join(HERE, "test_plexctl.py"), encoding="utf-8") as file:
+        source = file.read()
+    names = re.findall(r"(?m)^# ---- (?:simulator: |tests: )?(.*?) -+$", source)
+    listed = [" ".join(name.split()) for name in re.split("[;:]|  +", __doc__.partition("NAME ---`:")[2])]
+    assert len(names) > 20 and [name for name in listed if name in names] == names
+
+
 HEADINGS = ["Install", "Quick start", "Usage", "Recipes", "Credentials", "How it behaves", "Troubleshooting",
             "Security", "Comparison", "Performance", "Library use", "Contributing", "License"]
 
@@ -10307,7 +10317,7 @@ def test_the_recipe_called_ci(simulation, tmp_path, shell):
 @pytest.mark.realworld
 def test_the_recipe_called_json_and_jq(simulation, tmp_path, shell):
     need("jq")
-    once, proxy = recipe_blocks("JSON and jq")[0].splitlines()
+    once, proxy = re.split(r"\n(?=plexctl)", recipe_blocks("JSON and jq")[0])
     assert run_recipe(simulation, tmp_path, once, shell) == simulation.plane.sessions[0].endpoint + "\n"
     with recipe(simulation, tmp_path, proxy.replace("jq ", "jq --unbuffered "), shell) as process:
         assert visit(process.ready().strip())

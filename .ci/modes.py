@@ -5,7 +5,9 @@ the environment, one connection that exchanges bytes with an echo target. Python
 """
 
 import argparse
+import collections
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -286,13 +288,31 @@ def default_signals():
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
-def spread(cases, work, jobs, collect):
-    """work(case) for each case in so many processes; collect(case, result) for each, as they come."""
-    import multiprocessing
-    context = multiprocessing.get_context("fork")
-    with context.Pool(jobs) as pool:
-        for case, result in pool.imap_unordered(_Call(work), cases, chunksize=4):
-            collect(case, result)
+def run_one(work, text):
+    """A case that is named on the command line: its story. Whether it failed."""
+    wrong, kind, story = work(tuple(int(word) if word.isdigit() else word for word in text.split(":")))
+    print("%s\n%s\n%s" % (kind, story, wrong or "as it should be"))
+    return wrong is not None
+
+
+def run_all(cases, work, options, again):
+    """work(case) for each case, in so many processes: (None or what is wrong, its kind, its story).
+
+    Prints what failed, and `again`, the command that repeats it. Returns the number of each kind, and whether
+    any failed."""
+    kinds, failures, began = collections.Counter(), collections.defaultdict(list), time.monotonic()
+    with multiprocessing.get_context("fork").Pool(options.jobs) as pool:
+        for case, (wrong, kind, story) in pool.imap_unordered(_Call(work), cases, chunksize=4):
+            kinds[kind] += 1
+            if wrong:
+                failures[re.sub(r"0x[0-9a-f]+|\d+", "N", wrong)[:150]].append((case, story))
+    for wrong, group in sorted(failures.items(), key=lambda item: -len(item[1])):
+        print("\n%d x %s" % (len(group), wrong))
+        for case, story in group[:4]:
+            print("  %s --case %s\n    %s" % (again, ":".join(map(str, case)), story.replace("\n", "\n    ")))
+    print("%d failed of %d, %.0f s, seed %d" % (sum(map(len, failures.values())), len(cases),
+                                                time.monotonic() - began, options.seed))
+    return kinds, bool(failures)
 
 
 class _Call:

@@ -147,37 +147,18 @@ def main():
     options = modes.create_parser(__doc__, "MODE:SIGNAL:COUNT:INDEX").parse_args()
     modes.default_signals()
     plexctl = options.plexctl
-    times, began = measure(plexctl), time.monotonic()
+    times = measure(plexctl)
     work = functools.partial(run_case, plexctl, times, first_act(plexctl), options.seed)
     if options.case:
-        mode, name, count, index = options.case.split(":")
-        wrong, kind, story = work((mode, name, int(count), int(index)))
-        print("%s\n%s\n%s" % (kind, story, wrong or "as it should be"))
-        return wrong is not None
+        return modes.run_one(work, options.case)
     print("seed %d; first statement after %.3f s, end: %s" % (options.seed, times["start"], ", ".join(
         "%s %.3f s" % (mode, times[mode]) for mode in modes.MODES)), flush=True)
     cases = [(mode, name, count, index) for mode in options.mode or modes.MODES for name in SIGNALS
              for count in (1, 2) for index in range(max(1, round(INSTANTS * options.sample)))]
     random.Random(options.seed).shuffle(cases)
-    kinds, failures = {}, {}
-
-    def collect(case, result):
-        wrong, kind, story = result
-        kinds[kind] = kinds.get(kind, 0) + 1
-        if wrong:
-            failures.setdefault(wrong, []).append((case, story))
-
-    modes.spread(cases, work, options.jobs, collect)
-    for wrong, group in sorted(failures.items(), key=lambda item: -len(item[1])):
-        print("\n%d x %s" % (len(group), wrong))
-        for case, story in group[:4]:
-            print("  python3 .ci/signals.py --seed %d --case %s:%s:%d:%d\n    %s" % (
-                (options.seed,) + case + (story.replace("\n", "\n    "),)))
-    total = sum(map(len, failures.values()))
-    print("%d runs (%s), %d failed, %.0f s, seed %d" % (
-        len(cases), ", ".join("%s: %d" % item for item in sorted(kinds.items())), total,
-        time.monotonic() - began, options.seed))
-    return total > 0
+    kinds, has_failed = modes.run_all(cases, work, options, "python3 .ci/signals.py --seed %d" % options.seed)
+    print(", ".join("%s: %d" % item for item in sorted(kinds.items())))
+    return has_failed
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Every system call that plexctl makes after its first statement fails once, with each error it can give.
 
-    python3 .ci/torture.py                           all of them, in every mode: some 5,000, 20 to 40 minutes
+    python3 .ci/torture.py                           all of them, in every mode: some 10,000, an hour
     python3 .ci/torture.py --sample 0.05 --seed 7    every twentieth, drawn by the seed
     python3 .ci/torture.py --case proxy:poll:9:ENOMEM
     python3 .ci/torture.py --list --mode stdio       what there is
@@ -433,10 +433,7 @@ def main():
             return 1
     work = functools.partial(run_case, plexctl, recordings)
     if options.case:
-        mode, name, ordinal, error = options.case.split(":")
-        wrong, _hit, story = work((mode, name, int(ordinal), error))
-        print("%s\n%s" % (story, wrong or "as it should be"))
-        return wrong is not None
+        return modes.run_one(work, options.case)
     cases = [(mode, name, ordinal, error) for mode, recording in recordings.items()
              for name, count in sorted(recording.after.items()) for ordinal in range(1, count + 1)
              for error in CAN_FAIL[name] if not options.syscall or name in options.syscall]
@@ -452,25 +449,9 @@ def main():
     rng = random.Random(options.seed)
     chosen = rng.sample(cases, round(len(cases) * options.sample) or min(1, len(cases)))
     print("seed %d: %d of %d faults" % (options.seed, len(chosen), len(cases)), flush=True)
-    failures, missed, began = {}, 0, time.monotonic()
-
-    def collect(case, result):
-        nonlocal missed
-        wrong, hit, story = result
-        missed += hit is None
-        if wrong:
-            failures.setdefault(re.sub(r"0x[0-9a-f]+|\d+", "N", wrong)[:150], []).append((case, story))
-            print("%s: %.200s" % (":".join(map(str, case)), wrong), flush=True)
-
-    modes.spread(chosen, work, options.jobs, collect)
-    for wrong, group in sorted(failures.items(), key=lambda item: -len(item[1])):
-        print("\n%d x %s" % (len(group), wrong))
-        for case, story in group:
-            print("  python3 .ci/torture.py --case %s\n    %s" % (
-                ":".join(map(str, case)), story.replace("\n", "\n    ")))
-    print("%d faults, %d not reached, %d failed, %.0f s, seed %d" % (
-        len(chosen), missed, sum(map(len, failures.values())), time.monotonic() - began, options.seed))
-    return bool(failures)
+    hits, has_failed = modes.run_all(chosen, work, options, "python3 .ci/torture.py")
+    print("%d not reached" % hits[None])
+    return has_failed
 
 
 if __name__ == "__main__":
