@@ -23,8 +23,8 @@ writing the document. What they share is guarded by the lock of Forwarder, Ledge
 
 The credential: the bearer token is read in the section credentials and revealed in the section
 control plane alone. Everything else holds it as a Secret; COMMAND does not get it, and no core
-file is left. The session token is revealed by Run.establish alone; the section audit records
-that it was, never the token.
+file is left. The session token is shown by Run.establish alone; ControlPlane compares with it,
+to hide it. The section audit records that it was shown, never the token.
 """
 import sys
 
@@ -186,7 +186,7 @@ def name_signal(signum: int) -> str:
 
 
 class Interrupted(Exception):
-    """The first SIGINT, SIGTERM or SIGHUP; raised where the main thread waits, nowhere else."""
+    """A signal that asks for the end; raised only where the main thread waits."""
 
     def __init__(self, signum: int) -> None:
         super().__init__("ended by " + name_signal(signum))
@@ -850,7 +850,7 @@ class Exchange:
         """
         request.exchange = self  # for PlaneHandler
         if not start_thread(self._perform, opener, request):
-            self._perform(opener, request)  # no more threads: the limits are those of each recv, then
+            self._perform(opener, request)  # no thread left: run it here; only each recv has a limit
         deadline = elapsed_seconds() + seconds
         tell_on: Optional[float] = elapsed_seconds() + SILENT_SECONDS
         while not self._done.wait(max(0.0, min(CANCEL_POLL_SECONDS, deadline - elapsed_seconds()))):
@@ -1993,7 +1993,9 @@ class Ledger:
 
     def _claim(self, session_id: str) -> bool:
         """With the lock held: return whether the caller is to revoke it. True once."""
-        if self._owed.get(session_id, True) or self._is_kept and self._is_closed:
+        if self._is_kept and self._is_closed:
+            return False
+        if self._owed.get(session_id) is not False:  # it has begun, or is over
             return False
         self._owed[session_id] = True
         return True
@@ -2007,10 +2009,9 @@ class Ledger:
                 break
             except Exception as error:
                 failure = str(error) if isinstance(error, PlexctlError) else show_error(error)
-                status = getattr(error, "status", 0)
-                may_pass = status == 429 or status >= 500 or not status and getattr(error, "passing", False)
+                passing = getattr(error, "passing", False)
                 wait = getattr(error, "retry_after_seconds", None) or POLL_MIN_SECONDS
-            if not may_pass or elapsed_seconds() + wait > deadline:
+            if not passing or elapsed_seconds() + wait > deadline:
                 break
             time.sleep(wait)
             failure = ""
@@ -2069,7 +2070,7 @@ class MediatedSession:
         self.expires_on = issued.issued_on + issued.lifetime_seconds
         if issued.session.status != "active" or issued.lifetime_seconds <= 0:
             raise SessionOver("the session was over when it arrived")
-        self._move(issued.listener_endpoint or self._await_endpoint(tell))
+        self._set_endpoint(issued.listener_endpoint or self._await_endpoint(tell))
         self.ready_on = elapsed_seconds()
         self._recheck_on = self.ready_on + RECHECK_SECONDS
         self._ledger.say(f"session {self.session_id}: listener endpoint {self.endpoint}, "
@@ -2166,7 +2167,7 @@ class MediatedSession:
             f"the Node reported no listener endpoint within {limit} (--wait-seconds); check that the Node is "
             "online and has fewer than 10 sessions (those of print mode count until they expire)")
 
-    def _move(self, endpoint: Endpoint) -> None:
+    def _set_endpoint(self, endpoint: Endpoint) -> None:
         """Look the endpoint's name up, and check the address that it leads to."""
         try:
             found = socket.getaddrinfo(endpoint.host, endpoint.port, 0, socket.SOCK_STREAM)
@@ -2187,7 +2188,7 @@ class MediatedSession:
                 self.end(describe_end(session))
             elif session.listener_endpoint not in (None, self.endpoint):
                 self._ledger.say(f"the Node reports a new listener endpoint: {session.listener_endpoint}")
-                self._move(session.listener_endpoint)
+                self._set_endpoint(session.listener_endpoint)
         except Cancelled:
             pass
         except Exception as error:
@@ -2220,8 +2221,10 @@ def dial(route: Tuple[int, Any], is_stopped: Callable[[], bool]) -> Leg:
         while error in CONNECTING and elapsed_seconds() < deadline and not is_stopped():
             if wait_for(leg.writes_at, select.POLLOUT, TICK_SECONDS):
                 error = leg.take_error()
+        if error in CONNECTING:
+            error = errno.ETIMEDOUT
         if error:
-            raise OSError(error, os.strerror(errno.ETIMEDOUT if error in CONNECTING else error))
+            raise OSError(error, os.strerror(error))
         return leg
     except BaseException:
         sock.close()
@@ -2669,7 +2672,7 @@ class Forwarder:
             self._is_ending.set()
             self._ledger.plane.cancel.set()
             self._changed.notify_all()
-        self._turn.acquire(timeout=seconds)  # it is not given back: nobody uses the listener any more
+        self._turn.acquire(timeout=seconds)  # and keep it: nobody accepts any more
         self.listener.server_close()
         with self._changed:
             self._changed.wait_for(lambda: not self._explaining and not any(
@@ -2681,7 +2684,8 @@ class Forwarder:
     def _run(self, carrier: Carrier) -> None:
         session = carrier.session
         try:
-            session.open(self._next_request(), self._ledger.say if self.first else self._ledger.tell_once)
+            tell = self._ledger.say if self.first else self._ledger.tell_once  # one wait is announced
+            session.open(self._next_request(), tell)
             with self._changed:
                 self.first = self.first or session
                 self._changed.notify_all()
@@ -2790,7 +2794,7 @@ class Forwarder:
                 if self._is_ending.is_set() or session.is_over():
                     raise session.why or Cancelled("interrupted")
                 if self._is_sending(carrier):
-                    raise StillSending("what the last client sent is still on its way")
+                    raise StillSending("")
                 self._wait_for_end(carrier)
             return remote
         except BaseException:
@@ -3132,7 +3136,7 @@ class Outcome:
         self._result: Any = None
         self._error: Optional[BaseException] = None
         if not start_thread(self._run, function):
-            self._run(function)  # better without an ear for signals than not at all
+            self._run(function)  # no thread left: run it here; signals wait
 
     def _run(self, function: Callable[[], Any]) -> None:
         try:
@@ -3494,6 +3498,7 @@ class Run:
         self.foreground = foreground
         self.stdout = stdout
         self.began = elapsed_seconds()
+        self.told: Optional[PlexctlError] = None  # an error that was reported already
         self.request = SessionRequest(options.project_id, options.resource_id, options.host,
                                       options.port, options.ttl_seconds)
 
@@ -3589,7 +3594,6 @@ class Run:
         streams = StandardStreams()
         relay = Relay(streams, remote, create_buffers(), streams.is_gone, session.is_over,
                       lambda: self.explain_end(session, relay))
-        self.told: Optional[PlexctlError] = None
         carried = Outcome(relay.carry)
         began = elapsed_seconds()
         try:
@@ -3806,7 +3810,7 @@ def reserve_standard_descriptors() -> None:
 
 
 FAULTS = ("SIGABRT", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGTRAP", "SIGSYS")
-HARMLESS = ("SIGKILL", "SIGSTOP", "SIGTSTP", "SIGTTIN", "SIGTTOU", "SIGCONT", "SIGCHLD", "SIGURG", "SIGWINCH",
+NOT_HANDLED = ("SIGKILL", "SIGSTOP", "SIGTSTP", "SIGTTIN", "SIGTTOU", "SIGCONT", "SIGCHLD", "SIGURG", "SIGWINCH",
             "SIGINFO")  # whose default action ends no process, and the one that nobody can handle
 ALWAYS_HANDLED = ("SIGINT", "SIGTERM", "SIGHUP")  # the others only where nobody else has a handler
 
@@ -3816,7 +3820,7 @@ def handle_signals(foreground: Foreground) -> Callable[[], None]:
     if threading.current_thread() is not threading.main_thread():
         return lambda: None
     before: Dict[int, Any] = {}
-    kept = {getattr(signal, name, None) for name in FAULTS + HARMLESS}
+    kept = {getattr(signal, name, None) for name in FAULTS + NOT_HANDLED}
     always = {getattr(signal, name, None) for name in ALWAYS_HANDLED}
     for signum in set(range(1, signal.NSIG)) - kept:
         try:
