@@ -1486,7 +1486,10 @@ class Leg:
         """Return how many bytes the other end has not acknowledged (SIOCOUTQ, tcp(7))."""
         if not self._tells:
             return 0
-        return int(struct.unpack("i", fcntl.ioctl(self.sock, termios.TIOCOUTQ, bytes(4)))[0])
+        try:
+            return int(struct.unpack("i", fcntl.ioctl(self.sock, termios.TIOCOUTQ, bytes(4)))[0])
+        except ValueError:  # its thread has closed it
+            return 0
 
     def is_dead(self) -> bool:
         """Return whether what was sent has had no answer for UNANSWERED_SECONDS.
@@ -1856,6 +1859,7 @@ class Relay:
 ASK_SECONDS = 2  # between two questions about one session
 ASK_LIMIT_SECONDS = 5  # that somebody waits for the answer
 RECHECK_SECONDS = 60  # the reconcile period of a Node
+AHEAD_SECONDS = 1.0  # that a Node's clock may be ahead: it closes so long before the session expires
 GONE_SECONDS = 30  # of refused dials, until a listener counts as gone
 CONNECTING = (errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK)
 
@@ -2186,6 +2190,8 @@ class MediatedSession:
             has_answer = True
             if session.status != "active":
                 self.end(describe_end(session))
+            elif elapsed_seconds() >= self.expires_on - AHEAD_SECONDS:
+                self.end(SessionOver("the session expired"))
             elif session.listener_endpoint not in (None, self.endpoint):
                 self._ledger.say(f"the Node reports a new listener endpoint: {session.listener_endpoint}")
                 self._set_endpoint(session.listener_endpoint)
@@ -2326,6 +2332,7 @@ class Listener(socketserver.TCPServer):
 
     def __init__(self, local: LocalAddress, allow_other_users: bool, warn_once: Report) -> None:
         self.unidentified = 0  # connections not served, since their clients had closed them
+        self.is_taking = False  # a client may have been accepted that nobody knows of yet
         self._path = local.path
         self._warn_once = warn_once
         self._taken: Optional[Tuple[socket.socket, Any]] = None
@@ -2374,6 +2381,13 @@ class Listener(socketserver.TCPServer):
             return self._owners is not None and self._owners.find(address)[1]
         return False
 
+    def has_left(self, client: socket.socket, address: Any) -> bool:
+        """Return whether a client wants nothing any more: it has reset, or has closed without a byte."""
+        try:
+            return self.is_gone(client, address) and not client.recv(1, socket.MSG_PEEK)
+        except OSError:
+            return True
+
     def knows_who_is_gone(self) -> bool:
         """Return whether `is_gone` can tell a closed connection from a half-closed one."""
         return bool(self._path) or self._owners is not None
@@ -2404,6 +2418,7 @@ class Listener(socketserver.TCPServer):
 
     def get_request(self) -> Tuple[socket.socket, Any]:
         """Accept a connection; without descriptors, do not spin."""
+        self.is_taking = True
         try:
             return self.socket.accept()
         except OSError as error:
@@ -2414,8 +2429,8 @@ class Listener(socketserver.TCPServer):
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Return whether the user behind this connection may use the port: ours or root."""
-        if self._path:  # a client that has closed without a byte wants nothing any more
-            return not poll_now(request.fileno(), 0) or bool(request.recv(1, socket.MSG_PEEK))
+        if self._path:
+            return not self.has_left(request, client_address)
         if not self._checks_owners or self._owners is None:
             return True
         try:
@@ -2497,8 +2512,8 @@ class Demand:
         self._waiting_since = self._spare_since = elapsed_seconds()
         self._replaced_on = -float("inf")
 
-    def count_missing(self, now: float, waiting: int, states: List[str]) -> int:
-        """Return how many to issue now: for the connections that wait, and to have the minimum ready."""
+    def count_room(self, now: float, waiting: int, states: List[str]) -> int:
+        """Return how many of the connections that wait may be accepted, to have sessions issued for them."""
         live = [state for state in states if state in LIVE]
         if not waiting or FREE in live:
             waiting, self._waiting_since = 0, now
@@ -2507,14 +2522,23 @@ class Demand:
         opening = live.count(OPENING)
         has_waited = waiting > 0 and (not live or now - self._waiting_since >= GRACE_SECONDS)
         self.is_short = has_waited and len(live) - opening >= self.limit
-        if now < self.retry_on or not live and ENDING in states:  # the server may count that one yet
-            return 0
-        missing = self._minimum - len(live) if self._minimum > 1 else 0  # a single one when it is needed
-        return min(max(waiting - opening if has_waited else 0, missing), self.limit - len(states))
+        return self.limit - len(states) + opening if has_waited and self.may_issue(now, states) else 0
 
-    def has_spare(self, now: float, states: List[str]) -> bool:
+    def count_missing(self, now: float, accepted: int, states: List[str]) -> int:
+        """Return how many sessions to issue now: for accepted clients, and to have the minimum ready."""
+        if not self.may_issue(now, states):
+            return 0
+        live = len([state for state in states if state in LIVE])
+        missing = self._minimum - live if self._minimum > 1 else 0  # a single one when it is needed
+        return min(max(accepted - states.count(OPENING), missing), self.limit - len(states))
+
+    def may_issue(self, now: float, states: List[str]) -> bool:
+        """Return False after a failure, and while the server may yet count a session that is revoked."""
+        return now >= self.retry_on and not (ENDING in states and not set(LIVE).intersection(states))
+
+    def has_spare(self, now: float, free: int) -> bool:
         """Return whether more than the minimum have been free for a while: then one can be given back."""
-        if states.count(FREE) <= self._minimum:
+        if free <= self._minimum:
             self._spare_since = now
         is_spare = now - self._spare_since >= IDLE_SECONDS
         if is_spare:
@@ -2589,7 +2613,7 @@ class Forwarder:
         self._is_ending = threading.Event()  # nothing is carried any more
         self._is_stopped = False
         self._carriers: List[Carrier] = []
-        self._returned: List[Client] = []  # whose sessions turned out to be over or stuck
+        self._returned: List[Client] = []  # accepted, and not served: a session is to be issued for them
         self._ended = Counts()
         self._explaining = 0
         self._has_been_stuck = False
@@ -2620,11 +2644,14 @@ class Forwarder:
         with self._changed:
             if self._is_time_up(now):
                 self._end(SessionOver("the session expired"))
-            if not self.over and self.first is not None:
-                self._adjust(now, self.first)
+            room = self._count_room(now) if self.first is not None and not self.over else 0
             nobody_comes = self.first is not None and not self._list_live() and now < self._demand.retry_on
         if self.over or nobody_comes:
             self._reject_waiting()
+        else:
+            self._accept_checked(room)
+            with self._changed:
+                self._adjust(now)
         if self.first is not None and not self._renew:
             self.first.warn_of_its_end()
 
@@ -2647,9 +2674,10 @@ class Forwarder:
             return max(0.0, min((each.expires_on for each in sessions), default=0.0) - elapsed_seconds())
 
     def count_undelivered(self) -> int:
-        """Return how many bytes the Node has not acknowledged that clients sent before they were gone."""
+        """Return how many bytes of the clients' the Node has not acknowledged yet."""
         with self._changed:
-            return sum(each.awaited.count_unsent() for each in self._carriers if each.awaited)
+            legs = [each.awaited or each.relay and each.relay.up.sink for each in self._carriers]
+            return sum(leg.count_unsent() for leg in legs if leg)
 
     def is_delivering(self) -> bool:
         """Return whether something that clients have sent before they were gone is still on its way.
@@ -2658,7 +2686,7 @@ class Forwarder:
         """
         with self._changed:
             self._finishing_since = min(self._finishing_since, elapsed_seconds())
-            return bool(self._returned or self.listener.count_waiting() or any(
+            return bool(self._returned or self.listener.is_taking or self.listener.count_waiting() or any(
                 each.awaited or each.state == BUSY and (not each.client or self._is_gone(*each.client))
                 for each in self._carriers))
 
@@ -2709,7 +2737,7 @@ class Forwarder:
         while not (self._is_ending.is_set() or carrier.session.is_over()):
             is_free, client = self._see_awaited(carrier), None
             with self._changed:
-                if carrier.is_spare:
+                if carrier.is_spare and not self._returned:
                     return None
                 carrier.state, carrier.client = BUSY if self._is_sending(carrier) else FREE, None
                 # one that still waits for the Node leaves the client to one that does not
@@ -2717,17 +2745,21 @@ class Forwarder:
                     each.state == FREE and not each.awaited for each in self._carriers))
                 if is_needed and self._returned:
                     client = self._returned.pop(0)
+                    carrier.state, carrier.client = BUSY, client
+            if client is not None and not self.listener.has_left(*client):
+                return client
             if not is_needed:
                 self._wait_for_end(carrier)
             elif client is None and self._turn.acquire(timeout=TICK_SECONDS):
                 try:
                     client = self.listener.take()
+                    if client is not None:
+                        with self._changed:
+                            carrier.state, carrier.client, carrier.is_spare = BUSY, client, False
+                        return client
                 finally:
+                    self.listener.is_taking = False
                     self._turn.release()
-            if client is not None:
-                with self._changed:
-                    carrier.state, carrier.client, carrier.is_spare = BUSY, client, False
-                return client
         return None
 
     def _see_awaited(self, carrier: Carrier) -> bool:
@@ -2890,21 +2922,29 @@ class Forwarder:
             if self.first is None and not self._carriers:
                 self._end(why)
 
-    def _adjust(self, now: float, first: MediatedSession) -> None:
-        """Start the sessions that are missing, and give one back that is not needed."""
+    def _count_room(self, now: float) -> int:
+        """Return how many waiting clients to accept for further sessions; warn at the limit."""
         waiting = len(self._returned) + self.listener.count_waiting()
-        states = [each.state for each in self._carriers]
-        missing = self._demand.count_missing(now, waiting, states)
+        room = self._demand.count_room(now, waiting, [each.state for each in self._carriers])
         if self._demand.is_short:
             self._ledger.tell_once(
                 f"warning: {waiting} connection{'s wait' if waiting > 1 else ' waits'} until one closes: "
                 f"each needs a session (--max-sessions is {self._demand.limit}; a connection pool must not "
                 "be larger)", "limit")
-        if self._renew or first.expires_on - now >= 1:
+        return room
+
+    def _adjust(self, now: float) -> None:
+        """Start the sessions that are missing, and give one back that is not needed."""
+        if self.first is None or self._is_ending.is_set():
+            return
+        states = [each.state for each in self._carriers]
+        missing = self._demand.count_missing(now, len(self._returned), states)
+        if self._renew or self.first.expires_on - now >= 1:
             for _ in range(missing):
                 self._start()
-        if self._demand.has_spare(now, states):
-            [each for each in self._carriers if each.state == FREE][-1].is_spare = True
+        free = [each for each in self._carriers if each.state == FREE and not each.awaited]
+        if self._demand.has_spare(now, len(free)):
+            free[-1].is_spare = True
 
     def _follow(self, carrier: Carrier, why: PlexctlError) -> None:
         """Draw the conclusions from the end of one session."""
@@ -2958,6 +2998,19 @@ class Forwarder:
         del self._returned[:]
 
     # What they all use
+
+    def _accept_checked(self, room: int) -> None:
+        """Accept clients that further sessions are to be issued for: another user's must not cost any."""
+        if room <= len(self._returned) or not self._turn.acquire(timeout=TICK_SECONDS):
+            return
+        try:
+            for _ in range(min(room - len(self._returned), self.listener.count_waiting())):
+                client = self.listener.take()
+                with self._changed:
+                    self._returned += [client] if client is not None else []
+        finally:
+            self.listener.is_taking = False
+            self._turn.release()
 
     def _reject_waiting(self) -> None:
         """Reset the connections that wait, since no session will come to take them."""
@@ -3595,20 +3648,26 @@ class Run:
         relay = Relay(streams, remote, create_buffers(), streams.is_gone, session.is_over,
                       lambda: self.explain_end(session, relay))
         carried = Outcome(relay.carry)
-        began = elapsed_seconds()
+        began, give_up_on = elapsed_seconds(), float("inf")
         try:
             while not carried.is_there.is_set():
                 try:
                     self.foreground.wait(TICKING_SECONDS, carried.is_there)
-                except Interrupted:
-                    # ssh hangs up as soon as it has seen the end: that counts, and not the signal
+                except Interrupted as interrupted:
+                    # ssh hangs up as soon as it has seen the end: that counts then, and not the signal
                     if not relay.is_ending:
                         raise
+                    limit = QUIET_SECONDS if relay.down.is_over else ASK_LIMIT_SECONDS
+                    signalled, give_up_on = interrupted, min(give_up_on, elapsed_seconds() + limit)
+                if elapsed_seconds() >= give_up_on:
+                    raise signalled
                 if self.options.verbose:
                     session.warn_of_its_end()
             deadline = elapsed_seconds() + STUCK_SECONDS
             while relay.is_awaited and not remote.has_ended() and elapsed_seconds() < deadline:
                 self.foreground.wait(TICKING_SECONDS)  # what was sent is still on its way
+                if remote.count_unsent() and not session.is_over():
+                    deadline = elapsed_seconds() + STUCK_SECONDS
             # nobody reads: ssh leaves like that, too, but has had everything
             if relay.is_awaited and (not relay.down.moved or relay.down.rest or remote.discarded):
                 streams.error = PlexctlError("cannot write to standard output: nobody reads it")
@@ -3810,8 +3869,9 @@ def reserve_standard_descriptors() -> None:
 
 
 FAULTS = ("SIGABRT", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGTRAP", "SIGSYS")
-NOT_HANDLED = ("SIGKILL", "SIGSTOP", "SIGTSTP", "SIGTTIN", "SIGTTOU", "SIGCONT", "SIGCHLD", "SIGURG", "SIGWINCH",
-            "SIGINFO")  # whose default action ends no process, and the one that nobody can handle
+NOT_HANDLED = (  # their default action ends no process, or nobody can handle them
+    "SIGKILL", "SIGSTOP", "SIGTSTP", "SIGTTIN", "SIGTTOU", "SIGCONT", "SIGCHLD", "SIGURG", "SIGWINCH",
+    "SIGINFO")
 ALWAYS_HANDLED = ("SIGINT", "SIGTERM", "SIGHUP")  # the others only where nobody else has a handler
 
 

@@ -9498,6 +9498,100 @@ def test_a_terminal_that_stops_who_writes_in_the_background_does_not_stop_it(sim
     assert "127.0.0.1" in screen.read() and "the session expired" in screen.read()
 
 
+def reading_slowly(heard, go, each_seconds=0.0):
+    """A service that reads nothing before an event, and then so slowly; an echo where the first byte is e."""
+    def serve(connection, target):
+        first = connection.recv(1, socket.MSG_PEEK)
+        if first == b"e":
+            echo(connection, target)
+        go.wait(30)
+        for data in iter(lambda: connection.recv(1 << 16), b""):
+            heard.extend(data)
+            target.closing.wait(each_seconds)
+    return serve
+
+
+@contextlib.contextmanager
+def a_session_that_still_sends(**options):
+    """A client has sent much and closed, and its target does not read yet: (running, heard, go, data)."""
+    heard, go, data = bytearray(), threading.Event(), b"x" + pattern(8 << 20)
+    with relayed_to(reading_slowly(heard, go), direct=True, **options) as running:
+        with dial(running.address) as client:
+            sender = threading.Thread(target=client.sendall, args=(data,), daemon=True)
+            sender.start()
+            standstill(lambda: running.count().up)
+            if sender.is_alive():  # more than the kernels take
+                go.set()
+                sender.join(20)
+        yield running, heard, go, data
+        go.set()
+        eventually(lambda: len(heard) == len(data))
+        assert heard == data
+
+
+def test_what_is_still_being_sent_keeps_no_other_client_waiting():
+    with a_session_that_still_sends() as (running, _, go, _):
+        with dial(running.address) as client:
+            assert talk(client, b"echo")
+            assert go.is_set() or len(running.plane.issued) == 2
+
+
+def test_a_session_that_still_sends_is_not_spare(monkeypatch):
+    monkeypatch.setattr(plexctl, "IDLE_SECONDS", 0.3)
+    with a_session_that_still_sends(minimum=2) as (running, _, _, _):
+        with dialled(running, 0):
+            let_pass(2)
+        assert running.plane.revoked == []
+
+
+def test_what_command_has_sent_arrives_as_long_as_it_moves():
+    """Slower than the 2 s after which nothing new goes to the kernel."""
+    heard, go = bytearray(), threading.Event()
+    go.set()
+    with Target(reading_slowly(heard, go, 0.05)) as target, Simulation() as simulation:
+        simulation.plane.node, simulation.plane.endpoint = None, "%s:%d" % target.address
+        result = run_plexctl(forward_args(simulation.plane, "--allow-other-users", "--", sys.executable, "-c",
+                                          SEND_AND_VANISH, 6 << 20), env=simulation.plane.environment())
+    assert result.returncode == 0 and len(heard) == 6 << 20, (len(heard), result.stderr)
+
+
+@NEEDS_A_STRANGER
+def test_another_user_costs_no_session():
+    with relayed_to() as running, dial(running.address) as client:
+        chat(client, 1)
+        for _ in range(3):
+            with stranger(KNOCKS, running.address) as process:
+                assert process.out == "\n"
+            let_pass(2 * plexctl.GRACE_SECONDS)
+        assert len(running.plane.issued) == 1 and len(running.said("rejected", "uid 65534")) == 1
+
+
+def test_a_signal_ends_stdio_behind_the_target_s_end_too(make_pipe):
+    def half_close(connection, target):
+        connection.sendall(b"hello")
+        connection.shutdown(socket.SHUT_WR)
+        target.closing.wait()
+
+    with Simulation(half_close, kinder=True) as simulation, open("/dev/zero", "rb") as zeros, \
+            start(simulation, "--stdio", stdin=zeros, stdout=make_pipe()[1]) as process:
+        simulation.target.wait_for(lambda: simulation.target.accepted)
+        let_pass(0.5)
+        process.send_signal(signal.SIGTERM)
+        ends_by(process, signal.SIGTERM, 10)
+        revoked_once(simulation.plane)
+
+
+@pytest.mark.parametrize("flags", [["--proxy"], ["--stdio"]], ids=["proxy", "stdio"])
+def test_a_node_whose_clock_is_ahead_does_not_get_the_target_blamed(make_pipe, flags):
+    with Simulation(silent, early=0.7) as simulation:
+        with start(simulation, "--ttl-seconds", 3, *flags, stdin=make_pipe()[0]) as process:
+            if flags == ["--proxy"]:
+                knock(proxy_address(process))
+            result = process.finish()
+    assert result.returncode == 1 and "the session expired" in error_of(result)
+    assert "nothing listens" not in result.stderr
+
+
 # ---- tests: real programs ------------------------------------------------------------------------
 
 @pytest.fixture(params=[0, 0.02], ids=["no delay", "20 ms"])
