@@ -23,8 +23,8 @@ writing the document. What they share is guarded by the lock of Forwarder, Ledge
 
 The credential: the bearer token is read in the section credentials and revealed in the section
 control plane alone. Everything else holds it as a Secret; COMMAND does not get it, and no core
-file is left. The session token is revealed by Run.establish alone; the section audit records
-that it was, never the token.
+file is left. The session token is shown by Run.establish alone; ControlPlane compares with it,
+to hide it. The section audit records that it was shown, never the token.
 """
 import sys
 
@@ -186,7 +186,7 @@ def name_signal(signum: int) -> str:
 
 
 class Interrupted(Exception):
-    """The first SIGINT, SIGTERM or SIGHUP; raised where the main thread waits, nowhere else."""
+    """A signal that asks for the end; raised only where the main thread waits."""
 
     def __init__(self, signum: int) -> None:
         super().__init__("ended by " + name_signal(signum))
@@ -850,7 +850,7 @@ class Exchange:
         """
         request.exchange = self  # for PlaneHandler
         if not start_thread(self._perform, opener, request):
-            self._perform(opener, request)  # no more threads: the limits are those of each recv, then
+            self._perform(opener, request)  # no thread left: run it here; only each recv has a limit
         deadline = elapsed_seconds() + seconds
         tell_on: Optional[float] = elapsed_seconds() + SILENT_SECONDS
         while not self._done.wait(max(0.0, min(CANCEL_POLL_SECONDS, deadline - elapsed_seconds()))):
@@ -1430,14 +1430,13 @@ class AuditLog(logging.Handler):
 
 # ----------------------------------------------------------------------------------------- relay
 
-FIRST_BUFFER_BYTES = 64 * 1024
-LARGEST_BUFFER_BYTES = 768 * 1024
+BUFFER_BYTES = 768 * 1024  # takes memory only as far as it is used
 TICK_SECONDS = 0.2  # a thread that waits looks around this often
 QUIET_SECONDS = 2.0  # see Relay
 FIRST_ASK_SECONDS = 0.002  # between two looks whether a client is gone; each pause is twice the last
 LAST_ASK_SECONDS = 0.4
 UNANSWERED_SECONDS = 120  # after which a path is dead
-READS_AT_ONCE = 1000
+READS_AT_ONCE, DISCARD_BYTES = 1000, 64 * 1024  # when a leg is only read to its end
 LEG_OPTIONS: List[Tuple[str, str, Any]] = [
     ("IPPROTO_TCP", "TCP_NODELAY", 1),  # a request in two writes costs 44 ms without it
     ("SOL_SOCKET", "SO_KEEPALIVE", 1), ("IPPROTO_TCP", "TCP_KEEPIDLE", 60),
@@ -1505,7 +1504,7 @@ class Leg:
         """Return whether the other end has ended or reset it; discard what it sent before."""
         try:
             for _ in range(READS_AT_ONCE):
-                count = len(self.sock.recv(FIRST_BUFFER_BYTES))
+                count = len(self.sock.recv(DISCARD_BYTES))
                 self.discarded += count
                 if not count:
                     return True
@@ -1517,11 +1516,10 @@ class Leg:
 
     def close(self, reset: bool = True) -> None:
         """Close it, with a reset for the peer or in order."""
-        try:
-            if not reset:
+        if not reset:
+            with contextlib.suppress(OSError):  # macOS, once both directions have ended
                 self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0))
-        finally:
-            self.sock.close()
+        self.sock.close()
 
 
 class StandardStreams:
@@ -1607,7 +1605,7 @@ Buffers = Tuple[memoryview, memoryview]
 
 def create_buffers() -> Buffers:
     """Create what a Relay reads into, one buffer for each direction."""
-    return memoryview(bytearray(FIRST_BUFFER_BYTES)), memoryview(bytearray(FIRST_BUFFER_BYTES))
+    return memoryview(mmap.mmap(-1, BUFFER_BYTES)), memoryview(mmap.mmap(-1, BUFFER_BYTES))
 
 
 class Flow:
@@ -1621,24 +1619,22 @@ class Flow:
         self.active_on = elapsed_seconds()  # when something was read or handed on
         self.has_ended = False  # the source has ended its input
         self.is_over = False  # and the sink was told so
-        self.is_lost = False  # the sink takes nothing any more: what comes is discarded
-        self._buffer = self._first_buffer = buffer
+        self.is_discarding = False  # the sink takes nothing any more
+        self._buffer = buffer
 
     def read(self, now: float) -> None:
-        """Read once; OSError if the source is lost."""
+        """Read once; OSError if the source has reset the connection."""
         try:
             count = self.source.recv_into(self._buffer)
         except BlockingIOError:
             return
         self.has_ended = not count
-        if self.has_ended or not self.is_lost:
+        if self.has_ended or not self.is_discarding:
             self.active_on = now
             self.rest = self._buffer[:count]
-            if count == len(self._buffer) < LARGEST_BUFFER_BYTES:
-                self._grow()
 
     def write(self, now: float) -> None:
-        """Hand on what the sink takes now; OSError if it is lost."""
+        """Hand on what the sink takes now; OSError if it takes nothing any more."""
         try:
             sent = self.sink.send(self.rest)
         except BlockingIOError:
@@ -1646,17 +1642,6 @@ class Flow:
         self.active_on = now
         self.moved += sent
         self.rest = self.rest[sent:]
-
-    def shrink(self) -> None:
-        """Give a larger buffer back."""
-        if not self.rest:
-            self._buffer, self.rest = self._first_buffer, self._first_buffer[:0]
-
-    def _grow(self) -> None:
-        try:  # an mmap is given back at once, a bytearray is not
-            self._buffer = memoryview(mmap.mmap(-1, min(2 * len(self._buffer), LARGEST_BUFFER_BYTES)))
-        except (OSError, ValueError):  # no memory: go on with this one
-            pass
 
 
 class Relay:
@@ -1667,8 +1652,8 @@ class Relay:
     the end of either, so an end of input is passed on as follows:
 
     - the Node's: at once. A client that then sends nothing for QUIET_SECONDS is let go.
-    - the client's, if it is gone (`is_gone`): at once. If it still listens: once the target has sent
-      nothing for QUIET_SECONDS, since the Node would cut its answer off.
+    - the client's, if it is gone, that is, has closed the connection (`is_gone`): at once. If it still
+      listens: once the target has sent nothing for QUIET_SECONDS, or its answer would be cut off.
 
     `is_stopped` is asked often; if it returns True, the connection ends with resets. `on_end` is called
     once, before the client sees an end or a reset that it has not caused.
@@ -1692,8 +1677,8 @@ class Relay:
         self._is_stopped = is_stopped
         self._on_end = on_end
         self._client_is_gone = False
-        self._client_is_lost = False  # it has reset the connection
-        self._has_hung_up = False  # the client; poll() would say so again and again
+        self._client_has_reset = False
+        self._has_hung_up = False  # poll() has said so of the client, and would again and again
         self._ask_on = 0.0  # when to ask next whether the client is gone
         self._ask_pause = FIRST_ASK_SECONDS
         self._look_on = 0.0  # when to look around next
@@ -1739,6 +1724,7 @@ class Relay:
                 self._masks[descriptor] = mask
 
     def _pause(self) -> float:
+        """Return how long poll() may wait."""
         if self.up.has_ended and not self._client_is_gone:
             return max(0.0, min(TICK_SECONDS, self._ask_on - elapsed_seconds()))
         return TICK_SECONDS
@@ -1748,45 +1734,47 @@ class Relay:
         client, remote = self._client, self._remote
         if ready.get(client.reads_at) and not self._masks[client.reads_at]:
             self._has_hung_up = True
-            self._check_client(errno.EPIPE)
+            self._check_client(harmless=errno.EPIPE)
         for flow, source, sink in ((self.up, client.reads_at, remote.writes_at),
                                    (self.down, remote.reads_at, client.writes_at)):
-            is_ready = ready.get(sink) if flow.rest else ready.get(source) and not flow.has_ended
-            if is_ready and not flow.rest:
+            is_ready = bool(ready.get(sink if flow.rest else source))
+            if is_ready and not flow.rest and not flow.has_ended:
                 self._read(flow, now)
             if is_ready and flow.rest:
                 self._write(flow, now)
-            if not ready:
-                flow.shrink()
 
     def _read(self, flow: Flow, now: float) -> None:
         try:
             flow.read(now)
         except OSError:
-            self._client_is_lost = flow is self.up
-            self.remote_ended_first = flow is self.down
+            if flow is self.up:
+                self._client_has_reset = True
+            else:
+                self.remote_ended_first = True
             raise
 
     def _write(self, flow: Flow, now: float) -> None:
         try:
             flow.write(now)
         except OSError as error:
-            # EPIPE: the peer had ended its input in order. What it sent before is still read, in any case
-            # but a reset by the client
-            self._client_is_lost = flow is self.down and error.errno != errno.EPIPE
-            if self._client_is_lost or error.errno in EXHAUSTED:
+            # EPIPE: the peer had ended its input in order, and what it sent before is still to be read;
+            # so it is behind a reset by the Node
+            has_ended = error.errno == errno.EPIPE
+            if flow is self.down and not has_ended:
+                self._client_has_reset = True
+            if self._client_has_reset or error.errno in EXHAUSTED:
                 raise
-            flow.is_lost, flow.rest = True, flow.rest[:0]
+            flow.is_discarding, flow.rest = True, flow.rest[:0]
             if flow is self.down:
                 self._client_is_gone = True
-            elif error.errno != errno.EPIPE:
+            elif not has_ended:
                 self.error, self.remote_ended_first = error, True
 
-    def _check_client(self, *harmless: int) -> None:
-        """Raise the error of a reset by the client, unless harmless: EPIPE is one behind its end of input."""
+    def _check_client(self, harmless: int = 0) -> None:
+        """Raise the error of a reset by the client; EPIPE is one after its end of input."""
         error = self._client.take_error()
-        if error and error not in harmless:
-            self._client_is_lost = True
+        if error not in (0, harmless):
+            self._client_has_reset = True
             raise OSError(error, os.strerror(error))
 
     def _is_over(self, now: float) -> bool:
@@ -1794,20 +1782,23 @@ class Relay:
         up, down = self.up, self.down
         if now >= self._look_on:
             self._look_on = now + TICK_SECONDS
-            if self._is_stopped():
-                raise ConnectionAbortedError(errno.ECONNABORTED, os.strerror(errno.ECONNABORTED))
-            if self._client.is_dead() or self._remote.is_dead():
-                raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
-            if down.is_over and self._client.count_unsent():  # it still receives
-                down.active_on = now
+            self._look_around(now)
         if down.has_ended and not down.is_over:
             self._end_down()
         if up.has_ended:
             self._end_up(now)
         if up.is_over and (down.is_over or self._client_is_gone):
             return True
-        # it may keep its end open for ever, and the Node serves another one already
+        # a client may keep its end open for ever, and the Node serves another one already
         return down.is_over and self._is_quiet(now) and not self._client.count_unsent()
+
+    def _look_around(self, now: float) -> None:
+        if self._is_stopped():
+            raise ConnectionAbortedError(errno.ECONNABORTED, os.strerror(errno.ECONNABORTED))
+        if self._client.is_dead() or self._remote.is_dead():
+            raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+        if self.down.is_over and self._client.count_unsent():  # it still receives
+            self.down.active_on = now
 
     def _end_down(self) -> None:
         if self.error is not None:
@@ -1824,7 +1815,7 @@ class Relay:
             self._ask_on, self._ask_pause = now + self._ask_pause, min(2 * self._ask_pause, LAST_ASK_SECONDS)
             self._client_is_gone = self._is_gone()
             if self._client_is_gone:
-                self._check_client(*() if up.is_over else (errno.EPIPE,))
+                self._check_client(harmless=0 if up.is_over else errno.EPIPE)
         if not up.is_over and (self._client_is_gone or down.is_over or self._is_quiet(now)):
             self._pass_on(up)
 
@@ -1835,26 +1826,26 @@ class Relay:
     def _pass_on(self, flow: Flow) -> None:
         flow.is_over = True
         try:
-            if not flow.is_lost:
+            if not flow.is_discarding:
                 flow.sink.end()
         except OSError:  # its peer is gone
-            flow.is_lost = True
+            flow.is_discarding = True
 
     def _settle(self) -> None:
         """Do what a broken connection needs before its legs are closed."""
-        if not self._client_is_lost and not self.down.is_over:
-            self.is_ending = True
-            self._on_end()
-        if self._client_is_lost:
+        if self._client_has_reset:
             deadline = elapsed_seconds() + QUIET_SECONDS
             while self._remote.count_unsent() and elapsed_seconds() < deadline and not self._is_stopped():
                 time.sleep(0.02)
             self.is_stuck = self._remote.count_unsent() > 0
+        elif not self.down.is_over:
+            self.is_ending = True
+            self._on_end()
 
     def _close(self) -> None:
         up, down, is_broken = self.up, self.down, self.error is not None
         # what was discarded must not look as if it had arrived
-        self._client.close(reset=is_broken or not down.is_over or up.is_lost and not up.has_ended)
+        self._client.close(reset=is_broken or not down.is_over or up.is_discarding and not up.has_ended)
         self.is_awaited = not (is_broken or down.is_over)
         if not self.is_awaited:
             self._remote.close(reset=is_broken or not up.is_over)
@@ -1900,6 +1891,7 @@ class Ledger:
         self._changed = threading.Condition()  # guards what follows
         self._known: Set[str] = set()  # every session_id so far, in lower case
         self._owed: Dict[str, bool] = {}  # by session_id; True: the revocation has begun
+        self._expires: Dict[str, str] = {}  # by session_id, as the server wrote it
         self._issuing = 0
         self._unknown: List[PlexctlError] = []  # each may have left a session
         self._is_closed = False
@@ -1932,7 +1924,10 @@ class Ledger:
                 raise Cancelled("interrupted")
             self._issuing += 1
         try:
-            return self.plane.issue(request, owe)
+            session = self.plane.issue(request, owe)
+            with self._changed:
+                self._expires[session.session_id] = session.expires_at
+            return session
         except PlexctlError as error:
             if error.may_exist:
                 with self._changed:
@@ -1978,6 +1973,12 @@ class Ledger:
                 if not start_thread(self._revoke, session_id):
                     self._revoke(session_id)
 
+    def list_kept(self) -> List[str]:
+        """Return what is left to the operator, in words."""
+        with self._changed:
+            return [f"session {each} is kept until {self._expires.get(each, 'it expires')}"
+                    for each, has_begun in self._owed.items() if not has_begun]
+
     def left_behind(self, raised: Optional[BaseException] = None) -> List[str]:
         """Return, once, what `leave` could not settle. The error `raised` is told by somebody else."""
         with self._changed:
@@ -1992,7 +1993,9 @@ class Ledger:
 
     def _claim(self, session_id: str) -> bool:
         """With the lock held: return whether the caller is to revoke it. True once."""
-        if self._owed.get(session_id, True) or self._is_kept and self._is_closed:
+        if self._is_kept and self._is_closed:
+            return False
+        if self._owed.get(session_id) is not False:  # it has begun, or is over
             return False
         self._owed[session_id] = True
         return True
@@ -2006,14 +2009,14 @@ class Ledger:
                 break
             except Exception as error:
                 failure = str(error) if isinstance(error, PlexctlError) else show_error(error)
-                status = getattr(error, "status", 0)
-                may_pass = status == 429 or status >= 500 or not status and getattr(error, "passing", False)
+                passing = getattr(error, "passing", False)
                 wait = getattr(error, "retry_after_seconds", None) or POLL_MIN_SECONDS
-            if not may_pass or elapsed_seconds() + wait > deadline:
+            if not passing or elapsed_seconds() + wait > deadline:
                 break
             time.sleep(wait)
             failure = ""
         with self._changed:
+            self._expires.pop(session_id, None)
             if self._owed.pop(session_id, None) and failure:  # else left_behind has told
                 self.report(f"warning: session {session_id} is not revoked, it will expire on its own: "
                             f"{failure}")
@@ -2067,7 +2070,7 @@ class MediatedSession:
         self.expires_on = issued.issued_on + issued.lifetime_seconds
         if issued.session.status != "active" or issued.lifetime_seconds <= 0:
             raise SessionOver("the session was over when it arrived")
-        self._move(issued.listener_endpoint or self._await_endpoint(tell))
+        self._set_endpoint(issued.listener_endpoint or self._await_endpoint(tell))
         self.ready_on = elapsed_seconds()
         self._recheck_on = self.ready_on + RECHECK_SECONDS
         self._ledger.say(f"session {self.session_id}: listener endpoint {self.endpoint}, "
@@ -2164,7 +2167,7 @@ class MediatedSession:
             f"the Node reported no listener endpoint within {limit} (--wait-seconds); check that the Node is "
             "online and has fewer than 10 sessions (those of print mode count until they expire)")
 
-    def _move(self, endpoint: Endpoint) -> None:
+    def _set_endpoint(self, endpoint: Endpoint) -> None:
         """Look the endpoint's name up, and check the address that it leads to."""
         try:
             found = socket.getaddrinfo(endpoint.host, endpoint.port, 0, socket.SOCK_STREAM)
@@ -2185,7 +2188,7 @@ class MediatedSession:
                 self.end(describe_end(session))
             elif session.listener_endpoint not in (None, self.endpoint):
                 self._ledger.say(f"the Node reports a new listener endpoint: {session.listener_endpoint}")
-                self._move(session.listener_endpoint)
+                self._set_endpoint(session.listener_endpoint)
         except Cancelled:
             pass
         except Exception as error:
@@ -2218,8 +2221,10 @@ def dial(route: Tuple[int, Any], is_stopped: Callable[[], bool]) -> Leg:
         while error in CONNECTING and elapsed_seconds() < deadline and not is_stopped():
             if wait_for(leg.writes_at, select.POLLOUT, TICK_SECONDS):
                 error = leg.take_error()
+        if error in CONNECTING:
+            error = errno.ETIMEDOUT
         if error:
-            raise OSError(error, os.strerror(errno.ETIMEDOUT if error in CONNECTING else error))
+            raise OSError(error, os.strerror(error))
         return leg
     except BaseException:
         sock.close()
@@ -2324,7 +2329,6 @@ class Listener(socketserver.TCPServer):
         self._path = local.path
         self._warn_once = warn_once
         self._taken: Optional[Tuple[socket.socket, Any]] = None
-        self._is_rejecting = False
         self._identity: Optional[os.stat_result] = None  # of the unix socket's file
         self._owners: Optional[OwnerCheck] = None
         self._checks_owners = False
@@ -2349,10 +2353,9 @@ class Listener(socketserver.TCPServer):
 
     def reject(self) -> None:
         """Reset the connections that wait."""
-        self._is_rejecting = True
         for _ in range(self.count_waiting()):
-            self.handle_request()
-        self._is_rejecting = False
+            with contextlib.suppress(OSError):  # it has gone by itself, or there are no descriptors
+                self.socket.accept()[0].close()
 
     def count_waiting(self) -> int:
         """Return how many connections wait; 1 for any number of them where the kernel does not tell."""
@@ -2411,8 +2414,6 @@ class Listener(socketserver.TCPServer):
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Return whether the user behind this connection may use the port: ours or root."""
-        if self._is_rejecting:
-            return False
         if self._path:  # a client that has closed without a byte wants nothing any more
             return not poll_now(request.fileno(), 0) or bool(request.recv(1, socket.MSG_PEEK))
         if not self._checks_owners or self._owners is None:
@@ -2480,6 +2481,66 @@ class SessionStuck(PlexctlError):
     """The Node does not end a connection whose client is gone, so the session can carry no other one."""
 
 
+class StillSending(PlexctlError):
+    """What the last client sent is still on its way to the Node, so the next one has to wait."""
+
+
+class Demand:
+    """Decides how many sessions a Forwarder needs; used with its lock held. `states` are its carriers'."""
+
+    def __init__(self, limit: int, minimum: int) -> None:
+        self.limit = self._full_limit = limit
+        self.is_short = False  # connections wait, and the limit is reached
+        self.retry_on = 0.0  # nothing is issued before
+        self._minimum = minimum
+        self._limited_until = 0.0
+        self._waiting_since = self._spare_since = elapsed_seconds()
+        self._replaced_on = -float("inf")
+
+    def count_missing(self, now: float, waiting: int, states: List[str]) -> int:
+        """Return how many to issue now: for the connections that wait, and to have the minimum ready."""
+        live = [state for state in states if state in LIVE]
+        if not waiting or FREE in live:
+            waiting, self._waiting_since = 0, now
+        if now >= self._limited_until:
+            self.limit = self._full_limit
+        opening = live.count(OPENING)
+        has_waited = waiting > 0 and (not live or now - self._waiting_since >= GRACE_SECONDS)
+        self.is_short = has_waited and len(live) - opening >= self.limit
+        if now < self.retry_on or not live and ENDING in states:  # the server may count that one yet
+            return 0
+        missing = self._minimum - len(live) if self._minimum > 1 else 0  # a single one when it is needed
+        return min(max(waiting - opening if has_waited else 0, missing), self.limit - len(states))
+
+    def has_spare(self, now: float, states: List[str]) -> bool:
+        """Return whether more than the minimum have been free for a while: then one can be given back."""
+        if states.count(FREE) <= self._minimum:
+            self._spare_since = now
+        is_spare = now - self._spare_since >= IDLE_SECONDS
+        if is_spare:
+            self._spare_since = now
+        return is_spare
+
+    def learn(self, now: float, limit: int) -> None:
+        """There are no more sessions to be had than these, for a while."""
+        self.limit, self._limited_until = limit, now + LIMIT_SECONDS
+
+    def may_replace(self, now: float, lasted: float) -> bool:
+        """Return whether a session whose listener is gone after so long may be replaced now.
+
+        A Node that refuses everybody must not cost a session per attempt.
+        """
+        if lasted < REPLACE_SECONDS:
+            if now - self._replaced_on < REPLACE_SECONDS:
+                return False
+            self._replaced_on = now
+        return True
+
+    def wait_to_replace(self) -> None:
+        """Issue nothing before `may_replace` allows it again."""
+        self.retry_on = max(self.retry_on, self._replaced_on + REPLACE_SECONDS)
+
+
 class Carrier:
     """One of a Forwarder's sessions, and what its thread does now."""
 
@@ -2490,7 +2551,8 @@ class Carrier:
         self.client: Optional[Client] = None
         self.relay: Optional[Relay] = None
         self.awaited: Optional[Leg] = None  # the last connection, which the Node has yet to end
-        self.awaited_until = 0.0
+        self.awaited_since = 0.0
+        self.sent_on = 0.0  # when something was last on its way to the Node
         self.is_spare = False  # it is to be given back
         self.is_replaced = False  # its listener is gone, and another session may be issued at once
 
@@ -2517,7 +2579,6 @@ class Forwarder:
         self.first: Optional[MediatedSession] = None  # that was ready
         self._ledger = ledger
         self._request = request
-        self._full_limit = self._limit = limit
         self._minimum = minimum
         self._renew = renew
         self._wait_seconds = wait_seconds
@@ -2532,10 +2593,8 @@ class Forwarder:
         self._ended = Counts()
         self._explaining = 0
         self._has_been_stuck = False
-        self._waiting_since = self._spare_since = elapsed_seconds()
+        self._demand = Demand(limit, minimum)
         self._finishing_since = float("inf")
-        self._replaced_on = -float("inf")
-        self._retry_on = self._limited_until = 0.0
 
     def __enter__(self) -> "Forwarder":
         return self
@@ -2561,10 +2620,9 @@ class Forwarder:
         with self._changed:
             if self._is_time_up(now):
                 self._end(SessionOver("the session expired"))
-            if not self.over:
-                self._grow(now)
-                self._shrink(now)
-            nobody_comes = self.first is not None and not self._list_live() and now < self._retry_on
+            if not self.over and self.first is not None:
+                self._adjust(now, self.first)
+            nobody_comes = self.first is not None and not self._list_live() and now < self._demand.retry_on
         if self.over or nobody_comes:
             self._reject_waiting()
         if self.first is not None and not self._renew:
@@ -2588,6 +2646,11 @@ class Forwarder:
                 sessions = [self.first]
             return max(0.0, min((each.expires_on for each in sessions), default=0.0) - elapsed_seconds())
 
+    def count_undelivered(self) -> int:
+        """Return how many bytes the Node has not acknowledged that clients sent before they were gone."""
+        with self._changed:
+            return sum(each.awaited.count_unsent() for each in self._carriers if each.awaited)
+
     def is_delivering(self) -> bool:
         """Return whether something that clients have sent before they were gone is still on its way.
 
@@ -2609,7 +2672,7 @@ class Forwarder:
             self._is_ending.set()
             self._ledger.plane.cancel.set()
             self._changed.notify_all()
-        self._turn.acquire(timeout=seconds)  # it is not given back: nobody uses the listener any more
+        self._turn.acquire(timeout=seconds)  # and keep it: nobody accepts any more
         self.listener.server_close()
         with self._changed:
             self._changed.wait_for(lambda: not self._explaining and not any(
@@ -2621,7 +2684,8 @@ class Forwarder:
     def _run(self, carrier: Carrier) -> None:
         session = carrier.session
         try:
-            session.open(self._next_request(), self._ledger.say if self.first else self._ledger.tell_once)
+            tell = self._ledger.say if self.first else self._ledger.tell_once  # one wait is announced
+            session.open(self._next_request(), tell)
             with self._changed:
                 self.first = self.first or session
                 self._changed.notify_all()
@@ -2630,7 +2694,8 @@ class Forwarder:
                 self._serve(carrier, *client)
                 client = self._take(carrier)
         except SessionStuck as error:
-            self._warn_once(str(error))
+            if self._finishing_since == float("inf"):
+                self._warn_once(str(error))
             self._wait_for_the_node(carrier)
         except PlexctlError as error:
             session.end(error)
@@ -2641,25 +2706,27 @@ class Forwarder:
 
     def _take(self, carrier: Carrier) -> Optional[Client]:
         """Wait for a client; return None if there is none for this session any more."""
-        self._set(carrier, FREE)
         while not (self._is_ending.is_set() or carrier.session.is_over()):
-            is_free = self._see_awaited(carrier)
+            is_free, client = self._see_awaited(carrier), None
             with self._changed:
                 if carrier.is_spare:
                     return None
+                carrier.state, carrier.client = BUSY if self._is_sending(carrier) else FREE, None
                 # one that still waits for the Node leaves the client to one that does not
-                is_needed = is_free or not any(
-                    each.state == FREE and not each.awaited for each in self._carriers)
-                client = self._returned.pop(0) if self._returned and is_needed else None
-            if client is None and not is_needed and carrier.awaited is not None:
-                wait_for(carrier.awaited.reads_at, select.POLLIN, TICK_SECONDS)
+                is_needed = carrier.state == FREE and (is_free or not any(
+                    each.state == FREE and not each.awaited for each in self._carriers))
+                if is_needed and self._returned:
+                    client = self._returned.pop(0)
+            if not is_needed:
+                self._wait_for_end(carrier)
             elif client is None and self._turn.acquire(timeout=TICK_SECONDS):
                 try:
                     client = self.listener.take()
                 finally:
                     self._turn.release()
             if client is not None:
-                self._set(carrier, BUSY, client)
+                with self._changed:
+                    carrier.state, carrier.client, carrier.is_spare = BUSY, client, False
                 return client
         return None
 
@@ -2668,20 +2735,30 @@ class Forwarder:
         leg, now = carrier.awaited, elapsed_seconds()
         if leg is None:
             return True
-        if leg.has_ended():
-            leg.close(reset=False)
+        if leg.has_ended() or leg.is_dead():
             self._await(carrier, None)
+            leg.close(reset=False)
             return True
         if leg.count_unsent():
-            self._await(carrier, leg)
-        elif now >= carrier.awaited_until:
+            carrier.sent_on = now
+        elif now - carrier.sent_on >= QUIET_SECONDS:
             raise SessionStuck("the Node has not ended a connection whose client is gone; its session is not "
                                "used any more")
         return False
 
+    def _is_sending(self, carrier: Carrier) -> bool:
+        """Return whether what the last client sent takes long to reach the Node."""
+        return (carrier.awaited is not None and carrier.awaited.count_unsent() > 0
+                and elapsed_seconds() - carrier.awaited_since >= GRACE_SECONDS)
+
+    def _wait_for_end(self, carrier: Carrier) -> None:
+        if carrier.awaited is not None:
+            wait_for(carrier.awaited.reads_at, select.POLLIN, TICK_SECONDS)
+
     def _await(self, carrier: Carrier, leg: Optional[Leg]) -> None:
         with self._changed:
-            carrier.awaited, carrier.awaited_until = leg, elapsed_seconds() + QUIET_SECONDS
+            carrier.awaited, carrier.awaited_since = leg, elapsed_seconds()
+            carrier.sent_on = carrier.awaited_since
 
     def _serve(self, carrier: Carrier, sock: socket.socket, address: Any) -> None:
         """Carry one connection, from the dial to its end."""
@@ -2716,8 +2793,9 @@ class Forwarder:
             while not self._see_awaited(carrier):
                 if self._is_ending.is_set() or session.is_over():
                     raise session.why or Cancelled("interrupted")
-                if carrier.awaited is not None:
-                    wait_for(carrier.awaited.reads_at, select.POLLIN, TICK_SECONDS)
+                if self._is_sending(carrier):
+                    raise StillSending("")
+                self._wait_for_end(carrier)
             return remote
         except BaseException:
             remote.close()
@@ -2726,16 +2804,14 @@ class Forwarder:
     def _refuse(self, carrier: Carrier, client: Leg, error: PlexctlError) -> None:
         """Leave a client to another session, if there may be one; else reset it."""
         session, now = carrier.session, elapsed_seconds()
-        is_stuck = isinstance(error, SessionStuck)
+        may_wait = isinstance(error, (SessionStuck, StillSending))
         with self._changed:
             if isinstance(error, DialRefused) and self._renew:
-                is_young = now - session.ready_on < REPLACE_SECONDS
-                if not is_young or now - self._replaced_on >= REPLACE_SECONDS:
-                    self._replaced_on = now if is_young else self._replaced_on
-                    carrier.is_replaced = True
+                carrier.is_replaced = self._demand.may_replace(now, now - session.ready_on)
+                if carrier.is_replaced:
                     session.end(ListenerGone("the Node has closed the session's listener"))
-            if (is_stuck or session.why) and not self._is_ending.is_set() and carrier.client and (
-                    is_stuck or self._renew or len(self._list_live()) > 1):
+            if not self._is_ending.is_set() and carrier.client and (
+                    may_wait or session.why and (self._renew or len(self._list_live()) > 1)):
                 self._returned.append(carrier.client)
                 return
         client.close()
@@ -2786,14 +2862,10 @@ class Forwarder:
         if session.session_id and not self._is_stopped:  # else Ledger.leave does it
             self._ledger.give_back(session.session_id)
         with self._changed:
-            if carrier.awaited is not None:
-                carrier.awaited.close(reset=False)
             self._carriers.remove(carrier)
             self._changed.notify_all()
-
-    def _set(self, carrier: Carrier, state: str, client: Optional[Client] = None) -> None:
-        with self._changed:
-            carrier.state, carrier.client, carrier.is_spare = state, client, False
+        if carrier.awaited is not None:
+            carrier.awaited.close(reset=False)
 
     def _count_end(self, carrier: Carrier, up: int, down: int) -> None:
         with self._changed:
@@ -2813,65 +2885,56 @@ class Forwarder:
         if not start_thread(self._run, carrier):
             self._carriers.remove(carrier)
             why = PlexctlError("cannot start a thread for a session (ulimit -u)")
-            self._retry_on = elapsed_seconds() + RETRY_SECONDS
+            self._demand.retry_on = elapsed_seconds() + RETRY_SECONDS
             self._warn_once(str(why))
             if self.first is None and not self._carriers:
                 self._end(why)
 
-    def _grow(self, now: float) -> None:
-        """Start the sessions that connections wait for, and those that are to be kept ready."""
-        live = self._list_live()
+    def _adjust(self, now: float, first: MediatedSession) -> None:
+        """Start the sessions that are missing, and give one back that is not needed."""
         waiting = len(self._returned) + self.listener.count_waiting()
-        if not waiting or any(each.state == FREE for each in live):
-            waiting, self._waiting_since = 0, now
-        is_revoking = not live and any(each.state == ENDING for each in self._carriers)
-        if self.first is None or now < self._retry_on or is_revoking:  # the server may count that one yet
-            return
-        if now >= self._limited_until:
-            self._limit = self._full_limit
-        opening = sum(each.state == OPENING for each in live)
-        has_waited = waiting and (not live or now - self._waiting_since >= GRACE_SECONDS)
-        if has_waited and len(live) - opening >= self._limit:
+        states = [each.state for each in self._carriers]
+        missing = self._demand.count_missing(now, waiting, states)
+        if self._demand.is_short:
             self._ledger.tell_once(
                 f"warning: {waiting} connection{'s wait' if waiting > 1 else ' waits'} until one closes: "
-                f"each needs a session (--max-sessions is {self._limit}; a connection pool must not be "
-                "larger)", "limit")
-        missing = self._minimum - len(live) if self._minimum > 1 else 0  # a single one when it is needed
-        wanted = min(max(waiting - opening if has_waited else 0, missing), self._limit - len(self._carriers))
-        if self._renew or self.first.expires_on - now >= 1:
-            for _ in range(wanted):
+                f"each needs a session (--max-sessions is {self._demand.limit}; a connection pool must not "
+                "be larger)", "limit")
+        if self._renew or first.expires_on - now >= 1:
+            for _ in range(missing):
                 self._start()
-
-    def _shrink(self, now: float) -> None:
-        """Give back a session if more than the minimum have been free for a while."""
-        free = [each for each in self._carriers if each.state == FREE]
-        if len(free) <= self._minimum:
-            self._spare_since = now
-        elif now - self._spare_since >= IDLE_SECONDS:
-            free[-1].is_spare, self._spare_since = True, now
+        if self._demand.has_spare(now, states):
+            [each for each in self._carriers if each.state == FREE][-1].is_spare = True
 
     def _follow(self, carrier: Carrier, why: PlexctlError) -> None:
         """Draw the conclusions from the end of one session."""
         now, others, tell = elapsed_seconds(), len(self._list_live()), self._ledger.tell_once
-        was_ready, lasted = carrier.session.ready_on > 0, now - carrier.session.ready_on
-        is_refused = isinstance(why, ApiError) and why.status < 500
-        is_last = not others and not self._renew and (was_ready or not self._has_been_stuck)
-        if isinstance(why, SessionRevoked) or self._is_time_up(now) or is_last or not others and (
-                self.first is None or is_refused):
+        session, is_refused = carrier.session, isinstance(why, ApiError) and why.status < 500
+        if isinstance(why, SessionRevoked) or self._is_time_up(now) or not others and self._ends_all(
+                session, is_refused):
             self._end(why)
-        elif was_ready:
+        elif session.ready_on:
             tell(f"{why}; the next connection gets a new one" if self._renew else str(why))
-            if isinstance(why, ListenerGone) and not carrier.is_replaced and lasted < REPLACE_SECONDS:
-                self._retry_on = max(self._retry_on, self._replaced_on + REPLACE_SECONDS)
+            if isinstance(why, ListenerGone) and not (
+                    carrier.is_replaced or self._demand.may_replace(now, now - session.ready_on)):
+                self._demand.wait_to_replace()
         elif self.first is None:  # `establish` raises the last one
-            why.is_told = why.may_exist and tell(f"warning: session unknown: {why}")
+            if why.may_exist:
+                why.is_told = tell(f"warning: session unknown: {why}")
         elif others and (is_refused or isinstance(why, EndpointMissing)):
-            self._limit, self._limited_until = others, now + LIMIT_SECONDS
+            self._demand.learn(now, others)
             why.is_told = tell(
                 f"warning: no further session, connections wait for those there are: {why}", "limit")
         else:
-            self._retry_on = now + RETRY_SECONDS
+            self._demand.retry_on = now + RETRY_SECONDS
             why.is_told = tell(f"warning: no further session for now: {why}")
+
+    def _ends_all(self, session: MediatedSession, is_refused: bool) -> bool:
+        """Return whether the end of the only session is that of the run."""
+        if self.first is None or is_refused:
+            return True
+        # one that was to replace a stuck one may fail for now
+        return not self._renew and (session.ready_on > 0 or not self._has_been_stuck)
 
     def _end(self, why: PlexctlError) -> None:
         self.over = self.over or why
@@ -3073,7 +3136,7 @@ class Outcome:
         self._result: Any = None
         self._error: Optional[BaseException] = None
         if not start_thread(self._run, function):
-            self._run(function)  # better without an ear for signals than not at all
+            self._run(function)  # no thread left: run it here; signals wait
 
     def _run(self, function: Callable[[], Any]) -> None:
         try:
@@ -3435,6 +3498,7 @@ class Run:
         self.foreground = foreground
         self.stdout = stdout
         self.began = elapsed_seconds()
+        self.told: Optional[PlexctlError] = None  # an error that was reported already
         self.request = SessionRequest(options.project_id, options.resource_id, options.host,
                                       options.port, options.ttl_seconds)
 
@@ -3468,6 +3532,8 @@ class Run:
             return self.forward(program)
         finally:
             foreground.finish(self.ledger.leave, LEAVE_SECONDS, "releasing the session")
+            for words in self.ledger.list_kept() if options.keep_session else ():
+                self.report(words)
             for words in self.ledger.left_behind(sys.exc_info()[1]):
                 foreground.report("warning: " + words)
             if self.audit is not None:  # not before: an interrupted record may still be on its way
@@ -3486,7 +3552,6 @@ class Run:
                                   self.foreground.messages.stream, "standard error")
         if self.options.keep_session:
             self.ledger.keep()
-            self.report(f"session {session.session_id} is kept until {issued and issued.expires_at}")
         return session
 
     def issue_one(self) -> MediatedSession:
@@ -3529,7 +3594,6 @@ class Run:
         streams = StandardStreams()
         relay = Relay(streams, remote, create_buffers(), streams.is_gone, session.is_over,
                       lambda: self.explain_end(session, relay))
-        self.told: Optional[PlexctlError] = None
         carried = Outcome(relay.carry)
         began = elapsed_seconds()
         try:
@@ -3678,13 +3742,15 @@ class Run:
         try:
             while forwarder.is_delivering():
                 counts = forwarder.count()
-                if (counts.up, counts.ended) != moved:
-                    moved, give_up_on = (counts.up, counts.ended), elapsed_seconds() + CLOSE_SECONDS
+                moving = counts.up, counts.ended, forwarder.count_undelivered()
+                if moving != moved:
+                    moved, give_up_on = moving, elapsed_seconds() + LEAVE_SECONDS
                 if elapsed_seconds() > give_up_on:
+                    self.report("warning: COMMAND has ended, and " + (
+                        "connections still wait for a session" if counts.waiting else
+                        "what it sent may not have arrived"))
                     break
                 self.tick(forwarder)
-            if forwarder.count().waiting:
-                self.report("warning: COMMAND has ended, and connections still wait for a session")
         except PlexctlError as error:
             self.report(f"warning: {error}")
 
@@ -3744,7 +3810,7 @@ def reserve_standard_descriptors() -> None:
 
 
 FAULTS = ("SIGABRT", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGTRAP", "SIGSYS")
-HARMLESS = ("SIGKILL", "SIGSTOP", "SIGTSTP", "SIGTTIN", "SIGTTOU", "SIGCONT", "SIGCHLD", "SIGURG", "SIGWINCH",
+NOT_HANDLED = ("SIGKILL", "SIGSTOP", "SIGTSTP", "SIGTTIN", "SIGTTOU", "SIGCONT", "SIGCHLD", "SIGURG", "SIGWINCH",
             "SIGINFO")  # whose default action ends no process, and the one that nobody can handle
 ALWAYS_HANDLED = ("SIGINT", "SIGTERM", "SIGHUP")  # the others only where nobody else has a handler
 
@@ -3754,8 +3820,8 @@ def handle_signals(foreground: Foreground) -> Callable[[], None]:
     if threading.current_thread() is not threading.main_thread():
         return lambda: None
     before: Dict[int, Any] = {}
-    kept = {getattr(signal, name, None) for name in FAULTS + HARMLESS}
-    always = {getattr(signal, name) for name in ALWAYS_HANDLED}
+    kept = {getattr(signal, name, None) for name in FAULTS + NOT_HANDLED}
+    always = {getattr(signal, name, None) for name in ALWAYS_HANDLED}
     for signum in set(range(1, signal.NSIG)) - kept:
         try:
             current = signal.getsignal(signum)

@@ -5266,14 +5266,6 @@ def resident_bytes(pid="self"):
         return int(re.search(r"VmRSS:\s*([0-9]+) kB", stream.read()).group(1)) * 1024
 
 
-def count_shared_maps():
-    """How many anonymous mmaps this process has; 0 where nobody can know."""
-    if not LINUX:
-        return 0
-    with open("/proc/self/maps") as stream:
-        return stream.read().count("/dev/zero")
-
-
 def test_what_a_client_sends_arrives_as_it_is_and_so_does_the_answer(way):
     sizes = [1, 64, 65535, 65536, 65537, 4 * 65536, 300001, 3 * MIB]
     with relayed_to(**way) as running:
@@ -5291,7 +5283,7 @@ def test_a_chat_keeps_its_order(way):
         eventually(lambda: running.count() == plexctl.Counts(1, 0, 0, 1, 19200, 19200))  # after it was sent
 
 
-def test_256_mebibytes_go_each_way_at_once_and_the_buffers_shrink_again(way):
+def test_256_mebibytes_go_each_way_at_once(way):
     block, blocks = pattern(MIB), 256
     sent, received = hashlib.sha256(), hashlib.sha256()
 
@@ -5301,23 +5293,17 @@ def test_256_mebibytes_go_each_way_at_once_and_the_buffers_shrink_again(way):
             sent.update(numbered)
             client.sendall(numbered)
 
-    maps = count_shared_maps()
     with relayed_to(**way) as running, dial(running.address) as client:
         sender = threading.Thread(target=send, args=(client,))
         sender.start()
-        left, relay = blocks * MIB, eventually(running.relays)[0]
-        largest = 0
+        left = blocks * MIB
         while left:
             data = client.recv(min(left, MIB))
             assert data
             received.update(data)
             left -= len(data)
-            largest = max(largest, len(relay.up._buffer))
         sender.join(20)
         assert sent.digest() == received.digest()
-        assert plexctl.FIRST_BUFFER_BYTES < largest <= plexctl.LARGEST_BUFFER_BYTES
-        eventually(lambda: len(relay.up._buffer) == len(relay.down._buffer) == plexctl.FIRST_BUFFER_BYTES)
-        eventually(lambda: count_shared_maps() <= maps)  # nobody holds them any more, nor those of others
         chat(client, 3)
         assert running.count().open == 1 and running.lines == []
 
