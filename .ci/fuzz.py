@@ -39,7 +39,7 @@ import uuid
 
 import hypothesis
 from hypothesis import strategies as st
-from hypothesis.database import DirectoryBasedExampleDatabase
+from hypothesis.configuration import set_hypothesis_home_dir
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
@@ -1025,8 +1025,8 @@ PARTS = {"lines": fuzz_line, "files": fuzz_file, "answers": fuzz_answer}
 def create_test(bench, part, examples):
     """The property of a part, as a function without arguments."""
     @hypothesis.settings(
-        max_examples=examples, database=DirectoryBasedExampleDatabase(os.path.join(HERE, ".hypothesis")),
-        deadline=None, suppress_health_check=list(hypothesis.HealthCheck), print_blob=True)
+        max_examples=examples, deadline=None, suppress_health_check=list(hypothesis.HealthCheck),
+        print_blob=True)
     @hypothesis.given(st.data())
     def holds(data):
         faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
@@ -1045,6 +1045,7 @@ def main():
     parser.add_argument("--examples", type=int, default=EXAMPLES, metavar="N", help="of each part")
     parser.add_argument("--part", choices=sorted(PARTS), action="append")
     options = parser.parse_args()
+    set_hypothesis_home_dir(os.path.join(HERE, ".hypothesis"))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # --token-file - and --stdio find nothing there
     sys.addaudithook(stay_on_loopback)
     socket.getaddrinfo = know_names(socket.getaddrinfo)
