@@ -3657,7 +3657,7 @@ class Run:
                     # ssh hangs up as soon as it has seen the end: that counts then, and not the signal
                     if not relay.is_ending:
                         raise
-                    limit = QUIET_SECONDS if relay.down.is_over else ASK_LIMIT_SECONDS
+                    limit = QUIET_SECONDS + 1 if relay.down.is_over else ASK_LIMIT_SECONDS
                     signalled, give_up_on = interrupted, min(give_up_on, elapsed_seconds() + limit)
                 if elapsed_seconds() >= give_up_on:
                     raise signalled
