@@ -2528,6 +2528,8 @@ class Demand:
         """Return how many sessions to issue now: for accepted clients, and to have the minimum ready."""
         if not self.may_issue(now, states):
             return 0
+        if FREE in states:  # that one takes them
+            accepted = 0
         live = len([state for state in states if state in LIVE])
         missing = self._minimum - live if self._minimum > 1 else 0  # a single one when it is needed
         return min(max(accepted - states.count(OPENING), missing), self.limit - len(states))
@@ -2746,11 +2748,13 @@ class Forwarder:
                 if is_needed and self._returned:
                     client = self._returned.pop(0)
                     carrier.state, carrier.client = BUSY, client
-            if client is not None and not self.listener.has_left(*client):
-                return client
-            if not is_needed:
+            if client is not None:
+                if not self.listener.has_left(*client):
+                    return client
+                client[0].close()
+            elif not is_needed:
                 self._wait_for_end(carrier)
-            elif client is None and self._turn.acquire(timeout=TICK_SECONDS):
+            elif self._turn.acquire(timeout=TICK_SECONDS):
                 try:
                     client = self.listener.take()
                     if client is not None:
