@@ -1687,14 +1687,17 @@ class Relay:
         self._look_on = 0.0  # when to look around next
         self._poller = select.poll()
         self._masks: Dict[int, int] = {}  # by descriptor, what poll() waits for
+        self._chosen: Tuple[bool, ...] = ()  # what that was chosen for
 
     def carry(self) -> None:
         """Return once the connection is over for the client. Whatever fails ends this connection alone."""
         try:
-            while not self._is_over(elapsed_seconds()):
+            now = elapsed_seconds()
+            while not self._is_over(now):
                 self._choose()
-                ready = dict(self._poller.poll(self._pause() * 1000))
-                self._move(ready, elapsed_seconds())
+                ready = dict(self._poller.poll(self._pause(now) * 1000))
+                now = elapsed_seconds()
+                self._move(ready, now)
         except Exception as error:
             self.error = error
         try:
@@ -1707,6 +1710,11 @@ class Relay:
     def _choose(self) -> None:
         """Choose what poll() waits for."""
         up, down, client, remote = self.up, self.down, self._client, self._remote
+        state = (bool(up.rest), bool(down.rest), up.has_ended, down.has_ended, self._client_is_gone,
+                 self._has_hung_up)
+        if state == self._chosen:
+            return
+        self._chosen = state
         masks = {client.reads_at: 0, client.writes_at: 0, remote.reads_at: 0}
         if not up.rest and not up.has_ended:
             masks[client.reads_at] |= select.POLLIN
@@ -1726,10 +1734,10 @@ class Relay:
                 self._poller.register(descriptor, mask)
                 self._masks[descriptor] = mask
 
-    def _pause(self) -> float:
+    def _pause(self, now: float) -> float:
         """Return how long poll() may wait."""
         if self.up.has_ended and not self._client_is_gone:
-            return max(0.0, min(TICK_SECONDS, self._ask_on - elapsed_seconds()))
+            return max(0.0, min(TICK_SECONDS, self._ask_on - now))
         return TICK_SECONDS
 
     def _move(self, ready: Dict[int, int], now: float) -> None:
@@ -2328,14 +2336,11 @@ class Listener(socketserver.TCPServer):
 
     request_queue_size = BACKLOG_CONNECTIONS
     allow_reuse_address = True
-    timeout = TICK_SECONDS  # of `take`
 
     def __init__(self, local: LocalAddress, allow_other_users: bool, warn_once: Report) -> None:
         self.unidentified = 0  # connections not served, since their clients had closed them
-        self.is_taking = False  # a client may have been accepted that nobody knows of yet
         self._path = local.path
         self._warn_once = warn_once
-        self._taken: Optional[Tuple[socket.socket, Any]] = None
         self._identity: Optional[os.stat_result] = None  # of the unix socket's file
         self._owners: Optional[OwnerCheck] = None
         self._checks_owners = False
@@ -2353,10 +2358,21 @@ class Listener(socketserver.TCPServer):
             self._set_up_owner_check(allow_other_users)
 
     def take(self) -> Optional[Tuple[socket.socket, Any]]:
-        """Accept the next client; return its socket and address, or None if none may be served in time."""
-        self._taken = None
-        self.handle_request()
-        return self._taken
+        """Accept the next client; return its socket and address, or None if none may be served in time.
+
+        Like handle_request(), which would create a selector each time.
+        """
+        try:
+            request, address = self.get_request()
+        except OSError:  # nobody has come, or is gone again
+            return None
+        try:
+            if self.verify_request(request, address):
+                return request, address
+        except Exception as error:
+            self._warn_once(f"a connection was dropped after {show_error(error)}")
+        request.close()  # with a reset
+        return None
 
     def reject(self) -> None:
         """Reset the connections that wait."""
@@ -2394,7 +2410,7 @@ class Listener(socketserver.TCPServer):
 
     def server_bind(self) -> None:
         """Bind it; a unix socket is 0600."""
-        self.socket.settimeout(self.timeout)  # handle_request takes the smaller one of two
+        self.socket.settimeout(TICK_SECONDS)
         if not self._path:
             set_leg_options(self.socket)
             super().server_bind()
@@ -2418,7 +2434,6 @@ class Listener(socketserver.TCPServer):
 
     def get_request(self) -> Tuple[socket.socket, Any]:
         """Accept a connection; without descriptors, do not spin."""
-        self.is_taking = True
         try:
             return self.socket.accept()
         except OSError as error:
@@ -2446,18 +2461,6 @@ class Listener(socketserver.TCPServer):
             self._warn_once(f"rejected connections of uid {uid} (--allow-other-users lets other users in)")
             return False
         return True
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Leave the connection to whoever called `take`."""
-        self._taken = request, client_address
-
-    def shutdown_request(self, request: Any) -> None:
-        """Reset a connection that is not served."""
-        request.close()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say that a connection was lost, without a traceback."""
-        self._warn_once(f"a connection was dropped after {type(sys.exc_info()[1]).__name__}")
 
     def _set_up_owner_check(self, allow_other_users: bool) -> None:
         if not is_loopback(self.local.host):
@@ -2688,7 +2691,7 @@ class Forwarder:
         """
         with self._changed:
             self._finishing_since = min(self._finishing_since, elapsed_seconds())
-            return bool(self._returned or self.listener.is_taking or self.listener.count_waiting() or any(
+            return bool(self._returned or self.listener.count_waiting() or any(
                 each.awaited or each.state == BUSY and (not each.client or self._is_gone(*each.client))
                 for each in self._carriers))
 
@@ -2762,7 +2765,6 @@ class Forwarder:
                             carrier.state, carrier.client, carrier.is_spare = BUSY, client, False
                         return client
                 finally:
-                    self.listener.is_taking = False
                     self._turn.release()
         return None
 
@@ -3013,7 +3015,6 @@ class Forwarder:
                 with self._changed:
                     self._returned += [client] if client is not None else []
         finally:
-            self.listener.is_taking = False
             self._turn.release()
 
     def _reject_waiting(self) -> None:
@@ -3803,7 +3804,7 @@ class Run:
         """Wait until what clients had sent before they left has arrived, as long as it moves."""
         moved, give_up_on = None, 0.0
         try:
-            while forwarder.is_delivering():
+            while forwarder.is_delivering() or self.is_delivering_yet(forwarder):
                 counts = forwarder.count()
                 moving = counts.up, counts.ended, forwarder.count_undelivered()
                 if moving != moved:
@@ -3816,6 +3817,11 @@ class Run:
                 self.tick(forwarder)
         except PlexctlError as error:
             self.report(f"warning: {error}")
+
+    def is_delivering_yet(self, forwarder: Forwarder) -> bool:
+        """Look again a moment later: a client that was just accepted is counted nowhere."""
+        self.foreground.wait(WAIT_SECONDS)
+        return forwarder.is_delivering()
 
     def start_command(self, program: str, local: LocalAddress) -> Any:
         """Start COMMAND, with its placeholders and environment filled in."""

@@ -5540,7 +5540,8 @@ def test_a_client_that_resets_is_no_clean_end_for_the_target_and_harms_nobody(ki
             client = dial(running.address)
             CLIENT_RESETS[when](client)
             reset_close(client)
-        eventually(lambda: len(running.target.ends) == 3, state=lambda: running.target.ends)
+        # a session that is stuck may have been dialled ahead, of which the target sees the end
+        eventually(lambda: len(running.target.ends) >= 3, state=lambda: running.target.ends)
         eventually(lambda: running.count().open == 1)
         chat(other, 3)
         if "half-close" not in when:  # else what it sent was complete
