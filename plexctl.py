@@ -1989,7 +1989,7 @@ class Ledger:
         """Return what is left to the operator, in words."""
         with self._changed:
             return [f"session {each} is kept until {self._expires.get(each, 'it expires')}"
-                    for each, has_begun in self._owed.items() if not has_begun]
+                    for each, has_begun in self._owed.items() if self._is_kept and not has_begun]
 
     def left_behind(self, raised: Optional[BaseException] = None) -> List[str]:
         """Return, once, what `leave` could not settle. The error `raised` is told by somebody else."""
@@ -2575,7 +2575,6 @@ class Carrier:
 
     def __init__(self, session: MediatedSession) -> None:
         self.session = session
-        self.buffers = create_buffers()
         self.state = OPENING
         self.client: Optional[Client] = None
         self.relay: Optional[Relay] = None
@@ -2645,7 +2644,12 @@ class Forwarder:
 
     def tick(self) -> None:
         """See to it that there are as many sessions as are needed, and keep the time."""
-        now = elapsed_seconds()
+        try:
+            self._look_after(elapsed_seconds())
+        except (OSError, MemoryError) as error:  # which ends nothing that works
+            self._warn_once(f"cannot accept connections for now: {show_error(error)}")
+
+    def _look_after(self, now: float) -> None:
         with self._changed:
             if self._is_time_up(now):
                 self._end(SessionOver("the session expired"))
@@ -2717,6 +2721,7 @@ class Forwarder:
     def _run(self, carrier: Carrier) -> None:
         session = carrier.session
         try:
+            buffers = create_buffers()
             tell = self._ledger.say if self.first else self._ledger.tell_once  # one wait is announced
             session.open(self._next_request(), tell)
             with self._changed:
@@ -2724,7 +2729,7 @@ class Forwarder:
                 self._changed.notify_all()
             client = self._take(carrier)
             while client is not None:
-                self._serve(carrier, *client)
+                self._serve(carrier, buffers, *client)
                 client = self._take(carrier)
         except SessionStuck as error:
             if self._finishing_since == float("inf"):
@@ -2798,7 +2803,7 @@ class Forwarder:
             carrier.awaited, carrier.awaited_since = leg, elapsed_seconds()
             carrier.sent_on = carrier.awaited_since
 
-    def _serve(self, carrier: Carrier, sock: socket.socket, address: Any) -> None:
+    def _serve(self, carrier: Carrier, buffers: Buffers, sock: socket.socket, address: Any) -> None:
         """Carry one connection, from the dial to its end."""
         session, client = carrier.session, Leg(sock)
         try:
@@ -2810,7 +2815,7 @@ class Forwarder:
             return
         had_answer = self._has_answered()
         self._ledger.say(f"connection from {name_client(address)} to {session.endpoint}")
-        relay = Relay(client, remote, carrier.buffers, lambda: self._is_gone(sock, address),
+        relay = Relay(client, remote, buffers, lambda: self._is_gone(sock, address),
                       lambda: self._is_ending.is_set() or session.is_over(),
                       lambda: self._is_ending.is_set() or session.ask())
         with self._changed:

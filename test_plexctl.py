@@ -5996,6 +5996,21 @@ def test_a_session_whose_thread_cannot_be_started_costs_no_client_that_is_served
         monkeypatch.undo()
 
 
+def test_a_look_at_the_backlog_that_fails_ends_nothing_that_works(simulation, monkeypatch):
+    def fail(*_arguments):
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    with using_sessions(simulation.plane) as running, dial(running.address) as client:
+        chat(client, 1)
+        with monkeypatch.context() as patches:
+            patches.setattr(running.forwarder.listener, "count_waiting", fail)
+            eventually(lambda: running.said("warning: cannot accept connections for now"))
+        chat(client, 1)
+        with dial(running.address) as other:
+            chat(other, 1)
+        assert len(running.lines) == 1 and running.forwarder.over is None
+
+
 def test_a_renewal_that_finds_no_thread_fails_alone(simulation, monkeypatch, quick_ticks):
     monkeypatch.setattr(plexctl, "RETRY_SECONDS", 1)
     with using_sessions(simulation.plane, renew=True) as running:
