@@ -1471,6 +1471,7 @@ class Leg:
         self.recv_into = sock.recv_into
         self.send = sock.send
         self.reads_at = self.writes_at = sock.fileno()
+        self.has_reset = False  # the other end has
         self.discarded = 0  # bytes that nobody was there for any more
         self._tells = ON_LINUX and sock.family != socket.AF_UNIX  # the kernel tells about the path
 
@@ -1534,6 +1535,7 @@ class StandardStreams:
 
     def __init__(self) -> None:
         self.reads_at, self.writes_at = 0, 1
+        self.has_reset = False
         self.error: Optional[PlexctlError] = None  # why standard output did not get everything
         self._socket: Optional[socket.socket] = None
         if stat.S_ISSOCK(os.fstat(1).st_mode):  # fromfd() of anything else leaks its duplicate
@@ -1619,32 +1621,50 @@ class Flow:
         self.sink = sink
         self.moved = 0  # bytes that were handed on
         self.rest = buffer[:0]  # read, and not handed on yet
-        self.active_on = elapsed_seconds()  # when something was read or handed on
         self.has_ended = False  # the source has ended its input
         self.is_over = False  # and the sink was told so
-        self.is_discarding = False  # the sink takes nothing any more
+        self.refusal: Optional[OSError] = None  # the sink takes nothing any more; what comes is dropped
         self._buffer = buffer
+        self._recv_into = source.recv_into
+        self._send = sink.send
 
-    def read(self, now: float) -> None:
-        """Read once; OSError if the source has reset the connection."""
-        try:
-            count = self.source.recv_into(self._buffer)
-        except BlockingIOError:
-            return
-        self.has_ended = not count
-        if self.has_ended or not self.is_discarding:
-            self.active_on = now
-            self.rest = self._buffer[:count]
+    def move(self) -> bool:
+        """Read once, unless something is left, and hand it on; OSError if the source has reset.
 
-    def write(self, now: float) -> None:
-        """Hand on what the sink takes now; OSError if it takes nothing any more."""
+        False if that leaves something, or there is nothing to come.
+        """
+        piece = self.rest
+        if not piece:
+            try:
+                count = self._recv_into(self._buffer)
+            except BlockingIOError:
+                return True
+            except OSError:
+                self.source.has_reset = True
+                raise
+            self.has_ended = not count
+            if self.has_ended or self.refusal:
+                return False
+            piece = self._buffer[:count]
         try:
-            sent = self.sink.send(self.rest)
+            sent = self._send(piece)
         except BlockingIOError:
-            return
-        self.active_on = now
+            sent = 0
+        except OSError as error:
+            if error.errno in EXHAUSTED:
+                raise
+            self.refusal, self.rest = error, piece[:0]
+            return False
         self.moved += sent
-        self.rest = self.rest[sent:]
+        self.rest = piece[sent:]
+        return not self.rest
+
+    def end(self) -> None:
+        """Tell the sink, once, that the source has ended its input."""
+        if not self.is_over:
+            self.is_over = True
+            with contextlib.suppress(OSError):  # its peer is gone
+                self.sink.end()
 
 
 class Relay:
@@ -1658,15 +1678,15 @@ class Relay:
     - the client's, if it is gone, that is, has closed the connection (`is_gone`): at once. If it still
       listens: once the target has sent nothing for QUIET_SECONDS, or its answer would be cut off.
 
-    `is_stopped` is asked often; if it returns True, the connection ends with resets. `on_end` is called
-    once, before the client sees an end or a reset that it has not caused.
+    `on_end` is called once, before the client sees an end or a reset that it has not caused. `stop`,
+    from another thread, ends the connection with resets.
 
     Afterwards the client is closed, and so is `remote`, unless `is_awaited`: the client is gone,
     everything was handed on, and the Node has yet to end the connection.
     """
 
     def __init__(self, client: Any, remote: Leg, buffers: Buffers, is_gone: Callable[[], bool],
-                 is_stopped: Callable[[], bool], on_end: Callable[[], object]) -> None:
+                 on_end: Callable[[], object]) -> None:
         self.up = Flow(client, remote, buffers[0])
         self.down = Flow(remote, client, buffers[1])
         self.error: Optional[Exception] = None  # what has broken the connection
@@ -1677,189 +1697,164 @@ class Relay:
         self._client = client
         self._remote = remote
         self._is_gone = is_gone
-        self._is_stopped = is_stopped
         self._on_end = on_end
-        self._client_is_gone = False
-        self._client_has_reset = False
+        self._is_stopped = False  # the one thing here that another thread sets
         self._has_hung_up = False  # poll() has said so of the client, and would again and again
-        self._ask_on = 0.0  # when to ask next whether the client is gone
-        self._ask_pause = FIRST_ASK_SECONDS
-        self._look_on = 0.0  # when to look around next
+        self._counted = (-1, -1)  # bytes moved when _is_quiet looked last
+        self._quiet_since = 0.0
+        self._flows = {client.reads_at: self.up, remote.reads_at: self.down}
         self._poller = select.poll()
-        self._masks: Dict[int, int] = {}  # by descriptor, what poll() waits for
-        self._chosen: Tuple[bool, ...] = ()  # what that was chosen for
+        for descriptor in self._flows:
+            self._poller.register(descriptor, select.POLLIN)
+
+    def stop(self) -> None:
+        """Have the connection end with resets, within TICK_SECONDS."""
+        self._is_stopped = True
 
     def carry(self) -> None:
         """Return once the connection is over for the client. Whatever fails ends this connection alone."""
         try:
-            now = elapsed_seconds()
-            while not self._is_over(now):
-                self._choose()
-                ready = dict(self._poller.poll(self._pause(now) * 1000))
-                now = elapsed_seconds()
-                self._move(ready, now)
-        except Exception as error:
-            self.error = error
-        try:
-            if self.error is not None:
+            try:
+                self._carry()
+            except Exception as error:
+                self.error = error
                 self._settle()
         except Exception as error:
             self.error = error
-        self._close()
+        up, is_broken = self.up, self.error is not None
+        # what was dropped must not look as if it had arrived
+        self._client.close(reset=is_broken or not self.down.is_over or bool(up.refusal) and not up.has_ended)
+        self.is_awaited = not (is_broken or self.down.is_over)
+        if not self.is_awaited:
+            self._remote.close(reset=is_broken or not up.is_over)
 
-    def _choose(self) -> None:
-        """Choose what poll() waits for."""
-        up, down, client, remote = self.up, self.down, self._client, self._remote
-        state = (bool(up.rest), bool(down.rest), up.has_ended, down.has_ended, self._client_is_gone,
-                 self._has_hung_up)
-        if state == self._chosen:
+    def _carry(self) -> None:
+        up, down = self.up, self.down
+        while not (up.has_ended or down.has_ended or down.refusal):
+            if up.rest or down.rest or up.refusal:
+                self._move()
+            else:
+                self._move_freely()
+        if up.has_ended:
+            self._await_answer()
+        if down.has_ended:
+            self._end_client()
             return
-        self._chosen = state
-        masks = {client.reads_at: 0, client.writes_at: 0, remote.reads_at: 0}
-        if not up.rest and not up.has_ended:
-            masks[client.reads_at] |= select.POLLIN
-        if down.rest:
-            masks[client.writes_at] |= select.POLLOUT
-        if not (down.rest or down.has_ended or self._client_is_gone):
-            masks[remote.reads_at] |= select.POLLIN
-        if up.rest:
-            masks[remote.writes_at] |= select.POLLOUT
-        # a reset by the client is to be noticed even while nothing is read from it
-        is_watched = not (up.has_ended or self._has_hung_up)
+        # the client is gone; what it has sent before is still to be handed on
+        if down.refusal and down.refusal.errno != errno.EPIPE:
+            self._client.has_reset = True
+            raise down.refusal
+        while not up.has_ended:
+            self._move()
+        up.end()
+
+    def _move_freely(self) -> None:
+        """Move both ways, until one of them ends, or has to wait for its sink."""
+        poll, flows, is_free = self._poller.poll, self._flows, True
+        while is_free:
+            ready = poll(TICK_SECONDS * 1000)
+            if self._is_stopped or not ready:
+                self._check_legs()
+            for descriptor, _ in ready:
+                is_free = flows[descriptor].move() and is_free
+
+    def _move(self, seconds: float = TICK_SECONDS) -> None:
+        """Wait for a direction that can move, so long at most, and move it once."""
+        client, masks = self._client, {}  # by descriptor
+        if not (self.up.has_ended or self._has_hung_up):
+            masks[client.reads_at] = 0  # a reset shows even so
+        waiting = []
+        for flow in (self.up, self.down):
+            if not flow.has_ended:
+                descriptor, mask = ((flow.sink.writes_at, select.POLLOUT) if flow.rest else
+                                    (flow.source.reads_at, select.POLLIN))
+                masks[descriptor] = masks.get(descriptor, 0) | mask
+                waiting.append((descriptor, flow))
+        poller = select.poll()
         for descriptor, mask in masks.items():
-            if not mask and not (is_watched and descriptor == client.reads_at):
-                if self._masks.pop(descriptor, None) is not None:
-                    self._poller.unregister(descriptor)
-            elif self._masks.get(descriptor) != mask:
-                self._poller.register(descriptor, mask)
-                self._masks[descriptor] = mask
-
-    def _pause(self, now: float) -> float:
-        """Return how long poll() may wait."""
-        if self.up.has_ended and not self._client_is_gone:
-            return max(0.0, min(TICK_SECONDS, self._ask_on - now))
-        return TICK_SECONDS
-
-    def _move(self, ready: Dict[int, int], now: float) -> None:
-        """Read and write as far as that goes without waiting."""
-        client, remote = self._client, self._remote
-        if ready.get(client.reads_at) and not self._masks[client.reads_at]:
+            poller.register(descriptor, mask)
+        ready = dict(poller.poll(seconds * 1000))
+        if self._is_stopped or not ready:
+            self._check_legs()
+        if client.reads_at in ready and not masks[client.reads_at]:
             self._has_hung_up = True
             self._check_client(harmless=errno.EPIPE)
-        for flow, source, sink in ((self.up, client.reads_at, remote.writes_at),
-                                   (self.down, remote.reads_at, client.writes_at)):
-            is_ready = bool(ready.get(sink if flow.rest else source))
-            if is_ready and not flow.rest and not flow.has_ended:
-                self._read(flow, now)
-            if is_ready and flow.rest:
-                self._write(flow, now)
+        for descriptor, flow in waiting:
+            if descriptor in ready:
+                flow.move()
 
-    def _read(self, flow: Flow, now: float) -> None:
-        try:
-            flow.read(now)
-        except OSError:
-            if flow is self.up:
-                self._client_has_reset = True
-            else:
-                self.remote_ended_first = True
-            raise
-
-    def _write(self, flow: Flow, now: float) -> None:
-        try:
-            flow.write(now)
-        except OSError as error:
-            # EPIPE: the peer had ended its input in order, and what it sent before is still to be read;
-            # so it is behind a reset by the Node
-            has_ended = error.errno == errno.EPIPE
-            if flow is self.down and not has_ended:
-                self._client_has_reset = True
-            if self._client_has_reset or error.errno in EXHAUSTED:
-                raise
-            flow.is_discarding, flow.rest = True, flow.rest[:0]
-            if flow is self.down:
-                self._client_is_gone = True
-            elif not has_ended:
-                self.error, self.remote_ended_first = error, True
-
-    def _check_client(self, harmless: int = 0) -> None:
-        """Raise the error of a reset by the client; EPIPE is one after its end of input."""
-        error = self._client.take_error()
-        if error not in (0, harmless):
-            self._client_has_reset = True
-            raise OSError(error, os.strerror(error))
-
-    def _is_over(self, now: float) -> bool:
-        """Pass on the ends of input that are due; return whether the connection is over."""
-        up, down = self.up, self.down
-        if now >= self._look_on:
-            self._look_on = now + TICK_SECONDS
-            self._look_around(now)
-        if down.has_ended and not down.is_over:
-            self._end_down()
-        if up.has_ended:
-            self._end_up(now)
-        if up.is_over and (down.is_over or self._client_is_gone):
-            return True
-        # a client may keep its end open for ever, and the Node serves another one already
-        return down.is_over and self._is_quiet(now) and not self._client.count_unsent()
-
-    def _look_around(self, now: float) -> None:
-        if self._is_stopped():
+    def _check_legs(self) -> None:
+        """Raise if the connection is to end, or its path is dead."""
+        if self._is_stopped:
             raise ConnectionAbortedError(errno.ECONNABORTED, os.strerror(errno.ECONNABORTED))
         if self._client.is_dead() or self._remote.is_dead():
             raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
-        if self.down.is_over and self._client.count_unsent():  # it still receives
-            self.down.active_on = now
 
-    def _end_down(self) -> None:
-        if self.error is not None:
-            raise self.error  # what looks like an end is a reset, whose error was read before
-        self.remote_ended_first = not (self.up.is_over or self._client_is_gone)
+    def _check_client(self, harmless: int) -> None:
+        """Raise the error of a reset by the client; EPIPE is one after its end of input."""
+        error = self._client.take_error()
+        if error not in (0, harmless):
+            self._client.has_reset = True
+            raise OSError(error, os.strerror(error))
+
+    def _await_answer(self) -> None:
+        """The client has ended its input: pass that on once the target is quiet.
+
+        Return once the Node has ended the connection as well, or the client is gone.
+        """
+        up, down, pause = self.up, self.down, FIRST_ASK_SECONDS
+        is_gone = self._is_gone()
+        while not (is_gone or down.refusal or down.has_ended):
+            if self._is_quiet():
+                up.end()
+            moved = down.moved
+            self._move(pause)
+            if down.moved != moved:
+                pause = FIRST_ASK_SECONDS
+            else:
+                pause = min(2 * pause, LAST_ASK_SECONDS)
+                is_gone = self._is_gone()
+        if is_gone:
+            self._check_client(harmless=0 if up.is_over else errno.EPIPE)
+            up.end()
+
+    def _end_client(self) -> None:
+        """The Node has ended the connection: pass that on, and let the client finish."""
+        up, down = self.up, self.down
+        if up.refusal and up.refusal.errno != errno.EPIPE:
+            self._remote.has_reset = True  # what looks like an end is a reset, whose error was read before
+            raise up.refusal
+        self.remote_ended_first = not up.is_over
         self.is_ending = True
         if self.remote_ended_first:
             self._on_end()
-        self._pass_on(self.down)
+        down.end()
+        # a client may keep its end open for ever, and the Node serves another one already
+        while not (up.has_ended or self._is_quiet()):
+            self._move()
+        if up.has_ended:
+            up.end()
 
-    def _end_up(self, now: float) -> None:
-        up, down = self.up, self.down
-        if now >= self._ask_on and not (self._client_is_gone or down.is_over):
-            self._ask_on, self._ask_pause = now + self._ask_pause, min(2 * self._ask_pause, LAST_ASK_SECONDS)
-            self._client_is_gone = self._is_gone()
-            if self._client_is_gone:
-                self._check_client(harmless=0 if up.is_over else errno.EPIPE)
-        if not up.is_over and (self._client_is_gone or down.is_over or self._is_quiet(now)):
-            self._pass_on(up)
-
-    def _is_quiet(self, now: float) -> bool:
-        up, down = self.up, self.down
-        return not (up.rest or down.rest) and now - max(up.active_on, down.active_on) >= QUIET_SECONDS
-
-    def _pass_on(self, flow: Flow) -> None:
-        flow.is_over = True
-        try:
-            if not flow.is_discarding:
-                flow.sink.end()
-        except OSError:  # its peer is gone
-            flow.is_discarding = True
+    def _is_quiet(self) -> bool:
+        """Return whether nothing has moved for QUIET_SECONDS of asking, and nothing is on its way."""
+        counted = self.up.moved, self.down.moved
+        is_receiving = self.down.is_over and self._client.count_unsent()
+        if counted != self._counted or self.up.rest or self.down.rest or is_receiving:
+            self._counted, self._quiet_since = counted, elapsed_seconds()
+        return elapsed_seconds() - self._quiet_since >= QUIET_SECONDS
 
     def _settle(self) -> None:
         """Do what a broken connection needs before its legs are closed."""
-        if self._client_has_reset:
+        if self._client.has_reset:
             deadline = elapsed_seconds() + QUIET_SECONDS
-            while self._remote.count_unsent() and elapsed_seconds() < deadline and not self._is_stopped():
+            while self._remote.count_unsent() and elapsed_seconds() < deadline and not self._is_stopped:
                 time.sleep(0.02)
             self.is_stuck = self._remote.count_unsent() > 0
-        elif not self.down.is_over:
-            self.is_ending = True
-            self._on_end()
-
-    def _close(self) -> None:
-        up, down, is_broken = self.up, self.down, self.error is not None
-        # what was discarded must not look as if it had arrived
-        self._client.close(reset=is_broken or not down.is_over or up.is_discarding and not up.has_ended)
-        self.is_awaited = not (is_broken or down.is_over)
-        if not self.is_awaited:
-            self._remote.close(reset=is_broken or not up.is_over)
+        else:
+            self.remote_ended_first = self.remote_ended_first or self._remote.has_reset
+            if not self.down.is_over:
+                self.is_ending = True
+                self._on_end()
 
 
 # -------------------------------------------------------------------------------------- sessions
@@ -2653,6 +2648,9 @@ class Forwarder:
         with self._changed:
             if self._is_time_up(now):
                 self._end(SessionOver("the session expired"))
+            for each in self._carriers:
+                if each.session.is_over() and each.relay:
+                    each.relay.stop()
             room = self._count_room(now) if self.first is not None and not self.over else 0
             nobody_comes = self.first is not None and not self._list_live() and now < self._demand.retry_on
         if self.over or nobody_comes:
@@ -2706,9 +2704,8 @@ class Forwarder:
             if self._is_stopped:
                 return
             self._is_stopped = True
-            self._is_ending.set()
+            self._stop_carrying()
             self._ledger.plane.cancel.set()
-            self._changed.notify_all()
         self._turn.acquire(timeout=seconds)  # and keep it: nobody accepts any more
         self.listener.server_close()
         with self._changed:
@@ -2816,10 +2813,11 @@ class Forwarder:
         had_answer = self._has_answered()
         self._ledger.say(f"connection from {name_client(address)} to {session.endpoint}")
         relay = Relay(client, remote, buffers, lambda: self._is_gone(sock, address),
-                      lambda: self._is_ending.is_set() or session.is_over(),
                       lambda: self._is_ending.is_set() or session.ask())
         with self._changed:
             carrier.relay = relay
+            if self._is_ending.is_set():
+                relay.stop()
         relay.carry()
         if relay.is_awaited:
             self._await(carrier, remote)
@@ -2989,7 +2987,13 @@ class Forwarder:
 
     def _end(self, why: PlexctlError) -> None:
         self.over = self.over or why
+        self._stop_carrying()
+
+    def _stop_carrying(self) -> None:
         self._is_ending.set()
+        for each in self._carriers:
+            if each.relay:
+                each.relay.stop()
         self._changed.notify_all()
 
     def _is_time_up(self, now: float) -> bool:
@@ -3655,7 +3659,7 @@ class Run:
         session = self.establish(self.issue_one)
         remote = self.foreground.call(lambda: session.dial(self.ledger.plane.cancel.is_set))
         streams = StandardStreams()
-        relay = Relay(streams, remote, create_buffers(), streams.is_gone, session.is_over,
+        relay = Relay(streams, remote, create_buffers(), streams.is_gone,
                       lambda: self.explain_end(session, relay))
         carried = Outcome(relay.carry)
         began, give_up_on = elapsed_seconds(), float("inf")
@@ -3671,6 +3675,8 @@ class Run:
                     signalled, give_up_on = interrupted, min(give_up_on, elapsed_seconds() + limit)
                 if elapsed_seconds() >= give_up_on:
                     raise signalled
+                if session.is_over():
+                    relay.stop()
                 if self.options.verbose:
                     session.warn_of_its_end()
             deadline = elapsed_seconds() + STUCK_SECONDS

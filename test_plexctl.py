@@ -5702,7 +5702,7 @@ def test_a_defect_in_one_connection_ends_that_one_alone(kinder):
     with relayed_to(limit=1, **kinder) as running:
         with dial(running.address) as client:
             chat(client, 3)
-            running.relays()[0].up.write = None  # ends in a TypeError
+            running.relays()[0].up.move = None  # ends in a TypeError
             client.sendall(b"x")
             assert how_it_ends(client)[0] == "reset"
         assert is_alive(running) and running.forwarder.over is None
