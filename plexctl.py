@@ -1437,20 +1437,21 @@ FIRST_ASK_SECONDS = 0.002  # between two looks whether a client is gone; each pa
 LAST_ASK_SECONDS = 0.4
 UNANSWERED_SECONDS = 120  # after which a path is dead
 READS_AT_ONCE, DISCARD_BYTES = 1000, 64 * 1024  # when a leg is only read to its end
-LEG_OPTIONS: List[Tuple[str, str, Any]] = [
-    ("IPPROTO_TCP", "TCP_NODELAY", 1),  # a request in two writes costs 44 ms without it
-    ("SOL_SOCKET", "SO_KEEPALIVE", 1), ("IPPROTO_TCP", "TCP_KEEPIDLE", 60),
-    ("IPPROTO_TCP", "TCP_KEEPINTVL", 15), ("IPPROTO_TCP", "TCP_KEEPCNT", 4),
-    ("SOL_SOCKET", "SO_OOBINLINE", 1),  # urgent data stays in the stream
-    # close() sends a reset: not even SIGKILL may let a stream that was cut off look complete
-    ("SOL_SOCKET", "SO_LINGER", struct.pack("ii", 1, 0))]
+RESET_ON_CLOSE, END_ON_CLOSE = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)  # struct linger
+LEG_OPTIONS: List[Tuple[int, str, Any]] = [
+    (socket.IPPROTO_TCP, "TCP_NODELAY", 1),  # a request in two writes costs 44 ms without it
+    (socket.SOL_SOCKET, "SO_KEEPALIVE", 1), (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 60),
+    (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 15), (socket.IPPROTO_TCP, "TCP_KEEPCNT", 4),
+    (socket.SOL_SOCKET, "SO_OOBINLINE", 1),  # urgent data stays in the stream
+    # not even SIGKILL may let a stream that was cut off look complete
+    (socket.SOL_SOCKET, "SO_LINGER", RESET_ON_CLOSE)]
 
 
 def set_leg_options(sock: socket.socket) -> None:
     """Set what both legs of a connection need; sockets inherit it from the listener that accepts them."""
     for level, name, value in LEG_OPTIONS:
-        if hasattr(socket, name):
-            sock.setsockopt(getattr(socket, level), getattr(socket, name), value)
+        if hasattr(socket, name):  # macOS lacks TCP_KEEPIDLE
+            sock.setsockopt(level, getattr(socket, name), value)
 
 
 def is_connected(sock: socket.socket) -> bool:
@@ -1522,7 +1523,7 @@ class Leg:
         """Close it, with a reset for the peer or in order."""
         if not reset:
             with contextlib.suppress(OSError):  # macOS, once both directions have ended
-                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0))
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, END_ON_CLOSE)
         self.sock.close()
 
 
@@ -1540,7 +1541,7 @@ class StandardStreams:
         self._socket: Optional[socket.socket] = None
         if stat.S_ISSOCK(os.fstat(1).st_mode):  # fromfd() of anything else leaks its duplicate
             self._socket = socket.fromfd(1, socket.AF_INET, socket.SOCK_STREAM)
-            self._set_linger(True)
+            self._set_linger(RESET_ON_CLOSE)
 
     def recv_into(self, buffer: memoryview) -> int:
         """Read standard input; return 0 at its end."""
@@ -1589,15 +1590,15 @@ class StandardStreams:
     def close(self, reset: bool = True) -> None:
         """Let go of both descriptors; a socket is closed with a reset or in order."""
         if self._socket is not None:
-            self._set_linger(reset)
+            self._set_linger(RESET_ON_CLOSE if reset else END_ON_CLOSE)
             self._socket.close()
         self._let_go(1)
         self._let_go(0)
 
-    def _set_linger(self, switch: bool) -> None:
+    def _set_linger(self, option: bytes) -> None:
         if self._socket is not None:
             with contextlib.suppress(OSError):  # the peer is gone
-                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", switch, 0))
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, option)
 
     def _let_go(self, descriptor: int) -> None:
         nowhere = open_nowhere(os.O_RDWR)
@@ -2023,10 +2024,12 @@ class Ledger:
             time.sleep(wait)
             failure = ""
         with self._changed:
+            is_told = session_id not in self._owed  # by left_behind
+        if failure and not is_told:
+            self.report(f"warning: session {session_id} is not revoked, it will expire on its own: {failure}")
+        with self._changed:
+            self._owed.pop(session_id, None)
             self._expires.pop(session_id, None)
-            if self._owed.pop(session_id, None) and failure:  # else left_behind has told
-                self.report(f"warning: session {session_id} is not revoked, it will expire on its own: "
-                            f"{failure}")
             self._changed.notify_all()
 
 
@@ -2039,6 +2042,8 @@ class MediatedSession:
 
     def __init__(self, ledger: Ledger, wait_seconds: float = 90.0) -> None:
         self.issued: Optional[IssuedSession] = None
+        self.why: Optional[PlexctlError] = None  # what has ended the session
+        self.endpoint: Optional[Endpoint] = None  # that the Node has reported last
         self.expires_on = float("inf")  # elapsed_seconds()
         self.ready_on = 0.0  # when the Node had reported the listener; 0: not yet
         self._ledger = ledger
@@ -2046,25 +2051,11 @@ class MediatedSession:
         self._refused_since = 0.0
         self._recheck_on = float("inf")
         self._warned_at = float("inf")
-        self._lock = threading.Condition()  # guards what follows
-        self._why: Optional[PlexctlError] = None
-        self._endpoint: Optional[Endpoint] = None
+        self._lock = threading.Condition()  # guards what follows, and how `why` and `endpoint` change
         self._route: Any = None  # family and address of the endpoint
         self._is_asking = False
         self._asked_on = 0.0  # when the last question ended
         self._has_answer = False
-
-    @property
-    def why(self) -> Optional[PlexctlError]:
-        """What has ended the session; None while it lasts."""
-        with self._lock:
-            return self._why
-
-    @property
-    def endpoint(self) -> Optional[Endpoint]:
-        """The listener endpoint that the Node has reported last."""
-        with self._lock:
-            return self._endpoint
 
     @property
     def session_id(self) -> str:
@@ -2086,7 +2077,7 @@ class MediatedSession:
     def end(self, why: PlexctlError) -> None:
         """Say that the session is over; the first reason counts."""
         with self._lock:
-            self._why = self._why or why
+            self.why = self.why or why
 
     def is_over(self) -> bool:
         """Return whether it carries no more. Call it often: it keeps the time, and asks once a minute."""
@@ -2114,7 +2105,7 @@ class MediatedSession:
         """
         with self._lock:
             is_due = not self._is_asking and elapsed_seconds() - self._asked_on >= ASK_SECONDS
-            if is_due and self._why is None:
+            if is_due and self.why is None:
                 self._has_answer = False
                 self._is_asking = start_thread(self._ask)
             self._lock.wait_for(lambda: not self._is_asking, seconds)
@@ -2135,7 +2126,7 @@ class MediatedSession:
                 raise Cancelled("interrupted")
             has_answer = self.ask(ASK_LIMIT_SECONDS)
             with self._lock:
-                if self._why is not None or self._route == route:
+                if self.why is not None or self._route == route:
                     break
         if self.why is None and has_answer and isinstance(failure, ConnectionRefusedError):
             self._note_refusal()
@@ -2184,7 +2175,7 @@ class MediatedSession:
         if not is_dialable(str(address[0]), is_loopback(self._ledger.plane.server.host)):
             raise PlexctlError(f"listener endpoint {endpoint}: leads to {address[0]}, which is refused")
         with self._lock:
-            self._endpoint, self._route = endpoint, (family, address)
+            self.endpoint, self._route = endpoint, (family, address)
 
     def _ask(self) -> None:
         has_answer = False
@@ -2386,10 +2377,10 @@ class Listener(socketserver.TCPServer):
 
     def is_gone(self, client: socket.socket, address: Any) -> bool:
         """Return whether a client listens no more; False where nobody can know."""
-        if client.fileno() < 0 or poll_now(client.fileno(), 0):  # a reset; of a unix socket, a close as well
-            return True
+        if self._owners is None:  # poll() tells of a reset, and of a unix socket that was closed
+            return client.fileno() < 0 or bool(poll_now(client.fileno(), 0))
         with contextlib.suppress(OSError):
-            return self._owners is not None and self._owners.find(address)[1]
+            return self._owners.find(address)[1]
         return False
 
     def has_left(self, client: socket.socket, address: Any) -> bool:
@@ -2490,58 +2481,52 @@ LIVE = (OPENING, FREE, BUSY)
 Client = Tuple[socket.socket, Any]  # and its address
 
 
-class SessionStuck(PlexctlError):
-    """The Node does not end a connection whose client is gone, so the session can carry no other one."""
+class NodeBusy(PlexctlError):
+    """The Node has not ended the session's last connection, and so would not serve the next one."""
 
 
-class StillSending(PlexctlError):
-    """What the last client sent is still on its way to the Node, so the next one has to wait."""
+class SessionStuck(NodeBusy):
+    """And it is not going to: the session is of no more use."""
 
 
 class Demand:
-    """Decides how many sessions a Forwarder needs; used with its lock held. `states` are its carriers'."""
+    """Decides how many sessions there are to be; with the Forwarder's lock held.
+
+    `states` are those of its carriers. While one is free, nothing is issued.
+    """
 
     def __init__(self, limit: int, minimum: int) -> None:
-        self.limit = self._full_limit = limit
-        self.is_short = False  # connections wait, and the limit is reached
+        self.limit = limit
         self.retry_on = 0.0  # nothing is issued before
-        self._minimum = minimum
+        self._full_limit = limit
         self._limited_until = 0.0
+        self._minimum = minimum
         self._waiting_since = self._spare_since = elapsed_seconds()
         self._replaced_on = -float("inf")
 
-    def count_room(self, now: float, waiting: int, states: List[str]) -> int:
-        """Return how many of the connections that wait may be accepted, to have sessions issued for them."""
+    def have_waited(self, now: float, waiting: int, states: List[str]) -> bool:
+        """Return whether connections wait, and have done so for GRACE_SECONDS while no session was free."""
+        if not waiting or FREE in states:
+            self._waiting_since = now
+            return False
+        return not set(LIVE).intersection(states) or now - self._waiting_since >= GRACE_SECONDS
+
+    def count_missing(self, now: float, waiting: int, states: List[str]) -> int:
+        """Return how many sessions to issue: for connections that wait, and to have the minimum ready."""
         live = [state for state in states if state in LIVE]
-        if not waiting or FREE in live:
-            waiting, self._waiting_since = 0, now
         if now >= self._limited_until:
             self.limit = self._full_limit
-        opening = live.count(OPENING)
-        has_waited = waiting > 0 and (not live or now - self._waiting_since >= GRACE_SECONDS)
-        self.is_short = has_waited and len(live) - opening >= self.limit
-        return self.limit - len(states) + opening if has_waited and self.may_issue(now, states) else 0
-
-    def count_missing(self, now: float, accepted: int, states: List[str]) -> int:
-        """Return how many sessions to issue now: for accepted clients, and to have the minimum ready."""
-        if not self.may_issue(now, states):
+        # without the last: the server may yet count a session that is being revoked
+        if now < self.retry_on or ENDING in states and not live:
             return 0
-        if FREE in states:  # that one takes them
-            accepted = 0
-        live = len([state for state in states if state in LIVE])
-        missing = self._minimum - live if self._minimum > 1 else 0  # a single one when it is needed
-        return min(max(accepted - states.count(OPENING), missing), self.limit - len(states))
-
-    def may_issue(self, now: float, states: List[str]) -> bool:
-        """Return False after a failure, and while the server may yet count a session that is revoked."""
-        return now >= self.retry_on and not (ENDING in states and not set(LIVE).intersection(states))
+        wanted = 0 if FREE in states else waiting - states.count(OPENING)
+        missing = self._minimum - len(live) if self._minimum > 1 else 0  # a single one when it is needed
+        return max(0, min(max(wanted, missing), self.limit - len(states)))
 
     def has_spare(self, now: float, free: int) -> bool:
-        """Return whether more than the minimum have been free for a while: then one can be given back."""
-        if free <= self._minimum:
-            self._spare_since = now
-        is_spare = now - self._spare_since >= IDLE_SECONDS
-        if is_spare:
+        """Return True if more than the minimum have been free for IDLE_SECONDS, each so often."""
+        is_spare = free > self._minimum and now - self._spare_since >= IDLE_SECONDS
+        if is_spare or free <= self._minimum:
             self._spare_since = now
         return is_spare
 
@@ -2550,19 +2535,18 @@ class Demand:
         self.limit, self._limited_until = limit, now + LIMIT_SECONDS
 
     def may_replace(self, now: float, lasted: float) -> bool:
-        """Return whether a session whose listener is gone after so long may be replaced now.
+        """Return whether a session whose listener is gone, after so long, may be replaced now.
 
         A Node that refuses everybody must not cost a session per attempt.
         """
-        if lasted < REPLACE_SECONDS:
-            if now - self._replaced_on < REPLACE_SECONDS:
-                return False
-            self._replaced_on = now
-        return True
+        return lasted >= REPLACE_SECONDS or now - self._replaced_on >= REPLACE_SECONDS
 
-    def wait_to_replace(self) -> None:
-        """Issue nothing before `may_replace` allows it again."""
-        self.retry_on = max(self.retry_on, self._replaced_on + REPLACE_SECONDS)
+    def note_gone(self, now: float, lasted: float) -> None:
+        """Issue nothing until `may_replace` allows it."""
+        if not self.may_replace(now, lasted):
+            self.retry_on = self._replaced_on + REPLACE_SECONDS
+        if lasted < REPLACE_SECONDS:
+            self._replaced_on = max(now, self.retry_on)
 
 
 class Carrier:
@@ -2574,10 +2558,39 @@ class Carrier:
         self.client: Optional[Client] = None
         self.relay: Optional[Relay] = None
         self.awaited: Optional[Leg] = None  # the last connection, which the Node has yet to end
-        self.awaited_since = 0.0
-        self.sent_on = 0.0  # when something was last on its way to the Node
         self.is_spare = False  # it is to be given back
-        self.is_replaced = False  # its listener is gone, and another session may be issued at once
+        self._awaited_since = 0.0
+        self._sent_on = 0.0  # when something was last on its way to the Node
+
+    def wait_for(self, leg: Leg) -> None:
+        """Remember a connection that the Node has yet to end."""
+        self._awaited_since = self._sent_on = elapsed_seconds()
+        self.awaited = leg
+
+    def is_ready(self) -> bool:
+        """Return whether the Node has ended the last connection; SessionStuck if it does not."""
+        leg, now = self.awaited, elapsed_seconds()
+        if leg is None:
+            return True
+        if leg.has_ended() or leg.is_dead():
+            self.awaited = None
+            leg.close(reset=False)
+            return True
+        if leg.count_unsent():
+            self._sent_on = now
+        elif now - self._sent_on >= QUIET_SECONDS:
+            raise SessionStuck("the Node has not ended a connection whose client is gone; its session is not "
+                               "used any more")
+        return False
+
+    def is_late(self) -> bool:
+        """Return whether the Node takes longer to end it than a client should wait."""
+        return self.awaited is not None and elapsed_seconds() - self._awaited_since >= GRACE_SECONDS
+
+    def pause(self) -> None:
+        """Wait a moment for the Node."""
+        if self.awaited is not None:
+            wait_for(self.awaited.reads_at, select.POLLIN, TICK_SECONDS)
 
 
 class Forwarder:
@@ -2591,8 +2604,8 @@ class Forwarder:
 
     Each session has a thread. While the session is free its thread takes a client, dials, and carries the
     connection to its end. Free is a session whose last connection the Node has ended; the next one may be
-    taken and dialled before that, but nothing is sent on it. All that the threads share is guarded by one
-    lock; the listener belongs to the thread that has the turn.
+    taken and dialled a moment before that, but nothing is sent on it. What the threads share is guarded by
+    one lock; the listener belongs to the thread that has the turn.
     """
 
     def __init__(self, local: LocalAddress, ledger: Ledger, request: SessionRequest, limit: int = 4,
@@ -2612,12 +2625,12 @@ class Forwarder:
         self._is_ending = threading.Event()  # nothing is carried any more
         self._is_stopped = False
         self._carriers: List[Carrier] = []
-        self._returned: List[Client] = []  # accepted, and not served: a session is to be issued for them
+        self._returned: List[Client] = []  # accepted, and not served yet: they wait for a session
         self._ended = Counts()
-        self._explaining = 0
+        self._explaining = 0  # threads
         self._has_been_stuck = False
         self._demand = Demand(limit, minimum)
-        self._finishing_since = float("inf")
+        self._is_finishing = False
 
     def __enter__(self) -> "Forwarder":
         return self
@@ -2643,24 +2656,6 @@ class Forwarder:
             self._look_after(elapsed_seconds())
         except (OSError, MemoryError) as error:  # which ends nothing that works
             self._warn_once(f"cannot accept connections for now: {show_error(error)}")
-
-    def _look_after(self, now: float) -> None:
-        with self._changed:
-            if self._is_time_up(now):
-                self._end(SessionOver("the session expired"))
-            for each in self._carriers:
-                if each.session.is_over() and each.relay:
-                    each.relay.stop()
-            room = self._count_room(now) if self.first is not None and not self.over else 0
-            nobody_comes = self.first is not None and not self._list_live() and now < self._demand.retry_on
-        if self.over or nobody_comes:
-            self._reject_waiting()
-        else:
-            self._accept_checked(room)
-            with self._changed:
-                self._adjust(now)
-        if self.first is not None and not self._renew:
-            self.first.warn_of_its_end()
 
     def count(self) -> Counts:
         """Return the totals so far."""
@@ -2689,10 +2684,10 @@ class Forwarder:
     def is_delivering(self) -> bool:
         """Return whether something that clients have sent before they were gone is still on its way.
 
-        From the first call on, and for LEAVE_SECONDS, clients count as gone where nobody can know.
+        From the first call on clients count as gone where nobody can know.
         """
         with self._changed:
-            self._finishing_since = min(self._finishing_since, elapsed_seconds())
+            self._is_finishing = True
             return bool(self._returned or self.listener.count_waiting() or any(
                 each.awaited or each.state == BUSY and (not each.client or self._is_gone(*each.client))
                 for each in self._carriers))
@@ -2724,12 +2719,12 @@ class Forwarder:
             with self._changed:
                 self.first = self.first or session
                 self._changed.notify_all()
-            client = self._take(carrier)
-            while client is not None:
-                self._serve(carrier, buffers, *client)
+            while not self._is_leaving(carrier):
                 client = self._take(carrier)
+                if client is not None:
+                    self._serve(carrier, buffers, *client)
         except SessionStuck as error:
-            if self._finishing_since == float("inf"):
+            if not self._is_finishing:
                 self._warn_once(str(error))
             self._wait_for_the_node(carrier)
         except PlexctlError as error:
@@ -2739,80 +2734,53 @@ class Forwarder:
         finally:
             self._dismiss(carrier)
 
-    def _take(self, carrier: Carrier) -> Optional[Client]:
-        """Wait for a client; return None if there is none for this session any more."""
-        while not (self._is_ending.is_set() or carrier.session.is_over()):
-            is_free, client = self._see_awaited(carrier), None
-            with self._changed:
-                if carrier.is_spare and not self._returned:
-                    return None
-                carrier.state, carrier.client = BUSY if self._is_sending(carrier) else FREE, None
-                # one that still waits for the Node leaves the client to one that does not
-                is_needed = carrier.state == FREE and (is_free or not any(
-                    each.state == FREE and not each.awaited for each in self._carriers))
-                if is_needed and self._returned:
-                    client = self._returned.pop(0)
-                    carrier.state, carrier.client = BUSY, client
-            if client is not None:
-                if not self.listener.has_left(*client):
-                    return client
-                client[0].close()
-            elif not is_needed:
-                self._wait_for_end(carrier)
-            elif self._turn.acquire(timeout=TICK_SECONDS):
-                try:
-                    client = self.listener.take()
-                    if client is not None:
-                        with self._changed:
-                            carrier.state, carrier.client, carrier.is_spare = BUSY, client, False
-                        return client
-                finally:
-                    self._turn.release()
-        return None
-
-    def _see_awaited(self, carrier: Carrier) -> bool:
-        """Return whether the Node has ended the last connection; SessionStuck if it does not."""
-        leg, now = carrier.awaited, elapsed_seconds()
-        if leg is None:
-            return True
-        if leg.has_ended() or leg.is_dead():
-            self._await(carrier, None)
-            leg.close(reset=False)
-            return True
-        if leg.count_unsent():
-            carrier.sent_on = now
-        elif now - carrier.sent_on >= QUIET_SECONDS:
-            raise SessionStuck("the Node has not ended a connection whose client is gone; its session is not "
-                               "used any more")
-        return False
-
-    def _is_sending(self, carrier: Carrier) -> bool:
-        """Return whether what the last client sent takes long to reach the Node."""
-        return (carrier.awaited is not None and carrier.awaited.count_unsent() > 0
-                and elapsed_seconds() - carrier.awaited_since >= GRACE_SECONDS)
-
-    def _wait_for_end(self, carrier: Carrier) -> None:
-        if carrier.awaited is not None:
-            wait_for(carrier.awaited.reads_at, select.POLLIN, TICK_SECONDS)
-
-    def _await(self, carrier: Carrier, leg: Optional[Leg]) -> None:
+    def _is_leaving(self, carrier: Carrier) -> bool:
+        """Return whether a session takes no further client."""
         with self._changed:
-            carrier.awaited, carrier.awaited_since = leg, elapsed_seconds()
-            carrier.sent_on = carrier.awaited_since
+            return (self._is_ending.is_set() or carrier.session.is_over()
+                    or carrier.is_spare and not self._returned)
+
+    def _take(self, carrier: Carrier) -> Optional[Client]:
+        """Take the client that is next, if one comes in time and this session is free for it."""
+        is_ready, is_late = carrier.is_ready(), carrier.is_late()
+        with self._changed:
+            # one whose Node has yet to end the last connection leaves clients to one that is ready
+            is_free = is_ready or not is_late and not any(
+                each.state == FREE and not each.awaited for each in self._carriers)
+            carrier.state = FREE if is_ready or not is_late else BUSY
+            carrier.client = self._returned.pop(0) if is_free and self._returned else None
+            if carrier.client is not None:
+                carrier.state = BUSY
+        if carrier.client is not None:
+            if not self.listener.has_left(*carrier.client):
+                return carrier.client
+            carrier.client[0].close()
+        elif not is_free:
+            carrier.pause()
+        elif self._turn.acquire(timeout=TICK_SECONDS):
+            try:
+                client = self.listener.take()
+                if client is not None:
+                    with self._changed:
+                        carrier.state, carrier.client, carrier.is_spare = BUSY, client, False
+                return client
+            finally:
+                self._turn.release()
+        return None
 
     def _serve(self, carrier: Carrier, buffers: Buffers, sock: socket.socket, address: Any) -> None:
         """Carry one connection, from the dial to its end."""
-        session, client = carrier.session, Leg(sock)
+        session = carrier.session
         try:
             remote = self._dial(carrier)
         except PlexctlError as error:
-            self._refuse(carrier, client, error)
+            self._refuse(carrier, sock, error)
             if isinstance(error, SessionStuck):
                 raise
             return
         had_answer = self._has_answered()
         self._ledger.say(f"connection from {name_client(address)} to {session.endpoint}")
-        relay = Relay(client, remote, buffers, lambda: self._is_gone(sock, address),
+        relay = Relay(Leg(sock), remote, buffers, lambda: self._is_gone(sock, address),
                       lambda: self._is_ending.is_set() or session.ask())
         with self._changed:
             carrier.relay = relay
@@ -2820,7 +2788,7 @@ class Forwarder:
                 relay.stop()
         relay.carry()
         if relay.is_awaited:
-            self._await(carrier, remote)
+            carrier.wait_for(remote)
         self._note_end(carrier, relay, had_answer)
         if relay.is_stuck and not self._is_ending.is_set():
             raise SessionStuck("the Node did not take what a client had sent that has reset its connection; "
@@ -2831,31 +2799,30 @@ class Forwarder:
         session = carrier.session
         remote = session.dial(self._is_ending.is_set)
         try:
-            while not self._see_awaited(carrier):
+            while not carrier.is_ready():
                 if self._is_ending.is_set() or session.is_over():
                     raise session.why or Cancelled("interrupted")
-                if self._is_sending(carrier):
-                    raise StillSending("")
-                self._wait_for_end(carrier)
+                if carrier.is_late():
+                    raise NodeBusy("the Node has not ended the last connection yet")
+                carrier.pause()
             return remote
         except BaseException:
             remote.close()
             raise
 
-    def _refuse(self, carrier: Carrier, client: Leg, error: PlexctlError) -> None:
+    def _refuse(self, carrier: Carrier, sock: socket.socket, error: PlexctlError) -> None:
         """Leave a client to another session, if there may be one; else reset it."""
         session, now = carrier.session, elapsed_seconds()
-        may_wait = isinstance(error, (SessionStuck, StillSending))
         with self._changed:
-            if isinstance(error, DialRefused) and self._renew:
-                carrier.is_replaced = self._demand.may_replace(now, now - session.ready_on)
-                if carrier.is_replaced:
-                    session.end(ListenerGone("the Node has closed the session's listener"))
-            if not self._is_ending.is_set() and carrier.client and (
-                    may_wait or session.why and (self._renew or len(self._list_live()) > 1)):
+            if isinstance(error, DialRefused) and self._renew and self._demand.may_replace(
+                    now, now - session.ready_on):
+                session.end(ListenerGone("the Node has closed the session's listener"))
+            may_wait = isinstance(error, NodeBusy) or session.why and (
+                self._renew or len(self._list_live()) > 1)
+            if may_wait and carrier.client and not self._is_ending.is_set():
                 self._returned.append(carrier.client)
                 return
-        client.close()
+        sock.close()
         if not isinstance(error, (SessionOver, Cancelled)):
             self._warn_once(f"a connection was not served: {error}")
         self._count_end(carrier, 0, 0)
@@ -2899,7 +2866,7 @@ class Forwarder:
         with self._changed:
             carrier.state = ENDING
             if why is not None and not self._is_ending.is_set():
-                self._follow(carrier, why)
+                self._follow(session, why)
         if session.session_id and not self._is_stopped:  # else Ledger.leave does it
             self._ledger.give_back(session.session_id)
         with self._changed:
@@ -2915,10 +2882,82 @@ class Forwarder:
             self._ended = ended._replace(ended=ended.ended + 1, up=ended.up + up, down=ended.down + down)
             self._changed.notify_all()
 
-    # How many sessions there are; all of this with the lock held
+    def _has_answered(self) -> bool:
+        """Return whether the target has answered on a connection that is open: so it can be reached."""
+        with self._changed:
+            return any(each.relay and each.relay.down.moved for each in self._carriers)
 
-    def _list_live(self) -> List[Carrier]:
-        return [each for each in self._carriers if each.state in LIVE]
+    def _is_gone(self, sock: socket.socket, address: Any) -> bool:
+        return self.listener.is_gone(sock, address) or (
+            self._is_finishing and not self.listener.knows_who_is_gone())
+
+    # The main thread
+
+    def _look_after(self, now: float) -> None:
+        with self._changed:
+            if self._is_time_up(now):
+                self._end(SessionOver("the session expired"))
+            for each in self._carriers:
+                if each.session.is_over() and each.relay:
+                    each.relay.stop()
+            nobody_comes = self.over or not self._list_live() and now < self._demand.retry_on
+        if nobody_comes:
+            self._reject_waiting()
+        elif self.first is not None:
+            self._issue_missing(now)
+            if not self._renew:
+                self.first.warn_of_its_end()
+
+    def _issue_missing(self, now: float) -> None:
+        """Issue the sessions that are missing, and give one back that is not needed."""
+        with self._changed:
+            states = [each.state for each in self._carriers]
+            waiting = len(self._returned) + self.listener.count_waiting()
+            opening, room = states.count(OPENING), 0
+            if self._demand.have_waited(now, waiting, states):
+                room = self._demand.count_missing(now, waiting, states) + opening
+                self._warn_of_the_limit(waiting, states)
+        # they are checked before a session is issued for them: another user must not cost any
+        self._accept(room - len(self._returned))
+        with self._changed:
+            states = [each.state for each in self._carriers]
+            has_time = self._renew or self.first is not None and self.first.expires_on - now >= 1
+            if has_time and not self._is_ending.is_set():
+                for _ in range(self._demand.count_missing(now, len(self._returned), states)):
+                    self._start()
+            free = [each for each in self._carriers if each.state == FREE and not each.awaited]
+            if self._demand.has_spare(now, len(free)):
+                free[-1].is_spare = True
+
+    def _warn_of_the_limit(self, waiting: int, states: List[str]) -> None:
+        if states.count(FREE) + states.count(BUSY) >= self._demand.limit:
+            self._ledger.tell_once(
+                f"warning: {waiting} connection{'s wait' if waiting > 1 else ' waits'} until one closes: "
+                f"each needs a session (--max-sessions is {self._demand.limit}; a connection pool must not "
+                "be larger)", "limit")
+
+    def _accept(self, room: int) -> None:
+        """Accept as many of the clients that wait, at most; the next free session takes them."""
+        if room > 0 and self._turn.acquire(timeout=TICK_SECONDS):
+            try:
+                for _ in range(min(room, self.listener.count_waiting())):
+                    client = self.listener.take()
+                    with self._changed:
+                        self._returned += [client] if client is not None else []
+            finally:
+                self._turn.release()
+
+    def _reject_waiting(self) -> None:
+        """Reset the connections that wait, since no session will come to take them."""
+        with self._changed:
+            self._close_returned()
+        if self._turn.acquire(timeout=TICK_SECONDS):
+            try:
+                self.listener.reject()
+            finally:
+                self._turn.release()
+
+    # With the lock held
 
     def _start(self) -> None:
         carrier = Carrier(MediatedSession(self._ledger, self._wait_seconds))
@@ -2931,59 +2970,36 @@ class Forwarder:
             if self.first is None and not self._carriers:
                 self._end(why)
 
-    def _count_room(self, now: float) -> int:
-        """Return how many waiting clients to accept for further sessions; warn at the limit."""
-        waiting = len(self._returned) + self.listener.count_waiting()
-        room = self._demand.count_room(now, waiting, [each.state for each in self._carriers])
-        if self._demand.is_short:
-            self._ledger.tell_once(
-                f"warning: {waiting} connection{'s wait' if waiting > 1 else ' waits'} until one closes: "
-                f"each needs a session (--max-sessions is {self._demand.limit}; a connection pool must not "
-                "be larger)", "limit")
-        return room
+    def _list_live(self) -> List[Carrier]:
+        return [each for each in self._carriers if each.state in LIVE]
 
-    def _adjust(self, now: float) -> None:
-        """Start the sessions that are missing, and give one back that is not needed."""
-        if self.first is None or self._is_ending.is_set():
-            return
-        states = [each.state for each in self._carriers]
-        missing = self._demand.count_missing(now, len(self._returned), states)
-        if self._renew or self.first.expires_on - now >= 1:
-            for _ in range(missing):
-                self._start()
-        free = [each for each in self._carriers if each.state == FREE and not each.awaited]
-        if self._demand.has_spare(now, len(free)):
-            free[-1].is_spare = True
-
-    def _follow(self, carrier: Carrier, why: PlexctlError) -> None:
+    def _follow(self, session: MediatedSession, why: PlexctlError) -> None:
         """Draw the conclusions from the end of one session."""
         now, others, tell = elapsed_seconds(), len(self._list_live()), self._ledger.tell_once
-        session, is_refused = carrier.session, isinstance(why, ApiError) and why.status < 500
-        if isinstance(why, SessionRevoked) or self._is_time_up(now) or not others and self._ends_all(
-                session, is_refused):
+        is_refused = isinstance(why, ApiError) and why.status < 500
+        if isinstance(why, SessionRevoked) or self._is_time_up(now):
             self._end(why)
-        elif session.ready_on:
+        elif session.ready_on:  # it has worked
+            if not others and not self._renew:
+                self._end(why)
+                return
             tell(f"{why}; the next connection gets a new one" if self._renew else str(why))
-            if isinstance(why, ListenerGone) and not (
-                    carrier.is_replaced or self._demand.may_replace(now, now - session.ready_on)):
-                self._demand.wait_to_replace()
+            if isinstance(why, ListenerGone):
+                self._demand.note_gone(now, now - session.ready_on)
         elif self.first is None:  # `establish` raises the last one
-            if why.may_exist:
+            if not others:
+                self._end(why)
+            elif why.may_exist:
                 why.is_told = tell(f"warning: session unknown: {why}")
         elif others and (is_refused or isinstance(why, EndpointMissing)):
             self._demand.learn(now, others)
             why.is_told = tell(
                 f"warning: no further session, connections wait for those there are: {why}", "limit")
-        else:
+        elif not others and (is_refused or not self._renew and not self._has_been_stuck):
+            self._end(why)
+        else:  # one that was to replace a stuck one may fail for now
             self._demand.retry_on = now + RETRY_SECONDS
             why.is_told = tell(f"warning: no further session for now: {why}")
-
-    def _ends_all(self, session: MediatedSession, is_refused: bool) -> bool:
-        """Return whether the end of the only session is that of the run."""
-        if self.first is None or is_refused:
-            return True
-        # one that was to replace a stuck one may fail for now
-        return not self._renew and (session.ready_on > 0 or not self._has_been_stuck)
 
     def _end(self, why: PlexctlError) -> None:
         self.over = self.over or why
@@ -3011,41 +3027,6 @@ class Forwarder:
         for client, _ in self._returned:
             client.close()
         del self._returned[:]
-
-    # What they all use
-
-    def _accept_checked(self, room: int) -> None:
-        """Accept clients that further sessions are to be issued for: another user's must not cost any."""
-        if room <= len(self._returned) or not self._turn.acquire(timeout=TICK_SECONDS):
-            return
-        try:
-            for _ in range(min(room - len(self._returned), self.listener.count_waiting())):
-                client = self.listener.take()
-                with self._changed:
-                    self._returned += [client] if client is not None else []
-        finally:
-            self._turn.release()
-
-    def _reject_waiting(self) -> None:
-        """Reset the connections that wait, since no session will come to take them."""
-        with self._changed:
-            self._close_returned()
-        if self._turn.acquire(timeout=TICK_SECONDS):
-            try:
-                self.listener.reject()
-            finally:
-                self._turn.release()
-
-    def _is_gone(self, sock: socket.socket, address: Any) -> bool:
-        if self.listener.is_gone(sock, address):
-            return True
-        is_finishing = 0 <= elapsed_seconds() - self._finishing_since < LEAVE_SECONDS
-        return is_finishing and not self.listener.knows_who_is_gone()
-
-    def _has_answered(self) -> bool:
-        """Return whether the target has answered on a connection that is open: so it can be reached."""
-        with self._changed:
-            return any(each.relay and each.relay.down.moved for each in self._carriers)
 
     def _warn_once(self, text: str) -> None:
         self._ledger.tell_once("warning: " + text, text.partition(" (")[0])
