@@ -10127,7 +10127,7 @@ def page(name="README.md"):
 
 
 def readme(title=""):
-    """The README; or what stands below a heading in it (`### psql`), up to the next one."""
+    """The README; or what stands below a heading in it (`## Usage`), up to the next one."""
     text = page()
     if not title:
         return text
@@ -10144,7 +10144,6 @@ def code_blocks(text):
 @pytest.mark.reveals
 @pytest.mark.parametrize("line", PUBLISHED_EXAMPLES, ids=["plain", "reveal-secrets"])
 def test_the_published_examples_work_word_for_word(simulation, tmp_path, line):
-    assert "\n    %s\n" % line in readme()
     environ = simulation.plane.environment(PLEXCTL_AUDIT_LOG=str(tmp_path / "audit.log"))
     script = 'plexctl() { "%s" -I "%s" "$@"; }\n%s\n' % (sys.executable, PLEXCTL, line)
     done = subprocess.run(["bash", "-c", script], env=clean_environment(environ), stdin=subprocess.DEVNULL,
@@ -10230,8 +10229,7 @@ def flags_of_the_help():
 def test_the_table_of_options_is_that_of_the_help():
     table = {}
     for flags, default in re.findall(r"(?m)^\| (`-.*?) \|(.*?)\| .*\|$", readme("## Usage")):
-        for span in re.findall("`([^`]+)`", flags):
-            flag, metavar = re.search(r"(--[a-z-]+) ?(.*)", span).groups()
+        for flag, metavar in re.findall(r"(--[a-z-]+) ?([A-Z]*)", flags):
             table[flag] = metavar, default
     known = flags_of_the_help()
     assert set(table) == set(known) and len(known) > 20
@@ -10323,12 +10321,12 @@ def skip_if_taken(block):
 
 
 def recipe_blocks(name):
-    """The blocks of a recipe."""
-    return code_blocks(readme("### " + name))
+    """The blocks of a recipe: of what stands behind its name in bold, up to the next name."""
+    return code_blocks(readme("## Recipes").split("\n**%s**" % name)[1].split("\n**")[0])
 
 
 def test_every_recipe_is_run_by_a_test():
-    names = {re.sub("[^a-z]+", "_", name.lower()) for name in re.findall("(?m)^### (.*)$", readme())}
+    names = {re.sub("[^a-z]+", "_", name.lower()) for name in re.findall(r"(?m)^\*\*(.*?)\*\*", readme())}
     prefix = "test_the_recipe_called_"
     assert {prefix + name for name in names} == {name for name in globals() if name.startswith(prefix)}
 
@@ -10385,8 +10383,7 @@ def test_the_recipe_called_connection_pool(simulation, tmp_path, recipe_ports, s
 
 
 def test_the_recipe_called_systemd(simulation, tmp_path, recipe_ports):
-    blocks = recipe_blocks("systemd")
-    unit = dict(line.split("=", 1) for line in blocks[0].splitlines() if "=" in line)
+    unit = dict(line.split("=", 1) for line in page(".github/plexctl.service").splitlines() if "=" in line)
     address = skip_if_taken(unit["ExecStart"])
     assert unit["Environment"].startswith("PLEXSPHERE_URL=") and unit["Type"] == "notify"
     (tmp_path / "token").write_text(simulation.plane.bearer)
@@ -10413,7 +10410,7 @@ def test_systemd_has_nothing_against_the_unit(tmp_path):
     analyze = shutil.which("systemd-analyze")
     if not analyze or not os.path.exists("/usr/bin/python3"):
         pytest.skip("no systemd")
-    (tmp_path / "plexctl-test.service").write_text(recipe_blocks("systemd")[0] + "\n")
+    (tmp_path / "plexctl-test.service").write_text(page(".github/plexctl.service"))
     done = subprocess.run([analyze, "verify", str(tmp_path / "plexctl-test.service")], stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, universal_newlines=True)
     assert [line for line in done.stdout.splitlines() if "plexctl-test" in line] == []
@@ -10429,9 +10426,11 @@ def test_the_recipe_called_ci(simulation, tmp_path, shell):
 @pytest.mark.realworld
 def test_the_recipe_called_json_and_jq(simulation, tmp_path, shell):
     need("jq")
-    once, proxy = re.split(r"\n(?=plexctl)", recipe_blocks("JSON and jq")[0])
-    assert run_recipe(simulation, tmp_path, once, shell) == simulation.plane.sessions[0].endpoint + "\n"
-    with recipe(simulation, tmp_path, proxy.replace("jq ", "jq --unbuffered "), shell) as process:
+    block, = recipe_blocks("JSON and jq")
+    assert run_recipe(simulation, tmp_path, block, shell) == simulation.plane.sessions[0].endpoint + "\n"
+    proxy = block.replace("jq -r .listener_endpoint", "jq --unbuffered -r .local_addr")
+    proxy = proxy.replace("json |", "json --proxy |")
+    with recipe(simulation, tmp_path, proxy, shell) as process:
         assert visit(process.ready().strip())
         press_ctrl_c(process)
     assert simulation.plane.revoked == simulation.plane.issued[1:]
@@ -10492,7 +10491,7 @@ def test_the_simulator_for_people_says_what_is_wrong_with_its_options(arguments,
 
 
 def test_the_library_example_works(simulation):
-    code = code_blocks(readme("## Library use"))[0]
+    code = code_blocks(page(".github/LIBRARY.md"))[0]
     assert code.count('"https://plexsphere.example.com"') == code.count('"psk_..."') == 1
     code = code.replace("https://plexsphere.example.com", simulation.plane.url)
     code = code.replace("psk_...", simulation.plane.bearer)
@@ -10514,7 +10513,7 @@ def test_pydoc_shows_what_is_stable_and_nothing_of_the_environment():
     assert re.search("What IssueSession returns.*lifetime_seconds", shown.out, re.DOTALL)
     assert re.findall(r"(?m)^    class (\w+)", shown.out) == [name for name in sorted(plexctl.__all__)
                                                            if isinstance(getattr(plexctl, name), type)]
-    named = set(re.findall(r"\w+", readme("## Library use")))
+    named = set(re.findall(r"\w+", page(".github/LIBRARY.md")))
     assert set(plexctl.__all__) - named == set()
 
 
