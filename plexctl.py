@@ -3328,8 +3328,140 @@ environment. plexctl exits with its status.
 
 exit codes: 0 success, 1 failure, 2 usage error, 3 credentials, 4 forbidden,
 77 ReBAC denial, 126 COMMAND cannot be executed, 127 COMMAND not found"""
-DEFAULT_MAX_SESSIONS = 4
-parse_word = matching(r"[^\0]+", "one character or more")  # a path may hold what is not printable
+REQUIRED = ("--project-id", "--resource-id", "--host", "--port")
+FLAGS: Dict[str, List[Tuple[str, Any, str]]] = {  # by group: flag, parser of its value (None: a switch), help
+    "target": [
+        ("--project-id UUID", parse_uuid, "owning Project (required)"),
+        ("--resource-id UUID", parse_uuid, "target Resource (required)"),
+        ("--host HOST", parse_target_host, "target host, as the Node sees it (required)"),
+        ("--port PORT", lambda text: parse_int(text, 1, PORT_MAX), "target port, 1 to 65535 (required)"),
+        ("--ttl-seconds N", lambda text: parse_int(text, 0, 10 ** 9),
+         "requested lifetime; 0 (default): the server's default")],
+    "forwarding": [
+        ("--proxy", None, "listen locally and forward until the session expires or you press Ctrl-C"),
+        ("--stdio", None, "forward one connection over stdin and stdout (for ssh's ProxyCommand)"),
+        ("--local-addr ADDR", parse_local_address,
+         "address to listen on: HOST:PORT or unix:/path (default 127.0.0.1:0, a free port)"),
+        ("--wait-seconds N", parse_seconds,
+         "how long to wait for the Node to report its listener (default 90)"),
+        ("--max-sessions N", lambda text: parse_int(text, 1, 32),
+         "maximum number of sessions, 1 to 32 (default 4); each open connection uses one"),
+        ("--min-sessions N", lambda text: parse_int(text, 1, 32), "sessions to keep ready (default 1)"),
+        ("--renew", None, "issue a new session when one has expired, instead of ending"),
+        ("--keep-session", None, "do not revoke sessions on exit"),
+        ("--allow-other-users", None, "let other local users use the local port")],
+    "global options": [
+        ("--server URL", str, "control plane (or PLEXSPHERE_URL, or a profile)"),
+        ("--profile NAME", str, "profile of ~/.config/plexctl/config.json"),
+        ("--token-file PATH", str,
+         "bearer token file, mode 0600; - is stdin (or PLEXSPHERE_TOKEN, or a profile)"),
+        ("--ca-file PATH", str, "CA bundle to use instead of the system's"),
+        ("--allow-http", None, "allow a plain-http server that is not loopback"),
+        ("--output FORMAT", one_of("text", "json", "yaml"), "text (default), json or yaml"),
+        ("--reveal-secrets", None, "print the session token to stderr, and record that"),
+        ("-v --verbose", None, "log requests and connections to stderr"),
+        ("-q --quiet", None, "print errors only on stderr"),
+        ("--yes", None, "ignored"),
+        ("--version", None, "print the version and the SHA-256 of this file"),
+        ("-h --help", None, "print this help")]}
+TAKES_VALUE = {name: parse is not None for rows in FLAGS.values() for flag, parse, _ in rows
+               for name in flag.split() if name[0] == "-"}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser, which raises a UsageError where the original would end the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def checked(flag: str, parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return the parser with UsageError; argparse would show the value, which may be a secret."""
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise UsageError(f"{flag}: {error}") from None
+    return convert
+
+
+def create_parser() -> Parser:
+    """Create one parser for all flags: those of the command may come before it as well."""
+    parser = Parser("plexctl", USAGE, ABOUT, EXAMPLES, add_help=False, allow_abbrev=False,
+                    formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=80))
+    parser.color = False  # type: ignore[attr-defined]  # 3.14 would colour the help
+    for title, rows in FLAGS.items():
+        group = parser.add_argument_group(title)
+        for flag, parse, text in rows:
+            if parse is not None:
+                name, metavar = flag.split()
+                group.add_argument(name, metavar=metavar, type=checked(name, parse), help=text,
+                                   required=name in REQUIRED)
+            else:
+                names = flag.split()
+                group.add_argument(*names, action="store_true", help=text)
+                group.add_argument(names[-1] + "=false", action="store_false", help=argparse.SUPPRESS,
+                                   dest=names[-1][2:].replace("-", "_"))
+    parser.set_defaults(ttl_seconds=0, wait_seconds=90.0, output="text")
+    return parser
+
+
+def find_flags(words: Sequence[str]) -> List[str]:
+    """Return the flags, as --flag or --flag=value, without the command; -h or --version alone.
+
+    What argparse would get wrong ends here: it shows the value of an unknown flag, prints our help for
+    `psql -h` without `--`, drops a value of `--` (up to 3.12), and does not split -vv (3.6, 3.7).
+    """
+    flags: List[str] = []
+    has_command = False
+    remaining = iter(words)
+    for word in remaining:
+        flag, equals, value = word.partition("=")
+        if flag in ("-h", "--help", "--version") and value in ("", "true"):
+            return [flag]
+        if word == COMMAND and not has_command:
+            has_command = True
+        elif word[:1] != "-" and has_command:
+            raise UsageError(f"unexpected argument{show_word(word)}; put -- before the command to run")
+        elif word[:1] != "-":
+            advice = suggest(word, [COMMAND]) or ";"
+            raise UsageError(f"unknown command{show_word(word)}{advice} {SHORT_USAGE}")
+        elif re.fullmatch("-[vq]{2,}", word):
+            flags += ["-" + letter for letter in word[1:]]
+        elif flag not in TAKES_VALUE:
+            raise UsageError(describe_unknown(flag))
+        elif TAKES_VALUE[flag]:
+            value = value if equals else next(remaining, "")
+            if not value or re.match("-[^0-9]", value):  # the next flag
+                raise UsageError(f"{flag}: needs a value; is a variable empty?")
+            flags.append(f"{flag}={value}")
+        elif equals and value not in ("true", "false"):
+            raise UsageError(f"{flag}: must be true or false, or left out")
+        else:
+            flags.append(word if value == "false" else flag)
+    if not has_command:
+        raise UsageError(f"no command; {SHORT_USAGE}")
+    return flags
+
+
+def describe_unknown(flag: str) -> str:
+    """Describe an unknown flag, without what may be a secret."""
+    first = flag.split()[0]
+    if first != flag:
+        name = f" ({first} ...)" if first in TAKES_VALUE else ""
+        return (f"several words in one argument{name}: $TARGET must not be quoted, and zsh and fish do not "
+                "split it")
+    if len(flag) < 3 or flag[:2] != "--":
+        return "unknown flag " + escape(flag[:2]) + "..." * (len(flag) > 2)
+    return f"unknown flag {escape(flag, 40)}{suggest(flag, list(TAKES_VALUE))}"
+
+
+def suggest(word: str, known: Sequence[str]) -> str:
+    """Return which of the known words was probably meant."""
+    import difflib
+    alike = ([each for each in known if each.startswith(word)]
+             or difflib.get_close_matches(word, known, 1, 0.8))
+    return f"; did you mean {' or '.join(alike)}?" if alike else ""
 
 
 def describe_version() -> str:
@@ -3339,166 +3471,17 @@ def describe_version() -> str:
         digest = f"sha256 {hashlib.sha256(raw).hexdigest()} of {escape(__file__)}"
     except (NameError, AttributeError):
         digest = "no sha256: running from standard input"
-    except OSError as error:
-        digest = f"no sha256: {escape(__file__)} cannot be read: {show_error(error)}"
     return f"plexctl {__version__} ({digest})\n"
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse's parser, with UsageErrors that do not show the value: it may be a secret."""
-
-    def __init__(self) -> None:
-        def create_formatter(prog: str) -> argparse.HelpFormatter:
-            return argparse.RawDescriptionHelpFormatter(prog, max_help_position=25, width=80)
-
-        super().__init__(prog="plexctl", usage=USAGE, description=ABOUT, epilog=EXAMPLES, add_help=False,
-                         allow_abbrev=False, formatter_class=create_formatter)
-        self.color = False  # 3.14 would colour the help
-        self.takes_value: Dict[str, bool] = {}  # by flag
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(escape(message.replace("argument ", "", 1).partition("'")[0]).rstrip(": "))
-
-    def add(self, group: Any, flag: str, metavar: str, parse: Callable[[str], Any], text: str,
-            default: Any = None, required: bool = False) -> None:
-        """Add a flag with a value; the last one counts."""
-        def convert(value: str) -> Any:
-            try:
-                return parse(value)
-            except ValueError as error:  # argparse would show the value
-                raise argparse.ArgumentTypeError(str(error)) from None
-
-        self.takes_value[flag] = True
-        group.add_argument(flag, metavar=metavar, type=convert, default=default, required=required, help=text)
-
-    def add_switch(self, group: Any, flags: str, text: str, action: str = "store_true") -> None:
-        """Add a flag without a value, and --flag=true and --flag=false, as in the Go plexctl."""
-        *short, flag = flags.split()
-        self.takes_value.update((each, False) for each in [*short, flag])
-        group.add_argument(*short, flag, action=action, default=False, help=text)
-        name = flag[2:].replace("-", "_")
-        group.add_argument(flag + "=true", dest=name, action=action, help=argparse.SUPPRESS)
-        group.add_argument(flag + "=false", dest=name, action="store_false", help=argparse.SUPPRESS)
-
-
-def create_parser() -> Parser:
-    """Create one parser for all flags: those of the command may come before it as well."""
-    parser = Parser()
-    group = parser.add_argument_group("target")
-    parser.add(group, "--project-id", "UUID", parse_uuid, "owning Project (required)", required=True)
-    parser.add(group, "--resource-id", "UUID", parse_uuid, "target Resource (required)", required=True)
-    parser.add(group, "--host", "HOST", parse_target_host, "target host, as the Node sees it (required)",
-               required=True)
-    parser.add(group, "--port", "PORT", lambda text: parse_int(text, 1, PORT_MAX),
-               "target port, 1 to 65535 (required)", required=True)
-    parser.add(group, "--ttl-seconds", "N", lambda text: parse_int(text, 0, 10 ** 9),
-               "requested lifetime; 0 (default): the server's default", 0)
-
-    group = parser.add_argument_group("forwarding")
-    parser.add_switch(group, "--proxy", "listen locally and forward until the session expires or you press "
-                                        "Ctrl-C")
-    parser.add_switch(group, "--stdio", "forward one connection over stdin and stdout (for ssh's "
-                                        "ProxyCommand)")
-    parser.add(group, "--local-addr", "ADDR", parse_local_address, "address to listen on: HOST:PORT or "
-               "unix:/path (default 127.0.0.1:0, a free port)")
-    parser.add(group, "--wait-seconds", "N", parse_seconds, "how long to wait for the Node to report its "
-               "listener (default 90)", 90.0)
-    parser.add(group, "--max-sessions", "N", lambda text: parse_int(text, 1, 32), "maximum number of "
-               f"sessions, 1 to 32 (default {DEFAULT_MAX_SESSIONS}); each open connection uses one")
-    parser.add(group, "--min-sessions", "N", lambda text: parse_int(text, 1, 32),
-               "sessions to keep ready (default 1)")
-    parser.add_switch(group, "--renew", "issue a new session when one has expired, instead of ending")
-    parser.add_switch(group, "--keep-session", "do not revoke sessions on exit")
-    parser.add_switch(group, "--allow-other-users", "let other local users use the local port")
-
-    group = parser.add_argument_group("global options", "before or after the command")
-    parser.add(group, "--server", "URL", parse_word, "control plane (or PLEXSPHERE_URL, or a profile)")
-    parser.add(group, "--profile", "NAME", parse_word, "profile of ~/.config/plexctl/config.json")
-    parser.add(group, "--token-file", "PATH", parse_word, "bearer token file, mode 0600; - is stdin "
-               "(or PLEXSPHERE_TOKEN, or a profile)")
-    parser.add(group, "--ca-file", "PATH", parse_word, "CA bundle to use instead of the system's")
-    parser.add_switch(group, "--allow-http", "allow a plain-http server that is not loopback")
-    parser.add(group, "--output", "FORMAT", one_of(*FORMATS), "text (default), json or yaml", "text")
-    parser.add_switch(group, "--reveal-secrets", "print the session token to stderr, and record that")
-    parser.add_switch(group, "-v --verbose", "log requests and connections to stderr", "count")
-    parser.add_switch(group, "-q --quiet", "print errors only on stderr")
-    parser.add_switch(group, "--yes", "ignored")
-    parser.add_switch(group, "--version", "print the version and the SHA-256 of this file")
-    parser.add_switch(group, "-h --help", "print this help")
-    return parser
-
-
-def describe_unknown(word: str, flags: Sequence[str]) -> str:
-    """Describe an unknown flag, without what may be a secret, and the known one that was probably meant."""
-    flag = word.partition("=")[0]
-    if re.search(r"\s", flag):
-        name = f" ({flag.split()[0]} ...)" if flag.split()[0] in flags else ""
-        return (f"several words in one argument{name}: $TARGET must not be quoted, and zsh and fish do not "
-                "split it")
-    if flag[:2] != "--":
-        return "unknown flag " + escape(flag[:2]) + "..." * (len(flag) > 2)
-    import difflib
-    names = [name for name in flags if name[:2] == "--"]
-    alike = ([name for name in names if name.startswith(flag)]
-             or difflib.get_close_matches(flag, names, 1, 0.8))
-    advice = f"; did you mean {' or '.join(alike)}?" if flag[2:] and alike else ""
-    return f"unknown flag {escape(flag, 40)}{advice}"
-
-
-def describe_unexpected(word: str, has_command: bool) -> str:
-    """Describe an argument that is neither a flag, nor a value, nor the command."""
-    if has_command:
-        return f"unexpected argument{show_word(word)}; put -- before the command to run"
-    import difflib
-    advice = f" (did you mean {COMMAND}?)" if difflib.get_close_matches(word, [COMMAND]) else ""
-    return f"unknown command{show_word(word)}{advice}; {SHORT_USAGE}"
-
-
-def find_flags(words: Sequence[str], takes_value: Mapping[str, bool]) -> List[str]:
-    """Return the flags and their values, without the command; -h or --version alone.
-
-    What argparse would get wrong ends here: it shows the value of an unknown flag, prints our help for
-    `psql -h` without `--`, drops a value of `--` (up to 3.12), and does not split -vv (3.6, 3.7).
-    """
-    flags: List[str] = []
-    has_command, wants_value = False, False
-    for word in words:
-        flag, equals, value = word.partition("=")
-        if flag in ("-h", "--help", "--version") and value in ("", "true"):
-            return [flag]
-        if word[:1] != "-" or re.fullmatch("-[0-9.]*", word):  # no flag, for argparse either
-            if wants_value:
-                flags.append(word)
-            elif word == COMMAND and not has_command:
-                has_command = True
-            else:
-                raise UsageError(describe_unexpected(word, has_command))
-            wants_value = False
-            continue
-        if re.fullmatch("-[vq]{2,}", word):
-            flags += ["-" + letter for letter in word[1:]]
-            continue
-        if flag not in takes_value:
-            raise UsageError(describe_unknown(word, list(takes_value)))
-        if value == "--":
-            raise UsageError(f"{flag}: must not be --")
-        if equals and not takes_value[flag] and value not in ("true", "false"):
-            raise UsageError(f"{flag}: must be true or false, or left out")
-        flags.append(word)
-        wants_value = takes_value[flag] and not equals
-    if not has_command:
-        raise UsageError(f"no command; {SHORT_USAGE}")
-    return flags
 
 
 def parse_arguments(argv: Sequence[str]) -> Tuple[str, Any]:
     """Return what -h or --version prints, or the options."""
     end = argv.index("--") if "--" in argv else len(argv)
-    parser = create_parser()
     try:
-        flags = find_flags(argv[:end], parser.takes_value)
+        flags = find_flags(argv[:end])
         if flags == ["--version"]:
             return describe_version(), None
+        parser = create_parser()
         if flags and flags[0] in ("-h", "--help"):
             return parser.format_help(), None
         options = parser.parse_args(flags)
@@ -3514,30 +3497,34 @@ def check_together(options: argparse.Namespace) -> None:
     def given(*flags: str) -> List[str]:
         return [flag for flag in flags if getattr(options, flag[2:].replace("-", "_"))]
 
-    modes = given("--proxy", "--stdio") + ["-- COMMAND"] * (options.command is not None)
+    command, local = options.command, options.local_addr
+    modes = given("--proxy", "--stdio") + ["-- COMMAND"] * (command is not None)
     if len(modes) > 1:
         raise UsageError(f"{modes[0]} and {modes[1]} cannot be used together")
-    if options.command is not None and not any(options.command[:1]):
+    if command is not None and command[:1] in ([], [""]):
         raise UsageError("a command is required after --")
     if modes and os.name != "posix":
         raise UsageError(f"{modes[0]} needs Linux or macOS; on Windows, use WSL")
     options.mode = modes[0] if modes else "print"
-    listening = given("--max-sessions", "--min-sessions", "--renew", "--allow-other-users")
-    if options.local_addr and (options.stdio or options.local_addr.path):
-        listening.append("--local-addr unix:" if options.local_addr.path else "--local-addr")
-    if listening and options.mode in ("print", "--stdio"):
-        raise UsageError(f"{listening[0]} needs --proxy or -- COMMAND")
+    if options.mode in ("print", "--stdio"):
+        useless = given("--max-sessions", "--min-sessions", "--renew", "--allow-other-users")
+        if local and local.path:
+            useless.append("--local-addr unix:")
+        elif options.stdio:
+            useless += given("--local-addr")
+        if useless:
+            raise UsageError(f"{useless[0]} needs --proxy or -- COMMAND")
     if options.keep_session and not modes:
         raise UsageError("--keep-session needs --proxy, --stdio or -- COMMAND")
     if options.stdio and is_standard_input(options.token_file or ""):
         raise UsageError("--token-file - and --stdio cannot be used together: both read standard input")
-    options.max_sessions = options.max_sessions or DEFAULT_MAX_SESSIONS
+    options.max_sessions = options.max_sessions or 4
     options.min_sessions = options.min_sessions or 1
     if options.min_sessions > options.max_sessions:
         raise UsageError(f"--min-sessions must not be more than --max-sessions ({options.max_sessions})")
     if options.server:
         check_server(options.server, "--server", options.allow_http)
-    options.local_addr = options.local_addr or LocalAddress("127.0.0.1", 0)
+    options.local_addr = local or LocalAddress("127.0.0.1", 0)
 
 
 def find_command(name: str, environ: Environ) -> str:

@@ -2749,8 +2749,8 @@ def test_however_it_is_started_version_tells_the_file_or_that_there_is_none(pyth
 
 
 USAGE_ERRORS = [([], "command"), (["-v"], "command"), (["tcp"], "command"),
-                (["tcp-forwards"] + REQUIRED_FLAGS, "command 'tcp-forwards' (did you mean tcp-forward?)"),
-                (["tcp-foward", "--nonsense"], "command 'tcp-foward' (did you mean tcp-forward?)"),
+                (["tcp-forwards"] + REQUIRED_FLAGS, "command 'tcp-forwards'; did you mean tcp-forward?"),
+                (["tcp-foward", "--nonsense"], "command 'tcp-foward'; did you mean tcp-forward?"),
                 ([""], "command"), (["--", "true"], "no command; usage: plexctl tcp-forward --project-id")]
 USAGE_ERRORS += [(["tcp-forward"] + flags_with(flag), flag) for flag in REQUIRED_FLAGS[::2]]
 USAGE_ERRORS += [(["tcp-forward"] + flags_with(flag, text), flag) for flag, texts in (
@@ -2885,6 +2885,8 @@ def test_an_argument_of_undecodable_bytes_is_a_usage_error(args):
 
 @pytest.mark.parametrize("args, words", [
     (["psql", "-h", "x"], "unexpected argument 'psql'; put -- before the command to run"),
+    (["--profile", "--yes"], "--profile: needs a value; is a variable empty?"),
+    (["--token-file", ""], "--token-file: needs a value; is a variable empty?"),
     (["--host", "10.0.0.5:5432"], "--host: must be a host name or address alone"),
     (["--host", "http://10.0.0.5"], "--host: must be a host name or address, not a URL")])
 def test_a_mistake_costs_no_session(cli, simulation, args, words):
@@ -2915,7 +2917,7 @@ def test_quiet_is_taken_in_every_spelling(flags, quiet):
     assert plexctl.parse_arguments(["tcp-forward"] + REQUIRED_FLAGS + flags)[1].quiet == quiet
 
 
-@pytest.mark.parametrize("flag", sorted(plexctl.create_parser().takes_value))
+@pytest.mark.parametrize("flag", sorted(plexctl.TAKES_VALUE))
 def test_two_hyphens_are_no_value(cli, simulation, flag):
     """argparse up to 3.12 drops them, and takes the flag for one with an empty list."""
     result = cli(forward_args(simulation.plane, flag + "=--"), simulation.plane.environment())
