@@ -3518,6 +3518,8 @@ def check_together(options: argparse.Namespace) -> None:
         raise UsageError("--keep-session needs --proxy, --stdio or -- COMMAND")
     if options.stdio and is_standard_input(options.token_file or ""):
         raise UsageError("--token-file - and --stdio cannot be used together: both read standard input")
+    if command and local and local.path and any("{port}" in word for word in command):
+        raise UsageError("--local-addr unix: has no {port} for COMMAND, but {host} and {addr}")
     options.max_sessions = options.max_sessions or 4
     options.min_sessions = options.min_sessions or 1
     if options.min_sessions > options.max_sessions:

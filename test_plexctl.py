@@ -2780,6 +2780,7 @@ USAGE_ERRORS += [(["tcp-forward"] + REQUIRED_FLAGS + words, flag) for words, fla
     (["--min-sessions", "3", "--max-sessions", "2", "--", "true"], "--min-sessions"),
     (["--local-addr", "127.0.0.1:0", "--stdio"], "--local-addr"),
     (["--local-addr", "unix:/x"], "--local-addr unix: needs --proxy or -- COMMAND"),
+    (["--local-addr", "unix:/x", "--", "psql", "-p{port}"], "--local-addr unix: has no {port}"),
     (["--local-addr", "unix:/x", "--stdio"], "--local-addr"), (["--"], "--"), (["--", ""], "--"),
     (["--proxy", "--"], "--"), (["--reveal"], "--reveal"), (["--reveal=true"], "--reveal"),
     (["--prox"], "--prox"), (["--out", "json"], "--out"), (["--token", "psk_x"], "--token"),
@@ -8014,7 +8015,8 @@ TELL = "import json, os, sys; print(json.dumps([sys.argv[1:], dict(os.environ)])
 def test_command_is_told_where_the_port_is_and_no_secret(simulation, tmp_path, local):
     path = str(tmp_path / "s")
     flags = [] if not local else ["--local-addr", local if local != "unix:" else local + path]
-    command = [sys.executable, "-c", TELL, "{host}", "a{port}b", "{addr},{addr}", "{other}{}", "PLEXCTL"]
+    command = [sys.executable, "-c", TELL, "{host}", "{addr},{addr}", "{other}{}", "PLEXCTL"]
+    command += [] if local == "unix:" else ["a{port}b"]
     result = run_plexctl(forward_args(simulation.plane, *(flags + ["--"] + command)),
                          env=simulation.plane.environment(MARK="kept"))
     assert result.returncode == 0, result.stderr
@@ -8025,7 +8027,7 @@ def test_command_is_told_where_the_port_is_and_no_secret(simulation, tmp_path, l
     else:
         assert host == ("::1" if local else "127.0.0.1")
         assert addr == ("[::1]:%s" if local else "127.0.0.1:%s") % port and int(port) > 0
-    assert arguments == [host, "a%sb" % port, "%s,%s" % (addr, addr), "{other}{}", "PLEXCTL"]
+    assert arguments == [host, "%s,%s" % (addr, addr), "{other}{}", "PLEXCTL"] + ["a%sb" % port] * bool(port)
     assert "PLEXSPHERE_TOKEN" not in environment and environment["MARK"] == "kept"
     revoked_once(simulation.plane)
 
