@@ -3553,6 +3553,7 @@ class Run:
         self.told: Optional[PlexctlError] = None  # an error that was reported already
         self.request = SessionRequest(options.project_id, options.resource_id, options.host,
                                       options.port, options.ttl_seconds)
+        self.target = escape(join_host_port(options.host, options.port), 60)  # for people
 
     def report(self, line: str) -> None:
         """Report a line; with --stdio only what is left behind, since ssh's terminal may be in raw mode."""
@@ -3568,20 +3569,20 @@ class Run:
         """Return the exit code. PlexctlError and Interrupted leave no session behind either."""
         options, foreground = self.options, self.foreground
         program = find_command(options.command[0], self.environ) if options.command else ""
-        server, token = foreground.call(lambda: resolve_credentials(
-            options.server, options.profile, options.token_file, options.allow_http, self.environ))
-        # in a thread as well: --ca-file may be a pipe
-        plane = foreground.call(lambda: ControlPlane(
-            server, token, options.ca_file, self.environ,
-            report=self.say, notice=self.report))
+
+        def create_plane() -> ControlPlane:
+            server, token = resolve_credentials(
+                options.server, options.profile, options.token_file, options.allow_http, self.environ)
+            return ControlPlane(server, token, options.ca_file, self.environ, report=self.say,
+                                notice=self.report)
+
+        plane = foreground.call(create_plane)  # the token or --ca-file may come from a pipe
         self.audit = AuditLog(self.environ, foreground.report) if options.reveal_secrets else None
         self.ledger = Ledger(plane, options.project_id, self.report, self.say)
         try:
             if options.mode == "print":
                 return self.print_coordinates()
-            if options.mode == "--stdio":
-                return self.carry_stdio()
-            return self.forward(program)
+            return self.carry_stdio() if options.mode == "--stdio" else self.forward(program)
         finally:
             foreground.finish(self.ledger.leave, LEAVE_SECONDS, "releasing the session")
             for words in self.ledger.list_kept() if options.keep_session else ():
@@ -3595,12 +3596,11 @@ class Run:
         """Return the first session; reveal its token if that is wanted."""
         session: MediatedSession = self.foreground.call(issue, lambda: (
             f"waiting for the Node: {show_seconds(elapsed_seconds() - self.began)}"))
-        issued = session.issued
-        if self.audit is not None and issued is not None:
-            audit, token = self.audit, issued.token
+        audit, issued = self.audit, session.issued
+        if audit is not None and issued is not None:
             self.foreground.call(lambda: audit.record(self.ledger.plane.server, self.request, issued))
             self.foreground.write("plexctl: warning: the next line is the session token, a secret\n"
-                                  f"PLEXCTL_SESSION_TOKEN={token.reveal()}\n",
+                                  f"PLEXCTL_SESSION_TOKEN={issued.token.reveal()}\n",
                                   self.foreground.messages.stream, "standard error")
         if self.options.keep_session:
             self.ledger.keep()
@@ -3694,7 +3694,7 @@ class Run:
 
     def forward(self, program: str) -> int:
         """--proxy and -- COMMAND. The address is bound first: one in use costs no session."""
-        options, foreground = self.options, self.foreground
+        options, foreground, reason = self.options, self.foreground, ""
         with Forwarder(options.local_addr, self.ledger, self.request, options.max_sessions,
                        options.min_sessions, options.renew, options.wait_seconds,
                        options.allow_other_users) as forwarder:
@@ -3702,48 +3702,40 @@ class Run:
             try:
                 self.tell_systemd("READY=1")
                 if program:
-                    return self.run_command(program, forwarder)
+                    status = self.run_command(program, forwarder)
+                    reason = "COMMAND ended"
+                    return status
                 self.print_document(forwarder.local, session)
                 if foreground.messages.is_terminal:
-                    self.report(f"forwarding {forwarder.local} to {self.target()}; press Ctrl-C to stop")
+                    self.report(f"forwarding {forwarder.local} to {self.target}; press Ctrl-C to stop")
                 self.watch(forwarder)
+            except Interrupted as interrupted:  # an error is told by itself
+                reason = str(interrupted)
+                raise
             finally:
-                foreground.ignored = foreground.passed_on = ()
                 self.tell_systemd("STOPPING=1")
                 foreground.finish(forwarder.stop, CLOSE_SECONDS + 1)
-                total = describe_total(forwarder.count(), self.began, "COMMAND ended" if program else "")
+                total = describe_total(forwarder.count(), self.began, reason)
                 unidentified = forwarder.listener.unidentified
                 if unidentified:
-                    total += (f"; {unidentified} closed before {'its' if unidentified == 1 else 'their'} "
-                              "owner could be checked (unix: and --allow-other-users do not check)")
+                    total += (f"; {unidentified} closed before the owner could be checked "
+                              "(unix: and --allow-other-users do not check)")
                 self.report(total)
-        return EXIT_OK
 
-    def watch(self, forwarder: Forwarder) -> None:
+    def watch(self, forwarder: Forwarder) -> NoReturn:
         """Look after the forwarder until something ends it, and raise that."""
-        told, tell_on, draw_on = "", 0.0, 0.0
+        told, tell_on = "", 0.0
         while True:
-            self.tick(forwarder)
-            now = elapsed_seconds()
-            if now < draw_on:
-                continue
-            draw_on = now + REDRAW_SECONDS
-            words = self.describe_now(forwarder)
+            words, now = self.describe_now(forwarder), elapsed_seconds()
             self.foreground.messages.show(words)
             if words != told and now >= tell_on:
                 told, tell_on = words, now + STATUS_SECONDS
                 self.tell_systemd("STATUS=" + words)
-
-    def tick(self, forwarder: Forwarder) -> None:
-        """Wait a moment; raise what has ended the sessions."""
-        self.foreground.wait(TICKING_SECONDS)
-        forwarder.tick()
-        if forwarder.over is not None:
-            raise forwarder.over
-
-    def target(self) -> str:
-        """Return the target for people."""
-        return escape(join_host_port(self.request.host, self.request.port), 60)
+            while elapsed_seconds() < now + REDRAW_SECONDS:
+                self.foreground.wait(TICKING_SECONDS)
+                forwarder.tick()
+                if forwarder.over is not None:
+                    raise forwarder.over
 
     def describe_now(self, forwarder: Forwarder) -> str:
         """Return the live line, what matters most first."""
@@ -3751,7 +3743,7 @@ class Run:
         until = f"{show_seconds(left)} left, " if left else ""
         return (f"{until}{counts.open} open, {counts.waiting} waiting, {counts.ended} ended, "
                 f"{show_count(counts.sessions, 'session')}, {show_bytes(counts.up)} up, "
-                f"{show_bytes(counts.down)} down, {forwarder.local} -> {self.target()}")
+                f"{show_bytes(counts.down)} down, {forwarder.local} -> {self.target}")
 
     def tell_systemd(self, state: str) -> None:
         """Notify systemd (sd_notify(3), Type=notify); warn if that fails."""
@@ -3768,74 +3760,72 @@ class Run:
         foreground.wait(0)
         foreground.ignored = (signal.SIGINT, signal.SIGQUIT)
         foreground.passed_on = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-        foreground.messages.flush(HURRY_SECONDS)  # before anything that COMMAND says
-        child = self.start_command(program, forwarder.local)
-        is_terminated = is_over = False
-        while child.poll() is None:
-            try:
-                foreground.wait(WAIT_SECONDS)
-            except Interrupted as interrupted:
-                try:
-                    child.send_signal(interrupted.signum)
-                except OSError:  # it ended just now, or is another user's by now
-                    pass
-                if interrupted.signum not in foreground.passed_on:
-                    if is_terminated:
-                        raise
-                    is_terminated = True
-            forwarder.tick()  # when all is over it resets whoever connects, and the port stays ours
-            if forwarder.over is not None and not is_over:
-                is_over = True
-                self.report(f"warning: {forwarder.over}; connections are refused from now on; COMMAND is "
-                            "still running")
-        foreground.ignored = foreground.passed_on = ()
-        if not is_over:
-            self.deliver(forwarder)  # what COMMAND sent right before its end
+        try:
+            foreground.messages.flush(HURRY_SECONDS)  # before anything that COMMAND says
+            child = self.start_command(program, forwarder.local)
+            self.wait_for_command(child, forwarder)
+        finally:
+            foreground.ignored = foreground.passed_on = ()
+        self.deliver(forwarder)
         status = int(child.returncode)
         return status if status >= 0 else EXIT_SIGNAL_BASE - status
-
-    def deliver(self, forwarder: Forwarder) -> None:
-        """Wait until what clients had sent before they left has arrived, as long as it moves."""
-        moved, give_up_on = None, 0.0
-        try:
-            while forwarder.is_delivering() or self.is_delivering_yet(forwarder):
-                counts = forwarder.count()
-                moving = counts.up, counts.ended, forwarder.count_undelivered()
-                if moving != moved:
-                    moved, give_up_on = moving, elapsed_seconds() + LEAVE_SECONDS
-                if elapsed_seconds() > give_up_on:
-                    self.report("warning: COMMAND has ended, and " + (
-                        "connections still wait for a session" if counts.waiting else
-                        "what it sent may not have arrived"))
-                    break
-                self.tick(forwarder)
-        except PlexctlError as error:
-            self.report(f"warning: {error}")
-
-    def is_delivering_yet(self, forwarder: Forwarder) -> bool:
-        """Look again a moment later: a client that was just accepted is counted nowhere."""
-        self.foreground.wait(WAIT_SECONDS)
-        return forwarder.is_delivering()
 
     def start_command(self, program: str, local: LocalAddress) -> Any:
         """Start COMMAND, with its placeholders and environment filled in."""
         host, port = (local.path, "") if local.path else (local.host, str(local.port))
+        values = {"{host}": host, "{port}": port, "{addr}": str(local)}
+        arguments = [re.sub(r"\{(?:host|port|addr)\}", lambda found: values[found.group()], word)
+                     for word in self.options.command]
         environ = dict(self.environ, PLEXCTL_LOCAL_HOST=host, PLEXCTL_LOCAL_PORT=port,
                        PLEXCTL_LOCAL_ADDR=str(local))
         environ.pop("PLEXSPHERE_TOKEN", None)
         if not local.path and is_loopback(local.host):
             exempt = environ.get("no_proxy") or environ.get("NO_PROXY")  # or curl would go to a proxy with it
             environ["no_proxy"] = environ["NO_PROXY"] = f"{exempt},{local.host}" if exempt else local.host
-        arguments = [re.sub(r"\{(host|port|addr)\}", lambda found: environ[
-            "PLEXCTL_LOCAL_" + found.group(1).upper()], argument) for argument in self.options.command]
+        # COMMAND could read the token there, again or, of /dev/stdin, for the first time
+        stdin = subprocess.DEVNULL if is_standard_input(self.options.token_file or "") else None
         try:
-            # COMMAND could read the token there, again or, of /dev/stdin, for the first time
-            stdin = subprocess.DEVNULL if is_standard_input(self.options.token_file or "") else None
             with self.foreground.cores_as_before():
                 return subprocess.Popen(arguments, executable=program, env=environ, stdin=stdin)
         except (OSError, ValueError) as error:
             raise PlexctlError(f"{escape(arguments[0])}: cannot be executed: {show_error(error)}",
                                exit_code=EXIT_NOT_EXECUTABLE) from error
+
+    def wait_for_command(self, child: Any, forwarder: Forwarder) -> None:
+        """Wait for COMMAND's end; a second signal that it does not end by is raised as Interrupted."""
+        is_terminated = False
+        while child.poll() is None:
+            try:
+                self.foreground.wait(WAIT_SECONDS)
+            except Interrupted as interrupted:
+                with contextlib.suppress(OSError):  # it ended just now, or is another user's by now
+                    child.send_signal(interrupted.signum)
+                if interrupted.signum not in self.foreground.passed_on:
+                    if is_terminated:
+                        raise
+                    is_terminated = True
+            forwarder.tick()  # when all is over it resets whoever connects, and the port stays ours
+            if forwarder.over is not None:
+                self.ledger.tell_once(f"warning: {forwarder.over}; connections are refused from now on; "
+                                      "COMMAND is still running", "over")
+
+    def deliver(self, forwarder: Forwarder) -> None:
+        """Wait until what clients had sent before they left has arrived, as long as it moves."""
+        was_idle, moved = False, (0, 0, 0)
+        give_up_on = elapsed_seconds() + LEAVE_SECONDS
+        while forwarder.over is None and elapsed_seconds() < give_up_on:
+            is_idle = not forwarder.is_delivering()
+            if is_idle and was_idle:  # two looks: a client that was just accepted is counted nowhere
+                return
+            was_idle, counts = is_idle, forwarder.count()
+            moving = (counts.up, counts.ended, forwarder.count_undelivered())
+            if moving != moved:
+                moved, give_up_on = moving, elapsed_seconds() + LEAVE_SECONDS
+            self.foreground.wait(WAIT_SECONDS)
+            forwarder.tick()
+        reason = f": {forwarder.over}" if forwarder.over else ""
+        self.ledger.tell_once("warning: COMMAND has ended, and what it sent may not have arrived" + reason,
+                              "over")
 
 
 def describe_failure(relay: Relay) -> Optional[PlexctlError]:
@@ -3846,13 +3836,10 @@ def describe_failure(relay: Relay) -> Optional[PlexctlError]:
 
 
 def describe_total(counts: Counts, began: float, reason: str) -> str:
-    """Return the line at the end. An error that ends the run is told by itself, a signal here."""
-    error = sys.exc_info()[1]
-    if isinstance(error, (Interrupted, PlexctlError)):
-        reason = str(error) if isinstance(error, Interrupted) else ""
-    connections = show_count(counts.ended, "connection")
-    return (f"{connections}, {show_bytes(counts.up)} up, {show_bytes(counts.down)} down, "
-            f"{show_seconds(elapsed_seconds() - began)}{reason and ': ' + reason}")
+    """Return the line at the end."""
+    return (f"{show_count(counts.ended, 'connection')}, {show_bytes(counts.up)} up, "
+            f"{show_bytes(counts.down)} down, {show_seconds(elapsed_seconds() - began)}"
+            + (f": {reason}" if reason else ""))
 
 
 # ------------------------------------------------------------------------------------------ main
