@@ -74,7 +74,7 @@ try:
     import urllib.request
     import zlib
     from typing import (
-        IO, Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Set,
+        IO, Any, Callable, Dict, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Set,
         Tuple, Type, Union)
 
     if os.name == "posix":
@@ -3061,70 +3061,71 @@ def describe_unreachable(request: SessionRequest) -> str:
 
 # ---------------------------------------------------------------------------------------- output
 
-
-def terminal_width(stream: Optional[IO[str]]) -> int:
-    """Return the width in columns; 80 if nobody knows."""
-    try:
-        return os.get_terminal_size(stream.fileno()).columns or 80  # type: ignore[union-attr]
-    except (OSError, ValueError, AttributeError):
-        return 80
-
-
-def format_text(document: Dict[str, Any], width: int = 0) -> str:
-    """Format a header line and a row, columns aligned; one line per column if the terminal is narrower."""
-    cells = dict(document, target=join_host_port(**document["target"]))
-    header = row = lines = ""
-    for name in ("local_addr", "listener_endpoint", "target", "session_id", "expires_at"):
-        cell = escape(cells[name], DOCUMENT_MAX_CHARACTERS)
-        column = max(len(name), len(cell)) + 2
-        header += name.upper().ljust(column)
-        row += cell.ljust(column)
-        lines += f"{name.upper():19}{cell}\n"
-    return lines if 0 < width < len(row.rstrip()) else f"{header.rstrip()}\n{row.rstrip()}\n"
-
-
-def format_json(document: Dict[str, Any], width: int = 0) -> str:
-    """Format one line of JSON, ASCII only."""
-    return json.dumps(document) + "\n"
-
-
-def format_yaml(document: Dict[str, Any], width: int = 0, indent: str = "") -> str:
-    """Format the same keys as YAML; strings are quoted as in JSON, which YAML 1.2 reads the same way."""
-    text = ""
-    for key, value in document.items():
-        if isinstance(value, dict):
-            text += f"{indent}{key}:\n{format_yaml(value, width, indent + '  ')}"
-        else:
-            text += f"{indent}{key}: {json.dumps(value)}\n"
-    return text
-
-
-FORMATS: Dict[str, Callable[[Dict[str, Any], int], str]] = {
-    "text": format_text, "json": format_json, "yaml": format_yaml}
 WAIT_SECONDS = 0.05  # between two looks of the main thread: a signal's handler cannot wake it
 REDRAW_SECONDS = 1.0  # of the live line
 TICKING_SECONDS = 0.1  # between two looks after the sessions
 STATUS_SECONDS = 60
 NOTIFY_SECONDS = 1.0
+COLUMNS = ("local_addr", "listener_endpoint", "target", "session_id", "expires_at")
 
 
-def write_all(stream: Optional[IO[str]], text: str) -> None:
-    """Write ASCII text without Python's buffer, so that nothing is left to fail at exit; OSError."""
-    if stream is None:
-        raise OSError(errno.EBADF, "it is closed")
+def format_text(document: Dict[str, Any], width: int) -> str:
+    """Format a header line and a row, columns aligned; one line per column if the terminal is narrower."""
+    values = dict(document, target=join_host_port(**document["target"]))
+    cells = [(name.upper(), escape(values[name], DOCUMENT_MAX_CHARACTERS)) for name in COLUMNS]
+    header = "  ".join(name.ljust(len(cell)) for name, cell in cells).rstrip()
+    row = "  ".join(cell.ljust(len(name)) for name, cell in cells).rstrip()
+    if 0 < width < len(row):
+        return "".join(f"{name:19}{cell}\n" for name, cell in cells)
+    return f"{header}\n{row}\n"
+
+
+def format_yaml(document: Dict[str, Any], indent: str = "") -> str:
+    """Format YAML; strings are quoted as in JSON, which YAML 1.2 reads the same way."""
+    text = ""
+    for key, value in document.items():
+        if isinstance(value, dict):
+            text += f"{indent}{key}:\n{format_yaml(value, indent + '  ')}"
+        else:
+            text += f"{indent}{key}: {json.dumps(value)}\n"
+    return text
+
+
+def format_document(document: Dict[str, Any], form: str, width: int) -> str:
+    """Format as text, json or yaml; `width` is the terminal's, 0 where there is none."""
+    if form == "json":
+        return json.dumps(document) + "\n"
+    return format_yaml(document) if form == "yaml" else format_text(document, width)
+
+
+def terminal_width(terminal: Any) -> int:
+    """Return the width in columns; 80 if nobody knows."""
     try:
-        fd = stream.fileno()
-    except (OSError, ValueError, AttributeError):  # not a file: a test's or a library user's
-        stream.write(text)
-        stream.flush()
-        return
-    stream.flush()
-    raw = text.encode("ascii", "backslashreplace")
-    while raw:
+        return os.get_terminal_size(terminal.fileno()).columns or 80
+    except OSError:
+        return 80
+
+
+def write_all(stream: Optional[IO[str]], text: str, name: str) -> None:
+    """Write ASCII text, PlexctlError unless all is taken. Nothing is left in a buffer to fail at exit."""
+    try:
+        if stream is None:
+            raise OSError(errno.EBADF, "it is closed")
         try:
-            raw = raw[os.write(fd, raw):]
-        except BlockingIOError:
-            wait_for(fd, select.POLLOUT)
+            fd = stream.fileno()
+        except (OSError, AttributeError):  # not a file: a test's or a library user's
+            stream.write(text)
+            stream.flush()
+            return
+        stream.flush()
+        raw = text.encode("ascii", "backslashreplace")
+        while raw:
+            try:
+                raw = raw[os.write(fd, raw):]
+            except BlockingIOError:
+                wait_for(fd, select.POLLOUT)
+    except (OSError, ValueError) as error:
+        raise PlexctlError(f"cannot write to {name}: {show_error(error)}") from error
 
 
 class Messages:
@@ -3134,61 +3135,59 @@ class Messages:
     terminal) delays nothing else.
     """
 
-    def __init__(self, stream: Optional[IO[str]], live: bool, quiet: bool = False) -> None:
+    def __init__(self, stream: Any, live: bool, quiet: bool) -> None:
         self.stream = stream
         self.is_terminal = stream is not None and stream.isatty()
         self._is_live = live and self.is_terminal and not quiet
         self._is_quiet = quiet
-        self._shown = 0  # characters of the live line that stand there; the writing thread's
-        self._texts: Any = queue.Queue()  # of strings: one without a line end is the live line; and events
+        self._queue: Any = queue.Queue()  # lines, the live line (without a line end), events; None: the end
         if not start_thread(self._write):
             raise PlexctlError("cannot start a thread (ulimit -u)")
 
     def report(self, line: str) -> None:
         """Write a line; with `quiet` only an error."""
         if not self._is_quiet or line.startswith("error: "):
-            self._texts.put(f"plexctl: {line}\n")
+            self._queue.put(f"plexctl: {line}\n")
 
     def show(self, line: str) -> None:
         """Draw the live line, cut to the terminal, if that is ours and has taken everything else."""
-        if self._is_live and self._texts.empty() and not self._is_in_background():
+        if self._is_live and self._queue.empty() and not self._is_in_background():
             width = max(0, terminal_width(self.stream) - 3)  # the echo of Ctrl-C stands behind it
             while len(line) > width:
                 line = line.rpartition(", ")[0] or line[:width]
-            self._texts.put(line)
+            self._queue.put(line)
 
-    def flush(self, seconds: float) -> None:
+    def flush(self, seconds: float = HURRY_SECONDS) -> None:
         """Wipe the live line, and wait until everything is written, for so long at most."""
         written = threading.Event()
-        self._texts.put("")
-        self._texts.put(written)
+        self._queue.put("")
+        self._queue.put(written)
         written.wait(seconds)
 
     def close(self) -> None:
         """End the thread; what is reported later is lost."""
-        self._texts.put(None)
+        self._queue.put(None)
 
     def _is_in_background(self) -> bool:
         """Return whether the terminal is another process group's now (`plexctl ... &`)."""
         try:
-            return os.tcgetpgrp(self.stream.fileno()) != os.getpgrp()  # type: ignore[union-attr]
-        except (OSError, ValueError, AttributeError):
+            return os.tcgetpgrp(self.stream.fileno()) != os.getpgrp()
+        except OSError:
             return False
 
     def _write(self) -> None:
-        for text in iter(self._texts.get, None):
-            if not isinstance(text, str):
+        shown = 0  # characters of the live line that stand there
+        for text in iter(self._queue.get, None):
+            if isinstance(text, threading.Event):
                 text.set()
                 continue
-            shown, self._shown = self._shown, 0 if text.endswith("\n") else len(text)
-            if shown:
-                rows = (shown - 1) // terminal_width(self.stream)  # several after it was narrowed
-                text = (f"\x1b[{rows}A" if rows else "") + "\r\x1b[J" + text
-            try:
-                if text:
-                    write_all(self.stream, text)
-            except Exception:  # noqa: S110  # closed or full: there is nowhere to say so
-                pass
+            wipe = "\r\x1b[J" if shown else ""
+            rows = (shown - 1) // terminal_width(self.stream) if shown else 0
+            if rows:  # the terminal is narrower by now
+                wipe = f"\x1b[{rows}A" + wipe
+            shown = 0 if text.endswith("\n") else len(text)
+            with contextlib.suppress(Exception):  # closed or full: there is nowhere to say so
+                write_all(self.stream, wipe + text, "standard error")
 
 
 class Outcome:
@@ -3218,18 +3217,17 @@ class Outcome:
 class Foreground:
     """The main thread, which waits for signals and for other threads.
 
-    `handle` puts a signal into a list, and `wait` raises it as Interrupted; `finish` only hurries.
+    A signal waits in `signals` until `wait` raises it as Interrupted; later ones only hurry `finish`.
     """
 
-    def __init__(self, messages: Messages, core_limits: Optional[Tuple[int, int]] = None) -> None:
+    def __init__(self, messages: Messages, core_limit: Optional[int] = None) -> None:
         self.messages = messages
-        self.core_limits = core_limits  # soft and hard, that COMMAND is to have; None: those that there are
+        self.core_limit = core_limit  # that COMMAND is to have; None: the one that there is
         self.report = messages.report
-        self.signals: List[int] = []  # heard, and not raised yet
+        self.signals: List[int] = []
         self.ignored: Tuple[int, ...] = ()
         self.passed_on: Tuple[int, ...] = ()  # they do not count: COMMAND's to act on
         self._asked = 0  # signals that asked for the end
-        self._is_finishing = False
 
     def handle(self, signum: int, frame: object) -> None:
         """Hear a signal; the third that asks for the end ends the process at once."""
@@ -3241,31 +3239,15 @@ class Foreground:
 
     def wait(self, seconds: float, done: Optional[threading.Event] = None) -> None:
         """Wait so long, or until `done` is set; Interrupted for a signal."""
+        done = done or threading.Event()
         deadline = elapsed_seconds() + seconds
-        while not (done is not None and done.is_set()):
-            if self.signals and not self._is_finishing:
+        while not done.is_set():
+            if self.signals:
                 raise Interrupted(self.signals.pop(0))
             left = deadline - elapsed_seconds()
             if left <= 0:
                 return
-            if done is None:
-                time.sleep(min(WAIT_SECONDS, left))
-            else:
-                done.wait(min(WAIT_SECONDS, left))
-
-    @contextlib.contextmanager
-    def cores_as_before(self) -> Iterator[None]:
-        """Restore the limit of core files for what is started meanwhile."""
-        limits = self.core_limits
-        with contextlib.suppress(OSError, ValueError):
-            if limits is not None:
-                resource.setrlimit(resource.RLIMIT_CORE, limits)
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError, ValueError):
-                if limits is not None:
-                    resource.setrlimit(resource.RLIMIT_CORE, (1, limits[1]))
+            done.wait(min(WAIT_SECONDS, left))
 
     def call(self, function: Callable[[], Any], status: Optional[Callable[[], str]] = None) -> Any:
         """Run it in a thread, so that a signal ends the wait; return or raise what it does."""
@@ -3282,24 +3264,20 @@ class Foreground:
 
         `slow` is reported on a terminal if it takes longer than a second.
         """
-        self._is_finishing = True
-        outcome, began = Outcome(function), elapsed_seconds()
+        began = elapsed_seconds()
         deadline = began + seconds
-        while not outcome.is_there.is_set() and elapsed_seconds() < deadline:
+        outcome = Outcome(function)
+        while not outcome.is_there.wait(WAIT_SECONDS) and elapsed_seconds() < deadline:
             if self.signals:
                 deadline = min(deadline, elapsed_seconds() + HURRY_SECONDS)
-            self.wait(min(REDRAW_SECONDS, deadline - elapsed_seconds()), outcome.is_there)
             if slow and self.messages.is_terminal and elapsed_seconds() - began > 1:
                 self.report(slow)
                 slow = ""
 
     def write(self, text: str, stream: Optional[IO[str]], name: str) -> None:
         """Write text to a stream, after the messages; PlexctlError unless all of it was taken."""
-        self.messages.flush(HURRY_SECONDS)
-        try:
-            self.call(lambda: write_all(stream, text))
-        except (OSError, ValueError) as error:
-            raise PlexctlError(f"cannot write to {name}: {show_error(error)}") from error
+        self.messages.flush()
+        self.call(lambda: write_all(stream, text, name))
 
 
 # ---------------------------------------------------------------------------------- command line
@@ -3540,6 +3518,18 @@ def find_command(name: str, environ: Environ) -> str:
     raise PlexctlError(f"{escape(name)}: command not found", exit_code=EXIT_NOT_FOUND)
 
 
+def set_core_limit(soft: Optional[int]) -> Optional[int]:
+    """Set the soft limit of core files; return the one before, None if it stays as it is."""
+    if soft is None:
+        return None
+    try:
+        before, hard = resource.getrlimit(resource.RLIMIT_CORE)
+        resource.setrlimit(resource.RLIMIT_CORE, (soft, hard))
+        return before
+    except (NameError, OSError, ValueError):  # Windows; the hard limit is 0
+        return None
+
+
 class Run:
     """One invocation: the options, and what every mode of it needs."""
 
@@ -3619,7 +3609,8 @@ class Run:
                     "target": {"host": self.request.host, "port": self.request.port},
                     "expires_at": session.issued and session.issued.expires_at}
         width = terminal_width(self.stdout) if self.stdout is not None and self.stdout.isatty() else 0
-        self.foreground.write(FORMATS[self.options.output](document, width), self.stdout, "standard output")
+        text = format_document(document, self.options.output, width)
+        self.foreground.write(text, self.stdout, "standard output")
 
     def print_coordinates(self) -> int:
         """Print mode: bind nothing for longer than a moment; dial and revoke nothing."""
@@ -3761,7 +3752,7 @@ class Run:
         foreground.ignored = (signal.SIGINT, signal.SIGQUIT)
         foreground.passed_on = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
         try:
-            foreground.messages.flush(HURRY_SECONDS)  # before anything that COMMAND says
+            foreground.messages.flush()  # before anything that COMMAND says
             child = self.start_command(program, forwarder.local)
             self.wait_for_command(child, forwarder)
         finally:
@@ -3784,12 +3775,14 @@ class Run:
             environ["no_proxy"] = environ["NO_PROXY"] = f"{exempt},{local.host}" if exempt else local.host
         # COMMAND could read the token there, again or, of /dev/stdin, for the first time
         stdin = subprocess.DEVNULL if is_standard_input(self.options.token_file or "") else None
+        our_limit = set_core_limit(self.foreground.core_limit)
         try:
-            with self.foreground.cores_as_before():
-                return subprocess.Popen(arguments, executable=program, env=environ, stdin=stdin)
+            return subprocess.Popen(arguments, executable=program, env=environ, stdin=stdin)
         except (OSError, ValueError) as error:
             raise PlexctlError(f"{escape(arguments[0])}: cannot be executed: {show_error(error)}",
                                exit_code=EXIT_NOT_EXECUTABLE) from error
+        finally:
+            set_core_limit(our_limit)
 
     def wait_for_command(self, child: Any, forwarder: Forwarder) -> None:
         """Wait for COMMAND's end; a second signal that it does not end by is raised as Interrupted."""
@@ -3848,117 +3841,76 @@ __all__ = [  # what is stable for those who vendor this file
     "ApiError", "ControlPlane", "CredentialsError", "Endpoint", "Forwarder", "IssuedSession", "Ledger",
     "LocalAddress", "MediatedSession", "PlexctlError", "Secret", "Server", "Session", "SessionOver",
     "SessionRequest", "TransportError", "UsageError", "main", "parse_local_address", "parse_server"]
+NOT_HANDLED = (  # faults; what ends no process, or nobody can handle
+    "SIGABRT", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGTRAP", "SIGSYS", "SIGKILL", "SIGSTOP", "SIGTSTP",
+    "SIGTTIN", "SIGTTOU", "SIGCONT", "SIGCHLD", "SIGURG", "SIGWINCH", "SIGINFO")
 
 
-def reserve_standard_descriptors() -> None:
-    """Keep files that are opened later from becoming descriptor 0, 1 or 2."""
-    for descriptor in range(3):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            open_nowhere(os.O_RDONLY)  # the lowest free number; writing to it fails
+def handle_signals(handle: Callable[[int, Any], None]) -> Dict[int, Any]:
+    """Have every signal handled that would end the process, unless somebody else does; return the old ones.
 
-
-FAULTS = ("SIGABRT", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGTRAP", "SIGSYS")
-NOT_HANDLED = (  # their default action ends no process, or nobody can handle them
-    "SIGKILL", "SIGSTOP", "SIGTSTP", "SIGTTIN", "SIGTTOU", "SIGCONT", "SIGCHLD", "SIGURG", "SIGWINCH",
-    "SIGINFO")
-ALWAYS_HANDLED = ("SIGINT", "SIGTERM", "SIGHUP")  # the others only where nobody else has a handler
-
-
-def handle_signals(foreground: Foreground) -> Callable[[], None]:
-    """Have every signal handled that would end the process; return what restores the old handlers."""
-    if threading.current_thread() is not threading.main_thread():
-        return lambda: None
+    SIGCHLD, where it is ignored, gets its default action, or COMMAND has no status.
+    """
     before: Dict[int, Any] = {}
-    kept = {getattr(signal, name, None) for name in FAULTS + NOT_HANDLED}
-    always = {getattr(signal, name, None) for name in ALWAYS_HANDLED}
-    for signum in set(range(1, signal.NSIG)) - kept:
-        try:
+    others = {getattr(signal, name, None) for name in NOT_HANDLED}
+    for signum in range(1, signal.NSIG):
+        with contextlib.suppress(OSError, ValueError):  # the C library's own; not the main thread
             current = signal.getsignal(signum)
-            if current == signal.SIG_DFL or signum in always and current != signal.SIG_IGN:  # nohup, &
-                before[signum] = signal.signal(signum, foreground.handle)
-        except (OSError, ValueError):  # the C library keeps it for itself
-            pass
-    if hasattr(signal, "SIGCHLD") and signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
-        before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or COMMAND has no status
-
-    def restore() -> None:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-    return restore
+            if signum not in others and current in (signal.SIG_DFL, signal.default_int_handler):
+                before[signum] = signal.signal(signum, handle)
+            elif signum == getattr(signal, "SIGCHLD", None) and current == signal.SIG_IGN:
+                before[signum] = signal.signal(signum, signal.SIG_DFL)
+    return before
 
 
-def forbid_cores() -> Optional[Tuple[int, int]]:
-    """Forbid core files, which would hold the tokens; return the limits that there were, if they change.
+def as_error(error: Exception) -> PlexctlError:
+    """Return what ended the run as an error with one line and an exit code."""
+    if isinstance(error, PlexctlError):
+        return error
+    if isinstance(error, ImportError):  # of a module that the standard library loads late
+        return PlexctlError(f"this Python lacks a part of its standard library: {show_error(error)}")
+    if isinstance(error, (OSError, MemoryError)):
+        return PlexctlError(f"the system refuses: {show_error(error)}")
+    # a defect; its text may hold what it was given
+    return PlexctlError(f"internal error, please report it (with -v): {show_error(error)}")
 
-    The kernel honours a limit of 1 byte even where core_pattern is a pipe, unlike 0 (core(5)).
-    """
+
+def perform(argv: Sequence[str], environ: Environ, ends_process: bool = False,
+            core_limit: Optional[int] = None) -> Tuple[int, int]:
+    """Run the command; return its exit code and the number of the signal that ended it (0: none)."""
+    messages: Optional[Messages] = None
+    handlers: Dict[int, Any] = {}
     try:
-        limits = resource.getrlimit(resource.RLIMIT_CORE)
-        resource.setrlimit(resource.RLIMIT_CORE, (1, limits[1]))
-        return limits
-    except (NameError, OSError, ValueError):  # Windows; the hard limit is 0
-        return None
-
-
-def perform(argv: Optional[Sequence[str]] = None, environ: Optional[Environ] = None,
-            ends_process: bool = False, core_limits: Optional[Tuple[int, int]] = None) -> Tuple[int, int]:
-    """Run the command; return its exit code and the number of the signal that ended it (0: none).
-
-    `core_limits`: what COMMAND is to have.
-    """
-    prints = ""
-    try:
-        prints, options = parse_arguments(sys.argv[1:] if argv is None else argv)
+        prints, options = parse_arguments(argv)
         if prints:
-            write_all(sys.stdout, prints)
+            write_all(sys.stdout, prints, "standard output")
             return EXIT_OK, 0
         messages = Messages(sys.stderr, options.mode in ("print", "--proxy"), options.quiet)
-        foreground = Foreground(messages, core_limits)
-        restore_handlers = handle_signals(foreground)
-    except PlexctlError as error:
-        return fail(str(error), error.exit_code), 0
-    except Exception as error:  # no descriptors or memory, or a library that is damaged
-        return fail(f"cannot {'write to standard output' if prints else 'start'}: {show_error(error)}",
-                    EXIT_FAILURE), 0
-    status, signum = EXIT_FAILURE, 0
-    try:
-        status = Run(options, os.environ if environ is None else environ, foreground, sys.stdout).execute()
+        foreground = Foreground(messages, core_limit)
+        handlers = handle_signals(foreground.handle)
+        return Run(options, environ, foreground, sys.stdout).execute(), 0
     except Interrupted as interrupted:
-        signum = interrupted.signum
-        status = EXIT_SIGNAL_BASE + signum
-    except PlexctlError as error:
-        status = error.exit_code
-        if not error.is_told:
-            foreground.report(f"error: {error}")
-    except ImportError as error:  # of a module that the standard library loads late
-        foreground.report(f"error: this Python lacks a part of its standard library: {show_error(error)}")
-    except (OSError, MemoryError) as error:
-        foreground.report(f"error: the system refuses: {show_error(error)}")
-    except Exception as error:  # a defect; its text may hold what it was given
-        foreground.report(f"error: internal error, please report it (with -v): {show_error(error)}")
+        return EXIT_SIGNAL_BASE + interrupted.signum, interrupted.signum
+    except Exception as raised:
+        error = as_error(raised)
+        if messages is None:
+            with contextlib.suppress(PlexctlError):
+                write_all(sys.stderr, f"plexctl: error: {error}\n", "standard error")
+        elif not error.is_told:
+            messages.report(f"error: {error}")
+        return error.exit_code, 0
     finally:
-        messages.flush(HURRY_SECONDS)
-        if not ends_process:  # else a late signal would make it look as if it had not come to its end
-            restore_handlers()
-            messages.close()
-    return status, signum
-
-
-def fail(message: str, status: int) -> int:
-    """Write the one line of an error; return the status."""
-    try:
-        write_all(sys.stderr, f"plexctl: error: {message}\n")
-    except (OSError, ValueError):
-        pass
-    return status
+        if messages is not None:
+            messages.flush()
+            if not ends_process:  # else a late signal would make it look as if it had not come to its end
+                messages.close()
+                for signum, handler in handlers.items():
+                    signal.signal(signum, handler)
 
 
 def main(argv: Optional[Sequence[str]] = None, environ: Optional[Environ] = None) -> int:
     """Run the command; return the exit code, 128 + n if signal n ended it. Never raises."""
-    return perform(argv, environ)[0]
+    return perform(sys.argv[1:] if argv is None else argv, os.environ if environ is None else environ)[0]
 
 
 def run() -> None:
@@ -3967,9 +3919,13 @@ def run() -> None:
     os._exit, since Python's own exit could still change the status: a flush that fails (120), a thread
     that was given up on and wakes up. Everything is written and closed by then.
     """
-    reserve_standard_descriptors()
+    for descriptor in range(3):  # what is closed must not become another file's
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            open_nowhere(os.O_RDONLY)  # the lowest free number; writing to it fails
     try:
-        status, signum = perform(ends_process=True, core_limits=forbid_cores())
+        status, signum = perform(sys.argv[1:], os.environ, True, set_core_limit(1))
         if signum:
             end_by_signal(signum)
         os._exit(status)
