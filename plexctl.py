@@ -3102,7 +3102,7 @@ def terminal_width(terminal: Any) -> int:
     """Return the width in columns; 80 if nobody knows."""
     try:
         return os.get_terminal_size(terminal.fileno()).columns or 80
-    except OSError:
+    except (OSError, ValueError):
         return 80
 
 
@@ -3172,7 +3172,7 @@ class Messages:
         """Return whether the terminal is another process group's now (`plexctl ... &`)."""
         try:
             return os.tcgetpgrp(self.stream.fileno()) != os.getpgrp()
-        except OSError:
+        except (OSError, ValueError):
             return False
 
     def _write(self) -> None:
@@ -3181,10 +3181,9 @@ class Messages:
             if isinstance(text, threading.Event):
                 text.set()
                 continue
-            wipe = "\r\x1b[J" if shown else ""
-            rows = (shown - 1) // terminal_width(self.stream) if shown else 0
-            if rows:  # the terminal is narrower by now
-                wipe = f"\x1b[{rows}A" + wipe
+            wipe = ""
+            if shown:  # on several rows, if the terminal has become narrower
+                wipe = "\x1b[1A" * ((shown - 1) // terminal_width(self.stream)) + "\r\x1b[J"
             shown = 0 if text.endswith("\n") else len(text)
             with contextlib.suppress(Exception):  # closed or full: there is nowhere to say so
                 write_all(self.stream, wipe + text, "standard error")
@@ -3220,9 +3219,8 @@ class Foreground:
     A signal waits in `signals` until `wait` raises it as Interrupted; later ones only hurry `finish`.
     """
 
-    def __init__(self, messages: Messages, core_limit: Optional[int] = None) -> None:
+    def __init__(self, messages: Messages) -> None:
         self.messages = messages
-        self.core_limit = core_limit  # that COMMAND is to have; None: the one that there is
         self.report = messages.report
         self.signals: List[int] = []
         self.ignored: Tuple[int, ...] = ()
@@ -3459,10 +3457,9 @@ def parse_arguments(argv: Sequence[str]) -> Tuple[str, Any]:
         flags = find_flags(argv[:end])
         if flags == ["--version"]:
             return describe_version(), None
-        parser = create_parser()
-        if flags and flags[0] in ("-h", "--help"):
-            return parser.format_help(), None
-        options = parser.parse_args(flags)
+        if flags in (["-h"], ["--help"]):
+            return create_parser().format_help(), None
+        options = create_parser().parse_args(flags)
         options.command = list(argv[end + 1:]) if end < len(argv) else None
         check_together(options)
         return "", options
@@ -3533,12 +3530,13 @@ def set_core_limit(soft: Optional[int]) -> Optional[int]:
 class Run:
     """One invocation: the options, and what every mode of it needs."""
 
-    def __init__(self, options: Any, environ: Environ, foreground: Foreground,
-                 stdout: Optional[IO[str]]) -> None:
+    def __init__(self, options: Any, environ: Environ, foreground: Foreground, stdout: Optional[IO[str]],
+                 core_limit: Optional[int]) -> None:
         self.options = options
         self.environ = environ
         self.foreground = foreground
         self.stdout = stdout
+        self.core_limit = core_limit  # that COMMAND is to have; None: the one that there is
         self.began = elapsed_seconds()
         self.told: Optional[PlexctlError] = None  # an error that was reported already
         self.request = SessionRequest(options.project_id, options.resource_id, options.host,
@@ -3584,8 +3582,8 @@ class Run:
 
     def establish(self, issue: Callable[[], MediatedSession]) -> MediatedSession:
         """Return the first session; reveal its token if that is wanted."""
-        session: MediatedSession = self.foreground.call(issue, lambda: (
-            f"waiting for the Node: {show_seconds(elapsed_seconds() - self.began)}"))
+        session: MediatedSession = self.foreground.call(
+            issue, lambda: f"waiting for the Node: {show_seconds(elapsed_seconds() - self.began)}")
         audit, issued = self.audit, session.issued
         if audit is not None and issued is not None:
             self.foreground.call(lambda: audit.record(self.ledger.plane.server, self.request, issued))
@@ -3775,7 +3773,7 @@ class Run:
             environ["no_proxy"] = environ["NO_PROXY"] = f"{exempt},{local.host}" if exempt else local.host
         # COMMAND could read the token there, again or, of /dev/stdin, for the first time
         stdin = subprocess.DEVNULL if is_standard_input(self.options.token_file or "") else None
-        our_limit = set_core_limit(self.foreground.core_limit)
+        our_limit = set_core_limit(self.core_limit)
         try:
             return subprocess.Popen(arguments, executable=program, env=environ, stdin=stdin)
         except (OSError, ValueError) as error:
@@ -3886,9 +3884,9 @@ def perform(argv: Sequence[str], environ: Environ, ends_process: bool = False,
             write_all(sys.stdout, prints, "standard output")
             return EXIT_OK, 0
         messages = Messages(sys.stderr, options.mode in ("print", "--proxy"), options.quiet)
-        foreground = Foreground(messages, core_limit)
+        foreground = Foreground(messages)
         handlers = handle_signals(foreground.handle)
-        return Run(options, environ, foreground, sys.stdout).execute(), 0
+        return Run(options, environ, foreground, sys.stdout, core_limit).execute(), 0
     except Interrupted as interrupted:
         return EXIT_SIGNAL_BASE + interrupted.signum, interrupted.signum
     except Exception as raised:

@@ -8805,7 +8805,7 @@ def test_the_live_line_follows_the_width_of_the_terminal(simulation, terminal):
         process.wait_for(lambda: b" -> " in screen.seen)
         drawn = len(rows_of(screen.read(), 200)[-1])
         screen.resize(30)  # the terminal wraps the old line: all its rows have to go
-        process.wait_for(lambda: b"\x1b[%dA" % ((drawn - 1) // 30) in screen.seen)
+        process.wait_for(lambda: b"\x1b[1A" * ((drawn - 1) // 30) in screen.seen)
         last = screen.read().rsplit("\x1b[J", 1)[1]
         assert last.endswith("s left, 0 open")
         screen.resize(150)
