@@ -2781,6 +2781,8 @@ USAGE_ERRORS += [(["tcp-forward"] + REQUIRED_FLAGS + words, flag) for words, fla
     (["--local-addr", "127.0.0.1:0", "--stdio"], "--local-addr"),
     (["--local-addr", "unix:/x"], "--local-addr unix: needs --proxy or -- COMMAND"),
     (["--local-addr", "unix:/x", "--", "psql", "-p{port}"], "--local-addr unix: has no {port}"),
+    (["--profile", "--yes"], "--profile: needs a value; is a variable empty?"),
+    (["--token-file", ""], "--token-file: needs a value; is a variable empty?"),
     (["--local-addr", "unix:/x", "--stdio"], "--local-addr"), (["--"], "--"), (["--", ""], "--"),
     (["--proxy", "--"], "--"), (["--reveal"], "--reveal"), (["--reveal=true"], "--reveal"),
     (["--prox"], "--prox"), (["--out", "json"], "--out"), (["--token", "psk_x"], "--token"),
@@ -2886,8 +2888,6 @@ def test_an_argument_of_undecodable_bytes_is_a_usage_error(args):
 
 @pytest.mark.parametrize("args, words", [
     (["psql", "-h", "x"], "unexpected argument 'psql'; put -- before the command to run"),
-    (["--profile", "--yes"], "--profile: needs a value; is a variable empty?"),
-    (["--token-file", ""], "--token-file: needs a value; is a variable empty?"),
     (["--host", "10.0.0.5:5432"], "--host: must be a host name or address alone"),
     (["--host", "http://10.0.0.5"], "--host: must be a host name or address, not a URL")])
 def test_a_mistake_costs_no_session(cli, simulation, args, words):
