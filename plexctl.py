@@ -3376,8 +3376,8 @@ def create_parser() -> Parser:
             else:
                 names = flag.split()
                 group.add_argument(*names, action="store_true", help=text)
-                group.add_argument(names[-1] + "=false", action="store_false", help=argparse.SUPPRESS,
-                                   dest=names[-1][2:].replace("-", "_"))
+                group.add_argument(*[name + "=false" for name in names], action="store_false",
+                                   dest=names[-1][2:].replace("-", "_"), help=argparse.SUPPRESS)
     parser.set_defaults(ttl_seconds=0, wait_seconds=90.0, output="text")
     return parser
 
@@ -3428,7 +3428,7 @@ def describe_unknown(flag: str) -> str:
         return (f"several words in one argument{name}: $TARGET must not be quoted, and zsh and fish do not "
                 "split it")
     if len(flag) < 3 or flag[:2] != "--":
-        return "unknown flag " + escape(flag[:2]) + "..." * (len(flag) > 2)
+        return "unknown flag " + escape(flag[:2]) + ("..." if flag[2:] else "")
     return f"unknown flag {escape(flag, 40)}{suggest(flag, list(TAKES_VALUE))}"
 
 
@@ -3473,11 +3473,13 @@ def check_together(options: argparse.Namespace) -> None:
         return [flag for flag in flags if getattr(options, flag[2:].replace("-", "_"))]
 
     command, local = options.command, options.local_addr
-    modes = given("--proxy", "--stdio") + ["-- COMMAND"] * (command is not None)
+    modes = given("--proxy", "--stdio")
+    if command is not None:
+        modes.append("-- COMMAND")
+        if command[:1] in ([], [""]):
+            raise UsageError("a command is required after --")
     if len(modes) > 1:
         raise UsageError(f"{modes[0]} and {modes[1]} cannot be used together")
-    if command is not None and command[:1] in ([], [""]):
-        raise UsageError("a command is required after --")
     if modes and os.name != "posix":
         raise UsageError(f"{modes[0]} needs Linux or macOS; on Windows, use WSL")
     options.mode = modes[0] if modes else "print"
@@ -3573,8 +3575,9 @@ class Run:
             return self.carry_stdio() if options.mode == "--stdio" else self.forward(program)
         finally:
             foreground.finish(self.ledger.leave, LEAVE_SECONDS, "releasing the session")
-            for words in self.ledger.list_kept() if options.keep_session else ():
-                self.report(words)
+            if options.keep_session:
+                for words in self.ledger.list_kept():
+                    self.report(words)
             for words in self.ledger.left_behind(sys.exc_info()[1]):
                 foreground.report("warning: " + words)
             if self.audit is not None:  # not before: an interrupted record may still be on its way

@@ -2913,7 +2913,8 @@ def test_windows_has_print_mode_alone(monkeypatch, flags):
 
 
 @pytest.mark.parametrize("flags, quiet", [([], False), (["-q"], True), (["--quiet"], True), (["-vq"], True),
-                                          (["-q", "--quiet=false"], False)], ids=shown)
+                                          (["-q", "--quiet=false"], False), (["-q", "-q=false"], False)],
+                         ids=shown)
 def test_quiet_is_taken_in_every_spelling(flags, quiet):
     assert plexctl.parse_arguments(["tcp-forward"] + REQUIRED_FLAGS + flags)[1].quiet == quiet
 
