@@ -74,7 +74,7 @@ try:
     import urllib.request
     import zlib
     from typing import (
-        IO, Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Set,
+        IO, Any, Callable, Dict, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Set,
         Tuple, Type, Union)
 
     if os.name == "posix":
@@ -3046,70 +3046,71 @@ def describe_unreachable(request: SessionRequest) -> str:
 
 # ---------------------------------------------------------------------------------------- output
 
-
-def terminal_width(stream: Optional[IO[str]]) -> int:
-    """Return the width in columns; 80 if nobody knows."""
-    try:
-        return os.get_terminal_size(stream.fileno()).columns or 80  # type: ignore[union-attr]
-    except (OSError, ValueError, AttributeError):
-        return 80
-
-
-def format_text(document: Dict[str, Any], width: int = 0) -> str:
-    """Format a header line and a row, columns aligned; one line per column if the terminal is narrower."""
-    cells = dict(document, target=join_host_port(**document["target"]))
-    header = row = lines = ""
-    for name in ("local_addr", "listener_endpoint", "target", "session_id", "expires_at"):
-        cell = escape(cells[name], DOCUMENT_MAX_CHARACTERS)
-        column = max(len(name), len(cell)) + 2
-        header += name.upper().ljust(column)
-        row += cell.ljust(column)
-        lines += f"{name.upper():19}{cell}\n"
-    return lines if 0 < width < len(row.rstrip()) else f"{header.rstrip()}\n{row.rstrip()}\n"
-
-
-def format_json(document: Dict[str, Any], width: int = 0) -> str:
-    """Format one line of JSON, ASCII only."""
-    return json.dumps(document) + "\n"
-
-
-def format_yaml(document: Dict[str, Any], width: int = 0, indent: str = "") -> str:
-    """Format the same keys as YAML; strings are quoted as in JSON, which YAML 1.2 reads the same way."""
-    text = ""
-    for key, value in document.items():
-        if isinstance(value, dict):
-            text += f"{indent}{key}:\n{format_yaml(value, width, indent + '  ')}"
-        else:
-            text += f"{indent}{key}: {json.dumps(value)}\n"
-    return text
-
-
-FORMATS: Dict[str, Callable[[Dict[str, Any], int], str]] = {
-    "text": format_text, "json": format_json, "yaml": format_yaml}
 WAIT_SECONDS = 0.05  # between two looks of the main thread: a signal's handler cannot wake it
 REDRAW_SECONDS = 1.0  # of the live line
 TICKING_SECONDS = 0.1  # between two looks after the sessions
 STATUS_SECONDS = 60
 NOTIFY_SECONDS = 1.0
+COLUMNS = ("local_addr", "listener_endpoint", "target", "session_id", "expires_at")
 
 
-def write_all(stream: Optional[IO[str]], text: str) -> None:
-    """Write ASCII text without Python's buffer, so that nothing is left to fail at exit; OSError."""
-    if stream is None:
-        raise OSError(errno.EBADF, "it is closed")
+def format_text(document: Dict[str, Any], width: int) -> str:
+    """Format a header line and a row, columns aligned; one line per column if the terminal is narrower."""
+    values = dict(document, target=join_host_port(**document["target"]))
+    cells = [(name.upper(), escape(values[name], DOCUMENT_MAX_CHARACTERS)) for name in COLUMNS]
+    header = "  ".join(name.ljust(len(cell)) for name, cell in cells).rstrip()
+    row = "  ".join(cell.ljust(len(name)) for name, cell in cells).rstrip()
+    if 0 < width < len(row):
+        return "".join(f"{name:19}{cell}\n" for name, cell in cells)
+    return f"{header}\n{row}\n"
+
+
+def format_yaml(document: Dict[str, Any], indent: str = "") -> str:
+    """Format YAML; strings are quoted as in JSON, which YAML 1.2 reads the same way."""
+    text = ""
+    for key, value in document.items():
+        if isinstance(value, dict):
+            text += f"{indent}{key}:\n{format_yaml(value, indent + '  ')}"
+        else:
+            text += f"{indent}{key}: {json.dumps(value)}\n"
+    return text
+
+
+def format_document(document: Dict[str, Any], form: str, width: int) -> str:
+    """Format as text, json or yaml; `width` is the terminal's, 0 where there is none."""
+    if form == "json":
+        return json.dumps(document) + "\n"
+    return format_yaml(document) if form == "yaml" else format_text(document, width)
+
+
+def terminal_width(terminal: Any) -> int:
+    """Return the width in columns; 80 if nobody knows."""
     try:
-        fd = stream.fileno()
-    except (OSError, ValueError, AttributeError):  # not a file: a test's or a library user's
-        stream.write(text)
-        stream.flush()
-        return
-    stream.flush()
-    raw = text.encode("ascii", "backslashreplace")
-    while raw:
+        return os.get_terminal_size(terminal.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
+
+
+def write_all(stream: Optional[IO[str]], text: str, name: str) -> None:
+    """Write ASCII text, PlexctlError unless all is taken. Nothing is left in a buffer to fail at exit."""
+    try:
+        if stream is None:
+            raise OSError(errno.EBADF, "it is closed")
         try:
-            raw = raw[os.write(fd, raw):]
-        except BlockingIOError:
-            wait_for(fd, select.POLLOUT)
+            fd = stream.fileno()
+        except (OSError, AttributeError):  # not a file: a test's or a library user's
+            stream.write(text)
+            stream.flush()
+            return
+        stream.flush()
+        raw = text.encode("ascii", "backslashreplace")
+        while raw:
+            try:
+                raw = raw[os.write(fd, raw):]
+            except BlockingIOError:
+                wait_for(fd, select.POLLOUT)
+    except (OSError, ValueError) as error:
+        raise PlexctlError(f"cannot write to {name}: {show_error(error)}") from error
 
 
 class Messages:
@@ -3119,61 +3120,58 @@ class Messages:
     terminal) delays nothing else.
     """
 
-    def __init__(self, stream: Optional[IO[str]], live: bool, quiet: bool = False) -> None:
+    def __init__(self, stream: Any, live: bool, quiet: bool) -> None:
         self.stream = stream
         self.is_terminal = stream is not None and stream.isatty()
         self._is_live = live and self.is_terminal and not quiet
         self._is_quiet = quiet
-        self._shown = 0  # characters of the live line that stand there; the writing thread's
-        self._texts: Any = queue.Queue()  # of strings: one without a line end is the live line; and events
+        self._queue: Any = queue.Queue()  # lines, the live line (without a line end), events; None: the end
         if not start_thread(self._write):
             raise PlexctlError("cannot start a thread (ulimit -u)")
 
     def report(self, line: str) -> None:
         """Write a line; with `quiet` only an error."""
         if not self._is_quiet or line.startswith("error: "):
-            self._texts.put(f"plexctl: {line}\n")
+            self._queue.put(f"plexctl: {line}\n")
 
     def show(self, line: str) -> None:
         """Draw the live line, cut to the terminal, if that is ours and has taken everything else."""
-        if self._is_live and self._texts.empty() and not self._is_in_background():
+        if self._is_live and self._queue.empty() and not self._is_in_background():
             width = max(0, terminal_width(self.stream) - 3)  # the echo of Ctrl-C stands behind it
             while len(line) > width:
                 line = line.rpartition(", ")[0] or line[:width]
-            self._texts.put(line)
+            self._queue.put(line)
 
-    def flush(self, seconds: float) -> None:
+    def flush(self, seconds: float = HURRY_SECONDS) -> None:
         """Wipe the live line, and wait until everything is written, for so long at most."""
         written = threading.Event()
-        self._texts.put("")
-        self._texts.put(written)
+        self._queue.put("")
+        self._queue.put(written)
         written.wait(seconds)
 
     def close(self) -> None:
         """End the thread; what is reported later is lost."""
-        self._texts.put(None)
+        self._queue.put(None)
 
     def _is_in_background(self) -> bool:
         """Return whether the terminal is another process group's now (`plexctl ... &`)."""
         try:
-            return os.tcgetpgrp(self.stream.fileno()) != os.getpgrp()  # type: ignore[union-attr]
-        except (OSError, ValueError, AttributeError):
+            return os.tcgetpgrp(self.stream.fileno()) != os.getpgrp()
+        except (OSError, ValueError):
             return False
 
     def _write(self) -> None:
-        for text in iter(self._texts.get, None):
-            if not isinstance(text, str):
+        shown = 0  # characters of the live line that stand there
+        for text in iter(self._queue.get, None):
+            if isinstance(text, threading.Event):
                 text.set()
                 continue
-            shown, self._shown = self._shown, 0 if text.endswith("\n") else len(text)
-            if shown:
-                rows = (shown - 1) // terminal_width(self.stream)  # several after it was narrowed
-                text = (f"\x1b[{rows}A" if rows else "") + "\r\x1b[J" + text
-            try:
-                if text:
-                    write_all(self.stream, text)
-            except Exception:  # noqa: S110  # closed or full: there is nowhere to say so
-                pass
+            wipe = ""
+            if shown:  # on several rows, if the terminal has become narrower
+                wipe = "\x1b[1A" * ((shown - 1) // terminal_width(self.stream)) + "\r\x1b[J"
+            shown = 0 if text.endswith("\n") else len(text)
+            with contextlib.suppress(Exception):  # closed or full: there is nowhere to say so
+                write_all(self.stream, wipe + text, "standard error")
 
 
 class Outcome:
@@ -3203,18 +3201,16 @@ class Outcome:
 class Foreground:
     """The main thread, which waits for signals and for other threads.
 
-    `handle` puts a signal into a list, and `wait` raises it as Interrupted; `finish` only hurries.
+    A signal waits in `signals` until `wait` raises it as Interrupted; later ones only hurry `finish`.
     """
 
-    def __init__(self, messages: Messages, core_limits: Optional[Tuple[int, int]] = None) -> None:
+    def __init__(self, messages: Messages) -> None:
         self.messages = messages
-        self.core_limits = core_limits  # soft and hard, that COMMAND is to have; None: those that there are
         self.report = messages.report
-        self.signals: List[int] = []  # heard, and not raised yet
+        self.signals: List[int] = []
         self.ignored: Tuple[int, ...] = ()
         self.passed_on: Tuple[int, ...] = ()  # they do not count: COMMAND's to act on
         self._asked = 0  # signals that asked for the end
-        self._is_finishing = False
 
     def handle(self, signum: int, frame: object) -> None:
         """Hear a signal; the third that asks for the end ends the process at once."""
@@ -3226,31 +3222,15 @@ class Foreground:
 
     def wait(self, seconds: float, done: Optional[threading.Event] = None) -> None:
         """Wait so long, or until `done` is set; Interrupted for a signal."""
+        done = done or threading.Event()
         deadline = elapsed_seconds() + seconds
-        while not (done is not None and done.is_set()):
-            if self.signals and not self._is_finishing:
+        while not done.is_set():
+            if self.signals:
                 raise Interrupted(self.signals.pop(0))
             left = deadline - elapsed_seconds()
             if left <= 0:
                 return
-            if done is None:
-                time.sleep(min(WAIT_SECONDS, left))
-            else:
-                done.wait(min(WAIT_SECONDS, left))
-
-    @contextlib.contextmanager
-    def cores_as_before(self) -> Iterator[None]:
-        """Restore the limit of core files for what is started meanwhile."""
-        limits = self.core_limits
-        with contextlib.suppress(OSError, ValueError):
-            if limits is not None:
-                resource.setrlimit(resource.RLIMIT_CORE, limits)
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError, ValueError):
-                if limits is not None:
-                    resource.setrlimit(resource.RLIMIT_CORE, (1, limits[1]))
+            done.wait(min(WAIT_SECONDS, left))
 
     def call(self, function: Callable[[], Any], status: Optional[Callable[[], str]] = None) -> Any:
         """Run it in a thread, so that a signal ends the wait; return or raise what it does."""
@@ -3267,24 +3247,20 @@ class Foreground:
 
         `slow` is reported on a terminal if it takes longer than a second.
         """
-        self._is_finishing = True
-        outcome, began = Outcome(function), elapsed_seconds()
+        began = elapsed_seconds()
         deadline = began + seconds
-        while not outcome.is_there.is_set() and elapsed_seconds() < deadline:
+        outcome = Outcome(function)
+        while not outcome.is_there.wait(WAIT_SECONDS) and elapsed_seconds() < deadline:
             if self.signals:
                 deadline = min(deadline, elapsed_seconds() + HURRY_SECONDS)
-            self.wait(min(REDRAW_SECONDS, deadline - elapsed_seconds()), outcome.is_there)
             if slow and self.messages.is_terminal and elapsed_seconds() - began > 1:
                 self.report(slow)
                 slow = ""
 
     def write(self, text: str, stream: Optional[IO[str]], name: str) -> None:
         """Write text to a stream, after the messages; PlexctlError unless all of it was taken."""
-        self.messages.flush(HURRY_SECONDS)
-        try:
-            self.call(lambda: write_all(stream, text))
-        except (OSError, ValueError) as error:
-            raise PlexctlError(f"cannot write to {name}: {show_error(error)}") from error
+        self.messages.flush()
+        self.call(lambda: write_all(stream, text, name))
 
 
 # ---------------------------------------------------------------------------------- command line
@@ -3313,8 +3289,140 @@ environment. plexctl exits with its status.
 
 exit codes: 0 success, 1 failure, 2 usage error, 3 credentials, 4 forbidden,
 77 ReBAC denial, 126 COMMAND cannot be executed, 127 COMMAND not found"""
-DEFAULT_MAX_SESSIONS = 4
-parse_word = matching(r"[^\0]+", "one character or more")  # a path may hold what is not printable
+REQUIRED = ("--project-id", "--resource-id", "--host", "--port")
+FLAGS: Dict[str, List[Tuple[str, Any, str]]] = {  # by group: flag, parser of its value (None: a switch), help
+    "target": [
+        ("--project-id UUID", parse_uuid, "owning Project (required)"),
+        ("--resource-id UUID", parse_uuid, "target Resource (required)"),
+        ("--host HOST", parse_target_host, "target host, as the Node sees it (required)"),
+        ("--port PORT", lambda text: parse_int(text, 1, PORT_MAX), "target port, 1 to 65535 (required)"),
+        ("--ttl-seconds N", lambda text: parse_int(text, 0, 10 ** 9),
+         "requested lifetime; 0 (default): the server's default")],
+    "forwarding": [
+        ("--proxy", None, "listen locally and forward until the session expires or you press Ctrl-C"),
+        ("--stdio", None, "forward one connection over stdin and stdout (for ssh's ProxyCommand)"),
+        ("--local-addr ADDR", parse_local_address,
+         "address to listen on: HOST:PORT or unix:/path (default 127.0.0.1:0, a free port)"),
+        ("--wait-seconds N", parse_seconds,
+         "how long to wait for the Node to report its listener (default 90)"),
+        ("--max-sessions N", lambda text: parse_int(text, 1, 32),
+         "maximum number of sessions, 1 to 32 (default 4); each open connection uses one"),
+        ("--min-sessions N", lambda text: parse_int(text, 1, 32), "sessions to keep ready (default 1)"),
+        ("--renew", None, "issue a new session when one has expired, instead of ending"),
+        ("--keep-session", None, "do not revoke sessions on exit"),
+        ("--allow-other-users", None, "let other local users use the local port")],
+    "global options": [
+        ("--server URL", str, "control plane (or PLEXSPHERE_URL, or a profile)"),
+        ("--profile NAME", str, "profile of ~/.config/plexctl/config.json"),
+        ("--token-file PATH", str,
+         "bearer token file, mode 0600; - is stdin (or PLEXSPHERE_TOKEN, or a profile)"),
+        ("--ca-file PATH", str, "CA bundle to use instead of the system's"),
+        ("--allow-http", None, "allow a plain-http server that is not loopback"),
+        ("--output FORMAT", one_of("text", "json", "yaml"), "text (default), json or yaml"),
+        ("--reveal-secrets", None, "print the session token to stderr, and record that"),
+        ("-v --verbose", None, "log requests and connections to stderr"),
+        ("-q --quiet", None, "print errors only on stderr"),
+        ("--yes", None, "ignored"),
+        ("--version", None, "print the version and the SHA-256 of this file"),
+        ("-h --help", None, "print this help")]}
+TAKES_VALUE = {name: parse is not None for rows in FLAGS.values() for flag, parse, _ in rows
+               for name in flag.split() if name[0] == "-"}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser, which raises a UsageError where the original would end the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def checked(flag: str, parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return the parser with UsageError; argparse would show the value, which may be a secret."""
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise UsageError(f"{flag}: {error}") from None
+    return convert
+
+
+def create_parser() -> Parser:
+    """Create one parser for all flags: those of the command may come before it as well."""
+    parser = Parser("plexctl", USAGE, ABOUT, EXAMPLES, add_help=False, allow_abbrev=False,
+                    formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=80))
+    parser.color = False  # type: ignore[attr-defined]  # 3.14 would colour the help
+    for title, rows in FLAGS.items():
+        group = parser.add_argument_group(title)
+        for flag, parse, text in rows:
+            if parse is not None:
+                name, metavar = flag.split()
+                group.add_argument(name, metavar=metavar, type=checked(name, parse), help=text,
+                                   required=name in REQUIRED)
+            else:
+                names = flag.split()
+                group.add_argument(*names, action="store_true", help=text)
+                group.add_argument(*[name + "=false" for name in names], action="store_false",
+                                   dest=names[-1][2:].replace("-", "_"), help=argparse.SUPPRESS)
+    parser.set_defaults(ttl_seconds=0, wait_seconds=90.0, output="text")
+    return parser
+
+
+def find_flags(words: Sequence[str]) -> List[str]:
+    """Return the flags, as --flag or --flag=value, without the command; -h or --version alone.
+
+    What argparse would get wrong ends here: it shows the value of an unknown flag, prints our help for
+    `psql -h` without `--`, drops a value of `--` (up to 3.12), and does not split -vv (3.6, 3.7).
+    """
+    flags: List[str] = []
+    has_command = False
+    remaining = iter(words)
+    for word in remaining:
+        flag, equals, value = word.partition("=")
+        if flag in ("-h", "--help", "--version") and value in ("", "true"):
+            return [flag]
+        if word == COMMAND and not has_command:
+            has_command = True
+        elif word[:1] != "-" and has_command:
+            raise UsageError(f"unexpected argument{show_word(word)}; put -- before the command to run")
+        elif word[:1] != "-":
+            advice = suggest(word, [COMMAND]) or ";"
+            raise UsageError(f"unknown command{show_word(word)}{advice} {SHORT_USAGE}")
+        elif re.fullmatch("-[vq]{2,}", word):
+            flags += ["-" + letter for letter in word[1:]]
+        elif flag not in TAKES_VALUE:
+            raise UsageError(describe_unknown(flag))
+        elif TAKES_VALUE[flag]:
+            value = value if equals else next(remaining, "")
+            if not value or re.match("-[^0-9]", value):  # the next flag
+                raise UsageError(f"{flag}: needs a value; is a variable empty?")
+            flags.append(f"{flag}={value}")
+        elif equals and value not in ("true", "false"):
+            raise UsageError(f"{flag}: must be true or false, or left out")
+        else:
+            flags.append(word if value == "false" else flag)
+    if not has_command:
+        raise UsageError(f"no command; {SHORT_USAGE}")
+    return flags
+
+
+def describe_unknown(flag: str) -> str:
+    """Describe an unknown flag, without what may be a secret."""
+    first = flag.split()[0]
+    if first != flag:
+        name = f" ({first} ...)" if first in TAKES_VALUE else ""
+        return (f"several words in one argument{name}: $TARGET must not be quoted, and zsh and fish do not "
+                "split it")
+    if len(flag) < 3 or flag[:2] != "--":
+        return "unknown flag " + escape(flag[:2]) + ("..." if flag[2:] else "")
+    return f"unknown flag {escape(flag, 40)}{suggest(flag, list(TAKES_VALUE))}"
+
+
+def suggest(word: str, known: Sequence[str]) -> str:
+    """Return which of the known words was probably meant."""
+    import difflib
+    alike = ([each for each in known if each.startswith(word)]
+             or difflib.get_close_matches(word, known, 1, 0.8))
+    return f"; did you mean {' or '.join(alike)}?" if alike else ""
 
 
 def describe_version() -> str:
@@ -3324,169 +3432,19 @@ def describe_version() -> str:
         digest = f"sha256 {hashlib.sha256(raw).hexdigest()} of {escape(__file__)}"
     except (NameError, AttributeError):
         digest = "no sha256: running from standard input"
-    except OSError as error:
-        digest = f"no sha256: {escape(__file__)} cannot be read: {show_error(error)}"
     return f"plexctl {__version__} ({digest})\n"
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse's parser, with UsageErrors that do not show the value: it may be a secret."""
-
-    def __init__(self) -> None:
-        def create_formatter(prog: str) -> argparse.HelpFormatter:
-            return argparse.RawDescriptionHelpFormatter(prog, max_help_position=25, width=80)
-
-        super().__init__(prog="plexctl", usage=USAGE, description=ABOUT, epilog=EXAMPLES, add_help=False,
-                         allow_abbrev=False, formatter_class=create_formatter)
-        self.color = False  # 3.14 would colour the help
-        self.takes_value: Dict[str, bool] = {}  # by flag
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(escape(message.replace("argument ", "", 1).partition("'")[0]).rstrip(": "))
-
-    def add(self, group: Any, flag: str, metavar: str, parse: Callable[[str], Any], text: str,
-            default: Any = None, required: bool = False) -> None:
-        """Add a flag with a value; the last one counts."""
-        def convert(value: str) -> Any:
-            try:
-                return parse(value)
-            except ValueError as error:  # argparse would show the value
-                raise argparse.ArgumentTypeError(str(error)) from None
-
-        self.takes_value[flag] = True
-        group.add_argument(flag, metavar=metavar, type=convert, default=default, required=required, help=text)
-
-    def add_switch(self, group: Any, flags: str, text: str, action: str = "store_true") -> None:
-        """Add a flag without a value, and --flag=true and --flag=false, as in the Go plexctl."""
-        *short, flag = flags.split()
-        self.takes_value.update((each, False) for each in [*short, flag])
-        group.add_argument(*short, flag, action=action, default=False, help=text)
-        name = flag[2:].replace("-", "_")
-        group.add_argument(flag + "=true", dest=name, action=action, help=argparse.SUPPRESS)
-        group.add_argument(flag + "=false", dest=name, action="store_false", help=argparse.SUPPRESS)
-
-
-def create_parser() -> Parser:
-    """Create one parser for all flags: those of the command may come before it as well."""
-    parser = Parser()
-    group = parser.add_argument_group("target")
-    parser.add(group, "--project-id", "UUID", parse_uuid, "owning Project (required)", required=True)
-    parser.add(group, "--resource-id", "UUID", parse_uuid, "target Resource (required)", required=True)
-    parser.add(group, "--host", "HOST", parse_target_host, "target host, as the Node sees it (required)",
-               required=True)
-    parser.add(group, "--port", "PORT", lambda text: parse_int(text, 1, PORT_MAX),
-               "target port, 1 to 65535 (required)", required=True)
-    parser.add(group, "--ttl-seconds", "N", lambda text: parse_int(text, 0, 10 ** 9),
-               "requested lifetime; 0 (default): the server's default", 0)
-
-    group = parser.add_argument_group("forwarding")
-    parser.add_switch(group, "--proxy", "listen locally and forward until the session expires or you press "
-                                        "Ctrl-C")
-    parser.add_switch(group, "--stdio", "forward one connection over stdin and stdout (for ssh's "
-                                        "ProxyCommand)")
-    parser.add(group, "--local-addr", "ADDR", parse_local_address, "address to listen on: HOST:PORT or "
-               "unix:/path (default 127.0.0.1:0, a free port)")
-    parser.add(group, "--wait-seconds", "N", parse_seconds, "how long to wait for the Node to report its "
-               "listener (default 90)", 90.0)
-    parser.add(group, "--max-sessions", "N", lambda text: parse_int(text, 1, 32), "maximum number of "
-               f"sessions, 1 to 32 (default {DEFAULT_MAX_SESSIONS}); each open connection uses one")
-    parser.add(group, "--min-sessions", "N", lambda text: parse_int(text, 1, 32),
-               "sessions to keep ready (default 1)")
-    parser.add_switch(group, "--renew", "issue a new session when one has expired, instead of ending")
-    parser.add_switch(group, "--keep-session", "do not revoke sessions on exit")
-    parser.add_switch(group, "--allow-other-users", "let other local users use the local port")
-
-    group = parser.add_argument_group("global options", "before or after the command")
-    parser.add(group, "--server", "URL", parse_word, "control plane (or PLEXSPHERE_URL, or a profile)")
-    parser.add(group, "--profile", "NAME", parse_word, "profile of ~/.config/plexctl/config.json")
-    parser.add(group, "--token-file", "PATH", parse_word, "bearer token file, mode 0600; - is stdin "
-               "(or PLEXSPHERE_TOKEN, or a profile)")
-    parser.add(group, "--ca-file", "PATH", parse_word, "CA bundle to use instead of the system's")
-    parser.add_switch(group, "--allow-http", "allow a plain-http server that is not loopback")
-    parser.add(group, "--output", "FORMAT", one_of(*FORMATS), "text (default), json or yaml", "text")
-    parser.add_switch(group, "--reveal-secrets", "print the session token to stderr, and record that")
-    parser.add_switch(group, "-v --verbose", "log requests and connections to stderr", "count")
-    parser.add_switch(group, "-q --quiet", "print errors only on stderr")
-    parser.add_switch(group, "--yes", "ignored")
-    parser.add_switch(group, "--version", "print the version and the SHA-256 of this file")
-    parser.add_switch(group, "-h --help", "print this help")
-    return parser
-
-
-def describe_unknown(word: str, flags: Sequence[str]) -> str:
-    """Describe an unknown flag, without what may be a secret, and the known one that was probably meant."""
-    flag = word.partition("=")[0]
-    if re.search(r"\s", flag):
-        name = f" ({flag.split()[0]} ...)" if flag.split()[0] in flags else ""
-        return (f"several words in one argument{name}: $TARGET must not be quoted, and zsh and fish do not "
-                "split it")
-    if flag[:2] != "--":
-        return "unknown flag " + escape(flag[:2]) + "..." * (len(flag) > 2)
-    import difflib
-    names = [name for name in flags if name[:2] == "--"]
-    alike = ([name for name in names if name.startswith(flag)]
-             or difflib.get_close_matches(flag, names, 1, 0.8))
-    advice = f"; did you mean {' or '.join(alike)}?" if flag[2:] and alike else ""
-    return f"unknown flag {escape(flag, 40)}{advice}"
-
-
-def describe_unexpected(word: str, has_command: bool) -> str:
-    """Describe an argument that is neither a flag, nor a value, nor the command."""
-    if has_command:
-        return f"unexpected argument{show_word(word)}; put -- before the command to run"
-    import difflib
-    advice = f" (did you mean {COMMAND}?)" if difflib.get_close_matches(word, [COMMAND]) else ""
-    return f"unknown command{show_word(word)}{advice}; {SHORT_USAGE}"
-
-
-def find_flags(words: Sequence[str], takes_value: Mapping[str, bool]) -> List[str]:
-    """Return the flags and their values, without the command; -h or --version alone.
-
-    What argparse would get wrong ends here: it shows the value of an unknown flag, prints our help for
-    `psql -h` without `--`, drops a value of `--` (up to 3.12), and does not split -vv (3.6, 3.7).
-    """
-    flags: List[str] = []
-    has_command, wants_value = False, False
-    for word in words:
-        flag, equals, value = word.partition("=")
-        if flag in ("-h", "--help", "--version") and value in ("", "true"):
-            return [flag]
-        if word[:1] != "-" or re.fullmatch("-[0-9.]*", word):  # no flag, for argparse either
-            if wants_value:
-                flags.append(word)
-            elif word == COMMAND and not has_command:
-                has_command = True
-            else:
-                raise UsageError(describe_unexpected(word, has_command))
-            wants_value = False
-            continue
-        if re.fullmatch("-[vq]{2,}", word):
-            flags += ["-" + letter for letter in word[1:]]
-            continue
-        if flag not in takes_value:
-            raise UsageError(describe_unknown(word, list(takes_value)))
-        if value == "--":
-            raise UsageError(f"{flag}: must not be --")
-        if equals and not takes_value[flag] and value not in ("true", "false"):
-            raise UsageError(f"{flag}: must be true or false, or left out")
-        flags.append(word)
-        wants_value = takes_value[flag] and not equals
-    if not has_command:
-        raise UsageError(f"no command; {SHORT_USAGE}")
-    return flags
 
 
 def parse_arguments(argv: Sequence[str]) -> Tuple[str, Any]:
     """Return what -h or --version prints, or the options."""
     end = argv.index("--") if "--" in argv else len(argv)
-    parser = create_parser()
     try:
-        flags = find_flags(argv[:end], parser.takes_value)
+        flags = find_flags(argv[:end])
         if flags == ["--version"]:
             return describe_version(), None
-        if flags and flags[0] in ("-h", "--help"):
-            return parser.format_help(), None
-        options = parser.parse_args(flags)
+        if flags in (["-h"], ["--help"]):
+            return create_parser().format_help(), None
+        options = create_parser().parse_args(flags)
         options.command = list(argv[end + 1:]) if end < len(argv) else None
         check_together(options)
         return "", options
@@ -3499,30 +3457,38 @@ def check_together(options: argparse.Namespace) -> None:
     def given(*flags: str) -> List[str]:
         return [flag for flag in flags if getattr(options, flag[2:].replace("-", "_"))]
 
-    modes = given("--proxy", "--stdio") + ["-- COMMAND"] * (options.command is not None)
+    command, local = options.command, options.local_addr
+    modes = given("--proxy", "--stdio")
+    if command is not None:
+        modes.append("-- COMMAND")
+        if command[:1] in ([], [""]):
+            raise UsageError("a command is required after --")
     if len(modes) > 1:
         raise UsageError(f"{modes[0]} and {modes[1]} cannot be used together")
-    if options.command is not None and not any(options.command[:1]):
-        raise UsageError("a command is required after --")
     if modes and os.name != "posix":
         raise UsageError(f"{modes[0]} needs Linux or macOS; on Windows, use WSL")
     options.mode = modes[0] if modes else "print"
-    listening = given("--max-sessions", "--min-sessions", "--renew", "--allow-other-users")
-    if options.local_addr and (options.stdio or options.local_addr.path):
-        listening.append("--local-addr unix:" if options.local_addr.path else "--local-addr")
-    if listening and options.mode in ("print", "--stdio"):
-        raise UsageError(f"{listening[0]} needs --proxy or -- COMMAND")
+    if options.mode in ("print", "--stdio"):
+        useless = given("--max-sessions", "--min-sessions", "--renew", "--allow-other-users")
+        if local and local.path:
+            useless.append("--local-addr unix:")
+        elif options.stdio:
+            useless += given("--local-addr")
+        if useless:
+            raise UsageError(f"{useless[0]} needs --proxy or -- COMMAND")
     if options.keep_session and not modes:
         raise UsageError("--keep-session needs --proxy, --stdio or -- COMMAND")
     if options.stdio and is_standard_input(options.token_file or ""):
         raise UsageError("--token-file - and --stdio cannot be used together: both read standard input")
-    options.max_sessions = options.max_sessions or DEFAULT_MAX_SESSIONS
+    if command and local and local.path and any("{port}" in word for word in command):
+        raise UsageError("--local-addr unix: has no {port} for COMMAND, but {host} and {addr}")
+    options.max_sessions = options.max_sessions or 4
     options.min_sessions = options.min_sessions or 1
     if options.min_sessions > options.max_sessions:
         raise UsageError(f"--min-sessions must not be more than --max-sessions ({options.max_sessions})")
     if options.server:
         check_server(options.server, "--server", options.allow_http)
-    options.local_addr = options.local_addr or LocalAddress("127.0.0.1", 0)
+    options.local_addr = local or LocalAddress("127.0.0.1", 0)
 
 
 def find_command(name: str, environ: Environ) -> str:
@@ -3536,19 +3502,33 @@ def find_command(name: str, environ: Environ) -> str:
     raise PlexctlError(f"{escape(name)}: command not found", exit_code=EXIT_NOT_FOUND)
 
 
+def set_core_limit(soft: Optional[int]) -> Optional[int]:
+    """Set the soft limit of core files; return the one before, None if it stays as it is."""
+    if soft is None:
+        return None
+    try:
+        before, hard = resource.getrlimit(resource.RLIMIT_CORE)
+        resource.setrlimit(resource.RLIMIT_CORE, (soft, hard))
+        return before
+    except (NameError, OSError, ValueError):  # Windows; the hard limit is 0
+        return None
+
+
 class Run:
     """One invocation: the options, and what every mode of it needs."""
 
-    def __init__(self, options: Any, environ: Environ, foreground: Foreground,
-                 stdout: Optional[IO[str]]) -> None:
+    def __init__(self, options: Any, environ: Environ, foreground: Foreground, stdout: Optional[IO[str]],
+                 core_limit: Optional[int]) -> None:
         self.options = options
         self.environ = environ
         self.foreground = foreground
         self.stdout = stdout
+        self.core_limit = core_limit  # that COMMAND is to have; None: the one that there is
         self.began = elapsed_seconds()
         self.told: Optional[PlexctlError] = None  # an error that was reported already
         self.request = SessionRequest(options.project_id, options.resource_id, options.host,
                                       options.port, options.ttl_seconds)
+        self.target = escape(join_host_port(options.host, options.port), 60)  # for people
 
     def report(self, line: str) -> None:
         """Report a line; with --stdio only what is left behind, since ssh's terminal may be in raw mode."""
@@ -3564,24 +3544,25 @@ class Run:
         """Return the exit code. PlexctlError and Interrupted leave no session behind either."""
         options, foreground = self.options, self.foreground
         program = find_command(options.command[0], self.environ) if options.command else ""
-        server, token = foreground.call(lambda: resolve_credentials(
-            options.server, options.profile, options.token_file, options.allow_http, self.environ))
-        # in a thread as well: --ca-file may be a pipe
-        plane = foreground.call(lambda: ControlPlane(
-            server, token, options.ca_file, self.environ,
-            report=self.say, notice=self.report))
+
+        def create_plane() -> ControlPlane:
+            server, token = resolve_credentials(
+                options.server, options.profile, options.token_file, options.allow_http, self.environ)
+            return ControlPlane(server, token, options.ca_file, self.environ, report=self.say,
+                                notice=self.report)
+
+        plane = foreground.call(create_plane)  # the token or --ca-file may come from a pipe
         self.audit = AuditLog(self.environ, foreground.report) if options.reveal_secrets else None
         self.ledger = Ledger(plane, options.project_id, self.report, self.say)
         try:
             if options.mode == "print":
                 return self.print_coordinates()
-            if options.mode == "--stdio":
-                return self.carry_stdio()
-            return self.forward(program)
+            return self.carry_stdio() if options.mode == "--stdio" else self.forward(program)
         finally:
             foreground.finish(self.ledger.leave, LEAVE_SECONDS, "releasing the session")
-            for words in self.ledger.list_kept() if options.keep_session else ():
-                self.report(words)
+            if options.keep_session:
+                for words in self.ledger.list_kept():
+                    self.report(words)
             for words in self.ledger.left_behind(sys.exc_info()[1]):
                 foreground.report("warning: " + words)
             if self.audit is not None:  # not before: an interrupted record may still be on its way
@@ -3589,14 +3570,13 @@ class Run:
 
     def establish(self, issue: Callable[[], MediatedSession]) -> MediatedSession:
         """Return the first session; reveal its token if that is wanted."""
-        session: MediatedSession = self.foreground.call(issue, lambda: (
-            f"waiting for the Node: {show_seconds(elapsed_seconds() - self.began)}"))
-        issued = session.issued
-        if self.audit is not None and issued is not None:
-            audit, token = self.audit, issued.token
+        session: MediatedSession = self.foreground.call(
+            issue, lambda: f"waiting for the Node: {show_seconds(elapsed_seconds() - self.began)}")
+        audit, issued = self.audit, session.issued
+        if audit is not None and issued is not None:
             self.foreground.call(lambda: audit.record(self.ledger.plane.server, self.request, issued))
             self.foreground.write("plexctl: warning: the next line is the session token, a secret\n"
-                                  f"PLEXCTL_SESSION_TOKEN={token.reveal()}\n",
+                                  f"PLEXCTL_SESSION_TOKEN={issued.token.reveal()}\n",
                                   self.foreground.messages.stream, "standard error")
         if self.options.keep_session:
             self.ledger.keep()
@@ -3615,7 +3595,8 @@ class Run:
                     "target": {"host": self.request.host, "port": self.request.port},
                     "expires_at": session.issued and session.issued.expires_at}
         width = terminal_width(self.stdout) if self.stdout is not None and self.stdout.isatty() else 0
-        self.foreground.write(FORMATS[self.options.output](document, width), self.stdout, "standard output")
+        text = format_document(document, self.options.output, width)
+        self.foreground.write(text, self.stdout, "standard output")
 
     def print_coordinates(self) -> int:
         """Print mode: bind nothing for longer than a moment; dial and revoke nothing."""
@@ -3692,7 +3673,7 @@ class Run:
 
     def forward(self, program: str) -> int:
         """--proxy and -- COMMAND. The address is bound first: one in use costs no session."""
-        options, foreground = self.options, self.foreground
+        options, foreground, reason = self.options, self.foreground, ""
         with Forwarder(options.local_addr, self.ledger, self.request, options.max_sessions,
                        options.min_sessions, options.renew, options.wait_seconds,
                        options.allow_other_users) as forwarder:
@@ -3700,48 +3681,40 @@ class Run:
             try:
                 self.tell_systemd("READY=1")
                 if program:
-                    return self.run_command(program, forwarder)
+                    status = self.run_command(program, forwarder)
+                    reason = "COMMAND ended"
+                    return status
                 self.print_document(forwarder.local, session)
                 if foreground.messages.is_terminal:
-                    self.report(f"forwarding {forwarder.local} to {self.target()}; press Ctrl-C to stop")
+                    self.report(f"forwarding {forwarder.local} to {self.target}; press Ctrl-C to stop")
                 self.watch(forwarder)
+            except Interrupted as interrupted:  # an error is told by itself
+                reason = str(interrupted)
+                raise
             finally:
-                foreground.ignored = foreground.passed_on = ()
                 self.tell_systemd("STOPPING=1")
                 foreground.finish(forwarder.stop, CLOSE_SECONDS + 1)
-                total = describe_total(forwarder.count(), self.began, "COMMAND ended" if program else "")
+                total = describe_total(forwarder.count(), self.began, reason)
                 unidentified = forwarder.listener.unidentified
                 if unidentified:
-                    total += (f"; {unidentified} closed before {'its' if unidentified == 1 else 'their'} "
-                              "owner could be checked (unix: and --allow-other-users do not check)")
+                    total += (f"; {unidentified} closed before the owner could be checked "
+                              "(unix: and --allow-other-users do not check)")
                 self.report(total)
-        return EXIT_OK
 
-    def watch(self, forwarder: Forwarder) -> None:
+    def watch(self, forwarder: Forwarder) -> NoReturn:
         """Look after the forwarder until something ends it, and raise that."""
-        told, tell_on, draw_on = "", 0.0, 0.0
+        told, tell_on = "", 0.0
         while True:
-            self.tick(forwarder)
-            now = elapsed_seconds()
-            if now < draw_on:
-                continue
-            draw_on = now + REDRAW_SECONDS
-            words = self.describe_now(forwarder)
+            words, now = self.describe_now(forwarder), elapsed_seconds()
             self.foreground.messages.show(words)
             if words != told and now >= tell_on:
                 told, tell_on = words, now + STATUS_SECONDS
                 self.tell_systemd("STATUS=" + words)
-
-    def tick(self, forwarder: Forwarder) -> None:
-        """Wait a moment; raise what has ended the sessions."""
-        self.foreground.wait(TICKING_SECONDS)
-        forwarder.tick()
-        if forwarder.over is not None:
-            raise forwarder.over
-
-    def target(self) -> str:
-        """Return the target for people."""
-        return escape(join_host_port(self.request.host, self.request.port), 60)
+            while elapsed_seconds() < now + REDRAW_SECONDS:
+                self.foreground.wait(TICKING_SECONDS)
+                forwarder.tick()
+                if forwarder.over is not None:
+                    raise forwarder.over
 
     def describe_now(self, forwarder: Forwarder) -> str:
         """Return the live line, what matters most first."""
@@ -3749,7 +3722,7 @@ class Run:
         until = f"{show_seconds(left)} left, " if left else ""
         return (f"{until}{counts.open} open, {counts.waiting} waiting, {counts.ended} ended, "
                 f"{show_count(counts.sessions, 'session')}, {show_bytes(counts.up)} up, "
-                f"{show_bytes(counts.down)} down, {forwarder.local} -> {self.target()}")
+                f"{show_bytes(counts.down)} down, {forwarder.local} -> {self.target}")
 
     def tell_systemd(self, state: str) -> None:
         """Notify systemd (sd_notify(3), Type=notify); warn if that fails."""
@@ -3766,74 +3739,74 @@ class Run:
         foreground.wait(0)
         foreground.ignored = (signal.SIGINT, signal.SIGQUIT)
         foreground.passed_on = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-        foreground.messages.flush(HURRY_SECONDS)  # before anything that COMMAND says
-        child = self.start_command(program, forwarder.local)
-        is_terminated = is_over = False
-        while child.poll() is None:
-            try:
-                foreground.wait(WAIT_SECONDS)
-            except Interrupted as interrupted:
-                try:
-                    child.send_signal(interrupted.signum)
-                except OSError:  # it ended just now, or is another user's by now
-                    pass
-                if interrupted.signum not in foreground.passed_on:
-                    if is_terminated:
-                        raise
-                    is_terminated = True
-            forwarder.tick()  # when all is over it resets whoever connects, and the port stays ours
-            if forwarder.over is not None and not is_over:
-                is_over = True
-                self.report(f"warning: {forwarder.over}; connections are refused from now on; COMMAND is "
-                            "still running")
-        foreground.ignored = foreground.passed_on = ()
-        if not is_over:
-            self.deliver(forwarder)  # what COMMAND sent right before its end
+        try:
+            foreground.messages.flush()  # before anything that COMMAND says
+            child = self.start_command(program, forwarder.local)
+            self.wait_for_command(child, forwarder)
+        finally:
+            foreground.ignored = foreground.passed_on = ()
+        self.deliver(forwarder)
         status = int(child.returncode)
         return status if status >= 0 else EXIT_SIGNAL_BASE - status
-
-    def deliver(self, forwarder: Forwarder) -> None:
-        """Wait until what clients had sent before they left has arrived, as long as it moves."""
-        moved, give_up_on = None, 0.0
-        try:
-            while forwarder.is_delivering() or self.is_delivering_yet(forwarder):
-                counts = forwarder.count()
-                moving = counts.up, counts.ended, forwarder.count_undelivered()
-                if moving != moved:
-                    moved, give_up_on = moving, elapsed_seconds() + LEAVE_SECONDS
-                if elapsed_seconds() > give_up_on:
-                    self.report("warning: COMMAND has ended, and " + (
-                        "connections still wait for a session" if counts.waiting else
-                        "what it sent may not have arrived"))
-                    break
-                self.tick(forwarder)
-        except PlexctlError as error:
-            self.report(f"warning: {error}")
-
-    def is_delivering_yet(self, forwarder: Forwarder) -> bool:
-        """Look again a moment later: a client that was just accepted is counted nowhere."""
-        self.foreground.wait(WAIT_SECONDS)
-        return forwarder.is_delivering()
 
     def start_command(self, program: str, local: LocalAddress) -> Any:
         """Start COMMAND, with its placeholders and environment filled in."""
         host, port = (local.path, "") if local.path else (local.host, str(local.port))
+        values = {"{host}": host, "{port}": port, "{addr}": str(local)}
+        arguments = [re.sub(r"\{(?:host|port|addr)\}", lambda found: values[found.group()], word)
+                     for word in self.options.command]
         environ = dict(self.environ, PLEXCTL_LOCAL_HOST=host, PLEXCTL_LOCAL_PORT=port,
                        PLEXCTL_LOCAL_ADDR=str(local))
         environ.pop("PLEXSPHERE_TOKEN", None)
         if not local.path and is_loopback(local.host):
             exempt = environ.get("no_proxy") or environ.get("NO_PROXY")  # or curl would go to a proxy with it
             environ["no_proxy"] = environ["NO_PROXY"] = f"{exempt},{local.host}" if exempt else local.host
-        arguments = [re.sub(r"\{(host|port|addr)\}", lambda found: environ[
-            "PLEXCTL_LOCAL_" + found.group(1).upper()], argument) for argument in self.options.command]
+        # COMMAND could read the token there, again or, of /dev/stdin, for the first time
+        stdin = subprocess.DEVNULL if is_standard_input(self.options.token_file or "") else None
+        our_limit = set_core_limit(self.core_limit)
         try:
-            # COMMAND could read the token there, again or, of /dev/stdin, for the first time
-            stdin = subprocess.DEVNULL if is_standard_input(self.options.token_file or "") else None
-            with self.foreground.cores_as_before():
-                return subprocess.Popen(arguments, executable=program, env=environ, stdin=stdin)
+            return subprocess.Popen(arguments, executable=program, env=environ, stdin=stdin)
         except (OSError, ValueError) as error:
             raise PlexctlError(f"{escape(arguments[0])}: cannot be executed: {show_error(error)}",
                                exit_code=EXIT_NOT_EXECUTABLE) from error
+        finally:
+            set_core_limit(our_limit)
+
+    def wait_for_command(self, child: Any, forwarder: Forwarder) -> None:
+        """Wait for COMMAND's end; a second signal that it does not end by is raised as Interrupted."""
+        is_terminated = False
+        while child.poll() is None:
+            try:
+                self.foreground.wait(WAIT_SECONDS)
+            except Interrupted as interrupted:
+                with contextlib.suppress(OSError):  # it ended just now, or is another user's by now
+                    child.send_signal(interrupted.signum)
+                if interrupted.signum not in self.foreground.passed_on:
+                    if is_terminated:
+                        raise
+                    is_terminated = True
+            forwarder.tick()  # when all is over it resets whoever connects, and the port stays ours
+            if forwarder.over is not None:
+                self.ledger.tell_once(f"warning: {forwarder.over}; connections are refused from now on; "
+                                      "COMMAND is still running", "over")
+
+    def deliver(self, forwarder: Forwarder) -> None:
+        """Wait until what clients had sent before they left has arrived, as long as it moves."""
+        was_idle, moved = False, (0, 0, 0)
+        give_up_on = elapsed_seconds() + LEAVE_SECONDS
+        while forwarder.over is None and elapsed_seconds() < give_up_on:
+            is_idle = not forwarder.is_delivering()
+            if is_idle and was_idle:  # two looks: a client that was just accepted is counted nowhere
+                return
+            was_idle, counts = is_idle, forwarder.count()
+            moving = (counts.up, counts.ended, forwarder.count_undelivered())
+            if moving != moved:
+                moved, give_up_on = moving, elapsed_seconds() + LEAVE_SECONDS
+            self.foreground.wait(WAIT_SECONDS)
+            forwarder.tick()
+        reason = f": {forwarder.over}" if forwarder.over else ""
+        self.ledger.tell_once("warning: COMMAND has ended, and what it sent may not have arrived" + reason,
+                              "over")
 
 
 def describe_failure(relay: Relay) -> Optional[PlexctlError]:
@@ -3844,13 +3817,10 @@ def describe_failure(relay: Relay) -> Optional[PlexctlError]:
 
 
 def describe_total(counts: Counts, began: float, reason: str) -> str:
-    """Return the line at the end. An error that ends the run is told by itself, a signal here."""
-    error = sys.exc_info()[1]
-    if isinstance(error, (Interrupted, PlexctlError)):
-        reason = str(error) if isinstance(error, Interrupted) else ""
-    connections = show_count(counts.ended, "connection")
-    return (f"{connections}, {show_bytes(counts.up)} up, {show_bytes(counts.down)} down, "
-            f"{show_seconds(elapsed_seconds() - began)}{reason and ': ' + reason}")
+    """Return the line at the end."""
+    return (f"{show_count(counts.ended, 'connection')}, {show_bytes(counts.up)} up, "
+            f"{show_bytes(counts.down)} down, {show_seconds(elapsed_seconds() - began)}"
+            + (f": {reason}" if reason else ""))
 
 
 # ------------------------------------------------------------------------------------------ main
@@ -3859,117 +3829,76 @@ __all__ = [  # what is stable for those who vendor this file
     "ApiError", "ControlPlane", "CredentialsError", "Endpoint", "Forwarder", "IssuedSession", "Ledger",
     "LocalAddress", "MediatedSession", "PlexctlError", "Secret", "Server", "Session", "SessionOver",
     "SessionRequest", "TransportError", "UsageError", "main", "parse_local_address", "parse_server"]
+NOT_HANDLED = (  # faults; what ends no process, or nobody can handle
+    "SIGABRT", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGTRAP", "SIGSYS", "SIGKILL", "SIGSTOP", "SIGTSTP",
+    "SIGTTIN", "SIGTTOU", "SIGCONT", "SIGCHLD", "SIGURG", "SIGWINCH", "SIGINFO")
 
 
-def reserve_standard_descriptors() -> None:
-    """Keep files that are opened later from becoming descriptor 0, 1 or 2."""
-    for descriptor in range(3):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            open_nowhere(os.O_RDONLY)  # the lowest free number; writing to it fails
+def handle_signals(handle: Callable[[int, Any], None]) -> Dict[int, Any]:
+    """Have every signal handled that would end the process, unless somebody else does; return the old ones.
 
-
-FAULTS = ("SIGABRT", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGTRAP", "SIGSYS")
-NOT_HANDLED = (  # their default action ends no process, or nobody can handle them
-    "SIGKILL", "SIGSTOP", "SIGTSTP", "SIGTTIN", "SIGTTOU", "SIGCONT", "SIGCHLD", "SIGURG", "SIGWINCH",
-    "SIGINFO")
-ALWAYS_HANDLED = ("SIGINT", "SIGTERM", "SIGHUP")  # the others only where nobody else has a handler
-
-
-def handle_signals(foreground: Foreground) -> Callable[[], None]:
-    """Have every signal handled that would end the process; return what restores the old handlers."""
-    if threading.current_thread() is not threading.main_thread():
-        return lambda: None
+    SIGCHLD, where it is ignored, gets its default action, or COMMAND has no status.
+    """
     before: Dict[int, Any] = {}
-    kept = {getattr(signal, name, None) for name in FAULTS + NOT_HANDLED}
-    always = {getattr(signal, name, None) for name in ALWAYS_HANDLED}
-    for signum in set(range(1, signal.NSIG)) - kept:
-        try:
+    others = {getattr(signal, name, None) for name in NOT_HANDLED}
+    for signum in range(1, signal.NSIG):
+        with contextlib.suppress(OSError, ValueError):  # the C library's own; not the main thread
             current = signal.getsignal(signum)
-            if current == signal.SIG_DFL or signum in always and current != signal.SIG_IGN:  # nohup, &
-                before[signum] = signal.signal(signum, foreground.handle)
-        except (OSError, ValueError):  # the C library keeps it for itself
-            pass
-    if hasattr(signal, "SIGCHLD") and signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
-        before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or COMMAND has no status
-
-    def restore() -> None:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-    return restore
+            if signum not in others and current in (signal.SIG_DFL, signal.default_int_handler):
+                before[signum] = signal.signal(signum, handle)
+            elif signum == getattr(signal, "SIGCHLD", None) and current == signal.SIG_IGN:
+                before[signum] = signal.signal(signum, signal.SIG_DFL)
+    return before
 
 
-def forbid_cores() -> Optional[Tuple[int, int]]:
-    """Forbid core files, which would hold the tokens; return the limits that there were, if they change.
+def as_error(error: Exception) -> PlexctlError:
+    """Return what ended the run as an error with one line and an exit code."""
+    if isinstance(error, PlexctlError):
+        return error
+    if isinstance(error, ImportError):  # of a module that the standard library loads late
+        return PlexctlError(f"this Python lacks a part of its standard library: {show_error(error)}")
+    if isinstance(error, (OSError, MemoryError)):
+        return PlexctlError(f"the system refuses: {show_error(error)}")
+    # a defect; its text may hold what it was given
+    return PlexctlError(f"internal error, please report it (with -v): {show_error(error)}")
 
-    The kernel honours a limit of 1 byte even where core_pattern is a pipe, unlike 0 (core(5)).
-    """
+
+def perform(argv: Sequence[str], environ: Environ, ends_process: bool = False,
+            core_limit: Optional[int] = None) -> Tuple[int, int]:
+    """Run the command; return its exit code and the number of the signal that ended it (0: none)."""
+    messages: Optional[Messages] = None
+    handlers: Dict[int, Any] = {}
     try:
-        limits = resource.getrlimit(resource.RLIMIT_CORE)
-        resource.setrlimit(resource.RLIMIT_CORE, (1, limits[1]))
-        return limits
-    except (NameError, OSError, ValueError):  # Windows; the hard limit is 0
-        return None
-
-
-def perform(argv: Optional[Sequence[str]] = None, environ: Optional[Environ] = None,
-            ends_process: bool = False, core_limits: Optional[Tuple[int, int]] = None) -> Tuple[int, int]:
-    """Run the command; return its exit code and the number of the signal that ended it (0: none).
-
-    `core_limits`: what COMMAND is to have.
-    """
-    prints = ""
-    try:
-        prints, options = parse_arguments(sys.argv[1:] if argv is None else argv)
+        prints, options = parse_arguments(argv)
         if prints:
-            write_all(sys.stdout, prints)
+            write_all(sys.stdout, prints, "standard output")
             return EXIT_OK, 0
         messages = Messages(sys.stderr, options.mode in ("print", "--proxy"), options.quiet)
-        foreground = Foreground(messages, core_limits)
-        restore_handlers = handle_signals(foreground)
-    except PlexctlError as error:
-        return fail(str(error), error.exit_code), 0
-    except Exception as error:  # no descriptors or memory, or a library that is damaged
-        return fail(f"cannot {'write to standard output' if prints else 'start'}: {show_error(error)}",
-                    EXIT_FAILURE), 0
-    status, signum = EXIT_FAILURE, 0
-    try:
-        status = Run(options, os.environ if environ is None else environ, foreground, sys.stdout).execute()
+        foreground = Foreground(messages)
+        handlers = handle_signals(foreground.handle)
+        return Run(options, environ, foreground, sys.stdout, core_limit).execute(), 0
     except Interrupted as interrupted:
-        signum = interrupted.signum
-        status = EXIT_SIGNAL_BASE + signum
-    except PlexctlError as error:
-        status = error.exit_code
-        if not error.is_told:
-            foreground.report(f"error: {error}")
-    except ImportError as error:  # of a module that the standard library loads late
-        foreground.report(f"error: this Python lacks a part of its standard library: {show_error(error)}")
-    except (OSError, MemoryError) as error:
-        foreground.report(f"error: the system refuses: {show_error(error)}")
-    except Exception as error:  # a defect; its text may hold what it was given
-        foreground.report(f"error: internal error, please report it (with -v): {show_error(error)}")
+        return EXIT_SIGNAL_BASE + interrupted.signum, interrupted.signum
+    except Exception as raised:
+        error = as_error(raised)
+        if messages is None:
+            with contextlib.suppress(PlexctlError):
+                write_all(sys.stderr, f"plexctl: error: {error}\n", "standard error")
+        elif not error.is_told:
+            messages.report(f"error: {error}")
+        return error.exit_code, 0
     finally:
-        messages.flush(HURRY_SECONDS)
-        if not ends_process:  # else a late signal would make it look as if it had not come to its end
-            restore_handlers()
-            messages.close()
-    return status, signum
-
-
-def fail(message: str, status: int) -> int:
-    """Write the one line of an error; return the status."""
-    try:
-        write_all(sys.stderr, f"plexctl: error: {message}\n")
-    except (OSError, ValueError):
-        pass
-    return status
+        if messages is not None:
+            messages.flush()
+            if not ends_process:  # else a late signal would make it look as if it had not come to its end
+                messages.close()
+                for signum, handler in handlers.items():
+                    signal.signal(signum, handler)
 
 
 def main(argv: Optional[Sequence[str]] = None, environ: Optional[Environ] = None) -> int:
     """Run the command; return the exit code, 128 + n if signal n ended it. Never raises."""
-    return perform(argv, environ)[0]
+    return perform(sys.argv[1:] if argv is None else argv, os.environ if environ is None else environ)[0]
 
 
 def run() -> None:
@@ -3978,9 +3907,13 @@ def run() -> None:
     os._exit, since Python's own exit could still change the status: a flush that fails (120), a thread
     that was given up on and wakes up. Everything is written and closed by then.
     """
-    reserve_standard_descriptors()
+    for descriptor in range(3):  # what is closed must not become another file's
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            open_nowhere(os.O_RDONLY)  # the lowest free number; writing to it fails
     try:
-        status, signum = perform(ends_process=True, core_limits=forbid_cores())
+        status, signum = perform(sys.argv[1:], os.environ, True, set_core_limit(1))
         if signum:
             end_by_signal(signum)
         os._exit(status)
