@@ -109,7 +109,6 @@ CONNECT_SECONDS = 10
 EXCHANGE_SECONDS = 30
 SILENT_SECONDS = 5  # after which a server that has not answered is mentioned
 LEAVE_SECONDS = 10
-SYSLOG_SECONDS = 2
 CLOSE_SECONDS = 2
 HURRY_SECONDS = 1.0  # what a second signal leaves of the time to revoke, and messages get to be written
 ISSUE_ATTEMPTS = 3
@@ -1308,46 +1307,15 @@ class ControlPlane:
 # ----------------------------------------------------------------------------------------- audit
 
 SYSLOG_SOCKETS = ("/dev/log", "/var/run/syslog")  # Linux and others; macOS
-SYSLOG_AUTHPRIV_INFO = 10 * 8 + 6  # RFC 3164, section 4.1.1: facility * 8 + severity
-
-
-def make_private_directory(path: str) -> None:
-    """Make it, and what is missing above it, 0700; from 3.7 on os.makedirs does so with the last one only."""
-    if os.path.isdir(path):
-        return
-    make_private_directory(os.path.dirname(path))
-    try:
-        os.mkdir(path, 0o700)
-        os.chmod(path, 0o700)  # a umask may have taken our own bits
-    except FileExistsError:  # another plexctl was faster; if it is no directory, the next call says so
-        pass
-
-
-def send_to_syslog(message: str) -> None:
-    """Send one line to the host's syslog, if it has one (RFC 3164, without a host name); OSError."""
-    for path in SYSLOG_SOCKETS:
-        if os.path.exists(path):
-            month_to_second = time.ctime()[4:19]  # strftime would take the locale's names
-            line = f"<{SYSLOG_AUTHPRIV_INFO}>{month_to_second} plexctl[{os.getpid()}]: {message}"
-            send_record(path, line.encode("ascii"), SYSLOG_SECONDS)
-            return
-
-
-def find_user(environ: Environ) -> Tuple[str, Optional[int]]:
-    """Return the name and the uid of whoever runs this."""
-    if os.name != "posix":
-        return environ.get("USERNAME", ""), None
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name, os.getuid()
-    except KeyError:
-        return str(os.getuid()), os.getuid()
+SYSLOG_AUTHPRIV_INFO = 10 * 8 + 6  # RFC 3164, section 4.1.1: facility * 8 + severity; no host name follows
+SYSLOG_SECONDS = 2
 
 
 class AuditLog(logging.Handler):
     """The record of --reveal-secrets; it fails closed.
 
-    The file is opened before a session is issued, and `record` returns only when the whole line
-    was written and synced. Syslog gets a copy where the host has it.
+    The file is opened before a session is issued, and `record` returns only once the whole line is
+    written and synced. Syslog gets a copy where the host has one.
     """
 
     def __init__(self, environ: Environ, report: Report) -> None:
@@ -1362,9 +1330,10 @@ class AuditLog(logging.Handler):
             raise PlexctlError("audit log: no home directory for it (PLEXCTL_AUDIT_LOG names a file)")
         self._source = "audit log " + escape(path)
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | OPEN_AT_ONCE
+        umask = os.umask(0o077)  # from 3.7 on the mode of os.makedirs is that of the last directory alone
         try:
             if not given:
-                make_private_directory(os.path.dirname(path))
+                os.makedirs(os.path.dirname(path), exist_ok=True)
             self._descriptor = os.open(path, flags, 0o600)
             status = os.fstat(self._descriptor)
             fault = find_file_fault(status, WRITE_BITS)
@@ -1372,20 +1341,28 @@ class AuditLog(logging.Handler):
                 fault = "must be a regular file"
         except (OSError, ValueError) as error:
             fault = "cannot be opened: " + show_error(error)
+        finally:
+            os.umask(umask)
         if fault:
             self.close()
             raise PlexctlError(f"{self._source}: {fault} (PLEXCTL_AUDIT_LOG names another)")
 
     def close(self) -> None:
         """Close the file and ignore errors: what counts was synced."""
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.closerange(descriptor, descriptor + 1)
+        with contextlib.suppress(OSError):
+            os.close(self._descriptor)
+        self._descriptor = -1
         super().close()
 
     def record(self, server: Server, request: SessionRequest, issued: IssuedSession) -> None:
         """Write one JSON object in one line with one write; raise unless it is verifiably there."""
-        user, uid = find_user(self._environ)
+        user, uid = self._environ.get("USERNAME", ""), None
+        if os.name == "posix":
+            uid = os.getuid()
+            try:
+                user = pwd.getpwuid(uid).pw_name
+            except KeyError:
+                user = str(uid)
         message = json.dumps({
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": "session_token_revealed",
             "user": user, "uid": uid, "sudo_user": self._environ.get("SUDO_USER"),
@@ -1408,7 +1385,11 @@ class AuditLog(logging.Handler):
         if not self._has_written:
             raise PlexctlError(f"{self._source}: the record was not written: {fault}; the token is not shown")
         try:
-            send_to_syslog(message)
+            for path in filter(os.path.exists, SYSLOG_SOCKETS):
+                month_to_second = time.ctime()[4:19]  # strftime would take the locale's names
+                line = f"<{SYSLOG_AUTHPRIV_INFO}>{month_to_second} plexctl[{os.getpid()}]: {message}"
+                send_record(path, line.encode("ascii"), SYSLOG_SECONDS)
+                break
         except OSError as error:
             self._report("warning: syslog did not take the audit record, the file has it: "
                          + show_error(error))
