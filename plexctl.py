@@ -120,7 +120,6 @@ BODY_MAX_BYTES = 1024 * 1024
 SECRET_FILE_MAX_BYTES = 64 * 1024
 CA_FILE_MAX_BYTES = 16 * 1024 * 1024
 TOKEN_MAX_CHARACTERS = 8192
-SHOWN_MAX_CHARACTERS = 300
 DOCUMENT_MAX_CHARACTERS = 3000  # of a path or a host, each of whose characters may need ten
 
 
@@ -128,16 +127,12 @@ DOCUMENT_MAX_CHARACTERS = 3000  # of a path or a host, each of whose characters 
 
 
 class PlexctlError(Exception):
-    """Anything that ends the command with one line on stderr.
+    """Anything that ends the command with one line on stderr. `facts` are the attributes that differ."""
 
-    `exit_code` is the process's exit status; `passing`: the same may well succeed a little later;
-    `may_exist`: a session may have been issued all the same.
-    """
-
-    exit_code = EXIT_FAILURE
-    passing = False
-    may_exist = False
-    is_told = False  # somebody has said it already
+    exit_code = EXIT_FAILURE  # the process's exit status
+    passing = False  # the same may well succeed a little later
+    may_exist = False  # a session may have been issued all the same
+    is_told = False  # somebody has reported it already
 
     def __init__(self, message: str, **facts: Any) -> None:
         super().__init__(message)
@@ -161,10 +156,10 @@ class TransportError(PlexctlError):
 
 
 class ApiError(PlexctlError):
-    """The control plane answered with an error: HTTP's status, the problem's code, Retry-After if any."""
+    """The control plane answered with an error."""
 
-    status = 0
-    code = ""
+    status = 0  # of HTTP
+    code = ""  # of the problem details
     retry_after_seconds: Optional[float] = None
 
 
@@ -176,19 +171,15 @@ class SessionOver(PlexctlError):
     """The session expired, was revoked, or is no longer active for another reason."""
 
 
-def name_signal(signum: int) -> str:
-    """SIGTERM; a real-time signal has a number alone."""
-    try:
-        return signal.Signals(signum).name
-    except ValueError:
-        return f"signal {signum}"
-
-
 class Interrupted(Exception):
     """A signal that asks for the end; raised only where the main thread waits."""
 
     def __init__(self, signum: int) -> None:
-        super().__init__("ended by " + name_signal(signum))
+        try:
+            name = signal.Signals(signum).name
+        except ValueError:  # a real-time signal
+            name = f"signal {signum}"
+        super().__init__("ended by " + name)
         self.signum = signum
 
 
@@ -207,7 +198,7 @@ def elapsed_seconds() -> float:
 
 
 def start_thread(function: Callable[..., object], *arguments: Any) -> bool:
-    """Runs it in a thread that does not keep the process alive; False if there are no more threads."""
+    """Run it in a thread that does not keep the process alive; False if there are no more threads."""
     def run() -> None:
         if hasattr(signal, "SIGTTOU"):  # with `stty tostop`, one that writes to the terminal would stop all
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
@@ -228,18 +219,17 @@ def send_record(path: str, data: bytes, seconds: float) -> None:
         sock.sendall(data)
 
 
+def wait_for(fd: int, mask: int, seconds: Optional[float] = None) -> int:
+    """Wait until a descriptor is ready, for ever or for so long; return what poll(2) says, 0 for nothing."""
+    poller = select.poll()
+    poller.register(fd, mask)
+    ready = poller.poll(None if seconds is None else max(0.0, seconds) * 1000)
+    return ready[0][1] if ready else 0
+
+
 def poll_now(fd: int, mask: int) -> int:
     """Return what poll(2) says of a descriptor at this moment; 0 for nothing."""
-    poller = select.poll()
-    poller.register(fd, mask)
-    return next((events for _, events in poller.poll(0)), 0)
-
-
-def wait_for(fd: int, mask: int, seconds: Optional[float] = None) -> bool:
-    """Wait until a descriptor is ready, for ever or for so long; return whether it is."""
-    poller = select.poll()
-    poller.register(fd, mask)
-    return bool(poller.poll(None if seconds is None else max(0.0, seconds) * 1000))
+    return wait_for(fd, mask, 0)
 
 
 def open_nowhere(flags: int) -> int:
@@ -264,9 +254,9 @@ SOCKET_PATH_MAX_BYTES = 100  # sun_path has 104 on macOS, 108 on Linux
 UUID_PATTERN = "[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"  # RFC 9562, section 4
 LABEL_PATTERN = "[0-9A-Za-z_](?:[0-9A-Za-z_-]{0,61}[0-9A-Za-z_])?"  # of a DNS name; people use _
 URL_PATTERN = r"(?=[!-~]*\Z)(?i:(https?))://([^/?#@\\]+?)(:[0-9]{1,5})?(/[^?#\\]*)?"
-TIME_PATTERN = r"([0-9]{4})-([0-9]{2})-([0-9]{2})[Tt]([0-9]{2}):([0-9]{2}):([0-5][0-9]|60)" \
-    r"(\.[0-9]{1,9})?(?:[Zz]|([+-])([01][0-9]|2[0-3]):([0-5][0-9]))"
-Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
+TIME_PATTERN = (r"([0-9]{4})-([0-9]{2})-([0-9]{2})[Tt]([0-9]{2}):([0-9]{2}):([0-5][0-9]|60)"
+                r"(\.[0-9]{1,9})?(?:[Zz]|([+-])([01][0-9]|2[0-3]):([0-5][0-9]))")
+SHOWN_MAX_CHARACTERS = 300
 
 
 def escape(text: str, limit: int = SHOWN_MAX_CHARACTERS) -> str:
@@ -276,7 +266,7 @@ def escape(text: str, limit: int = SHOWN_MAX_CHARACTERS) -> str:
 
 
 def matching(pattern: str, what: str, convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
-    """Return a parser for text that matches the whole pattern; its ValueError says what it must be."""
+    """Return a parser of text that matches the whole pattern; its ValueError says what it must be."""
     def parse(text: str) -> Any:
         if not re.fullmatch(pattern, text):
             raise ValueError("must be " + what)
@@ -285,7 +275,7 @@ def matching(pattern: str, what: str, convert: Callable[[str], Any] = str) -> Ca
 
 
 def one_of(*words: str) -> Callable[[str], Any]:
-    """Return a parser that accepts only these words (of letters, digits and hyphens)."""
+    """Return a parser that accepts these words (of letters, digits and hyphens)."""
     return matching("|".join(words), "one of " + ", ".join(words))
 
 
@@ -313,12 +303,11 @@ def parse_target_host(text: str) -> str:
     return text
 
 
-def parse_address(host: str) -> Optional[Address]:
-    """Parse an IP address literal, an IPv4-mapped one as IPv4; return None for anything else.
-
-    Up to 3.9.4 ipaddress takes the leading zeros of 010.0.0.1, which connect() reads as octal.
-    """
-    if not re.fullmatch("[0-9a-fA-F:.]+", host) or re.search(r"\b0[0-9]+\.|\.0[0-9]", host):
+def parse_address(host: str) -> Union[ipaddress.IPv4Address, ipaddress.IPv6Address, None]:
+    """Parse an IP address literal, an IPv4-mapped one as IPv4; return None for anything else."""
+    if not re.fullmatch("[0-9a-fA-F:.]+", host):
+        return None
+    if re.search(r"\b0[0-9]+\.|\.0[0-9]", host):  # ipaddress takes 010.0.0.1 up to 3.9.4; connect(): octal
         return None
     try:
         address = ipaddress.ip_address(host)
@@ -328,7 +317,7 @@ def parse_address(host: str) -> Optional[Address]:
 
 
 def is_host_name(text: str) -> bool:
-    """Tell whether this is a DNS name. With a number as the last label, connect() takes it for an address."""
+    """Tell whether this is a DNS name. One that ends in a number is an address for connect()."""
     labels = (text[:-1] if text.endswith(".") else text).split(".")
     return (len(text) <= HOST_MAX_CHARACTERS and all(re.fullmatch(LABEL_PATTERN, each) for each in labels)
             and not re.fullmatch("0[xX].*|[0-9]+", labels[-1]))
@@ -343,9 +332,9 @@ def is_loopback(host: str) -> bool:
 def is_dialable(host: str, from_loopback: bool = False) -> bool:
     """Tell whether a listener endpoint may be at this address; a name is judged once it is looked up.
 
-    Not on this machine and no multicast, unless `from_loopback`: the control plane is here, and so
-    may be the Node. Never link-local: clouds have their metadata service there, and a control
-    plane behind `ssh -L` is on loopback, too.
+    Not at one of this machine or a multicast one, unless `from_loopback`: the control plane is here, and
+    so may be the Node. Never at a link-local one: clouds have their metadata service there, and a
+    control plane behind `ssh -L` is on loopback, too.
     """
     address = parse_address(host.partition("%")[0])  # getaddrinfo gives fe80::1%eth0
     if address is None:
@@ -393,20 +382,20 @@ class LocalAddress(NamedTuple):
 
 def parse_local_address(text: str) -> LocalAddress:
     """Parse 127.0.0.1:0, [::1]:0 or unix:/path. `localhost` becomes 127.0.0.1, to be printed literally."""
-    scheme, _, path = text.partition(":")
-    if scheme == "unix":
+    if text.startswith("unix:"):
+        path = text[len("unix:"):]
         if path[:1] != "/" or not path.isprintable() or len(os.fsencode(path)) > SOCKET_PATH_MAX_BYTES:
             raise ValueError(f"must be unix: and an absolute path of at most {SOCKET_PATH_MAX_BYTES} bytes")
         return LocalAddress("", 0, path)
     try:
-        endpoint = parse_endpoint(text, lowest_port=0)
+        host, port = parse_endpoint(text, lowest_port=0)
     except ValueError:
-        endpoint = Endpoint("", 0)
-    host = "127.0.0.1" if endpoint.host.lower() == "localhost" else endpoint.host
+        host, port = "", 0
+    host = "127.0.0.1" if host.lower() == "localhost" else host
     if parse_address(host) is None:
         raise ValueError("must be ADDRESS:PORT, [ADDRESS]:PORT or unix:/path; a literal address, "
                          f"port 0 to {PORT_MAX}")
-    return LocalAddress(host, endpoint.port)
+    return LocalAddress(host, port)
 
 
 class Server(NamedTuple):
@@ -490,10 +479,9 @@ def show_seconds(seconds: float) -> str:
     return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
-HTTP_FAULTS = (  # the first that fits counts
-    (http.client.RemoteDisconnected, "the server closed the connection"),
-    (ssl.SSLEOFError, "the server closed the connection"),
-    (ssl.SSLZeroReturnError, "the server closed the connection"),
+ERROR_WORDS = (  # the first row that fits counts
+    ((http.client.RemoteDisconnected, ssl.SSLEOFError, ssl.SSLZeroReturnError),
+     "the server closed the connection"),
     (http.client.LineTooLong, "a header is too long"),
     (http.client.IncompleteRead, "the answer was cut off"),
     (http.client.BadStatusLine, "the answer is not HTTP"),
@@ -503,30 +491,25 @@ HTTP_FAULTS = (  # the first that fits counts
 def show_error(error: BaseException) -> str:
     """Say why something failed. Most texts of exceptions are not used: they may hold a header or a body."""
     if isinstance(error, urllib.error.URLError) and isinstance(error.reason, BaseException):
-        return show_error(error.reason)
-    for kind, words in HTTP_FAULTS:
-        if isinstance(error, kind):
+        error = error.reason
+    for kinds, words in ERROR_WORDS:
+        if isinstance(error, kinds):
             return words
     if type(error) is http.client.HTTPException:  # it has no class of its own
         return "too many headers"
     reason = getattr(error, "reason", None)  # of an SSLError
     if isinstance(error, ssl.CertificateError) or reason == "CERTIFICATE_VERIFY_FAILED":
-        # 3.6 has no verify_message, and its CertificateError is for the host name alone
-        default = "it is for another host name" if not isinstance(error, ssl.SSLError) else ""
-        words = escape(getattr(error, "verify_message", "") or default)
-        return "certificate not trusted" + (f": {words}" if words else "")
+        return "certificate not trusted: " + escape(getattr(error, "verify_message", str(error)))  # 3.6
     if isinstance(error, ssl.SSLError) and reason:
         return "TLS failed: " + escape(reason.replace("_", " ").lower())
-    if isinstance(error, (socket.timeout, TimeoutError)) and not error.strerror:
+    if isinstance(error, OSError) and error.strerror:
+        return escape(error.strerror)
+    if isinstance(error, (socket.timeout, TimeoutError)):
         return "timed out"
     if isinstance(error, ImportError):
         return escape(error.msg)
-    if isinstance(error, OSError) and error.strerror and not isinstance(error, ssl.SSLError):
-        return escape(error.strerror)
-    _, is_proxy_s, refusal = str(error).partition("Tunnel connection failed: ")  # http.client's words
-    if is_proxy_s and type(error) is OSError:
-        return "the proxy refused: " + escape(refusal)
-    return type(error).__name__
+    refusal = re.match("Tunnel connection failed: (.*)", str(error))  # http.client's words
+    return "the proxy refused: " + escape(refusal.group(1)) if refusal else type(error).__name__
 
 
 # ----------------------------------------------------------------------------------- credentials
