@@ -1,30 +1,27 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""plexctl: one TCP port of one machine behind a plexsphere Node, for as long as it is needed.
+"""plexctl: reach one TCP port behind a plexsphere Node, for a limited time.
 
     plexctl tcp-forward --project-id UUID --resource-id UUID --host HOST --port PORT
 
-asks the control plane for a one-time mediated session and prints the local address and the
-listener endpoint on the Node. With --proxy, --stdio or -- COMMAND it also carries the bytes,
-and revokes the session at the end.
+asks the control plane for a one-time mediated session, and prints a local address and the listener
+endpoint on the Node. With --proxy, --stdio or -- COMMAND it also carries connections, and revokes the
+session at the end.
 
-Exit codes: 0 done; 1 transport or API failure, no listener endpoint, forwarder error, session
-over; 2 usage; 3 credentials; 4 forbidden; 77 ReBAC denial; with -- COMMAND the status of COMMAND;
-a signal that ends the process: that same signal, after the session is revoked.
+Exit codes: 0 success; 1 transport or API failure, no listener endpoint, forwarder error, session over;
+2 usage; 3 credentials; 4 forbidden; 77 ReBAC denial; with -- COMMAND the status of COMMAND. A signal that
+ends plexctl does so once the session is revoked, and the shell sees that signal.
 
-One file, standard library only, Python 3.6 to 3.15. Read it from the top: a section uses only
-those above it.
+One file, standard library only, Python 3.6 to 3.15. Read it from the top: a section uses those above it.
 
-Threads. The main one waits for signals and looks after everything else ten times a second. Each session
-has one (Forwarder), which accepts, dials and carries its connections, one after another (Relay). One
-writes messages to stderr. Short-lived ones: an HTTP exchange, which is given up on at its deadline, since
-a name look-up has no time-out; a question about a session; a revocation; whatever else may block, such as
-writing the document. What they share is guarded by the lock of Forwarder, Ledger or MediatedSession.
+Secrets. The bearer token is read in the section credentials and sent in the section control plane.
+Everything else holds it as a Secret, and COMMAND does not get it. The session token is shown with
+--reveal-secrets alone, by Run.establish, after the section audit has recorded that.
 
-The credential: the bearer token is read in the section credentials and revealed in the section
-control plane alone. Everything else holds it as a Secret; COMMAND does not get it, and no core
-file is left. The session token is shown by Run.establish alone; ControlPlane compares with it,
-to hide it. The section audit records that it was shown, never the token.
+Threads. The main thread waits for signals and looks after everything else. Each session has one that
+accepts, dials and carries its connections (Forwarder). One writes to stderr. Short-lived ones do what may
+block, such as an HTTP exchange. What they share is guarded by the lock of Forwarder, Ledger or
+MediatedSession.
 """
 import sys
 
@@ -40,10 +37,8 @@ if __name__ == "__main__":
 try:
     import logging
 
-    # hashlib, which urllib loads, logs a traceback for each digest that this Python lacks (FIPS);
-    # with a handler that does nothing it stays off stderr
     _quiet = logging.NullHandler()
-    logging.getLogger().addHandler(_quiet)
+    logging.getLogger().addHandler(_quiet)  # hashlib logs a traceback for a digest that is missing (FIPS)
     import hashlib
 
     logging.getLogger().removeHandler(_quiet)
@@ -106,7 +101,7 @@ EXIT_SIGNAL_BASE = 128
 
 CONNECT_SECONDS = 10
 EXCHANGE_SECONDS = 30
-LEAVE_SECONDS = 10
+LEAVE_SECONDS = 10  # to revoke all sessions at the end
 CLOSE_SECONDS = 2
 HURRY_SECONDS = 1.0  # what a second signal leaves of the time to revoke, and messages get to be written
 POLL_MIN_SECONDS = 0.5
