@@ -100,13 +100,13 @@ EXIT_NOT_FOUND = 127
 EXIT_SIGNAL_BASE = 128
 
 CONNECT_SECONDS = 10
-EXCHANGE_SECONDS = 30
-LEAVE_SECONDS = 10  # to revoke all sessions at the end
-CLOSE_SECONDS = 2
+EXCHANGE_SECONDS = 30  # of one request and its answer
+LEAVE_SECONDS = 10  # to revoke what is owed at the end
+CLOSE_SECONDS = 2  # to end connections whose session is over
 HURRY_SECONDS = 1.0  # what a second signal leaves of the time to revoke, and messages get to be written
-POLL_MIN_SECONDS = 0.5
-POLL_MAX_SECONDS = 3.0
-WARN_LEFT_SECONDS = (300, 60)
+POLL_MIN_SECONDS = 0.5  # pauses between requests grow from this
+POLL_MAX_SECONDS = 3.0  # to this
+WARN_LEFT_SECONDS = (300, 60)  # of a session
 DOCUMENT_MAX_CHARACTERS = 3000  # of a path or a host, each of whose characters may need ten
 
 
@@ -654,10 +654,10 @@ def read_profile(name: str, environ: Environ) -> Profile:
         flag, available = "--profile" if name else '"default"', escape(", ".join(sorted(profiles)))
         raise CredentialsError(f"{flag}: no profile{show_word(wanted)} in {source}; "
                                f"available: {available or 'none'}")
-    server, token = profiles[wanted].get("server", ""), profiles[wanted].get("token")
-    if token is None:
-        return Profile(server)
-    return Profile(server, parse_token(token.encode("utf-8"), f"token of a profile in {source}"))
+    entry, token = profiles[wanted], None
+    if "token" in entry:
+        token = parse_token(entry["token"].encode("utf-8"), f"token of a profile in {source}")
+    return Profile(entry.get("server", ""), token)
 
 
 def check_server(text: str, source: str, allow_http: bool) -> Server:
@@ -884,7 +884,7 @@ def create_tls_context(ca_file: Optional[str] = None) -> ssl.SSLContext:
         # whoever can write it decides which server gets the bearer token; comments may be in UTF-8
         raw = read_own_file(ca_file, source, WRITE_BITS, CA_FILE_MAX_BYTES, UsageError)
         ca_text = raw.decode("ascii", "ignore")
-        source += ": not a PEM bundle of certificates"
+        source += ": not a usable PEM bundle"
         if "-----BEGIN CERTIFICATE-----" not in ca_text:  # no text at all would mean the system's trust
             raise UsageError(source)
     try:
