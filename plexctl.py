@@ -610,13 +610,6 @@ def read_own_file(path: str, source: str, forbidden_bits: int = ALL_BITS, limit:
     return raw
 
 
-class Profile(NamedTuple):
-    """One entry of the config file; either may be missing."""
-
-    server: str = ""
-    token: Optional[Secret] = None
-
-
 def find_own_file(variable: str, below_home: str, name: str, environ: Environ) -> str:
     """Return the path of our file in an XDG base directory (freedesktop.org); "" without a home directory."""
     base = environ.get(variable, "")
@@ -630,8 +623,8 @@ def is_object(value: Any, **types: type) -> bool:
     return isinstance(value, dict) and all(isinstance(value[name], types.get(name, ())) for name in value)
 
 
-def read_profile(name: str, environ: Environ) -> Profile:
-    """Read the profile called `name`, or for "" the default one, which may be empty."""
+def read_profile(name: str, environ: Environ) -> Tuple[str, Optional[Secret]]:
+    """Read server and token of a profile, of the default one for ""; either may be missing."""
     path = find_own_file("XDG_CONFIG_HOME", ".config", "config.json", environ)
     source = "config file " + escape(path)
     try:
@@ -643,13 +636,13 @@ def read_profile(name: str, environ: Environ) -> Profile:
             raise
         if name:
             raise CredentialsError(f"--profile: there is no {source}; expected {CONFIG_SHAPE}") from None
-        return Profile()
+        return "", None
     profiles = document.get("profiles") if is_object(document, default=str, profiles=dict) else None
     if profiles is None or not all(is_object(entry, server=str, token=str) for entry in profiles.values()):
         raise CredentialsError(f"{source}: expected {CONFIG_SHAPE}")
     wanted = name or document.get("default")
     if not wanted:
-        return Profile()
+        return "", None
     if wanted not in profiles:
         flag, available = "--profile" if name else '"default"', escape(", ".join(sorted(profiles)))
         raise CredentialsError(f"{flag}: no profile{show_word(wanted)} in {source}; "
@@ -657,7 +650,7 @@ def read_profile(name: str, environ: Environ) -> Profile:
     entry, token = profiles[wanted], None
     if "token" in entry:
         token = parse_token(entry["token"].encode("utf-8"), f"token of a profile in {source}")
-    return Profile(entry.get("server", ""), token)
+    return entry.get("server", ""), token
 
 
 def check_server(text: str, source: str, allow_http: bool) -> Server:
@@ -674,14 +667,13 @@ def resolve_credentials(server_flag: Optional[str], profile_flag: Optional[str],
 
     A token that stands in a profile goes to that profile's own server and to no other.
     """
-    url = environ.get("PLEXSPHERE_URL")
-    variable = environ.get("PLEXSPHERE_TOKEN", "")
-    named = read_profile(profile_flag, environ) if profile_flag else Profile()
-    is_complete = (server_flag or named.server or url) and (token_file or named.token or variable)
-    default = Profile() if is_complete else read_profile("", environ)
+    url, variable = environ.get("PLEXSPHERE_URL"), environ.get("PLEXSPHERE_TOKEN", "")
+    named_server, named_token = read_profile(profile_flag, environ) if profile_flag else ("", None)
+    is_complete = (server_flag or named_server or url) and (token_file or named_token or variable)
+    default_server, default_token = ("", None) if is_complete else read_profile("", environ)
 
-    servers = (("--server", server_flag), ("server of the profile", named.server), ("PLEXSPHERE_URL", url),
-               ("server of the default profile", default.server))
+    servers = (("--server", server_flag), ("server of the profile", named_server), ("PLEXSPHERE_URL", url),
+               ("server of the default profile", default_server))
     source, text = next((row for row in servers if row[1]), ("", None))
     if not text:
         raise UsageError("no server: give --server, a profile, or PLEXSPHERE_URL")
@@ -691,16 +683,15 @@ def resolve_credentials(server_flag: Optional[str], profile_flag: Optional[str],
         is_path = token_file[:1] in "/.~-" or os.path.lexists(token_file)  # else it may be the token itself
         source = "--token-file" + (" " + escape(token_file) if is_path else show_word(token_file))
         return server, parse_token(read_own_file(token_file, source), source)
-    if variable and not named.token:
+    if variable and not named_token:
         return server, parse_token(variable.encode("utf-8", "surrogateescape"), "PLEXSPHERE_TOKEN")
-    profile = named if named.token else default
-    if not profile.token:
+    owner, token = (named_server, named_token) if named_token else (default_server, default_token)
+    if not token:
         raise CredentialsError("no credentials: give --token-file, a profile, or PLEXSPHERE_TOKEN")
-    if not profile.server or not check_server(
-            profile.server, "server of the profile", allow_http).same_origin(server):
+    if not owner or not check_server(owner, "server of the profile", allow_http).same_origin(server):
         raise CredentialsError(f"the token of a profile goes only to that profile's own server, and {source} "
                                "names another one; give --token-file for that")
-    return server, profile.token
+    return server, token
 
 
 # --------------------------------------------------------------------------------- control plane
@@ -718,6 +709,7 @@ SILENT_SECONDS = 5  # after which a server that has not answered is mentioned
 CANCEL_POLL_SECONDS = 0.1
 BODY_MAX_BYTES = 1024 * 1024
 FINDABLE_CHARACTERS = 8  # of a secret; a shorter one is in any text
+# the scheme may be missing; http:USER@HOST, without slashes, is a mistake
 PROXY_PATTERN = r"(?:http://|(?!http:))(?:(?:[\w.~!$&'()*+,;=:-]|%[0-9A-F]{2})*@)?([^/@]+)/?"
 
 
@@ -943,11 +935,10 @@ class ControlPlane:
     """IssueSession, GetSession and RevokeSession of one server.
 
     Safe to use from several threads. Every call ends within its limit and raises PlexctlError:
-    UsageError for what was given here, TransportError for no or a malformed answer, ApiError for
-    an error answer. `cancel` (threading.Event) ends pauses and further attempts, and gives up a
-    GetSession at once (Cancelled), but not the others, whose outcome matters. `report` takes a line
-    per exchange: method, path, status, seconds; never a header or a body. `notice` takes a line for
-    whoever waits when the server is silent.
+    UsageError for what was given here, TransportError for no or a malformed answer, ApiError for an
+    error answer. `cancel` ends pauses and further attempts, and gives up a GetSession at once
+    (Cancelled), but not the others, whose outcome matters. `report` takes a line per exchange, never
+    a header or a body; `notice` one for whoever waits when the server is silent.
     """
 
     def __init__(self, server: Server, token: Secret, ca_file: Optional[str] = None,

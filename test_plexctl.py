@@ -2572,19 +2572,6 @@ def test_a_socket_as_standard_input_is_read_by_any_name(simulation):
             assert run_words(words, clean_environment(), stdin=its).status == 0
 
 
-@pytest.mark.skipif(os.name != "posix", reason="non-blocking descriptors")
-def test_a_standard_input_that_does_not_block_is_read_to_its_end(simulation):
-    reader, writer = os.pipe()
-    os.set_blocking(reader, False)
-    words = [sys.executable, "-I", PLEXCTL] + forward_args(simulation.plane, "--token-file", "-")
-    with open(reader) as stdin, Process(words, env=clean_environment(), stdin=stdin) as process:
-        for piece in (BEARER[:9], BEARER[9:] + "\n"):
-            os.write(writer, piece.encode())
-            time.sleep(0.5)
-        os.close(writer)
-        assert process.wait(20) == 0
-
-
 def test_a_message_names_the_token_file_unless_it_may_be_the_token_itself(cli, simulation, tmp_path):
     path = write_private(tmp_path / "token", "two words")
     one_error_line(cli(forward_args(simulation.plane, "--token-file", path)), "--token-file " + path)
@@ -2616,6 +2603,19 @@ def test_an_unknown_profile_is_told_which_there_are(cli, tmp_path):
     result = cli(["tcp-forward", "--profile", "stagin"] + REQUIRED_FLAGS, environ)
     assert result.status == 3
     one_error_line(result, "--profile: no profile 'stagin' in ", "available: prod, staging")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="non-blocking descriptors")
+def test_a_standard_input_that_does_not_block_is_read_to_its_end(simulation):
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    words = [sys.executable, "-I", PLEXCTL] + forward_args(simulation.plane, "--token-file", "-")
+    with open(reader) as stdin, Process(words, env=clean_environment(), stdin=stdin) as process:
+        for piece in (BEARER[:9], BEARER[9:] + "\n"):
+            os.write(writer, piece.encode())
+            time.sleep(0.5)
+        os.close(writer)
+        assert process.wait(20) == 0
 
 
 def test_a_config_directory_that_cannot_be_searched_is_not_taken_for_none(cli, tmp_path):
