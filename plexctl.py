@@ -1,30 +1,27 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""plexctl: one TCP port of one machine behind a plexsphere Node, for as long as it is needed.
+"""plexctl: reach one TCP port behind a plexsphere Node, for a limited time.
 
     plexctl tcp-forward --project-id UUID --resource-id UUID --host HOST --port PORT
 
-asks the control plane for a one-time mediated session and prints the local address and the
-listener endpoint on the Node. With --proxy, --stdio or -- COMMAND it also carries the bytes,
-and revokes the session at the end.
+asks the control plane for a one-time mediated session, and prints a local address and the listener
+endpoint on the Node. With --proxy, --stdio or -- COMMAND it also carries connections, and revokes the
+session at the end.
 
-Exit codes: 0 done; 1 transport or API failure, no listener endpoint, forwarder error, session
-over; 2 usage; 3 credentials; 4 forbidden; 77 ReBAC denial; with -- COMMAND the status of COMMAND;
-a signal that ends the process: that same signal, after the session is revoked.
+Exit codes: 0 success; 1 transport or API failure, no listener endpoint, forwarder error, session over;
+2 usage; 3 credentials; 4 forbidden; 77 ReBAC denial; with -- COMMAND the status of COMMAND. A signal that
+ends plexctl does so once the session is revoked, and the shell sees that signal.
 
-One file, standard library only, Python 3.6 to 3.15. Read it from the top: a section uses only
-those above it.
+One file, standard library only, Python 3.6 to 3.15. Read it from the top: a section uses those above it.
 
-Threads. The main one waits for signals and looks after everything else ten times a second. Each session
-has one (Forwarder), which accepts, dials and carries its connections, one after another (Relay). One
-writes messages to stderr. Short-lived ones: an HTTP exchange, which is given up on at its deadline, since
-a name look-up has no time-out; a question about a session; a revocation; whatever else may block, such as
-writing the document. What they share is guarded by the lock of Forwarder, Ledger or MediatedSession.
+Secrets. The bearer token is read in the section credentials and sent in the section control plane.
+Everything else holds it as a Secret, and COMMAND does not get it. The session token is shown with
+--reveal-secrets alone, by Run.establish, after the section audit has recorded that.
 
-The credential: the bearer token is read in the section credentials and revealed in the section
-control plane alone. Everything else holds it as a Secret; COMMAND does not get it, and no core
-file is left. The session token is shown by Run.establish alone; ControlPlane compares with it,
-to hide it. The section audit records that it was shown, never the token.
+Threads. The main thread waits for signals and looks after everything else. Each session has one that
+accepts, dials and carries its connections (Forwarder). One writes to stderr. Short-lived ones do what may
+block, such as an HTTP exchange. What they share is guarded by the lock of Forwarder, Ledger or
+MediatedSession.
 """
 import sys
 
@@ -40,10 +37,8 @@ if __name__ == "__main__":
 try:
     import logging
 
-    # hashlib, which urllib loads, logs a traceback for each digest that this Python lacks (FIPS);
-    # with a handler that does nothing it stays off stderr
     _quiet = logging.NullHandler()
-    logging.getLogger().addHandler(_quiet)
+    logging.getLogger().addHandler(_quiet)  # hashlib logs a traceback for a digest that is missing (FIPS)
     import hashlib
 
     logging.getLogger().removeHandler(_quiet)
@@ -72,7 +67,6 @@ try:
     import time
     import urllib.error
     import urllib.request
-    import zlib
     from typing import (
         IO, Any, Callable, Dict, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Set,
         Tuple, Type, Union)
@@ -106,22 +100,13 @@ EXIT_NOT_FOUND = 127
 EXIT_SIGNAL_BASE = 128
 
 CONNECT_SECONDS = 10
-EXCHANGE_SECONDS = 30
-SILENT_SECONDS = 5  # after which a server that has not answered is mentioned
-LEAVE_SECONDS = 10
-SYSLOG_SECONDS = 2
-CLOSE_SECONDS = 2
+EXCHANGE_SECONDS = 30  # of one request and its answer
+LEAVE_SECONDS = 10  # to revoke what is owed at the end
+CLOSE_SECONDS = 2  # to end connections whose session is over
 HURRY_SECONDS = 1.0  # what a second signal leaves of the time to revoke, and messages get to be written
-ISSUE_ATTEMPTS = 3
-RETRY_AFTER_MAX_SECONDS = 5
-POLL_MIN_SECONDS = 0.5
-POLL_MAX_SECONDS = 3.0
-WARN_LEFT_SECONDS = (300, 60)
-BODY_MAX_BYTES = 1024 * 1024
-SECRET_FILE_MAX_BYTES = 64 * 1024
-CA_FILE_MAX_BYTES = 16 * 1024 * 1024
-TOKEN_MAX_CHARACTERS = 8192
-SHOWN_MAX_CHARACTERS = 300
+POLL_MIN_SECONDS = 0.5  # pauses between requests grow from this
+POLL_MAX_SECONDS = 3.0  # to this
+WARN_LEFT_SECONDS = (300, 60)  # of a session
 DOCUMENT_MAX_CHARACTERS = 3000  # of a path or a host, each of whose characters may need ten
 
 
@@ -129,16 +114,12 @@ DOCUMENT_MAX_CHARACTERS = 3000  # of a path or a host, each of whose characters 
 
 
 class PlexctlError(Exception):
-    """Anything that ends the command with one line on stderr.
+    """Anything that ends the command with one line on stderr. `facts` are the attributes that differ."""
 
-    `exit_code` is the process's exit status; `passing`: the same may well succeed a little later;
-    `may_exist`: a session may have been issued all the same.
-    """
-
-    exit_code = EXIT_FAILURE
-    passing = False
-    may_exist = False
-    is_told = False  # somebody has said it already
+    exit_code = EXIT_FAILURE  # the process's exit status
+    passing = False  # the same may well succeed a little later
+    may_exist = False  # a session may have been issued all the same
+    is_told = False  # somebody has reported it already
 
     def __init__(self, message: str, **facts: Any) -> None:
         super().__init__(message)
@@ -162,10 +143,10 @@ class TransportError(PlexctlError):
 
 
 class ApiError(PlexctlError):
-    """The control plane answered with an error: HTTP's status, the problem's code, Retry-After if any."""
+    """The control plane answered with an error."""
 
-    status = 0
-    code = ""
+    status = 0  # of HTTP
+    code = ""  # of the problem details
     retry_after_seconds: Optional[float] = None
 
 
@@ -177,19 +158,15 @@ class SessionOver(PlexctlError):
     """The session expired, was revoked, or is no longer active for another reason."""
 
 
-def name_signal(signum: int) -> str:
-    """SIGTERM; a real-time signal has a number alone."""
-    try:
-        return signal.Signals(signum).name
-    except ValueError:
-        return f"signal {signum}"
-
-
 class Interrupted(Exception):
     """A signal that asks for the end; raised only where the main thread waits."""
 
     def __init__(self, signum: int) -> None:
-        super().__init__("ended by " + name_signal(signum))
+        try:
+            name = signal.Signals(signum).name
+        except ValueError:  # a real-time signal
+            name = f"signal {signum}"
+        super().__init__("ended by " + name)
         self.signum = signum
 
 
@@ -208,7 +185,7 @@ def elapsed_seconds() -> float:
 
 
 def start_thread(function: Callable[..., object], *arguments: Any) -> bool:
-    """Runs it in a thread that does not keep the process alive; False if there are no more threads."""
+    """Run it in a thread that does not keep the process alive; False if there are no more threads."""
     def run() -> None:
         if hasattr(signal, "SIGTTOU"):  # with `stty tostop`, one that writes to the terminal would stop all
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
@@ -229,18 +206,17 @@ def send_record(path: str, data: bytes, seconds: float) -> None:
         sock.sendall(data)
 
 
+def wait_for(fd: int, mask: int, seconds: Optional[float] = None) -> int:
+    """Wait until a descriptor is ready, for ever or for so long; return what poll(2) says, 0 for nothing."""
+    poller = select.poll()
+    poller.register(fd, mask)
+    ready = poller.poll(None if seconds is None else max(0.0, seconds) * 1000)
+    return ready[0][1] if ready else 0
+
+
 def poll_now(fd: int, mask: int) -> int:
     """Return what poll(2) says of a descriptor at this moment; 0 for nothing."""
-    poller = select.poll()
-    poller.register(fd, mask)
-    return next((events for _, events in poller.poll(0)), 0)
-
-
-def wait_for(fd: int, mask: int, seconds: Optional[float] = None) -> bool:
-    """Wait until a descriptor is ready, for ever or for so long; return whether it is."""
-    poller = select.poll()
-    poller.register(fd, mask)
-    return bool(poller.poll(None if seconds is None else max(0.0, seconds) * 1000))
+    return wait_for(fd, mask, 0)
 
 
 def open_nowhere(flags: int) -> int:
@@ -265,9 +241,9 @@ SOCKET_PATH_MAX_BYTES = 100  # sun_path has 104 on macOS, 108 on Linux
 UUID_PATTERN = "[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"  # RFC 9562, section 4
 LABEL_PATTERN = "[0-9A-Za-z_](?:[0-9A-Za-z_-]{0,61}[0-9A-Za-z_])?"  # of a DNS name; people use _
 URL_PATTERN = r"(?=[!-~]*\Z)(?i:(https?))://([^/?#@\\]+?)(:[0-9]{1,5})?(/[^?#\\]*)?"
-TIME_PATTERN = r"([0-9]{4})-([0-9]{2})-([0-9]{2})[Tt]([0-9]{2}):([0-9]{2}):([0-5][0-9]|60)" \
-    r"(\.[0-9]{1,9})?(?:[Zz]|([+-])([01][0-9]|2[0-3]):([0-5][0-9]))"
-Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
+TIME_PATTERN = (r"([0-9]{4})-([0-9]{2})-([0-9]{2})[Tt]([0-9]{2}):([0-9]{2}):([0-5][0-9]|60)"
+                r"(\.[0-9]{1,9})?(?:[Zz]|([+-])([01][0-9]|2[0-3]):([0-5][0-9]))")
+SHOWN_MAX_CHARACTERS = 300
 
 
 def escape(text: str, limit: int = SHOWN_MAX_CHARACTERS) -> str:
@@ -277,7 +253,7 @@ def escape(text: str, limit: int = SHOWN_MAX_CHARACTERS) -> str:
 
 
 def matching(pattern: str, what: str, convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
-    """Return a parser for text that matches the whole pattern; its ValueError says what it must be."""
+    """Return a parser of text that matches the whole pattern; its ValueError says what it must be."""
     def parse(text: str) -> Any:
         if not re.fullmatch(pattern, text):
             raise ValueError("must be " + what)
@@ -286,7 +262,7 @@ def matching(pattern: str, what: str, convert: Callable[[str], Any] = str) -> Ca
 
 
 def one_of(*words: str) -> Callable[[str], Any]:
-    """Return a parser that accepts only these words (of letters, digits and hyphens)."""
+    """Return a parser that accepts these words (of letters, digits and hyphens)."""
     return matching("|".join(words), "one of " + ", ".join(words))
 
 
@@ -314,12 +290,11 @@ def parse_target_host(text: str) -> str:
     return text
 
 
-def parse_address(host: str) -> Optional[Address]:
-    """Parse an IP address literal, an IPv4-mapped one as IPv4; return None for anything else.
-
-    Up to 3.9.4 ipaddress takes the leading zeros of 010.0.0.1, which connect() reads as octal.
-    """
-    if not re.fullmatch("[0-9a-fA-F:.]+", host) or re.search(r"\b0[0-9]+\.|\.0[0-9]", host):
+def parse_address(host: str) -> Union[ipaddress.IPv4Address, ipaddress.IPv6Address, None]:
+    """Parse an IP address literal, an IPv4-mapped one as IPv4; return None for anything else."""
+    if not re.fullmatch("[0-9a-fA-F:.]+", host):
+        return None
+    if re.search(r"\b0[0-9]+\.|\.0[0-9]", host):  # ipaddress takes 010.0.0.1 up to 3.9.4; connect(): octal
         return None
     try:
         address = ipaddress.ip_address(host)
@@ -329,7 +304,7 @@ def parse_address(host: str) -> Optional[Address]:
 
 
 def is_host_name(text: str) -> bool:
-    """Tell whether this is a DNS name. With a number as the last label, connect() takes it for an address."""
+    """Tell whether this is a DNS name. One that ends in a number is an address for connect()."""
     labels = (text[:-1] if text.endswith(".") else text).split(".")
     return (len(text) <= HOST_MAX_CHARACTERS and all(re.fullmatch(LABEL_PATTERN, each) for each in labels)
             and not re.fullmatch("0[xX].*|[0-9]+", labels[-1]))
@@ -344,9 +319,9 @@ def is_loopback(host: str) -> bool:
 def is_dialable(host: str, from_loopback: bool = False) -> bool:
     """Tell whether a listener endpoint may be at this address; a name is judged once it is looked up.
 
-    Not on this machine and no multicast, unless `from_loopback`: the control plane is here, and so
-    may be the Node. Never link-local: clouds have their metadata service there, and a control
-    plane behind `ssh -L` is on loopback, too.
+    Not at one of this machine or a multicast one, unless `from_loopback`: the control plane is here, and
+    so may be the Node. Never at a link-local one: clouds have their metadata service there, and a
+    control plane behind `ssh -L` is on loopback, too.
     """
     address = parse_address(host.partition("%")[0])  # getaddrinfo gives fe80::1%eth0
     if address is None:
@@ -394,20 +369,20 @@ class LocalAddress(NamedTuple):
 
 def parse_local_address(text: str) -> LocalAddress:
     """Parse 127.0.0.1:0, [::1]:0 or unix:/path. `localhost` becomes 127.0.0.1, to be printed literally."""
-    scheme, _, path = text.partition(":")
-    if scheme == "unix":
+    if text.startswith("unix:"):
+        path = text[len("unix:"):]
         if path[:1] != "/" or not path.isprintable() or len(os.fsencode(path)) > SOCKET_PATH_MAX_BYTES:
             raise ValueError(f"must be unix: and an absolute path of at most {SOCKET_PATH_MAX_BYTES} bytes")
         return LocalAddress("", 0, path)
     try:
-        endpoint = parse_endpoint(text, lowest_port=0)
+        host, port = parse_endpoint(text, lowest_port=0)
     except ValueError:
-        endpoint = Endpoint("", 0)
-    host = "127.0.0.1" if endpoint.host.lower() == "localhost" else endpoint.host
+        host, port = "", 0
+    host = "127.0.0.1" if host.lower() == "localhost" else host
     if parse_address(host) is None:
         raise ValueError("must be ADDRESS:PORT, [ADDRESS]:PORT or unix:/path; a literal address, "
                          f"port 0 to {PORT_MAX}")
-    return LocalAddress(host, endpoint.port)
+    return LocalAddress(host, port)
 
 
 class Server(NamedTuple):
@@ -491,10 +466,9 @@ def show_seconds(seconds: float) -> str:
     return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
-HTTP_FAULTS = (  # the first that fits counts
-    (http.client.RemoteDisconnected, "the server closed the connection"),
-    (ssl.SSLEOFError, "the server closed the connection"),
-    (ssl.SSLZeroReturnError, "the server closed the connection"),
+ERROR_WORDS = (  # the first row that fits counts
+    ((http.client.RemoteDisconnected, ssl.SSLEOFError, ssl.SSLZeroReturnError),
+     "the server closed the connection"),
     (http.client.LineTooLong, "a header is too long"),
     (http.client.IncompleteRead, "the answer was cut off"),
     (http.client.BadStatusLine, "the answer is not HTTP"),
@@ -504,39 +478,44 @@ HTTP_FAULTS = (  # the first that fits counts
 def show_error(error: BaseException) -> str:
     """Say why something failed. Most texts of exceptions are not used: they may hold a header or a body."""
     if isinstance(error, urllib.error.URLError) and isinstance(error.reason, BaseException):
-        return show_error(error.reason)
-    for kind, words in HTTP_FAULTS:
-        if isinstance(error, kind):
+        error = error.reason
+    for kinds, words in ERROR_WORDS:
+        if isinstance(error, kinds):
             return words
     if type(error) is http.client.HTTPException:  # it has no class of its own
         return "too many headers"
     reason = getattr(error, "reason", None)  # of an SSLError
     if isinstance(error, ssl.CertificateError) or reason == "CERTIFICATE_VERIFY_FAILED":
-        # 3.6 has no verify_message, and its CertificateError is for the host name alone
-        default = "it is for another host name" if not isinstance(error, ssl.SSLError) else ""
-        words = escape(getattr(error, "verify_message", "") or default)
-        return "certificate not trusted" + (f": {words}" if words else "")
+        return "certificate not trusted: " + escape(getattr(error, "verify_message", str(error)))  # 3.6
     if isinstance(error, ssl.SSLError) and reason:
         return "TLS failed: " + escape(reason.replace("_", " ").lower())
-    if isinstance(error, (socket.timeout, TimeoutError)) and not error.strerror:
+    if isinstance(error, OSError) and error.strerror:
+        return escape(error.strerror)
+    if isinstance(error, (socket.timeout, TimeoutError)):
         return "timed out"
     if isinstance(error, ImportError):
         return escape(error.msg)
-    if isinstance(error, OSError) and error.strerror and not isinstance(error, ssl.SSLError):
-        return escape(error.strerror)
-    _, is_proxy_s, refusal = str(error).partition("Tunnel connection failed: ")  # http.client's words
-    if is_proxy_s and type(error) is OSError:
-        return "the proxy refused: " + escape(refusal)
-    return type(error).__name__
+    refusal = re.match("Tunnel connection failed: (.*)", str(error))  # http.client's words
+    return "the proxy refused: " + escape(refusal.group(1)) if refusal else type(error).__name__
 
 
 # ----------------------------------------------------------------------------------- credentials
 
 CONFIG_SHAPE = ('{"default": "prod", "profiles": {"prod": '
                 '{"server": "https://plexsphere.example.com", "token": "psk_..."}}}')
-OPEN_AT_ONCE = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)  # Windows has neither
+SECRET_FILE_MAX_BYTES = 64 * 1024
+CA_FILE_MAX_BYTES = 16 * 1024 * 1024
+# open() would wait for the writer of a FIFO; Windows has neither flag
+OPEN_AT_ONCE = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
 ALL_BITS, WRITE_BITS = 0o077, 0o022  # of the group and of others
-BYTE_ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
+TOKEN_FAULTS = (  # the first that matches at the beginning counts
+    (rb"\Z", "is empty"),
+    (rb"\xef\xbb\xbf|\xff\xfe|\xfe\xff", "starts with a byte-order mark; save it as plain ASCII"),
+    (rb"(?i)bearer ", 'starts with "Bearer "; give the token alone'),
+    (rb".*[\r\n]", "contains a line break"),
+    (rb".*[ \t]", "contains a space"),
+    (rb".*[^!-~]", "contains a character that is not printable ASCII"),
+    (rb".{8193}", "is longer than 8192 characters"))
 
 
 class Secret:
@@ -559,30 +538,13 @@ class Secret:
         raise TypeError("a Secret is not pickled or copied")
 
 
-def find_token_fault(raw: bytes) -> str:
-    """Say what is wrong with a bearer token, without showing it; "" if nothing is."""
-    if not raw:
-        return "is empty"
-    if raw.startswith(BYTE_ORDER_MARKS):
-        return "starts with a byte-order mark; save it as plain ASCII"
-    if raw.lower().startswith(b"bearer "):
-        return 'starts with "Bearer "; give the token alone'
-    if b"\n" in raw or b"\r" in raw:
-        return "contains a line break"
-    if b" " in raw or b"\t" in raw:
-        return "contains a space"
-    if len(raw) > TOKEN_MAX_CHARACTERS:
-        return f"is longer than {TOKEN_MAX_CHARACTERS} characters"
-    return "" if re.fullmatch(b"[!-~]+", raw) else "contains a character that is not printable ASCII"
-
-
 def parse_token(raw: bytes, source: str) -> Secret:
-    """Parse a bearer token: one line end is dropped, the rest must be 1 to 8192 characters of \\x21-\\x7e."""
-    kept = raw[:-2] if raw.endswith(b"\r\n") else raw[:-1] if raw.endswith(b"\n") else raw
-    fault = find_token_fault(kept)
-    if fault:
-        raise CredentialsError(f"{source}: the token {fault}")
-    return Secret(kept.decode("ascii"), source)
+    """Parse a bearer token. One line end is dropped; CredentialsError says what is wrong with the rest."""
+    raw = raw[:-2] if raw.endswith(b"\r\n") else raw[:-1] if raw.endswith(b"\n") else raw
+    for pattern, fault in TOKEN_FAULTS:
+        if re.match(pattern, raw, re.DOTALL):
+            raise CredentialsError(f"{source}: the token {fault}")
+    return Secret(raw.decode("ascii"), source)
 
 
 def show_word(word: str) -> str:
@@ -611,73 +573,41 @@ def is_standard_input(path: str) -> bool:
         return False
 
 
-def read_limited(descriptor: int, limit: int) -> bytes:
-    """Read to the end, waiting for a pipe's writer; ValueError if there are more than `limit` bytes."""
-    raw = b""
-    while len(raw) <= limit:
-        try:
-            piece = os.read(descriptor, limit + 1 - len(raw))
-        except BlockingIOError:
-            wait_for(descriptor, select.POLLIN)
-            continue
-        if not piece:
-            return raw
-        raw += piece
-    raise ValueError(f"is larger than {limit} bytes")
-
-
 def read_own_file(path: str, source: str, forbidden_bits: int = ALL_BITS, limit: int = SECRET_FILE_MAX_BYTES,
                   kind: Type[PlexctlError] = CredentialsError) -> bytes:
     """Read a file on which others have none of the `forbidden_bits`; "-" is standard input, unchecked.
 
-    It is opened first and then judged by its descriptor, so that nothing can be swapped in
-    between; non-blocking, since a FIFO without a writer would block `open` for ever. The file that
-    is descriptor 0, by whatever name, is read there: opened once more it would start anew, and
-    all of it would be left for --stdio or COMMAND to give away. An error of `kind` where it cannot
-    be read, CredentialsError where it is not safe.
+    It is judged once it is open, so that nothing can be swapped in between. The file that is
+    descriptor 0, by whatever name, is read there, or --stdio or COMMAND could read it once more.
+    Raises CredentialsError for a file that is not safe, `kind` for one that cannot be read.
     """
     at_stdin = is_standard_input(path)
     if at_stdin and sys.stdin is None:
         raise kind(f"{source}: standard input is closed")
+    step = "opened"
     try:
-        descriptor = os.dup(0) if at_stdin else os.open(path, os.O_RDONLY | OPEN_AT_ONCE)
+        with open(0 if at_stdin else path, "rb", closefd=not at_stdin,
+                  opener=lambda name, flags: os.open(name, flags | OPEN_AT_ONCE)) as file:
+            step = "read"
+            status = os.fstat(file.fileno())
+            is_file = stat.S_ISREG(status.st_mode)
+            if not (is_file or at_stdin or stat.S_ISFIFO(status.st_mode)):
+                raise kind(f"{source}: must be a regular file or a pipe")
+            # "-" is the caller's choice, and so is anything but a file at standard input
+            if path != "-" and (is_file or not at_stdin):
+                fault = find_file_fault(status, forbidden_bits)
+                if fault:
+                    raise CredentialsError(f"{source}: {fault}")
+            if path != "-" and is_file:
+                file.seek(0)
+            if hasattr(os, "set_blocking"):
+                os.set_blocking(file.fileno(), True)  # wait for a pipe's writer
+            raw = file.read(limit + 1)
     except (OSError, ValueError) as error:
-        raise kind(f"{source}: cannot be opened: {show_error(error)}") from error
-    try:
-        status = os.fstat(descriptor)
-        is_file = stat.S_ISREG(status.st_mode)
-        # a pipe, a socket or a terminal at standard input is the caller's choice
-        if path != "-" and (is_file or not at_stdin):
-            if not is_file and not stat.S_ISFIFO(status.st_mode):
-                raise ValueError("must be a regular file or a pipe")
-            fault = find_file_fault(status, forbidden_bits)
-            if fault:
-                raise CredentialsError(f"{source}: {fault}")
-        if path != "-" and is_file:
-            os.lseek(descriptor, 0, os.SEEK_SET)
-        return read_limited(descriptor, limit)
-    except OSError as error:
-        raise kind(f"{source}: cannot be read: {show_error(error)}") from error
-    except ValueError as error:
-        raise kind(f"{source}: {error}") from error
-    finally:
-        os.close(descriptor)
-
-
-def read_ca_file(path: str) -> str:
-    """Read the PEM text of --ca-file. Whoever can write it decides which server gets the bearer token."""
-    source = "--ca-file " + escape(path)
-    raw = read_own_file(path, source, WRITE_BITS, CA_FILE_MAX_BYTES, UsageError)
-    if b"-----BEGIN CERTIFICATE-----" not in raw:
-        raise UsageError(f"{source}: not a PEM bundle of certificates")
-    return raw.decode("ascii", "ignore")  # comments may be in UTF-8
-
-
-class Profile(NamedTuple):
-    """One entry of the config file: server URL and token, either may be missing ("", None)."""
-
-    server: str = ""
-    token: Optional[Secret] = None
+        raise kind(f"{source}: cannot be {step}: {show_error(error)}") from error
+    if len(raw) > limit:
+        raise kind(f"{source}: is larger than {limit} bytes")
+    return raw
 
 
 def find_own_file(variable: str, below_home: str, name: str, environ: Environ) -> str:
@@ -693,28 +623,26 @@ def is_object(value: Any, **types: type) -> bool:
     return isinstance(value, dict) and all(isinstance(value[name], types.get(name, ())) for name in value)
 
 
-def read_profile(name: str, environ: Environ) -> Profile:
-    """Read the profile called `name`, or for "" the default one, which may be empty."""
+def read_profile(name: str, environ: Environ) -> Tuple[str, Optional[Secret]]:
+    """Read server and token of a profile, of the default one for ""; either may be missing."""
     path = find_own_file("XDG_CONFIG_HOME", ".config", "config.json", environ)
     source = "config file " + escape(path)
-    try:
-        os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        if name:
-            raise CredentialsError(f"--profile: there is no {source}; expected {CONFIG_SHAPE}") from None
-        return Profile()
-    except OSError:  # read_own_file says why
-        pass
     try:
         document = parse_json(read_own_file(path, source))
     except ValueError:
         document = None
+    except CredentialsError as error:
+        if not isinstance(error.__cause__, (FileNotFoundError, NotADirectoryError)):
+            raise
+        if name:
+            raise CredentialsError(f"--profile: there is no {source}; expected {CONFIG_SHAPE}") from None
+        return "", None
     profiles = document.get("profiles") if is_object(document, default=str, profiles=dict) else None
     if profiles is None or not all(is_object(entry, server=str, token=str) for entry in profiles.values()):
         raise CredentialsError(f"{source}: expected {CONFIG_SHAPE}")
     wanted = name or document.get("default")
     if not wanted:
-        return Profile()
+        return "", None
     if wanted not in profiles:
         flag, available = "--profile" if name else '"default"', escape(", ".join(sorted(profiles)))
         raise CredentialsError(f"{flag}: no profile{show_word(wanted)} in {source}; "
@@ -722,7 +650,7 @@ def read_profile(name: str, environ: Environ) -> Profile:
     entry, token = profiles[wanted], None
     if "token" in entry:
         token = parse_token(entry["token"].encode("utf-8"), f"token of a profile in {source}")
-    return Profile(entry.get("server", ""), token)
+    return entry.get("server", ""), token
 
 
 def check_server(text: str, source: str, allow_http: bool) -> Server:
@@ -733,61 +661,56 @@ def check_server(text: str, source: str, allow_http: bool) -> Server:
         raise UsageError(f"{source}: {error}") from None
 
 
-def read_token_file(path: str) -> Secret:
-    """Read --token-file. What is neither a path nor a file may be the token itself."""
-    is_path = path[:1] in "/.~-" or os.path.lexists(path)
-    source = "--token-file " + escape(path) if is_path else "--token-file" + show_word(path)
-    return parse_token(read_own_file(path, source), source)
-
-
 def resolve_credentials(server_flag: Optional[str], profile_flag: Optional[str], token_file: Optional[str],
                         allow_http: bool, environ: Environ) -> Tuple[Server, Secret]:
     """Find server and bearer token, each in: its flag, --profile, the environment, the default profile.
 
     A token that stands in a profile goes to that profile's own server and to no other.
     """
-    url = environ.get("PLEXSPHERE_URL")
-    variable = environ.get("PLEXSPHERE_TOKEN", "")
-    named = read_profile(profile_flag, environ) if profile_flag else Profile()
-    is_complete = (server_flag or named.server or url) and (token_file or named.token or variable)
-    default = Profile() if is_complete else read_profile("", environ)
+    url, variable = environ.get("PLEXSPHERE_URL"), environ.get("PLEXSPHERE_TOKEN", "")
+    named_server, named_token = read_profile(profile_flag, environ) if profile_flag else ("", None)
+    is_complete = (server_flag or named_server or url) and (token_file or named_token or variable)
+    default_server, default_token = ("", None) if is_complete else read_profile("", environ)
 
-    servers = (("--server", server_flag), ("server of the profile", named.server), ("PLEXSPHERE_URL", url),
-               ("server of the default profile", default.server))
+    servers = (("--server", server_flag), ("server of the profile", named_server), ("PLEXSPHERE_URL", url),
+               ("server of the default profile", default_server))
     source, text = next((row for row in servers if row[1]), ("", None))
     if not text:
         raise UsageError("no server: give --server, a profile, or PLEXSPHERE_URL")
     server = check_server(text, source, allow_http)
 
     if token_file:
-        return server, read_token_file(token_file)
-    if variable and not named.token:
+        is_path = token_file[:1] in "/.~-" or os.path.lexists(token_file)  # else it may be the token itself
+        source = "--token-file" + (" " + escape(token_file) if is_path else show_word(token_file))
+        return server, parse_token(read_own_file(token_file, source), source)
+    if variable and not named_token:
         return server, parse_token(variable.encode("utf-8", "surrogateescape"), "PLEXSPHERE_TOKEN")
-    profile = named if named.token else default
-    if not profile.token:
+    owner, token = (named_server, named_token) if named_token else (default_server, default_token)
+    if not token:
         raise CredentialsError("no credentials: give --token-file, a profile, or PLEXSPHERE_TOKEN")
-    if not profile.server or not check_server(
-            profile.server, "server of the profile", allow_http).same_origin(server):
+    if not owner or not check_server(owner, "server of the profile", allow_http).same_origin(server):
         raise CredentialsError(f"the token of a profile goes only to that profile's own server, and {source} "
                                "names another one; give --token-file for that")
-    return server, profile.token
+    return server, token
 
 
 # --------------------------------------------------------------------------------- control plane
 #
-# A call of ControlPlane makes one Exchange per attempt. That runs urllib's opener in a thread:
-# PlaneHandler opens a PlaneConnection, read_body reads what comes, and the calling thread waits
-# until that is done or its time is up. Then the calling thread judges the answer.
+# A call of ControlPlane makes one Exchange per attempt. That runs in a thread, with urllib's opener and a
+# PlaneConnection; the calling thread waits until it is done or its time is up, and judges the answer.
 
 ISSUE, GET, REVOKE = "IssueSession", "GetSession", "RevokeSession"
 SUCCESS = range(200, 300)
 EXPECTED = {ISSUE: {201}, GET: {200}, REVOKE: {*SUCCESS, 404, 409, 410}}  # a session that is gone is revoked
+ISSUE_ATTEMPTS = 3
 JITTER_SECONDS = 0.2
+RETRY_AFTER_MAX_SECONDS = 5
+SILENT_SECONDS = 5  # after which a server that has not answered is mentioned
 CANCEL_POLL_SECONDS = 0.1
-PIECE_BYTES = 64 * 1024
+BODY_MAX_BYTES = 1024 * 1024
 FINDABLE_CHARACTERS = 8  # of a secret; a shorter one is in any text
-PROXY_PATTERN = r"(?i:http)://(?:(?:[\w.~!$&'()*+,;=:-]|%[0-9A-Fa-f]{2})*@)?([^/@]+)/?"
-PROXY_FORM = "http://[USER:PASSWORD@]HOST:PORT"
+# the scheme may be missing; http:USER@HOST, without slashes, is a mistake
+PROXY_PATTERN = r"(?:http://|(?!http:))(?:(?:[\w.~!$&'()*+,;=:-]|%[0-9A-F]{2})*@)?([^/@]+)/?"
 
 
 class Session(NamedTuple):
@@ -822,157 +745,102 @@ class SessionRequest(NamedTuple):
     ttl_seconds: int = 0  # 0: the server's default
 
 
-class Exchange:
-    """One request, and its answer: `status`, `headers`, `body`.
+class Exchange(urllib.request.AbstractHTTPHandler):
+    """One request and its answer: `status`, `headers`, `body`; or `fault`, which says why there is none.
 
-    It runs in a thread of its own, which `run` stops waiting for at the deadline: a time-out of
-    urllib's is for each recv, and the look-up of a name has none. `sent`: the server may have the
-    request.
+    `perform` runs in a thread of its own, so that whoever waits for `done` can give up: a time-out of
+    urllib's is for each recv, and the look-up of a name has none. The opener has no other handlers than
+    this one and the proxy's: urllib's default ones carry the bearer token to wherever a redirect points
+    and to the proxy of plain http, and open file: URLs.
     """
 
-    def __init__(self, operation: str, peer: str) -> None:
+    def __init__(self, operation: str, server_name: str, context: Optional[ssl.SSLContext]) -> None:
+        super().__init__()
         self.operation = operation
-        self.peer = peer
+        self.server_name = server_name
+        self.context = context  # of TLS; None: plain http
         self.status = 0
         self.headers: Any = {}  # email.message.Message
         self.body = bytearray()
-        self.sent = False
+        self.fault = ""
+        self.sent = False  # the server may have the request
         self.is_given_up = False
+        self.done = threading.Event()
         self.connection: Optional[PlaneConnection] = None
-        self._error: Optional[TransportError] = None
-        self._done = threading.Event()
 
-    def run(self, opener: urllib.request.OpenerDirector, request: Any, seconds: float,
-            is_needless: Callable[[], bool], tell: Callable[[], None]) -> None:
-        """Get the answer within `seconds`, or raise TransportError; Cancelled once it `is_needless`.
+    def http_open(self, request: urllib.request.Request) -> Any:
+        return self.do_open(PlaneConnection, request, exchange=self)  # type: ignore[arg-type]
 
-        `tell` is called after SILENT_SECONDS without one.
-        """
-        request.exchange = self  # for PlaneHandler
-        if not start_thread(self._perform, opener, request):
-            self._perform(opener, request)  # no thread left: run it here; only each recv has a limit
-        deadline = elapsed_seconds() + seconds
-        tell_on: Optional[float] = elapsed_seconds() + SILENT_SECONDS
-        while not self._done.wait(max(0.0, min(CANCEL_POLL_SECONDS, deadline - elapsed_seconds()))):
-            if is_needless():
-                self._give_up()
-                raise Cancelled(f"{self.operation}: given up, the run is ending")
-            if elapsed_seconds() >= deadline:
-                self._give_up()
-                raise self._fail(f"timed out after {seconds:.3g} s")
-            if tell_on and elapsed_seconds() >= tell_on:
-                tell_on = None
-                tell()
-        if self._error is not None:
-            raise self._error
+    https_open = http_open
+    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
-    def _give_up(self) -> None:
-        self.is_given_up = True
-        if self.connection is not None:
-            self.connection.wake()
-
-    def _perform(self, opener: urllib.request.OpenerDirector, request: Any) -> None:
-        fault = ""
+    def perform(self, request: urllib.request.Request, proxy: str) -> None:
+        """Send the request, through the proxy if one is named, and read the answer."""
+        opener = urllib.request.OpenerDirector()
+        opener.add_handler(self)
+        if proxy:
+            opener.add_handler(urllib.request.ProxyHandler({"https": proxy}))
         try:
             with opener.open(request, timeout=CONNECT_SECONDS) as response:
                 self.status, self.headers = response.status, response.headers
-                fault = read_body(response, self.body)
+                self.fault = self._read_body(response)
         except Exception as error:  # OSError, HTTPException, ValueError, RecursionError, MemoryError, ...
-            fault = show_error(error)  # the error itself, its context too, would hold the request
-        if fault and (self.status in SUCCESS or not self.status):
-            self._error = self._fail(fault)
-        elif fault:  # the status of an error counts by itself
+            self.fault = show_error(error)  # the error itself, its context too, would hold the request
+        if self.fault and self.status and self.status not in SUCCESS:  # the status of an error is enough
+            self.fault = ""
             self.body.clear()
-        self._done.set()
+        self.done.set()
 
-    def _fail(self, fault: str) -> TransportError:
-        # no other attempt makes a certificate good, and three bad log-ins at a proxy lock an account
-        passing = not fault.startswith(("certificate", "TLS failed", "the proxy refused: 407"))
-        if re.search("issuer|self.signed", fault):
-            fault += " (--ca-file names another CA)"
-        tried = "no complete answer from" if self.sent else "cannot connect to"
-        return TransportError(f"{self.operation}: {tried} {self.peer}: {fault}", passing=passing,
-                              may_exist=self.sent and self.operation == ISSUE)
+    def _read_body(self, response: Any) -> str:
+        """Read the body in pieces; return what is wrong with it, "" if nothing is.
+
+        read() would take a chunk of size -1 for no limit at all, and not notice an end that comes early.
+        """
+        length = response.length  # None: in chunks, or until the connection ends
+        while len(self.body) != length and not self.is_given_up:
+            piece = response.read1(BODY_MAX_BYTES)
+            if not piece:
+                return "the answer was cut off" if length else ""
+            self.body += piece
+            if len(self.body) > BODY_MAX_BYTES:
+                return f"the answer is larger than {BODY_MAX_BYTES} bytes"
+        return ""
+
+    def give_up(self) -> None:
+        """Make the thread end, unless it is looking up a name or still connecting."""
+        self.is_given_up = True
+        sock = self.connection and self.connection.sock
+        if sock:
+            with contextlib.suppress(OSError):  # it is not open any more
+                sock.shutdown(socket.SHUT_RDWR)
 
 
 class PlaneConnection(http.client.HTTPConnection):
-    """A connection of http.client's, with TLS where there is a `context`, that another thread can wake."""
+    """http.client's connection for one Exchange, with TLS where that has a context."""
 
-    def __init__(self, host: str, exchange: Exchange, context: Optional[ssl.SSLContext] = None,
-                 server_name: str = "", **options: Any) -> None:
+    def __init__(self, host: str, exchange: Exchange, **options: Any) -> None:
         super().__init__(host, **options)
         self._exchange = exchange
-        self._context = context
-        self._server_name = server_name
-        self._kept: Optional[socket.socket] = None
         exchange.connection = self
 
     def connect(self) -> None:
         """Connect, through a proxy if there is one; from then on the request counts as sent."""
         super().connect()
-        if self._context is not None:
-            # the handshake comes apart, so that it can be woken as well
-            self.sock = self._context.wrap_socket(self.sock, server_hostname=self._server_name,
-                                                  do_handshake_on_connect=False)
+        exchange = self._exchange
+        if exchange.context is not None:
+            # the handshake comes apart, so that it can be given up on as well
+            self.sock = exchange.context.wrap_socket(self.sock, server_hostname=exchange.server_name,
+                                                     do_handshake_on_connect=False)
             self.sock.do_handshake()
-        self._kept = self.sock  # http.client forgets it once it has read the head
-        self._exchange.sent = True
-        if self._exchange.is_given_up:  # it was said that nothing was sent
-            self.close()
+        exchange.sent = True
+        if exchange.is_given_up:  # it was said that nothing was sent
             raise TimeoutError
         self.sock.settimeout(EXCHANGE_SECONDS)
 
-    def wake(self) -> None:
-        """Make the exchange's thread stop waiting, unless it is looking up a name or still connecting."""
-        sock = self._kept or self.sock
-        try:
-            if sock is not None:
-                sock.shutdown(socket.SHUT_RDWR)
-        except OSError:  # not open any more
-            pass
-
-
-class PlaneHandler(urllib.request.AbstractHTTPHandler):
-    """Opens http and https URLs of one server with a PlaneConnection."""
-
-    def __init__(self, context: Optional[ssl.SSLContext], server_name: str) -> None:
-        super().__init__()
-        self._context = context
-        self._server_name = server_name
-
-    def http_open(self, request: Any) -> Any:
-        return self.do_open(PlaneConnection, request, exchange=request.exchange)  # type: ignore[arg-type]
-
-    def https_open(self, request: Any) -> Any:
-        return self.do_open(PlaneConnection, request, exchange=request.exchange,  # type: ignore[arg-type]
-                            context=self._context, server_name=self._server_name)
-
-    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
-
-
-def read_body(response: http.client.HTTPResponse, body: bytearray) -> str:
-    """Read the body piece by piece into `body`; return what is wrong with it, "" if nothing is.
-
-    read() would take a chunk of size -1 for no limit at all, and not notice an end that comes early.
-    """
-    length = response.length  # None: in chunks, or until the connection ends
-    while len(body) != length and len(body) <= BODY_MAX_BYTES:
-        piece = response.read1(PIECE_BYTES)
-        if not piece:
-            return "the answer was cut off" if length else ""
-        body += piece
-    return f"the answer is larger than {BODY_MAX_BYTES} bytes" if len(body) > BODY_MAX_BYTES else ""
-
 
 def find_session_id(answer: Exchange) -> str:
-    """Find the id of the session in a success, even if that is compressed or cut off; "" if there is none."""
-    raw = bytes(answer.body) if answer.status in SUCCESS else b""
-    if raw.startswith(b"\x1f\x8b"):  # gzip, which nobody asked for
-        try:
-            raw = zlib.decompressobj(16 + zlib.MAX_WBITS).decompress(raw, BODY_MAX_BYTES)
-        except zlib.error:
-            return ""
-    text = raw.decode("utf-16" if raw.startswith(BYTE_ORDER_MARKS[1:]) else "utf-8", "replace")
+    """Return the id of the session that a success names, however malformed the rest is; "" if none."""
+    text = answer.body.decode("utf-8", "replace") if answer.status in SUCCESS else ""
     for name in ("session_id", "id"):  # of IssuedSession, and of the Session in it
         found = re.search(rf'"{name}"\s*:\s*"({UUID_PATTERN})"', text)
         if found:
@@ -989,51 +857,37 @@ def find_proxy(server: Server, environ: Environ) -> str:
     if not proxy or urllib.request.proxy_bypass_environment(  # type: ignore[attr-defined]
             join_host_port(server.host, server.port), {"no": exempt}):
         return ""
-    if "://" not in proxy and not proxy.lower().startswith("http:"):
-        proxy = "http://" + proxy
-    if not proxy.lower().startswith("http://"):  # urllib takes any other for plain CONNECT
-        raise UsageError(f"HTTPS_PROXY: must be {PROXY_FORM}; other kinds of proxies are not supported "
-                         "(NO_PROXY exempts servers)")
-    found = re.fullmatch(PROXY_PATTERN, proxy, re.ASCII)
+    found = re.fullmatch(PROXY_PATTERN, proxy, re.ASCII | re.IGNORECASE)
     try:
         address = found.group(1) if found else ""
         parse_endpoint(address if re.search(r":[0-9]*\Z", address) else address + ":80")
-    except ValueError:
-        raise UsageError(f"HTTPS_PROXY: must be {PROXY_FORM}; percent-encode special characters in the user "
-                         "name and password (%40 for @)") from None
-    return proxy
+    except ValueError:  # urllib would take any other kind for plain CONNECT
+        raise UsageError("HTTPS_PROXY: must be http://[USER:PASSWORD@]HOST:PORT; percent-encode special "
+                         "characters in the user name and password (%40 for @); other kinds of proxies are "
+                         "not supported (NO_PROXY exempts servers)") from None
+    return proxy if "://" in proxy else "http://" + proxy
 
 
 def create_tls_context(ca_file: Optional[str] = None) -> ssl.SSLContext:
     """Create a context that verifies certificates and host names, with TLS 1.2 at least."""
-    ca_text = read_ca_file(ca_file) if ca_file else None
+    ca_text, source = None, "TLS cannot be set up (see SSL_CERT_FILE and SSLKEYLOGFILE)"
+    if ca_file:
+        source = "--ca-file " + escape(ca_file)
+        # whoever can write it decides which server gets the bearer token; comments may be in UTF-8
+        raw = read_own_file(ca_file, source, WRITE_BITS, CA_FILE_MAX_BYTES, UsageError)
+        ca_text = raw.decode("ascii", "ignore")
+        source += ": not a usable PEM bundle"
+        if "-----BEGIN CERTIFICATE-----" not in ca_text:  # no text at all would mean the system's trust
+            raise UsageError(source)
     try:
         context = ssl.create_default_context(cadata=ca_text)
     except (OSError, ValueError) as error:
-        source = f"--ca-file {escape(ca_file)}: not a usable PEM bundle" if ca_file else (
-            "TLS cannot be set up (see SSL_CERT_FILE and SSLKEYLOGFILE)")
         raise UsageError(f"{source}: {show_error(error)}") from error
     if hasattr(ssl, "TLSVersion"):
         context.minimum_version = ssl.TLSVersion.TLSv1_2
     else:  # 3.6
         context.options |= ssl.OP_NO_SSLv3 | ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
     return context
-
-
-def create_opener(server: Server, ca_file: Optional[str], proxy: str) -> urllib.request.OpenerDirector:
-    """Create a urllib opener for one server that follows no redirect and raises for no status.
-
-    urllib's default one carries the bearer token to wherever a redirect points and to the proxy of
-    plain http, and opens file: URLs. This one has just the handlers that it is given.
-    """
-    # --ca-file is judged for http as well, where nothing is done with it
-    context = create_tls_context(ca_file) if ca_file or server.scheme == "https" else None
-    opener = urllib.request.OpenerDirector()
-    opener.addheaders = [("User-Agent", "plexctl/" + __version__)]
-    opener.add_handler(PlaneHandler(context, server.host))
-    if proxy:
-        opener.add_handler(urllib.request.ProxyHandler({"https": proxy}))
-    return opener
 
 
 def parse_http_date(text: Optional[str]) -> float:
@@ -1052,23 +906,6 @@ def parse_retry_after(text: Optional[str]) -> Optional[float]:
     return max(0.0, min(moment - time.time(), RETRY_AFTER_MAX_SECONDS)) if moment else None
 
 
-def may_pass(operation: str, status: int, code: str, has_retry_after: bool) -> bool:
-    """Tell whether the same request may well succeed a little later."""
-    if operation == REVOKE:
-        return status == 429 or status >= 500
-    if status == 409:  # the first request with this idempotency key is still being answered
-        return code == "idempotent_replay"
-    if status == 429:  # a rate limit; without Retry-After it is the limit of sessions
-        return has_retry_after
-    return status in (502, 503, 504)
-
-
-def random_uuid() -> str:
-    """Create a version 4 UUID (RFC 9562, section 5.4); importing uuid takes 20 ms on 3.6."""
-    digits = os.urandom(16).hex()
-    return "-".join((digits[:8], digits[8:12], "4" + digits[13:16], "8" + digits[17:20], digits[20:]))
-
-
 class Fields:
     """The fields of one JSON object of an answer, each checked as it is taken."""
 
@@ -1080,30 +917,28 @@ class Fields:
         """Return a field as it is, None if it is missing."""
         return self._document.get(name)
 
-    def take(self, name: str, parse: Callable[[Any], Any], kind: type = str) -> Any:
-        """Return a required field of this kind as parsed by `parse`, which raises ValueError."""
+    def take(self, name: str, parse: Callable[[Any], Any], kind: type = str, optional: bool = False) -> Any:
+        """Return a field of this kind as parsed by `parse`, which raises ValueError."""
         value, fault = self.get(name), "is missing, or of another type"
+        if optional and value is None:
+            return None
         if isinstance(value, kind):
             try:
                 return parse(value)
             except ValueError as error:  # what it must be, not what it is
                 fault = str(error)
-        raise TransportError(f"{self._operation}: the answer's {name} {fault}")
-
-    def take_optional(self, name: str, parse: Callable[[str], Any]) -> Any:
-        """Do the same, or return None if the field is missing or null."""
-        return None if self.get(name) is None else self.take(name, parse)
+        raise TransportError(f"{self._operation}: the answer's {name} {fault}",
+                             may_exist=self._operation == ISSUE)
 
 
 class ControlPlane:
     """IssueSession, GetSession and RevokeSession of one server.
 
     Safe to use from several threads. Every call ends within its limit and raises PlexctlError:
-    UsageError for what was given here, TransportError for no or a malformed answer, ApiError for
-    an error answer. `cancel` (threading.Event) ends pauses and further attempts, and gives up a
-    GetSession at once (Cancelled), but not the others, whose outcome matters. `report` takes a line
-    per exchange: method, path, status, seconds; never a header or a body. `notice` takes a line for
-    whoever waits when the server is silent.
+    UsageError for what was given here, TransportError for no or a malformed answer, ApiError for an
+    error answer. `cancel` ends pauses and further attempts, and gives up a GetSession at once
+    (Cancelled), but not the others, whose outcome matters. `report` takes a line per exchange, never
+    a header or a body; `notice` one for whoever waits when the server is silent.
     """
 
     def __init__(self, server: Server, token: Secret, ca_file: Optional[str] = None,
@@ -1117,9 +952,9 @@ class ControlPlane:
         self._report = report
         self._notice = notice
         self._is_silent = False  # and that was said
-        proxy = find_proxy(server, os.environ if environ is None else environ)
-        self._peer = str(server) + (" through HTTPS_PROXY" if proxy else "")
-        self._opener = create_opener(server, ca_file, proxy)
+        self._proxy = find_proxy(server, os.environ if environ is None else environ)
+        self._peer = str(server) + (" through HTTPS_PROXY" if self._proxy else "")
+        self._context = create_tls_context(ca_file) if server.scheme == "https" else None
 
     def issue(self, request: SessionRequest,
               on_issued: Callable[[str], None] = lambda session_id: None) -> IssuedSession:
@@ -1129,38 +964,14 @@ class ControlPlane:
         malformed or no 201, and before it is judged: the caller can revoke the session whatever follows.
         """
         path = f"/v1/projects/{request.project_id}/sessions"
+        digits = os.urandom(16).hex()  # of a UUID (RFC 9562, section 5.4); uuid runs other programs on 3.6
+        key = f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-8{digits[17:20]}-{digits[20:]}"
         body: Dict[str, Any] = {
             "resource_id": request.resource_id, "kind": "tcp",
             "target": {"tcp": {"host": request.host, "port": request.port}},
-            "idempotency_key": random_uuid()}
+            "idempotency_key": key}
         if request.ttl_seconds:
             body["requested_ttl_seconds"] = request.ttl_seconds
-        asked_on = elapsed_seconds()
-        answer, fields, session_id = self._ask_until_issued(path, body, on_issued)
-        token = fields.take("token", matching("[!-~]{1,65536}", "printable ASCII", Secret))
-        self._session_tokens[session_id] = token
-        expires = fields.take("expires_at", parse_time)
-        session = self._parse_session(Fields(ISSUE, fields.take("session", dict, kind=dict)), session_id)
-        issued_at = session.issued_at or parse_http_date(answer.headers.get("Date")) or time.time()
-        endpoint = fields.take_optional("listener_endpoint", self._parse_endpoint)
-        return IssuedSession(session_id, token, fields.get("expires_at"), expires - issued_at, asked_on,
-                             session, endpoint or session.listener_endpoint)
-
-    def get(self, project_id: str, session_id: str, seconds: float = EXCHANGE_SECONDS) -> Session:
-        """Return the session as the control plane sees it now."""
-        path = f"/v1/projects/{project_id}/sessions/{session_id}"
-        answer = self._exchange(Exchange(GET, self._peer), path, None, seconds)
-        return self._parse_session(self._parse_body(answer), session_id)
-
-    def revoke(self, project_id: str, session_id: str, seconds: float = EXCHANGE_SECONDS) -> None:
-        """Revoke the session. One that is gone already (404, 409, 410) counts as revoked."""
-        path = f"/v1/projects/{project_id}/sessions/{session_id}/revoke"
-        self._exchange(Exchange(REVOKE, self._peer), path, {"revoke_reason": "operator_request"}, seconds)
-        self._session_tokens.pop(session_id, None)
-
-    def _ask_until_issued(self, path: str, body: Dict[str, Any],
-                          on_issued: Callable[[str], None]) -> Tuple[Exchange, Fields, str]:
-        """Try until there is an answer of 201; return it, its fields and the session's id."""
         owed: Set[str] = set()
 
         def owe(session_id: str) -> None:
@@ -1168,19 +979,11 @@ class ControlPlane:
                 owed.add(session_id.lower())
                 on_issued(session_id)
 
-        may_exist = False
+        asked_on, may_exist = elapsed_seconds(), False
         for attempt in range(1, ISSUE_ATTEMPTS + 1):
-            answer = Exchange(ISSUE, self._peer)
             try:
-                try:
-                    self._exchange(answer, path, body)
-                finally:  # an answer that is cut off, or no 201, may name a session as well
-                    owe(find_session_id(answer))
-                may_exist = True  # and nobody can revoke it if its id cannot be read
-                fields = self._parse_body(answer)
-                session_id = fields.take("session_id", parse_session_id)
-                owe(session_id)
-                return answer, fields, session_id
+                answer = self._exchange(ISSUE, path, body, owe=owe)
+                return self._parse_issued(answer, asked_on, owe)
             except (TransportError, ApiError) as failure:
                 error: PlexctlError = failure
             may_exist = may_exist or error.may_exist
@@ -1193,33 +996,67 @@ class ControlPlane:
             if self.cancel.wait(wait):
                 break
         error.may_exist = may_exist and not owed
-        error.args = (str(error) + (f" (after {attempt} attempts)" if attempt > 1 else "") + (
-            "; a session may exist all the same, it will expire on its own" if error.may_exist else ""),)
+        text = str(error) + (f" (after {attempt} attempts)" if attempt > 1 else "")
+        if error.may_exist:
+            text += "; a session may exist all the same, it will expire on its own"
+        error.args = (text,)
         raise error
 
-    def _exchange(self, answer: Exchange, path: str, body: Optional[Dict[str, Any]],
-                  seconds: float = EXCHANGE_SECONDS) -> Exchange:
-        """Carry out the exchange; ApiError for an unexpected status."""
-        operation = answer.operation
+    def get(self, project_id: str, session_id: str, seconds: float = EXCHANGE_SECONDS) -> Session:
+        """Return the session as the control plane sees it now."""
+        answer = self._exchange(GET, f"/v1/projects/{project_id}/sessions/{session_id}", None, seconds)
+        return self._parse_session(self._parse_body(answer), session_id)
+
+    def revoke(self, project_id: str, session_id: str, seconds: float = EXCHANGE_SECONDS) -> None:
+        """Revoke the session. One that is gone already (404, 409, 410) counts as revoked."""
+        self._exchange(REVOKE, f"/v1/projects/{project_id}/sessions/{session_id}/revoke",
+                       {"revoke_reason": "operator_request"}, seconds)
+        self._session_tokens.pop(session_id, None)
+
+    def _exchange(self, operation: str, path: str, body: Optional[Dict[str, Any]],
+                  seconds: float = EXCHANGE_SECONDS,
+                  owe: Callable[[str], None] = lambda session_id: None) -> Exchange:
+        """Return the answer; TransportError if there is none, ApiError for an unexpected status."""
         request = urllib.request.Request(str(self.server) + path, headers={
-            "Accept": "application/json, application/problem+json"})
+            "Accept": "application/json, application/problem+json", "User-Agent": "plexctl/" + __version__})
         request.add_unredirected_header("Authorization", "Bearer " + self._token.reveal())
         if body is not None:  # and then it is a POST
             request.data = json.dumps(body).encode("ascii")
             request.add_header("Content-Type", "application/json")
-
-        def tell() -> None:
-            if operation == ISSUE or not self._is_silent:  # once, where a running proxy asks again and again
-                self._is_silent = True
-                self._notice(f"still waiting for {self._peer} to answer {operation}")
-
+        answer = Exchange(operation, self.server.host, self._context)
         began = elapsed_seconds()
-        answer.run(self._opener, request, seconds, lambda: operation == GET and self.cancel.is_set(), tell)
+        if not start_thread(answer.perform, request, self._proxy):
+            answer.perform(request, self._proxy)  # no thread left: run it here; only each recv has a limit
+        fault = self._wait(answer, seconds)
+        owe(find_session_id(answer))  # an answer that was cut off, or is no 201, may name one as well
+        if fault:
+            # no other attempt makes a certificate good, and three bad log-ins at a proxy lock an account
+            passing = not fault.startswith(("certificate", "TLS failed", "the proxy refused: 407"))
+            tried = "no complete answer from" if answer.sent else "cannot connect to"
+            advice = " (--ca-file names another CA)" if re.search("issuer|self.signed", fault) else ""
+            raise TransportError(f"{operation}: {tried} {self._peer}: {fault}{advice}", passing=passing,
+                                 may_exist=answer.sent and operation == ISSUE)
         self._is_silent = False
         self._report(f"{request.get_method()} {path}: {answer.status}, {elapsed_seconds() - began:.3f} s")
         if answer.status not in EXPECTED[operation]:
             raise self._parse_problem(answer)
         return answer
+
+    def _wait(self, answer: Exchange, seconds: float) -> str:
+        """Wait until the exchange is done, or give it up; return why there is no answer, "" if there is."""
+        began = elapsed_seconds()
+        while not answer.done.wait(CANCEL_POLL_SECONDS):
+            waited = elapsed_seconds() - began
+            if answer.operation == GET and self.cancel.is_set():
+                answer.give_up()
+                raise Cancelled(f"{answer.operation}: given up, the run is ending")
+            if waited >= seconds:
+                answer.give_up()
+                return f"timed out after {seconds:.3g} s"
+            if waited >= SILENT_SECONDS and not self._is_silent:  # once, until it answers
+                self._is_silent = True
+                self._notice(f"still waiting for {self._peer} to answer {answer.operation}")
+        return answer.fault
 
     def _parse_problem(self, answer: Exchange) -> ApiError:
         """Make the error of an unexpected status, with its problem details (RFC 9457) if it has any."""
@@ -1227,44 +1064,46 @@ class ControlPlane:
             problem = self._parse_body(answer)
         except TransportError:
             problem = Fields(answer.operation, None)
-        status, code = answer.status, self._show(problem.get("code"))
+        operation, status, code = answer.operation, answer.status, self._show(problem.get("code"))
         title = self._show(problem.get("title")) or http.client.responses.get(status, "")
-        words = answer.operation, f"{status} {title}".strip(), self._show(problem.get("detail"))
+        words = [operation, f"{status} {title}".strip(), self._show(problem.get("detail"))]
         text = ": ".join(filter(None, words)) + (f" ({code})" if code else "")
         for name in ("reason", "relation_path", "correlation_id"):
             shown = self._show(problem.get(name))
-            if shown:
-                text += f"; {name.replace('_', ' ')} {shown}"
+            text += f"; {name.replace('_', ' ')} {shown}" if shown else ""
         retry_after = parse_retry_after(answer.headers.get("Retry-After"))
-        passing = may_pass(answer.operation, status, code, retry_after is not None)
-        # a gateway that lost the answer, the first request, no error at all; 429 and 503 did nothing
-        may_exist = answer.operation == ISSUE and (status < 300 or passing and status in (409, 502, 504))
+        is_rate_limit = status == 429 and retry_after is not None  # else it is the limit of sessions
+        is_under_way = status == 409 and code == "idempotent_replay"  # the first request with this key
+        passing = status in (502, 503, 504) or is_rate_limit or is_under_way or (
+            operation == REVOKE and (status == 429 or status >= 500))
+        # gateways lose answers (502, 504); 429 and 503 have done nothing
+        may_exist = operation == ISSUE and (status < 300 or status in (502, 504) or is_under_way)
         forbidden = EXIT_REBAC_DENIED if code == "rebac_denied" else EXIT_FORBIDDEN
-        return ApiError(text + self._advise(answer, code, retry_after is not None), passing=passing,
+        return ApiError(text + self._advise(answer, code, is_rate_limit), passing=passing,
                         may_exist=may_exist, status=status, code=code, retry_after_seconds=retry_after,
                         exit_code={401: EXIT_CREDENTIALS, 403: forbidden}.get(status, EXIT_FAILURE))
 
     def _advise(self, answer: Exchange, code: str, is_rate_limit: bool) -> str:
         """Say what an operator can do about an error answer."""
-        if answer.status == 429:
+        status, advice = answer.status, ""
+        if status < 300:
+            return "; the API does not answer like this, check --server"
+        if status < 400:
+            location = self._show(answer.headers.get("Location"))
+            return "; a redirect is never followed" + (f": {location}" if location else "")
+        if status in (404, 405, 501):
+            return "; check --project-id, --resource-id and --server"
+        if status == 429:
             return "; too many requests, try again later" if is_rate_limit else (
                 "; sessions count until they expire or are revoked, also those of print mode; "
                 "--max-sessions limits those of a proxy")
-        if 300 <= answer.status < 400:
-            location = self._show(answer.headers.get("Location"))
-            return "; a redirect is never followed" + (f": {location}" if location else "")
-        if answer.status in (404, 405, 501):
-            return "; check --project-id, --resource-id and --server"
-        if answer.status < 300:
-            return "; the API does not answer like this, check --server"
-        advice = ""
-        if answer.status in (401, 403) and self._token_source:
+        if status in (401, 403) and self._token_source:
             advice = "; the token is from " + self._token_source
-        if answer.status == 401 and code == "step_up_required":
+        if status == 401 and code == "step_up_required":
             challenge = " ".join(answer.headers.get_all("WWW-Authenticate", []))
             found = re.search(r'acr_values\s*=\s*("[^"]+"|[^\s",]+)', challenge)
-            acr = self._show(found.group(1).strip('"')) if found else ""
-            advice += "; re-authenticate" + (f" with acr_values {acr}" if acr else "") + " and try again"
+            acr_values = " with acr_values " + self._show(found.group(1).strip('"')) if found else ""
+            advice += f"; re-authenticate{acr_values} and try again"
         return advice
 
     def _parse_body(self, answer: Exchange) -> Fields:
@@ -1274,7 +1113,29 @@ class ControlPlane:
             kinds = [f"{name} {self._show(answer.headers[name])}"
                      for name in ("Content-Type", "Content-Encoding") if name in answer.headers]
             raise TransportError(f"{answer.operation}: the answer is not the API's JSON "
-                                 f"({', '.join(kinds) or 'no Content-Type'}); check --server") from None
+                                 f"({', '.join(kinds) or 'no Content-Type'}); check --server",
+                                 may_exist=answer.operation == ISSUE) from None
+
+    def _parse_issued(self, answer: Exchange, asked_on: float, owe: Callable[[str], None]) -> IssuedSession:
+        fields = self._parse_body(answer)
+        session_id = fields.take("session_id", parse_session_id)
+        owe(session_id)
+        token = fields.take("token", matching("[!-~]{1,65536}", "printable ASCII", Secret))
+        self._session_tokens[session_id] = token
+        expires = fields.take("expires_at", parse_time)
+        session = self._parse_session(Fields(ISSUE, fields.take("session", dict, kind=dict)), session_id)
+        issued_at = session.issued_at or parse_http_date(answer.headers.get("Date")) or time.time()
+        endpoint = fields.take("listener_endpoint", self._parse_endpoint, optional=True)
+        return IssuedSession(session_id, token, fields.get("expires_at"), expires - issued_at, asked_on,
+                             session, endpoint or session.listener_endpoint)
+
+    def _parse_session(self, fields: Fields, session_id: str) -> Session:
+        fields.take("id", lambda text: one_of(session_id.lower())(text.lower()))
+        fields.take("kind", one_of("tcp"))
+        return Session(session_id, fields.take("status", one_of("active", "revoked", "expired")),
+                       fields.take("issued_at", parse_time, optional=True) or 0.0,
+                       fields.take("listener_endpoint", self._parse_endpoint, optional=True),
+                       self._show(fields.get("revoke_reason")))
 
     def _parse_endpoint(self, text: str) -> Endpoint:
         if self._conceal(text) != text:
@@ -1283,14 +1144,6 @@ class ControlPlane:
         if not is_dialable(endpoint.host, is_loopback(self.server.host)):
             raise ValueError(f"{endpoint} is refused: on this machine, link-local or multicast")
         return endpoint
-
-    def _parse_session(self, fields: Fields, session_id: str) -> Session:
-        fields.take("id", lambda text: one_of(session_id.lower())(text.lower()))
-        fields.take("kind", one_of("tcp"))
-        return Session(session_id, fields.take("status", one_of("active", "revoked", "expired")),
-                       fields.take_optional("issued_at", parse_time) or 0.0,
-                       fields.take_optional("listener_endpoint", self._parse_endpoint),
-                       self._show(fields.get("revoke_reason")))
 
     def _conceal(self, text: str) -> str:
         """Remove the tokens from a text: a server may repeat what it was sent, in upper or lower case."""
@@ -1308,46 +1161,15 @@ class ControlPlane:
 # ----------------------------------------------------------------------------------------- audit
 
 SYSLOG_SOCKETS = ("/dev/log", "/var/run/syslog")  # Linux and others; macOS
-SYSLOG_AUTHPRIV_INFO = 10 * 8 + 6  # RFC 3164, section 4.1.1: facility * 8 + severity
-
-
-def make_private_directory(path: str) -> None:
-    """Make it, and what is missing above it, 0700; from 3.7 on os.makedirs does so with the last one only."""
-    if os.path.isdir(path):
-        return
-    make_private_directory(os.path.dirname(path))
-    try:
-        os.mkdir(path, 0o700)
-        os.chmod(path, 0o700)  # a umask may have taken our own bits
-    except FileExistsError:  # another plexctl was faster; if it is no directory, the next call says so
-        pass
-
-
-def send_to_syslog(message: str) -> None:
-    """Send one line to the host's syslog, if it has one (RFC 3164, without a host name); OSError."""
-    for path in SYSLOG_SOCKETS:
-        if os.path.exists(path):
-            month_to_second = time.ctime()[4:19]  # strftime would take the locale's names
-            line = f"<{SYSLOG_AUTHPRIV_INFO}>{month_to_second} plexctl[{os.getpid()}]: {message}"
-            send_record(path, line.encode("ascii"), SYSLOG_SECONDS)
-            return
-
-
-def find_user(environ: Environ) -> Tuple[str, Optional[int]]:
-    """Return the name and the uid of whoever runs this."""
-    if os.name != "posix":
-        return environ.get("USERNAME", ""), None
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name, os.getuid()
-    except KeyError:
-        return str(os.getuid()), os.getuid()
+SYSLOG_AUTHPRIV_INFO = 10 * 8 + 6  # RFC 3164, section 4.1.1: facility * 8 + severity; no host name follows
+SYSLOG_SECONDS = 2
 
 
 class AuditLog(logging.Handler):
     """The record of --reveal-secrets; it fails closed.
 
-    The file is opened before a session is issued, and `record` returns only when the whole line
-    was written and synced. Syslog gets a copy where the host has it.
+    The file is opened before a session is issued, and `record` returns only once the whole line is
+    written and synced. Syslog gets a copy where the host has one.
     """
 
     def __init__(self, environ: Environ, report: Report) -> None:
@@ -1362,9 +1184,10 @@ class AuditLog(logging.Handler):
             raise PlexctlError("audit log: no home directory for it (PLEXCTL_AUDIT_LOG names a file)")
         self._source = "audit log " + escape(path)
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | OPEN_AT_ONCE
+        umask = os.umask(0o077)  # from 3.7 on the mode of os.makedirs is that of the last directory alone
         try:
             if not given:
-                make_private_directory(os.path.dirname(path))
+                os.makedirs(os.path.dirname(path), exist_ok=True)
             self._descriptor = os.open(path, flags, 0o600)
             status = os.fstat(self._descriptor)
             fault = find_file_fault(status, WRITE_BITS)
@@ -1372,20 +1195,28 @@ class AuditLog(logging.Handler):
                 fault = "must be a regular file"
         except (OSError, ValueError) as error:
             fault = "cannot be opened: " + show_error(error)
+        finally:
+            os.umask(umask)
         if fault:
             self.close()
             raise PlexctlError(f"{self._source}: {fault} (PLEXCTL_AUDIT_LOG names another)")
 
     def close(self) -> None:
         """Close the file and ignore errors: what counts was synced."""
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.closerange(descriptor, descriptor + 1)
+        with contextlib.suppress(OSError):
+            os.close(self._descriptor)
+        self._descriptor = -1
         super().close()
 
     def record(self, server: Server, request: SessionRequest, issued: IssuedSession) -> None:
         """Write one JSON object in one line with one write; raise unless it is verifiably there."""
-        user, uid = find_user(self._environ)
+        user, uid = self._environ.get("USERNAME", ""), None
+        if os.name == "posix":
+            uid = os.getuid()
+            try:
+                user = pwd.getpwuid(uid).pw_name
+            except KeyError:
+                user = str(uid)
         message = json.dumps({
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": "session_token_revealed",
             "user": user, "uid": uid, "sudo_user": self._environ.get("SUDO_USER"),
@@ -1408,7 +1239,11 @@ class AuditLog(logging.Handler):
         if not self._has_written:
             raise PlexctlError(f"{self._source}: the record was not written: {fault}; the token is not shown")
         try:
-            send_to_syslog(message)
+            for path in filter(os.path.exists, SYSLOG_SOCKETS):
+                month_to_second = time.ctime()[4:19]  # strftime would take the locale's names
+                line = f"<{SYSLOG_AUTHPRIV_INFO}>{month_to_second} plexctl[{os.getpid()}]: {message}"
+                send_record(path, line.encode("ascii"), SYSLOG_SECONDS)
+                break
         except OSError as error:
             self._report("warning: syslog did not take the audit record, the file has it: "
                          + show_error(error))

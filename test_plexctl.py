@@ -40,7 +40,6 @@ import tempfile
 import threading
 import time
 import uuid
-import zlib
 from typing import Any, NamedTuple, Optional
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -2606,6 +2605,19 @@ def test_an_unknown_profile_is_told_which_there_are(cli, tmp_path):
     one_error_line(result, "--profile: no profile 'stagin' in ", "available: prod, staging")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="non-blocking descriptors")
+def test_a_standard_input_that_does_not_block_is_read_to_its_end(simulation):
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    words = [sys.executable, "-I", PLEXCTL] + forward_args(simulation.plane, "--token-file", "-")
+    with open(reader) as stdin, Process(words, env=clean_environment(), stdin=stdin) as process:
+        for piece in (BEARER[:9], BEARER[9:] + "\n"):
+            os.write(writer, piece.encode())
+            time.sleep(0.5)
+        os.close(writer)
+        assert process.wait(20) == 0
+
+
 def test_a_config_directory_that_cannot_be_searched_is_not_taken_for_none(cli, tmp_path):
     (tmp_path / "plexctl").symlink_to("plexctl")
     result = cli(["tcp-forward"] + REQUIRED_FLAGS, {"XDG_CONFIG_HOME": str(tmp_path)})
@@ -3689,7 +3701,7 @@ def sending(raw):
 def exchanges_under_way():
     """The threads of exchanges that still run."""
     return [thread for thread in threading.enumerate()
-            if isinstance(getattr(getattr(thread, "_target", None), "__self__", None), plexctl.Exchange)]
+            if "start_thread" in getattr(getattr(thread, "_target", None), "__qualname__", "")]
 
 
 def assert_nothing_remains(listener):
@@ -4347,19 +4359,12 @@ def test_an_answer_that_is_not_strict_json_is_a_failure_that_is_not_repeated(cli
     one_error_line(result, "IssueSession", "the answer is not the API's JSON (", "Type", "check --server")
 
 
-def compressed(document):
-    """As a gateway may pack what nobody asked to have packed."""
-    packer = zlib.compressobj(9, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
-    return packer.compress(document) + packer.flush()
-
-
 @pytest.mark.parametrize("status, change, headers", [
     (200, lambda raw: raw, ()), (202, lambda raw: raw, ()),
-    (201, lambda raw: b"\xef\xbb\xbf" + raw, ()), (201, lambda raw: raw.decode().encode("utf-16"), ()),
-    (201, compressed, (("Content-Encoding", "gzip"),)), (201, lambda raw: compressed(raw)[:-9], ()),
+    (201, lambda raw: b"\xef\xbb\xbf" + raw, (("Content-Encoding", "none"),)),
     (201, lambda raw: raw[:-1], ()), (201, lambda raw: raw.replace(b'"session_id"', b'"id"'), ()),
     (200, lambda raw: json.dumps(json.loads(raw.decode())["session"]).encode(), ())],
-    ids=["200", "202", "BOM", "UTF-16", "gzip", "torn gzip", "torn", "no session_id", "200 with a Session"])
+    ids=["200", "202", "BOM", "torn", "no session_id", "200 with a Session"])
 def test_a_session_that_a_success_names_is_revoked_however_it_is_told(
         cli, lone_plane, status, change, headers):
     def step(handler, plane):
@@ -4927,11 +4932,11 @@ def test_no_exception_shows_a_secret(lone_plane, short_limits, step):
 
 @pytest.mark.parametrize("error", [
     RuntimeError, KeyError, TypeError, AssertionError, ValueError, OSError], ids=lambda e: e.__name__)
-def test_an_exchange_that_fails_in_an_unforeseen_way_shows_only_the_class(lone_plane, error):
-    def fail(request, timeout):
+def test_an_exchange_that_fails_in_an_unforeseen_way_shows_only_the_class(lone_plane, monkeypatch, error):
+    def fail(exchange, request):
         raise error("Bearer " + request.get_header("Authorization", BEARER))
+    monkeypatch.setattr(plexctl.Exchange, "http_open", fail)
     client = create_client(lone_plane)
-    client._opener = types.SimpleNamespace(open=fail)
     with pytest.raises(plexctl.TransportError, match=error.__name__) as raised:
         client.get(PROJECT_ID, OTHER_ID, 5)
     assert_shows_no_secret(raised.value)
