@@ -67,6 +67,7 @@ try:
     import time
     import urllib.error
     import urllib.request
+    import zlib
     from typing import (
         IO, Any, Callable, Dict, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Set,
         Tuple, Type, Union)
@@ -840,7 +841,11 @@ class PlaneConnection(http.client.HTTPConnection):
 
 def find_session_id(answer: Exchange) -> str:
     """Return the id of the session that a success names, however malformed the rest is; "" if none."""
-    text = answer.body.decode("utf-8", "replace") if answer.status in SUCCESS else ""
+    raw = bytes(answer.body) if answer.status in SUCCESS else b""
+    if raw.startswith(b"\x1f\x8b"):  # gzip, which nobody asked for
+        with contextlib.suppress(zlib.error):
+            raw = zlib.decompressobj(16 + zlib.MAX_WBITS).decompress(raw, BODY_MAX_BYTES)
+    text = raw.decode("utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8", "replace")
     for name in ("session_id", "id"):  # of IssuedSession, and of the Session in it
         found = re.search(rf'"{name}"\s*:\s*"({UUID_PATTERN})"', text)
         if found:

@@ -40,6 +40,7 @@ import tempfile
 import threading
 import time
 import uuid
+import zlib
 from typing import Any, NamedTuple, Optional
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -4359,12 +4360,19 @@ def test_an_answer_that_is_not_strict_json_is_a_failure_that_is_not_repeated(cli
     one_error_line(result, "IssueSession", "the answer is not the API's JSON (", "Type", "check --server")
 
 
+def compressed(document):
+    """As a gateway may pack what nobody asked to have packed."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
+    return packer.compress(document) + packer.flush()
+
+
 @pytest.mark.parametrize("status, change, headers", [
     (200, lambda raw: raw, ()), (202, lambda raw: raw, ()),
-    (201, lambda raw: b"\xef\xbb\xbf" + raw, (("Content-Encoding", "none"),)),
+    (201, lambda raw: b"\xef\xbb\xbf" + raw, ()), (201, lambda raw: raw.decode().encode("utf-16"), ()),
+    (201, compressed, (("Content-Encoding", "gzip"),)), (201, lambda raw: compressed(raw)[:-9], ()),
     (201, lambda raw: raw[:-1], ()), (201, lambda raw: raw.replace(b'"session_id"', b'"id"'), ()),
     (200, lambda raw: json.dumps(json.loads(raw.decode())["session"]).encode(), ())],
-    ids=["200", "202", "BOM", "torn", "no session_id", "200 with a Session"])
+    ids=["200", "202", "BOM", "UTF-16", "gzip", "torn gzip", "torn", "no session_id", "200 with a Session"])
 def test_a_session_that_a_success_names_is_revoked_however_it_is_told(
         cli, lone_plane, status, change, headers):
     def step(handler, plane):
