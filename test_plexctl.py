@@ -778,10 +778,11 @@ def hold(until):
     return step
 
 
-def drip(handler, plane):
-    """Do what was asked for, and send the answer at one byte per 0.1 s."""
+def drip(handler, plane, at_once=0):
+    """Do what was asked for, and send the answer at one byte per 0.1 s, but for the first ones."""
     reply = handler.render(plane.decide(handler.seen))
-    for position in range(len(reply)):
+    handler.wfile.write(reply[:at_once])
+    for position in range(at_once, len(reply)):
         handler.wfile.write(reply[position:position + 1])
         if plane.closing.wait(0.1):
             return
@@ -1641,12 +1642,30 @@ def simulation():
 
 
 def one_error_line(result, *words):
-    """The result's stderr is one error line, and has these words."""
-    lines = result.err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("plexctl: error: "), result.err
+    """The result's stderr is one printable error line, and has these words."""
+    assert re.match(r"plexctl: error: [ -~]+\n\Z", result.err), result.err
     for word in words:
-        assert word in lines[0], lines[0]
-    return lines[0]
+        assert word in result.err
+    return result.err[:-1]
+
+
+def failed(result, status, *words, alone=True):
+    """The run printed nothing, and ended with this status and one error line, which has these words.
+
+    It is the last line on stderr, and unless `alone` is false the only one."""
+    assert (result.status, result.out) == (status, ""), result
+    if not alone:
+        assert result.err.count("plexctl: error: ") == 1, result.err
+        result = result._replace(err=result.err.splitlines(True)[-1])
+    return one_error_line(result, *words)
+
+
+@contextlib.contextmanager
+def lasts(low, high):
+    """What is done meanwhile takes so many seconds."""
+    began = time.monotonic()
+    yield
+    assert low <= time.monotonic() - began < high
 
 
 def eventually(predicate, seconds=10, state=lambda: ""):
@@ -1664,6 +1683,11 @@ def eventually(predicate, seconds=10, state=lambda: ""):
 def forward_args(plane, *more):
     """The command line with the published ids, for this control plane."""
     return ["tcp-forward", "--server", plane.url] + REQUIRED_FLAGS + [str(word) for word in more]
+
+
+def forward_to(cli, plane, *more, **environ):
+    """tcp-forward in this process, with this control plane."""
+    return cli(forward_args(plane, *more), plane.environment(**environ))
 
 
 # ---- tests: the simulator's Node -----------------------------------------------------------------
@@ -1976,12 +2000,6 @@ def is_usage_error(result, *words):
     line = one_error_line(result, *words)
     assert re.match(r"[ -~]+\Z", line) and result.err == line + "\n"
     return True
-
-
-def assert_revoked_once(plane):
-    """One session was issued, and revoked exactly once."""
-    assert len(plane.issued) == 1 and plane.revoked == plane.issued and not plane.active()
-    assert [each.operation for each in plane.requests].count("revoke") == 1
 
 
 def find_pythons():
@@ -3010,7 +3028,7 @@ def test_a_document_that_cannot_be_written_revokes_the_session(simulation, redir
     assert (result.status, result.out) == (1, "")
     if "2>" not in redirections:
         one_error_line(result, "standard output")
-    assert_revoked_once(simulation.plane)
+    revoked_once(simulation.plane)
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
@@ -3024,7 +3042,7 @@ def test_a_broken_pipe_revokes_the_session(simulation, form):
         os.close(writer)
     assert result.returncode == 1
     one_error_line(Result(1, "", result.stderr), "standard output")
-    assert_revoked_once(simulation.plane)
+    revoked_once(simulation.plane)
 
 
 @FULL
@@ -3301,7 +3319,7 @@ def test_an_audit_record_on_a_full_disk_reveals_nothing(simulation, tmp_path, li
     environ = clean_environment(simulation.plane.environment(PLEXCTL_AUDIT_LOG=log))
     result = run_words(words, environ, preexec_fn=limit_file_size)
     assert is_audit_error(result, simulation.plane) and os.path.getsize(log) == limit
-    assert_revoked_once(simulation.plane)
+    revoked_once(simulation.plane)
 
 
 @pytest.mark.reveals
@@ -3327,7 +3345,7 @@ def test_an_audit_log_that_was_removed_meanwhile_reveals_nothing(cli, simulation
     result = cli(forward_args(simulation.plane, "--reveal-secrets"),
                  simulation.plane.environment(PLEXCTL_AUDIT_LOG=log))
     assert is_audit_error(result, simulation.plane)
-    assert_revoked_once(simulation.plane)
+    revoked_once(simulation.plane)
 
 
 @pytest.fixture
@@ -3349,7 +3367,7 @@ def test_a_record_that_logging_drops_reveals_nothing(cli, simulation, tmp_path, 
     environ = simulation.plane.environment(PLEXCTL_AUDIT_LOG=str(tmp_path / "audit.log"))
     result = cli(forward_args(simulation.plane, "--reveal-secrets"), environ)
     assert is_audit_error(result, simulation.plane)
-    assert_revoked_once(simulation.plane)
+    revoked_once(simulation.plane)
     assert not [each for each in quiet_logging.handlers if isinstance(each, plexctl.AuditLog)]
 
 
@@ -3360,7 +3378,7 @@ def test_a_stderr_that_takes_no_token_comes_after_the_record_and_revokes(simulat
     environ = simulation.plane.environment(PLEXCTL_AUDIT_LOG=str(log))
     result = run_redirected(redirections, forward_args(simulation.plane, "--reveal-secrets"), environ)
     assert (result.status, result.out) == (1, "")
-    assert_revoked_once(simulation.plane)
+    revoked_once(simulation.plane)
     assert [each["session_id"] for each in read_records(log)] == simulation.plane.issued
 
 
@@ -3580,7 +3598,6 @@ def test_a_proxy_with_too_few_threads_serves_resets_or_says_why_it_does_not_star
 
 # ---- tests: control plane ------------------------------------------------------------------------
 
-
 OTHER_ID = "0190a8b8-ffff-7fff-8fff-ffffffffffff"
 MAY_EXIST = "a session may exist"
 AT_ONCE = (("Retry-After", "0"),)  # no pause before the next attempt, so that the tests are quick
@@ -3623,6 +3640,13 @@ def tls_context(certificate):
     return context
 
 
+@pytest.fixture
+def tls_plane(tls_files):
+    """A control plane with https."""
+    with ControlPlane(tls=tls_context(tls_files.server)) as plane:
+        yield plane
+
+
 def create_client(plane, token=BEARER, url="", **options):
     """plexctl's own client of a control plane, as those who vendor it use it."""
     server = plexctl.parse_server(url or plane.url, False)
@@ -3634,37 +3658,18 @@ def session_request(ttl_seconds=0):
     return plexctl.SessionRequest(PROJECT_ID, RESOURCE_ID, HOST, PORT, ttl_seconds)
 
 
-def forward_to(cli, plane, *more, **environ):
-    """tcp-forward in print mode, with this control plane."""
-    return cli(forward_args(plane, *more), plane.environment(**environ))
-
-
 def requests_of(plane, operation):
     """The requests of one operation, in order."""
     return [request for request in plane.requests if request.operation == operation]
 
 
-def last_error_line(result, *words):
-    """The last line on stderr is the one error there, and has these words."""
-    lines = result.err.splitlines()
-    assert result.err.count("plexctl: error: ") == 1, result.err
-    return one_error_line(result._replace(err=lines[-1] + "\n"), *words)
-
-
-def assert_one_revoked(plane):
-    """The one session that was issued was revoked by one request."""
-    assert len(plane.issued) == 1
-    assert plane.revoked == plane.issued
-    assert [request.ids for request in requests_of(plane, "revoke")] == [(PROJECT_ID, plane.issued[0])]
-
-
-def altered(change):
-    """A step that does what was asked for, and answers with a changed body."""
+def altered(change, **more):
+    """A step that does what was asked for, and answers with a changed body (or status, headers, raw)."""
     def step(handler, plane):
         answer = plane.decide(handler.seen)
         body = json.loads(json.dumps(answer.body))
         change(body)
-        handler.wfile.write(handler.render(answer._replace(body=body)))
+        handler.wfile.write(handler.render(answer._replace(body=body, **more)))
     return step
 
 
@@ -3677,97 +3682,68 @@ def with_field(path, value):
     return altered(change)
 
 
+def cut_off(handler, plane):
+    """Do what was asked for, and answer it but for the last bytes."""
+    handler.wfile.write(handler.render(plane.decide(handler.seen))[:-9])
+
+
 def sending(raw):
     """A step that sends these bytes and hangs up."""
     return lambda handler, _plane: handler.wfile.write(raw)
 
 
-def exchanges_under_way():
-    """The threads of exchanges that still run."""
-    return [thread for thread in threading.enumerate()
-            if isinstance(getattr(getattr(thread, "_target", None), "__self__", None), plexctl.Exchange)]
+def never_answer(handler, _plane):
+    """Wait until the client hangs up."""
+    handler.connection.recv(1)
 
 
 def assert_nothing_remains(listener):
     """Neither a thread of an exchange nor its connection is left after a moment."""
-    waiting = Watched()
-    waiting.describe = lambda: "threads %s, connections %s" % (exchanges_under_way(), listener.connections)
-    waiting.wait_for(lambda: not exchanges_under_way() and not listener.connections, 4)
+    def remaining():
+        return list(listener.connections) + [
+            thread for thread in threading.enumerate()
+            if isinstance(getattr(getattr(thread, "_target", None), "__self__", None), plexctl.Exchange)]
+    eventually(lambda: not remaining(), 4, remaining)
 
 
 # What is asked for
 
-def test_the_issue_request_is_exactly_the_published_one(cli, lone_plane):
+@pytest.mark.parametrize("given, sent", [
+    ([], {}), (["--ttl-seconds", "0"], {}), (["--ttl-seconds", "1"], {"requested_ttl_seconds": 1})],
+    ids=shown)
+def test_the_issue_request_is_exactly_the_published_one(cli, lone_plane, given, sent):
     upper = [word.upper() if is_uuid(word) else word for word in REQUIRED_FLAGS]
-    result = cli(["tcp-forward", "--server", lone_plane.url] + upper, lone_plane.environment())
-    assert result.status == 0, result.err
+    assert cli(["tcp-forward"] + upper + given, lone_plane.environment()).status == 0
     request, = lone_plane.requests
     assert (request.method, request.path) == ("POST", SESSIONS_PATH)
     assert is_uuid(request.body.pop("idempotency_key"))
-    assert request.body == {"resource_id": RESOURCE_ID, "kind": "tcp",
-                            "target": {"tcp": {"host": HOST, "port": PORT}}}
-    assert request.headers.get_all("Authorization") == ["Bearer " + BEARER]
-    assert request.headers.get_all("User-Agent") == ["plexctl/" + plexctl.__version__]
-    assert request.headers.get_all("Content-Type") == ["application/json"]
-    assert request.headers.get_all("Host") == [lone_plane.url.split("//")[1]]
+    assert request.body == dict(sent, resource_id=RESOURCE_ID, kind="tcp",
+                                target={"tcp": {"host": HOST, "port": PORT}})
+    for name, value in (("Authorization", "Bearer " + BEARER), ("Content-Type", "application/json"),
+                        ("User-Agent", "plexctl/" + plexctl.__version__),
+                        ("Host", lone_plane.url.split("//")[1])):
+        assert request.headers.get_all(name) == [value]
     assert request.headers["Cookie"] is None and request.headers["Expect"] is None
 
 
-@pytest.mark.parametrize("given, sent", [("0", None), ("1", 1), ("900", 900)])
-def test_the_ttl_is_sent_only_where_it_is_asked_for(cli, lone_plane, given, sent):
-    assert forward_to(cli, lone_plane, "--ttl-seconds", given).status == 0
-    assert lone_plane.requests[0].body.get("requested_ttl_seconds") == sent
-    assert ("requested_ttl_seconds" in lone_plane.requests[0].body) == (sent is not None)
-
-
-def test_every_issuance_has_an_idempotency_key_of_its_own(lone_plane):
-    client = create_client(lone_plane)
-    for _ in range(3):
-        client.issue(session_request())
-    assert len({request.body["idempotency_key"] for request in lone_plane.requests}) == 3
-    assert len(set(lone_plane.issued)) == 3
-
-
-@pytest.mark.parametrize("slash", ["", "/"])
-def test_a_path_prefix_of_the_server_stands_before_every_path(cli, slash):
-    with ControlPlane(prefix="/access/plex", endpoint_on="never") as plane:
-        result = cli(["tcp-forward", "--server", plane.url + slash, "--wait-seconds", "0.1"] + REQUIRED_FLAGS,
-                     plane.environment())
-        session = "/access/plex" + SESSIONS_PATH + "/" + plane.issued[0]
-        assert result.status == 1
-        assert [request.path for request in plane.requests] == [
-            "/access/plex" + SESSIONS_PATH, session, session + "/revoke"]
-
-
-def test_a_path_is_never_taken_from_a_location_header(cli, lone_plane):
-    def mislead(handler, plane):
-        answer = plane.decide(handler.seen)
-        handler.wfile.write(handler.render(answer._replace(headers=(("Location", "/v1/elsewhere"),))))
-    lone_plane.endpoint_on = "never"
-    lone_plane.script("issue", mislead)
-    assert forward_to(cli, lone_plane, "--wait-seconds", "0.1").status == 1
-    assert len(requests_of(lone_plane, "get")) == 1 and not requests_of(lone_plane, "other")
-    assert_one_revoked(lone_plane)
-
-
-def test_reading_and_revoking_are_the_published_requests(lone_plane):
-    client = create_client(lone_plane)
-    session_id = client.issue(session_request()).session_id
-    assert client.get(PROJECT_ID, session_id).status == "active"
-    client.revoke(PROJECT_ID, session_id)
-    assert client.get(PROJECT_ID, session_id).status == "revoked"
-    _, read, revoked, _ = lone_plane.requests
-    assert (read.method, read.path, read.body) == ("GET", "%s/%s" % (SESSIONS_PATH, session_id), b"")
-    assert (revoked.method, revoked.path) == ("POST", "%s/%s/revoke" % (SESSIONS_PATH, session_id))
-    assert revoked.body == {"revoke_reason": "operator_request"}
-    assert {request.headers["User-Agent"] for request in lone_plane.requests} == {
-        "plexctl/" + plexctl.__version__}
+@pytest.mark.parametrize("prefix, slash, change, headers", [
+    ("/access/plex", "", str, ()), ("/access/plex", "/", str, ()),
+    ("", "", str, (("Location", "/v1/elsewhere"),)), ("", "", str.upper, ())],
+    ids=["prefix", "prefix/", "Location", "upper case"])
+def test_every_path_has_the_prefix_and_our_ids_as_they_were_written(cli, prefix, slash, change, headers):
+    step = altered(lambda body: body.update(session_id=change(body["session_id"])), headers=headers)
+    with ControlPlane(prefix=prefix, endpoint_on="never") as plane:
+        plane.script("issue", step)
+        args = ["tcp-forward", "--server", plane.url + slash, "--wait-seconds", "0.1"] + REQUIRED_FLAGS
+        assert cli(args, plane.environment()).status == 1
+        session = prefix + SESSIONS_PATH + "/" + change(plane.issued[0])
+        paths = [each.path for each in plane.requests]
+        assert paths == [prefix + SESSIONS_PATH, session, session + "/revoke"]
 
 
 def test_verbose_shows_method_path_and_status_of_each_exchange(cli, lone_plane):
     result = forward_to(cli, lone_plane, "-v")
-    assert result.status == 0
-    assert "POST %s: 201" % SESSIONS_PATH in result.err
+    assert result.status == 0 and "POST %s: 201" % SESSIONS_PATH in result.err
     assert "Bearer" not in result.err and "idempotency_key" not in result.err
 
 
@@ -3779,6 +3755,8 @@ def test_the_listener_endpoint_is_found_wherever_it_is_reported(
         cli, lone_plane, short_pauses, endpoint_on, reads_before, reads):
     lone_plane.endpoint_on, lone_plane.reads_before_endpoint = endpoint_on, reads_before
     lone_plane.endpoint = "100.64.0.12:40213"
+    if endpoint_on == "issue":  # it comes before that of the session in it
+        lone_plane.script("issue", with_field(("session", "listener_endpoint"), "100.64.0.99:1"))
     result = forward_to(cli, lone_plane, "--output", "json")
     assert result.status == 0
     assert json.loads(result.out)["listener_endpoint"] == "100.64.0.12:40213"
@@ -3787,45 +3765,26 @@ def test_the_listener_endpoint_is_found_wherever_it_is_reported(
     assert lone_plane.revoked == []
 
 
-def test_the_endpoint_of_the_issued_session_comes_before_that_of_the_session_in_it(cli, lone_plane):
-    lone_plane.script("issue", with_field(("session", "listener_endpoint"), "100.64.0.99:1"))
-    lone_plane.endpoint = "100.64.0.12:40213"
-    result = forward_to(cli, lone_plane, "--output", "json")
-    assert json.loads(result.out)["listener_endpoint"] == "100.64.0.12:40213"
-
-
-def test_without_waiting_nothing_is_read_and_the_session_is_revoked(cli, lone_plane):
-    lone_plane.endpoint_on = "read"
-    result = forward_to(cli, lone_plane, "--wait-seconds", "0")
-    assert (result.status, result.out) == (1, "")
-    one_error_line(result, "listener endpoint")
-    assert not requests_of(lone_plane, "get")
-    assert_one_revoked(lone_plane)
-
-
-def test_no_endpoint_in_time_is_a_failure_and_the_session_is_revoked(cli, lone_plane, short_pauses):
+@pytest.mark.parametrize("seconds", ["0", "0.4"])
+def test_no_endpoint_in_time_is_a_failure_and_the_session_is_revoked(cli, lone_plane, short_pauses, seconds):
     lone_plane.endpoint_on = "never"
-    began = time.monotonic()
-    result = forward_to(cli, lone_plane, "--wait-seconds", "0.4")
-    assert 0.4 <= time.monotonic() - began < 4
-    assert (result.status, result.out) == (1, "")
-    last_error_line(result, "listener endpoint")
-    assert len(requests_of(lone_plane, "get")) > 1
-    assert_one_revoked(lone_plane)
+    with lasts(float(seconds), 4):
+        result = forward_to(cli, lone_plane, "--wait-seconds", seconds)
+    failed(result, 1, "listener endpoint", alone=seconds == "0")
+    reads = len(requests_of(lone_plane, "get"))
+    assert reads == 0 if seconds == "0" else reads > 1
+    revoked_once(lone_plane)
 
 
-@pytest.mark.parametrize("end", ["revoke", "expire"])
-def test_a_session_that_ends_while_its_endpoint_is_awaited_is_a_failure(cli, lone_plane, end):
+@pytest.mark.parametrize("end, word", [("revoke", "was revoked"), ("expire", "expired")])
+def test_a_session_that_ends_while_its_endpoint_is_awaited_is_a_failure(cli, lone_plane, end, word):
     def step(handler, plane):
         getattr(plane, end)(plane.issued[0])
         handler.answer_really()
     lone_plane.endpoint_on = "read"
     lone_plane.script("get", step)
-    result = forward_to(cli, lone_plane)
-    assert (result.status, result.out) == (1, "")
-    last_error_line(result, "session " + ("was revoked" if end == "revoke" else "expired"))
-    assert len(requests_of(lone_plane, "get")) == 1
-    assert len(requests_of(lone_plane, "revoke")) == 1
+    failed(forward_to(cli, lone_plane), 1, "session " + word, alone=False)
+    assert [each.operation for each in lone_plane.requests] == ["issue", "get", "revoke"]
 
 
 @pytest.mark.parametrize("path, value", [
@@ -3833,10 +3792,8 @@ def test_a_session_that_ends_while_its_endpoint_is_awaited_is_a_failure(cli, lon
     (("expires_at",), "2001-01-01T00:00:00Z")])
 def test_a_session_that_is_over_when_it_arrives_is_a_failure(cli, lone_plane, path, value):
     lone_plane.script("issue", with_field(path, value))
-    result = forward_to(cli, lone_plane)
-    assert (result.status, result.out) == (1, "")
-    one_error_line(result, "session")
-    assert_one_revoked(lone_plane)
+    failed(forward_to(cli, lone_plane), 1, "session")
+    revoked_once(lone_plane)
 
 
 def test_passing_failures_of_reading_are_tried_again(cli, lone_plane, short_pauses):
@@ -3844,35 +3801,29 @@ def test_passing_failures_of_reading_are_tried_again(cli, lone_plane, short_paus
     lone_plane.script("get", Answer(502), problem("signing_unavailable"), Answer(504), drop, reset,
                       sending(b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n{"), PASS)
     result = forward_to(cli, lone_plane)
-    assert result.status == 0, result.err
-    assert len(requests_of(lone_plane, "get")) == 7
+    assert result.status == 0 and len(requests_of(lone_plane, "get")) == 7
     assert result.err.count("\n") == 1 and "waiting" in result.err
 
 
-@pytest.mark.parametrize("answer, status, words", [
-    (problem("unauthenticated"), 3, "401"),
-    (problem("step_up_required"), 3, STEP_UP_ACR),
-    (problem("forbidden"), 4, "403"),
-    (problem("rebac_denied"), 77, "project:p#operator"),
-    (problem("resource_not_found"), 1, "404"),
-    (problem("session_limit_exceeded"), 1, "429"),
-    (problem("internal"), 1, "500"),
-    (redirect("/v1/projects"), 1, "302"),
-    (Answer(200, raw=b"{"), 1, "JSON"),
-    (Answer(200, []), 1, "id"),
-    (with_field(("id",), OTHER_ID), 1, "id"),
-    (with_field(("status",), "sleeping"), 1, "status"),
-    (with_field(("listener_endpoint",), "100.64.0.12:65536"), 1, "listener_endpoint"),
-], ids=["401", "step-up", "403", "rebac", "404", "429", "500", "redirect", "truncated", "a list",
-        "other session", "odd status", "odd endpoint"])
-def test_a_failure_of_reading_that_does_not_pass_ends_it_and_revokes(cli, lone_plane, answer, status, words):
+FINAL_READS = {
+    "401": (problem("unauthenticated"), 3, "401"), "step-up": (problem("step_up_required"), 3, STEP_UP_ACR),
+    "403": (problem("forbidden"), 4, "403"), "rebac": (problem("rebac_denied"), 77, "project:p#operator"),
+    "404": (problem("resource_not_found"), 1, "404"), "429": (problem("session_limit_exceeded"), 1, "429"),
+    "500": (problem("internal"), 1, "500"), "redirect": (redirect("/v1/projects"), 1, "302"),
+    "truncated": (Answer(200, raw=b"{"), 1, "JSON"), "a list": (Answer(200, []), 1, "id"),
+    "other session": (with_field(("id",), OTHER_ID), 1, "id"),
+    "odd status": (with_field(("status",), "sleeping"), 1, "status"),
+    "odd endpoint": (with_field(("listener_endpoint",), "100.64.0.12:65536"), 1, "listener_endpoint")}
+
+
+@pytest.mark.parametrize("name", sorted(FINAL_READS))
+def test_a_failure_of_reading_that_does_not_pass_ends_it_and_revokes(cli, lone_plane, name):
+    answer, status, word = FINAL_READS[name]
     lone_plane.endpoint_on = "read"
     lone_plane.script("get", answer)
-    result = forward_to(cli, lone_plane)
-    assert (result.status, result.out) == (status, "")
-    last_error_line(result, "GetSession", words)
+    failed(forward_to(cli, lone_plane), status, "GetSession", word, alone=False)
     assert len(requests_of(lone_plane, "get")) == 1
-    assert_one_revoked(lone_plane)
+    revoked_once(lone_plane)
 
 
 # Retries
@@ -3883,21 +3834,17 @@ PASSING = {
     "429": Answer(429, headers=AT_ONCE)}  # the rate limit of a gateway
 
 
+@pytest.mark.parametrize("times", [2, 3])
 @pytest.mark.parametrize("name", sorted(PASSING))
-def test_a_passing_failure_is_tried_again_with_the_same_key(cli, lone_plane, name):
-    lone_plane.script("issue", PASSING[name], PASSING[name])
+def test_a_passing_failure_is_tried_again_with_the_same_key_three_times_in_all(cli, lone_plane, name, times):
+    lone_plane.script("issue", *[PASSING[name]] * times)
     result = forward_to(cli, lone_plane)
-    assert (result.status, result.err) == (0, "")
-    assert len(lone_plane.requests) == 3 and len(lone_plane.issued) == 1
+    if times == 2:
+        assert (result.status, result.err, len(lone_plane.issued)) == (0, "", 1)
+    else:
+        failed(result, 1, name, "(after 3 attempts)")
+    assert len(lone_plane.requests) == 3
     assert len({json.dumps(request.body, sort_keys=True) for request in lone_plane.requests}) == 1
-
-
-@pytest.mark.parametrize("name", sorted(PASSING))
-def test_there_are_three_attempts_and_no_more(cli, lone_plane, name):
-    lone_plane.script("issue", *[PASSING[name]] * 3)
-    result = forward_to(cli, lone_plane)
-    assert (result.status, result.out, len(lone_plane.requests)) == (1, "", 3)
-    one_error_line(result, name, "(after 3 attempts)")
 
 
 def test_a_lost_answer_is_asked_for_again_after_growing_pauses(cli, lone_plane):
@@ -3915,9 +3862,8 @@ def test_a_refused_connection_is_tried_again_and_leaves_no_doubt_about_a_session
         unused.bind(("127.0.0.1", 0))
         url = "http://127.0.0.1:%d" % unused.getsockname()[1]
         result = cli(["tcp-forward", "-v", "--server", url] + REQUIRED_FLAGS, {"PLEXSPHERE_TOKEN": BEARER})
-    assert (result.status, result.out) == (1, "")
     assert result.err.count("trying again") == 2
-    assert last_error_line(result) == (
+    assert failed(result, 1, alone=False) == (
         "plexctl: error: IssueSession: cannot connect to %s: Connection refused (after 3 attempts)" % url)
 
 
@@ -3927,9 +3873,9 @@ def test_a_refused_connection_is_tried_again_and_leaves_no_doubt_about_a_session
 def test_any_other_status_is_final(cli, lone_plane, status):
     headers = AT_ONCE * (status != 429) + (("Location", "/elsewhere"),)
     lone_plane.script("issue", Answer(status, headers=headers))
-    result = forward_to(cli, lone_plane)
-    assert (result.status, result.out) == ({401: 3, 403: 4}.get(status, 1), "")
-    assert (MAY_EXIST in one_error_line(result, "IssueSession: %d" % status)) == (status < 300)
+    exit_code = {401: 3, 403: 4}.get(status, 1)
+    line = failed(forward_to(cli, lone_plane), exit_code, "IssueSession: %d" % status)
+    assert (MAY_EXIST in line) == (status < 300)
     assert len(lone_plane.requests) == 1
 
 
@@ -3937,12 +3883,10 @@ def test_any_other_status_is_final(cli, lone_plane, status):
 def test_every_published_problem_is_told_in_one_line(cli, lone_plane, name):
     answer = problem(name, headers=AT_ONCE * (name != "session_limit_exceeded"))
     lone_plane.script("issue", *[answer] * 3)
-    result = forward_to(cli, lone_plane)
     expected = {"rebac_denied": 77, "forbidden": 4, "unauthenticated": 3, "step_up_required": 3}.get(name, 1)
-    assert (result.status, result.out) == (expected, "")
-    line = one_error_line(result, str(answer.status), answer.body["detail"], answer.body.get("code", ""),
-                          answer.body.get("correlation_id", ""), answer.body.get("reason", ""),
-                          *answer.body.get("relation_path", []))
+    line = failed(forward_to(cli, lone_plane), expected, str(answer.status), answer.body["detail"], *[
+        answer.body.get(field, "") for field in ("code", "correlation_id", "reason")],
+        *answer.body.get("relation_path", []))
     assert (STEP_UP_ACR in line) == ("re-authenticate" in line) == (name == "step_up_required")
     assert len(lone_plane.requests) == (3 if name in ("idempotent_replay", "signing_unavailable") else 1)
 
@@ -3953,81 +3897,70 @@ def test_every_published_problem_is_told_in_one_line(cli, lone_plane, name):
     (['Basic realm="x"', 'Bearer acr_values="urn:second"'], "urn:second"),
     (["Bearer realm=x"], ""), ([], ""), (["acr_values"], "")])
 def test_a_step_up_names_the_acr_values_where_the_challenge_does(cli, lone_plane, challenges, acr):
-    body = problem("step_up_required").body
-    lone_plane.script("issue", Answer(401, body, tuple(("WWW-Authenticate", each) for each in challenges)))
-    result = forward_to(cli, lone_plane)
-    assert result.status == 3
-    line = one_error_line(result, "re-authenticate", acr)
+    headers = tuple(("WWW-Authenticate", each) for each in challenges)
+    lone_plane.script("issue", Answer(401, problem("step_up_required").body, headers))
+    line = failed(forward_to(cli, lone_plane), 3, "re-authenticate", acr)
     assert ("acr_values" in line) == bool(acr)
 
 
 @pytest.mark.parametrize("answer, status", [
-    (Answer(403, raw=b"<html>"), 4),
-    (Answer(403, ["rebac_denied"]), 4),
+    (Answer(403, raw=b"<html>"), 4), (Answer(403, ["rebac_denied"]), 4),
     (Answer(403, {"code": 77, "title": {}, "relation_path": [5]}), 4),
-    (Answer(403, {"code": "rebac_denied"}), 77),
-    (Answer(401, raw=b"\xff\xfe"), 3),
-    (Answer(400, {"code": "rebac_denied"}), 1),
+    (Answer(403, {"code": "rebac_denied"}), 77), (Answer(401, raw=b"\xff\xfe"), 3),
+    (Answer(400, {"code": "rebac_denied"}), 1), (Answer(403, raw=b" " * (2 << 20)), 4),
     (sending(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 500\r\n\r\n{"), 4),
-    (sending(b"HTTP/1.1 401 Unauthorized\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{"), 3),
-    (Answer(403, raw=b" " * (2 << 20)), 4),
-], ids=["html", "list", "types", "only a code", "not utf-8", "400", "truncated", "chunked", "too large"])
+    (sending(b"HTTP/1.1 401 Unauthorized\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{"), 3)],
+    ids=["html", "list", "types", "only a code", "not utf-8", "400", "too large", "truncated", "chunked"])
 def test_an_error_whose_body_says_nothing_still_has_its_status(cli, lone_plane, answer, status):
     lone_plane.script("issue", answer)
-    result = forward_to(cli, lone_plane)
-    assert result.status == status
-    one_error_line(result, "IssueSession: 4")
+    failed(forward_to(cli, lone_plane), status, "IssueSession: 4")
     assert len(lone_plane.requests) == 1
 
 
-@pytest.mark.parametrize("text, low, high", [
-    ("0", 0, 0), ("2", 2, 2), ("5", 5, 5), ("6", 5, 5), ("120", 5, 5), ("999999999", 5, 5),
-    ("99999999999999999999", 5, 5),
-    ("Wed, 21 Oct 2099 07:28:00 GMT", 5, 5), ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0)])
-def test_retry_after_counts_up_to_5_s(text, low, high):
-    assert low <= plexctl.parse_retry_after(text) <= high
+@pytest.mark.parametrize("answer, expected", [
+    (Answer(304), "IssueSession: 304 Not Modified; a redirect is never followed"),
+    (Answer(520), "IssueSession: 520"), (Answer(520, {"detail": "why"}), "IssueSession: 520: why"),
+    (Answer(520, {"title": "What", "detail": "why", "code": "word"}), "IssueSession: 520 What: why (word)")],
+    ids=["304", "bare", "detail", "all"])
+def test_an_error_is_told_without_gaps(cli, lone_plane, answer, expected):
+    lone_plane.script("issue", answer)
+    assert failed(forward_to(cli, lone_plane), 1) == "plexctl: error: " + expected
 
 
-@pytest.mark.parametrize("text", [None, "", "soon", "-1", "1.5", "1e3", "\u0665", "Wed, 99 Oct", "5 5"])
-def test_a_malformed_retry_after_does_not_count(text):
-    assert plexctl.parse_retry_after(text) is None
+@pytest.mark.parametrize("text, seconds", [
+    ("0", 0), ("2", 2), ("5", 5), ("6", 5), ("120", 5), ("99999999999999999999", 5),
+    ("Wed, 21 Oct 2099 07:28:00 GMT", 5), ("Wed, 21 Oct 2015 07:28:00 GMT", 0)] + [
+    (text, None) for text in (None, "", "soon", "-1", "1.5", "1e3", ARABIC_FIVE, "Wed, 99 Oct", "5 5")])
+def test_retry_after_counts_up_to_5_s_unless_it_is_malformed(text, seconds):
+    assert plexctl.parse_retry_after(text) == seconds
 
 
 def test_retry_after_is_honoured(lone_plane):
     lone_plane.script("issue", problem("signing_unavailable", headers=(("Retry-After", "1"),)))
-    create_client(lone_plane).issue(session_request())
-    first, second = lone_plane.requests
-    assert 0.95 <= second.time - first.time < 3
+    with lasts(0.95, 3):
+        create_client(lone_plane).issue(session_request())
 
 
-@pytest.mark.parametrize("steps, status, due", [
-    ([PASSING["502"]] * 3, 1, True),
-    ([PASSING["504"]] * 3, 1, True),
-    ([PASSING["409"]] * 3, 1, True),
-    ([PASSING["502"], problem("rebac_denied")], 77, True),
-    ([process_then_drop, problem("forbidden")], 4, True),
-    ([sending(b"HTTP/1.1 201 Created\r\nContent-Length: 9\r\n\r\n{"), problem("forbidden")], 4, True),
-    ([problem("forbidden")], 4, False),
-    ([problem("unauthenticated")], 3, False),
-    ([problem("invalid_target")], 1, False),
-    ([problem("session_limit_exceeded")], 1, False),
-    ([problem("resource_not_found")], 1, False),
-    ([with_field(("token",), 5)], 1, False),  # it is revoked
-    ([PASSING["502"], with_field(("token",), 5)], 1, False),  # and has the key of the first attempt
-    ([altered(lambda body: body.pop("session") and body.update(session_id=5))], 1, True),  # it cannot be
-    ([with_field(("session_id",), 5)], 1, False),  # the session in it has the id
-    ([Answer(201, raw=b"{")], 1, True),
-    ([Answer(202, raw=b"{}")], 1, True),
-    ([Answer(429, headers=AT_ONCE)] * 3, 1, False),
-], ids=["502", "504", "409", "502 then refused", "drop then refused", "truncated then refused", "403", "401",
-        "400", "429", "404", "bad token", "502 then bad token", "no session id", "one session id",
-        "malformed", "202", "rate limit"])
-def test_that_a_session_may_exist_is_said_exactly_when_one_may(cli, lone_plane, steps, status, due):
+DOUBTS = {  # what the attempts get, the exit code, whether a session may exist; see also "any other status"
+    "502": ([PASSING["502"]] * 3, 1, True), "504": ([PASSING["504"]] * 3, 1, True),
+    "409": ([PASSING["409"]] * 3, 1, True), "rate limit": ([PASSING["429"]] * 3, 1, False),
+    "502 then refused": ([PASSING["502"], problem("rebac_denied")], 77, True),
+    "drop then refused": ([process_then_drop, problem("forbidden")], 4, True),
+    "truncated then refused": ([sending(b"HTTP/1.1 201 Created\r\nContent-Length: 9\r\n\r\n{"),
+                                problem("forbidden")], 4, True),
+    "bad token": ([with_field(("token",), 5)], 1, False),  # it is revoked
+    "502 then bad token": ([PASSING["502"], with_field(("token",), 5)], 1, False),  # it has the same key
+    "no session id": ([altered(lambda body: body.pop("session") and body.update(session_id=5))], 1, True),
+    "one session id": ([with_field(("session_id",), 5)], 1, False),  # the session in it has the id
+    "malformed": ([Answer(201, raw=b"{")], 1, True)}
+
+
+@pytest.mark.parametrize("name", sorted(DOUBTS))
+def test_that_a_session_may_exist_is_said_exactly_when_one_may(cli, lone_plane, name):
+    steps, status, due = DOUBTS[name]
     lone_plane.script("issue", *steps)
-    result = forward_to(cli, lone_plane)
-    assert result.status == status
-    assert (MAY_EXIST in one_error_line(result)) == due
-    assert len(lone_plane.requests) - len(requests_of(lone_plane, "revoke")) == len(steps)
+    assert (MAY_EXIST in failed(forward_to(cli, lone_plane), status)) == due
+    assert len(requests_of(lone_plane, "issue")) == len(steps)
 
 
 @pytest.mark.parametrize("when", ["during the attempt", "during the pause"])
@@ -4040,18 +3973,16 @@ def test_cancelling_ends_the_attempts(lone_plane, when):
         handler.wfile.write(handler.render(answer))
     lone_plane.script("issue", step if when == "during the attempt" else answer)
     client = create_client(lone_plane, cancel=cancel, report=lambda line: "again" in line and cancel.set())
-    began = time.monotonic()
-    with pytest.raises(plexctl.ApiError) as raised:
+    with lasts(0, 3), pytest.raises(plexctl.ApiError) as raised:
         client.issue(session_request())
-    assert raised.value.status == 503 and cancel.is_set()
-    assert time.monotonic() - began < 3 and len(lone_plane.requests) == 1
+    assert raised.value.status == 503 and cancel.is_set() and len(lone_plane.requests) == 1
 
 
 def test_a_429_says_which_sessions_count_unless_it_is_a_rate_limit(cli, lone_plane):
-    lone_plane.script("issue", problem("session_limit_exceeded"), *[Answer(429, headers=AT_ONCE)] * 3)
-    one_error_line(forward_to(cli, lone_plane), "429", "--max-sessions", "print mode",
-                   "until they expire or are revoked")
-    assert "--max-sessions" not in one_error_line(forward_to(cli, lone_plane), "429", "too many requests")
+    lone_plane.script("issue", problem("session_limit_exceeded"), *[PASSING["429"]] * 3)
+    failed(forward_to(cli, lone_plane), 1, "429", "--max-sessions", "print mode",
+           "until they expire or are revoked")
+    assert "--max-sessions" not in failed(forward_to(cli, lone_plane), 1, "429", "too many requests")
 
 
 def test_a_silent_server_is_mentioned_while_it_is_awaited(cli, lone_plane, monkeypatch):
@@ -4069,7 +4000,7 @@ def test_a_silent_server_is_mentioned_while_it_is_awaited(cli, lone_plane, monke
         with pytest.raises(plexctl.TransportError):
             client.get(PROJECT_ID, OTHER_ID, 0.5)
     assert len(told) == 2
-    lone_plane.script("issue", lambda handler, plane: (plane.closing.wait(0.5), handler.answer_really()))
+    lone_plane.script("issue", hold(0.5))
     result = forward_to(cli, lone_plane)
     assert result.status == 0 and "plexctl: still waiting for http://" in result.err
 
@@ -4081,41 +4012,31 @@ def test_a_silent_server_is_mentioned_while_it_is_awaited(cli, lone_plane, monke
 def test_no_redirect_is_followed(lone_plane, operation, status):
     client = create_client(lone_plane)
     session_id = client.issue(session_request()).session_id
-    call = {"issue": lambda: client.issue(session_request()),
-            "get": lambda: client.get(PROJECT_ID, session_id),
-            "revoke": lambda: client.revoke(PROJECT_ID, session_id)}[operation]
+    arguments = (session_request(),) if operation == "issue" else (PROJECT_ID, session_id)
     with ControlPlane() as other:
         lone_plane.script(operation, redirect(other.url + SESSIONS_PATH, status))
         with pytest.raises(plexctl.ApiError, match="redirect is never followed") as raised:
-            call()
+            getattr(client, operation)(*arguments)
         assert other.requests == []
-    assert (raised.value.exit_code, raised.value.status) == (1, status)
-    assert len(lone_plane.requests) == 2
+    assert (raised.value.exit_code, raised.value.status, len(lone_plane.requests)) == (1, status, 2)
 
 
-@pytest.mark.parametrize("to", ["/v1/projects", "file:///etc/passwd", "data:,x", "//127.0.0.1:9", "\x7f", ""])
-def test_wherever_a_redirect_points_it_is_an_error(cli, lone_plane, to):
+@pytest.mark.parametrize("to, told", [
+    ("/v1/projects", "/v1/projects"), ("file:///etc/passwd", "file:///etc/passwd"), ("data:,x", "data:,x"),
+    ("//127.0.0.1:9", "//127.0.0.1:9"), ("https://a.example/\x1b[2J", "https://a.example/\\x1b[2J"),
+    ("\x7f", "\\x7f"), ("", "")])
+def test_wherever_a_redirect_points_it_is_an_error(cli, lone_plane, to, told):
     lone_plane.script("issue", redirect(to))
-    result = forward_to(cli, lone_plane)
-    assert (result.status, len(lone_plane.requests)) == (1, 1)
-    one_error_line(result, "302", "redirect")
+    line = failed(forward_to(cli, lone_plane), 1, "302")
+    assert line.endswith("a redirect is never followed" + (told and ": " + told))
+    assert len(lone_plane.requests) == 1
 
 
 # Deadlines
 
 def drip_body(handler, plane):
     """The head at once, the body at one byte per 0.1 s."""
-    head, _, body = handler.render(plane.decide(handler.seen)).partition(b"\r\n\r\n")
-    handler.wfile.write(head + b"\r\n\r\n")
-    for position in range(len(body)):
-        handler.wfile.write(body[position:position + 1])
-        if plane.closing.wait(0.1):
-            return
-
-
-def never_answer(handler, _plane):
-    """Wait until the client hangs up."""
-    handler.connection.recv(1)
+    drip(handler, plane, handler.render(plane.decide(handler.seen)).index(b"\r\n\r\n") + 4)
 
 
 @pytest.mark.parametrize("step", [drip, drip_body, continue_for_ever, never_answer], ids=lambda f: f.__name__)
@@ -4123,63 +4044,48 @@ def test_an_exchange_ends_in_time_and_nothing_remains_of_it(lone_plane, step):
     client = create_client(lone_plane)
     session_id = client.issue(session_request()).session_id
     lone_plane.script("get", step)
-    began = time.monotonic()
-    with pytest.raises(plexctl.TransportError, match="no complete answer from http://127") as raised:
-        client.get(PROJECT_ID, session_id, 0.5)
     # a newer http.client gives up on "100 Continue for ever" by itself
-    assert 0.4 * (step is not continue_for_ever) < time.monotonic() - began < 4
+    with lasts(0.4 * (step is not continue_for_ever), 4), \
+            pytest.raises(plexctl.TransportError, match="no complete answer from http://127") as raised:
+        client.get(PROJECT_ID, session_id, 0.5)
     assert raised.value.passing and raised.value.exit_code == 1
     assert_nothing_remains(lone_plane._listener)
 
 
 @pytest.mark.parametrize("step", [drip, continue_for_ever], ids=lambda f: f.__name__)
 def test_the_same_limit_holds_for_issuing_and_revoking(lone_plane, short_limits, step):
-    cancel = threading.Event()
-    cancel.set()  # one attempt
-    client = create_client(lone_plane, cancel=cancel)
+    client = create_client(lone_plane)
+    client.cancel.set()  # one attempt
     lone_plane.script("issue", step)
     lone_plane.script("revoke", step)
-    began = time.monotonic()
-    with pytest.raises(plexctl.TransportError, match=MAY_EXIST):
-        client.issue(session_request())
-    with pytest.raises(plexctl.TransportError, match="no complete answer"):
-        client.revoke(PROJECT_ID, OTHER_ID)
-    assert 0.8 * (step is not continue_for_ever) < time.monotonic() - began < 6
+    with lasts(0.8 * (step is not continue_for_ever), 6):
+        with pytest.raises(plexctl.TransportError, match=MAY_EXIST):
+            client.issue(session_request())
+        with pytest.raises(plexctl.TransportError, match="no complete answer"):
+            client.revoke(PROJECT_ID, OTHER_ID)
     assert_nothing_remains(lone_plane._listener)
 
 
-def test_a_server_that_accepts_and_never_speaks_tls_is_given_up_on(short_limits):
-    received = []
-
-    def serve(connection, _listener):
-        received.extend(chunks(connection))
-    listener = Listener(serve)
+@pytest.mark.parametrize("sent, seconds", [(b"", 5), (b"\x16\x03\x03\x40\x00", 0.5)], ids=["silent", "drips"])
+def test_a_server_that_does_not_end_its_tls_handshake_is_given_up_on(short_limits, sent, seconds):
+    def serve(connection, listener):
+        connection.settimeout(0.1)
+        connection.sendall(sent)
+        while not listener.closed:
+            with contextlib.suppress(socket.timeout):
+                data = connection.recv(1 << 16)
+                if not data:
+                    return
+                received.append(data)
+            connection.sendall(sent and b"\x02")
+    listener, received = Listener(serve), []
     try:
         client = create_client(None, url="https://127.0.0.1:%d" % listener.address[1])
-        began = time.monotonic()
-        with pytest.raises(plexctl.TransportError, match="GetSession: cannot connect to https://127"):
-            client.get(PROJECT_ID, OTHER_ID, 5)
-        assert 0.4 < time.monotonic() - began < 4
+        with lasts(0.4, 4), \
+                pytest.raises(plexctl.TransportError, match="GetSession: cannot connect to https://127"):
+            client.get(PROJECT_ID, OTHER_ID, seconds)
         assert_nothing_remains(listener)
         assert received and BEARER.encode() not in b"".join(received)
-    finally:
-        listener.close()
-
-
-def test_a_tls_handshake_that_drips_is_given_up_on_and_leaves_no_thread():
-    def serve(connection, listener):
-        connection.sendall(b"\x16\x03\x03\x40\x00")
-        while not listener.closed:
-            connection.sendall(b"\x02")
-            time.sleep(0.1)
-    listener = Listener(serve)
-    try:
-        client = create_client(None, url="https://127.0.0.1:%d" % listener.address[1])
-        began = time.monotonic()
-        with pytest.raises(plexctl.TransportError, match="cannot connect to https://127"):
-            client.get(PROJECT_ID, OTHER_ID, 0.5)
-        assert time.monotonic() - began < 4
-        assert_nothing_remains(listener)
     finally:
         listener.close()
 
@@ -4200,25 +4106,21 @@ def test_nothing_is_sent_once_the_caller_was_told_that_there_is_no_answer(tls_fi
 
 
 def test_a_question_under_way_is_given_up_on_when_the_run_ends(lone_plane):
-    client = create_client(lone_plane)
-    session_id = client.issue(session_request()).session_id
-    lone_plane.script("get", never_answer)
-    raised = []
+    client, ended = create_client(lone_plane), []
 
     def ask():
-        try:
-            client.get(PROJECT_ID, session_id)
-        except plexctl.PlexctlError as error:
-            raised.append((error, time.monotonic()))
+        with pytest.raises(plexctl.Cancelled) as raised:
+            client.get(PROJECT_ID, OTHER_ID)
+        ended.append(raised.value)
+    lone_plane.script("get", never_answer)
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    lone_plane.wait_for(lambda: requests_of(lone_plane, "get"))
-    began = time.monotonic()
-    client.cancel.set()
-    thread.join(20)
-    (error, ended), = raised
-    assert isinstance(error, plexctl.Cancelled) and not error.passing and not error.may_exist
-    assert ended - began < 1  # 0.1 s, on a machine with nothing else to do
+    lone_plane.wait_for(lambda: lone_plane.requests)
+    with lasts(0, 1):  # 0.1 s, on a machine with nothing else to do
+        client.cancel.set()
+        thread.join(20)
+    error, = ended
+    assert not error.passing and not error.may_exist
     assert_nothing_remains(lone_plane._listener)
 
 
@@ -4240,23 +4142,31 @@ def test_what_changes_something_is_not_given_up_on_when_the_run_ends(lone_plane,
         assert lone_plane.revoked == [session_id]
 
 
+CLIENT_PROGRAM = """
+import resource, sys, threading
+sys.path.insert(0, %r)
+import plexctl
+url, project_id, resource_id, token = sys.argv[1:]
+plane = plexctl.ControlPlane(plexctl.parse_server(url, False), plexctl.Secret(token), environ={})
+""" % HERE
+
+
+def run_client(plane, program, python=sys.executable):
+    """Run a program that has a client of the control plane as `plane`."""
+    words = [python, "-I", "-B", "-c", CLIENT_PROGRAM + program, plane.url, PROJECT_ID, RESOURCE_ID, BEARER]
+    return run_words(words, clean_environment())
+
+
 def test_an_exchange_runs_in_place_where_no_thread_can_be_started(lone_plane):
-    program = """
-import sys, threading
+    assert run_client(lone_plane, """
 def refuse(thread):
     raise RuntimeError("can't start new thread")
 threading.Thread.start = refuse
-sys.path.insert(0, %r)
-import plexctl
-project_id, resource_id, url, token = sys.argv[1:]
-plane = plexctl.ControlPlane(plexctl.parse_server(url, False), plexctl.Secret(token), environ={})
 session_id = plane.issue(plexctl.SessionRequest(project_id, resource_id, "10.0.0.5", 1)).session_id
 assert plane.get(project_id, session_id).status == "active"
 plane.revoke(project_id, session_id)
-""" % HERE
-    words = [sys.executable, "-I", "-B", "-c", program, PROJECT_ID, RESOURCE_ID, lone_plane.url, BEARER]
-    assert run_words(words, clean_environment()) == Result(0, "", "")
-    assert_one_revoked(lone_plane)
+""") == Result(0, "", "")
+    revoked_once(lone_plane)
 
 
 # Bodies
@@ -4267,35 +4177,21 @@ NOT_HTTP = {
     "truncated": b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{}",
     "chunked and truncated": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n",
     "odd chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n",
-    "chunk over 1 MiB": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nfffffff\r\n"
-                        + b" " * (1 << 21),
-    "chunk of size -1": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n"
-                        + b" " * (1 << 22),
+    "large chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nfffffff\r\n" + b" " * (1 << 21),
     "nothing": b"", "half a status line": b"HTTP/1.1 2", "no http": b"SSH-2.0-OpenSSH_9.9\r\n",
     "http 3": b"HTTP/3.0 200 OK\r\n\r\n{}", "odd status": b"HTTP/1.1 2000 OK\r\n\r\n{}",
     "endless header": b"HTTP/1.1 200 OK\r\nX: " + b"x" * (1 << 17),
     "endless status": b"HTTP/1.1 200 " + b"x" * (1 << 17),
-    "many headers": b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 300 + b"\r\n{}",
-}
-NOT_JSON = {
-    "empty": b"", "html": b"<html>", "BOM": b"\xef\xbb\xbf{}", "UTF-16": "{}".encode("utf-16"),
-    "latin-1": b'{"a":"\xe9"}',
-    "NaN": b'{"session_id": NaN}', "Infinity": b"[-Infinity]", "duplicate keys": b'{"a": 1, "a": 1}',
-    "deep": b"[" * 200000, "deep object": b'{"a":' * 100000,
-    "surrogate": b'{"a": "\\ud800"}', "two": b"{} {}",
-    "truncated": b'{"a"', "NUL": b"\0", "quotes": b"{'a': 1}", "endless number": b"9" * 100000 + b"x",
-}
+    "many headers": b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 300 + b"\r\n{}"}
 
 
 @pytest.mark.parametrize("name", sorted(NOT_HTTP))
 def test_an_answer_that_is_not_complete_http_is_a_transport_failure(lone_plane, name):
     lone_plane.script("get", sending(NOT_HTTP[name]))
-    began = time.monotonic()
     wanted = "^GetSession: no complete answer from http:[ -~]+: [ -~]+$"
-    with pytest.raises(plexctl.TransportError, match=wanted) as raised:
+    with lasts(0, 4), pytest.raises(plexctl.TransportError, match=wanted) as raised:
         create_client(lone_plane).get(PROJECT_ID, OTHER_ID, 5)
     assert raised.value.exit_code == 1 and raised.value.passing
-    assert time.monotonic() - began < 4
     assert_nothing_remains(lone_plane._listener)
 
 
@@ -4307,40 +4203,39 @@ def test_a_chunk_of_size_minus_1_is_no_way_around_the_limit(lone_plane, python):
         with contextlib.suppress(OSError):
             while not plane.closing.is_set():
                 handler.wfile.write(b" " * (1 << 20))
-    program = """
-import resource, sys
-sys.path.insert(0, %r)
-import plexctl
-url, project_id, token = sys.argv[1:]
-plane = plexctl.ControlPlane(plexctl.parse_server(url, False), plexctl.Secret(token), environ={})
+    lone_plane.script("get", step)
+    with lasts(0, 8):
+        result = run_client(lone_plane, """
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
     plane.get(project_id, project_id, 10)
 except plexctl.TransportError as error:
     print(error, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-""" % HERE
-    lone_plane.script("get", step)
-    began = time.monotonic()
-    words = [python, "-I", "-B", "-c", program, lone_plane.url, PROJECT_ID, BEARER]
-    result = run_words(words, clean_environment())
-    assert "no complete answer" in result.out and time.monotonic() - began < 8, result
+""", python)
+    assert "no complete answer" in result.out, result
     assert int(result.out.split()[-1]) < 8 << 10 or not LINUX  # KiB
 
 
-def test_an_answer_that_was_cut_off_is_asked_for_again(cli, lone_plane):
-    def cut(handler, plane):
-        handler.wfile.write(handler.render(plane.decide(handler.seen))[:-9])
-    lone_plane.script("issue", cut)
+@pytest.mark.parametrize("following, status", [(PASS, 0), (problem("forbidden"), 4)], ids=["issued", "403"])
+def test_a_session_in_an_answer_that_was_cut_off_is_asked_for_again_or_revoked(
+        cli, lone_plane, following, status):
+    lone_plane.script("issue", cut_off, following)
     result = forward_to(cli, lone_plane)
-    assert (result.status, len(lone_plane.requests), len(lone_plane.issued)) == (0, 2, 1)
+    assert result.status == status and len(requests_of(lone_plane, "issue")) == 2
+    if status:
+        assert MAY_EXIST not in failed(result, status)
+        revoked_once(lone_plane)
 
 
-@pytest.mark.parametrize("name", sorted(NOT_JSON))
-def test_an_answer_that_is_not_strict_json_is_a_failure_that_is_not_repeated(cli, lone_plane, name):
-    lone_plane.script("issue", Answer(201, raw=NOT_JSON[name]))
-    result = forward_to(cli, lone_plane)
-    assert (result.status, result.out, len(lone_plane.requests)) == (1, "", 1)
-    one_error_line(result, "IssueSession", "the answer is not the API's JSON (", "Type", "check --server")
+@pytest.mark.parametrize("raw, words", [
+    (raw, ["the answer is not the API's JSON (", "Type", "check --server"])
+    for raw in (b"", b"<html>", b'{"a":"\xe9"}', b"[" * 200000, b'{"a"')] + [
+    (raw, ["session_id"]) for raw in (b"[]", b'"x"', b"5", b"null", b"true", b"{}", b'{"session": {}}')],
+    ids=shown)
+def test_an_answer_that_is_no_issued_session_is_a_failure_that_is_not_repeated(cli, lone_plane, raw, words):
+    lone_plane.script("issue", Answer(201, raw=raw))
+    failed(forward_to(cli, lone_plane), 1, "IssueSession", *words)
+    assert len(lone_plane.requests) == 1
 
 
 def compressed(document):
@@ -4350,7 +4245,7 @@ def compressed(document):
 
 
 @pytest.mark.parametrize("status, change, headers", [
-    (200, lambda raw: raw, ()), (202, lambda raw: raw, ()),
+    (200, bytes, ()), (202, bytes, ()),
     (201, lambda raw: b"\xef\xbb\xbf" + raw, ()), (201, lambda raw: raw.decode().encode("utf-16"), ()),
     (201, compressed, (("Content-Encoding", "gzip"),)), (201, lambda raw: compressed(raw)[:-9], ()),
     (201, lambda raw: raw[:-1], ()), (201, lambda raw: raw.replace(b'"session_id"', b'"id"'), ()),
@@ -4359,102 +4254,40 @@ def compressed(document):
 def test_a_session_that_a_success_names_is_revoked_however_it_is_told(
         cli, lone_plane, status, change, headers):
     def step(handler, plane):
-        answer = plane.decide(handler.seen)
-        raw = change(json.dumps(answer.body).encode())
+        raw = change(json.dumps(plane.decide(handler.seen).body).encode())
         handler.wfile.write(handler.render(Answer(status, raw=raw, headers=headers)))
     lone_plane.script("issue", step)
-    result = forward_to(cli, lone_plane)
-    assert (result.status, result.out) == (1, "")
-    assert MAY_EXIST not in one_error_line(result, "IssueSession", *[value for _, value in headers])
-    assert_one_revoked(lone_plane)
-
-
-def test_a_session_in_an_answer_that_was_cut_off_is_revoked_if_the_next_attempt_fails(cli, lone_plane):
-    def cut(handler, plane):
-        handler.wfile.write(handler.render(plane.decide(handler.seen))[:-9])
-    lone_plane.script("issue", cut, problem("forbidden"))
-    result = forward_to(cli, lone_plane)
-    assert result.status == 4 and MAY_EXIST not in one_error_line(result)
-    assert_one_revoked(lone_plane)
-
-
-def test_a_session_id_goes_back_as_the_server_wrote_it(cli, lone_plane):
-    def step(handler, plane):
-        answer = plane.decide(handler.seen)
-        answer.body.update(session_id=answer.body["session_id"].upper())
-        handler.wfile.write(handler.render(answer))
-    lone_plane.endpoint_on = "never"
-    lone_plane.script("issue", step)
-    assert forward_to(cli, lone_plane, "--wait-seconds", "0.1").status == 1
-    upper = lone_plane.issued[0].upper()
-    assert [request.path for request in lone_plane.requests[1:]] == [
-        "%s/%s" % (SESSIONS_PATH, upper), "%s/%s/revoke" % (SESSIONS_PATH, upper)]
+    line = failed(forward_to(cli, lone_plane), 1, "IssueSession", *[value for _, value in headers])
+    assert MAY_EXIST not in line
+    revoked_once(lone_plane)
 
 
 def test_sessions_may_share_a_token(lone_plane):
-    client, tokens = create_client(lone_plane), []
-    for _ in range(2):
-        lone_plane.script("issue", with_field(("token",), "0123456789abcdef-token"))
-        issued = client.issue(session_request())
-        tokens.append(issued.token.reveal())
+    client = create_client(lone_plane)
+    lone_plane.script("issue", *[with_field(("token",), "0123456789abcdef-token")] * 2)
+    tokens = [client.issue(session_request()).token.reveal() for _ in range(2)]
     assert tokens == ["0123456789abcdef-token"] * 2
 
 
-@pytest.mark.parametrize("body", [[], "x", 5, None, True, {}, {"session": {}}], ids=repr)
-def test_an_answer_of_another_shape_is_a_failure(cli, lone_plane, body):
-    lone_plane.script("issue", Answer(201, raw=json.dumps(body).encode()))
-    result = forward_to(cli, lone_plane)
-    assert (result.status, result.out, len(lone_plane.requests)) == (1, "", 1)
-    one_error_line(result, "IssueSession", "session_id")
+BAD_FIELDS = [(path, value) for path, values in (  # what the parsers themselves refuse is in "values"
+    (("session_id",), [None, 5, True, [], {}, "", "x", OTHER_ID + "\n", OTHER_ID + "/../.."]),
+    (("token",), [None, 5, [], "", "a b", "a\nb", "a\r", "\x7f", "\xe9", "x" * 70000]),
+    (("expires_at",), [None, 5, [], "", "2099-02-30T10:30:00Z", "4081314600"]),
+    (("session",), [None, 5, "x", []]),
+    (("session", "id"), [None, 5, "x", OTHER_ID]),
+    (("session", "kind"), [None, 5, [], "", "ssh", "TCP"]),
+    (("session", "status"), [None, True, {}, "", "pending", "Active"]),
+    (("session", "issued_at"), [5, [], "", "2099-02-30T10:30:00Z", "4081314600"]),
+    (("listener_endpoint",), [5, True, [], {}, "", "100.64.0.12:0", "127.1:80", "a\x1b[2J:80"]),
+    (("session", "listener_endpoint"), [5, True, [], {}, "", "100.64.0.12", "127.1:80"])) for value in values]
 
 
-@pytest.mark.parametrize("value", [
-    None, 5, True, [], {}, "", "x", "{%s}" % OTHER_ID, "urn:uuid:" + OTHER_ID, OTHER_ID.replace("-", ""),
-    OTHER_ID + "\n", OTHER_ID + "/../..", "\u0660" + OTHER_ID[1:]], ids=ascii)
-def test_a_session_id_that_is_not_a_uuid_is_never_used(cli, lone_plane, value):
-    lone_plane.script("issue", with_field(("session_id",), value))
-    result = forward_to(cli, lone_plane)
-    assert (result.status, result.out) == (1, "")
-    one_error_line(result, "session_id")
-    assert_one_revoked(lone_plane)  # by the id of the session in it
-
-
-BAD_ENDPOINTS = [
-    5, True, [], {}, "", ":", "100.64.0.12", "100.64.0.12:", ":80", "100.64.0.12:0", "100.64.0.12:65536",
-    "100.64.0.12:117925", "100.64.0.12:-1", "100.64.0.12:+80", "100.64.0.12: 80", "100.64.0.12:8_0",
-    "100.64.0.12:\u0665", "100.64.0.12:80\n", "100.64.0.12:000022", "127.1:80", "0:80", "2130706433:80",
-    "0x7f000001:80",
-    "0x7f.1:80", "100.64.0.012:80", "100.64.0.256:80", "100.64.0.12.:80", "2001:db8::1:80", "[2001:db8::1:80",
-    "[100.64.0.12]:80", "[::g]:80", "[fe80::1%eth0]:80", "a b:80", "a..b:80", "-a:80", "a/b:80", "a@b:80",
-    "http://a:80",
-    "a\x1b[2J:80", "\u00e9:80", "a\x00:80", "a" * 64 + ":80", "a." * 150 + "a:80"]
-BAD_TIMES = [
-    None, 5, [], "", "2099-05-02", "2099-05-02T10:30:00", "2099-05-02 10:30:00Z", "2099-02-30T10:30:00Z",
-    "2099-13-01T10:30:00Z", "2099-05-02T24:30:00Z", "2099-05-02T10:60:00Z", "2099-05-02T10:30:61Z",
-    "2099-05-02T10:30:00+25:00", "2099-05-02T10:30:00+0100", "2099-05-02T10:30Z", "0000-05-02T10:30:00Z",
-    "2099-05-02T10:30:00Z\n", "\u0662099-05-02T10:30:00Z", "20990502T103000Z", "4081314600"]
-BAD_FIELDS = (
-    [(("token",), value) for value in [None, 5, [], "", "a b", "a\nb", "a\r", "\x7f", "\xe9", "x" * 70000]]
-    + [(("expires_at",), value) for value in BAD_TIMES]
-    + [(("session", "issued_at"), value) for value in BAD_TIMES[1:]]
-    + [(("session",), value) for value in [None, 5, "x", [], {}]]
-    + [(("session", "id"), value) for value in [None, 5, "x", OTHER_ID]]
-    + [(("session", "kind"), value) for value in [None, 5, [], "", "ssh", "TCP"]]
-    + [(("session", "status"), value) for value in [None, True, {}, "", "pending", "Active"]]
-    + [(("listener_endpoint",), value) for value in BAD_ENDPOINTS]
-    + [(("session", "listener_endpoint"), value) for value in BAD_ENDPOINTS[:12]])
-
-
-@pytest.mark.parametrize("path, value", BAD_FIELDS, ids=[
-    "%s=%s" % (".".join(path), ascii(value)[:30]) for path, value in BAD_FIELDS])
+@pytest.mark.parametrize("path, value", BAD_FIELDS, ids=shown)
 def test_a_session_with_a_bad_field_is_revoked_once(cli, lone_plane, path, value):
     lone_plane.script("issue", with_field(path, value))
-    result = forward_to(cli, lone_plane)
-    assert (result.status, result.out) == (1, "")
-    line = one_error_line(result, "IssueSession", "id" if value == {} and path == ("session",) else path[-1])
-    assert MAY_EXIST not in line
+    assert MAY_EXIST not in failed(forward_to(cli, lone_plane), 1, "IssueSession", path[-1])
     assert len(requests_of(lone_plane, "issue")) == 1
-    assert_one_revoked(lone_plane)
+    revoked_once(lone_plane)
 
 
 def test_fields_that_nobody_knows_and_odd_but_valid_values_are_taken(cli, lone_plane):
@@ -4470,56 +4303,31 @@ def test_fields_that_nobody_knows_and_odd_but_valid_values_are_taken(cli, lone_p
     assert document["listener_endpoint"].lower() == "[2001:db8::1]:65535"
 
 
-@pytest.mark.parametrize("text", [
-    "127.0.0.1:80", "127.5.6.7:80", "[::1]:80", "[0:0:0:0:0:0:0:1]:80", "[::ffff:127.0.0.1]:80",
-    "[::ffff:7f00:1]:80", "0.0.0.0:80", "[::]:80", "[::ffff:0.0.0.0]:80", "224.0.0.1:80", "[ff02::1]:80"])
-def test_an_endpoint_on_this_machine_is_refused_unless_the_server_is_there_too(tls_files, text):
-    for url in ("https://cp.example.com", "https://100.64.0.1", "https://[2001:db8::1]"):
-        with pytest.raises(ValueError):
-            create_client(None, url=url, ca_file=tls_files.ca)._parse_endpoint(text)
-    for url in ("https://localhost", "https://127.0.0.1", "https://[::1]"):
-        assert create_client(None, url=url, ca_file=tls_files.ca)._parse_endpoint(text).port == 80
-
-
-@pytest.mark.parametrize("text", [
-    "100.64.0.12:1", "10.0.0.5:65535", "node-1.example.com:443", "node_1:80", "[2001:db8::1]:80",
-    "localhost.example:80"])
-def test_any_other_endpoint_is_taken(tls_files, text):
-    client = create_client(None, url="https://cp.example.com", ca_file=tls_files.ca)
-    assert str(client._parse_endpoint(text)) == text
-
-
 @pytest.mark.parametrize("endpoint", [
     "169.254.169.254:80", "[fe80::1]:80", "[::ffff:169.254.169.254]:80"])
 def test_a_link_local_endpoint_is_revoked_wherever_the_server_is(cli, lone_plane, endpoint):
     lone_plane.endpoint = endpoint
-    result = forward_to(cli, lone_plane)
-    assert (result.status, result.out) == (1, "")
-    one_error_line(result, "listener_endpoint")
-    assert_one_revoked(lone_plane)
+    failed(forward_to(cli, lone_plane), 1, "listener_endpoint")
+    revoked_once(lone_plane)
 
 
-def test_an_endpoint_that_repeats_the_bearer_token_is_refused(cli):
-    for endpoint in ("%s.example:80", "x.%s:80", "%s:80"):
-        with ControlPlane(bearer="psk-0123456789abcdef", endpoint=endpoint % "PSK-0123456789abcdef") as plane:
-            result = forward_to(cli, plane)
-            assert (result.status, result.out) == (1, "")
-            line = one_error_line(result, "listener_endpoint", "contains a token")
-            assert "0123456789" not in line
-            assert_one_revoked(plane)
+@pytest.mark.parametrize("endpoint", ["%s.example:80", "x.%s:80", "%s:80"])
+def test_an_endpoint_that_repeats_the_bearer_token_is_refused(cli, endpoint):
+    with ControlPlane(bearer="psk-0123456789abcdef", endpoint=endpoint % "PSK-0123456789abcdef") as plane:
+        line = failed(forward_to(cli, plane), 1, "listener_endpoint", "contains a token")
+        assert "0123456789" not in line
+        revoked_once(plane)
 
 
-@pytest.mark.parametrize("path", [("listener_endpoint",), ("session", "listener_endpoint")])
-def test_an_endpoint_that_repeats_the_session_token_is_refused(cli, lone_plane, path):
+@pytest.mark.parametrize("where", ["body", "session"])
+def test_an_endpoint_that_repeats_the_session_token_is_refused(cli, lone_plane, where):
     def change(body):
         body["token"] = "0123456789abcdef-token"
-        with_it = body if len(path) == 1 else body["session"]
-        with_it["listener_endpoint"] = "node.0123456789abcdef-token:80"
+        body.get(where, body)["listener_endpoint"] = "node.0123456789abcdef-token:80"
     lone_plane.script("issue", altered(change))
-    result = forward_to(cli, lone_plane)
-    assert (result.status, result.out) == (1, "")
-    assert "0123456789" not in one_error_line(result, "listener_endpoint", "contains a token")
-    assert_one_revoked(lone_plane)
+    line = failed(forward_to(cli, lone_plane), 1, "listener_endpoint", "contains a token")
+    assert "0123456789" not in line
+    revoked_once(lone_plane)
 
 
 def test_a_token_of_a_few_characters_is_not_looked_for_in_everything(cli):
@@ -4534,26 +4342,46 @@ def test_a_token_of_a_few_characters_is_not_looked_for_in_everything(cli):
 def test_what_the_server_says_is_one_printable_line(cli, lone_plane, field, nasty):
     value = [nasty, nasty] if field == "relation_path" else nasty
     lone_plane.script("issue", problem("forbidden", **{field: value}))
-    result = forward_to(cli, lone_plane)
-    assert result.status == 4
-    line = one_error_line(result, "403", nasty[:1] if nasty.isprintable() else "\\")
-    assert result.err == line + "\n" and re.match(r"[ -~]{1,4000}\Z", line)
+    line = failed(forward_to(cli, lone_plane), 4, "403", nasty[:1] if nasty.isprintable() else "\\")
+    assert len(line) <= 4000
 
 
 def test_nor_do_a_challenge_a_revoke_reason_or_a_failing_revoke_drive_it(cli, lone_plane):
     nasty = NASTY.replace("\r\n", "").replace("\n", "").replace("\u202e", "\xae").replace("\u2028", "\x85")
     headers = (("WWW-Authenticate", 'Bearer acr_values="%s"' % nasty),)
     lone_plane.script("issue", Answer(401, problem("step_up_required").body, headers), PASS)
-    first = forward_to(cli, lone_plane)
-    one_error_line(first, "acr_values")
+    failed(forward_to(cli, lone_plane), 3, "acr_values")
     lone_plane.endpoint_on = "read"
     lone_plane.script("get", altered(lambda body: body.update(status="revoked", revoke_reason=NASTY)))
     lone_plane.script("revoke", problem("forbidden", detail=NASTY))
-    second = forward_to(cli, lone_plane)
-    assert (first.status, second.status) == (3, 1)
-    for line in (first.err + second.err).splitlines():
-        assert re.match(r"plexctl: [ -~]+\Z", line), line
-    assert (first.err + second.err).count("\n") == len((first.err + second.err).splitlines()) == 4
+    result = forward_to(cli, lone_plane)
+    assert result.status == 1 and re.match(r"(plexctl: [ -~]+\n){3}\Z", result.err)
+
+
+@pytest.mark.parametrize("answer", [
+    problem("internal", detail="cannot use Authorization: Bearer " + BEARER),
+    problem("internal", title=BEARER, code="x" * 290 + BEARER),
+    redirect("https://elsewhere.example.com/?token=" + BEARER),
+    Answer(401, dict(problem("step_up_required").body, detail=BEARER),
+           (("WWW-Authenticate", 'Bearer acr_values="%s"' % BEARER),))],
+    ids=["detail", "cut short", "Location", "acr_values"])
+def test_a_server_that_repeats_the_bearer_token_does_not_have_it_shown(cli, lone_plane, answer):
+    lone_plane.script("issue", answer)
+    result = forward_to(cli, lone_plane, "-v")
+    assert result.status in (1, 3) and "(secret)" in result.err and BEARER[:8] not in result.err
+
+
+def test_a_server_that_repeats_the_session_token_does_not_have_it_shown(simulation):
+    def tell(handler, plane):
+        told = problem("forbidden", detail="token %s" % plane.sessions[0].token)
+        handler.wfile.write(handler.render(told))
+    simulation.plane.script("revoke", tell)
+    with start_plexctl(forward_args(simulation.plane, "--proxy"),
+                       env=simulation.plane.environment()) as process:
+        process.ready(2)
+        process.send_signal(signal.SIGTERM)
+        process.finish()
+    assert "token (secret)" in process.err
 
 
 # TLS
@@ -4568,15 +4396,14 @@ def localhost(monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["--ca-file", "SSL_CERT_FILE"])
-def test_a_certificate_of_the_given_ca_is_trusted(cli, tls_files, localhost, monkeypatch, how):
-    with ControlPlane(tls=tls_context(tls_files.server)) as plane:
-        if how == "SSL_CERT_FILE":
-            monkeypatch.setenv("SSL_CERT_FILE", tls_files.ca)
-        result = forward_to(cli, plane, *([how, tls_files.ca] if how == "--ca-file" else []))
-        assert (result.status, result.err, len(plane.requests)) == (0, "", 1)
-        by_name = cli(["tcp-forward", "--server", plane.url.replace("127.0.0.1", "localhost"), "--ca-file",
-                       tls_files.ca] + REQUIRED_FLAGS, plane.environment())
-        assert by_name.status == 0
+def test_a_certificate_of_the_given_ca_is_trusted(cli, tls_plane, tls_files, localhost, monkeypatch, how):
+    args = ["--ca-file", tls_files.ca] * (how == "--ca-file")
+    if not args:
+        monkeypatch.setenv("SSL_CERT_FILE", tls_files.ca)
+    result = forward_to(cli, tls_plane, *args)
+    assert (result.status, result.err, len(tls_plane.requests)) == (0, "", 1)
+    by_name = tls_plane.url.replace("127.0.0.1", "localhost")
+    assert forward_to(cli, tls_plane, "--server", by_name, *args).status == 0
 
 
 def old_tls_context(certificate):
@@ -4599,11 +4426,7 @@ def old_tls_context(certificate):
     ("wrong host", "certificate"), ("TLS 1.1", "TLS"), ("no TLS", "TLS")])
 def test_a_server_that_cannot_be_trusted_gets_nothing_and_one_try(cli, tls_files, tmp_path, monkeypatch,
                                                                   case, word):
-    begun, more = [], ["--ca-file", tls_files.ca]
-    if case == "unknown ca":
-        more = []
-    elif case in ("other ca file", "ca file replaces"):
-        more = ["--ca-file", make_certificates(tmp_path).ca]
+    begun, ca_file = [], make_certificates(tmp_path).ca if "ca file" in case else tls_files.ca
     if case == "ca file replaces":
         monkeypatch.setenv("SSL_CERT_FILE", tls_files.ca)
     context = (old_tls_context(tls_files.server) if case == "TLS 1.1" else
@@ -4613,42 +4436,34 @@ def test_a_server_that_cannot_be_trusted_gets_nothing_and_one_try(cli, tls_files
         begun.append(sock)
         return sock if case == "no TLS" else context.wrap_socket(sock, **options)
     with ControlPlane(tls=types.SimpleNamespace(wrap_socket=handshake)) as plane:
-        result = forward_to(cli, plane, *more)
-        assert (result.status, result.out, plane.requests) == (1, "", [])
-        line = one_error_line(result, word)
-        assert MAY_EXIST not in line
+        line = failed(forward_to(cli, plane, *["--ca-file", ca_file] * (case != "unknown ca")), 1, word)
+        assert MAY_EXIST not in line and plane.requests == []
         if sys.version_info >= (3, 7):  # 3.6 does not say what it dislikes
             assert ("--ca-file" in line) == (case in ("unknown ca", "other ca file", "ca file replaces"))
         assert len(begun) == 1, "it was tried %d times" % len(begun)
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "garbage", "directory", "a key alone", "NUL"])
-def test_a_ca_file_that_cannot_be_used_is_a_usage_error(cli, lone_plane, tls_files, tmp_path, kind):
+def test_a_ca_file_that_cannot_be_used_is_a_usage_error(cli, tls_plane, tls_files, tmp_path, kind):
     path = tmp_path / "ca.pem"
     if kind == "directory":
         path.mkdir()
     elif kind != "missing":
         path.write_text({"garbage": "-----BEGIN CERTIFICATE-----\nx\n", "empty": ""}.get(kind, "x"))
-    key = os.path.join(os.path.dirname(tls_files.ca), "ca.key")
+    key = os.path.join(os.path.dirname(tls_files.ca), "server.key")
     name = {"a key alone": key, "NUL": "a\0b"}.get(kind, str(path))
-    url = lone_plane.url.replace("http://", "https://")
-    result = cli(["tcp-forward", "--server", url, "--ca-file", name] + REQUIRED_FLAGS,
-                 lone_plane.environment())
-    assert (result.status, lone_plane.requests) == (2, [])
-    one_error_line(result, "--ca-file")
+    failed(forward_to(cli, tls_plane, "--ca-file", name), 2, "--ca-file")
+    assert tls_plane.requests == []
 
 
-@pytest.mark.skipif(os.name != "posix", reason="permission bits")
 @pytest.mark.parametrize("mode, owner, status", [
     (0o644, 0, 0), (0o400, 0, 0), (0o664, 0, 3), (0o646, 0, 3), (0o622, 0, 3),
     pytest.param(0o600, 65534, 3, marks=pytest.mark.skipif(not ROOT, reason="gives a file away"))])
 def test_a_ca_file_that_others_may_write_gets_no_token_sent(
         cli, tls_plane, tls_files, tmp_path, mode, owner, status):
-    path = str(tmp_path / "ca.pem")
-    shutil.copy(tls_files.ca, path)
-    with open(path, "ab") as file:
-        file.write("# F\u0151tan\xfas\xedtv\xe1ny\n".encode())  # as in the bundle of Mozilla
-    os.chmod(path, mode)
+    with open(tls_files.ca) as stream:
+        pem = stream.read() + "# F\u0151tan\xfas\xedtv\xe1ny\n"  # as in the bundle of Mozilla
+    path = write_private(tmp_path / "ca.pem", pem, mode)
     if owner:
         os.chown(path, owner, -1)
     result = forward_to(cli, tls_plane, "--ca-file", path)
@@ -4679,8 +4494,6 @@ def test_tls_versions_and_checks_of_the_context_are_as_specified(tls_files):
 @pytest.fixture
 def tunnels():
     """An HTTP proxy: `url`; `heads` of its requests, `carried` bytes; `to`, where CONNECT leads."""
-    proxy = types.SimpleNamespace(heads=[], carried=[], to=None, answer=b"HTTP/1.1 200 OK\r\n\r\n")
-
     def serve(connection, _listener):
         head = b""
         while not head.endswith(b"\r\n\r\n"):
@@ -4692,43 +4505,41 @@ def tunnels():
         connection.sendall(proxy.answer)
         if not head.startswith(b"CONNECT ") or b" 200 " not in proxy.answer:
             return
-        host, port = head.split()[1].decode().rsplit(":", 1)
-        upstream = socket.create_connection(proxy.to or (host, int(port)), 10)
-
-        def back():
-            for data in chunks(upstream):
-                connection.sendall(data)
-            hang_up(connection, socket.SHUT_WR)
-        thread = threading.Thread(target=back, daemon=True)
-        thread.start()
-        for data in chunks(connection):
-            proxy.carried.append(data)
-            upstream.sendall(data)
-        hang_up(upstream)
-        thread.join(10)
-        upstream.close()
+        with dial(proxy.to or head.split()[1].decode()) as upstream:
+            def back():
+                for data in chunks(upstream):
+                    connection.sendall(data)
+                hang_up(connection, socket.SHUT_WR)
+            thread = threading.Thread(target=back, daemon=True)
+            thread.start()
+            for data in chunks(connection):
+                proxy.carried += data
+                upstream.sendall(data)
+            hang_up(upstream)
+            thread.join(10)
     listener = Listener(serve)
-    proxy.url = "http://127.0.0.1:%d" % listener.address[1]
+    proxy = types.SimpleNamespace(heads=[], carried=b"", to=None, answer=b"HTTP/1.1 200 OK\r\n\r\n",
+                                  url="http://127.0.0.1:%d" % listener.address[1])
     yield proxy
     listener.close()
 
 
-@pytest.fixture
-def tls_plane(tls_files):
-    """A control plane with https."""
-    with ControlPlane(tls=tls_context(tls_files.server)) as plane:
-        yield plane
-
-
-@pytest.mark.parametrize("name", ["HTTPS_PROXY", "https_proxy"])
-def test_an_https_server_is_reached_through_the_proxy(cli, tls_plane, tls_files, tunnels, name):
-    environ = {name: tunnels.url, "NO_PROXY": "example.com, .internal"}
-    result = forward_to(cli, tls_plane, "--ca-file", tls_files.ca, **environ)
-    assert (result.status, len(tls_plane.requests)) == (0, 1)
+@pytest.mark.parametrize("name, before", [
+    ("HTTPS_PROXY", "http://"), ("https_proxy", "http://"), ("HTTPS_PROXY", ""),
+    ("HTTPS_PROXY", "me:hunter%402@"), ("HTTPS_PROXY", "http://me:hunter%402@")])
+def test_an_https_server_is_reached_through_the_proxy_which_gets_its_own_credentials_alone(
+        cli, tls_plane, tls_files, tunnels, name, before):
+    environ = {name: before + tunnels.url.split("//")[1], "NO_PROXY": "example.com, .internal"}
+    result = forward_to(cli, tls_plane, "-v", "--ca-file", tls_files.ca, **environ)
+    assert result.status == 0 and "hunter" not in result.err
     head, = tunnels.heads
     assert head.startswith("CONNECT %s HTTP/1." % tls_plane.url.split("//")[1])
-    assert "authorization" not in head.lower()
-    assert tunnels.carried and BEARER.encode() not in b"".join(tunnels.carried)
+    basic = "Basic " + base64.b64encode(b"me:hunter@2").decode()
+    assert re.findall(r"(?im)^.*authorization.*: (.*)\r$", head) == [basic] * ("@" in before)
+    assert tunnels.carried and BEARER.encode() not in tunnels.carried
+    request, = tls_plane.requests
+    assert request.headers["Proxy-Authorization"] is None
+    assert request.headers.get_all("Authorization") == ["Bearer " + BEARER]
 
 
 @pytest.mark.parametrize("exempt", ["127.0.0.1", "*", "a.example,127.0.0.1", "a.example, 127.0.0.1:{port}"])
@@ -4737,18 +4548,6 @@ def test_no_proxy_exempts_a_server(cli, tls_plane, tls_files, tunnels, name, exe
     environ = {"HTTPS_PROXY": tunnels.url, name: exempt.format(port=tls_plane.url.rsplit(":", 1)[1])}
     result = forward_to(cli, tls_plane, "--ca-file", tls_files.ca, **environ)
     assert (result.status, len(tls_plane.requests), tunnels.heads) == (0, 1, [])
-
-
-def test_a_proxy_gets_its_own_credentials_and_no_others(cli, tls_plane, tls_files, tunnels):
-    environ = {"HTTPS_PROXY": tunnels.url.replace("//", "//me:hunter%402@")}
-    result = forward_to(cli, tls_plane, "-v", "--ca-file", tls_files.ca, **environ)
-    assert result.status == 0 and "hunter" not in result.err
-    basic = "Basic " + base64.b64encode(b"me:hunter@2").decode()
-    assert [line.split(": ", 1)[1] for line in tunnels.heads[0].split("\r\n")
-            if "authorization" in line.lower()] == [basic]
-    request, = tls_plane.requests
-    assert request.headers["Proxy-Authorization"] is None
-    assert request.headers.get_all("Authorization") == ["Bearer " + BEARER]
 
 
 def test_a_plain_http_server_never_goes_through_a_proxy(cli, lone_plane, tunnels, monkeypatch):
@@ -4760,24 +4559,16 @@ def test_a_plain_http_server_never_goes_through_a_proxy(cli, lone_plane, tunnels
     assert (result.status, len(lone_plane.requests), tunnels.heads) == (0, 1, [])
 
 
-def test_a_proxy_without_a_scheme_is_taken_for_http(cli, tls_plane, tls_files, tunnels):
-    url = "me:hunter2@" + tunnels.url.split("//")[1]
-    assert forward_to(cli, tls_plane, "--ca-file", tls_files.ca, HTTPS_PROXY=url).status == 0
-    assert len(tunnels.heads) == 1
-
-
 @pytest.mark.parametrize("kind", [
     "https://me:hunter2@{}", "socks5://me:hunter2@{}", "socks5h://me:hunter2@{}", "ftp://me:hunter2@{}",
     "http:me:hunter2@{}", "http://", "http://me:hunter2 @{}", "http://me:hunter2\n@{}",
     "http://CORP\\me:p@ss#hunter2:rd/%@{}",
     "http://me:hunter2@127.0.0.1:99999", "http://me:hunter2@127.0.0.1:abc", "http://me:hunter2@"])
-def test_a_proxy_of_another_kind_is_a_usage_error_that_shows_no_password(
-        cli, tls_plane, tls_files, tunnels, kind):
+def test_a_proxy_of_another_kind_is_a_usage_error_that_shows_no_password(cli, tls_plane, tunnels, kind):
     url = kind.format(tunnels.url.split("//")[1])
-    result = forward_to(cli, tls_plane, "--ca-file", tls_files.ca, HTTPS_PROXY=url)
-    is_usage_error(result, "HTTPS_PROXY", "percent-encode" if kind[:7] == "http://" else "not supported")
-    assert "hunter2" not in result.err
-    assert (tls_plane.requests, tunnels.heads) == ([], [])
+    line = failed(forward_to(cli, tls_plane, HTTPS_PROXY=url), 2, "HTTPS_PROXY",
+                  "percent-encode" if kind[:7] == "http://" else "not supported")
+    assert "hunter2" not in line and (tls_plane.requests, tunnels.heads) == ([], [])
 
 
 def test_a_proxy_that_wants_another_log_in_is_told_of_and_asked_once(cli, tls_plane, tls_files, tunnels):
@@ -4785,40 +4576,45 @@ def test_a_proxy_that_wants_another_log_in_is_told_of_and_asked_once(cli, tls_pl
     tunnels.answer = b"HTTP/1.1 407 \x1b[2JProxy Authentication Required\r\nContent-Length: 0\r\n\r\n"
     result = forward_to(cli, tls_plane, "--ca-file", tls_files.ca,
                         HTTPS_PROXY=tunnels.url.replace("//", "//me:hunter2@"))
-    assert result.status == 1 and len(tunnels.heads) == 1 and tls_plane.requests == []
-    line = one_error_line(result, "cannot connect to ", " through HTTPS_PROXY: the proxy refused: 407")
-    assert re.match(r"[ -~]+\Z", line) and "hunter2" not in line
+    line = failed(result, 1, "cannot connect to ", " through HTTPS_PROXY: the proxy refused: 407")
+    assert "hunter2" not in line and len(tunnels.heads) == 1 and tls_plane.requests == []
 
 
-@pytest.mark.parametrize("endpoint", ["127.0.0.1:22", "localhost:22"])
+def test_a_proxy_that_is_down_is_named(cli, tls_plane, tls_files):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        result = forward_to(cli, tls_plane, "--ca-file", tls_files.ca,
+                            HTTPS_PROXY="http://127.0.0.1:%d" % closed.getsockname()[1])
+    failed(result, 1, tls_plane.url, "through HTTPS_PROXY", "refused")
+
+
+@pytest.mark.parametrize("endpoint", ["127.0.0.1:22", "localhost:22", "0.0.0.0:22", "[ff02::1]:22"])
 def test_an_endpoint_on_this_machine_is_revoked_where_the_server_is_elsewhere(
         cli, tls_files, tunnels, localhost, endpoint):
     with ControlPlane(tls=tls_context(tls_files.wrong_host), endpoint=endpoint) as plane:
-        tunnels.to = ("127.0.0.1", int(plane.url.rsplit(":", 1)[1]))
-        result = cli(["tcp-forward", "--server", "https://wrong.example", "--ca-file", tls_files.ca]
-                     + REQUIRED_FLAGS, plane.environment(HTTPS_PROXY=tunnels.url))
-        assert (result.status, result.out) == (1, "")
-        one_error_line(result, "listener", "refused")
-        assert_one_revoked(plane)
-        assert {head.split()[1] for head in tunnels.heads} == {"wrong.example:443"}
+        tunnels.to = plane.url.split("//")[1]
+        result = forward_to(cli, plane, "--server", "https://wrong.example", "--ca-file", tls_files.ca,
+                            HTTPS_PROXY=tunnels.url)
+        failed(result, 1, "listener", "refused")
+        revoked_once(plane)
+    assert {head.split()[1] for head in tunnels.heads} == {"wrong.example:443"}
 
 
 # Revoking
 
-@pytest.mark.parametrize("status", [204, 404, 409, 410])
-def test_a_session_that_is_gone_counts_as_revoked(lone_plane, status):
-    lone_plane.script("revoke", Answer(status))
-    assert create_client(lone_plane).revoke(PROJECT_ID, OTHER_ID) is None
-    assert len(lone_plane.requests) == 1
-
-
 @pytest.mark.parametrize("status, exit_code", [
-    (302, 1), (400, 1), (401, 3), (403, 4), (429, 1), (500, 1), (503, 1)])
-def test_any_other_answer_to_a_revoke_is_an_error(lone_plane, status, exit_code):
+    (204, 0), (404, 0), (409, 0), (410, 0), (302, 1), (400, 1), (401, 3), (403, 4), (429, 1), (503, 1)])
+def test_a_session_that_is_gone_counts_as_revoked_and_any_other_answer_is_an_error(
+        lone_plane, status, exit_code):
     lone_plane.script("revoke", Answer(status))
-    with pytest.raises(plexctl.ApiError, match="RevokeSession: %d" % status) as raised:
-        create_client(lone_plane).revoke(PROJECT_ID, OTHER_ID)
-    assert (raised.value.status, raised.value.exit_code) == (status, exit_code)
+    client = create_client(lone_plane)
+    if exit_code:
+        with pytest.raises(plexctl.ApiError, match="RevokeSession: %d" % status) as raised:
+            client.revoke(PROJECT_ID, OTHER_ID)
+        assert (raised.value.status, raised.value.exit_code) == (status, exit_code)
+    else:
+        client.revoke(PROJECT_ID, OTHER_ID)
+    assert len(lone_plane.requests) == 1
 
 
 @pytest.mark.parametrize("answer", [problem("forbidden"), redirect("/x")], ids=["403", "302"])
@@ -4827,8 +4623,7 @@ def test_a_failing_revoke_is_a_warning_that_changes_no_exit_code(cli, lone_plane
     lone_plane.script("get", problem("rebac_denied"))
     lone_plane.script("revoke", answer)
     result = forward_to(cli, lone_plane)
-    assert result.status == 77
-    last_error_line(result, "GetSession: 403")
+    failed(result, 77, "GetSession: 403", alone=False)
     warning, = [line for line in result.err.splitlines() if line.startswith("plexctl: warning: ")]
     assert lone_plane.issued[0] in warning and str(answer.status) in warning
     assert len(requests_of(lone_plane, "revoke")) == 1
@@ -4837,11 +4632,8 @@ def test_a_failing_revoke_is_a_warning_that_changes_no_exit_code(cli, lone_plane
 def test_a_revoke_that_fails_passingly_is_tried_again(cli, lone_plane, short_pauses):
     lone_plane.endpoint_on = "read"
     lone_plane.script("revoke", drop, Answer(502), problem("internal"), Answer(429), process_then_drop)
-    result = forward_to(cli, lone_plane, "--wait-seconds", "0")
-    assert result.status == 1
-    one_error_line(result, "listener endpoint")
-    assert len(requests_of(lone_plane, "revoke")) == 6
-    assert lone_plane.revoked == lone_plane.issued
+    failed(forward_to(cli, lone_plane, "--wait-seconds", "0"), 1, "listener endpoint")
+    assert len(requests_of(lone_plane, "revoke")) == 6 and lone_plane.revoked == lone_plane.issued
 
 
 # As a library
@@ -4863,9 +4655,7 @@ def texts_of(thing, done=None):
     elif type(thing).__module__.startswith(("plexctl", "urllib")) and not isinstance(thing, plexctl.Secret):
         held = [getattr(thing, "__dict__", None)]
         held += [getattr(thing, name, None) for name in getattr(type(thing), "__slots__", ())]
-    for each in held:
-        texts += texts_of(each, done)
-    return texts
+    return texts + [text for each in held for text in texts_of(each, done)]
 
 
 def assert_shows_no_secret(thing, *more):
@@ -4876,8 +4666,7 @@ def assert_shows_no_secret(thing, *more):
 
 
 def test_the_client_is_usable_without_the_command_line(lone_plane):
-    told = []
-    lines = []
+    told, lines = [], []
     client = create_client(lone_plane, report=lines.append)
     issued = client.issue(session_request(900), told.append)
     session = lone_plane.sessions[0]
@@ -4891,38 +4680,36 @@ def test_the_client_is_usable_without_the_command_line(lone_plane):
     assert str(read.listener_endpoint) == "127.0.0.1:9"
     client.revoke(PROJECT_ID, issued.session_id)
     assert lone_plane.revoked == [session.id]
-    assert [line.split(":")[0].split()[0] for line in lines] == ["POST", "GET", "POST"]
+    assert client.get(PROJECT_ID, issued.session_id).status == "revoked"
+    assert [line.split(":")[0].split()[0] for line in lines] == ["POST", "GET", "POST", "GET"]
+    assert [(each.method, each.path, each.body) for each in lone_plane.requests[1:3]] == [
+        ("GET", SESSIONS_PATH + "/" + session.id, b""),
+        ("POST", SESSIONS_PATH + "/" + session.id + "/revoke", {"revoke_reason": "operator_request"})]
     for thing in (client, issued, read, issued.session, lines):
         assert_shows_no_secret(thing)
 
 
-def test_a_caller_learns_of_a_session_before_the_rest_is_judged(lone_plane):
-    told = []
-    lone_plane.script("issue", with_field(("token",), None))
-    with pytest.raises(plexctl.TransportError, match="token"):
-        create_client(lone_plane).issue(session_request(), told.append)
-    assert told == lone_plane.issued
+SECRETS_IN_ANSWERS = {
+    "401": problem("unauthenticated"), "drip": drip, "time": with_field(("expires_at",), "soon"),
+    "session": with_field(("session",), [BEARER]),
+    "token": with_field(("token",), SESSION_TOKEN_MARK + " " + BEARER),
+    "truncated JSON": Answer(201, raw=('{"token": "%s' % SESSION_TOKEN_MARK).encode()),
+    "not UTF-8": Answer(201, raw=('{"token": "%s"}\xff' % SESSION_TOKEN_MARK).encode("latin-1")),
+    "no HTTP": sending(SESSION_TOKEN_MARK.encode() * 10000),
+    "truncated": sending(b"HTTP/1.1 201 Created\r\nContent-Length: 99\r\n\r\n" + SESSION_TOKEN_MARK.encode())}
 
 
-@pytest.mark.parametrize("step", [
-    problem("unauthenticated"), drip, with_field(("expires_at",), "soon"), with_field(("session",), [BEARER]),
-    with_field(("token",), SESSION_TOKEN_MARK + " " + BEARER),
-    Answer(201, raw=('{"token": "%s' % SESSION_TOKEN_MARK).encode()),
-    Answer(201, raw=('{"token": "%s"}\xff' % SESSION_TOKEN_MARK).encode("latin-1")),
-    sending(SESSION_TOKEN_MARK.encode() * 10000),
-    sending(b"HTTP/1.1 201 Created\r\nContent-Length: 99\r\n\r\n" + SESSION_TOKEN_MARK.encode()),
-], ids=["401", "drip", "time", "session", "token", "truncated JSON", "not UTF-8", "no HTTP", "truncated"])
-def test_no_exception_shows_a_secret(lone_plane, short_limits, step):
-    cancel = threading.Event()
-    cancel.set()  # one attempt
-    lone_plane.script("issue", step)
+@pytest.mark.parametrize("name", sorted(SECRETS_IN_ANSWERS))
+def test_no_exception_shows_a_secret(lone_plane, short_limits, name):
+    client = create_client(lone_plane)
+    client.cancel.set()  # one attempt
+    lone_plane.script("issue", SECRETS_IN_ANSWERS[name])
     with pytest.raises(plexctl.PlexctlError) as raised:
-        create_client(lone_plane, cancel=cancel).issue(session_request())
+        client.issue(session_request())
     assert_shows_no_secret(raised.value)
 
 
-@pytest.mark.parametrize("error", [
-    RuntimeError, KeyError, TypeError, AssertionError, ValueError, OSError], ids=lambda e: e.__name__)
+@pytest.mark.parametrize("error", [RuntimeError, KeyError, OSError], ids=lambda e: e.__name__)
 def test_an_exchange_that_fails_in_an_unforeseen_way_shows_only_the_class(lone_plane, error):
     def fail(request, timeout):
         raise error("Bearer " + request.get_header("Authorization", BEARER))
@@ -4933,35 +4720,16 @@ def test_an_exchange_that_fails_in_an_unforeseen_way_shows_only_the_class(lone_p
     assert_shows_no_secret(raised.value)
 
 
-ODD_TOKENS = {
-    "CR LF": "psk_a\r\nX-Evil: 1", "LF": "psk_a\nb", "NUL": "psk_a\0b", "DEL": "psk_a\x7f",
-    "latin-1": "psk_\xe9",
-    "space": "psk_a b", "wide": "psk_\u20ac", "empty": "", "200 kB": "psk_" + "x" * 200000}
-
-
-@pytest.mark.parametrize("name", sorted(ODD_TOKENS))
-def test_the_client_sends_no_token_of_odd_characters_either(lone_plane, name):
+@pytest.mark.parametrize("token", ["", "psk_a\r\nX-Evil: 1", "psk_\xe9", "psk_" + "x" * 200000], ids=shown)
+def test_the_client_sends_no_token_of_odd_characters_either(lone_plane, token):
     with pytest.raises(plexctl.PlexctlError) as raised:
-        create_client(lone_plane, ODD_TOKENS[name]).get(PROJECT_ID, OTHER_ID, 5)
+        create_client(lone_plane, token).get(PROJECT_ID, OTHER_ID, 5)
     assert lone_plane.requests == []
     assert_shows_no_secret(raised.value, "psk_")
 
 
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_nothing_with_a_secret_in_it_is_pickled(lone_plane, protocol):
-    client = create_client(lone_plane)
-    issued = client.issue(session_request())
-    for thing in (client, issued, issued.token):
-        with pytest.raises((TypeError, AttributeError, pickle.PicklingError)) as raised:
-            pickle.dumps(thing, protocol)
-        assert_shows_no_secret(raised.value)
-    for copying in (copy.copy, copy.deepcopy):
-        with pytest.raises(TypeError):
-            copying(issued.token)
-
-
 def test_one_client_serves_several_threads_at_once(lone_plane):
-    client, revoked, failed = create_client(lone_plane), [], []
+    client, revoked, failures = create_client(lone_plane), [], []
     meet = threading.Barrier(8)
 
     def work():
@@ -4974,13 +4742,13 @@ def test_one_client_serves_several_threads_at_once(lone_plane):
                 client.revoke(PROJECT_ID, issued.session_id)
                 revoked.append(issued.session_id)
         except Exception as error:  # a thread's failure is the test's
-            failed.append(error)
+            failures.append(error)
     threads = [threading.Thread(target=work, daemon=True) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(20)
-    assert failed == []
+    assert failures == []
     assert len(set(revoked)) == 40 and sorted(revoked) == sorted(lone_plane.revoked)
     assert len({request.body["idempotency_key"] for request in requests_of(lone_plane, "issue")}) == 40
     assert_nothing_remains(lone_plane._listener)
@@ -4992,69 +4760,12 @@ def test_a_refusal_says_where_the_token_came_from(cli, lone_plane, tmp_path, sou
     lone_plane.script("issue", problem(name))
     environ, args = lone_plane.environment(), []
     if source == "--token-file":
-        (tmp_path / "token").write_text(BEARER)
-        (tmp_path / "token").chmod(0o600)
-        args = ["--token-file", str(tmp_path / "token")]
+        args = ["--token-file", write_private(tmp_path / "token", BEARER)]
     elif source == "token of a profile":
         entry = {"server": lone_plane.url, "token": BEARER}
         environ = write_config(tmp_path, {"default": "prod", "profiles": {"prod": entry}})
     result = cli(["tcp-forward"] + REQUIRED_FLAGS + args, environ)
-    assert result.status == status
-    one_error_line(result, "401" if status == 3 else "403", "the token is from", source)
-
-
-def test_a_proxy_that_is_down_is_named(cli, tls_plane, tls_files):
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        result = forward_to(cli, tls_plane, "--ca-file", tls_files.ca,
-                            HTTPS_PROXY="http://127.0.0.1:%d" % closed.getsockname()[1])
-    assert result.status == 1 and tls_plane.requests == []
-    one_error_line(result, tls_plane.url, "through HTTPS_PROXY", "refused")
-
-
-def test_a_redirect_is_shown_escaped_and_not_followed(cli, lone_plane):
-    lone_plane.script("issue", redirect("https://login.example/\x1b[2J"))
-    result = forward_to(cli, lone_plane)
-    assert result.status == 1
-    one_error_line(result, "never followed", "https://login.example/\\x1b[2J")
-
-
-@pytest.mark.parametrize("answer, expected", [
-    (Answer(304), "IssueSession: 304 Not Modified; a redirect is never followed"),
-    (Answer(520), "IssueSession: 520"),
-    (Answer(520, {"detail": "why"}), "IssueSession: 520: why"),
-    (Answer(520, {"title": "What", "detail": "why", "code": "word"}), "IssueSession: 520 What: why (word)")],
-    ids=["304", "bare", "detail", "all"])
-def test_an_error_is_told_without_gaps(cli, lone_plane, answer, expected):
-    lone_plane.script("issue", answer)
-    assert one_error_line(forward_to(cli, lone_plane)) == "plexctl: error: " + expected
-
-
-@pytest.mark.parametrize("step", [
-    lambda token: problem("internal", detail="cannot use Authorization: Bearer %s" % token),
-    lambda token: problem("internal", title=token, code="x" * 290 + token),
-    lambda token: redirect("https://elsewhere.example.com/?token=" + token),
-    lambda token: Answer(401, dict(problem("step_up_required").body, detail=token),
-                         (("WWW-Authenticate", 'Bearer acr_values="%s"' % token),))],
-    ids=["detail", "cut short", "Location", "acr_values"])
-def test_a_server_that_repeats_the_bearer_token_does_not_have_it_shown(cli, simulation, step):
-    simulation.plane.script("issue", step(simulation.plane.bearer))
-    result = cli(forward_args(simulation.plane, "-v"), simulation.plane.environment())
-    assert result.status in (1, 3) and "(secret)" in result.err
-    assert simulation.plane.bearer[:8] not in result.err
-
-
-def test_a_server_that_repeats_the_session_token_does_not_have_it_shown(simulation):
-    def tell(handler, plane):
-        told = problem("forbidden", detail="token %s" % plane.sessions[0].token)
-        handler.wfile.write(handler.render(told))
-    simulation.plane.script("revoke", tell)
-    with start_plexctl(forward_args(simulation.plane, "--proxy"),
-                       env=simulation.plane.environment()) as process:
-        process.ready(2)
-        process.send_signal(signal.SIGTERM)
-        process.finish()
-    assert "token (secret)" in process.err
+    failed(result, status, "401" if status == 3 else "403", "the token is from", source)
 
 
 # ---- tests: relay --------------------------------------------------------------------------------
