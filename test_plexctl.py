@@ -1589,6 +1589,7 @@ import stat
 import termios
 import traceback
 import types
+import urllib.error
 
 import pytest  # the demonstration must not need it
 
@@ -1900,49 +1901,41 @@ def test_the_kinder_node_serves_several_and_keeps_half_closes_and_resets():
 
 REFUSED = "refused"
 ARABIC_FIVE = "\u0665"
-UUID_UPPER = PROJECT_ID.upper()
-UUID_HEX = PROJECT_ID.replace("-", "")
 BAD_UUIDS = [
-    "", "x", UUID_HEX, "{%s}" % PROJECT_ID, "urn:uuid:" + PROJECT_ID, PROJECT_ID + "\n", " " + PROJECT_ID,
-    PROJECT_ID[:-1], PROJECT_ID + "0", "0190a8b8a0c0-7a0a-8a0a-a0a0-a0a0a0c0",
+    "", "x", PROJECT_ID.replace("-", ""), "{%s}" % PROJECT_ID, "urn:uuid:" + PROJECT_ID, PROJECT_ID + "\n",
+    " " + PROJECT_ID, PROJECT_ID[:-1], PROJECT_ID + "0", "0190a8b8a0c0-7a0a-8a0a-a0a0-a0a0a0c0",
     "0190-a8b8-a0c0-7a0a-8a0aa0a0a0a0a0c0", PROJECT_ID.replace("9", "\u0669"),
-    PROJECT_ID.replace("-", "\u2010"), PROJECT_ID.replace("b", "g"),
-]
-BAD_NUMBERS = ["", " 5 ", "5\n", "1_000", ARABIC_FIVE, "\uff15", "+5", "-1", "5.5", "0x50", "1e3", "five",
-               "9" * 19, "9" * 5000]
+    PROJECT_ID.replace("-", "\u2010"), PROJECT_ID.replace("b", "g")]
+BAD_NUMBERS = ["", " 5 ", "5\n", "1_000", ARABIC_FIVE, "\uff15", "+5", "-1", "0x50", "1e3", "five", "9" * 19,
+               "9" * 5000]
 BAD_ADDRESSES = [  # for everything that has to be an address or a name
     "127.1", "0x7f.1", "2130706433", "0x7f000001", "0", "0177.0.0.1", "1.2.3.256", "1.2.3", "1.2.3.4.5",
     "01.2.3.4", "a..b", ".a", "-a", "a-", "a b", "a\tb", "a\x00b", "a/b", "a@b", "a%31", "a\\b",
     "[127.0.0.1]", "[::1", "::1]", "[::1%lo]", "[12345::1]", "[]", "[name]", "b\xfccher.example",
     "\u0661.2.3.4", "a" * 64, "a." * 127 + "aa"]
-BAD_SERVERS = [
-    "", "plane.example", "//plane.example", "https:plane.example", "https:/plane.example", "https://",
-    "ftp://plane.example", "file:///etc/passwd", "data:,x", "https://user@plane.example",
-    "https://user:pass@plane.example", "https://@plane.example", "https://plane.example?query",
-    "https://plane.example/?q",
-    "https://plane.example#part", "https://plane.example/#", "https://plane.example\\@other.example",
-    "https://plane.example/\\x", " https://plane.example", "https://plane.example ", "https://plane .example",
-    "https://plane.example/a b", "https://plane.example\n", "https://plane.example/\r\nHost: other",
-    "https://plane.example/\x00", "https://plane.example/\x7f", "https://plane.example/\u2028",
-    "https://pl\xe4ne.example", "https://plane.example:", "https://plane.example:0",
-    "https://plane.example:65536", "https://plane.example:117925", "https://plane.example:" + ARABIC_FIVE,
-    "https://plane.example:1_0", "https://plane.example:443:443", "https://::1", "https://[::1",
-    "https://[::1]x"]
+BAD_SERVERS = ["", "plane.example", "//plane.example", "https:plane.example", "https:/plane.example",
+               "ftp://plane.example", "file:///etc/passwd", "data:,x", " https://plane.example"] + [
+    "https://" + rest for rest in [
+        "", "user@plane.example", "user:pass@plane.example", "@plane.example", "plane.example?query",
+        "plane.example/?q", "plane.example#part", "plane.example/#", "plane.example\\@other.example",
+        "plane.example/\\x", "plane.example ", "plane .example", "plane.example/a b", "plane.example\n",
+        "plane.example/\r\nHost: other", "plane.example/\x00", "plane.example/\x7f", "plane.example/\u2028",
+        "pl\xe4ne.example", "plane.example:", "plane.example:0", "plane.example:65536", "plane.example:1_0",
+        "plane.example:" + ARABIC_FIVE, "plane.example:443:443", "::1", "[::1", "[::1]x"]]
 BAD_HTTP_SERVERS = [  # good with --allow-http
     "http://plane.example", "http://10.0.0.1", "http://127.0.0.1.evil.example",
     "http://localhost.evil.example", "http://notlocalhost", "http://128.0.0.1", "http://[::2]",
     "http://0.0.0.0", "http://plane.localhost"]
-BAD_TOKENS = [  # as bytes; CR and LF would be header injection, the rest is what strip() eats or urllib sends
-    b"", b"\n", b"\r\n", b"psk 1", b"psk_1\n\n", b"\npsk_1", b"psk_1\r", b" psk_1", b"psk_1 \n", b"psk\x001",
-    b"psk_1\x7f", b"psk_1\x1c\n", b"psk_1\xe2\x80\xa8\n", b"psk_1\xc2\xa0", b"\xa0psk_1",
-    b"\xef\xbb\xbfpsk_1", "psk_1".encode("utf-16"), b"psk_\xff", b"psk\r\nX-Header: 1", b"a" * 8193,
-    b"a" * 8193 + b"\n"]
-LOGGER = logging.getLogger("plexctl.audit")
 
 
 def shown(value):
     """The id of a parameter: short and ASCII, whatever is in it."""
     return ascii(value)[:48]
+
+
+def rows(good, bad):
+    """Rows of (text, expected): what each good text becomes, and that the bad ones are refused."""
+    return list(good.items()) + [(text, REFUSED) for text in bad]
 
 
 def outcome(parse, *arguments):
@@ -1971,6 +1964,11 @@ def write_config(directory, document, mode=0o600):
     return {"HOME": str(directory)}
 
 
+def config_of(plane):
+    """A config document whose default profile is this control plane and its token."""
+    return {"default": "prod", "profiles": {"prod": {"server": plane.url, "token": BEARER}}}
+
+
 def flags_with(flag, *values):
     """The required flags with one of them given like this instead (or, without values, left out)."""
     pairs = zip(REQUIRED_FLAGS[::2], REQUIRED_FLAGS[1::2])
@@ -1988,18 +1986,10 @@ def run_words(words, env=None, **popen):
     return Result(done.returncode, out, err)
 
 
-def run_redirected(redirections, args, env):
+def run_redirected(redirections, args, env, **popen):
     """Run plexctl.py with a shell's redirections, such as `>&-`."""
     words = ["sh", "-c", 'exec "$@" ' + redirections, "sh", sys.executable, "-I", PLEXCTL]
-    return run_words(words + list(args), clean_environment(env))
-
-
-def is_usage_error(result, *words):
-    """Exit 2, nothing on stdout, and one printable line on stderr with these words."""
-    assert (result.status, result.out) == (2, "")
-    line = one_error_line(result, *words)
-    assert re.match(r"[ -~]+\Z", line) and result.err == line + "\n"
-    return True
+    return run_words(words + list(args), clean_environment(env), **popen)
 
 
 def find_pythons():
@@ -2012,79 +2002,63 @@ def find_pythons():
 
 # ---- tests: values ------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("text, expected", [(PROJECT_ID, PROJECT_ID), (UUID_UPPER, PROJECT_ID)] + [
-    (text, REFUSED) for text in BAD_UUIDS], ids=shown)
+@pytest.mark.parametrize("text, expected", rows(
+    {PROJECT_ID: PROJECT_ID, PROJECT_ID.upper(): PROJECT_ID}, BAD_UUIDS), ids=shown)
 def test_a_uuid_is_canonical_and_becomes_lower_case(text, expected):
     assert outcome(plexctl.parse_uuid, text) == expected
 
 
-@pytest.mark.parametrize("text, expected", [("1", 1), ("65535", 65535), ("0022", 22)] + [
-    (text, REFUSED) for text in BAD_NUMBERS + ["0", "65536", "117925"]], ids=shown)
-def test_a_port_is_plain_digits_from_1_to_65535(text, expected):
-    assert outcome(plexctl.parse_int, text, 1, plexctl.PORT_MAX) == expected
+@pytest.mark.parametrize("text, expected", rows(
+    {"3": 3, "700": 700, "0022": 22}, BAD_NUMBERS + ["2", "701", "5.5", "117925"]), ids=shown)
+def test_a_whole_number_is_plain_digits_within_its_bounds(text, expected):
+    assert outcome(plexctl.parse_int, text, 3, 700) == expected
 
 
-@pytest.mark.parametrize("text, expected", [("3", 3), ("7", 7), ("2", REFUSED), ("8", REFUSED)] + [
-    (text, REFUSED) for text in BAD_NUMBERS if text != "five"], ids=shown)
-def test_a_whole_number_lies_within_its_bounds(text, expected):
-    assert outcome(plexctl.parse_int, text, 3, 7) == expected
-
-
-@pytest.mark.parametrize("text, expected", [("0", 0), ("90", 90), ("0.5", 0.5), ("2.25", 2.25)] + [
-    (text, REFUSED) for text in BAD_NUMBERS + ["nan", "inf", "-0", "1.", ".5", "1,5", "1.5s"]
-    if text != "5.5"], ids=shown)
+@pytest.mark.parametrize("text, expected", rows(
+    {"0": 0, "90": 90, "0.5": 0.5, "2.25": 2.25},
+    BAD_NUMBERS + ["nan", "inf", "-0", "1.", ".5", "1,5", "1.5s"]), ids=shown)
 def test_seconds_are_digits_with_perhaps_a_decimal_point(text, expected):
     assert outcome(plexctl.parse_seconds, text) == expected
 
 
-@pytest.mark.parametrize("text, host, port", [
-    ("10.0.0.5:5432", "10.0.0.5", 5432), ("255.255.255.255:1", "255.255.255.255", 1),
-    ("[2001:db8::1]:65535", "2001:db8::1", 65535), ("[::ffff:10.0.0.1]:22", "::ffff:10.0.0.1", 22),
-    ("node-1.plex.example:22", "node-1.plex.example", 22), ("node.example.:22", "node.example.", 22),
-    ("localhost:1", "localhost", 1), ("3com.example:1", "3com.example", 1)], ids=shown)
-def test_an_endpoint_is_a_strict_host_and_a_port(text, host, port):
-    endpoint = plexctl.parse_endpoint(text)
-    assert (endpoint.host, endpoint.port, str(endpoint)) == (host, port, text)
-    assert endpoint == plexctl.parse_endpoint(text) != plexctl.parse_endpoint("other.example:1")
+@pytest.mark.parametrize("text, expected", rows({
+    "10.0.0.5:5432": ("10.0.0.5", 5432), "255.255.255.255:1": ("255.255.255.255", 1),
+    "[2001:db8::1]:65535": ("2001:db8::1", 65535), "[::ffff:10.0.0.1]:22": ("::ffff:10.0.0.1", 22),
+    "node-1.plex.example:22": ("node-1.plex.example", 22), "node.example.:22": ("node.example.", 22),
+    "node_1:80": ("node_1", 80), "localhost:1": ("localhost", 1), "3com.example:1": ("3com.example", 1)},
+    ["", ":", "name", "name:", ":80", "10.0.0.5", "::1:80", "name:80:80", "name:80\n", "name:000022"]
+    + ["name:" + port for port in BAD_NUMBERS + ["0", "65536", "117925"]]
+    + [host + ":80" for host in BAD_ADDRESSES]), ids=shown)
+def test_an_endpoint_is_a_strict_host_and_a_port(text, expected):
+    endpoint = outcome(plexctl.parse_endpoint, text)
+    assert endpoint == expected and (expected == REFUSED or str(endpoint) == text)
 
 
-@pytest.mark.parametrize("text", ["", ":", "name", "name:", ":80", "10.0.0.5", "::1:80", "name:80:80",
-                                  "name:80\n"] + [
-    "name:" + port for port in BAD_NUMBERS[1:] + ["0", "65536", "117925"]] + [
-    host + ":80" for host in BAD_ADDRESSES], ids=shown)
-def test_an_endpoint_of_any_other_form_is_refused(text):
-    assert outcome(plexctl.parse_endpoint, text) == REFUSED
-
-
-@pytest.mark.parametrize("text, expected", [
-    ("127.0.0.1:0", "127.0.0.1:0"), ("127.0.0.1:65535", "127.0.0.1:65535"), ("0.0.0.0:5432", "0.0.0.0:5432"),
-    ("[::1]:0", "[::1]:0"), ("localhost:5432", "127.0.0.1:5432"), ("unix:/run/db.sock", "unix:/run/db.sock"),
-] + [(text, REFUSED) for text in [
-    "", "127.0.0.1", "5432", ":0", "*:0", "::1:0", "[::1]", "name.example:0", "127.0.0.1:65536",
-    "127.0.0.1:-1", "unix:", "unix:relative", "unix:/a\nb", "unix:/" + "a" * 200] + [
-    "127.0.0.1:" + port for port in BAD_NUMBERS] + [host + ":0" for host in BAD_ADDRESSES]], ids=shown)
+@pytest.mark.parametrize("text, expected", rows({
+    "127.0.0.1:0": "127.0.0.1:0", "127.0.0.1:65535": "127.0.0.1:65535", "0.0.0.0:5432": "0.0.0.0:5432",
+    "[::1]:0": "[::1]:0", "localhost:5432": "127.0.0.1:5432", "unix:/run/db.sock": "unix:/run/db.sock"},
+    ["", "127.0.0.1", "5432", ":0", "*:0", "::1:0", "[::1]", "name.example:0", "127.0.0.1:65536",
+     "127.0.0.1:-1", "127.1:0", "unix:", "unix:relative", "unix:/a\nb", "unix:/" + "a" * 200]), ids=shown)
 def test_a_local_address_is_a_literal_or_a_path(text, expected):
-    local = outcome(plexctl.parse_local_address, text)
-    assert str(local) == expected
+    assert str(outcome(plexctl.parse_local_address, text)) == expected
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("https://plane.example", "https://plane.example:443"),
-    ("HTTPS://plane.example/", "https://plane.example:443"),
-    ("https://plane.example:8443/some/prefix/", "https://plane.example:8443/some/prefix"),
-    ("https://10.0.0.1", "https://10.0.0.1:443"), ("https://[2001:db8::1]:1", "https://[2001:db8::1]:1"),
-    ("http://127.0.0.1:1", "http://127.0.0.1:1"), ("http://127.255.0.9", "http://127.255.0.9:80"),
-    ("http://localhost", "http://localhost:80"), ("http://[::1]:1", "http://[::1]:1"),
-] + [(text, REFUSED) for text in BAD_SERVERS + BAD_HTTP_SERVERS] + [
-    ("https://" + host, REFUSED) for host in BAD_ADDRESSES if host != "a/b"], ids=shown)
+@pytest.mark.parametrize("text, expected", rows({
+    "https://plane.example": "https://plane.example:443",
+    "HTTPS://plane.example/": "https://plane.example:443",
+    "https://plane.example:8443/some/prefix/": "https://plane.example:8443/some/prefix",
+    "https://10.0.0.1": "https://10.0.0.1:443", "https://[2001:db8::1]:1": "https://[2001:db8::1]:1",
+    "http://127.0.0.1:1": "http://127.0.0.1:1", "http://127.255.0.9": "http://127.255.0.9:80",
+    "http://localhost": "http://localhost:80", "http://[::1]:1": "http://[::1]:1"},
+    BAD_SERVERS + BAD_HTTP_SERVERS + ["https://" + host for host in BAD_ADDRESSES if host != "a/b"]),
+    ids=shown)
 def test_a_server_is_an_absolute_https_url_or_loopback(text, expected):
     assert str(outcome(plexctl.parse_server, text, False)) == expected
 
 
-@pytest.mark.parametrize("text, good", [(text, True) for text in BAD_HTTP_SERVERS] + [
-    (text, False) for text in BAD_SERVERS], ids=shown)
-def test_allow_http_permits_plain_http_and_nothing_else(text, good):
-    assert (outcome(plexctl.parse_server, text, True) != REFUSED) == good
+@pytest.mark.parametrize("text", BAD_SERVERS + BAD_HTTP_SERVERS, ids=shown)
+def test_allow_http_permits_plain_http_and_nothing_else(text):
+    assert (outcome(plexctl.parse_server, text, True) != REFUSED) == (text in BAD_HTTP_SERVERS)
 
 
 @pytest.mark.parametrize("one, other, same", [
@@ -2096,78 +2070,65 @@ def test_two_servers_are_the_same_by_scheme_host_and_port(one, other, same):
     assert plexctl.parse_server(one, False).same_origin(plexctl.parse_server(other, False)) == same
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("1970-01-01T00:00:00Z", 0), ("1970-01-01t00:00:01z", 1), ("1970-01-01T00:00:00.25Z", 0.25),
-    ("1970-01-01T00:00:01.123456789Z", 1.123456789), ("1970-01-01T02:00:00+02:00", 0),
-    ("1969-12-31T18:29:30.5-05:30", -29.5), ("1970-01-01T00:00:00-00:00", 0),
-    ("2000-02-29T00:00:00Z", 951782400), ("2016-12-31T23:59:60Z", 1483228799),
-    ("2099-05-02T10:30:00Z", 4081401000),
-] + [(text, REFUSED) for text in [
+@pytest.mark.parametrize("text, expected", rows({
+    "1970-01-01T00:00:00Z": 0, "1970-01-01t00:00:01z": 1, "1970-01-01T00:00:00.25Z": 0.25,
+    "1970-01-01T00:00:01.123456789Z": pytest.approx(1.123456789), "1970-01-01T02:00:00+02:00": 0,
+    "1969-12-31T18:29:30.5-05:30": -29.5, "1970-01-01T00:00:00-00:00": 0,
+    "2000-02-29T00:00:00Z": 951782400, "2016-12-31T23:59:60Z": 1483228799,
+    "2099-05-02T10:30:00Z": 4081401000}, [
     "", "1970-01-01", "1970-01-01T00:00:00", "1970-01-01 00:00:00Z", "1970-01-01T00:00Z", "19700101T000000Z",
     "1970-01-01T00:00:00+0000", "1970-01-01T00:00:00+00", "1970-01-01T00:00:00,5Z", "1970-01-01T00:00:00.Z",
     "1970-01-01T00:00:00Z\n", " 1970-01-01T00:00:00Z", "1970-02-30T00:00:00Z", "2100-02-29T00:00:00Z",
     "1970-13-01T00:00:00Z", "1970-00-01T00:00:00Z", "1970-01-01T24:00:00Z", "1970-01-01T00:60:00Z",
     "1970-01-01T00:00:61Z", "1970-01-01T00:00:00+24:00", "1970-01-01T00:00:00+00:60", "0000-01-01T00:00:00Z",
-    "12026-01-01T00:00:00Z", "-970-01-01T00:00:00Z", "1970-01-01T00:00:0%sZ" % ARABIC_FIVE, "0", "1e9"]],
+    "12026-01-01T00:00:00Z", "-970-01-01T00:00:00Z", "1970-01-01T00:00:0%sZ" % ARABIC_FIVE, "0", "1e9"]),
     ids=shown)
 def test_a_time_is_rfc_3339(text, expected):
-    found = outcome(plexctl.parse_time, text)
-    assert found == expected or REFUSED not in (found, expected) and abs(found - expected) < 1e-6
+    assert outcome(plexctl.parse_time, text) == expected
 
 
-@pytest.mark.parametrize("raw, expected", [
-    (b'{"a": [1, 2.5, null, true, "\\u00e9"]}', {"a": [1, 2.5, None, True, "\xe9"]}),
-    ('"\xe9\u2028"'.encode("utf-8"), "\xe9\u2028"), (b' "\\ud83d\\ude00" ', "\U0001f600"),
-] + [(raw, REFUSED) for raw in [
+@pytest.mark.parametrize("raw, expected", rows({
+    b'{"a": [1, 2.5, null, true, "\\u00e9"]}': {"a": [1, 2.5, None, True, "\xe9"]},
+    '"\xe9\u2028"'.encode("utf-8"): "\xe9\u2028", b' "\\ud83d\\ude00" ': "\U0001f600"}, [
     b"", b" ", b"{", b"{} {}", b"{'a': 1}", b"[1,]", b"NaN", b'{"a": NaN}', b"Infinity", b"[-Infinity]",
     b"nan", b'{"a": 1, "a": 1}', b'[{"b": {"a": 1, "a": 2}}]', b'{"a": 1, "\\u0061": 2}', b'"\\ud800"',
     b'{"\\udfff": 1}', b'"\xed\xa0\x80"', b"\xef\xbb\xbf{}", "{}".encode("utf-16"), "{}".encode("utf-16-le"),
     "{}".encode("utf-32"), b'"\xff"', b'"\xc0\x80"', b'"\n"', b'"\x00"', b"[" * 100000,
-    b"[" * 100000 + b"]" * 100000, b'{"a":' * 100000 + b"1" + b"}" * 100000]], ids=shown)
-def test_json_is_strict(raw, expected):
-    assert outcome(plexctl.parse_json, raw) == expected
-
-
-def test_an_integer_of_5000_digits_is_a_number_or_refused_and_nothing_else():
-    assert outcome(plexctl.parse_json, b"9" * 5000) in (REFUSED, 10 ** 5000 - 1)
+    b"[" * 100000 + b"]" * 100000, b'{"a":' * 100000 + b"1" + b"}" * 100000, b"7" * 1000000]), ids=shown)
+def test_json_is_strict_and_judged_at_once(raw, expected):
+    with lasts(0, 5):
+        assert outcome(plexctl.parse_json, raw) == expected
 
 
 def test_an_error_of_parse_json_does_not_hold_the_document():
     with pytest.raises(ValueError) as raised:
         plexctl.parse_json(b'{"token": "%s"' % BEARER.encode())
-    shown_lines = traceback.format_exception(type(raised.value), raised.value, raised.value.__traceback__)
-    assert BEARER not in "".join(shown_lines) + repr(raised.value)
+    assert_shows_no_secret(raised.value)
 
 
-@pytest.mark.parametrize("text, good", [
-    ("10.0.0.5", True), ("db.internal", True), ("::1", True), ("localhost", True),
-    ("b\xfccher.example", True), ("", False), (" ", False), ("\t\n", False), ("\xa0", False),
-    ("\u2028", False), ("a b", False), (" a", False), ("a\n", False), ("a\x1b[2J", False), ("a\x00", False),
-    ("a\u202eb", False), ("a\xa0b", False), ("\udcff", False), ("a" * 254, False), ("a:1", False),
-    ("http://a", False), ("a/b", False)], ids=shown)
-def test_a_target_host_is_printable_and_has_no_white_space(text, good):
-    assert outcome(plexctl.parse_target_host, text) == (text if good else REFUSED)
+@pytest.mark.parametrize("text, expected", rows(
+    {text: text for text in ("10.0.0.5", "db.internal", "::1", "localhost", "b\xfccher.example")},
+    ["", " ", "\t\n", "\xa0", "\u2028", "a b", " a", "a\n", "a\x1b[2J", "a\x00", "a\u202eb", "a\xa0b",
+     "\udcff", "a" * 254, "a:1", "http://a", "a/b"]), ids=shown)
+def test_a_target_host_is_printable_and_has_no_white_space(text, expected):
+    assert outcome(plexctl.parse_target_host, text) == expected
 
 
-@pytest.mark.parametrize("host, loopback, dialable", [
-    ("127.0.0.1", True, False), ("127.255.255.254", True, False), ("::1", True, False),
-    ("0:0:0:0:0:0:0:1", True, False), ("localhost", True, False), ("LOCALHOST.", True, False),
-    ("::ffff:127.0.0.1", True, False), ("128.0.0.1", False, True), ("::2", False, True),
-    ("100.64.0.12", False, True), ("2001:db8::1", False, True), ("node.example", False, True),
-    ("localhost.evil.example", False, True), ("127.0.0.1.evil.example", False, True),
-    ("notlocalhost", False, True), ("0.0.0.0", False, False), ("::", False, False), ("0:0::0", False, False),
-    ("::ffff:0.0.0.0", False, False), ("224.0.0.1", False, False), ("239.255.255.255", False, False),
-    ("::ffff:224.0.0.1", False, False), ("ff02::1", False, False)], ids=shown)
-def test_loopback_unspecified_and_multicast_addresses_are_known(host, loopback, dialable):
-    is_name = plexctl.parse_address(host) is None  # it is judged once it is looked up
-    assert (plexctl.is_loopback(host), plexctl.is_dialable(host)) == (loopback, dialable or is_name)
-    assert plexctl.is_dialable(host, from_loopback=True)
+ADDRESSES = {  # whether it is loopback; may be dialled; may be where the control plane is on loopback too
+    (True, False, True): ["127.0.0.1", "127.255.255.254", "::1", "0:0:0:0:0:0:0:1", "::ffff:127.0.0.1"],
+    (True, True, True): ["localhost", "LOCALHOST."],  # a name is judged once it is looked up
+    (False, True, True): ["128.0.0.1", "::2", "100.64.0.12", "2001:db8::1", "node.example", "notlocalhost",
+                          "localhost.evil.example", "127.0.0.1.evil.example"],
+    (False, False, True): ["0.0.0.0", "::", "0:0::0", "::ffff:0.0.0.0", "224.0.0.1", "239.255.255.255",
+                           "::ffff:224.0.0.1", "ff02::1"],
+    (False, False, False): ["169.254.169.254", "169.254.0.1", "fe80::1", "FEBF::1", "fe80::1%eth0",
+                            "::ffff:169.254.169.254"]}
 
 
-@pytest.mark.parametrize("host", [
-    "169.254.169.254", "169.254.0.1", "fe80::1", "FEBF::1", "fe80::1%eth0", "::ffff:169.254.169.254"])
-def test_a_link_local_endpoint_is_refused_whoever_names_it(host):
-    assert not plexctl.is_dialable(host) and not plexctl.is_dialable(host, from_loopback=True)
+@pytest.mark.parametrize("host, known", [
+    (host, known) for known, hosts in ADDRESSES.items() for host in hosts], ids=shown)
+def test_loopback_unspecified_multicast_and_link_local_addresses_are_known(host, known):
+    assert (plexctl.is_loopback(host), plexctl.is_dialable(host), plexctl.is_dialable(host, True)) == known
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -2183,8 +2144,7 @@ def test_a_secret_does_not_show_itself():
     secret = plexctl.Secret(BEARER)
     assert secret.reveal() == BEARER
     shapes = [repr(secret), str(secret), "%s %r" % (secret, secret), "{} {!r}".format(secret, secret),
-              format(secret),
-              repr([secret]), repr({"token": secret}), ascii(secret), repr(vars(type(secret)))]
+              format(secret), ascii(secret), repr([secret]), repr({"t": secret}), repr(vars(type(secret)))]
     assert not [each for each in shapes if BEARER in each or "psk_" in each]
     assert not hasattr(secret, "__dict__")
 
@@ -2207,14 +2167,19 @@ def test_one_line_end_of_a_token_is_dropped(raw, expected):
     assert plexctl.parse_token(raw, "here").reveal() == expected
 
 
-@pytest.mark.parametrize("raw, fault", [
-    (b"", "is empty"), (b"\n", "is empty"), (b"Bearer psk_1", 'starts with "Bearer "'),
-    (b"psk 1", "contains a space"), (b"psk_1\n\n", "contains a line break"),
-    (b"\xef\xbb\xbfpsk_1", "byte-order mark"), ("psk_1".encode("utf-16"), "byte-order mark"),
-    (b"psk_\xff", "not printable ASCII"), (b"a" * 8193, "longer than 8192")], ids=shown)
-def test_an_error_of_a_token_says_what_is_wrong_with_it(raw, fault):
-    with pytest.raises(plexctl.CredentialsError, match="here: the token .*" + re.escape(fault)):
-        plexctl.parse_token(raw, "here")
+@pytest.mark.parametrize("fault, raws", [  # CR and LF would be header injection
+    ("is empty", [b"", b"\n", b"\r\n"]), ('starts with "Bearer "', [b"Bearer psk_1", b"bearer psk_1"]),
+    ("contains a space", [b"psk 1", b" psk_1", b"psk_1 \n", b"psk_1\t"]),
+    ("contains a line break", [b"psk_1\n\n", b"\npsk_1", b"psk_1\r", b"psk\r\nX-Header: 1"]),
+    ("byte-order mark", [b"\xef\xbb\xbfpsk_1", "psk_1".encode("utf-16")]),
+    ("not printable ASCII", [b"psk_\xff", b"psk\x001", b"psk_1\x7f", b"psk_1\x1c\n", b"psk_1\xe2\x80\xa8\n",
+                             b"psk_1\xc2\xa0", b"\xa0psk_1"]),
+    ("longer than 8192", [b"a" * 8193, b"a" * 8193 + b"\n"])], ids=shown)
+def test_an_error_of_a_token_says_what_is_wrong_with_it(fault, raws):
+    for raw in raws:
+        with pytest.raises(plexctl.CredentialsError, match="here: the token .*" + re.escape(fault)) as raised:
+            plexctl.parse_token(raw, "here")
+        assert "psk" not in str(raised.value)
 
 
 @pytest.mark.parametrize("count, expected", [
@@ -2233,6 +2198,7 @@ def test_a_duration_is_shown_for_people(seconds, expected):
 
 @pytest.mark.parametrize("error, expected", [
     (ConnectionRefusedError(111, "Connection refused"), "Connection refused"),
+    (urllib.error.URLError(ConnectionResetError(104, "Reset by peer")), "Reset by peer"),
     (OSError(5, "bad\x1b[1m"), "bad\\x1b[1m"), (socket.timeout("timed out"), "timed out"),
     (ValueError("Invalid header value b'Bearer %s'" % BEARER), "ValueError"),
     (OSError("Bearer " + BEARER), "OSError"), (RecursionError(BEARER), "RecursionError"),
@@ -2245,19 +2211,6 @@ def test_a_duration_is_shown_for_people(seconds, expected):
     ids=shown)
 def test_an_error_is_shown_without_what_it_was_given(error, expected):
     assert plexctl.show_error(error) == expected
-
-
-def test_the_reason_of_a_urlerror_is_shown():
-    import urllib.error
-    reason = ConnectionResetError(104, "Connection reset by peer")
-    assert plexctl.show_error(urllib.error.URLError(reason)) == "Connection reset by peer"
-
-
-def test_an_integer_of_a_million_digits_is_refused_at_once():
-    began = time.monotonic()
-    with pytest.raises(ValueError):
-        plexctl.parse_json(b'{"a": ' + b"7" * 1000000 + b"}")
-    assert time.monotonic() - began < 5
 
 
 # ---- tests: credentials, in order ---------------------------------------------------------------
@@ -2286,8 +2239,7 @@ def resolve(home, server="", profile="", token_file="", environ=()):
     ("", "side", BOTH, "side.example"), ("", "address", BOTH, "address.example"),
     ("", "token", BOTH, "url.example"), ("", "empty", BOTH, "url.example"), ("", "", BOTH, "url.example"),
     ("", "", TOKEN, "main.example"), ("", "empty", TOKEN, "main.example"),
-    ("", "", dict(TOKEN, PLEXSPHERE_URL=""), "main.example"),
-], ids=shown)
+    ("", "", dict(TOKEN, PLEXSPHERE_URL=""), "main.example")], ids=shown)
 def test_the_first_server_found_wins(tmp_path, server, profile, environ, expected):
     write_config(tmp_path, PROFILES)
     token_file = write_private(tmp_path / "token", "psk_file\n")
@@ -2320,35 +2272,13 @@ def test_the_token_of_a_profile_goes_to_no_other_server(tmp_path, server, profil
     assert resolve(tmp_path, server, profile, "", environ) == 3
 
 
-def test_a_config_file_without_a_default_profile_gives_nothing(cli, tmp_path):
-    environ = write_config(tmp_path, {"profiles": PROFILES["profiles"]})
-    result = cli(["tcp-forward"] + REQUIRED_FLAGS, environ)
-    assert result.status == 2
-    one_error_line(result, "no server: ")
-
-
-def test_a_profile_token_for_another_server_is_refused_with_the_reason(cli, simulation, tmp_path):
-    entry = {"server": "https://prod.example", "token": BEARER}
-    environ = write_config(tmp_path, {"profiles": {"prod": entry}})
-    result = cli(forward_args(simulation.plane, "--profile", "prod"), environ)
-    assert result.status == 3 and simulation.plane.requests == []
-    one_error_line(result, "own server, and --server names another one")
-
-
-def test_a_default_profile_alone_is_enough(cli, simulation, tmp_path):
-    document = {"default": "prod", "profiles": {"prod": {"server": simulation.plane.url, "token": BEARER}}}
-    result = cli(["tcp-forward"] + REQUIRED_FLAGS, write_config(tmp_path, document))
-    assert result.status == 0 and len(simulation.plane.issued) == 1
-
-
-def test_xdg_config_home_comes_before_home_and_a_relative_one_is_ignored(cli, simulation, tmp_path):
-    document = {"default": "prod", "profiles": {"prod": {"server": simulation.plane.url, "token": BEARER}}}
-    write_config(tmp_path, document)
+def test_a_default_profile_is_enough_wherever_the_environment_says_that_it_is(cli, lone_plane, tmp_path):
+    home = write_config(tmp_path, config_of(lone_plane))
     wrong = write_config(tmp_path / "other", "not JSON")
-    there = dict(wrong, XDG_CONFIG_HOME=str(tmp_path / ".config"))
-    assert cli(["tcp-forward"] + REQUIRED_FLAGS, there).status == 0
-    relative = {"HOME": str(tmp_path), "XDG_CONFIG_HOME": "relative"}
-    assert cli(["tcp-forward"] + REQUIRED_FLAGS, relative).status == 0
+    for environ in (home, dict(home, XDG_CONFIG_HOME="relative"),
+                    dict(wrong, XDG_CONFIG_HOME=str(tmp_path / ".config"))):
+        assert cli(["tcp-forward"] + REQUIRED_FLAGS, environ).status == 0
+    assert len(lone_plane.issued) == 3
 
 
 @pytest.mark.parametrize("environ, args, status, word", [
@@ -2363,19 +2293,7 @@ def test_xdg_config_home_comes_before_home_and_a_relative_one_is_ignored(cli, si
     ({"PLEXSPHERE_URL": "http://127.0.0.1.evil.example", "PLEXSPHERE_TOKEN": "x"}, [], 2, "PLEXSPHERE_URL"),
     ({"PLEXSPHERE_URL": "https://user:%s@plane.example" % BEARER}, [], 2, "PLEXSPHERE_URL")], ids=shown)
 def test_a_server_that_is_missing_exits_2_and_credentials_3(cli, environ, args, status, word):
-    result = cli(["tcp-forward"] + REQUIRED_FLAGS + args, environ)
-    assert (result.status, result.out) == (status, "")
-    one_error_line(result, word)
-
-
-@pytest.mark.parametrize("server, status", [("plane.example", 2), ("http://plane.example", 2),
-                                            ("https://localhost:0", 2)])
-def test_a_malformed_server_in_a_profile_exits_2(cli, tmp_path, server, status):
-    entry = {"server": server, "token": BEARER}
-    environ = write_config(tmp_path, {"default": "prod", "profiles": {"prod": entry}})
-    result = cli(["tcp-forward"] + REQUIRED_FLAGS, environ)
-    assert result.status == status
-    one_error_line(result, "profile")
+    failed(cli(["tcp-forward"] + REQUIRED_FLAGS + args, environ), status, word)
 
 
 GOOD_ENTRY = {"server": "https://localhost:1", "token": "psk_1"}
@@ -2392,57 +2310,65 @@ GOOD_ENTRY = {"server": "https://localhost:1", "token": "psk_1"}
 @pytest.mark.parametrize("args", [[], ["--profile", "prod"]], ids=["default", "named"])
 def test_a_config_file_of_another_shape_exits_3_and_shows_the_right_one(cli, tmp_path, document, args):
     result = cli(["tcp-forward"] + REQUIRED_FLAGS + args, write_config(tmp_path, document))
-    assert (result.status, result.out) == (3, "")
-    one_error_line(result, "config.json", '{"default": "prod", "profiles": {"prod": {"server": ',
-                   '"token": "psk_..."')
+    failed(result, 3, "config.json", '{"default": "prod", "profiles": {"prod": {"server": ',
+           '"token": "psk_..."')
 
 
-@pytest.mark.parametrize("document, args", [
-    ({"default": "gone", "profiles": {"prod": GOOD_ENTRY}}, []),
-    ({"default": "prod", "profiles": {"prod": GOOD_ENTRY}}, ["--profile", "gone"]),
-    ({"default": "prod", "profiles": {"prod": dict(GOOD_ENTRY, token="psk 1\r\n")}}, []),
-    ({"default": "prod", "profiles": {"prod": dict(GOOD_ENTRY, token="")}}, []),
-    ({"default": "prod", "profiles": {"prod": dict(GOOD_ENTRY, token="psk_\xe9")}}, [])], ids=shown)
-def test_an_unknown_profile_or_a_bad_token_in_it_exits_3(cli, tmp_path, document, args):
+@pytest.mark.parametrize("default, changes, args, status, words", [
+    ("", {}, [], 2, ["no server: "]),
+    ("gone", {}, [], 3, ["config.json", "available: old, prod"]),
+    ("prod", {}, ["--profile", "pro"], 3, ["--profile: no profile 'pro' in ", "available: old, prod"]),
+    ("prod", {"token": "psk 1\r\n"}, [], 3, ["config.json"]), ("prod", {"token": ""}, [], 3, ["config.json"]),
+    ("prod", {"token": "psk_\xe9"}, [], 3, ["config.json"]),
+    ("prod", {"server": "plane.example"}, [], 2, ["profile"]),
+    ("prod", {"server": "http://plane.example"}, [], 2, ["profile"]),
+    ("prod", {"server": "https://localhost:0"}, [], 2, ["profile"]),
+    ("", {}, ["--profile", "prod", "--server", "https://b.example"], 3,
+     ["own server, and --server names another one"])], ids=shown)
+def test_a_profile_that_does_not_serve_is_told_with_the_reason(
+        cli, tmp_path, default, changes, args, status, words):
+    document = {"profiles": {"prod": dict(GOOD_ENTRY, **changes), "old": {}}}
+    if default:
+        document["default"] = default
     result = cli(["tcp-forward"] + REQUIRED_FLAGS + args, write_config(tmp_path, document))
-    assert result.status == 3 and "psk" not in one_error_line(result, "config.json")
+    assert "psk" not in failed(result, status, *words)
+
+
+def test_a_config_directory_that_cannot_be_searched_is_not_taken_for_none(cli, tmp_path):
+    (tmp_path / "plexctl").symlink_to("plexctl")
+    result = cli(["tcp-forward"] + REQUIRED_FLAGS, {"XDG_CONFIG_HOME": str(tmp_path)})
+    failed(result, 3, "config.json", "cannot be opened")
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o620, 0o604, 0o660, 0o601])
-def test_a_config_or_token_file_that_others_may_use_exits_3(cli, simulation, tmp_path, mode):
-    document = {"default": "prod", "profiles": {"prod": {"server": simulation.plane.url, "token": BEARER}}}
-    result = cli(["tcp-forward"] + REQUIRED_FLAGS, write_config(tmp_path, document, mode))
-    assert result.status == 3 and one_error_line(result, "config.json", "%04o" % mode)
+def test_a_config_or_token_file_that_others_may_use_exits_3(cli, lone_plane, tmp_path, mode):
+    result = cli(["tcp-forward"] + REQUIRED_FLAGS, write_config(tmp_path, config_of(lone_plane), mode))
+    failed(result, 3, "config.json", "%04o" % mode)
     path = write_private(tmp_path / "token", BEARER, mode)
-    result = cli(forward_args(simulation.plane, "--token-file", path))
-    assert result.status == 3
-    one_error_line(result, "--token-file", "permissions %04o are too open; run chmod 600" % mode)
-    assert simulation.plane.requests == []
+    failed(forward_to(cli, lone_plane, "--token-file", path), 3, "--token-file",
+           "permissions %04o are too open; run chmod 600" % mode)
+    assert lone_plane.requests == []
 
 
-@pytest.mark.parametrize("mode", [0o600, 0o400])
-@pytest.mark.parametrize("end", ["", "\n", "\r\n"], ids=shown)
-def test_a_private_token_file_is_used(cli, simulation, tmp_path, mode, end):
-    path = write_private(tmp_path / "token", BEARER + end, mode)
-    assert cli(forward_args(simulation.plane, "--token-file", path)).status == 0
-    assert simulation.plane.requests[0].headers["Authorization"] == "Bearer " + BEARER
+@pytest.mark.parametrize("mode, name", [
+    (0o600, "token"), (0o400, os.fsdecode(b"j\xfcrgen token") if LINUX else "J\xfcrgen")], ids=shown)
+def test_a_private_token_file_of_any_name_is_used(cli, lone_plane, tmp_path, mode, name):
+    path = write_private(os.path.join(str(tmp_path), name), BEARER + "\r\n", mode)
+    assert cli(forward_args(lone_plane, "--token-file", path)).status == 0
+    assert lone_plane.requests[0].headers["Authorization"] == "Bearer " + BEARER
 
 
-@pytest.mark.parametrize("raw", BAD_TOKENS, ids=shown)
-def test_a_token_file_with_anything_else_in_it_exits_3(cli, simulation, tmp_path, raw):
-    path = write_private(tmp_path / "token", raw)
-    result = cli(forward_args(simulation.plane, "--token-file", path), {"PLEXSPHERE_TOKEN": BEARER})
-    assert result.status == 3 and simulation.plane.requests == []
-    assert "psk" not in one_error_line(result, "--token-file")
-
-
+@pytest.mark.parametrize("where", ["--token-file", "PLEXSPHERE_TOKEN"])
 @pytest.mark.parametrize("text", [
-    "psk 1", "psk_1\n\n", "psk\r\nX-Header: 1", "psk_\x7f", "psk_\xe9", "psk_\u2028", "psk_\xa0", "psk_\x1c",
-    "psk_\udcff", "\ufeffpsk_1", "a" * 8193], ids=shown)
-def test_a_token_in_the_environment_with_other_characters_exits_3(cli, simulation, text):
-    result = cli(forward_args(simulation.plane), {"PLEXSPHERE_TOKEN": text})
-    assert result.status == 3 and simulation.plane.requests == []
-    assert "psk" not in one_error_line(result, "PLEXSPHERE_TOKEN")
+    "psk 1", "psk_1\n\n", "psk\r\nX-Header: 1", "psk_\x7f", "psk_\u2028", "\ufeffpsk_1", "psk_\udcff",
+    "a" * 8193], ids=shown)
+def test_a_token_with_anything_else_in_it_exits_3(cli, lone_plane, tmp_path, where, text):
+    environ, args = {"PLEXSPHERE_TOKEN": text}, []
+    if where == "--token-file":
+        path = write_private(tmp_path / "token", text.encode("utf-8", "surrogateescape"))
+        environ, args = {"PLEXSPHERE_TOKEN": BEARER}, ["--token-file", path]
+    line = failed(cli(forward_args(lone_plane, *args), environ), 3, where)
+    assert "psk" not in line and lone_plane.requests == []
 
 
 def test_a_token_file_of_64_kib_is_read_and_a_larger_one_is_not(tmp_path):
@@ -2462,55 +2388,43 @@ def make_unix_socket(path):
     os.chmod(path, 0o600)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="POSIX files")
-@pytest.mark.parametrize("make", [
-    make_fifo, make_unix_socket, os.mkdir, lambda path: os.symlink("/dev/zero", path),
-    lambda path: os.symlink("/nonexistent", path), lambda path: None],
-    ids=["a FIFO without a writer", "a socket", "a directory", "a device", "a dangling link", "nothing"])
-def test_a_token_file_that_is_no_file_exits_3_and_does_not_block(simulation, tmp_path, make):
+def link_to(target):
+    """What makes a link to a file."""
+    return lambda path: os.symlink(target, path)
+
+
+@pytest.mark.parametrize("make, word", [
+    (make_fifo, "is empty"), (make_unix_socket, ""), (os.mkdir, ""), (link_to("/dev/zero"), ""),
+    pytest.param(link_to("/proc/self/mem"), "cannot be read: ",
+                 marks=pytest.mark.skipif(not LINUX, reason="opens and cannot be read")),
+    (link_to("/nonexistent"), "cannot be opened"), (lambda path: None, "cannot be opened")],
+    ids=["a FIFO without a writer", "a socket", "a directory", "a device", "memory", "a dangling link",
+         "nothing"])
+def test_a_token_file_that_is_no_file_exits_3_and_does_not_block(lone_plane, tmp_path, make, word):
     path = str(tmp_path / "token")
     make(path)
-    args = forward_args(simulation.plane, "--token-file", path)
-    result = run_redirected("", args, {"PLEXSPHERE_TOKEN": BEARER})
-    assert result.status == 3 and simulation.plane.requests == []
-    one_error_line(result, "--token-file")
+    result = run_redirected("", forward_args(lone_plane, "--token-file", path), {"PLEXSPHERE_TOKEN": BEARER})
+    failed(result, 3, "--token-file " + path, word)
+    assert lone_plane.requests == []
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="a file that opens and cannot be read")
-def test_a_token_file_that_cannot_be_read_says_why(cli, simulation):
-    result = cli(forward_args(simulation.plane, "--token-file", "/proc/self/mem"))
-    assert result.status == 3 and simulation.plane.requests == []
-    one_error_line(result, "--token-file /proc/self/mem: cannot be read: ")
-
-
-def test_a_link_counts_as_what_it_leads_to(cli, simulation, tmp_path):
-    for name, mode, status in (("good", 0o600, 0), ("bad", 0o644, 3)):
-        os.symlink(write_private(tmp_path / name, BEARER, mode), str(tmp_path / (name + ".link")))
-        result = cli(forward_args(simulation.plane, "--token-file", tmp_path / (name + ".link")))
-        assert result.status == status
-
-
-@pytest.mark.skipif(not LINUX, reason="Linux takes any bytes for a file name")
-def test_a_token_file_may_have_any_name(cli, simulation, tmp_path):
-    path = os.path.join(str(tmp_path), os.fsdecode(b"j\xfcrgen token"))
-    write_private(path, BEARER)
-    assert cli(forward_args(simulation.plane, "--token-file", path)).status == 0
+@pytest.mark.parametrize("mode, status", [(0o600, 0), (0o644, 3)])
+def test_a_link_counts_as_what_it_leads_to(cli, lone_plane, tmp_path, mode, status):
+    link_to(write_private(tmp_path / "token", BEARER, mode))(str(tmp_path / "link"))
+    assert cli(forward_args(lone_plane, "--token-file", tmp_path / "link")).status == status
 
 
 @pytest.mark.skipif(not ROOT, reason="needs root to give files away")
-def test_a_token_file_of_another_user_exits_3(cli, simulation, tmp_path):
+def test_a_token_or_config_file_of_another_user_exits_3(cli, lone_plane, tmp_path):
     path = write_private(tmp_path / "token", BEARER)
-    os.chown(path, 65534, 0)
-    result = cli(forward_args(simulation.plane, "--token-file", path))
-    assert result.status == 3 and one_error_line(result, "--token-file", "65534")
-    environ = write_config(tmp_path, PROFILES)
-    os.chown(str(tmp_path / ".config" / "plexctl" / "config.json"), 65534, 0)
-    result = cli(["tcp-forward"] + REQUIRED_FLAGS, environ)
-    assert result.status == 3 and one_error_line(result, "config.json", "65534")
-    assert simulation.plane.requests == []
+    environ = write_config(tmp_path, config_of(lone_plane))
+    for each in (path, str(tmp_path / ".config" / "plexctl" / "config.json")):
+        os.chown(each, 65534, 0)
+    failed(cli(forward_args(lone_plane, "--token-file", path)), 3, "--token-file", "65534")
+    failed(cli(["tcp-forward"] + REQUIRED_FLAGS, environ), 3, "config.json", "65534")
+    assert lone_plane.requests == []
 
 
-@pytest.mark.skipif(os.name != "posix", reason="permission bits")
 def test_a_token_file_cannot_be_swapped_between_the_check_and_the_use(tmp_path):
     good, bad = write_private(tmp_path / "good", b"good"), write_private(tmp_path / "bad", b"bad", 0o644)
     path, over, seen = str(tmp_path / "token"), threading.Event(), set()
@@ -2526,22 +2440,44 @@ def test_a_token_file_cannot_be_swapped_between_the_check_and_the_use(tmp_path):
     attacker.start()
     try:
         for _ in range(1500):
-            try:
+            with contextlib.suppress(plexctl.CredentialsError):
                 seen.add(plexctl.read_own_file(path, "--token-file"))
-            except plexctl.CredentialsError:
-                pass
     finally:
         over.set()
         attacker.join()
     assert b"bad" not in seen
 
 
-def test_a_token_comes_from_standard_input(simulation):
-    result = run_plexctl(forward_args(simulation.plane, "--token-file", "-"), input=BEARER + "\r\n")
-    assert (result.returncode, result.stderr) == (0, "") and len(simulation.plane.issued) == 1
+@pytest.mark.skipif(not LINUX, reason="reads /proc")
+def test_a_secret_file_is_closed_again(tmp_path):
+    path = write_private(tmp_path / "token", BEARER)
+    before = descriptors()
+    assert plexctl.read_own_file(path, "it") == BEARER.encode()
+    os.chmod(path, 0o640)
+    with pytest.raises(plexctl.CredentialsError):
+        plexctl.read_own_file(path, "it")
+    assert descriptors() == before
 
 
-@pytest.mark.skipif(os.name != "posix", reason="names of descriptors")
+@pytest.mark.parametrize("name", ["-", "/dev/stdin"])
+@pytest.mark.parametrize("make", [socket.socketpair, lambda: [open(fd, mode, 0) for fd, mode in zip(
+    os.pipe(), ["rb", "wb"])][::-1]], ids=["socket", "pipe"])
+def test_a_token_comes_from_standard_input_by_any_name(lone_plane, make, name):
+    ours, its = make()
+    with ours, its:
+        os.write(ours.fileno(), BEARER.encode() + b"\r\n")
+        ours.close()
+        result = run_redirected("", forward_args(lone_plane, "--token-file", name), {}, stdin=its)
+    assert (result.status, result.err) == (0, "") and len(lone_plane.issued) == 1
+
+
+@pytest.mark.parametrize("redirections, fault", [
+    ("<&-", "standard input is closed"), ("</dev/null", "is empty")])
+def test_a_standard_input_without_a_token_exits_3(lone_plane, redirections, fault):
+    result = run_redirected(redirections, forward_args(lone_plane, "--token-file", "-"), {})
+    failed(result, 3, "--token-file", fault)
+
+
 @pytest.mark.parametrize("name", ["/dev/stdin", "/dev/fd/0", "/proc/self/fd/0", "{path}", "{link}", "-"])
 def test_a_token_file_that_is_descriptor_0_leaves_nothing_there(tmp_path, name):
     path, link = write_private(tmp_path / "token", BEARER + "\n"), str(tmp_path / "link")
@@ -2555,113 +2491,44 @@ def test_a_token_file_that_is_descriptor_0_leaves_nothing_there(tmp_path, name):
     with open(path) as stdin:
         words = [sys.executable, "-I", "-B", "-c", program, name]
         result = run_words(words, clean_environment(), stdin=stdin)
-    assert (result.status, result.out, result.err) == (0, "%d b''\n" % len(BEARER + "\n"), "")
+    assert result == Result(0, "%d b''\n" % len(BEARER + "\n"), "")
 
 
-@pytest.mark.skipif(os.name != "posix", reason="names of descriptors")
 @pytest.mark.parametrize("mode, status", [(0o600, 0), (0o644, 3)])
 def test_a_file_that_is_descriptor_0_is_judged_by_its_mode_and_read_from_its_beginning(
-        simulation, tmp_path, mode, status):
+        lone_plane, tmp_path, mode, status):
     path = write_private(tmp_path / "token", BEARER, mode)
     with open(path) as stdin:
         stdin.seek(0, os.SEEK_END)
-        words = [sys.executable, "-I", PLEXCTL] + forward_args(simulation.plane, "--token-file", path)
-        result = run_words(words, clean_environment(), stdin=stdin)
-    assert result.status == status and len(simulation.plane.issued) == (not status)
+        result = run_redirected("", forward_args(lone_plane, "--token-file", path), {}, stdin=stdin)
+    assert result.status == status and len(lone_plane.issued) == (not status)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="names of descriptors")
 @pytest.mark.parametrize("name", ["-", "/dev/stdin", "{path}"])
-def test_stdio_and_a_token_on_standard_input_exclude_each_other(simulation, tmp_path, name):
+def test_stdio_and_a_token_on_standard_input_exclude_each_other(lone_plane, tmp_path, name):
     path = write_private(tmp_path / "token", BEARER)
-    args = forward_args(simulation.plane, "--stdio", "--token-file", name.format(path=path))
-    with open(path) as stdin:
-        result = run_words([sys.executable, "-I", PLEXCTL] + args, clean_environment(), stdin=stdin)
-    assert is_usage_error(result, "--token-file", "--stdio") and simulation.plane.requests == []
-
-
-@pytest.mark.skipif(os.name != "posix", reason="/dev/stdin")
-def test_a_socket_as_standard_input_is_read_by_any_name(simulation):
-    for name in ("-", "/dev/stdin"):
-        ours, its = socket.socketpair()
-        with ours, its:
-            ours.sendall(BEARER.encode())
-            ours.shutdown(socket.SHUT_WR)
-            words = [sys.executable, "-I", PLEXCTL] + forward_args(simulation.plane, "--token-file", name)
-            assert run_words(words, clean_environment(), stdin=its).status == 0
-
-
-def test_a_message_names_the_token_file_unless_it_may_be_the_token_itself(cli, simulation, tmp_path):
-    path = write_private(tmp_path / "token", "two words")
-    one_error_line(cli(forward_args(simulation.plane, "--token-file", path)), "--token-file " + path)
-    for name in "/run/secrets/plexctl/no-such-token", "no-such-file":
-        result = cli(forward_args(simulation.plane, "--token-file", name))
-        assert name in one_error_line(result, "cannot be opened: No such file")
-    one_error_line(cli(forward_args(simulation.plane, "--token-file", BEARER)), "--token-file: cannot be")
-
-
-@pytest.mark.parametrize("redirections, fault", [
-    ("<&-", "standard input is closed"), ("</dev/null", "is empty")])
-def test_a_standard_input_without_a_token_exits_3(simulation, redirections, fault):
-    result = run_redirected(redirections, forward_args(simulation.plane, "--token-file", "-"), {})
-    assert result.status == 3 and simulation.plane.requests == []
-    one_error_line(result, "--token-file", fault)
+    args = forward_args(lone_plane, "--stdio", "--token-file", name.format(path=path))
+    failed(run_redirected("<" + path, args, {}), 2, "--token-file", "--stdio")
+    assert lone_plane.requests == []
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
-def test_a_token_comes_from_a_process_substitution_however_slow(simulation):
+def test_a_token_comes_from_a_process_substitution_however_slow(lone_plane):
     script = 'exec "$@" --token-file <(sleep 0.3; printf "%s\\n" "$OF_THE_TEST")'
-    words = ["bash", "-c", script, "bash", sys.executable, "-I", PLEXCTL] + forward_args(simulation.plane)
+    words = ["bash", "-c", script, "bash", sys.executable, "-I", PLEXCTL] + forward_args(lone_plane)
     result = run_words(words, clean_environment({"OF_THE_TEST": BEARER}))
-    assert (result.status, result.err) == (0, "") and len(simulation.plane.issued) == 1
+    assert (result.status, result.err) == (0, "") and len(lone_plane.issued) == 1
 
 
-def test_an_unknown_profile_is_told_which_there_are(cli, tmp_path):
-    entry = {"server": "https://localhost:1", "token": "psk_1"}
-    environ = write_config(tmp_path, {"profiles": {"staging": entry, "prod": entry}})
-    result = cli(["tcp-forward", "--profile", "stagin"] + REQUIRED_FLAGS, environ)
-    assert result.status == 3
-    one_error_line(result, "--profile: no profile 'stagin' in ", "available: prod, staging")
-
-
-def test_a_config_directory_that_cannot_be_searched_is_not_taken_for_none(cli, tmp_path):
-    (tmp_path / "plexctl").symlink_to("plexctl")
-    result = cli(["tcp-forward"] + REQUIRED_FLAGS, {"XDG_CONFIG_HOME": str(tmp_path)})
-    assert result.status == 3
-    one_error_line(result, "config.json", "cannot be opened")
-
-
-@pytest.mark.skipif(not LINUX, reason="reads /proc")
-def test_a_secret_file_is_closed_again(tmp_path):
-    path = tmp_path / "token"
-    path.write_text(BEARER)
-    path.chmod(0o600)
-    before = descriptors()
-    assert plexctl.read_own_file(str(path), "it") == BEARER.encode()
-    path.chmod(0o640)
-    with pytest.raises(plexctl.CredentialsError):
-        plexctl.read_own_file(str(path), "it")
-    assert descriptors() == before
+@pytest.mark.parametrize("name, told", [
+    ("/run/secrets/plexctl/no-such-token", " /run/secrets/plexctl/no-such-token"),
+    ("no-such-file", " 'no-such-file'"), (BEARER, "")], ids=["path", "name", "token"])
+def test_a_message_names_the_token_file_unless_it_may_be_the_token_itself(cli, lone_plane, name, told):
+    result = forward_to(cli, lone_plane, "--token-file", name)
+    failed(result, 3, "--token-file%s: cannot be opened: No such" % told)
 
 
 # ---- tests: command line ------------------------------------------------------------------------
-
-@pytest.mark.parametrize("line", [
-    "tcp-forward --project-id {p} --resource-id {r} --host 10.0.0.5 --port 5432",
-    "--output json tcp-forward --project-id {p} --resource-id {r} --host 10.0.0.5 --port 5432 "
-    "--local-addr 127.0.0.1:15432 --ttl-seconds 900"])
-def test_an_example_of_the_command_works_as_it_stands(cli, simulation, line):
-    result = cli(line.format(p=PROJECT_ID, r=RESOURCE_ID).split(), simulation.plane.environment())
-    assert (result.status, result.err) == (0, "")
-    request, session = simulation.plane.requests[0], simulation.plane.sessions[0]
-    ttl = {"requested_ttl_seconds": 900} if "900" in line else {}
-    key = request.body.pop("idempotency_key")
-    assert is_uuid(key) and request.path == SESSIONS_PATH and request.body == dict(
-        ttl, resource_id=RESOURCE_ID, kind="tcp", target={"tcp": {"host": HOST, "port": PORT}})
-    document = parse_document(result.out, "json" if "json" in line else "text")
-    assert document["session_id"] == session.id and document["listener_endpoint"] == session.endpoint
-    assert document["local_addr"].startswith("127.0.0.1:15432" if ttl else "127.0.0.1:")
-
 
 @pytest.mark.parametrize("before, after, form", [
     ([], [], "text"), (["--output", "json"], [], "json"), ([], ["--output", "json"], "json"),
@@ -2669,27 +2536,27 @@ def test_an_example_of_the_command_works_as_it_stands(cli, simulation, line):
     (["--yes", "--allow-http"], ["--yes=true", "--allow-http=false"], "text"),
     (["--server", "https://other.invalid"], [], "text"),
     (["--token-file", "/nonexistent"], ["--token-file", "OK"], "text"),
-    ([], ["--output", "yaml", "--output", "json"], "json")], ids=shown)
-def test_a_persistent_flag_after_the_command_wins(cli, simulation, tmp_path, before, after, form):
+    ([], ["--output", "yaml", "--output", "json"], "json"), (REQUIRED_FLAGS + ["-q"], [], "text")], ids=shown)
+def test_a_flag_may_stand_before_the_command_and_one_after_it_wins(
+        cli, lone_plane, tmp_path, before, after, form):
     path = write_private(tmp_path / "token", BEARER)
-    args = before + forward_args(simulation.plane, *[path if word == "OK" else word for word in after])
+    args = before + forward_args(lone_plane, *[path if word == "OK" else word for word in after])
     result = cli(args, {"PLEXSPHERE_TOKEN": BEARER})
     assert (result.status, result.err) == (0, "")
-    assert parse_document(result.out, form)["session_id"] == simulation.plane.issued[0]
+    assert parse_document(result.out, form)["session_id"] == lone_plane.issued[0]
 
 
 @pytest.mark.parametrize("flag", ["--server", "--profile", "--token-file"])
-def test_a_persistent_flag_before_the_command_keeps_its_value(cli, simulation, tmp_path, flag):
-    environ = write_config(tmp_path, {"default": "gone", "profiles": {
-        "staging": {"server": simulation.plane.url, "token": BEARER}}})
-    values = {"--server": simulation.plane.url, "--profile": "staging",
-              "--token-file": write_private(tmp_path / "token", BEARER)}
-    more = {} if flag == "--profile" else {"PLEXSPHERE_URL": "https://other.invalid",
-                                           "PLEXSPHERE_TOKEN": BEARER}
+def test_a_persistent_flag_before_the_command_keeps_its_value(cli, lone_plane, tmp_path, flag):
+    environ = write_config(tmp_path, {"default": "gone", "profiles": config_of(lone_plane)["profiles"]})
+    if flag != "--profile":
+        environ.update(PLEXSPHERE_URL="https://other.invalid", PLEXSPHERE_TOKEN=BEARER)
     if flag == "--token-file":
-        more = {"PLEXSPHERE_URL": simulation.plane.url, "PLEXSPHERE_TOKEN": "psk_other"}
-    result = cli([flag, values[flag], "tcp-forward"] + REQUIRED_FLAGS, dict(environ, **more))
-    assert result.status == 0 and len(simulation.plane.issued) == 1
+        environ.update(PLEXSPHERE_URL=lone_plane.url, PLEXSPHERE_TOKEN="psk_other")
+    value = {"--server": lone_plane.url, "--profile": "prod",
+             "--token-file": write_private(tmp_path / "token", BEARER)}[flag]
+    assert cli([flag, value, "tcp-forward"] + REQUIRED_FLAGS, environ).status == 0
+    assert len(lone_plane.issued) == 1
 
 
 @pytest.mark.reveals
@@ -2699,30 +2566,33 @@ def test_a_persistent_flag_before_the_command_keeps_its_value(cli, simulation, t
     (["--reveal-secrets=false"], ["--reveal-secrets"], True),
     (["--reveal-secrets=true"], ["--reveal-secrets=false"], False), (["--reveal-secrets=false"], [], False),
     ([], ["--reveal-secrets", "--reveal-secrets=false"], False)], ids=shown)
-def test_reveal_secrets_is_inherited_when_it_is_unset(cli, simulation, tmp_path, before, after, revealed):
+def test_reveal_secrets_is_inherited_when_it_is_unset(cli, lone_plane, tmp_path, before, after, revealed):
     environ = {"PLEXSPHERE_TOKEN": BEARER, "PLEXCTL_AUDIT_LOG": str(tmp_path / "audit.log")}
-    result = cli(before + forward_args(simulation.plane, *after), environ)
-    assert result.status == 0 and (simulation.plane.sessions[0].token in result.err) == revealed
+    result = cli(before + forward_args(lone_plane, *after), environ)
+    assert result.status == 0 and (lone_plane.sessions[0].token in result.err) == revealed
     assert os.path.exists(str(tmp_path / "audit.log")) == revealed
 
 
 @pytest.mark.parametrize("flags", [
-    ["--proxy=false"], ["--stdio=false"],
-    ["--renew=false", "--keep-session=false", "--allow-other-users=false"],
-    ["--proxy", "--proxy=false"]], ids=shown)
-def test_a_flag_that_is_false_is_not_given(cli, simulation, flags):
-    result = cli(forward_args(simulation.plane, *flags), simulation.plane.environment())
-    assert result.status == 0 and len(simulation.plane.active()) == 1
+    ["--proxy=false"], ["--stdio=false"], ["--proxy", "--proxy=false"],
+    ["--renew=false", "--keep-session=false", "--allow-other-users=false"]], ids=shown)
+def test_a_flag_that_is_false_is_not_given(cli, lone_plane, flags):
+    assert forward_to(cli, lone_plane, *flags).status == 0 and len(lone_plane.active()) == 1
 
 
 @pytest.mark.parametrize("before, after", [
     (["-v"], []), ([], ["-v"]), (["-vv"], []), ([], ["-vv"]), ([], ["-v", "-v"]), (["-v"], ["-vv"]),
     ([], ["-vvv"]), ([], ["-vvvv"]), (["--verbose"], ["--verbose"])], ids=shown)
-def test_verbose_counts_in_every_spelling(cli, simulation, before, after):
-    result = cli(before + forward_args(simulation.plane, *after), simulation.plane.environment())
+def test_verbose_counts_in_every_spelling(cli, lone_plane, before, after):
+    result = cli(before + forward_args(lone_plane, *after), lone_plane.environment())
     assert result.status == 0 and parse_document(result.out, "text")
-    lines = result.err.splitlines()
-    assert lines and all(line.startswith("plexctl: ") and "error" not in line for line in lines)
+    assert re.match(r"(plexctl: (?!error).*\n)+\Z", result.err)
+
+
+@pytest.mark.parametrize("flags, quiet", [([], False), (["-q"], True), (["--quiet"], True), (["-vq"], True),
+                                          (["-q", "--quiet=false"], False)], ids=shown)
+def test_quiet_is_taken_in_every_spelling(flags, quiet):
+    assert plexctl.parse_arguments(["tcp-forward"] + REQUIRED_FLAGS + flags)[1].quiet == quiet
 
 
 @pytest.mark.parametrize("args", [
@@ -2731,10 +2601,10 @@ def test_verbose_counts_in_every_spelling(cli, simulation, before, after):
 def test_help_goes_to_stdout_and_exits_0(cli, args):
     result = cli(args)
     assert (result.status, result.err) == (0, "")
-    missing = [words for words in REQUIRED_FLAGS[::2] + [
-        "--proxy", "--quiet", "\ntarget:\n", "\nforwarding:\n", "\nglobal options:\n", "\nexit codes: "]
-        if words not in result.out]
-    assert not missing and all(len(line) < 80 for line in result.out.splitlines())
+    for words in REQUIRED_FLAGS[::2] + ["--proxy", "--quiet", "\ntarget:\n", "\nforwarding:\n",
+                                        "\nglobal options:\n", "\nexit codes: "]:
+        assert words in result.out
+    assert all(len(line) < 80 for line in result.out.splitlines())
     assert result.out.partition("\nexamples")[2].count("plexctl tcp-forward $TARGET") == 4
 
 
@@ -2760,31 +2630,30 @@ def test_however_it_is_started_version_tells_the_file_or_that_there_is_none(pyth
             with open(PLEXCTL, "rb") as program:
                 result = run_words([python, "-B"] + isolated + words + ["--version"], clean_environment(),
                                    stdin=program, cwd=str(tmp_path / "app" if "-m" in words else tmp_path))
-            told = re.match(r"plexctl \S+ \(sha256 (\w+) of (.*)\)\n$", result.out)
-            assert result[::2] == (0, "") and bool(told) == bool(name), result
-            assert told or result.out.endswith("(no sha256: running from standard input)\n")
-            assert not told or told.group(1) == hash_of(PLEXCTL) and told.group(2).endswith(name), result
+            told = "sha256 %s of .*%s" % (hash_of(PLEXCTL), name) if name else (
+                "no sha256: running from standard input")
+            assert result[::2] == (0, "") and re.match(r"plexctl \S+ \(%s\)\n\Z" % told, result.out), result
 
 
-USAGE_ERRORS = [([], "command"), (["-v"], "command"), (["tcp"], "command"),
+USAGE_ERRORS = [([], "command"), (["-v"], "command"), (["tcp"], "command"), ([""], "command"),
                 (["tcp-forwards"] + REQUIRED_FLAGS, "command 'tcp-forwards' (did you mean tcp-forward?)"),
                 (["tcp-foward", "--nonsense"], "command 'tcp-foward' (did you mean tcp-forward?)"),
-                ([""], "command"), (["--", "true"], "no command; usage: plexctl tcp-forward --project-id")]
+                (["--", "true"], "no command; usage: plexctl tcp-forward --project-id")]
 USAGE_ERRORS += [(["tcp-forward"] + flags_with(flag), flag) for flag in REQUIRED_FLAGS[::2]]
 USAGE_ERRORS += [(["tcp-forward"] + flags_with(flag, text), flag) for flag, texts in (
-    ("--project-id", BAD_UUIDS), ("--resource-id", BAD_UUIDS),
-    ("--port", BAD_NUMBERS + ["0", "65536", "117925"]),
+    ("--project-id", ["", "{%s}" % PROJECT_ID, PROJECT_ID + "\n"]), ("--resource-id", ["", "x"]),
+    ("--port", BAD_NUMBERS[:5] + ["0", "65536", "117925"]),
     ("--host", ["", " ", "\t", "\xa0", "\u2028", "a b", "a\x1b]0;x\x07", "\udcff"])) for text in texts]
 USAGE_ERRORS += [(["tcp-forward"] + REQUIRED_FLAGS + [flag, text], flag) for flag, texts in (
-    ("--ttl-seconds", BAD_NUMBERS),
-    ("--wait-seconds", ["", "-1", "nan", "inf", "1e3", "1_0", ARABIC_FIVE, " 5", "5s"]),
-    ("--output", ["", "xml", "JSON", "json ", "\x1b[2J"]), ("--server", BAD_SERVERS + BAD_HTTP_SERVERS),
-    ("--profile", [""]), ("--token-file", [""]), ("--ca-file", [""]),
-    ("--local-addr", ["", "127.0.0.1", "127.1:0", "0:0", "[::1]", "::1:0", "127.0.0.1:65536",
-                      "unix:/run/db.sock", "unix:x"]),
+    ("--ttl-seconds", ["", "-1", "1.5", "1_0"]), ("--wait-seconds", ["", "-1", "nan", "1e3", "5s"]),
+    ("--output", ["", "xml", "JSON", "json ", "\x1b[2J"]), ("--profile", [""]), ("--token-file", [""]),
+    ("--ca-file", [""]), ("--server", BAD_SERVERS[:3] + ["https://a/\r\nb", "https://a/\u2028"]),
+    ("--local-addr", ["", "127.0.0.1", "127.1:0", "::1:0", "127.0.0.1:65536", "unix:/run/db.sock", "unix:x"]),
 ) for text in texts]
+USAGE_ERRORS += [(["tcp-forward"] + REQUIRED_FLAGS + [flag + "=--"], flag)  # argparse up to 3.12 drops --
+                 for flag in sorted(plexctl.create_parser().takes_value)]
 USAGE_ERRORS += [(["tcp-forward"] + REQUIRED_FLAGS + ["--proxy", flag, text], flag)
-                 for flag in ("--max-sessions", "--min-sessions") for text in BAD_NUMBERS + ["0", "33"]]
+                 for flag in ("--max-sessions", "--min-sessions") for text in ("", "-1", "1.5", "0", "33")]
 USAGE_ERRORS += [(["tcp-forward"] + REQUIRED_FLAGS + words, flag) for words, flag in (
     (["--proxy", "--stdio"], "--proxy"), (["--proxy", "--", "true"], "--proxy"),
     (["--stdio", "--", "true"], "--stdio"), (["--max-sessions", "2"], "--max-sessions"),
@@ -2804,12 +2673,13 @@ USAGE_ERRORS += [(["tcp-forward"] + REQUIRED_FLAGS + words, flag) for words, fla
     (["--serv=x"], "--serv"), (["--reveal-secrets=maybe"], "--reveal-secrets"),
     (["--reveal-secrets="], "--reveal-secrets"), (["--reveal-secrets=TRUE"], "--reveal-secrets"),
     (["--proxy=1"], "--proxy"), (["--yes=no"], "--yes"), (["--nonsense"], "--nonsense"), (["-x"], "-x"),
-    (["-=--yes"], "-"),
-    (["-vx"], "-v..."), (["--verbose=2"], "--verbose"), (["--port"], "--port"),
-    (["--server"], "--server"), (["--output", "--yes"], "--output"),
-    (["argument"], "argument"), (["tcp-forward"], "argument"),
+    (["-=--yes"], "-"), (["-vx"], "-v..."), (["--verbose=2"], "--verbose"), (["--port"], "--port"),
+    (["--server"], "--server"), (["--output", "--yes"], "--output"), (["--quiet=maybe"], "--quiet"),
+    (["tcp-forward"], "argument"), (["--x y"], "several words"),
     ([" ".join(REQUIRED_FLAGS)], "several words in one argument (--project-id ...)"),
-    (["--x y"], "several words"), (["--quiet=maybe"], "--quiet"))]
+    (["psql", "-h", "x"], "unexpected argument 'psql'; put -- before the command to run"),
+    (["--host", "10.0.0.5:5432"], "--host: must be a host name or address alone"),
+    (["--host", "http://10.0.0.5"], "--host: must be a host name or address, not a URL"))]
 USAGE_ERRORS += [(words + ["tcp-forward"] + REQUIRED_FLAGS, flag) for words, flag in (
     (["--reveal"], "--reveal"), (["--token", "psk_x"], "--token"), (["--out", "json"], "--out"),
     (["--output", "x"], "--output"), (["--server", ""], "--server"), (["--port", "0"], "--port"),
@@ -2817,18 +2687,14 @@ USAGE_ERRORS += [(words + ["tcp-forward"] + REQUIRED_FLAGS, flag) for words, fla
     (["-\u202e"], "-"))]
 
 
-def without_required_flags(value):
-    """The id of a row of USAGE_ERRORS."""
-    return shown(value if isinstance(value, str) else [word for word in value if word not in REQUIRED_FLAGS])
-
-
-@pytest.mark.parametrize("args, flag", USAGE_ERRORS, ids=without_required_flags)
-def test_a_usage_error_is_one_line_that_names_the_flag(cli, simulation, tmp_path, args, flag):
+@pytest.mark.parametrize("args, flag", USAGE_ERRORS, ids=lambda value: shown(
+    value if isinstance(value, str) else [word for word in value if word not in REQUIRED_FLAGS]))
+def test_a_usage_error_is_one_line_that_names_the_flag(cli, lone_plane, tmp_path, args, flag):
     audit_log = tmp_path / "audit.log"
-    more = {} if "--server" in args else {"PLEXSPHERE_URL": simulation.plane.url}
+    more = {} if "--server" in args else {"PLEXSPHERE_URL": lone_plane.url}
     result = cli(args, dict(more, PLEXSPHERE_TOKEN=BEARER, PLEXCTL_AUDIT_LOG=str(audit_log)))
-    assert is_usage_error(result, flag, "plexctl --help") and simulation.plane.requests == []
-    assert "psk_x" not in result.err and not audit_log.exists()
+    assert "psk_x" not in failed(result, 2, flag, "plexctl --help")
+    assert lone_plane.requests == [] and not audit_log.exists()
 
 
 @pytest.mark.parametrize("flag, meant", [
@@ -2839,12 +2705,12 @@ def test_a_usage_error_is_one_line_that_names_the_flag(cli, simulation, tmp_path
     ("--wait-second", "--wait-seconds"), ("--hlep", "--help"), ("--versoin", "--version"),
     ("--verbos", "--verbose"), ("--allow", "--allow-other-users or --allow-http"),
     ("--session-count", ""), ("--foo", ""), ("--x", ""), ("--=x", ""), ("-t", ""), ("-tfoo", "")], ids=shown)
-@pytest.mark.parametrize("where", ["before the command", "behind it"])
-def test_an_unknown_flag_that_is_almost_a_known_one_names_that_one(cli, flag, meant, where):
+@pytest.mark.parametrize("before", [True, False], ids=["before the command", "behind it"])
+def test_an_unknown_flag_that_is_almost_a_known_one_names_that_one(cli, flag, meant, before):
     args = ["tcp-forward"] + REQUIRED_FLAGS
-    result = cli([flag] + args if where == "before the command" else args + [flag])
-    line = one_error_line(result, "unknown flag " + (flag.split("=")[0] if flag[:2] == "--" else flag[:2]))
-    assert result.status == 2 and ("; did you mean %s?" % meant in line if meant else "mean" not in line)
+    name = flag.split("=")[0] if flag[:2] == "--" else flag[:2]
+    line = failed(cli([flag] + args if before else args + [flag]), 2, "unknown flag " + name)
+    assert "; did you mean %s?" % meant in line if meant else "mean" not in line
 
 
 @pytest.mark.parametrize("flags", [
@@ -2868,8 +2734,8 @@ def test_the_defaults_are_the_published_ones():
                                   ["--reveal-secrets"]], ids=shown)
 def test_every_flag_is_checked_before_anything_is_opened(cli, tmp_path, args):
     environ = write_config(tmp_path, "not JSON", 0o644)
-    result = cli(args + ["tcp-forward"] + flags_with("--port", "0"), environ)
-    assert is_usage_error(result, "--port") and os.listdir(str(tmp_path)) == [".config"]
+    failed(cli(args + ["tcp-forward"] + flags_with("--port", "0"), environ), 2, "--port")
+    assert os.listdir(str(tmp_path)) == [".config"]
 
 
 @pytest.mark.parametrize("words, after, status", [
@@ -2885,36 +2751,10 @@ def test_every_flag_is_checked_before_anything_is_opened(cli, tmp_path, args):
     (["--local-addr", BEARER], True, 2), (["--max-sessions", BEARER], True, 2),
     (["--host", BEARER + "\n"], True, 2), (["--token-file", BEARER], True, 3),
     (["--profile", BEARER], True, 3)], ids=lambda value: shown(value).replace(BEARER, "S"))
-def test_a_secret_in_the_wrong_place_is_not_shown(cli, simulation, words, after, status):
+def test_a_secret_in_the_wrong_place_is_not_shown(cli, lone_plane, words, after, status):
     args = ["tcp-forward"] + REQUIRED_FLAGS
-    result = cli(args + words if after else words + args, {"PLEXSPHERE_URL": simulation.plane.url})
-    assert result.status == status and simulation.plane.requests == []
-    assert BEARER[:12] not in one_error_line(result)
-
-
-@pytest.mark.skipif(os.name != "posix", reason="argv is text there")
-@pytest.mark.parametrize("args", [
-    ["\udcff"], ["--\udcff", "tcp-forward"], ["tcp-forward"] + flags_with("--project-id", "\udcff"),
-    ["tcp-forward"] + flags_with("--host", "\udcfe\udcff")], ids=shown)
-def test_an_argument_of_undecodable_bytes_is_a_usage_error(args):
-    result = run_plexctl(args)
-    assert is_usage_error(Result(result.returncode, result.stdout, result.stderr))
-
-
-@pytest.mark.parametrize("args, words", [
-    (["psql", "-h", "x"], "unexpected argument 'psql'; put -- before the command to run"),
-    (["--host", "10.0.0.5:5432"], "--host: must be a host name or address alone"),
-    (["--host", "http://10.0.0.5"], "--host: must be a host name or address, not a URL")])
-def test_a_mistake_costs_no_session(cli, simulation, args, words):
-    result = cli(forward_args(simulation.plane, *args), simulation.plane.environment())
-    assert result.status == 2 and result.out == ""
-    one_error_line(result, words)
-    assert simulation.plane.requests == []
-
-
-def test_flags_of_the_command_may_stand_before_it(cli, simulation):
-    args = ["--server", simulation.plane.url] + REQUIRED_FLAGS + ["-qv", "tcp-forward"]
-    assert cli(args, simulation.plane.environment()).status == 0 and len(simulation.plane.issued) == 1
+    result = cli(args + words if after else words + args, {"PLEXSPHERE_URL": lone_plane.url})
+    assert BEARER[:12] not in failed(result, status) and lone_plane.requests == []
 
 
 @pytest.mark.parametrize("flags", [["--proxy"], ["--stdio"], ["--", "true"]], ids=shown)
@@ -2927,33 +2767,18 @@ def test_windows_has_print_mode_alone(monkeypatch, flags):
     assert options.mode == "print"
 
 
-@pytest.mark.parametrize("flags, quiet", [([], False), (["-q"], True), (["--quiet"], True), (["-vq"], True),
-                                          (["-q", "--quiet=false"], False)], ids=shown)
-def test_quiet_is_taken_in_every_spelling(flags, quiet):
-    assert plexctl.parse_arguments(["tcp-forward"] + REQUIRED_FLAGS + flags)[1].quiet == quiet
-
-
-@pytest.mark.parametrize("flag", sorted(plexctl.create_parser().takes_value))
-def test_two_hyphens_are_no_value(cli, simulation, flag):
-    """argparse up to 3.12 drops them, and takes the flag for one with an empty list."""
-    result = cli(forward_args(simulation.plane, flag + "=--"), simulation.plane.environment())
-    assert result.status == 2 and simulation.plane.requests == []
-    one_error_line(result, flag)
-
-
 # ---- tests: output ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("host, shown_target", [
     ("10.0.0.5", "10.0.0.5:5432"), ("2001:db8::5", "[2001:db8::5]:5432"), ("db.internal", "db.internal:5432"),
     ("b\xfccher.example", "b\\xfccher.example:5432")], ids=shown)
 @pytest.mark.parametrize("form", ["text", "json", "yaml"])
-def test_the_document_has_exactly_the_published_form(cli, simulation, host, shown_target, form):
-    args = ["tcp-forward", "--server", simulation.plane.url, "--local-addr", "127.0.0.1:15432", "--output",
-            form]
-    result = cli(args + flags_with("--host", host), simulation.plane.environment())
+def test_the_document_has_exactly_the_published_form(cli, lone_plane, host, shown_target, form):
+    args = ["tcp-forward", "--local-addr", "127.0.0.1:15432", "--output", form] + flags_with("--host", host)
+    result = cli(args, lone_plane.environment())
     assert (result.status, result.err) == (0, "")
-    session = simulation.plane.sessions[0]
-    assert simulation.plane.requests[0].body["target"]["tcp"]["host"] == host
+    session = lone_plane.sessions[0]
+    assert lone_plane.requests[0].body["target"]["tcp"]["host"] == host
     as_json = json.dumps({
         "session_id": session.id, "kind": "tcp", "local_addr": "127.0.0.1:15432",
         "listener_endpoint": session.endpoint, "target": {"host": host, "port": PORT},
@@ -2967,52 +2792,46 @@ def test_the_document_has_exactly_the_published_form(cli, simulation, host, show
     as_text = "".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() + "\n"
                       for line in (header, row))
     assert result.out == {"json": as_json, "yaml": as_yaml, "text": as_text}[form]
-    if form != "text":
-        assert parse_document(result.out, form) == json.loads(as_json)
 
 
 @pytest.mark.parametrize("local_addr", ["127.0.0.1:0", "[::1]:0"])
-def test_port_0_is_resolved_to_a_port_that_is_free(cli, simulation, local_addr):
-    family = socket.AF_INET6 if "[" in local_addr else socket.AF_INET
-    host = local_addr.rsplit(":", 1)[0]
+def test_port_0_is_resolved_to_a_port_that_is_free(cli, lone_plane, local_addr):
+    host, family = local_addr[:-2].strip("[]"), socket.AF_INET6 if "[" in local_addr else socket.AF_INET
     with socket.socket(family) as probe:
         try:
-            probe.bind((host.strip("[]"), 0))
+            probe.bind((host, 0))
         except OSError:
             pytest.skip("no such address here")
-    result = cli(forward_args(simulation.plane, "--local-addr", local_addr), simulation.plane.environment())
+    result = forward_to(cli, lone_plane, "--local-addr", local_addr)
     printed, port = parse_document(result.out, "text")["local_addr"].rsplit(":", 1)
-    assert printed == host and 0 < int(port) < 65536
+    assert printed == local_addr[:-2] and 0 < int(port) < 65536
     with socket.socket(family) as sock:
-        sock.bind((host.strip("[]"), int(port)))
+        sock.bind((host, int(port)))
 
 
 def test_print_mode_dials_nothing_and_revokes_nothing(cli, simulation):
-    assert cli(forward_args(simulation.plane), simulation.plane.environment()).status == 0
+    assert forward_to(cli, simulation.plane).status == 0
     assert [each.operation for each in simulation.plane.requests] == ["issue"]
     assert simulation.plane.active() == simulation.plane.issued and simulation.plane.revoked == []
     assert not simulation.node.connections and simulation.target.accepted == 0
 
 
-def test_an_address_that_is_not_ours_costs_no_session(cli, simulation):
-    result = cli(forward_args(simulation.plane, "--local-addr", "192.0.2.1:0"),
-                 simulation.plane.environment())
-    assert result.status == 1 and simulation.plane.requests == []
-    one_error_line(result, "--local-addr", "192.0.2.1")
+def test_an_address_that_is_not_ours_costs_no_session(cli, lone_plane):
+    failed(forward_to(cli, lone_plane, "--local-addr", "192.0.2.1:0"), 1, "--local-addr", "192.0.2.1")
+    assert lone_plane.requests == []
 
 
 @pytest.mark.parametrize("python", find_pythons(), ids=os.path.basename)
 @pytest.mark.parametrize("locale", [
     {"LANG": "C", "LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"},
     {"PYTHONIOENCODING": "utf-16"}], ids=shown)
-def test_every_stream_is_ascii_whatever_the_locale(simulation, python, locale):
-    environ = clean_environment(simulation.plane.environment(**locale))
-    words = [python, PLEXCTL, "tcp-forward", "--output", "text"] + REQUIRED_FLAGS
+def test_every_stream_is_ascii_whatever_the_locale(lone_plane, python, locale):
+    environ = clean_environment(lone_plane.environment(**locale))
+    words = [python, PLEXCTL, "tcp-forward"] + REQUIRED_FLAGS
     result = run_words(words, environ)
     assert (result.status, result.err) == (0, "") and parse_document(result.out, "text")
-    simulation.plane.script("issue", problem("internal", detail="na\xefve \u202e\x1b[2J"))
-    result = run_words(words, environ)
-    assert result.status == 1 and re.match(r"plexctl: error: [ -~]*\\xefve [ -~]*\n\Z", result.err)
+    lone_plane.script("issue", problem("internal", detail="na\xefve \u202e\x1b[2J"))
+    failed(run_words(words, environ), 1, "\\xefve ")
     result = run_words(words + ["--host", "b\udcc3\udcbccher.example", "--output", "json"], environ)
     assert result.status in (0, 2) and re.match(r"[ -~]+\n\Z", result.out + result.err)
 
@@ -3022,36 +2841,25 @@ FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/fu
 
 @FULL
 @pytest.mark.parametrize("redirections", [">/dev/full", ">&-", ">&- 2>&-", "<&- >&- 2>&-",
-                                          ">/dev/full 2>/dev/full"])
-def test_a_document_that_cannot_be_written_revokes_the_session(simulation, redirections):
-    result = run_redirected(redirections, forward_args(simulation.plane), simulation.plane.environment())
+                                          ">/dev/full 2>/dev/full", "a pipe that nobody reads"])
+def test_a_document_that_cannot_be_written_revokes_the_session(lone_plane, redirections):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb", 0) as broken:
+        shell, stdout = ("", broken) if "pipe" in redirections else (redirections, subprocess.PIPE)
+        result = run_redirected(shell, forward_args(lone_plane), lone_plane.environment(), stdout=stdout)
     assert (result.status, result.out) == (1, "")
     if "2>" not in redirections:
         one_error_line(result, "standard output")
-    revoked_once(simulation.plane)
-
-
-@pytest.mark.parametrize("form", ["text", "json"])
-def test_a_broken_pipe_revokes_the_session(simulation, form):
-    reader, writer = os.pipe()
-    os.close(reader)
-    try:
-        result = run_plexctl(forward_args(simulation.plane, "--output", form),
-                             env=simulation.plane.environment(), stdout=writer)
-    finally:
-        os.close(writer)
-    assert result.returncode == 1
-    one_error_line(Result(1, "", result.stderr), "standard output")
-    revoked_once(simulation.plane)
+    revoked_once(lone_plane)
 
 
 @FULL
 @pytest.mark.parametrize("redirections", ["2>&-", "2>/dev/full", "<&-", "<&- 2>&-"])
-def test_the_document_is_printed_without_stdin_and_stderr(simulation, redirections):
-    result = run_redirected(redirections, forward_args(simulation.plane, "-v"),
-                            simulation.plane.environment())
-    assert result.status == 0 and simulation.plane.active() == simulation.plane.issued
-    assert parse_document(result.out, "text")["session_id"] == simulation.plane.issued[0]
+def test_the_document_is_printed_without_stdin_and_stderr(lone_plane, redirections):
+    result = run_redirected(redirections, forward_args(lone_plane, "-v"), lone_plane.environment())
+    assert result.status == 0 and lone_plane.active() == lone_plane.issued
+    assert parse_document(result.out, "text")["session_id"] == lone_plane.issued[0]
     assert "Exception ignored" not in result.err
 
 
@@ -3351,10 +3159,11 @@ def test_an_audit_log_that_was_removed_meanwhile_reveals_nothing(cli, simulation
 @pytest.fixture
 def quiet_logging():
     """A logger plexctl.audit that a test may put out of order."""
-    before = LOGGER.level, LOGGER.disabled, list(LOGGER.filters), logging.root.manager.disable
-    yield LOGGER
-    LOGGER.setLevel(before[0])
-    LOGGER.disabled, LOGGER.filters = before[1], before[2]
+    logger = logging.getLogger("plexctl.audit")
+    before = logger.level, logger.disabled, list(logger.filters), logging.root.manager.disable
+    yield logger
+    logger.setLevel(before[0])
+    logger.disabled, logger.filters = before[1], before[2]
     logging.disable(before[3])
 
 
