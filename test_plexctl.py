@@ -1317,25 +1317,30 @@ def show_command(args):
     say("$ " + line.replace(" ".join(REQUIRED_FLAGS), FLAGS_TO_PASTE).replace(sys.executable, "python3"))
 
 
-def show_output(result):
-    """Print what a command wrote."""
+def show_result(plane, result, status, revealed=False):
+    """Print what a command wrote: no secret, but a token that was asked for, on stderr; no traceback."""
     for line in result.stdout.splitlines():
         say("  " + line)
     for line in result.stderr.splitlines():
         say("  [stderr] " + line)
-
-
-def check_streams(plane, result, revealed=None):
-    """No secret on any stream, but a token that was asked for, on stderr; and no traceback."""
+    check(result.returncode == status, "exit status %s, not %s" % (result.returncode, status))
     check(plane.bearer not in result.stdout + result.stderr, "the bearer token was shown")
     check(SESSION_TOKEN_MARK not in result.stdout, "a session token is on stdout")
     err = result.stderr
     if revealed:
-        line = "PLEXCTL_SESSION_TOKEN=%s\n" % revealed
+        line = "PLEXCTL_SESSION_TOKEN=%s\n" % plane.sessions[-1].token
         check(line in err, "the token that was asked for is not on stderr")
         err = err.replace(line, "")
     check(SESSION_TOKEN_MARK not in err, "a session token is on stderr, and nobody asked for it")
     check("Traceback" not in err, "a traceback on stderr")
+
+
+def run_shown(plane, args, scratch, status=0, revealed=False, **environ):
+    """Show a command and what it writes; its stdout."""
+    show_command(args)
+    result = run_plexctl(args, env=plane.environment(HOME=scratch, **environ))
+    show_result(plane, result, status, revealed)
+    return result.stdout
 
 
 def check_document(document, session):
@@ -1356,13 +1361,8 @@ def demonstrate_print(plane, common, scratch):
             ("yaml", "read", "with the listener endpoint reported by the Node a little later")):
         say("\nPrint the coordinates as %s, %s:" % (output, words))
         plane.endpoint_on, plane.reads_before_endpoint = endpoint_on, 1
-        args = common + ["--output", output]
-        show_command(args)
-        result = run_plexctl(args, env=plane.environment(HOME=scratch))
-        show_output(result)
-        check(result.returncode == 0, "exit status %s" % result.returncode)
-        check_streams(plane, result)
-        check_document(parse_document(result.stdout, output), plane.sessions[-1])
+        written = run_shown(plane, common + ["--output", output], scratch)
+        check_document(parse_document(written, output), plane.sessions[-1])
     plane.endpoint_on = "issue"
     check(len(plane.active()) == 3, "print mode leaves its session active")
 
@@ -1371,14 +1371,10 @@ def demonstrate_reveal(plane, common, scratch):
     """--reveal-secrets and its audit record."""
     say("\nShow the session token too; the audit log has to have it on record first:")
     audit_log = os.path.join(scratch, "audit.log")
-    args = common + ["--output", "json", "--reveal-secrets"]
-    show_command(args)
-    result = run_plexctl(args, env=plane.environment(HOME=scratch, PLEXCTL_AUDIT_LOG=audit_log))
-    show_output(result)
-    check(result.returncode == 0, "exit status %s" % result.returncode)
+    written = run_shown(plane, common + ["--output", "json", "--reveal-secrets"], scratch, revealed=True,
+                        PLEXCTL_AUDIT_LOG=audit_log)
     session = plane.sessions[-1]
-    check_streams(plane, result, session.token)
-    check_document(parse_document(result.stdout, "json"), session)
+    check_document(parse_document(written, "json"), session)
     with open(audit_log) as stream:
         written = stream.read()
     say("  [audit log] " + written.rstrip("\n"))
@@ -1401,9 +1397,7 @@ def demonstrate_proxy(plane, common, scratch):
         check(plane.active()[-1:] == [document["session_id"]], "the session is not active")
         process.send_signal(signal.SIGINT)
         result = process.finish()
-    show_output(result)
-    check(result.returncode == -signal.SIGINT, "exit status %s, not by SIGINT" % result.returncode)
-    check_streams(plane, result)
+    show_result(plane, result, -signal.SIGINT)
     check_document(document, plane.sessions[-1])
     check(plane.revoked == [plane.issued[-1]], "the session was not revoked once")
     say("Byte for byte the same; ended by SIGINT; the session is revoked.")
@@ -1417,13 +1411,8 @@ def demonstrate_command(plane, common, scratch):
                's = socket.create_connection((host, int(port))); '
                's.sendall(b"hello, target"); s.shutdown(socket.SHUT_WR); '
                'print(s.makefile().read()); sys.exit(7)')
-    args = common + ["--", sys.executable, "-c", program]
-    show_command(args)
-    result = run_plexctl(args, env=plane.environment(HOME=scratch))
-    show_output(result)
-    check(result.returncode == 7, "exit status %s, not the command's" % result.returncode)
-    check(result.stdout == "hello, target\n", "the command printed %r" % result.stdout)
-    check_streams(plane, result)
+    written = run_shown(plane, common + ["--", sys.executable, "-c", program], scratch, 7)
+    check(written == "hello, target\n", "the command printed %r" % written)
     check(plane.revoked == plane.issued[-2:], "the session was not revoked once")
     say("It had its answer; its exit status came through; the session is revoked.")
 
