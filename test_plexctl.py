@@ -2533,7 +2533,7 @@ USAGE_ERRORS += [(["tcp-forward"] + REQUIRED_FLAGS + [flag, text], flag) for fla
     ("--local-addr", ["", "127.0.0.1", "127.1:0", "::1:0", "127.0.0.1:65536", "unix:/run/db.sock", "unix:x"]),
 ) for text in texts]
 USAGE_ERRORS += [(["tcp-forward"] + REQUIRED_FLAGS + [flag + "=--"], flag)  # argparse up to 3.12 drops --
-                 for flag in sorted(plexctl.create_parser().takes_value)]
+                 for flag in re.findall("(--[a-z-]+) [A-Z]", plexctl.create_parser().format_help())]
 USAGE_ERRORS += [(["tcp-forward"] + REQUIRED_FLAGS + ["--proxy", flag, text], flag)
                  for flag in ("--max-sessions", "--min-sessions") for text in ("", "-1", "1.5", "0", "33")]
 USAGE_ERRORS += [(["tcp-forward"] + REQUIRED_FLAGS + line.split(), re.split("[ =]", line)[0]) for line in (
@@ -3289,7 +3289,7 @@ def assert_nothing_remains(listener):
     def remaining():
         return list(listener.connections) + [
             thread for thread in threading.enumerate()
-            if isinstance(getattr(getattr(thread, "_target", None), "__self__", None), plexctl.Exchange)]
+            if getattr(getattr(thread, "_target", None), "__module__", "") == "plexctl"]
     eventually(lambda: not remaining(), 4, remaining)
 
 
