@@ -58,7 +58,7 @@ REQUIRED_FLAGS = ["--project-id", PROJECT_ID, "--resource-id", RESOURCE_ID,
 BEARER = "psk_operator-bearer-secret-of-the-simulator"
 SESSION_TOKEN_MARK = "c2Vzc2lvbi10b2tlbi1zZWNyZXQ"  # in every session token, so in any leak of one
 STEP_UP_ACR = "urn:plexsphere:acr:hardware-key"
-RESET_ON_CLOSE = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)  # SO_LINGER on, for 0 s
+RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER on, for 0 s
 
 
 # ---- simulator: waiting and listening -----------------------------------------------------------
@@ -315,11 +315,9 @@ class Direction:
         self.ended = False
 
     def reads(self):
-        """Whether it takes more."""
         return not self.ended and self.size < self.room
 
     def read(self):
-        """Take what there is."""
         try:
             self.take(self.source.recv(1 << 15))
         except BlockingIOError:
@@ -402,25 +400,18 @@ def carry(client, target, delay=0, room=1, half_close=False, over=lambda: False)
                 raise ConnectionResetError
 
 
-READS, WRITES = 1, 4  # as in poll(); Windows has select() alone
+READS, WRITES = select.POLLIN, select.POLLOUT
 
 
 def wait_for_sockets(wanted, seconds):
     """Wait until one of {socket: READS, WRITES or both} is ready; those that can be read, or have failed.
 
     One that another thread has closed meanwhile is passed over."""
-    by_fd = {sock.fileno(): sock for sock in wanted if sock.fileno() >= 0}
-    if hasattr(select, "poll"):
-        poll = select.poll()
-        for fd, sock in by_fd.items():
-            poll.register(fd, wanted[sock])
-        ready = poll.poll(int(seconds * 1000) + (seconds > 0))
-        return {by_fd[fd] for fd, events in ready if events & ~WRITES}
-    reading, writing = ([sock for sock in by_fd.values() if wanted[sock] & bit] for bit in (READS, WRITES))
-    if not reading + writing:
-        time.sleep(seconds)
-        return []
-    return select.select(reading, writing, [], seconds)[0]
+    poll, by_fd = select.poll(), {sock.fileno(): sock for sock in wanted if sock.fileno() >= 0}
+    for fd, sock in by_fd.items():
+        poll.register(fd, wanted[sock])
+    ready = poll.poll(int(seconds * 1000) + (seconds > 0))
+    return {by_fd[fd] for fd, events in ready if events & ~WRITES}
 
 
 # ---- simulator: the Node ------------------------------------------------------------------------
@@ -520,7 +511,6 @@ class Node(Watched):
             self.changed.notify_all()
 
     def has_room(self):
-        """Whether a further session may have a listener."""
         return sum(each.is_open() for each in self._listeners.values()) < self.max_sessions
 
 
@@ -552,15 +542,12 @@ class SessionListener:
             self.node.changed.notify_all()
 
     def is_open(self):
-        """Whether it was opened, and not closed since."""
         return self._socket is not None and not self._closing.is_set()
 
     def seconds_left(self):
-        """Until it closes by itself."""
         return self._ends - time.monotonic()
 
     def somebody_waits(self):
-        """Whether a connection stands in the backlog."""
         return (self._socket is not None and self._socket.fileno() >= 0
                 and bool(wait_for_sockets({self._socket: READS}, 0)))
 
@@ -626,7 +613,6 @@ class SessionListener:
         return False
 
     def refuse(self):
-        """Accept nobody any more; what is open goes on."""
         with self.node.changed:
             for each in (self._mesh, self._socket):
                 if isinstance(each, Mesh):
@@ -636,7 +622,6 @@ class SessionListener:
                     each.close()
 
     def close(self):
-        """Accept nobody any more, and end what is open."""
         self._closing.set()
         self.refuse()
         with self.node.changed:
@@ -778,10 +763,11 @@ def hold(until):
     return step
 
 
-def drip(handler, plane):
-    """Do what was asked for, and send the answer at one byte per 0.1 s."""
+def drip(handler, plane, at_once=0):
+    """Do what was asked for, and send the answer at one byte per 0.1 s, but for the first ones."""
     reply = handler.render(plane.decide(handler.seen))
-    for position in range(len(reply)):
+    handler.wfile.write(reply[:at_once])
+    for position in range(at_once, len(reply)):
         handler.wfile.write(reply[position:position + 1])
         if plane.closing.wait(0.1):
             return
@@ -814,7 +800,6 @@ class MediatedSession:
 
     @property
     def status(self):
-        """active, revoked or expired."""
         if self.revoked_at:
             return "revoked"
         return "active" if self._plane.now() < self.expires else "expired"
@@ -848,7 +833,7 @@ class ControlPlane(Watched):
         ("session"), by GetSession only ("read", after so many reads without it), or "never"
     ttl: seconds of a session that asks for none; session_limit: active sessions it allows (429 beyond)
     idle_timeout: seconds, as it says them on a session; revoke(..., "idle_timeout") does it
-    clock_offset: seconds its clock is wrong by; date: whether it sends a Date header
+    clock_offset: seconds its clock is wrong by
     prefix: a path in front of /v1; bearer: the token it wants
     known: (project id, resource id, host, port), if there are no others: 404, an unreachable target
     log: called with each Request and its Answer
@@ -856,14 +841,14 @@ class ControlPlane(Watched):
     `requests`, `sessions`, `issued` and `revoked` (ids, by the API only) are in order of time."""
 
     def __init__(self, *, tls=None, node=None, endpoint="127.0.0.1:9", endpoint_on="issue",
-                 reads_before_endpoint=0, ttl=1800, clock_offset=0, date=True, session_limit=None,
-                 prefix="", bearer=BEARER, idle_timeout=900, known=None, log=lambda request, answer: None):
+                 reads_before_endpoint=0, ttl=1800, clock_offset=0, session_limit=None, prefix="",
+                 bearer=BEARER, idle_timeout=900, known=None, log=lambda request, answer: None):
         super().__init__()
         self.known, self.log = known, log
         self.tls, self.node, self.prefix, self.bearer = tls, node, prefix, bearer
         self.endpoint, self.endpoint_on = endpoint, endpoint_on
         self.reads_before_endpoint, self.session_limit = reads_before_endpoint, session_limit
-        self.ttl, self.clock_offset, self.date, self.idle_timeout = ttl, clock_offset, date, idle_timeout
+        self.ttl, self.clock_offset, self.idle_timeout = ttl, clock_offset, idle_timeout
         self.requests, self.issued, self.revoked, self.closing = [], [], [], threading.Event()
         self._sessions, self._by_key = collections.OrderedDict(), {}
         self._scripts = collections.defaultdict(collections.deque)
@@ -882,11 +867,9 @@ class ControlPlane(Watched):
             return list(self._sessions.values())
 
     def now(self):
-        """Seconds since the epoch, on this control plane's clock."""
         return time.time() + self.clock_offset
 
     def active(self):
-        """The ids of the sessions that are active now."""
         return [session.id for session in self.sessions if session.status == "active"]
 
     def environment(self, **more):
@@ -1050,7 +1033,7 @@ class PlaneHandler(http.server.BaseHTTPRequestHandler):
         super().finish()
         self.request.close()
 
-    def log_message(self, format, *args):  # pylint: disable=redefined-builtin
+    def log_message(self, *_args):
         """Say nothing."""
 
     def handle_request(self):
@@ -1075,7 +1058,6 @@ class PlaneHandler(http.server.BaseHTTPRequestHandler):
     do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = handle_request
 
     def answer_really(self):
-        """Do what was asked for, and answer it."""
         self.wfile.write(self.render(self.server.decide(self.seen)))
 
     def render(self, answer):
@@ -1084,9 +1066,8 @@ class PlaneHandler(http.server.BaseHTTPRequestHandler):
         raw = answer.raw
         if raw is None:
             raw = b"" if answer.body is None else json.dumps(answer.body).encode("ascii")
-        headers = {"Connection": "close", "Server": "plexsphere-simulator"}
-        if self.server.date:
-            headers["Date"] = self.date_time_string(self.server.now())
+        headers = {"Connection": "close", "Server": "plexsphere-simulator",
+                   "Date": self.date_time_string(self.server.now())}
         if raw:
             kind = "problem+json" if answer.status >= 400 else "json"
             headers["Content-Type"] = "application/" + kind
@@ -1126,37 +1107,24 @@ class Certificates(NamedTuple):
 
 
 def make_certificates(directory):
-    """Make a CA and two server certificates with the openssl command (1.1 or 3)."""
+    """Make two servers' certificates with the openssl command (1.1 or 3), each signed by itself, and a
+    bundle of both, which is the CA file."""
     def path(name):
         return os.path.join(str(directory), name)
 
-    def write(name, text):
-        with open(path(name), "w") as stream:
-            stream.write(text)
-
-    def openssl(*arguments):
-        subprocess.run(("openssl",) + arguments, cwd=str(directory), check=True, timeout=60,
-                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    write("openssl.cnf", "[req]\ndistinguished_name=dn\nx509_extensions=ca\n[dn]\n[ca]\n"
-          "basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign,cRLSign\n"
-          "subjectKeyIdentifier=hash\n")
-    openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", "ca.key")
-    openssl("req", "-x509", "-new", "-sha256", "-config", "openssl.cnf", "-key", "ca.key",
-            "-days", "30", "-subj", "/CN=plexctl test CA", "-out", "ca.pem")
-    for serial, (name, names) in enumerate([("server", "DNS:localhost,IP:127.0.0.1"),
-                                            ("wrong_host", "DNS:wrong.example")], 2):
-        write(name + ".ext", "subjectAltName=%s\nbasicConstraints=CA:FALSE\n"
-              "extendedKeyUsage=serverAuth\nsubjectKeyIdentifier=hash\n"
-              "authorityKeyIdentifier=keyid\n" % names)
-        openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", name + ".key")
-        openssl("req", "-new", "-sha256", "-config", "openssl.cnf", "-key", name + ".key",
-                "-subj", "/CN=plexctl test " + name.replace("_", " "), "-out", name + ".csr")
-        openssl("x509", "-req", "-sha256", "-in", name + ".csr", "-CA", "ca.pem",
-                "-CAkey", "ca.key", "-set_serial", str(serial), "-days", "30",
-                "-extfile", name + ".ext", "-out", name + ".crt")
-        with open(path(name + ".key")) as key, open(path(name + ".crt")) as certificate:
-            write(name + ".pem", key.read() + certificate.read())
+    for name, names in (("server", "DNS:localhost,IP:127.0.0.1"), ("wrong_host", "DNS:wrong.example")):
+        with open(path("openssl.cnf"), "w") as stream:
+            stream.write("[req]\ndistinguished_name=dn\nx509_extensions=extensions\n[dn]\n[extensions]\n"
+                         "basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign,digitalSignature\n"
+                         "subjectKeyIdentifier=hash\nsubjectAltName=%s\n" % names)
+        subprocess.run(["openssl", "req", "-x509", "-new", "-sha256", "-config", "openssl.cnf", "-days", "30",
+                        "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+                        "-subj", "/CN=plexctl test " + name, "-keyout", name + ".key", "-out", name + ".crt"],
+                       cwd=str(directory), check=True, timeout=60, stderr=subprocess.DEVNULL)
+        for bundle, parts in (("ca.pem", [name + ".crt"]), (name + ".pem", [name + ".key", name + ".crt"])):
+            for part in parts:
+                with open(path(bundle), "a") as stream, open(path(part)) as piece:
+                    stream.write(piece.read())
     return Certificates(path("ca.pem"), path("server.pem"), path("wrong_host.pem"))
 
 
@@ -1164,11 +1132,7 @@ def make_certificates(directory):
 
 def clean_environment(more=None):
     """An environment with nothing of ours: PATH, a HOME that does not exist, and what is given."""
-    environment = {"PATH": os.environ.get("PATH", os.defpath), "HOME": "/nonexistent"}
-    if "SYSTEMROOT" in os.environ:  # Windows: no sockets without it
-        environment["SYSTEMROOT"] = os.environ["SYSTEMROOT"]
-    environment.update(more or {})
-    return environment
+    return dict({"PATH": os.environ.get("PATH", os.defpath), "HOME": "/nonexistent"}, **(more or {}))
 
 
 def plexctl_command(args, python, python_flags=()):
@@ -1231,12 +1195,10 @@ class Process(Watched, subprocess.Popen):
 
     @property
     def out(self):
-        """What it has written to stdout."""
         return self._read["out"].decode("utf-8", "replace")
 
     @property
     def err(self):
-        """What it has written to stderr."""
         return self._read["err"].decode("utf-8", "replace")
 
     def describe(self):
@@ -1354,25 +1316,30 @@ def show_command(args):
     say("$ " + line.replace(" ".join(REQUIRED_FLAGS), FLAGS_TO_PASTE).replace(sys.executable, "python3"))
 
 
-def show_output(result):
-    """Print what a command wrote."""
+def show_result(plane, result, status, revealed=False):
+    """Print what a command wrote: no secret, but a token that was asked for, on stderr; no traceback."""
     for line in result.stdout.splitlines():
         say("  " + line)
     for line in result.stderr.splitlines():
         say("  [stderr] " + line)
-
-
-def check_streams(plane, result, revealed=None):
-    """No secret on any stream, but a token that was asked for, on stderr; and no traceback."""
+    check(result.returncode == status, "exit status %s, not %s" % (result.returncode, status))
     check(plane.bearer not in result.stdout + result.stderr, "the bearer token was shown")
     check(SESSION_TOKEN_MARK not in result.stdout, "a session token is on stdout")
     err = result.stderr
     if revealed:
-        line = "PLEXCTL_SESSION_TOKEN=%s\n" % revealed
+        line = "PLEXCTL_SESSION_TOKEN=%s\n" % plane.sessions[-1].token
         check(line in err, "the token that was asked for is not on stderr")
         err = err.replace(line, "")
     check(SESSION_TOKEN_MARK not in err, "a session token is on stderr, and nobody asked for it")
     check("Traceback" not in err, "a traceback on stderr")
+
+
+def run_shown(plane, args, scratch, status=0, revealed=False, **environ):
+    """Show a command and what it writes; its stdout."""
+    show_command(args)
+    result = run_plexctl(args, env=plane.environment(HOME=scratch, **environ))
+    show_result(plane, result, status, revealed)
+    return result.stdout
 
 
 def check_document(document, session):
@@ -1393,13 +1360,8 @@ def demonstrate_print(plane, common, scratch):
             ("yaml", "read", "with the listener endpoint reported by the Node a little later")):
         say("\nPrint the coordinates as %s, %s:" % (output, words))
         plane.endpoint_on, plane.reads_before_endpoint = endpoint_on, 1
-        args = common + ["--output", output]
-        show_command(args)
-        result = run_plexctl(args, env=plane.environment(HOME=scratch))
-        show_output(result)
-        check(result.returncode == 0, "exit status %s" % result.returncode)
-        check_streams(plane, result)
-        check_document(parse_document(result.stdout, output), plane.sessions[-1])
+        written = run_shown(plane, common + ["--output", output], scratch)
+        check_document(parse_document(written, output), plane.sessions[-1])
     plane.endpoint_on = "issue"
     check(len(plane.active()) == 3, "print mode leaves its session active")
 
@@ -1408,14 +1370,10 @@ def demonstrate_reveal(plane, common, scratch):
     """--reveal-secrets and its audit record."""
     say("\nShow the session token too; the audit log has to have it on record first:")
     audit_log = os.path.join(scratch, "audit.log")
-    args = common + ["--output", "json", "--reveal-secrets"]
-    show_command(args)
-    result = run_plexctl(args, env=plane.environment(HOME=scratch, PLEXCTL_AUDIT_LOG=audit_log))
-    show_output(result)
-    check(result.returncode == 0, "exit status %s" % result.returncode)
+    written = run_shown(plane, common + ["--output", "json", "--reveal-secrets"], scratch, revealed=True,
+                        PLEXCTL_AUDIT_LOG=audit_log)
     session = plane.sessions[-1]
-    check_streams(plane, result, session.token)
-    check_document(parse_document(result.stdout, "json"), session)
+    check_document(parse_document(written, "json"), session)
     with open(audit_log) as stream:
         written = stream.read()
     say("  [audit log] " + written.rstrip("\n"))
@@ -1438,9 +1396,7 @@ def demonstrate_proxy(plane, common, scratch):
         check(plane.active()[-1:] == [document["session_id"]], "the session is not active")
         process.send_signal(signal.SIGINT)
         result = process.finish()
-    show_output(result)
-    check(result.returncode == -signal.SIGINT, "exit status %s, not by SIGINT" % result.returncode)
-    check_streams(plane, result)
+    show_result(plane, result, -signal.SIGINT)
     check_document(document, plane.sessions[-1])
     check(plane.revoked == [plane.issued[-1]], "the session was not revoked once")
     say("Byte for byte the same; ended by SIGINT; the session is revoked.")
@@ -1454,13 +1410,8 @@ def demonstrate_command(plane, common, scratch):
                's = socket.create_connection((host, int(port))); '
                's.sendall(b"hello, target"); s.shutdown(socket.SHUT_WR); '
                'print(s.makefile().read()); sys.exit(7)')
-    args = common + ["--", sys.executable, "-c", program]
-    show_command(args)
-    result = run_plexctl(args, env=plane.environment(HOME=scratch))
-    show_output(result)
-    check(result.returncode == 7, "exit status %s, not the command's" % result.returncode)
-    check(result.stdout == "hello, target\n", "the command printed %r" % result.stdout)
-    check_streams(plane, result)
+    written = run_shown(plane, common + ["--", sys.executable, "-c", program], scratch, 7)
+    check(written == "hello, target\n", "the command printed %r" % written)
     check(plane.revoked == plane.issued[-2:], "the session was not revoked once")
     say("It had its answer; its exit status came through; the session is revoked.")
 
@@ -1571,6 +1522,7 @@ if __name__ == "__main__":
 
 import ast
 import base64
+import concurrent.futures
 import copy
 import ctypes
 import fcntl
@@ -1580,6 +1532,7 @@ import glob
 import logging
 import pickle
 import pty
+import pwd
 import resource
 import shutil
 import socketserver
@@ -1588,6 +1541,7 @@ import stat
 import termios
 import traceback
 import types
+import urllib.error
 
 import pytest  # the demonstration must not need it
 
@@ -1641,12 +1595,30 @@ def simulation():
 
 
 def one_error_line(result, *words):
-    """The result's stderr is one error line, and has these words."""
-    lines = result.err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("plexctl: error: "), result.err
+    """The result's stderr is one printable error line, and has these words."""
+    assert re.match(r"plexctl: error: [ -~]+\n\Z", result.err), result.err
     for word in words:
-        assert word in lines[0], lines[0]
-    return lines[0]
+        assert word in result.err
+    return result.err[:-1]
+
+
+def failed(result, status, *words, alone=True):
+    """The run printed nothing, and ended with this status and one error line, which has these words.
+
+    It is the last line on stderr, and unless `alone` is false the only one."""
+    assert (result.status, result.out) == (status, ""), result
+    if not alone:
+        assert result.err.count("plexctl: error: ") == 1, result.err
+        result = result._replace(err=result.err.splitlines(True)[-1])
+    return one_error_line(result, *words)
+
+
+@contextlib.contextmanager
+def lasts(low, high):
+    """What is done meanwhile takes so many seconds."""
+    began = time.monotonic()
+    yield
+    assert low <= time.monotonic() - began < high
 
 
 def eventually(predicate, seconds=10, state=lambda: ""):
@@ -1664,6 +1636,11 @@ def eventually(predicate, seconds=10, state=lambda: ""):
 def forward_args(plane, *more):
     """The command line with the published ids, for this control plane."""
     return ["tcp-forward", "--server", plane.url] + REQUIRED_FLAGS + [str(word) for word in more]
+
+
+def forward_to(cli, plane, *more, **environ):
+    """tcp-forward in this process, with this control plane."""
+    return cli(forward_args(plane, *more), plane.environment(**environ))
 
 
 # ---- tests: the simulator's Node -----------------------------------------------------------------
@@ -1686,57 +1663,10 @@ def can_be_dialled(endpoint):
         return False
 
 
-def test_the_second_connection_waits_until_the_node_has_served_the_first():
-    with node_to(echo) as (node, target, endpoint), dial(endpoint) as first, dial(endpoint) as second:
-        first.sendall(b"1")
-        second.sendall(b"2")
-        assert first.recv(1) == b"1"
-        node.wait_for(lambda: node.waiting("first"))
-        assert (node.busy("first"), target.accepted) == (1, 1)
-        first.close()
-        assert second.recv(1) == b"2"
-        assert node.connections == {"first": 2} and node.most == {"first": 1}
-        assert [(wait.session_id, wait.served) for wait in node.waits] == [("first", True)]
-
-
-def test_one_connection_after_another_waits_for_nothing():
-    with node_to(echo) as (node, _, endpoint):
-        for _ in range(20):
-            with dial(endpoint) as client:
-                client.sendall(b"x")
-                assert client.recv(1) == b"x"
-            node.wait_for(lambda: not node.busy("first"))
-        assert node.connections == {"first": 20} and node.waits == []
-
-
-@pytest.mark.parametrize("delay", [0, 0.02])
-def test_either_end_of_input_ends_both_directions_at_the_node(delay):
-    with node_to(late_answer(threading.Event()), delay=delay) as (_, target, endpoint):
-        with dial(endpoint) as client:
-            client.sendall(b"question")
-            client.shutdown(socket.SHUT_WR)
-            assert client.recv(1) == b""  # nobody waits for the answer
-    with node_to(source(1 << 20), delay=delay) as (_, target, endpoint), dial(endpoint) as client:
-        assert b"".join(chunks(client)) == pattern(1 << 20)
-        target.wait_for(lambda: target.ends == ["eof"])  # though the client has not ended anything
-
-
-def test_a_target_that_the_node_cannot_reach_ends_the_connection_without_a_word():
-    with node_to(echo) as (node, _, endpoint), socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))
-        node.target_address = nobody.getsockname()
-        with dial(endpoint) as client:
-            assert client.recv(1) == b""
-        node.target_address = ("127.0.0.1", 1)
-        assert can_be_dialled(endpoint)
-
-
-def test_the_eleventh_session_never_gets_a_listener():
-    with node_to(echo, range(11)) as (node, _, _):
-        assert [node.endpoint(number) is None for number in range(11)] == [False] * 10 + [True]
-        node.close(3)
-        node.open("later")
-        assert node.endpoint("later") and node.endpoint(10) is None
+def answers(client):
+    """Whether what is behind the client echoes."""
+    client.sendall(b"x")
+    return client.recv(1) == b"x"
 
 
 def fill(client):
@@ -1745,6 +1675,42 @@ def fill(client):
     with pytest.raises(socket.timeout):
         while True:
             client.sendall(bytes(1 << 20))
+
+
+def issued_by(plane):
+    """The id of a session that was asked for without plexctl's command line."""
+    return str(create_client(plane).issue(session_request()).session_id)
+
+
+def test_the_second_connection_waits_until_the_node_has_served_the_first():
+    with node_to(echo) as (node, target, endpoint), dial(endpoint) as first, dial(endpoint) as second:
+        assert answers(first)
+        second.sendall(b"2")
+        node.wait_for(lambda: node.waiting("first"))
+        assert (node.busy("first"), target.accepted) == (1, 1)
+        first.close()
+        assert second.recv(1) == b"2"
+        assert node.connections == {"first": 2} and node.most == {"first": 1}
+        assert [(wait.session_id, wait.served) for wait in node.waits] == [("first", True)]
+
+
+@pytest.mark.parametrize("delay", [0, 0.02])
+def test_either_end_of_input_ends_both_directions_at_the_node(delay):
+    with node_to(late_answer(threading.Event()), delay=delay) as (_, _, endpoint), dial(endpoint) as client:
+        client.sendall(b"question")
+        client.shutdown(socket.SHUT_WR)
+        assert client.recv(1) == b""  # nobody waits for the answer
+    with node_to(source(1 << 20), delay=delay) as (_, target, endpoint), dial(endpoint) as client:
+        assert b"".join(chunks(client)) == pattern(1 << 20)
+        target.wait_for(lambda: target.ends == ["eof"])  # though the client has not ended anything
+
+
+def test_the_eleventh_session_never_gets_a_listener():
+    with node_to(echo, range(11)) as (node, _, _):
+        assert [node.endpoint(number) is None for number in range(11)] == [False] * 10 + [True]
+        node.close(3)
+        node.open("later")
+        assert node.endpoint("later") and node.endpoint(10) is None
 
 
 @pytest.mark.parametrize("leave", [socket.socket.close, reset_close], ids=["ends", "resets"])
@@ -1771,36 +1737,25 @@ def test_the_node_is_deaf_to_a_client_that_leaves_during(where, leave):
             assert following.recv(1) == b"x"
 
 
-@pytest.mark.parametrize("serve, half_close", [(stream, False), (stream, True), (silent, True)])
-def test_a_node_that_writes_to_a_client_that_is_gone_ends(serve, half_close):
-    """But one that passes half-closes on does not, before the client has ended both directions."""
-    with node_to(serve, half_close=half_close) as (node, _, endpoint), dial(endpoint) as client:
-        if half_close:
-            client.sendall(b"x")
-            client.shutdown(socket.SHUT_WR)
-            let_pass(0.5)
-            assert node.busy("first")
-        else:
-            fill(client)
+def test_a_node_that_writes_to_a_client_that_is_gone_ends():
+    with node_to(stream) as (node, _, endpoint), dial(endpoint) as client:
+        fill(client)
         client.close()
-        if serve is silent:
-            let_pass(0.5)
-            assert node.busy("first")
-            node.close("first")
         node.wait_for(lambda: not node.busy("first"))
 
 
-@pytest.mark.parametrize("options", [dict(dial_seconds=0.5), dict(cap=0.5), {}],
-                         ids=["given up", "cap", "revoked"])
-def test_a_dial_that_hangs_ends_with(options):
-    with node_to(echo, **options) as (node, _, endpoint), dial_that_hangs() as hanging:
-        node.target_address = hanging.getsockname()
+@pytest.mark.parametrize("options", [dict(dial_seconds=0.5), dict(cap=0.5), {}, None],
+                         ids=["given up", "cap", "revoked", "refused"])
+def test_a_dial_that_hangs_or_is_refused_ends_with_a_plain_end(options):
+    with node_to(echo, **options or {}) as (node, _, endpoint), dial_that_hangs() as hanging:
+        node.target_address = ("127.0.0.1", 1) if options is None else hanging.getsockname()
         with dial(endpoint) as client:
-            node.wait_for(lambda: node.busy("first"))
-            if not options:
+            if options == {}:
+                node.wait_for(lambda: node.busy("first"))
                 node.close("first")
             assert client.recv(1) == b""
-            node.wait_for(lambda: can_be_dialled(endpoint) == ("dial_seconds" in options))
+            goes_on = options is None or "dial_seconds" in options
+            node.wait_for(lambda: can_be_dialled(endpoint) == goes_on)
 
 
 @pytest.mark.parametrize("how, options", [
@@ -1812,8 +1767,7 @@ def test_the_node_closes_listener_and_connection(how, options):
         session_id = issued_by(plane)
         endpoint = node.endpoint(session_id)
         with dial(endpoint) as client:
-            client.sendall(b"x")
-            assert client.recv(1) == b"x"
+            assert answers(client)
             if how == "revocation":
                 plane.revoke(session_id)
             elif how == "restart":
@@ -1824,101 +1778,60 @@ def test_the_node_closes_listener_and_connection(how, options):
         assert node.is_open(session_id) == (how == "restart") == (node.endpoint(session_id) != endpoint)
 
 
-def issued_by(plane):
-    """The id of a session that was asked for without plexctl's command line."""
-    return str(create_client(plane).issue(session_request()).session_id)
-
-
 def test_a_delay_is_one_of_time_and_not_of_bandwidth():
     with node_to(echo, delay=0.1) as (node, _, endpoint), dial(endpoint) as client:
-        began = time.monotonic()
-        client.sendall(b"x")
-        assert client.recv(1) == b"x"
-        assert 0.2 <= time.monotonic() - began < 2
-        data, began = pattern(8 << 20), time.monotonic()
+        with lasts(0.2, 2):
+            assert answers(client)
+        data = pattern(8 << 20)
         sender = threading.Thread(target=client.sendall, args=(data,))
-        sender.start()
-        assert read_exactly(client, len(data)) == data
-        sender.join(10)
-        assert time.monotonic() - began < 5
-        began = time.monotonic()
-        client.shutdown(socket.SHUT_WR)
-        assert client.recv(1) == b"" and 0.2 <= time.monotonic() - began < 2
-
-
-def test_a_session_whose_listener_is_late_has_no_endpoint_before():
-    with Simulation(late=[0, 0.3, float("inf")]) as simulation:
-        node = simulation.node
-        first, second, third = [issued_by(simulation.plane) for _ in range(3)]
-        views = [session.view(True) for session in simulation.plane.sessions]
-        assert ["listener_endpoint" in view for view in views] == [True, False, False]
-        node.wait_for(lambda: node.endpoint(second))
-        assert node.is_open(first) and node.is_open(second) and not node.is_open(third)
-
-
-def test_the_kinder_node_serves_several_and_keeps_half_closes_and_resets():
-    with node_to(echo, kinder=True) as (node, target, endpoint):
-        with dial(endpoint) as first, dial(endpoint) as second:
-            first.sendall(b"1")
-            second.sendall(b"2")
-            assert (first.recv(1), second.recv(1)) == (b"1", b"2")
-        assert exchange(endpoint, pattern(1 << 20)) == pattern(1 << 20)
-        target.wait_for(lambda: len(target.ends) == 3)
-        client = dial(endpoint)
-        client.sendall(b"x")
-        assert client.recv(1) == b"x"
-        reset_close(client)
-        target.wait_for(lambda: target.ends[3:] == ["reset"])
-        assert node.most["first"] > 1 and node.waits == []
+        with lasts(0, 5):
+            sender.start()
+            assert read_exactly(client, len(data)) == data
+            sender.join(10)
+        with lasts(0.2, 2):
+            client.shutdown(socket.SHUT_WR)
+            assert client.recv(1) == b""
 
 
 # ---- tests: tables and helpers ------------------------------------------------------------------
 
 REFUSED = "refused"
 ARABIC_FIVE = "\u0665"
-UUID_UPPER = PROJECT_ID.upper()
-UUID_HEX = PROJECT_ID.replace("-", "")
 BAD_UUIDS = [
-    "", "x", UUID_HEX, "{%s}" % PROJECT_ID, "urn:uuid:" + PROJECT_ID, PROJECT_ID + "\n", " " + PROJECT_ID,
-    PROJECT_ID[:-1], PROJECT_ID + "0", "0190a8b8a0c0-7a0a-8a0a-a0a0-a0a0a0c0",
+    "", "x", PROJECT_ID.replace("-", ""), "{%s}" % PROJECT_ID, "urn:uuid:" + PROJECT_ID, PROJECT_ID + "\n",
+    " " + PROJECT_ID, PROJECT_ID[:-1], PROJECT_ID + "0", "0190a8b8a0c0-7a0a-8a0a-a0a0-a0a0a0c0",
     "0190-a8b8-a0c0-7a0a-8a0aa0a0a0a0a0c0", PROJECT_ID.replace("9", "\u0669"),
-    PROJECT_ID.replace("-", "\u2010"), PROJECT_ID.replace("b", "g"),
-]
-BAD_NUMBERS = ["", " 5 ", "5\n", "1_000", ARABIC_FIVE, "\uff15", "+5", "-1", "5.5", "0x50", "1e3", "five",
-               "9" * 19, "9" * 5000]
+    PROJECT_ID.replace("-", "\u2010"), PROJECT_ID.replace("b", "g")]
+BAD_NUMBERS = ["", " 5 ", "5\n", "1_000", ARABIC_FIVE, "\uff15", "+5", "-1", "0x50", "1e3", "five", "9" * 19,
+               "9" * 5000]
 BAD_ADDRESSES = [  # for everything that has to be an address or a name
     "127.1", "0x7f.1", "2130706433", "0x7f000001", "0", "0177.0.0.1", "1.2.3.256", "1.2.3", "1.2.3.4.5",
     "01.2.3.4", "a..b", ".a", "-a", "a-", "a b", "a\tb", "a\x00b", "a/b", "a@b", "a%31", "a\\b",
     "[127.0.0.1]", "[::1", "::1]", "[::1%lo]", "[12345::1]", "[]", "[name]", "b\xfccher.example",
     "\u0661.2.3.4", "a" * 64, "a." * 127 + "aa"]
-BAD_SERVERS = [
-    "", "plane.example", "//plane.example", "https:plane.example", "https:/plane.example", "https://",
-    "ftp://plane.example", "file:///etc/passwd", "data:,x", "https://user@plane.example",
-    "https://user:pass@plane.example", "https://@plane.example", "https://plane.example?query",
-    "https://plane.example/?q",
-    "https://plane.example#part", "https://plane.example/#", "https://plane.example\\@other.example",
-    "https://plane.example/\\x", " https://plane.example", "https://plane.example ", "https://plane .example",
-    "https://plane.example/a b", "https://plane.example\n", "https://plane.example/\r\nHost: other",
-    "https://plane.example/\x00", "https://plane.example/\x7f", "https://plane.example/\u2028",
-    "https://pl\xe4ne.example", "https://plane.example:", "https://plane.example:0",
-    "https://plane.example:65536", "https://plane.example:117925", "https://plane.example:" + ARABIC_FIVE,
-    "https://plane.example:1_0", "https://plane.example:443:443", "https://::1", "https://[::1",
-    "https://[::1]x"]
+BAD_SERVERS = ["", "plane.example", "//plane.example", "https:plane.example", "https:/plane.example",
+               "ftp://plane.example", "file:///etc/passwd", "data:,x", " https://plane.example"] + [
+    "https://" + rest for rest in [
+        "", "user@plane.example", "user:pass@plane.example", "@plane.example", "plane.example?query",
+        "plane.example/?q", "plane.example#part", "plane.example/#", "plane.example\\@other.example",
+        "plane.example/\\x", "plane.example ", "plane .example", "plane.example/a b", "plane.example\n",
+        "plane.example/\r\nHost: other", "plane.example/\x00", "plane.example/\x7f", "plane.example/\u2028",
+        "pl\xe4ne.example", "plane.example:", "plane.example:0", "plane.example:65536", "plane.example:1_0",
+        "plane.example:" + ARABIC_FIVE, "plane.example:443:443", "::1", "[::1", "[::1]x"]]
 BAD_HTTP_SERVERS = [  # good with --allow-http
-    "http://plane.example", "http://10.0.0.1", "http://127.0.0.1.evil.example",
+    "http://plane.example", "HTTP://plane.example", "http://10.0.0.1", "http://127.0.0.1.evil.example",
     "http://localhost.evil.example", "http://notlocalhost", "http://128.0.0.1", "http://[::2]",
     "http://0.0.0.0", "http://plane.localhost"]
-BAD_TOKENS = [  # as bytes; CR and LF would be header injection, the rest is what strip() eats or urllib sends
-    b"", b"\n", b"\r\n", b"psk 1", b"psk_1\n\n", b"\npsk_1", b"psk_1\r", b" psk_1", b"psk_1 \n", b"psk\x001",
-    b"psk_1\x7f", b"psk_1\x1c\n", b"psk_1\xe2\x80\xa8\n", b"psk_1\xc2\xa0", b"\xa0psk_1",
-    b"\xef\xbb\xbfpsk_1", "psk_1".encode("utf-16"), b"psk_\xff", b"psk\r\nX-Header: 1", b"a" * 8193,
-    b"a" * 8193 + b"\n"]
-LOGGER = logging.getLogger("plexctl.audit")
 
 
 def shown(value):
     """The id of a parameter: short and ASCII, whatever is in it."""
     return ascii(value)[:48]
+
+
+def rows(good, bad):
+    """Rows of (text, expected): what each good text becomes, and that the bad ones are refused."""
+    return list(good.items()) + [(text, REFUSED) for text in bad]
 
 
 def outcome(parse, *arguments):
@@ -1947,6 +1860,11 @@ def write_config(directory, document, mode=0o600):
     return {"HOME": str(directory)}
 
 
+def config_of(plane):
+    """A config document whose default profile is this control plane and its token."""
+    return {"default": "prod", "profiles": {"prod": {"server": plane.url, "token": BEARER}}}
+
+
 def flags_with(flag, *values):
     """The required flags with one of them given like this instead (or, without values, left out)."""
     pairs = zip(REQUIRED_FLAGS[::2], REQUIRED_FLAGS[1::2])
@@ -1964,24 +1882,10 @@ def run_words(words, env=None, **popen):
     return Result(done.returncode, out, err)
 
 
-def run_redirected(redirections, args, env):
+def run_redirected(redirections, args, env, **popen):
     """Run plexctl.py with a shell's redirections, such as `>&-`."""
     words = ["sh", "-c", 'exec "$@" ' + redirections, "sh", sys.executable, "-I", PLEXCTL]
-    return run_words(words + list(args), clean_environment(env))
-
-
-def is_usage_error(result, *words):
-    """Exit 2, nothing on stdout, and one printable line on stderr with these words."""
-    assert (result.status, result.out) == (2, "")
-    line = one_error_line(result, *words)
-    assert re.match(r"[ -~]+\Z", line) and result.err == line + "\n"
-    return True
-
-
-def assert_revoked_once(plane):
-    """One session was issued, and revoked exactly once."""
-    assert len(plane.issued) == 1 and plane.revoked == plane.issued and not plane.active()
-    assert [each.operation for each in plane.requests].count("revoke") == 1
+    return run_words(words + list(args), clean_environment(env), **popen)
 
 
 def find_pythons():
@@ -1994,162 +1898,118 @@ def find_pythons():
 
 # ---- tests: values ------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("text, expected", [(PROJECT_ID, PROJECT_ID), (UUID_UPPER, PROJECT_ID)] + [
-    (text, REFUSED) for text in BAD_UUIDS], ids=shown)
+@pytest.mark.parametrize("text, expected", rows(
+    {PROJECT_ID: PROJECT_ID, PROJECT_ID.upper(): PROJECT_ID}, BAD_UUIDS), ids=shown)
 def test_a_uuid_is_canonical_and_becomes_lower_case(text, expected):
     assert outcome(plexctl.parse_uuid, text) == expected
 
 
-@pytest.mark.parametrize("text, expected", [("1", 1), ("65535", 65535), ("0022", 22)] + [
-    (text, REFUSED) for text in BAD_NUMBERS + ["0", "65536", "117925"]], ids=shown)
-def test_a_port_is_plain_digits_from_1_to_65535(text, expected):
-    assert outcome(plexctl.parse_int, text, 1, plexctl.PORT_MAX) == expected
+@pytest.mark.parametrize("text, expected", rows(
+    {"3": 3, "700": 700, "0022": 22}, BAD_NUMBERS + ["2", "701", "5.5", "117925"]), ids=shown)
+def test_a_whole_number_is_plain_digits_within_its_bounds(text, expected):
+    assert outcome(plexctl.parse_int, text, 3, 700) == expected
 
 
-@pytest.mark.parametrize("text, expected", [("3", 3), ("7", 7), ("2", REFUSED), ("8", REFUSED)] + [
-    (text, REFUSED) for text in BAD_NUMBERS if text != "five"], ids=shown)
-def test_a_whole_number_lies_within_its_bounds(text, expected):
-    assert outcome(plexctl.parse_int, text, 3, 7) == expected
-
-
-@pytest.mark.parametrize("text, expected", [("0", 0), ("90", 90), ("0.5", 0.5), ("2.25", 2.25)] + [
-    (text, REFUSED) for text in BAD_NUMBERS + ["nan", "inf", "-0", "1.", ".5", "1,5", "1.5s"]
-    if text != "5.5"], ids=shown)
+@pytest.mark.parametrize("text, expected", rows(
+    {"0": 0, "90": 90, "0.5": 0.5, "2.25": 2.25},
+    BAD_NUMBERS + ["nan", "inf", "-0", "1.", ".5", "1,5", "1.5s"]), ids=shown)
 def test_seconds_are_digits_with_perhaps_a_decimal_point(text, expected):
     assert outcome(plexctl.parse_seconds, text) == expected
 
 
-@pytest.mark.parametrize("text, host, port", [
-    ("10.0.0.5:5432", "10.0.0.5", 5432), ("255.255.255.255:1", "255.255.255.255", 1),
-    ("[2001:db8::1]:65535", "2001:db8::1", 65535), ("[::ffff:10.0.0.1]:22", "::ffff:10.0.0.1", 22),
-    ("node-1.plex.example:22", "node-1.plex.example", 22), ("node.example.:22", "node.example.", 22),
-    ("localhost:1", "localhost", 1), ("3com.example:1", "3com.example", 1)], ids=shown)
-def test_an_endpoint_is_a_strict_host_and_a_port(text, host, port):
-    endpoint = plexctl.parse_endpoint(text)
-    assert (endpoint.host, endpoint.port, str(endpoint)) == (host, port, text)
-    assert endpoint == plexctl.parse_endpoint(text) != plexctl.parse_endpoint("other.example:1")
+@pytest.mark.parametrize("text, expected", rows({
+    "10.0.0.5:5432": ("10.0.0.5", 5432), "255.255.255.255:1": ("255.255.255.255", 1),
+    "[2001:db8::1]:65535": ("2001:db8::1", 65535), "[::ffff:10.0.0.1]:22": ("::ffff:10.0.0.1", 22),
+    "node-1.plex.example:22": ("node-1.plex.example", 22), "node.example.:22": ("node.example.", 22),
+    "node_1:80": ("node_1", 80), "localhost:1": ("localhost", 1), "3com.example:1": ("3com.example", 1)},
+    ["", ":", "name", "name:", ":80", "10.0.0.5", "::1:80", "name:80:80", "name:80\n", "name:000022"]
+    + ["name:" + port for port in BAD_NUMBERS + ["0", "65536", "117925"]]
+    + [host + ":80" for host in BAD_ADDRESSES]), ids=shown)
+def test_an_endpoint_is_a_strict_host_and_a_port(text, expected):
+    endpoint = outcome(plexctl.parse_endpoint, text)
+    assert endpoint == expected and (expected == REFUSED or str(endpoint) == text)
 
 
-@pytest.mark.parametrize("text", ["", ":", "name", "name:", ":80", "10.0.0.5", "::1:80", "name:80:80",
-                                  "name:80\n"] + [
-    "name:" + port for port in BAD_NUMBERS[1:] + ["0", "65536", "117925"]] + [
-    host + ":80" for host in BAD_ADDRESSES], ids=shown)
-def test_an_endpoint_of_any_other_form_is_refused(text):
-    assert outcome(plexctl.parse_endpoint, text) == REFUSED
-
-
-@pytest.mark.parametrize("text, expected", [
-    ("127.0.0.1:0", "127.0.0.1:0"), ("127.0.0.1:65535", "127.0.0.1:65535"), ("0.0.0.0:5432", "0.0.0.0:5432"),
-    ("[::1]:0", "[::1]:0"), ("localhost:5432", "127.0.0.1:5432"), ("unix:/run/db.sock", "unix:/run/db.sock"),
-] + [(text, REFUSED) for text in [
-    "", "127.0.0.1", "5432", ":0", "*:0", "::1:0", "[::1]", "name.example:0", "127.0.0.1:65536",
-    "127.0.0.1:-1", "unix:", "unix:relative", "unix:/a\nb", "unix:/" + "a" * 200] + [
-    "127.0.0.1:" + port for port in BAD_NUMBERS] + [host + ":0" for host in BAD_ADDRESSES]], ids=shown)
+@pytest.mark.parametrize("text, expected", rows({
+    "127.0.0.1:0": "127.0.0.1:0", "127.0.0.1:65535": "127.0.0.1:65535", "0.0.0.0:5432": "0.0.0.0:5432",
+    "[::1]:0": "[::1]:0", "localhost:5432": "127.0.0.1:5432", "unix:/run/db.sock": "unix:/run/db.sock"},
+    ["", "127.0.0.1", "5432", ":0", "*:0", "::1:0", "[::1]", "name.example:0", "127.0.0.1:65536",
+     "127.0.0.1:-1", "127.1:0", "unix:", "unix:relative", "unix:/a\nb", "unix:/" + "a" * 200]), ids=shown)
 def test_a_local_address_is_a_literal_or_a_path(text, expected):
-    local = outcome(plexctl.parse_local_address, text)
-    assert str(local) == expected
+    assert str(outcome(plexctl.parse_local_address, text)) == expected
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("https://plane.example", "https://plane.example:443"),
-    ("HTTPS://plane.example/", "https://plane.example:443"),
-    ("https://plane.example:8443/some/prefix/", "https://plane.example:8443/some/prefix"),
-    ("https://10.0.0.1", "https://10.0.0.1:443"), ("https://[2001:db8::1]:1", "https://[2001:db8::1]:1"),
-    ("http://127.0.0.1:1", "http://127.0.0.1:1"), ("http://127.255.0.9", "http://127.255.0.9:80"),
-    ("http://localhost", "http://localhost:80"), ("http://[::1]:1", "http://[::1]:1"),
-] + [(text, REFUSED) for text in BAD_SERVERS + BAD_HTTP_SERVERS] + [
-    ("https://" + host, REFUSED) for host in BAD_ADDRESSES if host != "a/b"], ids=shown)
+@pytest.mark.parametrize("text, expected", rows({
+    "https://plane.example": "https://plane.example:443",
+    "HTTPS://plane.example/": "https://plane.example:443",
+    "https://plane.example:8443/some/prefix/": "https://plane.example:8443/some/prefix",
+    "https://10.0.0.1": "https://10.0.0.1:443", "https://[2001:db8::1]:1": "https://[2001:db8::1]:1",
+    "http://127.0.0.1:1": "http://127.0.0.1:1", "http://127.255.0.9": "http://127.255.0.9:80",
+    "http://localhost": "http://localhost:80", "http://[::1]:1": "http://[::1]:1"},
+    BAD_SERVERS + BAD_HTTP_SERVERS + ["https://" + host for host in BAD_ADDRESSES if host != "a/b"]),
+    ids=shown)
 def test_a_server_is_an_absolute_https_url_or_loopback(text, expected):
     assert str(outcome(plexctl.parse_server, text, False)) == expected
 
 
-@pytest.mark.parametrize("text, good", [(text, True) for text in BAD_HTTP_SERVERS] + [
-    (text, False) for text in BAD_SERVERS], ids=shown)
-def test_allow_http_permits_plain_http_and_nothing_else(text, good):
-    assert (outcome(plexctl.parse_server, text, True) != REFUSED) == good
+@pytest.mark.parametrize("text", BAD_SERVERS + BAD_HTTP_SERVERS, ids=shown)
+def test_allow_http_permits_plain_http_and_nothing_else(text):
+    assert (outcome(plexctl.parse_server, text, True) != REFUSED) == (text in BAD_HTTP_SERVERS)
 
 
-@pytest.mark.parametrize("one, other, same", [
-    ("https://plane.example", "https://PLANE.example:443/prefix", True),
-    ("https://plane.example", "https://plane.example:444", False),
-    ("http://localhost:443", "https://localhost:443", False),
-    ("https://plane.example", "https://plane.example.evil.example", False)], ids=shown)
-def test_two_servers_are_the_same_by_scheme_host_and_port(one, other, same):
-    assert plexctl.parse_server(one, False).same_origin(plexctl.parse_server(other, False)) == same
-
-
-@pytest.mark.parametrize("text, expected", [
-    ("1970-01-01T00:00:00Z", 0), ("1970-01-01t00:00:01z", 1), ("1970-01-01T00:00:00.25Z", 0.25),
-    ("1970-01-01T00:00:01.123456789Z", 1.123456789), ("1970-01-01T02:00:00+02:00", 0),
-    ("1969-12-31T18:29:30.5-05:30", -29.5), ("1970-01-01T00:00:00-00:00", 0),
-    ("2000-02-29T00:00:00Z", 951782400), ("2016-12-31T23:59:60Z", 1483228799),
-    ("2099-05-02T10:30:00Z", 4081401000),
-] + [(text, REFUSED) for text in [
+@pytest.mark.parametrize("text, expected", rows({
+    "1970-01-01T00:00:00Z": 0, "1970-01-01t00:00:01z": 1, "1970-01-01T00:00:00.25Z": 0.25,
+    "1970-01-01T00:00:01.123456789Z": pytest.approx(1.123456789), "1970-01-01T02:00:00+02:00": 0,
+    "1969-12-31T18:29:30.5-05:30": -29.5, "1970-01-01T00:00:00-00:00": 0,
+    "2000-02-29T00:00:00Z": 951782400, "2016-12-31T23:59:60Z": 1483228799,
+    "2099-05-02T10:30:00Z": 4081401000}, [
     "", "1970-01-01", "1970-01-01T00:00:00", "1970-01-01 00:00:00Z", "1970-01-01T00:00Z", "19700101T000000Z",
     "1970-01-01T00:00:00+0000", "1970-01-01T00:00:00+00", "1970-01-01T00:00:00,5Z", "1970-01-01T00:00:00.Z",
     "1970-01-01T00:00:00Z\n", " 1970-01-01T00:00:00Z", "1970-02-30T00:00:00Z", "2100-02-29T00:00:00Z",
     "1970-13-01T00:00:00Z", "1970-00-01T00:00:00Z", "1970-01-01T24:00:00Z", "1970-01-01T00:60:00Z",
     "1970-01-01T00:00:61Z", "1970-01-01T00:00:00+24:00", "1970-01-01T00:00:00+00:60", "0000-01-01T00:00:00Z",
-    "12026-01-01T00:00:00Z", "-970-01-01T00:00:00Z", "1970-01-01T00:00:0%sZ" % ARABIC_FIVE, "0", "1e9"]],
+    "12026-01-01T00:00:00Z", "-970-01-01T00:00:00Z", "1970-01-01T00:00:0%sZ" % ARABIC_FIVE, "0", "1e9"]),
     ids=shown)
 def test_a_time_is_rfc_3339(text, expected):
-    found = outcome(plexctl.parse_time, text)
-    assert found == expected or REFUSED not in (found, expected) and abs(found - expected) < 1e-6
+    assert outcome(plexctl.parse_time, text) == expected
 
 
-@pytest.mark.parametrize("raw, expected", [
-    (b'{"a": [1, 2.5, null, true, "\\u00e9"]}', {"a": [1, 2.5, None, True, "\xe9"]}),
-    ('"\xe9\u2028"'.encode("utf-8"), "\xe9\u2028"), (b' "\\ud83d\\ude00" ', "\U0001f600"),
-] + [(raw, REFUSED) for raw in [
+@pytest.mark.parametrize("raw, expected", rows({
+    b'{"a": [1, 2.5, null, true, "\\u00e9"]}': {"a": [1, 2.5, None, True, "\xe9"]},
+    '"\xe9\u2028"'.encode("utf-8"): "\xe9\u2028", b' "\\ud83d\\ude00" ': "\U0001f600"}, [
     b"", b" ", b"{", b"{} {}", b"{'a': 1}", b"[1,]", b"NaN", b'{"a": NaN}', b"Infinity", b"[-Infinity]",
     b"nan", b'{"a": 1, "a": 1}', b'[{"b": {"a": 1, "a": 2}}]', b'{"a": 1, "\\u0061": 2}', b'"\\ud800"',
     b'{"\\udfff": 1}', b'"\xed\xa0\x80"', b"\xef\xbb\xbf{}", "{}".encode("utf-16"), "{}".encode("utf-16-le"),
     "{}".encode("utf-32"), b'"\xff"', b'"\xc0\x80"', b'"\n"', b'"\x00"', b"[" * 100000,
-    b"[" * 100000 + b"]" * 100000, b'{"a":' * 100000 + b"1" + b"}" * 100000]], ids=shown)
-def test_json_is_strict(raw, expected):
-    assert outcome(plexctl.parse_json, raw) == expected
+    b"[" * 100000 + b"]" * 100000, b'{"a":' * 100000 + b"1" + b"}" * 100000, b"7" * 1000000]), ids=shown)
+def test_json_is_strict_and_judged_at_once(raw, expected):
+    with lasts(0, 5):
+        assert outcome(plexctl.parse_json, raw) == expected
 
 
-def test_an_integer_of_5000_digits_is_a_number_or_refused_and_nothing_else():
-    assert outcome(plexctl.parse_json, b"9" * 5000) in (REFUSED, 10 ** 5000 - 1)
+@pytest.mark.parametrize("text, expected", rows(
+    {text: text for text in ("10.0.0.5", "db.internal", "::1", "localhost", "b\xfccher.example")},
+    ["", " ", "\t\n", "\xa0", "\u2028", "a b", " a", "a\n", "a\x1b[2J", "a\x00", "a\u202eb", "a\xa0b",
+     "\udcff", "a" * 254, "a:1", "http://a", "a/b"]), ids=shown)
+def test_a_target_host_is_printable_and_has_no_white_space(text, expected):
+    assert outcome(plexctl.parse_target_host, text) == expected
 
 
-def test_an_error_of_parse_json_does_not_hold_the_document():
-    with pytest.raises(ValueError) as raised:
-        plexctl.parse_json(b'{"token": "%s"' % BEARER.encode())
-    shown_lines = traceback.format_exception(type(raised.value), raised.value, raised.value.__traceback__)
-    assert BEARER not in "".join(shown_lines) + repr(raised.value)
+ADDRESSES = {  # whether it is loopback; may be dialled; may be where the control plane is on loopback too
+    (True, False, True): ["127.0.0.1", "127.255.255.254", "::1", "0:0:0:0:0:0:0:1", "::ffff:127.0.0.1"],
+    (True, True, True): ["localhost", "LOCALHOST."],  # a name is judged once it is looked up
+    (False, True, True): ["128.0.0.1", "::2", "100.64.0.12", "2001:db8::1", "node.example", "notlocalhost",
+                          "localhost.evil.example", "127.0.0.1.evil.example"],
+    (False, False, True): ["0.0.0.0", "::", "0:0::0", "::ffff:0.0.0.0", "224.0.0.1", "239.255.255.255",
+                           "::ffff:224.0.0.1", "ff02::1"],
+    (False, False, False): ["169.254.169.254", "169.254.0.1", "fe80::1", "FEBF::1", "fe80::1%eth0",
+                            "::ffff:169.254.169.254"]}
 
 
-@pytest.mark.parametrize("text, good", [
-    ("10.0.0.5", True), ("db.internal", True), ("::1", True), ("localhost", True),
-    ("b\xfccher.example", True), ("", False), (" ", False), ("\t\n", False), ("\xa0", False),
-    ("\u2028", False), ("a b", False), (" a", False), ("a\n", False), ("a\x1b[2J", False), ("a\x00", False),
-    ("a\u202eb", False), ("a\xa0b", False), ("\udcff", False), ("a" * 254, False), ("a:1", False),
-    ("http://a", False), ("a/b", False)], ids=shown)
-def test_a_target_host_is_printable_and_has_no_white_space(text, good):
-    assert outcome(plexctl.parse_target_host, text) == (text if good else REFUSED)
-
-
-@pytest.mark.parametrize("host, loopback, dialable", [
-    ("127.0.0.1", True, False), ("127.255.255.254", True, False), ("::1", True, False),
-    ("0:0:0:0:0:0:0:1", True, False), ("localhost", True, False), ("LOCALHOST.", True, False),
-    ("::ffff:127.0.0.1", True, False), ("128.0.0.1", False, True), ("::2", False, True),
-    ("100.64.0.12", False, True), ("2001:db8::1", False, True), ("node.example", False, True),
-    ("localhost.evil.example", False, True), ("127.0.0.1.evil.example", False, True),
-    ("notlocalhost", False, True), ("0.0.0.0", False, False), ("::", False, False), ("0:0::0", False, False),
-    ("::ffff:0.0.0.0", False, False), ("224.0.0.1", False, False), ("239.255.255.255", False, False),
-    ("::ffff:224.0.0.1", False, False), ("ff02::1", False, False)], ids=shown)
-def test_loopback_unspecified_and_multicast_addresses_are_known(host, loopback, dialable):
-    is_name = plexctl.parse_address(host) is None  # it is judged once it is looked up
-    assert (plexctl.is_loopback(host), plexctl.is_dialable(host)) == (loopback, dialable or is_name)
-    assert plexctl.is_dialable(host, from_loopback=True)
-
-
-@pytest.mark.parametrize("host", [
-    "169.254.169.254", "169.254.0.1", "fe80::1", "FEBF::1", "fe80::1%eth0", "::ffff:169.254.169.254"])
-def test_a_link_local_endpoint_is_refused_whoever_names_it(host):
-    assert not plexctl.is_dialable(host) and not plexctl.is_dialable(host, from_loopback=True)
+@pytest.mark.parametrize("host, known", [
+    (host, known) for known, hosts in ADDRESSES.items() for host in hosts], ids=shown)
+def test_loopback_unspecified_multicast_and_link_local_addresses_are_known(host, known):
+    assert (plexctl.is_loopback(host), plexctl.is_dialable(host), plexctl.is_dialable(host, True)) == known
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -2165,8 +2025,7 @@ def test_a_secret_does_not_show_itself():
     secret = plexctl.Secret(BEARER)
     assert secret.reveal() == BEARER
     shapes = [repr(secret), str(secret), "%s %r" % (secret, secret), "{} {!r}".format(secret, secret),
-              format(secret),
-              repr([secret]), repr({"token": secret}), ascii(secret), repr(vars(type(secret)))]
+              format(secret), ascii(secret), repr([secret]), repr({"t": secret}), repr(vars(type(secret)))]
     assert not [each for each in shapes if BEARER in each or "psk_" in each]
     assert not hasattr(secret, "__dict__")
 
@@ -2189,14 +2048,19 @@ def test_one_line_end_of_a_token_is_dropped(raw, expected):
     assert plexctl.parse_token(raw, "here").reveal() == expected
 
 
-@pytest.mark.parametrize("raw, fault", [
-    (b"", "is empty"), (b"\n", "is empty"), (b"Bearer psk_1", 'starts with "Bearer "'),
-    (b"psk 1", "contains a space"), (b"psk_1\n\n", "contains a line break"),
-    (b"\xef\xbb\xbfpsk_1", "byte-order mark"), ("psk_1".encode("utf-16"), "byte-order mark"),
-    (b"psk_\xff", "not printable ASCII"), (b"a" * 8193, "longer than 8192")], ids=shown)
-def test_an_error_of_a_token_says_what_is_wrong_with_it(raw, fault):
-    with pytest.raises(plexctl.CredentialsError, match="here: the token .*" + re.escape(fault)):
-        plexctl.parse_token(raw, "here")
+@pytest.mark.parametrize("fault, raws", [  # CR and LF would be header injection
+    ("is empty", [b"", b"\n", b"\r\n"]), ('starts with "Bearer "', [b"Bearer psk_1", b"bearer psk_1"]),
+    ("contains a space", [b"psk 1", b" psk_1", b"psk_1 \n", b"psk_1\t"]),
+    ("contains a line break", [b"psk_1\n\n", b"\npsk_1", b"psk_1\r", b"psk\r\nX-Header: 1"]),
+    ("byte-order mark", [b"\xef\xbb\xbfpsk_1", "psk_1".encode("utf-16")]),
+    ("not printable ASCII", [b"psk_\xff", b"psk\x001", b"psk_1\x7f", b"psk_1\x1c\n", b"psk_1\xe2\x80\xa8\n",
+                             b"psk_1\xc2\xa0", b"\xa0psk_1"]),
+    ("longer than 8192", [b"a" * 8193, b"a" * 8193 + b"\n"])], ids=shown)
+def test_an_error_of_a_token_says_what_is_wrong_with_it(fault, raws):
+    for raw in raws:
+        with pytest.raises(plexctl.CredentialsError, match="here: the token .*" + re.escape(fault)) as raised:
+            plexctl.parse_token(raw, "here")
+        assert "psk" not in str(raised.value)
 
 
 @pytest.mark.parametrize("count, expected", [
@@ -2215,6 +2079,7 @@ def test_a_duration_is_shown_for_people(seconds, expected):
 
 @pytest.mark.parametrize("error, expected", [
     (ConnectionRefusedError(111, "Connection refused"), "Connection refused"),
+    (urllib.error.URLError(ConnectionResetError(104, "Reset by peer")), "Reset by peer"),
     (OSError(5, "bad\x1b[1m"), "bad\\x1b[1m"), (socket.timeout("timed out"), "timed out"),
     (ValueError("Invalid header value b'Bearer %s'" % BEARER), "ValueError"),
     (OSError("Bearer " + BEARER), "OSError"), (RecursionError(BEARER), "RecursionError"),
@@ -2227,19 +2092,6 @@ def test_a_duration_is_shown_for_people(seconds, expected):
     ids=shown)
 def test_an_error_is_shown_without_what_it_was_given(error, expected):
     assert plexctl.show_error(error) == expected
-
-
-def test_the_reason_of_a_urlerror_is_shown():
-    import urllib.error
-    reason = ConnectionResetError(104, "Connection reset by peer")
-    assert plexctl.show_error(urllib.error.URLError(reason)) == "Connection reset by peer"
-
-
-def test_an_integer_of_a_million_digits_is_refused_at_once():
-    began = time.monotonic()
-    with pytest.raises(ValueError):
-        plexctl.parse_json(b'{"a": ' + b"7" * 1000000 + b"}")
-    assert time.monotonic() - began < 5
 
 
 # ---- tests: credentials, in order ---------------------------------------------------------------
@@ -2268,8 +2120,7 @@ def resolve(home, server="", profile="", token_file="", environ=()):
     ("", "side", BOTH, "side.example"), ("", "address", BOTH, "address.example"),
     ("", "token", BOTH, "url.example"), ("", "empty", BOTH, "url.example"), ("", "", BOTH, "url.example"),
     ("", "", TOKEN, "main.example"), ("", "empty", TOKEN, "main.example"),
-    ("", "", dict(TOKEN, PLEXSPHERE_URL=""), "main.example"),
-], ids=shown)
+    ("", "", dict(TOKEN, PLEXSPHERE_URL=""), "main.example")], ids=shown)
 def test_the_first_server_found_wins(tmp_path, server, profile, environ, expected):
     write_config(tmp_path, PROFILES)
     token_file = write_private(tmp_path / "token", "psk_file\n")
@@ -2302,35 +2153,13 @@ def test_the_token_of_a_profile_goes_to_no_other_server(tmp_path, server, profil
     assert resolve(tmp_path, server, profile, "", environ) == 3
 
 
-def test_a_config_file_without_a_default_profile_gives_nothing(cli, tmp_path):
-    environ = write_config(tmp_path, {"profiles": PROFILES["profiles"]})
-    result = cli(["tcp-forward"] + REQUIRED_FLAGS, environ)
-    assert result.status == 2
-    one_error_line(result, "no server: ")
-
-
-def test_a_profile_token_for_another_server_is_refused_with_the_reason(cli, simulation, tmp_path):
-    entry = {"server": "https://prod.example", "token": BEARER}
-    environ = write_config(tmp_path, {"profiles": {"prod": entry}})
-    result = cli(forward_args(simulation.plane, "--profile", "prod"), environ)
-    assert result.status == 3 and simulation.plane.requests == []
-    one_error_line(result, "own server, and --server names another one")
-
-
-def test_a_default_profile_alone_is_enough(cli, simulation, tmp_path):
-    document = {"default": "prod", "profiles": {"prod": {"server": simulation.plane.url, "token": BEARER}}}
-    result = cli(["tcp-forward"] + REQUIRED_FLAGS, write_config(tmp_path, document))
-    assert result.status == 0 and len(simulation.plane.issued) == 1
-
-
-def test_xdg_config_home_comes_before_home_and_a_relative_one_is_ignored(cli, simulation, tmp_path):
-    document = {"default": "prod", "profiles": {"prod": {"server": simulation.plane.url, "token": BEARER}}}
-    write_config(tmp_path, document)
+def test_a_default_profile_is_enough_wherever_the_environment_says_that_it_is(cli, lone_plane, tmp_path):
+    home = write_config(tmp_path, config_of(lone_plane))
     wrong = write_config(tmp_path / "other", "not JSON")
-    there = dict(wrong, XDG_CONFIG_HOME=str(tmp_path / ".config"))
-    assert cli(["tcp-forward"] + REQUIRED_FLAGS, there).status == 0
-    relative = {"HOME": str(tmp_path), "XDG_CONFIG_HOME": "relative"}
-    assert cli(["tcp-forward"] + REQUIRED_FLAGS, relative).status == 0
+    for environ in (home, dict(home, XDG_CONFIG_HOME="relative"),
+                    dict(wrong, XDG_CONFIG_HOME=str(tmp_path / ".config"))):
+        assert cli(["tcp-forward"] + REQUIRED_FLAGS, environ).status == 0
+    assert len(lone_plane.issued) == 3
 
 
 @pytest.mark.parametrize("environ, args, status, word", [
@@ -2345,19 +2174,7 @@ def test_xdg_config_home_comes_before_home_and_a_relative_one_is_ignored(cli, si
     ({"PLEXSPHERE_URL": "http://127.0.0.1.evil.example", "PLEXSPHERE_TOKEN": "x"}, [], 2, "PLEXSPHERE_URL"),
     ({"PLEXSPHERE_URL": "https://user:%s@plane.example" % BEARER}, [], 2, "PLEXSPHERE_URL")], ids=shown)
 def test_a_server_that_is_missing_exits_2_and_credentials_3(cli, environ, args, status, word):
-    result = cli(["tcp-forward"] + REQUIRED_FLAGS + args, environ)
-    assert (result.status, result.out) == (status, "")
-    one_error_line(result, word)
-
-
-@pytest.mark.parametrize("server, status", [("plane.example", 2), ("http://plane.example", 2),
-                                            ("https://localhost:0", 2)])
-def test_a_malformed_server_in_a_profile_exits_2(cli, tmp_path, server, status):
-    entry = {"server": server, "token": BEARER}
-    environ = write_config(tmp_path, {"default": "prod", "profiles": {"prod": entry}})
-    result = cli(["tcp-forward"] + REQUIRED_FLAGS, environ)
-    assert result.status == status
-    one_error_line(result, "profile")
+    failed(cli(["tcp-forward"] + REQUIRED_FLAGS + args, environ), status, word)
 
 
 GOOD_ENTRY = {"server": "https://localhost:1", "token": "psk_1"}
@@ -2374,57 +2191,69 @@ GOOD_ENTRY = {"server": "https://localhost:1", "token": "psk_1"}
 @pytest.mark.parametrize("args", [[], ["--profile", "prod"]], ids=["default", "named"])
 def test_a_config_file_of_another_shape_exits_3_and_shows_the_right_one(cli, tmp_path, document, args):
     result = cli(["tcp-forward"] + REQUIRED_FLAGS + args, write_config(tmp_path, document))
-    assert (result.status, result.out) == (3, "")
-    one_error_line(result, "config.json", '{"default": "prod", "profiles": {"prod": {"server": ',
-                   '"token": "psk_..."')
+    failed(result, 3, "config.json", '{"default": "prod", "profiles": {"prod": {"server": ',
+           '"token": "psk_..."')
 
 
-@pytest.mark.parametrize("document, args", [
-    ({"default": "gone", "profiles": {"prod": GOOD_ENTRY}}, []),
-    ({"default": "prod", "profiles": {"prod": GOOD_ENTRY}}, ["--profile", "gone"]),
-    ({"default": "prod", "profiles": {"prod": dict(GOOD_ENTRY, token="psk 1\r\n")}}, []),
-    ({"default": "prod", "profiles": {"prod": dict(GOOD_ENTRY, token="")}}, []),
-    ({"default": "prod", "profiles": {"prod": dict(GOOD_ENTRY, token="psk_\xe9")}}, [])], ids=shown)
-def test_an_unknown_profile_or_a_bad_token_in_it_exits_3(cli, tmp_path, document, args):
+@pytest.mark.parametrize("default, changes, args, status, words", [
+    ("", {}, [], 2, ["no server: "]),
+    ("gone", {}, [], 3, ["config.json", "available: old, prod"]),
+    ("prod", {}, ["--profile", "pro"], 3, ["--profile: no profile 'pro' in ", "available: old, prod"]),
+    ("prod", {"token": "psk 1\r\n"}, [], 3, ["config.json"]), ("prod", {"token": ""}, [], 3, ["config.json"]),
+    ("prod", {"token": "psk_\xe9"}, [], 3, ["config.json"]),
+    ("prod", {"server": "plane.example"}, [], 2, ["profile"]),
+    ("prod", {"server": "http://plane.example"}, [], 2, ["profile"]),
+    ("prod", {"server": "https://localhost:0"}, [], 2, ["profile"]),
+    ("", {}, ["--profile", "prod", "--server", "https://b.example"], 3,
+     ["own server, and --server names another one"])], ids=shown)
+def test_a_profile_that_does_not_serve_is_told_with_the_reason(
+        cli, tmp_path, default, changes, args, status, words):
+    document = {"profiles": {"prod": dict(GOOD_ENTRY, **changes), "old": {}}}
+    if default:
+        document["default"] = default
     result = cli(["tcp-forward"] + REQUIRED_FLAGS + args, write_config(tmp_path, document))
-    assert result.status == 3 and "psk" not in one_error_line(result, "config.json")
+    assert "psk" not in failed(result, status, *words)
+
+
+def test_a_config_directory_that_cannot_be_searched_is_not_taken_for_none(cli, tmp_path):
+    (tmp_path / "plexctl").symlink_to("plexctl")
+    result = cli(["tcp-forward"] + REQUIRED_FLAGS, {"XDG_CONFIG_HOME": str(tmp_path)})
+    failed(result, 3, "config.json", "cannot be opened")
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o620, 0o604, 0o660, 0o601])
-def test_a_config_or_token_file_that_others_may_use_exits_3(cli, simulation, tmp_path, mode):
-    document = {"default": "prod", "profiles": {"prod": {"server": simulation.plane.url, "token": BEARER}}}
-    result = cli(["tcp-forward"] + REQUIRED_FLAGS, write_config(tmp_path, document, mode))
-    assert result.status == 3 and one_error_line(result, "config.json", "%04o" % mode)
+def test_a_config_or_token_file_that_others_may_use_exits_3(cli, lone_plane, tmp_path, mode):
+    result = cli(["tcp-forward"] + REQUIRED_FLAGS, write_config(tmp_path, config_of(lone_plane), mode))
+    failed(result, 3, "config.json", "%04o" % mode)
     path = write_private(tmp_path / "token", BEARER, mode)
-    result = cli(forward_args(simulation.plane, "--token-file", path))
-    assert result.status == 3
-    one_error_line(result, "--token-file", "permissions %04o are too open; run chmod 600" % mode)
-    assert simulation.plane.requests == []
+    os.symlink(path, path + ".link")
+    for each in (path, path + ".link"):
+        failed(forward_to(cli, lone_plane, "--token-file", each), 3, "--token-file " + each,
+               "permissions %04o are too open; run chmod 600" % mode)
+    assert lone_plane.requests == []
 
 
-@pytest.mark.parametrize("mode", [0o600, 0o400])
-@pytest.mark.parametrize("end", ["", "\n", "\r\n"], ids=shown)
-def test_a_private_token_file_is_used(cli, simulation, tmp_path, mode, end):
-    path = write_private(tmp_path / "token", BEARER + end, mode)
-    assert cli(forward_args(simulation.plane, "--token-file", path)).status == 0
-    assert simulation.plane.requests[0].headers["Authorization"] == "Bearer " + BEARER
+@pytest.mark.parametrize("mode, name", [
+    (0o600, "token"), (0o400, os.fsdecode(b"j\xfcrgen token") if LINUX else "J\xfcrgen")], ids=shown)
+def test_a_private_token_file_of_any_name_or_a_link_to_it_is_used(cli, lone_plane, tmp_path, mode, name):
+    path, link = os.path.join(str(tmp_path), name), str(tmp_path / "link")
+    link_to(write_private(path, BEARER + "\r\n", mode))(link)
+    for each in (path, link):
+        assert cli(forward_args(lone_plane, "--token-file", each)).status == 0
+    assert lone_plane.requests[0].headers["Authorization"] == "Bearer " + BEARER
 
 
-@pytest.mark.parametrize("raw", BAD_TOKENS, ids=shown)
-def test_a_token_file_with_anything_else_in_it_exits_3(cli, simulation, tmp_path, raw):
-    path = write_private(tmp_path / "token", raw)
-    result = cli(forward_args(simulation.plane, "--token-file", path), {"PLEXSPHERE_TOKEN": BEARER})
-    assert result.status == 3 and simulation.plane.requests == []
-    assert "psk" not in one_error_line(result, "--token-file")
-
-
+@pytest.mark.parametrize("where", ["--token-file", "PLEXSPHERE_TOKEN"])
 @pytest.mark.parametrize("text", [
-    "psk 1", "psk_1\n\n", "psk\r\nX-Header: 1", "psk_\x7f", "psk_\xe9", "psk_\u2028", "psk_\xa0", "psk_\x1c",
-    "psk_\udcff", "\ufeffpsk_1", "a" * 8193], ids=shown)
-def test_a_token_in_the_environment_with_other_characters_exits_3(cli, simulation, text):
-    result = cli(forward_args(simulation.plane), {"PLEXSPHERE_TOKEN": text})
-    assert result.status == 3 and simulation.plane.requests == []
-    assert "psk" not in one_error_line(result, "PLEXSPHERE_TOKEN")
+    "psk 1", "psk_1\n\n", "psk\r\nX-Header: 1", "psk_\x7f", "psk_\u2028", "\ufeffpsk_1", "psk_\udcff",
+    "a" * 8193], ids=shown)
+def test_a_token_with_anything_else_in_it_exits_3(cli, lone_plane, tmp_path, where, text):
+    environ, args = {"PLEXSPHERE_TOKEN": text}, []
+    if where == "--token-file":
+        path = write_private(tmp_path / "token", text.encode("utf-8", "surrogateescape"))
+        environ, args = {"PLEXSPHERE_TOKEN": BEARER}, ["--token-file", path]
+    line = failed(cli(forward_args(lone_plane, *args), environ), 3, where)
+    assert "psk" not in line and lone_plane.requests == []
 
 
 def test_a_token_file_of_64_kib_is_read_and_a_larger_one_is_not(tmp_path):
@@ -2444,55 +2273,37 @@ def make_unix_socket(path):
     os.chmod(path, 0o600)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="POSIX files")
-@pytest.mark.parametrize("make", [
-    make_fifo, make_unix_socket, os.mkdir, lambda path: os.symlink("/dev/zero", path),
-    lambda path: os.symlink("/nonexistent", path), lambda path: None],
-    ids=["a FIFO without a writer", "a socket", "a directory", "a device", "a dangling link", "nothing"])
-def test_a_token_file_that_is_no_file_exits_3_and_does_not_block(simulation, tmp_path, make):
+def link_to(target):
+    """What makes a link to a file."""
+    return lambda path: os.symlink(target, path)
+
+
+@pytest.mark.parametrize("make, word", [
+    (make_fifo, "is empty"), (make_unix_socket, ""), (os.mkdir, ""), (link_to("/dev/zero"), ""),
+    pytest.param(link_to("/proc/self/mem"), "cannot be read: ",
+                 marks=pytest.mark.skipif(not LINUX, reason="opens and cannot be read")),
+    (link_to("/nonexistent"), "cannot be opened"), (lambda path: None, "cannot be opened")],
+    ids=["a FIFO without a writer", "a socket", "a directory", "a device", "memory", "a dangling link",
+         "nothing"])
+def test_a_token_file_that_is_no_file_exits_3_and_does_not_block(lone_plane, tmp_path, make, word):
     path = str(tmp_path / "token")
     make(path)
-    args = forward_args(simulation.plane, "--token-file", path)
-    result = run_redirected("", args, {"PLEXSPHERE_TOKEN": BEARER})
-    assert result.status == 3 and simulation.plane.requests == []
-    one_error_line(result, "--token-file")
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="a file that opens and cannot be read")
-def test_a_token_file_that_cannot_be_read_says_why(cli, simulation):
-    result = cli(forward_args(simulation.plane, "--token-file", "/proc/self/mem"))
-    assert result.status == 3 and simulation.plane.requests == []
-    one_error_line(result, "--token-file /proc/self/mem: cannot be read: ")
-
-
-def test_a_link_counts_as_what_it_leads_to(cli, simulation, tmp_path):
-    for name, mode, status in (("good", 0o600, 0), ("bad", 0o644, 3)):
-        os.symlink(write_private(tmp_path / name, BEARER, mode), str(tmp_path / (name + ".link")))
-        result = cli(forward_args(simulation.plane, "--token-file", tmp_path / (name + ".link")))
-        assert result.status == status
-
-
-@pytest.mark.skipif(not LINUX, reason="Linux takes any bytes for a file name")
-def test_a_token_file_may_have_any_name(cli, simulation, tmp_path):
-    path = os.path.join(str(tmp_path), os.fsdecode(b"j\xfcrgen token"))
-    write_private(path, BEARER)
-    assert cli(forward_args(simulation.plane, "--token-file", path)).status == 0
+    result = run_redirected("", forward_args(lone_plane, "--token-file", path), {"PLEXSPHERE_TOKEN": BEARER})
+    failed(result, 3, "--token-file " + path, word)
+    assert lone_plane.requests == []
 
 
 @pytest.mark.skipif(not ROOT, reason="needs root to give files away")
-def test_a_token_file_of_another_user_exits_3(cli, simulation, tmp_path):
+def test_a_token_or_config_file_of_another_user_exits_3(cli, lone_plane, tmp_path):
     path = write_private(tmp_path / "token", BEARER)
-    os.chown(path, 65534, 0)
-    result = cli(forward_args(simulation.plane, "--token-file", path))
-    assert result.status == 3 and one_error_line(result, "--token-file", "65534")
-    environ = write_config(tmp_path, PROFILES)
-    os.chown(str(tmp_path / ".config" / "plexctl" / "config.json"), 65534, 0)
-    result = cli(["tcp-forward"] + REQUIRED_FLAGS, environ)
-    assert result.status == 3 and one_error_line(result, "config.json", "65534")
-    assert simulation.plane.requests == []
+    environ = write_config(tmp_path, config_of(lone_plane))
+    for each in (path, str(tmp_path / ".config" / "plexctl" / "config.json")):
+        os.chown(each, 65534, 0)
+    failed(cli(forward_args(lone_plane, "--token-file", path)), 3, "--token-file", "65534")
+    failed(cli(["tcp-forward"] + REQUIRED_FLAGS, environ), 3, "config.json", "65534")
+    assert lone_plane.requests == []
 
 
-@pytest.mark.skipif(os.name != "posix", reason="permission bits")
 def test_a_token_file_cannot_be_swapped_between_the_check_and_the_use(tmp_path):
     good, bad = write_private(tmp_path / "good", b"good"), write_private(tmp_path / "bad", b"bad", 0o644)
     path, over, seen = str(tmp_path / "token"), threading.Event(), set()
@@ -2508,22 +2319,44 @@ def test_a_token_file_cannot_be_swapped_between_the_check_and_the_use(tmp_path):
     attacker.start()
     try:
         for _ in range(1500):
-            try:
+            with contextlib.suppress(plexctl.CredentialsError):
                 seen.add(plexctl.read_own_file(path, "--token-file"))
-            except plexctl.CredentialsError:
-                pass
     finally:
         over.set()
         attacker.join()
     assert b"bad" not in seen
 
 
-def test_a_token_comes_from_standard_input(simulation):
-    result = run_plexctl(forward_args(simulation.plane, "--token-file", "-"), input=BEARER + "\r\n")
-    assert (result.returncode, result.stderr) == (0, "") and len(simulation.plane.issued) == 1
+@pytest.mark.skipif(not LINUX, reason="reads /proc")
+def test_a_secret_file_is_closed_again(tmp_path):
+    path = write_private(tmp_path / "token", BEARER)
+    before = descriptors()
+    assert plexctl.read_own_file(path, "it") == BEARER.encode()
+    os.chmod(path, 0o640)
+    with pytest.raises(plexctl.CredentialsError):
+        plexctl.read_own_file(path, "it")
+    assert descriptors() == before
 
 
-@pytest.mark.skipif(os.name != "posix", reason="names of descriptors")
+@pytest.mark.parametrize("name", ["-", "/dev/stdin"])
+@pytest.mark.parametrize("make", [socket.socketpair, lambda: [open(fd, mode, 0) for fd, mode in zip(
+    os.pipe(), ["rb", "wb"])][::-1]], ids=["socket", "pipe"])
+def test_a_token_comes_from_standard_input_by_any_name(lone_plane, make, name):
+    ours, its = make()
+    with ours, its:
+        os.write(ours.fileno(), BEARER.encode() + b"\r\n")
+        ours.close()
+        result = run_redirected("", forward_args(lone_plane, "--token-file", name), {}, stdin=its)
+    assert (result.status, result.err) == (0, "") and len(lone_plane.issued) == 1
+
+
+@pytest.mark.parametrize("redirections, fault", [
+    ("<&-", "standard input is closed"), ("</dev/null", "is empty")])
+def test_a_standard_input_without_a_token_exits_3(lone_plane, redirections, fault):
+    result = run_redirected(redirections, forward_args(lone_plane, "--token-file", "-"), {})
+    failed(result, 3, "--token-file", fault)
+
+
 @pytest.mark.parametrize("name", ["/dev/stdin", "/dev/fd/0", "/proc/self/fd/0", "{path}", "{link}", "-"])
 def test_a_token_file_that_is_descriptor_0_leaves_nothing_there(tmp_path, name):
     path, link = write_private(tmp_path / "token", BEARER + "\n"), str(tmp_path / "link")
@@ -2537,73 +2370,33 @@ def test_a_token_file_that_is_descriptor_0_leaves_nothing_there(tmp_path, name):
     with open(path) as stdin:
         words = [sys.executable, "-I", "-B", "-c", program, name]
         result = run_words(words, clean_environment(), stdin=stdin)
-    assert (result.status, result.out, result.err) == (0, "%d b''\n" % len(BEARER + "\n"), "")
+    assert result == Result(0, "%d b''\n" % len(BEARER + "\n"), "")
 
 
-@pytest.mark.skipif(os.name != "posix", reason="names of descriptors")
 @pytest.mark.parametrize("mode, status", [(0o600, 0), (0o644, 3)])
 def test_a_file_that_is_descriptor_0_is_judged_by_its_mode_and_read_from_its_beginning(
-        simulation, tmp_path, mode, status):
+        lone_plane, tmp_path, mode, status):
     path = write_private(tmp_path / "token", BEARER, mode)
     with open(path) as stdin:
         stdin.seek(0, os.SEEK_END)
-        words = [sys.executable, "-I", PLEXCTL] + forward_args(simulation.plane, "--token-file", path)
-        result = run_words(words, clean_environment(), stdin=stdin)
-    assert result.status == status and len(simulation.plane.issued) == (not status)
+        result = run_redirected("", forward_args(lone_plane, "--token-file", path), {}, stdin=stdin)
+    assert result.status == status and len(lone_plane.issued) == (not status)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="names of descriptors")
 @pytest.mark.parametrize("name", ["-", "/dev/stdin", "{path}"])
-def test_stdio_and_a_token_on_standard_input_exclude_each_other(simulation, tmp_path, name):
+def test_stdio_and_a_token_on_standard_input_exclude_each_other(lone_plane, tmp_path, name):
     path = write_private(tmp_path / "token", BEARER)
-    args = forward_args(simulation.plane, "--stdio", "--token-file", name.format(path=path))
-    with open(path) as stdin:
-        result = run_words([sys.executable, "-I", PLEXCTL] + args, clean_environment(), stdin=stdin)
-    assert is_usage_error(result, "--token-file", "--stdio") and simulation.plane.requests == []
-
-
-@pytest.mark.skipif(os.name != "posix", reason="/dev/stdin")
-def test_a_socket_as_standard_input_is_read_by_any_name(simulation):
-    for name in ("-", "/dev/stdin"):
-        ours, its = socket.socketpair()
-        with ours, its:
-            ours.sendall(BEARER.encode())
-            ours.shutdown(socket.SHUT_WR)
-            words = [sys.executable, "-I", PLEXCTL] + forward_args(simulation.plane, "--token-file", name)
-            assert run_words(words, clean_environment(), stdin=its).status == 0
-
-
-def test_a_message_names_the_token_file_unless_it_may_be_the_token_itself(cli, simulation, tmp_path):
-    path = write_private(tmp_path / "token", "two words")
-    one_error_line(cli(forward_args(simulation.plane, "--token-file", path)), "--token-file " + path)
-    for name in "/run/secrets/plexctl/no-such-token", "no-such-file":
-        result = cli(forward_args(simulation.plane, "--token-file", name))
-        assert name in one_error_line(result, "cannot be opened: No such file")
-    one_error_line(cli(forward_args(simulation.plane, "--token-file", BEARER)), "--token-file: cannot be")
-
-
-@pytest.mark.parametrize("redirections, fault", [
-    ("<&-", "standard input is closed"), ("</dev/null", "is empty")])
-def test_a_standard_input_without_a_token_exits_3(simulation, redirections, fault):
-    result = run_redirected(redirections, forward_args(simulation.plane, "--token-file", "-"), {})
-    assert result.status == 3 and simulation.plane.requests == []
-    one_error_line(result, "--token-file", fault)
+    args = forward_args(lone_plane, "--stdio", "--token-file", name.format(path=path))
+    failed(run_redirected("<" + path, args, {}), 2, "--token-file", "--stdio")
+    assert lone_plane.requests == []
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
-def test_a_token_comes_from_a_process_substitution_however_slow(simulation):
+def test_a_token_comes_from_a_process_substitution_however_slow(lone_plane):
     script = 'exec "$@" --token-file <(sleep 0.3; printf "%s\\n" "$OF_THE_TEST")'
-    words = ["bash", "-c", script, "bash", sys.executable, "-I", PLEXCTL] + forward_args(simulation.plane)
+    words = ["bash", "-c", script, "bash", sys.executable, "-I", PLEXCTL] + forward_args(lone_plane)
     result = run_words(words, clean_environment({"OF_THE_TEST": BEARER}))
-    assert (result.status, result.err) == (0, "") and len(simulation.plane.issued) == 1
-
-
-def test_an_unknown_profile_is_told_which_there_are(cli, tmp_path):
-    entry = {"server": "https://localhost:1", "token": "psk_1"}
-    environ = write_config(tmp_path, {"profiles": {"staging": entry, "prod": entry}})
-    result = cli(["tcp-forward", "--profile", "stagin"] + REQUIRED_FLAGS, environ)
-    assert result.status == 3
-    one_error_line(result, "--profile: no profile 'stagin' in ", "available: prod, staging")
+    assert (result.status, result.err) == (0, "") and len(lone_plane.issued) == 1
 
 
 @pytest.mark.skipif(os.name != "posix", reason="non-blocking descriptors")
@@ -2619,44 +2412,15 @@ def test_a_standard_input_that_does_not_block_is_read_to_its_end(simulation):
         assert process.wait(20) == 0
 
 
-def test_a_config_directory_that_cannot_be_searched_is_not_taken_for_none(cli, tmp_path):
-    (tmp_path / "plexctl").symlink_to("plexctl")
-    result = cli(["tcp-forward"] + REQUIRED_FLAGS, {"XDG_CONFIG_HOME": str(tmp_path)})
-    assert result.status == 3
-    one_error_line(result, "config.json", "cannot be opened")
-
-
-@pytest.mark.skipif(not LINUX, reason="reads /proc")
-def test_a_secret_file_is_closed_again(tmp_path):
-    path = tmp_path / "token"
-    path.write_text(BEARER)
-    path.chmod(0o600)
-    before = descriptors()
-    assert plexctl.read_own_file(str(path), "it") == BEARER.encode()
-    path.chmod(0o640)
-    with pytest.raises(plexctl.CredentialsError):
-        plexctl.read_own_file(str(path), "it")
-    assert descriptors() == before
+@pytest.mark.parametrize("name, told", [
+    ("/run/secrets/plexctl/no-such-token", " /run/secrets/plexctl/no-such-token"),
+    ("no-such-file", " 'no-such-file'"), (BEARER, "")], ids=["path", "name", "token"])
+def test_a_message_names_the_token_file_unless_it_may_be_the_token_itself(cli, lone_plane, name, told):
+    result = forward_to(cli, lone_plane, "--token-file", name)
+    failed(result, 3, "--token-file%s: cannot be opened: No such" % told)
 
 
 # ---- tests: command line ------------------------------------------------------------------------
-
-@pytest.mark.parametrize("line", [
-    "tcp-forward --project-id {p} --resource-id {r} --host 10.0.0.5 --port 5432",
-    "--output json tcp-forward --project-id {p} --resource-id {r} --host 10.0.0.5 --port 5432 "
-    "--local-addr 127.0.0.1:15432 --ttl-seconds 900"])
-def test_an_example_of_the_command_works_as_it_stands(cli, simulation, line):
-    result = cli(line.format(p=PROJECT_ID, r=RESOURCE_ID).split(), simulation.plane.environment())
-    assert (result.status, result.err) == (0, "")
-    request, session = simulation.plane.requests[0], simulation.plane.sessions[0]
-    ttl = {"requested_ttl_seconds": 900} if "900" in line else {}
-    key = request.body.pop("idempotency_key")
-    assert is_uuid(key) and request.path == SESSIONS_PATH and request.body == dict(
-        ttl, resource_id=RESOURCE_ID, kind="tcp", target={"tcp": {"host": HOST, "port": PORT}})
-    document = parse_document(result.out, "json" if "json" in line else "text")
-    assert document["session_id"] == session.id and document["listener_endpoint"] == session.endpoint
-    assert document["local_addr"].startswith("127.0.0.1:15432" if ttl else "127.0.0.1:")
-
 
 @pytest.mark.parametrize("before, after, form", [
     ([], [], "text"), (["--output", "json"], [], "json"), ([], ["--output", "json"], "json"),
@@ -2664,27 +2428,20 @@ def test_an_example_of_the_command_works_as_it_stands(cli, simulation, line):
     (["--yes", "--allow-http"], ["--yes=true", "--allow-http=false"], "text"),
     (["--server", "https://other.invalid"], [], "text"),
     (["--token-file", "/nonexistent"], ["--token-file", "OK"], "text"),
-    ([], ["--output", "yaml", "--output", "json"], "json")], ids=shown)
-def test_a_persistent_flag_after_the_command_wins(cli, simulation, tmp_path, before, after, form):
+    ([], ["--output", "yaml", "--output", "json"], "json"), (REQUIRED_FLAGS + ["-q"], [], "text")], ids=shown)
+def test_a_flag_may_stand_before_the_command_and_one_after_it_wins(
+        cli, lone_plane, tmp_path, before, after, form):
     path = write_private(tmp_path / "token", BEARER)
-    args = before + forward_args(simulation.plane, *[path if word == "OK" else word for word in after])
+    args = before + forward_args(lone_plane, *[path if word == "OK" else word for word in after])
     result = cli(args, {"PLEXSPHERE_TOKEN": BEARER})
     assert (result.status, result.err) == (0, "")
-    assert parse_document(result.out, form)["session_id"] == simulation.plane.issued[0]
+    assert parse_document(result.out, form)["session_id"] == lone_plane.issued[0]
 
 
-@pytest.mark.parametrize("flag", ["--server", "--profile", "--token-file"])
-def test_a_persistent_flag_before_the_command_keeps_its_value(cli, simulation, tmp_path, flag):
-    environ = write_config(tmp_path, {"default": "gone", "profiles": {
-        "staging": {"server": simulation.plane.url, "token": BEARER}}})
-    values = {"--server": simulation.plane.url, "--profile": "staging",
-              "--token-file": write_private(tmp_path / "token", BEARER)}
-    more = {} if flag == "--profile" else {"PLEXSPHERE_URL": "https://other.invalid",
-                                           "PLEXSPHERE_TOKEN": BEARER}
-    if flag == "--token-file":
-        more = {"PLEXSPHERE_URL": simulation.plane.url, "PLEXSPHERE_TOKEN": "psk_other"}
-    result = cli([flag, values[flag], "tcp-forward"] + REQUIRED_FLAGS, dict(environ, **more))
-    assert result.status == 0 and len(simulation.plane.issued) == 1
+@pytest.mark.parametrize("flag", ["--server", "--profile", "--token-file", "--ca-file"])
+def test_a_persistent_flag_before_the_command_keeps_its_value(flag):
+    _, options = plexctl.parse_arguments([flag, "https://a", "tcp-forward"] + REQUIRED_FLAGS)
+    assert getattr(options, flag[2:].replace("-", "_")) == "https://a"
 
 
 @pytest.mark.reveals
@@ -2694,30 +2451,29 @@ def test_a_persistent_flag_before_the_command_keeps_its_value(cli, simulation, t
     (["--reveal-secrets=false"], ["--reveal-secrets"], True),
     (["--reveal-secrets=true"], ["--reveal-secrets=false"], False), (["--reveal-secrets=false"], [], False),
     ([], ["--reveal-secrets", "--reveal-secrets=false"], False)], ids=shown)
-def test_reveal_secrets_is_inherited_when_it_is_unset(cli, simulation, tmp_path, before, after, revealed):
+def test_reveal_secrets_is_inherited_when_it_is_unset(cli, lone_plane, tmp_path, before, after, revealed):
     environ = {"PLEXSPHERE_TOKEN": BEARER, "PLEXCTL_AUDIT_LOG": str(tmp_path / "audit.log")}
-    result = cli(before + forward_args(simulation.plane, *after), environ)
-    assert result.status == 0 and (simulation.plane.sessions[0].token in result.err) == revealed
+    result = cli(before + forward_args(lone_plane, *after), environ)
+    assert result.status == 0 and (lone_plane.sessions[0].token in result.err) == revealed
     assert os.path.exists(str(tmp_path / "audit.log")) == revealed
 
 
 @pytest.mark.parametrize("flags", [
-    ["--proxy=false"], ["--stdio=false"],
-    ["--renew=false", "--keep-session=false", "--allow-other-users=false"],
-    ["--proxy", "--proxy=false"]], ids=shown)
-def test_a_flag_that_is_false_is_not_given(cli, simulation, flags):
-    result = cli(forward_args(simulation.plane, *flags), simulation.plane.environment())
-    assert result.status == 0 and len(simulation.plane.active()) == 1
+    ["--proxy=false"], ["--stdio=false"], ["--proxy", "--proxy=false"],
+    ["--renew=false", "--keep-session=false", "--allow-other-users=false"]], ids=shown)
+def test_a_flag_that_is_false_is_not_given(cli, lone_plane, flags):
+    assert forward_to(cli, lone_plane, *flags).status == 0 and len(lone_plane.active()) == 1
 
 
-@pytest.mark.parametrize("before, after", [
-    (["-v"], []), ([], ["-v"]), (["-vv"], []), ([], ["-vv"]), ([], ["-v", "-v"]), (["-v"], ["-vv"]),
-    ([], ["-vvv"]), ([], ["-vvvv"]), (["--verbose"], ["--verbose"])], ids=shown)
-def test_verbose_counts_in_every_spelling(cli, simulation, before, after):
-    result = cli(before + forward_args(simulation.plane, *after), simulation.plane.environment())
-    assert result.status == 0 and parse_document(result.out, "text")
-    lines = result.err.splitlines()
-    assert lines and all(line.startswith("plexctl: ") and "error" not in line for line in lines)
+@pytest.mark.parametrize("before, after, verbose, quiet", [
+    ([], [], 0, False), (["-v"], [], 1, False), ([], ["-v"], 1, False), (["-vv"], [], 2, False),
+    ([], ["-vv"], 2, False), ([], ["-v", "-v"], 2, False), (["-v"], ["-vv"], 3, False),
+    ([], ["-vvvv"], 4, False), (["--verbose"], ["--verbose"], 2, False), ([], ["-q"], 0, True),
+    (["--quiet"], [], 0, True), ([], ["-vq"], 1, True), (["-q"], ["--quiet=false"], 0, False),
+    (["-q"], ["-q=false"], 0, False)], ids=shown)
+def test_verbose_and_quiet_are_taken_in_every_spelling(before, after, verbose, quiet):
+    _, options = plexctl.parse_arguments(before + ["tcp-forward"] + REQUIRED_FLAGS + after)
+    assert ((options.verbose or 0), options.quiet) == (verbose, quiet)
 
 
 @pytest.mark.parametrize("args", [
@@ -2726,10 +2482,10 @@ def test_verbose_counts_in_every_spelling(cli, simulation, before, after):
 def test_help_goes_to_stdout_and_exits_0(cli, args):
     result = cli(args)
     assert (result.status, result.err) == (0, "")
-    missing = [words for words in REQUIRED_FLAGS[::2] + [
-        "--proxy", "--quiet", "\ntarget:\n", "\nforwarding:\n", "\nglobal options:\n", "\nexit codes: "]
-        if words not in result.out]
-    assert not missing and all(len(line) < 80 for line in result.out.splitlines())
+    for words in REQUIRED_FLAGS[::2] + ["--proxy", "--quiet", "\ntarget:\n", "\nforwarding:\n",
+                                        "\nglobal options:\n", "\nexit codes: "]:
+        assert words in result.out
+    assert all(len(line) < 80 for line in result.out.splitlines())
     assert result.out.partition("\nexamples")[2].count("plexctl tcp-forward $TARGET") == 4
 
 
@@ -2755,10 +2511,9 @@ def test_however_it_is_started_version_tells_the_file_or_that_there_is_none(pyth
             with open(PLEXCTL, "rb") as program:
                 result = run_words([python, "-B"] + isolated + words + ["--version"], clean_environment(),
                                    stdin=program, cwd=str(tmp_path / "app" if "-m" in words else tmp_path))
-            told = re.match(r"plexctl \S+ \(sha256 (\w+) of (.*)\)\n$", result.out)
-            assert result[::2] == (0, "") and bool(told) == bool(name), result
-            assert told or result.out.endswith("(no sha256: running from standard input)\n")
-            assert not told or told.group(1) == hash_of(PLEXCTL) and told.group(2).endswith(name), result
+            told = "sha256 %s of .*%s" % (hash_of(PLEXCTL), name) if name else (
+                "no sha256: running from standard input")
+            assert result[::2] == (0, "") and re.match(r"plexctl \S+ \(%s\)\n\Z" % told, result.out), result
 
 
 USAGE_ERRORS = [([], "command"), (["-v"], "command"), (["tcp"], "command"),
@@ -2767,47 +2522,41 @@ USAGE_ERRORS = [([], "command"), (["-v"], "command"), (["tcp"], "command"),
                 ([""], "command"), (["--", "true"], "no command; usage: plexctl tcp-forward --project-id")]
 USAGE_ERRORS += [(["tcp-forward"] + flags_with(flag), flag) for flag in REQUIRED_FLAGS[::2]]
 USAGE_ERRORS += [(["tcp-forward"] + flags_with(flag, text), flag) for flag, texts in (
-    ("--project-id", BAD_UUIDS), ("--resource-id", BAD_UUIDS),
-    ("--port", BAD_NUMBERS + ["0", "65536", "117925"]),
+    ("--project-id", ["", "{%s}" % PROJECT_ID, PROJECT_ID + "\n"]), ("--resource-id", ["", "x"]),
+    ("--port", BAD_NUMBERS[:5] + ["0", "65536", "117925"]),
     ("--host", ["", " ", "\t", "\xa0", "\u2028", "a b", "a\x1b]0;x\x07", "\udcff"])) for text in texts]
 USAGE_ERRORS += [(["tcp-forward"] + REQUIRED_FLAGS + [flag, text], flag) for flag, texts in (
-    ("--ttl-seconds", BAD_NUMBERS),
-    ("--wait-seconds", ["", "-1", "nan", "inf", "1e3", "1_0", ARABIC_FIVE, " 5", "5s"]),
-    ("--output", ["", "xml", "JSON", "json ", "\x1b[2J"]), ("--server", BAD_SERVERS + BAD_HTTP_SERVERS),
-    ("--profile", [""]), ("--token-file", [""]), ("--ca-file", [""]),
-    ("--local-addr", ["", "127.0.0.1", "127.1:0", "0:0", "[::1]", "::1:0", "127.0.0.1:65536",
-                      "unix:/run/db.sock", "unix:x"]),
+    ("--ttl-seconds", ["", "-1", "1.5", "1_0"]), ("--wait-seconds", ["", "-1", "nan", "1e3", "5s"]),
+    ("--output", ["", "xml", "JSON", "json ", "\x1b[2J"]), ("--profile", [""]), ("--token-file", [""]),
+    ("--ca-file", [""]), ("--server", BAD_SERVERS[:3] + ["https://a/\r\nb", "https://a/\u2028"]),
+    ("--local-addr", ["", "127.0.0.1", "127.1:0", "::1:0", "127.0.0.1:65536", "unix:/run/db.sock", "unix:x"]),
 ) for text in texts]
+USAGE_ERRORS += [(["tcp-forward"] + REQUIRED_FLAGS + [flag + "=--"], flag)  # argparse up to 3.12 drops --
+                 for flag in re.findall("(--[a-z-]+) [A-Z]", plexctl.create_parser().format_help())]
 USAGE_ERRORS += [(["tcp-forward"] + REQUIRED_FLAGS + ["--proxy", flag, text], flag)
-                 for flag in ("--max-sessions", "--min-sessions") for text in BAD_NUMBERS + ["0", "33"]]
+                 for flag in ("--max-sessions", "--min-sessions") for text in ("", "-1", "1.5", "0", "33")]
+USAGE_ERRORS += [(["tcp-forward"] + REQUIRED_FLAGS + line.split(), re.split("[ =]", line)[0]) for line in (
+    "--proxy --stdio", "--proxy -- true", "--stdio -- true", "--max-sessions 2", "--max-sessions 4",
+    "--min-sessions 2", "--min-sessions 1", "--renew", "--keep-session", "--allow-other-users",
+    "--local-addr 127.0.0.1:0 --stdio", "--local-addr unix:/x --stdio", "--", "--reveal", "--reveal=true",
+    "--prox", "--out json", "--token psk_x", "--serv=x", "--reveal-secrets=maybe", "--reveal-secrets=",
+    "--reveal-secrets=TRUE", "--proxy=1", "--yes=no", "--quiet=maybe", "--verbose=2", "--nonsense", "-x",
+    "--port", "--server", "--output --yes")]
 USAGE_ERRORS += [(["tcp-forward"] + REQUIRED_FLAGS + words, flag) for words, flag in (
-    (["--proxy", "--stdio"], "--proxy"), (["--proxy", "--", "true"], "--proxy"),
-    (["--stdio", "--", "true"], "--stdio"), (["--max-sessions", "2"], "--max-sessions"),
-    (["--max-sessions", "4"], "--max-sessions"), (["--min-sessions", "2"], "--min-sessions"),
-    (["--min-sessions", "1"], "--min-sessions"), (["--renew"], "--renew"),
-    (["--keep-session"], "--keep-session"), (["--allow-other-users"], "--allow-other-users"),
-    (["--stdio", "--max-sessions", "4"], "--max-sessions"),
-    (["--stdio", "--min-sessions", "1"], "--min-sessions"), (["--stdio", "--renew"], "--renew"),
+    (["--stdio", "--max-sessions", "4"], "--max-sessions"), (["--stdio", "--renew"], "--renew"),
+    (["--stdio", "--min-sessions", "1"], "--min-sessions"),
     (["--stdio", "--allow-other-users"], "--allow-other-users"),
-    (["--proxy", "--min-sessions", "5"], "--min-sessions"),
+    (["--proxy", "--min-sessions", "5"], "--min-sessions"), (["--proxy", "--"], "--"), (["--", ""], "--"),
     (["--min-sessions", "3", "--max-sessions", "2", "--", "true"], "--min-sessions"),
-    (["--local-addr", "127.0.0.1:0", "--stdio"], "--local-addr"),
     (["--local-addr", "unix:/x"], "--local-addr unix: needs --proxy or -- COMMAND"),
     (["--local-addr", "unix:/x", "--", "psql", "-p{port}"], "--local-addr unix: has no {port}"),
     (["--profile", "--yes"], "--profile: needs a value; is a variable empty?"),
     (["--token-file", ""], "--token-file: needs a value; is a variable empty?"),
-    (["--local-addr", "unix:/x", "--stdio"], "--local-addr"), (["--"], "--"), (["--", ""], "--"),
-    (["--proxy", "--"], "--"), (["--reveal"], "--reveal"), (["--reveal=true"], "--reveal"),
-    (["--prox"], "--prox"), (["--out", "json"], "--out"), (["--token", "psk_x"], "--token"),
-    (["--serv=x"], "--serv"), (["--reveal-secrets=maybe"], "--reveal-secrets"),
-    (["--reveal-secrets="], "--reveal-secrets"), (["--reveal-secrets=TRUE"], "--reveal-secrets"),
-    (["--proxy=1"], "--proxy"), (["--yes=no"], "--yes"), (["--nonsense"], "--nonsense"), (["-x"], "-x"),
-    (["-=--yes"], "-"),
-    (["-vx"], "-v..."), (["--verbose=2"], "--verbose"), (["--port"], "--port"),
-    (["--server"], "--server"), (["--output", "--yes"], "--output"),
-    (["argument"], "argument"), (["tcp-forward"], "argument"),
+    (["-=--yes"], "-"), (["-vx"], "-v..."), (["tcp-forward"], "argument"), (["--x y"], "several words"),
     ([" ".join(REQUIRED_FLAGS)], "several words in one argument (--project-id ...)"),
-    (["--x y"], "several words"), (["--quiet=maybe"], "--quiet"))]
+    (["psql", "-h", "x"], "unexpected argument 'psql'; put -- before the command to run"),
+    (["--host", "10.0.0.5:5432"], "--host: must be a host name or address alone"),
+    (["--host", "http://10.0.0.5"], "--host: must be a host name or address, not a URL"))]
 USAGE_ERRORS += [(words + ["tcp-forward"] + REQUIRED_FLAGS, flag) for words, flag in (
     (["--reveal"], "--reveal"), (["--token", "psk_x"], "--token"), (["--out", "json"], "--out"),
     (["--output", "x"], "--output"), (["--server", ""], "--server"), (["--port", "0"], "--port"),
@@ -2815,18 +2564,14 @@ USAGE_ERRORS += [(words + ["tcp-forward"] + REQUIRED_FLAGS, flag) for words, fla
     (["-\u202e"], "-"))]
 
 
-def without_required_flags(value):
-    """The id of a row of USAGE_ERRORS."""
-    return shown(value if isinstance(value, str) else [word for word in value if word not in REQUIRED_FLAGS])
-
-
-@pytest.mark.parametrize("args, flag", USAGE_ERRORS, ids=without_required_flags)
-def test_a_usage_error_is_one_line_that_names_the_flag(cli, simulation, tmp_path, args, flag):
+@pytest.mark.parametrize("args, flag", USAGE_ERRORS, ids=lambda value: shown(
+    value if isinstance(value, str) else [word for word in value if word not in REQUIRED_FLAGS]))
+def test_a_usage_error_is_one_line_that_names_the_flag(cli, lone_plane, tmp_path, args, flag):
     audit_log = tmp_path / "audit.log"
-    more = {} if "--server" in args else {"PLEXSPHERE_URL": simulation.plane.url}
+    more = {} if "--server" in args else {"PLEXSPHERE_URL": lone_plane.url}
     result = cli(args, dict(more, PLEXSPHERE_TOKEN=BEARER, PLEXCTL_AUDIT_LOG=str(audit_log)))
-    assert is_usage_error(result, flag, "plexctl --help") and simulation.plane.requests == []
-    assert "psk_x" not in result.err and not audit_log.exists()
+    assert "psk_x" not in failed(result, 2, flag, "plexctl --help")
+    assert lone_plane.requests == [] and not audit_log.exists()
 
 
 @pytest.mark.parametrize("flag, meant", [
@@ -2837,12 +2582,12 @@ def test_a_usage_error_is_one_line_that_names_the_flag(cli, simulation, tmp_path
     ("--wait-second", "--wait-seconds"), ("--hlep", "--help"), ("--versoin", "--version"),
     ("--verbos", "--verbose"), ("--allow", "--allow-other-users or --allow-http"),
     ("--session-count", ""), ("--foo", ""), ("--x", ""), ("--=x", ""), ("-t", ""), ("-tfoo", "")], ids=shown)
-@pytest.mark.parametrize("where", ["before the command", "behind it"])
-def test_an_unknown_flag_that_is_almost_a_known_one_names_that_one(cli, flag, meant, where):
+@pytest.mark.parametrize("before", [True, False], ids=["before the command", "behind it"])
+def test_an_unknown_flag_that_is_almost_a_known_one_names_that_one(cli, flag, meant, before):
     args = ["tcp-forward"] + REQUIRED_FLAGS
-    result = cli([flag] + args if where == "before the command" else args + [flag])
-    line = one_error_line(result, "unknown flag " + (flag.split("=")[0] if flag[:2] == "--" else flag[:2]))
-    assert result.status == 2 and ("; did you mean %s?" % meant in line if meant else "mean" not in line)
+    name = flag.split("=")[0] if flag[:2] == "--" else flag[:2]
+    line = failed(cli([flag] + args if before else args + [flag]), 2, "unknown flag " + name)
+    assert "; did you mean %s?" % meant in line if meant else "mean" not in line
 
 
 @pytest.mark.parametrize("flags", [
@@ -2866,53 +2611,23 @@ def test_the_defaults_are_the_published_ones():
                                   ["--reveal-secrets"]], ids=shown)
 def test_every_flag_is_checked_before_anything_is_opened(cli, tmp_path, args):
     environ = write_config(tmp_path, "not JSON", 0o644)
-    result = cli(args + ["tcp-forward"] + flags_with("--port", "0"), environ)
-    assert is_usage_error(result, "--port") and os.listdir(str(tmp_path)) == [".config"]
+    failed(cli(args + ["tcp-forward"] + flags_with("--port", "0"), environ), 2, "--port")
+    assert os.listdir(str(tmp_path)) == [".config"]
 
 
-@pytest.mark.parametrize("words, after, status", [
-    (["--token", BEARER], False, 2), (["--token", BEARER], True, 2), (["--token=" + BEARER], False, 2),
-    (["--token=" + BEARER], True, 2), (["-t" + BEARER], True, 2), (["-t", BEARER], False, 2),
-    ([BEARER], False, 2), ([BEARER], True, 2), (["--reveal-secrets=" + BEARER], True, 2),
-    (["--yes", BEARER], True, 2), (["--yes=" + BEARER], False, 2),
-    (["--server", "https://user:%s@127.0.0.1" % BEARER], True, 2),
-    (["--server", "https://%s@127.0.0.1" % BEARER], False, 2),
-    (["--server", "https://127.0.0.1/?token=" + BEARER], True, 2),
-    (["--server=https://127.0.0.1/#" + BEARER], True, 2), (["--server", BEARER], True, 2),
-    (["--output", BEARER], True, 2), (["--port", BEARER], True, 2), (["--project-id=" + BEARER], True, 2),
-    (["--local-addr", BEARER], True, 2), (["--max-sessions", BEARER], True, 2),
-    (["--host", BEARER + "\n"], True, 2), (["--token-file", BEARER], True, 3),
-    (["--profile", BEARER], True, 3)], ids=lambda value: shown(value).replace(BEARER, "S"))
-def test_a_secret_in_the_wrong_place_is_not_shown(cli, simulation, words, after, status):
-    args = ["tcp-forward"] + REQUIRED_FLAGS
-    result = cli(args + words if after else words + args, {"PLEXSPHERE_URL": simulation.plane.url})
-    assert result.status == status and simulation.plane.requests == []
-    assert BEARER[:12] not in one_error_line(result)
-
-
-@pytest.mark.skipif(os.name != "posix", reason="argv is text there")
-@pytest.mark.parametrize("args", [
-    ["\udcff"], ["--\udcff", "tcp-forward"], ["tcp-forward"] + flags_with("--project-id", "\udcff"),
-    ["tcp-forward"] + flags_with("--host", "\udcfe\udcff")], ids=shown)
-def test_an_argument_of_undecodable_bytes_is_a_usage_error(args):
-    result = run_plexctl(args)
-    assert is_usage_error(Result(result.returncode, result.stdout, result.stderr))
-
-
-@pytest.mark.parametrize("args, words", [
-    (["psql", "-h", "x"], "unexpected argument 'psql'; put -- before the command to run"),
-    (["--host", "10.0.0.5:5432"], "--host: must be a host name or address alone"),
-    (["--host", "http://10.0.0.5"], "--host: must be a host name or address, not a URL")])
-def test_a_mistake_costs_no_session(cli, simulation, args, words):
-    result = cli(forward_args(simulation.plane, *args), simulation.plane.environment())
-    assert result.status == 2 and result.out == ""
-    one_error_line(result, words)
-    assert simulation.plane.requests == []
-
-
-def test_flags_of_the_command_may_stand_before_it(cli, simulation):
-    args = ["--server", simulation.plane.url] + REQUIRED_FLAGS + ["-qv", "tcp-forward"]
-    assert cli(args, simulation.plane.environment()).status == 0 and len(simulation.plane.issued) == 1
+@pytest.mark.parametrize("line, after, status", [
+    ("--token S", False, 2), ("--token S", True, 2), ("--token=S", False, 2), ("--token=S", True, 2),
+    ("-tS", True, 2), ("-t S", False, 2), ("S", False, 2), ("S", True, 2), ("--reveal-secrets=S", True, 2),
+    ("--yes S", True, 2), ("--yes=S", False, 2), ("--server https://user:S@127.0.0.1", True, 2),
+    ("--server https://S@127.0.0.1", False, 2), ("--server https://127.0.0.1/?token=S", True, 2),
+    ("--server=https://127.0.0.1/#S", True, 2), ("--server S", True, 2), ("--output S", True, 2),
+    ("--port S", True, 2), ("--project-id=S", True, 2), ("--local-addr S", True, 2),
+    ("--max-sessions S", True, 2), ("--host S\n", True, 2), ("--token-file S", True, 3),
+    ("--profile S", True, 3)])
+def test_a_secret_in_the_wrong_place_is_not_shown(cli, lone_plane, line, after, status):
+    words, args = line.replace("S", BEARER).split(" "), ["tcp-forward"] + REQUIRED_FLAGS
+    result = cli(args + words if after else words + args, {"PLEXSPHERE_URL": lone_plane.url})
+    assert BEARER[:12] not in failed(result, status) and lone_plane.requests == []
 
 
 @pytest.mark.parametrize("flags", [["--proxy"], ["--stdio"], ["--", "true"]], ids=shown)
@@ -2925,34 +2640,18 @@ def test_windows_has_print_mode_alone(monkeypatch, flags):
     assert options.mode == "print"
 
 
-@pytest.mark.parametrize("flags, quiet", [([], False), (["-q"], True), (["--quiet"], True), (["-vq"], True),
-                                          (["-q", "--quiet=false"], False), (["-q", "-q=false"], False)],
-                         ids=shown)
-def test_quiet_is_taken_in_every_spelling(flags, quiet):
-    assert plexctl.parse_arguments(["tcp-forward"] + REQUIRED_FLAGS + flags)[1].quiet == quiet
-
-
-@pytest.mark.parametrize("flag", sorted(plexctl.TAKES_VALUE))
-def test_two_hyphens_are_no_value(cli, simulation, flag):
-    """argparse up to 3.12 drops them, and takes the flag for one with an empty list."""
-    result = cli(forward_args(simulation.plane, flag + "=--"), simulation.plane.environment())
-    assert result.status == 2 and simulation.plane.requests == []
-    one_error_line(result, flag)
-
-
 # ---- tests: output ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("host, shown_target", [
     ("10.0.0.5", "10.0.0.5:5432"), ("2001:db8::5", "[2001:db8::5]:5432"), ("db.internal", "db.internal:5432"),
     ("b\xfccher.example", "b\\xfccher.example:5432")], ids=shown)
 @pytest.mark.parametrize("form", ["text", "json", "yaml"])
-def test_the_document_has_exactly_the_published_form(cli, simulation, host, shown_target, form):
-    args = ["tcp-forward", "--server", simulation.plane.url, "--local-addr", "127.0.0.1:15432", "--output",
-            form]
-    result = cli(args + flags_with("--host", host), simulation.plane.environment())
+def test_the_document_has_exactly_the_published_form(cli, lone_plane, host, shown_target, form):
+    args = ["tcp-forward", "--local-addr", "127.0.0.1:15432", "--output", form] + flags_with("--host", host)
+    result = cli(args, lone_plane.environment())
     assert (result.status, result.err) == (0, "")
-    session = simulation.plane.sessions[0]
-    assert simulation.plane.requests[0].body["target"]["tcp"]["host"] == host
+    session = lone_plane.sessions[0]
+    assert lone_plane.requests[0].body["target"]["tcp"]["host"] == host
     as_json = json.dumps({
         "session_id": session.id, "kind": "tcp", "local_addr": "127.0.0.1:15432",
         "listener_endpoint": session.endpoint, "target": {"host": host, "port": PORT},
@@ -2960,58 +2659,50 @@ def test_the_document_has_exactly_the_published_form(cli, simulation, host, show
     as_yaml = ('session_id: "%s"\nkind: "tcp"\nlocal_addr: "127.0.0.1:15432"\nlistener_endpoint: "%s"\n'
                'target:\n  host: %s\n  port: %d\nexpires_at: "%s"\n'
                % (session.id, session.endpoint, json.dumps(host), PORT, session.expires_at))
-    row = ("127.0.0.1:15432", session.endpoint, shown_target, session.id, session.expires_at)
-    header = ("LOCAL_ADDR", "LISTENER_ENDPOINT", "TARGET", "SESSION_ID", "EXPIRES_AT")
-    widths = [max(len(a), len(b)) for a, b in zip(header, row)]
-    as_text = "".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() + "\n"
-                      for line in (header, row))
+    as_text = "LOCAL_ADDR       LISTENER_ENDPOINT  %s  %s  EXPIRES_AT\n127.0.0.1:15432  %s  %s  %s  %s\n" % (
+        "TARGET".ljust(len(shown_target)), "SESSION_ID".ljust(36), session.endpoint.ljust(17), shown_target,
+        session.id, session.expires_at)
     assert result.out == {"json": as_json, "yaml": as_yaml, "text": as_text}[form]
-    if form != "text":
-        assert parse_document(result.out, form) == json.loads(as_json)
 
 
 @pytest.mark.parametrize("local_addr", ["127.0.0.1:0", "[::1]:0"])
-def test_port_0_is_resolved_to_a_port_that_is_free(cli, simulation, local_addr):
-    family = socket.AF_INET6 if "[" in local_addr else socket.AF_INET
-    host = local_addr.rsplit(":", 1)[0]
+def test_port_0_is_resolved_to_a_port_that_is_free(cli, lone_plane, local_addr):
+    host, family = local_addr[:-2].strip("[]"), socket.AF_INET6 if "[" in local_addr else socket.AF_INET
     with socket.socket(family) as probe:
         try:
-            probe.bind((host.strip("[]"), 0))
+            probe.bind((host, 0))
         except OSError:
             pytest.skip("no such address here")
-    result = cli(forward_args(simulation.plane, "--local-addr", local_addr), simulation.plane.environment())
+    result = forward_to(cli, lone_plane, "--local-addr", local_addr)
     printed, port = parse_document(result.out, "text")["local_addr"].rsplit(":", 1)
-    assert printed == host and 0 < int(port) < 65536
+    assert printed == local_addr[:-2] and 0 < int(port) < 65536
     with socket.socket(family) as sock:
-        sock.bind((host.strip("[]"), int(port)))
+        sock.bind((host, int(port)))
 
 
 def test_print_mode_dials_nothing_and_revokes_nothing(cli, simulation):
-    assert cli(forward_args(simulation.plane), simulation.plane.environment()).status == 0
+    assert forward_to(cli, simulation.plane).status == 0
     assert [each.operation for each in simulation.plane.requests] == ["issue"]
     assert simulation.plane.active() == simulation.plane.issued and simulation.plane.revoked == []
     assert not simulation.node.connections and simulation.target.accepted == 0
 
 
-def test_an_address_that_is_not_ours_costs_no_session(cli, simulation):
-    result = cli(forward_args(simulation.plane, "--local-addr", "192.0.2.1:0"),
-                 simulation.plane.environment())
-    assert result.status == 1 and simulation.plane.requests == []
-    one_error_line(result, "--local-addr", "192.0.2.1")
+def test_an_address_that_is_not_ours_costs_no_session(cli, lone_plane):
+    failed(forward_to(cli, lone_plane, "--local-addr", "192.0.2.1:0"), 1, "--local-addr", "192.0.2.1")
+    assert lone_plane.requests == []
 
 
 @pytest.mark.parametrize("python", find_pythons(), ids=os.path.basename)
 @pytest.mark.parametrize("locale", [
     {"LANG": "C", "LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"},
     {"PYTHONIOENCODING": "utf-16"}], ids=shown)
-def test_every_stream_is_ascii_whatever_the_locale(simulation, python, locale):
-    environ = clean_environment(simulation.plane.environment(**locale))
-    words = [python, PLEXCTL, "tcp-forward", "--output", "text"] + REQUIRED_FLAGS
+def test_every_stream_is_ascii_whatever_the_locale(lone_plane, python, locale):
+    environ = clean_environment(lone_plane.environment(**locale))
+    words = [python, PLEXCTL, "tcp-forward"] + REQUIRED_FLAGS
     result = run_words(words, environ)
     assert (result.status, result.err) == (0, "") and parse_document(result.out, "text")
-    simulation.plane.script("issue", problem("internal", detail="na\xefve \u202e\x1b[2J"))
-    result = run_words(words, environ)
-    assert result.status == 1 and re.match(r"plexctl: error: [ -~]*\\xefve [ -~]*\n\Z", result.err)
+    lone_plane.script("issue", problem("internal", detail="na\xefve \u202e\x1b[2J"))
+    failed(run_words(words, environ), 1, "\\xefve ")
     result = run_words(words + ["--host", "b\udcc3\udcbccher.example", "--output", "json"], environ)
     assert result.status in (0, 2) and re.match(r"[ -~]+\n\Z", result.out + result.err)
 
@@ -3021,36 +2712,25 @@ FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/fu
 
 @FULL
 @pytest.mark.parametrize("redirections", [">/dev/full", ">&-", ">&- 2>&-", "<&- >&- 2>&-",
-                                          ">/dev/full 2>/dev/full"])
-def test_a_document_that_cannot_be_written_revokes_the_session(simulation, redirections):
-    result = run_redirected(redirections, forward_args(simulation.plane), simulation.plane.environment())
+                                          ">/dev/full 2>/dev/full", "a pipe that nobody reads"])
+def test_a_document_that_cannot_be_written_revokes_the_session(lone_plane, redirections):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb", 0) as broken:
+        shell, stdout = ("", broken) if "pipe" in redirections else (redirections, subprocess.PIPE)
+        result = run_redirected(shell, forward_args(lone_plane), lone_plane.environment(), stdout=stdout)
     assert (result.status, result.out) == (1, "")
     if "2>" not in redirections:
         one_error_line(result, "standard output")
-    assert_revoked_once(simulation.plane)
-
-
-@pytest.mark.parametrize("form", ["text", "json"])
-def test_a_broken_pipe_revokes_the_session(simulation, form):
-    reader, writer = os.pipe()
-    os.close(reader)
-    try:
-        result = run_plexctl(forward_args(simulation.plane, "--output", form),
-                             env=simulation.plane.environment(), stdout=writer)
-    finally:
-        os.close(writer)
-    assert result.returncode == 1
-    one_error_line(Result(1, "", result.stderr), "standard output")
-    assert_revoked_once(simulation.plane)
+    revoked_once(lone_plane)
 
 
 @FULL
 @pytest.mark.parametrize("redirections", ["2>&-", "2>/dev/full", "<&-", "<&- 2>&-"])
-def test_the_document_is_printed_without_stdin_and_stderr(simulation, redirections):
-    result = run_redirected(redirections, forward_args(simulation.plane, "-v"),
-                            simulation.plane.environment())
-    assert result.status == 0 and simulation.plane.active() == simulation.plane.issued
-    assert parse_document(result.out, "text")["session_id"] == simulation.plane.issued[0]
+def test_the_document_is_printed_without_stdin_and_stderr(lone_plane, redirections):
+    result = run_redirected(redirections, forward_args(lone_plane, "-v"), lone_plane.environment())
+    assert result.status == 0 and lone_plane.active() == lone_plane.issued
+    assert parse_document(result.out, "text")["session_id"] == lone_plane.issued[0]
     assert "Exception ignored" not in result.err
 
 
@@ -3081,147 +2761,106 @@ def read_records(path):
     return [json.loads(line) for line in text.splitlines()]
 
 
-@pytest.mark.reveals
-@pytest.mark.parametrize("form", ["text", "json", "yaml"])
-def test_a_revealed_token_is_on_record_and_on_stderr_alone(cli, simulation, tmp_path, form):
-    log = tmp_path / "audit.log"
-    environ = simulation.plane.environment(PLEXCTL_AUDIT_LOG=str(log), SUDO_USER="alice")
-    before = os.umask(0)
+def reveal_to(cli, plane, log, *more, **environ):
+    """tcp-forward --reveal-secrets with this audit log."""
+    return forward_to(cli, plane, "--reveal-secrets", *more, PLEXCTL_AUDIT_LOG=str(log), **environ)
+
+
+@contextlib.contextmanager
+def umask_of(mask):
+    """Another umask meanwhile."""
+    before = os.umask(mask)
     try:
-        result = cli(forward_args(simulation.plane, "--reveal-secrets", "--output", form), environ)
+        yield
     finally:
         os.umask(before)
-    session = simulation.plane.sessions[0]
+
+
+@pytest.mark.reveals
+@pytest.mark.parametrize("form", ["text", "json", "yaml"])
+def test_a_revealed_token_is_on_record_and_on_stderr_alone(cli, lone_plane, tmp_path, form):
+    result = reveal_to(cli, lone_plane, tmp_path / "audit.log", "--output", form, SUDO_USER="alice")
+    session = lone_plane.sessions[0]
     lines = [line for line in result.err.splitlines() if "syslog" not in line]
     assert result.status == 0 and lines[1:] == ["PLEXCTL_SESSION_TOKEN=" + session.token]
     assert lines[0].startswith("plexctl: warning: ") and session.token not in result.out
     assert parse_document(result.out, form)["session_id"] == session.id
-    assert simulation.plane.active() == [session.id]
-    record, = read_records(log)
+    assert lone_plane.active() == [session.id]
+    record, = read_records(tmp_path / "audit.log")
     assert set(record) == AUDIT_FIELDS and abs(plexctl.parse_time(record["time"]) - time.time()) < 60
     assert record["time"].endswith("Z") and record["event"] == "session_token_revealed"
     expected = {
-        "server": simulation.plane.url, "project_id": PROJECT_ID, "resource_id": RESOURCE_ID,
+        "server": lone_plane.url, "project_id": PROJECT_ID, "resource_id": RESOURCE_ID,
         "session_id": session.id, "target": "%s:%d" % (HOST, PORT), "expires_at": session.expires_at,
-        "sudo_user": "alice", "pid": os.getpid(), "hostname": socket.gethostname()}
+        "sudo_user": "alice", "pid": os.getpid(), "hostname": socket.gethostname(),
+        "uid": os.getuid(), "user": pwd.getpwuid(os.getuid()).pw_name}
     assert {name: record[name] for name in expected} == expected
-    if os.name == "posix":
-        import pwd
-        assert (record["uid"], record["user"]) == (os.getuid(), pwd.getpwuid(os.getuid()).pw_name)
-        assert stat.S_IMODE(os.stat(str(log)).st_mode) == 0o600
 
 
 @pytest.mark.reveals
-def test_records_are_appended_and_no_newline_forges_one(cli, simulation, tmp_path):
-    log = write_private(tmp_path / "audit.log", '{"event": "older"}\n')
-    forged = 'x"}\n{"event": "forged"}\n\u2028\x85'
-    for user in (forged, "\udcff"):
-        environ = simulation.plane.environment(PLEXCTL_AUDIT_LOG=log, SUDO_USER=user)
-        assert cli(forward_args(simulation.plane, "--reveal-secrets"), environ).status == 0
-    records = read_records(log)
-    assert [each["event"] for each in records] == ["older"] + ["session_token_revealed"] * 2
-    assert [each.get("sudo_user") for each in records] == [None, forged, "\udcff"]
+@pytest.mark.parametrize("older", ['{"event": "older"}\n', "{", '{"event": "session_tok'])
+def test_a_record_is_appended_as_a_line_and_no_newline_forges_one(cli, lone_plane, tmp_path, older):
+    log = write_private(tmp_path / "audit.log", older)  # perhaps one that a full disk cut short
+    users = ['x"}\n{"event": "forged"}\n\u2028\x85', "\udcff"]
+    for user in users:
+        assert reveal_to(cli, lone_plane, log, SUDO_USER=user).status == 0
+    with open(log, encoding="ascii") as stream:
+        first, *lines = stream.read().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert first == older.rstrip("\n") and [each["session_id"] for each in records] == lone_plane.issued
+    assert [each["sudo_user"] for each in records] == users
 
 
 @pytest.mark.reveals
+@pytest.mark.parametrize("umask", [0, 0o022, 0o277])
 @pytest.mark.parametrize("environ, expected", [
     ({"PLEXCTL_AUDIT_LOG": "T/a", "XDG_STATE_HOME": "T/x", "HOME": "T/h"}, "a"),
     ({"XDG_STATE_HOME": "T/x", "HOME": "T/h"}, "x/plexctl/audit.log"),
-    ({"HOME": "T/h"}, "h/.local/state/plexctl/audit.log"),
+    ({"HOME": "T/h/i"}, "h/i/.local/state/plexctl/audit.log"),
     ({"XDG_STATE_HOME": "relative", "HOME": "T/h", "PLEXCTL_AUDIT_LOG": ""},
      "h/.local/state/plexctl/audit.log")], ids=shown)
-def test_the_audit_log_is_where_the_environment_says(cli, simulation, tmp_path, environ, expected):
+def test_the_audit_log_is_where_the_environment_says_and_private_with_every_directory_made_for_it(
+        cli, lone_plane, tmp_path, environ, expected, umask):
     environ = {name: value.replace("T", str(tmp_path)) for name, value in environ.items()}
-    result = cli(forward_args(simulation.plane, "--reveal-secrets"), simulation.plane.environment(**environ))
-    assert result.status == 0
-    files = [os.path.join(folder, name) for folder, _, names in os.walk(str(tmp_path)) for name in names]
-    assert files == [os.path.join(str(tmp_path), expected)] and len(read_records(files[0])) == 1
-    assert stat.S_IMODE(os.stat(files[0]).st_mode) == 0o600
+    with umask_of(umask):
+        assert forward_to(cli, lone_plane, "--reveal-secrets", **environ).status == 0
+    modes = {os.path.relpath(os.path.join(folder, name), str(tmp_path)): stat.S_IMODE(
+        os.stat(os.path.join(folder, name)).st_mode)
+        for folder, folders, files in os.walk(str(tmp_path)) for name in folders + files}
+    assert modes.pop(expected) == 0o600 & ~umask and len(read_records(tmp_path / expected)) == 1
+    assert len(modes) == expected.count("/") and set(modes.values()) <= {0o700}
 
 
-def is_audit_error(result, plane):
-    """Exit 1, one line with the audit log's path, nothing printed; no token anywhere (the autouse check)."""
-    assert (result.status, result.out) == (1, "") and "PLEXCTL_SESSION_TOKEN" not in result.err
-    assert re.match(r"plexctl: error: audit log (/|\\)", one_error_line(result))
-    assert not plane.active()
-    return True
-
-
-def test_without_a_home_for_the_audit_log_nothing_is_issued(cli, simulation):
-    environ = simulation.plane.environment(HOME="no/absolute/path")
-    result = cli(forward_args(simulation.plane, "--reveal-secrets"), environ)
-    assert result.status == 1 and simulation.plane.requests == []
-    one_error_line(result, "audit log: ", "PLEXCTL_AUDIT_LOG")
-
-
-@pytest.mark.skipif(os.name != "posix", reason="POSIX files")
 @pytest.mark.parametrize("make", [
-    lambda path: os.symlink(os.path.dirname(path) + "/elsewhere", path),
-    lambda path: os.symlink("/dev/null", path), os.mkdir, make_fifo, make_unix_socket],
+    link_to("elsewhere"), link_to("/dev/null"), os.mkdir, make_fifo, make_unix_socket],
     ids=["a dangling link", "a link", "a directory", "a FIFO", "a socket"])
-def test_an_audit_log_that_cannot_be_opened_costs_no_session(simulation, tmp_path, make):
+def test_an_audit_log_that_is_no_file_costs_no_session(lone_plane, tmp_path, make):
     path = str(tmp_path / "audit.log")
     make(path)
-    environ = simulation.plane.environment(PLEXCTL_AUDIT_LOG=path)
-    result = run_redirected("", forward_args(simulation.plane, "--reveal-secrets"), environ)
-    assert is_audit_error(result, simulation.plane) and simulation.plane.requests == []
-    assert os.listdir(str(tmp_path)) == ["audit.log"]
+    environ = lone_plane.environment(PLEXCTL_AUDIT_LOG=path)
+    failed(run_redirected("", forward_args(lone_plane, "--reveal-secrets"), environ), 1, "audit log " + path)
+    assert lone_plane.requests == [] and os.listdir(str(tmp_path)) == ["audit.log"]
 
 
 @pytest.mark.parametrize("name, value", [
     ("PLEXCTL_AUDIT_LOG", "/nonexistent/audit.log"), ("PLEXCTL_AUDIT_LOG", "/etc/passwd/audit.log"),
-    ("PLEXCTL_AUDIT_LOG", "\x00"), ("XDG_STATE_HOME", "/dev/null"), ("HOME", "/dev/null")], ids=shown)
-def test_an_audit_log_in_no_directory_costs_no_session(cli, simulation, name, value):
-    result = cli(forward_args(simulation.plane, "--reveal-secrets"),
-                 simulation.plane.environment(**{name: value}))
-    assert is_audit_error(result, simulation.plane) and simulation.plane.requests == []
+    ("PLEXCTL_AUDIT_LOG", "\x00"), ("PLEXCTL_AUDIT_LOG", "/dev/full"), ("PLEXCTL_AUDIT_LOG", "/dev/null"),
+    ("XDG_STATE_HOME", "/dev/null"), ("HOME", "/dev/null"), ("HOME", "no/absolute/path")], ids=shown)
+def test_an_audit_log_where_none_can_be_costs_no_session(cli, lone_plane, name, value):
+    result = forward_to(cli, lone_plane, "--reveal-secrets", **{name: value})
+    failed(result, 1, "audit log", "PLEXCTL_AUDIT_LOG names a")
+    assert lone_plane.requests == []
 
 
-def test_an_audit_log_in_an_unwritable_directory_costs_no_session(cli, simulation, tmp_path):
-    if ROOT:
-        pytest.skip("root may write everywhere; test_another_user_may_use_it has this as well")
-    os.chmod(str(tmp_path), 0o500)
-    environ = simulation.plane.environment(PLEXCTL_AUDIT_LOG=str(tmp_path / "audit.log"))
-    result = cli(forward_args(simulation.plane, "--reveal-secrets"), environ)
-    assert is_audit_error(result, simulation.plane) and simulation.plane.requests == []
-    one_error_line(result, "audit log " + str(tmp_path / "audit.log"))
-
-
-@pytest.mark.skipif(os.name != "posix", reason="permission bits")
-@pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
-def test_an_audit_log_that_others_may_write_costs_no_session(cli, simulation, tmp_path, mode):
+@pytest.mark.parametrize("mode, owner, word", [
+    (0o620, 0, "0620"), (0o602, 0, "0602"), (0o666, 0, "0666"),
+    pytest.param(0o600, 65534, "65534", marks=pytest.mark.skipif(not ROOT, reason="gives a file away"))])
+def test_an_audit_log_that_others_may_write_costs_no_session(cli, lone_plane, tmp_path, mode, owner, word):
     log = write_private(tmp_path / "audit.log", "", mode)
-    result = cli(forward_args(simulation.plane, "--reveal-secrets"),
-                 simulation.plane.environment(PLEXCTL_AUDIT_LOG=log))
-    assert is_audit_error(result, simulation.plane) and simulation.plane.requests == []
-    one_error_line(result, log, "%04o" % mode)
-
-
-@pytest.mark.skipif(not ROOT, reason="needs root to give files away")
-def test_an_audit_log_of_another_user_costs_no_session(cli, simulation, tmp_path):
-    log = write_private(tmp_path / "audit.log", "")
-    os.chown(log, 65534, 0)
-    result = cli(forward_args(simulation.plane, "--reveal-secrets"),
-                 simulation.plane.environment(PLEXCTL_AUDIT_LOG=log))
-    assert is_audit_error(result, simulation.plane) and simulation.plane.requests == []
-    one_error_line(result, log, "65534")
-
-
-@pytest.mark.reveals
-@pytest.mark.skipif(os.name != "posix", reason="permission bits")
-@pytest.mark.parametrize("umask", [0, 0o022, 0o277])
-@pytest.mark.parametrize("variable, made", [
-    ("XDG_STATE_HOME", ["a", "a/b", "a/b/plexctl"]),
-    ("HOME", ["a", "a/b", "a/b/.local", "a/b/.local/state", "a/b/.local/state/plexctl"])])
-def test_every_directory_made_for_the_audit_log_is_private(cli, simulation, tmp_path, variable, made, umask):
-    environ = simulation.plane.environment(**{variable: str(tmp_path / "a" / "b")})
-    before = os.umask(umask)
-    try:
-        result = cli(forward_args(simulation.plane, "--reveal-secrets"), environ)
-    finally:
-        os.umask(before)
-    assert result.status == 0
-    assert [stat.S_IMODE(os.stat(str(tmp_path / name)).st_mode) for name in made] == [0o700] * len(made)
+    if owner:
+        os.chown(log, owner, 0)
+    failed(reveal_to(cli, lone_plane, log), 1, "audit log " + log, word)
+    assert lone_plane.requests == []
 
 
 @pytest.fixture
@@ -3245,23 +2884,22 @@ def syslog(tmp_path, monkeypatch):
     return types.SimpleNamespace(path=path, record=record)
 
 
-SYSLOG_LINE = rb"<86>[A-Z][a-z]{2} [ 123]\d \d\d:\d\d:\d\d plexctl\[%d\]: (\{.*\})$"
-
-
-@pytest.mark.skipif(os.name != "posix", reason="unix sockets")
-def test_syslog_gets_a_copy_of_the_audit_record(syslog):
+def test_syslog_gets_a_copy_of_the_audit_record_and_the_root_logger_none(syslog, monkeypatch):
+    seen, listener = [], logging.Handler()
+    listener.emit = seen.append
+    monkeypatch.setattr(logging.getLogger(), "handlers", [listener])
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as server:
         server.bind(syslog.path)
         assert syslog.record() == []
         server.settimeout(10)
-        found = re.match(SYSLOG_LINE % os.getpid(), server.recv(10000))
-    assert set(json.loads(found.group(1).decode())) == AUDIT_FIELDS
+        found = re.match(rb"<86>[A-Z][a-z]{2} [ 123]\d \d\d:\d\d:\d\d plexctl\[%d\]: (\{.*\})$" % os.getpid(),
+                         server.recv(10000))
+    assert set(json.loads(found.group(1).decode())) == AUDIT_FIELDS and seen == []
 
 
 @pytest.mark.skipif(not LINUX, reason="how much a unix socket takes")
 @pytest.mark.parametrize("case", ["full", "closed", "no socket"])
-def test_a_syslog_that_takes_nothing_is_a_warning_in_time(syslog, monkeypatch, case):
-    began = time.monotonic()
+def test_a_syslog_that_takes_nothing_is_a_warning_in_time(syslog, case):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as server, \
             socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
         if case == "no socket":
@@ -3275,110 +2913,61 @@ def test_a_syslog_that_takes_nothing_is_a_warning_in_time(syslog, monkeypatch, c
             with pytest.raises(BlockingIOError):
                 while True:
                     other.sendto(b"x", syslog.path)
-        line, = syslog.record()
+        with lasts(0, 10):
+            line, = syslog.record()
     assert line.startswith("warning: syslog did not take the audit record, the file has it: ")
-    assert time.monotonic() - began < 10
-
-
-def test_the_audit_logger_hands_nothing_on(syslog):
-    seen = []
-
-    class Listener(logging.Handler):
-        def emit(self, record):
-            seen.append(record)
-    listener = Listener()
-    logging.getLogger().addHandler(listener)
-    try:
-        syslog.record()
-    finally:
-        logging.getLogger().removeHandler(listener)
-    assert seen == []
-
-
-@pytest.mark.skipif(not LINUX, reason="these devices")
-@pytest.mark.parametrize("device", ["/dev/full", "/dev/zero", "/dev/null"])
-def test_a_device_is_no_audit_log(cli, simulation, device):
-    environ = simulation.plane.environment(PLEXCTL_AUDIT_LOG=device)
-    result = cli(forward_args(simulation.plane, "--reveal-secrets"), environ)
-    assert is_audit_error(result, simulation.plane) and simulation.plane.requests == []
 
 
 @pytest.mark.skipif(not LINUX, reason="a limit on the size of files")
 @pytest.mark.parametrize("raises", [True, False])
 @pytest.mark.parametrize("limit", [150, 101], ids=["cut short", "full"])
-def test_an_audit_record_on_a_full_disk_reveals_nothing(simulation, tmp_path, limit, raises):
-    def limit_file_size():
-        import resource
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
+def test_an_audit_record_on_a_full_disk_reveals_nothing(lone_plane, tmp_path, limit, raises):
     log = write_private(tmp_path / "audit.log", "x" * 100 + "\n")
-    program = ("import logging, sys; logging.raiseExceptions = %r; sys.path.insert(0, %r); "
-               "import plexctl; plexctl.run()" % (raises, HERE))
-    words = [sys.executable, "-I", "-B", "-c", program] + forward_args(simulation.plane, "--reveal-secrets")
-    environ = clean_environment(simulation.plane.environment(PLEXCTL_AUDIT_LOG=log))
-    result = run_words(words, environ, preexec_fn=limit_file_size)
-    assert is_audit_error(result, simulation.plane) and os.path.getsize(log) == limit
-    assert_revoked_once(simulation.plane)
-
-
-@pytest.mark.reveals
-@pytest.mark.parametrize("torn", ["{", '{"event": "session_tok'])
-def test_a_record_behind_one_that_was_cut_short_begins_a_line(cli, simulation, tmp_path, torn):
-    log = write_private(tmp_path / "audit.log", torn)
-    environ = simulation.plane.environment(PLEXCTL_AUDIT_LOG=log)
-    for _ in range(2):
-        assert cli(forward_args(simulation.plane, "--reveal-secrets"), environ).status == 0
-    with open(log) as stream:
-        first, *records = stream.read().splitlines()
-    assert first == torn
-    assert [json.loads(each)["session_id"] for each in records] == simulation.plane.issued
-
-
-@pytest.mark.skipif(os.name != "posix", reason="files that are open can be removed")
-def test_an_audit_log_that_was_removed_meanwhile_reveals_nothing(cli, simulation, tmp_path):
-    def remove(handler, _plane):
-        os.unlink(log)
-        handler.answer_really()
-    log = str(tmp_path / "audit.log")
-    simulation.plane.script("issue", remove)
-    result = cli(forward_args(simulation.plane, "--reveal-secrets"),
-                 simulation.plane.environment(PLEXCTL_AUDIT_LOG=log))
-    assert is_audit_error(result, simulation.plane)
-    assert_revoked_once(simulation.plane)
+    result = run_prepared(
+        "import logging; logging.raiseExceptions = %r" % raises, forward_args(lone_plane, "--reveal-secrets"),
+        env=lone_plane.environment(PLEXCTL_AUDIT_LOG=log),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    failed(result, 1, "audit log " + log)
+    assert os.path.getsize(log) == limit
+    revoked_once(lone_plane)
 
 
 @pytest.fixture
-def quiet_logging():
+def audit_logger():
     """A logger plexctl.audit that a test may put out of order."""
-    before = LOGGER.level, LOGGER.disabled, list(LOGGER.filters), logging.root.manager.disable
-    yield LOGGER
-    LOGGER.setLevel(before[0])
-    LOGGER.disabled, LOGGER.filters = before[1], before[2]
+    logger = logging.getLogger("plexctl.audit")
+    before = logger.level, logger.disabled, list(logger.filters), logging.root.manager.disable
+    yield logger
+    logger.setLevel(before[0])
+    logger.disabled, logger.filters = before[1], before[2]
     logging.disable(before[3])
 
 
-@pytest.mark.parametrize("put_out", [
-    lambda logger: logging.disable(logging.CRITICAL), lambda logger: logger.setLevel(logging.CRITICAL),
-    lambda logger: setattr(logger, "disabled", True), lambda logger: logger.addFilter(lambda record: False)],
-    ids=["logging.disable", "a level", "a disabled logger", "a filter"])
-def test_a_record_that_logging_drops_reveals_nothing(cli, simulation, tmp_path, quiet_logging, put_out):
-    put_out(quiet_logging)
-    environ = simulation.plane.environment(PLEXCTL_AUDIT_LOG=str(tmp_path / "audit.log"))
-    result = cli(forward_args(simulation.plane, "--reveal-secrets"), environ)
-    assert is_audit_error(result, simulation.plane)
-    assert_revoked_once(simulation.plane)
-    assert not [each for each in quiet_logging.handlers if isinstance(each, plexctl.AuditLog)]
+@pytest.mark.parametrize("spoil", [
+    lambda logger, path: os.unlink(path), lambda logger, path: logging.disable(logging.CRITICAL),
+    lambda logger, path: logger.setLevel(logging.CRITICAL),
+    lambda logger, path: setattr(logger, "disabled", True),
+    lambda logger, path: logger.addFilter(lambda record: False)],
+    ids=["removed file", "logging.disable", "a level", "a disabled logger", "a filter"])
+def test_a_record_that_is_lost_reveals_nothing(cli, lone_plane, tmp_path, audit_logger, spoil):
+    def step(handler, _plane):
+        spoil(audit_logger, log)
+        handler.answer_really()
+    log = str(tmp_path / "audit.log")
+    lone_plane.script("issue", step)
+    failed(reveal_to(cli, lone_plane, log), 1, "audit log " + log)
+    revoked_once(lone_plane)
+    assert not [each for each in audit_logger.handlers if isinstance(each, plexctl.AuditLog)]
 
 
 @FULL
 @pytest.mark.parametrize("redirections", ["2>&-", "2>/dev/full", "2>&- >&-"])
-def test_a_stderr_that_takes_no_token_comes_after_the_record_and_revokes(simulation, tmp_path, redirections):
-    log = tmp_path / "audit.log"
-    environ = simulation.plane.environment(PLEXCTL_AUDIT_LOG=str(log))
-    result = run_redirected(redirections, forward_args(simulation.plane, "--reveal-secrets"), environ)
+def test_a_stderr_that_takes_no_token_comes_after_the_record_and_revokes(lone_plane, tmp_path, redirections):
+    environ = lone_plane.environment(PLEXCTL_AUDIT_LOG=str(tmp_path / "audit.log"))
+    result = run_redirected(redirections, forward_args(lone_plane, "--reveal-secrets"), environ)
     assert (result.status, result.out) == (1, "")
-    assert_revoked_once(simulation.plane)
-    assert [each["session_id"] for each in read_records(log)] == simulation.plane.issued
+    revoked_once(lone_plane)
+    assert [each["session_id"] for each in read_records(tmp_path / "audit.log")] == lone_plane.issued
 
 
 # ---- tests: one file alone ----------------------------------------------------------------------
@@ -3406,9 +2995,15 @@ def becoming(uid, threads=None):
     return become
 
 
+def run_prepared(statements, args, python=sys.executable, env=None, **popen):
+    """Run plexctl.py in an interpreter that has executed these statements before."""
+    program = "import sys; sys.path.insert(0, %r)\n%s\nimport plexctl\nplexctl.run()" % (HERE, statements)
+    return run_words([python, "-I", "-B", "-S", "-c", program] + args, clean_environment(env), **popen)
+
+
 @pytest.mark.parametrize("python", find_pythons(), ids=os.path.basename)
-def test_the_file_alone_works_without_a_home(simulation, lone_copy, python):
-    words = [python, "-I", "-S", "plexctl.py"] + forward_args(simulation.plane)
+def test_the_file_alone_works_without_a_home(lone_plane, lone_copy, python):
+    words = [python, "-I", "-S", "plexctl.py"] + forward_args(lone_plane)
     result = run_words(words, {"PLEXSPHERE_TOKEN": BEARER}, cwd=lone_copy)
     assert (result.status, result.err) == (0, "") and parse_document(result.out, "text")
     assert os.listdir(lone_copy) == ["plexctl.py"]
@@ -3419,31 +3014,29 @@ def test_the_file_alone_works_without_a_home(simulation, lone_copy, python):
 @pytest.mark.skipif(not ROOT or not os.path.exists("/usr/bin/python3"),
                     reason="needs root and the system's Python")
 @pytest.mark.parametrize("uid, user", [(65534, "nobody"), (54321, "54321")])
-def test_another_user_may_use_it(simulation, lone_copy, uid, user):
-    become = becoming(uid)
-    words = ["/usr/bin/python3", "-I", os.path.join(lone_copy, "plexctl.py")] + forward_args(simulation.plane)
-    result = run_words(words, simulation.plane.environment(), preexec_fn=become, cwd="/")
+def test_another_user_may_use_it(lone_plane, lone_copy, uid, user):
+    def run(*more, **environ):
+        words = ["/usr/bin/python3", "-I", os.path.join(lone_copy, "plexctl.py")]
+        return run_words(words + forward_args(lone_plane, *more), lone_plane.environment(**environ),
+                         preexec_fn=becoming(uid), cwd="/")
+    result = run()
     assert (result.status, result.err) == (0, "") and parse_document(result.out, "text")
     with tempfile.TemporaryDirectory() as folder:
         os.chown(folder, uid, uid)
-        environ = simulation.plane.environment(PLEXCTL_AUDIT_LOG=folder + "/audit.log")
-        assert run_words(words + ["--reveal-secrets"], environ, preexec_fn=become, cwd="/").status == 0
+        assert run("--reveal-secrets", PLEXCTL_AUDIT_LOG=folder + "/audit.log").status == 0
         record, = read_records(folder + "/audit.log")
     assert record["uid"] == uid and (record["user"] == user or uid == 65534)
-    issued = len(simulation.plane.issued)
-    environ = simulation.plane.environment(PLEXCTL_AUDIT_LOG=os.path.join(lone_copy, "audit.log"))
-    result = run_words(words + ["--reveal-secrets"], environ, preexec_fn=become, cwd="/")
-    assert result.status == 1 and one_error_line(result, "audit log")
-    assert len(simulation.plane.issued) == issued
+    failed(run("--reveal-secrets", PLEXCTL_AUDIT_LOG=lone_copy + "/audit.log"), 1, "audit log")
+    assert len(lone_plane.issued) == 2
 
 
 @pytest.mark.skipif(not ROOT or not shutil.which("unshare"), reason="needs root and unshare")
-def test_it_works_without_proc(simulation):
+def test_it_works_without_proc(lone_plane):
     hide = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh"]
     if run_words(hide + ["true"]).status:
         pytest.skip("no mount namespaces here")
-    words = hide + [sys.executable, "-I", PLEXCTL] + forward_args(simulation.plane)
-    result = run_words(words, clean_environment(simulation.plane.environment()))
+    words = hide + [sys.executable, "-I", PLEXCTL] + forward_args(lone_plane)
+    result = run_words(words, clean_environment(lone_plane.environment()))
     assert (result.status, result.err) == (0, "") and parse_document(result.out, "text")
 
 
@@ -3452,48 +3045,32 @@ def test_importing_it_does_nothing_but_define(python):
     program = ("import sys; sys.path.insert(0, %r); import plexctl, logging, threading\n"
                "print(threading.active_count(), logging.root.handlers)" % HERE)
     result = run_words([python, "-I", "-B", "-S", "-c", program], clean_environment())
-    assert (result.status, result.out, result.err) == (0, "1 []\n", "")
-
-
-WITHOUT = """
-import sys
-missing = sys.argv.pop(1)
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name == missing:
-            raise ModuleNotFoundError("No module named %%r" %% name, name=name)
-sys.meta_path.insert(0, Missing())
-sys.path.insert(0, %r)
-import plexctl
-plexctl.run()
-"""
+    assert result == Result(0, "1 []\n", "")
 
 
 @pytest.mark.parametrize("python", find_pythons(), ids=os.path.basename)
 @pytest.mark.parametrize("module", ["_ssl", "ssl", "urllib.request", "json", "email", "hashlib", "logging"])
 def test_a_python_without_a_module_is_told_its_name(python, module):
-    words = [python, "-I", "-B", "-S", "-c", WITHOUT % HERE, module, "--help"]
-    result = run_words(words, clean_environment())
-    assert (result.status, result.out) == (1, "")
-    one_error_line(result, "this Python lacks the module %s (" % module, "install")
+    result = run_prepared("""
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name == %r:
+            raise ModuleNotFoundError("No module named %%r" %% name, name=name)
+sys.meta_path.insert(0, Missing())
+""" % module, ["--help"], python)
+    failed(result, 1, "this Python lacks the module %s (" % module, "install")
 
 
 def test_a_library_that_is_damaged_is_an_error_in_one_line():
     """As where re/__init__.py cannot be read: the folder is a package all the same, and an empty one."""
-    program = ("import sys, types; sys.modules['re'] = types.ModuleType('re'); sys.path.insert(0, %r)\n"
-               "import plexctl; plexctl.run()" % HERE)
-    result = run_words([sys.executable, "-I", "-B", "-c", program, "tcp-forward"] + REQUIRED_FLAGS,
-                       clean_environment())
-    assert result.status == 1
-    one_error_line(result, "cannot load Python's standard library: AttributeError")
+    result = run_prepared("import types; sys.modules['re'] = types.ModuleType('re')", ["tcp-forward"])
+    failed(result, 1, "cannot load Python's standard library: AttributeError")
 
 
 @pytest.mark.parametrize("python", find_pythons(), ids=os.path.basename)
-def test_a_digest_that_is_missing_does_not_put_a_traceback_on_stderr(simulation, python):
-    program = ("import sys; sys.path.insert(0, %r); sys.modules.update(_hashlib=None, _md5=None)\n"
-               "import plexctl\nplexctl.run()" % HERE)
-    result = run_words([python, "-I", "-B", "-S", "-c", program] + forward_args(simulation.plane),
-                       clean_environment(simulation.plane.environment()))
+def test_a_digest_that_is_missing_does_not_put_a_traceback_on_stderr(lone_plane, python):
+    result = run_prepared("sys.modules.update(_hashlib=None, _md5=None)", forward_args(lone_plane), python,
+                          lone_plane.environment())
     assert (result.status, result.err) == (0, "")
 
 
@@ -3501,65 +3078,60 @@ def test_it_imports_the_standard_library_alone():
     with open(PLEXCTL, encoding="utf-8") as stream:
         tree = ast.parse(stream.read())
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
-    assert not [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+    names |= {"." * node.level + (node.module or "") for node in ast.walk(tree)
+              if isinstance(node, ast.ImportFrom)}
     assert {"argparse", "urllib.request", "json", "socketserver", "logging"} <= names
     program = "import importlib\nfor name in %r: importlib.import_module(name)" % sorted(names)
-    result = run_words([sys.executable, "-I", "-S", "-c", program], clean_environment())
-    assert (result.status, result.err) == (0, "")
+    assert run_words([sys.executable, "-I", "-S", "-c", program], clean_environment()) == Result(0, "", "")
 
 
 @pytest.mark.parametrize("python", find_pythons(), ids=os.path.basename)
-@pytest.mark.parametrize("how", ["by its path", "from its directory", "through a link"])
-def test_a_module_beside_the_file_is_not_loaded(simulation, tmp_path, python, how):
+@pytest.mark.parametrize("script, cwd", [
+    ("T/x/plexctl.py", "/"), ("plexctl.py", "T/x"), ("T/x/link.py", "/")],
+    ids=["by its path", "from its directory", "through a link"])
+def test_a_module_beside_the_file_is_not_loaded(lone_plane, tmp_path, python, script, cwd):
     """As in /tmp, where another user may put one."""
+    script, cwd = script.replace("T", str(tmp_path)), cwd.replace("T", str(tmp_path))
     folder = tmp_path / "x"
     folder.mkdir()
     shutil.copyfile(PLEXCTL, str(folder / "plexctl.py"))
+    (folder / "link.py").symlink_to("plexctl.py")
     modules = re.findall(r"(?m)^ +import (\w+)", open(PLEXCTL).read())
     assert len(modules) > 20
     for name in modules + ["typing", "encodings", "_socket", "_ssl", "heapq", "gettext"]:
         (folder / (name + ".py")).write_text("open(%r, 'w').close()\nraise SystemExit(99)\n"
                                              % str(tmp_path / ("loaded_" + name)))
-    script, cwd = str(folder / "plexctl.py"), "/"
-    if how == "from its directory":
-        script, cwd = "plexctl.py", str(folder)
-    elif how == "through a link":
-        (folder / "link.py").symlink_to("plexctl.py")
-        script = str(folder / "link.py")
-    environ = clean_environment(simulation.plane.environment())
+    environ = clean_environment(lone_plane.environment())
     for more, status in (["--", "true"], 0), (["--prot", "5"], 2), (["--help"], 0):
-        result = run_words([python, script] + forward_args(simulation.plane, *more), environ, cwd=cwd)
+        result = run_words([python, script] + forward_args(lone_plane, *more), environ, cwd=cwd)
         assert result.status == status and "Traceback" not in result.err, result.err
     assert os.listdir(str(tmp_path)) == ["x"]
-    revoked_once(simulation.plane)
+    revoked_once(lone_plane)
 
 
 @pytest.mark.skipif(not LINUX, reason="a library that is found by PYTHONHOME")
 @pytest.mark.parametrize("python", find_pythons(), ids=os.path.basename)
-def test_a_library_that_is_moved_away_does_not_disturb_a_running_proxy(python, tmp_path):
+def test_a_library_that_is_moved_away_does_not_disturb_a_running_proxy(simulation, python, tmp_path):
     """Once it is ready nothing is imported any more: Python may be upgraded meanwhile."""
     prefix = run_words([python, "-c", "import sys; print(sys.base_prefix)"], clean_environment()).out.strip()
     os.symlink(os.path.join(prefix, "lib"), str(tmp_path / "lib"))
-    with Simulation() as simulation:
-        environ = clean_environment(simulation.plane.environment(
-            PYTHONHOME=str(tmp_path), PYTHONDONTWRITEBYTECODE="1"))
-        words = [os.path.realpath(python), PLEXCTL] + forward_args(
-            simulation.plane, "--proxy", "--renew", "-v")
-        with Process(words, env=environ) as process:
-            address = proxy_address(process)
-            os.rename(str(tmp_path / "lib"), str(tmp_path / "moved"))
-            with contextlib.ExitStack() as stack:
-                clients = [stack.enter_context(dial(address)) for _ in range(4)]
-                for client in clients:
-                    client.sendall(b"hello")
-                for client in clients:
-                    assert client.recv(9) == b"hello"
-            assert visit(address, pattern(8 << 20))
-            simulation.plane.expire(simulation.plane.issued[0])  # and a question that finds it out
-            assert visit(address)
-            process.send_signal(signal.SIGTERM)
-            result = ends_by(process, signal.SIGTERM, 10)
+    environ = clean_environment(simulation.plane.environment(
+        PYTHONHOME=str(tmp_path), PYTHONDONTWRITEBYTECODE="1"))
+    words = [os.path.realpath(python), PLEXCTL] + forward_args(simulation.plane, "--proxy", "--renew", "-v")
+    with Process(words, env=environ) as process:
+        address = proxy_address(process)
+        os.rename(str(tmp_path / "lib"), str(tmp_path / "moved"))
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(dial(address)) for _ in range(4)]
+            for client in clients:
+                client.sendall(b"hello")
+            for client in clients:
+                assert client.recv(9) == b"hello"
+        assert visit(address, pattern(8 << 20))
+        simulation.plane.expire(simulation.plane.issued[0])  # and a question that finds it out
+        assert visit(address)
+        process.send_signal(signal.SIGTERM)
+        result = ends_by(process, signal.SIGTERM, 10)
     assert "import" not in result.stderr and "module" not in result.stderr, result.stderr
     assert simulation.plane.active() == []
 
@@ -3596,7 +3168,6 @@ def test_a_proxy_with_too_few_threads_serves_resets_or_says_why_it_does_not_star
 
 
 # ---- tests: control plane ------------------------------------------------------------------------
-
 
 OTHER_ID = "0190a8b8-ffff-7fff-8fff-ffffffffffff"
 MAY_EXIST = "a session may exist"
@@ -3640,6 +3211,13 @@ def tls_context(certificate):
     return context
 
 
+@pytest.fixture
+def tls_plane(tls_files):
+    """A control plane with https."""
+    with ControlPlane(tls=tls_context(tls_files.server)) as plane:
+        yield plane
+
+
 def create_client(plane, token=BEARER, url="", **options):
     """plexctl's own client of a control plane, as those who vendor it use it."""
     server = plexctl.parse_server(url or plane.url, False)
@@ -3651,37 +3229,37 @@ def session_request(ttl_seconds=0):
     return plexctl.SessionRequest(PROJECT_ID, RESOURCE_ID, HOST, PORT, ttl_seconds)
 
 
-def forward_to(cli, plane, *more, **environ):
-    """tcp-forward in print mode, with this control plane."""
-    return cli(forward_args(plane, *more), plane.environment(**environ))
-
-
 def requests_of(plane, operation):
     """The requests of one operation, in order."""
     return [request for request in plane.requests if request.operation == operation]
 
 
-def last_error_line(result, *words):
-    """The last line on stderr is the one error there, and has these words."""
-    lines = result.err.splitlines()
-    assert result.err.count("plexctl: error: ") == 1, result.err
-    return one_error_line(result._replace(err=lines[-1] + "\n"), *words)
+def ask(client, operation, session_id=OTHER_ID):
+    """Call issue, get or revoke of a client."""
+    arguments = (session_request(),) if operation == "issue" else (PROJECT_ID, session_id)
+    return getattr(client, operation)(*arguments)
 
 
-def assert_one_revoked(plane):
-    """The one session that was issued was revoked by one request."""
-    assert len(plane.issued) == 1
-    assert plane.revoked == plane.issued
-    assert [request.ids for request in requests_of(plane, "revoke")] == [(PROJECT_ID, plane.issued[0])]
+def issue_fails(cli, plane, steps, status, *words, may_exist=False):
+    """The one error line of a run whose attempts to issue a session get these steps, and no others.
+
+    A session that was issued is revoked once, unless it is said that one may exist."""
+    plane.script("issue", *steps)
+    line = failed(forward_to(cli, plane), status, *words)
+    assert (MAY_EXIST in line) == may_exist
+    assert len(requests_of(plane, "issue")) == len(steps)
+    if plane.issued and not may_exist:
+        revoked_once(plane)
+    return line
 
 
-def altered(change):
-    """A step that does what was asked for, and answers with a changed body."""
+def altered(change, **more):
+    """A step that does what was asked for, and answers with a changed body (or status, headers, raw)."""
     def step(handler, plane):
         answer = plane.decide(handler.seen)
         body = json.loads(json.dumps(answer.body))
         change(body)
-        handler.wfile.write(handler.render(answer._replace(body=body)))
+        handler.wfile.write(handler.render(answer._replace(body=body, **more)))
     return step
 
 
@@ -3694,97 +3272,68 @@ def with_field(path, value):
     return altered(change)
 
 
+def cut_off(handler, plane):
+    """Do what was asked for, and answer it but for the last bytes."""
+    handler.wfile.write(handler.render(plane.decide(handler.seen))[:-9])
+
+
 def sending(raw):
     """A step that sends these bytes and hangs up."""
     return lambda handler, _plane: handler.wfile.write(raw)
 
 
-def exchanges_under_way():
-    """The threads of exchanges that still run."""
-    return [thread for thread in threading.enumerate()
-            if "start_thread" in getattr(getattr(thread, "_target", None), "__qualname__", "")]
+def never_answer(handler, _plane):
+    """Wait until the client hangs up."""
+    handler.connection.recv(1)
 
 
 def assert_nothing_remains(listener):
     """Neither a thread of an exchange nor its connection is left after a moment."""
-    waiting = Watched()
-    waiting.describe = lambda: "threads %s, connections %s" % (exchanges_under_way(), listener.connections)
-    waiting.wait_for(lambda: not exchanges_under_way() and not listener.connections, 4)
+    def remaining():
+        return list(listener.connections) + [
+            thread for thread in threading.enumerate()
+            if getattr(getattr(thread, "_target", None), "__module__", "") == "plexctl"]
+    eventually(lambda: not remaining(), 4, remaining)
 
 
 # What is asked for
 
-def test_the_issue_request_is_exactly_the_published_one(cli, lone_plane):
+@pytest.mark.parametrize("given, sent", [
+    ([], {}), (["--ttl-seconds", "0"], {}), (["--ttl-seconds", "1"], {"requested_ttl_seconds": 1})],
+    ids=shown)
+def test_the_issue_request_is_exactly_the_published_one(cli, lone_plane, given, sent):
     upper = [word.upper() if is_uuid(word) else word for word in REQUIRED_FLAGS]
-    result = cli(["tcp-forward", "--server", lone_plane.url] + upper, lone_plane.environment())
-    assert result.status == 0, result.err
+    assert cli(["tcp-forward"] + upper + given, lone_plane.environment()).status == 0
     request, = lone_plane.requests
     assert (request.method, request.path) == ("POST", SESSIONS_PATH)
     assert is_uuid(request.body.pop("idempotency_key"))
-    assert request.body == {"resource_id": RESOURCE_ID, "kind": "tcp",
-                            "target": {"tcp": {"host": HOST, "port": PORT}}}
-    assert request.headers.get_all("Authorization") == ["Bearer " + BEARER]
-    assert request.headers.get_all("User-Agent") == ["plexctl/" + plexctl.__version__]
-    assert request.headers.get_all("Content-Type") == ["application/json"]
-    assert request.headers.get_all("Host") == [lone_plane.url.split("//")[1]]
+    assert request.body == dict(sent, resource_id=RESOURCE_ID, kind="tcp",
+                                target={"tcp": {"host": HOST, "port": PORT}})
+    for name, value in (("Authorization", "Bearer " + BEARER), ("Content-Type", "application/json"),
+                        ("User-Agent", "plexctl/" + plexctl.__version__),
+                        ("Host", lone_plane.url.split("//")[1])):
+        assert request.headers.get_all(name) == [value]
     assert request.headers["Cookie"] is None and request.headers["Expect"] is None
 
 
-@pytest.mark.parametrize("given, sent", [("0", None), ("1", 1), ("900", 900)])
-def test_the_ttl_is_sent_only_where_it_is_asked_for(cli, lone_plane, given, sent):
-    assert forward_to(cli, lone_plane, "--ttl-seconds", given).status == 0
-    assert lone_plane.requests[0].body.get("requested_ttl_seconds") == sent
-    assert ("requested_ttl_seconds" in lone_plane.requests[0].body) == (sent is not None)
-
-
-def test_every_issuance_has_an_idempotency_key_of_its_own(lone_plane):
-    client = create_client(lone_plane)
-    for _ in range(3):
-        client.issue(session_request())
-    assert len({request.body["idempotency_key"] for request in lone_plane.requests}) == 3
-    assert len(set(lone_plane.issued)) == 3
-
-
-@pytest.mark.parametrize("slash", ["", "/"])
-def test_a_path_prefix_of_the_server_stands_before_every_path(cli, slash):
-    with ControlPlane(prefix="/access/plex", endpoint_on="never") as plane:
-        result = cli(["tcp-forward", "--server", plane.url + slash, "--wait-seconds", "0.1"] + REQUIRED_FLAGS,
-                     plane.environment())
-        session = "/access/plex" + SESSIONS_PATH + "/" + plane.issued[0]
-        assert result.status == 1
-        assert [request.path for request in plane.requests] == [
-            "/access/plex" + SESSIONS_PATH, session, session + "/revoke"]
-
-
-def test_a_path_is_never_taken_from_a_location_header(cli, lone_plane):
-    def mislead(handler, plane):
-        answer = plane.decide(handler.seen)
-        handler.wfile.write(handler.render(answer._replace(headers=(("Location", "/v1/elsewhere"),))))
-    lone_plane.endpoint_on = "never"
-    lone_plane.script("issue", mislead)
-    assert forward_to(cli, lone_plane, "--wait-seconds", "0.1").status == 1
-    assert len(requests_of(lone_plane, "get")) == 1 and not requests_of(lone_plane, "other")
-    assert_one_revoked(lone_plane)
-
-
-def test_reading_and_revoking_are_the_published_requests(lone_plane):
-    client = create_client(lone_plane)
-    session_id = client.issue(session_request()).session_id
-    assert client.get(PROJECT_ID, session_id).status == "active"
-    client.revoke(PROJECT_ID, session_id)
-    assert client.get(PROJECT_ID, session_id).status == "revoked"
-    _, read, revoked, _ = lone_plane.requests
-    assert (read.method, read.path, read.body) == ("GET", "%s/%s" % (SESSIONS_PATH, session_id), b"")
-    assert (revoked.method, revoked.path) == ("POST", "%s/%s/revoke" % (SESSIONS_PATH, session_id))
-    assert revoked.body == {"revoke_reason": "operator_request"}
-    assert {request.headers["User-Agent"] for request in lone_plane.requests} == {
-        "plexctl/" + plexctl.__version__}
+@pytest.mark.parametrize("prefix, slash, change, headers", [
+    ("/access/plex", "", str, ()), ("/access/plex", "/", str, ()),
+    ("", "", str, (("Location", "/v1/elsewhere"),)), ("", "", str.upper, ())],
+    ids=["prefix", "prefix/", "Location", "upper case"])
+def test_every_path_has_the_prefix_and_our_ids_as_they_were_written(cli, prefix, slash, change, headers):
+    step = altered(lambda body: body.update(session_id=change(body["session_id"])), headers=headers)
+    with ControlPlane(prefix=prefix, endpoint_on="never") as plane:
+        plane.script("issue", step)
+        args = ["tcp-forward", "--server", plane.url + slash, "--wait-seconds", "0.1"] + REQUIRED_FLAGS
+        assert cli(args, plane.environment()).status == 1
+        session = prefix + SESSIONS_PATH + "/" + change(plane.issued[0])
+        paths = [each.path for each in plane.requests]
+        assert paths == [prefix + SESSIONS_PATH, session, session + "/revoke"]
 
 
 def test_verbose_shows_method_path_and_status_of_each_exchange(cli, lone_plane):
     result = forward_to(cli, lone_plane, "-v")
-    assert result.status == 0
-    assert "POST %s: 201" % SESSIONS_PATH in result.err
+    assert result.status == 0 and "POST %s: 201" % SESSIONS_PATH in result.err
     assert "Bearer" not in result.err and "idempotency_key" not in result.err
 
 
@@ -3796,6 +3345,8 @@ def test_the_listener_endpoint_is_found_wherever_it_is_reported(
         cli, lone_plane, short_pauses, endpoint_on, reads_before, reads):
     lone_plane.endpoint_on, lone_plane.reads_before_endpoint = endpoint_on, reads_before
     lone_plane.endpoint = "100.64.0.12:40213"
+    if endpoint_on == "issue":  # it comes before that of the session in it
+        lone_plane.script("issue", with_field(("session", "listener_endpoint"), "100.64.0.99:1"))
     result = forward_to(cli, lone_plane, "--output", "json")
     assert result.status == 0
     assert json.loads(result.out)["listener_endpoint"] == "100.64.0.12:40213"
@@ -3804,56 +3355,33 @@ def test_the_listener_endpoint_is_found_wherever_it_is_reported(
     assert lone_plane.revoked == []
 
 
-def test_the_endpoint_of_the_issued_session_comes_before_that_of_the_session_in_it(cli, lone_plane):
-    lone_plane.script("issue", with_field(("session", "listener_endpoint"), "100.64.0.99:1"))
-    lone_plane.endpoint = "100.64.0.12:40213"
-    result = forward_to(cli, lone_plane, "--output", "json")
-    assert json.loads(result.out)["listener_endpoint"] == "100.64.0.12:40213"
-
-
-def test_without_waiting_nothing_is_read_and_the_session_is_revoked(cli, lone_plane):
-    lone_plane.endpoint_on = "read"
-    result = forward_to(cli, lone_plane, "--wait-seconds", "0")
-    assert (result.status, result.out) == (1, "")
-    one_error_line(result, "listener endpoint")
-    assert not requests_of(lone_plane, "get")
-    assert_one_revoked(lone_plane)
-
-
-def test_no_endpoint_in_time_is_a_failure_and_the_session_is_revoked(cli, lone_plane, short_pauses):
+@pytest.mark.parametrize("seconds", ["0", "0.4"])
+def test_no_endpoint_in_time_is_a_failure_and_the_session_is_revoked(cli, lone_plane, short_pauses, seconds):
     lone_plane.endpoint_on = "never"
-    began = time.monotonic()
-    result = forward_to(cli, lone_plane, "--wait-seconds", "0.4")
-    assert 0.4 <= time.monotonic() - began < 4
-    assert (result.status, result.out) == (1, "")
-    last_error_line(result, "listener endpoint")
-    assert len(requests_of(lone_plane, "get")) > 1
-    assert_one_revoked(lone_plane)
+    with lasts(float(seconds), 4):
+        result = forward_to(cli, lone_plane, "--wait-seconds", seconds)
+    failed(result, 1, "listener endpoint", alone=seconds == "0")
+    reads = len(requests_of(lone_plane, "get"))
+    assert reads == 0 if seconds == "0" else reads > 1
+    revoked_once(lone_plane)
 
 
-@pytest.mark.parametrize("end", ["revoke", "expire"])
-def test_a_session_that_ends_while_its_endpoint_is_awaited_is_a_failure(cli, lone_plane, end):
+@pytest.mark.parametrize("end, word", [("revoke", "was revoked"), ("expire", "expired")])
+def test_a_session_that_ends_while_its_endpoint_is_awaited_is_a_failure(cli, lone_plane, end, word):
     def step(handler, plane):
         getattr(plane, end)(plane.issued[0])
         handler.answer_really()
     lone_plane.endpoint_on = "read"
     lone_plane.script("get", step)
-    result = forward_to(cli, lone_plane)
-    assert (result.status, result.out) == (1, "")
-    last_error_line(result, "session " + ("was revoked" if end == "revoke" else "expired"))
-    assert len(requests_of(lone_plane, "get")) == 1
-    assert len(requests_of(lone_plane, "revoke")) == 1
+    failed(forward_to(cli, lone_plane), 1, "session " + word, alone=False)
+    assert [each.operation for each in lone_plane.requests] == ["issue", "get", "revoke"]
 
 
 @pytest.mark.parametrize("path, value", [
     (("session", "status"), "revoked"), (("session", "status"), "expired"),
     (("expires_at",), "2001-01-01T00:00:00Z")])
 def test_a_session_that_is_over_when_it_arrives_is_a_failure(cli, lone_plane, path, value):
-    lone_plane.script("issue", with_field(path, value))
-    result = forward_to(cli, lone_plane)
-    assert (result.status, result.out) == (1, "")
-    one_error_line(result, "session")
-    assert_one_revoked(lone_plane)
+    issue_fails(cli, lone_plane, [with_field(path, value)], 1, "session")
 
 
 def test_passing_failures_of_reading_are_tried_again(cli, lone_plane, short_pauses):
@@ -3861,35 +3389,29 @@ def test_passing_failures_of_reading_are_tried_again(cli, lone_plane, short_paus
     lone_plane.script("get", Answer(502), problem("signing_unavailable"), Answer(504), drop, reset,
                       sending(b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n{"), PASS)
     result = forward_to(cli, lone_plane)
-    assert result.status == 0, result.err
-    assert len(requests_of(lone_plane, "get")) == 7
+    assert result.status == 0 and len(requests_of(lone_plane, "get")) == 7
     assert result.err.count("\n") == 1 and "waiting" in result.err
 
 
-@pytest.mark.parametrize("answer, status, words", [
-    (problem("unauthenticated"), 3, "401"),
-    (problem("step_up_required"), 3, STEP_UP_ACR),
-    (problem("forbidden"), 4, "403"),
-    (problem("rebac_denied"), 77, "project:p#operator"),
-    (problem("resource_not_found"), 1, "404"),
-    (problem("session_limit_exceeded"), 1, "429"),
-    (problem("internal"), 1, "500"),
-    (redirect("/v1/projects"), 1, "302"),
-    (Answer(200, raw=b"{"), 1, "JSON"),
-    (Answer(200, []), 1, "id"),
-    (with_field(("id",), OTHER_ID), 1, "id"),
-    (with_field(("status",), "sleeping"), 1, "status"),
-    (with_field(("listener_endpoint",), "100.64.0.12:65536"), 1, "listener_endpoint"),
-], ids=["401", "step-up", "403", "rebac", "404", "429", "500", "redirect", "truncated", "a list",
-        "other session", "odd status", "odd endpoint"])
-def test_a_failure_of_reading_that_does_not_pass_ends_it_and_revokes(cli, lone_plane, answer, status, words):
+FINAL_READS = {
+    "401": (problem("unauthenticated"), 3, "401"), "step-up": (problem("step_up_required"), 3, STEP_UP_ACR),
+    "403": (problem("forbidden"), 4, "403"), "rebac": (problem("rebac_denied"), 77, "project:p#operator"),
+    "404": (problem("resource_not_found"), 1, "404"), "429": (problem("session_limit_exceeded"), 1, "429"),
+    "500": (problem("internal"), 1, "500"), "redirect": (redirect("/v1/projects"), 1, "302"),
+    "truncated": (Answer(200, raw=b"{"), 1, "JSON"), "a list": (Answer(200, []), 1, "id"),
+    "other session": (with_field(("id",), OTHER_ID), 1, "id"),
+    "odd status": (with_field(("status",), "sleeping"), 1, "status"),
+    "odd endpoint": (with_field(("listener_endpoint",), "100.64.0.12:65536"), 1, "listener_endpoint")}
+
+
+@pytest.mark.parametrize("name", sorted(FINAL_READS))
+def test_a_failure_of_reading_that_does_not_pass_ends_it_and_revokes(cli, lone_plane, name):
+    answer, status, word = FINAL_READS[name]
     lone_plane.endpoint_on = "read"
     lone_plane.script("get", answer)
-    result = forward_to(cli, lone_plane)
-    assert (result.status, result.out) == (status, "")
-    last_error_line(result, "GetSession", words)
+    failed(forward_to(cli, lone_plane), status, "GetSession", word, alone=False)
     assert len(requests_of(lone_plane, "get")) == 1
-    assert_one_revoked(lone_plane)
+    revoked_once(lone_plane)
 
 
 # Retries
@@ -3901,24 +3423,19 @@ PASSING = {
 
 
 @pytest.mark.parametrize("name", sorted(PASSING))
-def test_a_passing_failure_is_tried_again_with_the_same_key(cli, lone_plane, name):
-    lone_plane.script("issue", PASSING[name], PASSING[name])
+def test_a_passing_failure_is_tried_again_with_the_same_key_three_times_in_all(cli, lone_plane, name):
+    may_exist = name in ("409", "502", "504")  # a gateway may have lost the answer; 429 and 503 did nothing
+    issue_fails(cli, lone_plane, [PASSING[name]] * 3, 1, name, "(after 3 attempts)", may_exist=may_exist)
+    lone_plane.script("issue", *[PASSING[name]] * 2)
     result = forward_to(cli, lone_plane)
-    assert (result.status, result.err) == (0, "")
-    assert len(lone_plane.requests) == 3 and len(lone_plane.issued) == 1
-    assert len({json.dumps(request.body, sort_keys=True) for request in lone_plane.requests}) == 1
+    assert (result.status, result.err, len(lone_plane.issued)) == (0, "", 1)
+    bodies = [json.dumps(request.body, sort_keys=True) for request in lone_plane.requests]
+    assert len(bodies) == 6 and len(set(bodies[:3])) == len(set(bodies[3:])) == 1
 
 
-@pytest.mark.parametrize("name", sorted(PASSING))
-def test_there_are_three_attempts_and_no_more(cli, lone_plane, name):
-    lone_plane.script("issue", *[PASSING[name]] * 3)
-    result = forward_to(cli, lone_plane)
-    assert (result.status, result.out, len(lone_plane.requests)) == (1, "", 3)
-    one_error_line(result, name, "(after 3 attempts)")
-
-
-def test_a_lost_answer_is_asked_for_again_after_growing_pauses(cli, lone_plane):
-    lone_plane.script("issue", process_then_drop, reset)
+@pytest.mark.parametrize("lose", [process_then_drop, cut_off], ids=["dropped", "cut off"])
+def test_a_lost_answer_is_asked_for_again_after_growing_pauses(cli, lone_plane, lose):
+    lone_plane.script("issue", lose, reset)
     result = forward_to(cli, lone_plane)
     assert (result.status, result.err, len(lone_plane.issued)) == (0, "", 1)
     first, second, third = lone_plane.requests
@@ -3932,9 +3449,8 @@ def test_a_refused_connection_is_tried_again_and_leaves_no_doubt_about_a_session
         unused.bind(("127.0.0.1", 0))
         url = "http://127.0.0.1:%d" % unused.getsockname()[1]
         result = cli(["tcp-forward", "-v", "--server", url] + REQUIRED_FLAGS, {"PLEXSPHERE_TOKEN": BEARER})
-    assert (result.status, result.out) == (1, "")
     assert result.err.count("trying again") == 2
-    assert last_error_line(result) == (
+    assert failed(result, 1, alone=False) == (
         "plexctl: error: IssueSession: cannot connect to %s: Connection refused (after 3 attempts)" % url)
 
 
@@ -3942,133 +3458,103 @@ def test_a_refused_connection_is_tried_again_and_leaves_no_doubt_about_a_session
     103, 200, 202, 204, 206, 300, 301, 302, 303, 304, 307, 308, 400, 401, 403, 404, 405, 408, 409, 410, 418,
     425, 429, 500, 501, 505, 507, 599])
 def test_any_other_status_is_final(cli, lone_plane, status):
-    headers = AT_ONCE * (status != 429) + (("Location", "/elsewhere"),)
-    lone_plane.script("issue", Answer(status, headers=headers))
-    result = forward_to(cli, lone_plane)
-    assert (result.status, result.out) == ({401: 3, 403: 4}.get(status, 1), "")
-    assert (MAY_EXIST in one_error_line(result, "IssueSession: %d" % status)) == (status < 300)
-    assert len(lone_plane.requests) == 1
+    answer = Answer(status, headers=AT_ONCE * (status != 429) + (("Location", "/elsewhere"),))
+    issue_fails(cli, lone_plane, [answer], {401: 3, 403: 4}.get(status, 1), "IssueSession: %d" % status,
+                may_exist=status < 300)
 
 
 @pytest.mark.parametrize("name", sorted(PROBLEMS))
 def test_every_published_problem_is_told_in_one_line(cli, lone_plane, name):
     answer = problem(name, headers=AT_ONCE * (name != "session_limit_exceeded"))
-    lone_plane.script("issue", *[answer] * 3)
-    result = forward_to(cli, lone_plane)
     expected = {"rebac_denied": 77, "forbidden": 4, "unauthenticated": 3, "step_up_required": 3}.get(name, 1)
-    assert (result.status, result.out) == (expected, "")
-    line = one_error_line(result, str(answer.status), answer.body["detail"], answer.body.get("code", ""),
-                          answer.body.get("correlation_id", ""), answer.body.get("reason", ""),
-                          *answer.body.get("relation_path", []))
+    words = [answer.body.get(field, "") for field in ("code", "correlation_id", "reason")]
+    steps = [answer] * (3 if name in ("idempotent_replay", "signing_unavailable") else 1)
+    line = issue_fails(cli, lone_plane, steps, expected, str(answer.status), answer.body["detail"], *words,
+                       *answer.body.get("relation_path", []), may_exist=name == "idempotent_replay")
     assert (STEP_UP_ACR in line) == ("re-authenticate" in line) == (name == "step_up_required")
-    assert len(lone_plane.requests) == (3 if name in ("idempotent_replay", "signing_unavailable") else 1)
 
 
-@pytest.mark.parametrize("challenges, acr", [
-    (['Bearer acr_values="urn:a urn:b", max_age=5'], "urn:a urn:b"),
-    (["Bearer error=x, acr_values=urn:plain"], "urn:plain"),
-    (['Basic realm="x"', 'Bearer acr_values="urn:second"'], "urn:second"),
-    (["Bearer realm=x"], ""), ([], ""), (["acr_values"], "")])
-def test_a_step_up_names_the_acr_values_where_the_challenge_does(cli, lone_plane, challenges, acr):
-    body = problem("step_up_required").body
-    lone_plane.script("issue", Answer(401, body, tuple(("WWW-Authenticate", each) for each in challenges)))
-    result = forward_to(cli, lone_plane)
-    assert result.status == 3
-    line = one_error_line(result, "re-authenticate", acr)
-    assert ("acr_values" in line) == bool(acr)
+def step_up(*challenges):
+    """The answer that asks for another log-in, with these challenges."""
+    headers = tuple(("WWW-Authenticate", each) for each in challenges)
+    return Answer(401, problem("step_up_required").body, headers)
+
+
+@pytest.mark.parametrize("answer, end", [
+    (Answer(304), "IssueSession: 304 Not Modified; a redirect is never followed"),
+    (Answer(520), "error: IssueSession: 520"), (Answer(520, {"detail": "why"}), "IssueSession: 520: why"),
+    (Answer(520, {"title": "What", "detail": "why", "code": "word"}), "IssueSession: 520 What: why (word)"),
+    (step_up('Bearer acr_values="urn:a urn:b", max_age=5'), "; re-authenticate with acr_values urn:a urn:b "
+                                                            "and try again"),
+    (step_up("Bearer error=x, acr_values=urn:a"), "; re-authenticate with acr_values urn:a and try again"),
+    (step_up("Basic", 'Bearer acr_values="urn:b"'), "; re-authenticate with acr_values urn:b and try again"),
+    (step_up(), "; re-authenticate and try again"), (step_up("acr_values"), "re-authenticate and try again"),
+    (problem("session_limit_exceeded"), "; sessions count until they expire or are revoked, also those of "
+                                        "print mode; --max-sessions limits those of a proxy")],
+    ids=["304", "bare", "detail", "all", "acr", "plain acr", "second acr", "no acr", "odd acr", "429"])
+def test_an_error_is_told_without_gaps_and_with_what_to_do(cli, lone_plane, answer, end):
+    assert issue_fails(cli, lone_plane, [answer], 3 if answer.status == 401 else 1).endswith(end)
+
+
+def test_a_rate_limit_is_not_taken_for_the_limit_of_sessions(cli, lone_plane):
+    line = issue_fails(cli, lone_plane, [PASSING["429"]] * 3, 1, "429", "too many requests")
+    assert "--max-sessions" not in line
 
 
 @pytest.mark.parametrize("answer, status", [
-    (Answer(403, raw=b"<html>"), 4),
-    (Answer(403, ["rebac_denied"]), 4),
+    (Answer(403, raw=b"<html>"), 4), (Answer(403, ["rebac_denied"]), 4),
     (Answer(403, {"code": 77, "title": {}, "relation_path": [5]}), 4),
-    (Answer(403, {"code": "rebac_denied"}), 77),
-    (Answer(401, raw=b"\xff\xfe"), 3),
-    (Answer(400, {"code": "rebac_denied"}), 1),
+    (Answer(403, {"code": "rebac_denied"}), 77), (Answer(401, raw=b"\xff\xfe"), 3),
+    (Answer(400, {"code": "rebac_denied"}), 1), (Answer(403, raw=b" " * (2 << 20)), 4),
     (sending(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 500\r\n\r\n{"), 4),
-    (sending(b"HTTP/1.1 401 Unauthorized\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{"), 3),
-    (Answer(403, raw=b" " * (2 << 20)), 4),
-], ids=["html", "list", "types", "only a code", "not utf-8", "400", "truncated", "chunked", "too large"])
+    (sending(b"HTTP/1.1 401 Unauthorized\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{"), 3)],
+    ids=["html", "list", "types", "only a code", "not utf-8", "400", "too large", "truncated", "chunked"])
 def test_an_error_whose_body_says_nothing_still_has_its_status(cli, lone_plane, answer, status):
-    lone_plane.script("issue", answer)
-    result = forward_to(cli, lone_plane)
-    assert result.status == status
-    one_error_line(result, "IssueSession: 4")
-    assert len(lone_plane.requests) == 1
+    issue_fails(cli, lone_plane, [answer], status, "IssueSession: 4")
 
 
-@pytest.mark.parametrize("text, low, high", [
-    ("0", 0, 0), ("2", 2, 2), ("5", 5, 5), ("6", 5, 5), ("120", 5, 5), ("999999999", 5, 5),
-    ("99999999999999999999", 5, 5),
-    ("Wed, 21 Oct 2099 07:28:00 GMT", 5, 5), ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0)])
-def test_retry_after_counts_up_to_5_s(text, low, high):
-    assert low <= plexctl.parse_retry_after(text) <= high
-
-
-@pytest.mark.parametrize("text", [None, "", "soon", "-1", "1.5", "1e3", "\u0665", "Wed, 99 Oct", "5 5"])
-def test_a_malformed_retry_after_does_not_count(text):
-    assert plexctl.parse_retry_after(text) is None
+@pytest.mark.parametrize("text, seconds", [
+    ("0", 0), ("2", 2), ("5", 5), ("6", 5), ("120", 5), ("99999999999999999999", 5),
+    ("Wed, 21 Oct 2099 07:28:00 GMT", 5), ("Wed, 21 Oct 2015 07:28:00 GMT", 0)] + [
+    (text, None) for text in (None, "", "soon", "-1", "1.5", "1e3", ARABIC_FIVE, "Wed, 99 Oct", "5 5")])
+def test_retry_after_counts_up_to_5_s_unless_it_is_malformed(text, seconds):
+    assert plexctl.parse_retry_after(text) == seconds
 
 
 def test_retry_after_is_honoured(lone_plane):
     lone_plane.script("issue", problem("signing_unavailable", headers=(("Retry-After", "1"),)))
-    create_client(lone_plane).issue(session_request())
-    first, second = lone_plane.requests
-    assert 0.95 <= second.time - first.time < 3
+    with lasts(0.95, 3):
+        create_client(lone_plane).issue(session_request())
 
 
-@pytest.mark.parametrize("steps, status, due", [
-    ([PASSING["502"]] * 3, 1, True),
-    ([PASSING["504"]] * 3, 1, True),
-    ([PASSING["409"]] * 3, 1, True),
-    ([PASSING["502"], problem("rebac_denied")], 77, True),
-    ([process_then_drop, problem("forbidden")], 4, True),
-    ([sending(b"HTTP/1.1 201 Created\r\nContent-Length: 9\r\n\r\n{"), problem("forbidden")], 4, True),
-    ([problem("forbidden")], 4, False),
-    ([problem("unauthenticated")], 3, False),
-    ([problem("invalid_target")], 1, False),
-    ([problem("session_limit_exceeded")], 1, False),
-    ([problem("resource_not_found")], 1, False),
-    ([with_field(("token",), 5)], 1, False),  # it is revoked
-    ([PASSING["502"], with_field(("token",), 5)], 1, False),  # and has the key of the first attempt
-    ([altered(lambda body: body.pop("session") and body.update(session_id=5))], 1, True),  # it cannot be
-    ([with_field(("session_id",), 5)], 1, False),  # the session in it has the id
-    ([Answer(201, raw=b"{")], 1, True),
-    ([Answer(202, raw=b"{}")], 1, True),
-    ([Answer(429, headers=AT_ONCE)] * 3, 1, False),
-], ids=["502", "504", "409", "502 then refused", "drop then refused", "truncated then refused", "403", "401",
-        "400", "429", "404", "bad token", "502 then bad token", "no session id", "one session id",
-        "malformed", "202", "rate limit"])
-def test_that_a_session_may_exist_is_said_exactly_when_one_may(cli, lone_plane, steps, status, due):
-    lone_plane.script("issue", *steps)
-    result = forward_to(cli, lone_plane)
-    assert result.status == status
-    assert (MAY_EXIST in one_error_line(result)) == due
-    assert len(lone_plane.requests) - len(requests_of(lone_plane, "revoke")) == len(steps)
+BAD_TOKEN, FORBIDDEN = with_field(("token",), 5), problem("forbidden")
+
+
+@pytest.mark.parametrize("steps, status, may_exist", [
+    ([PASSING["502"], problem("rebac_denied")], 77, True), ([process_then_drop, FORBIDDEN], 4, True),
+    ([sending(b"HTTP/1.1 201 Created\r\nContent-Length: 9\r\n\r\n{"), FORBIDDEN], 4, True),
+    ([cut_off, FORBIDDEN], 4, False), ([BAD_TOKEN], 1, False), ([PASSING["502"], BAD_TOKEN], 1, False),
+    ([altered(lambda body: body.pop("session") and body.update(session_id=5))], 1, True),
+    ([with_field(("session_id",), 5)], 1, False), ([Answer(201, raw=b"{")], 1, True)],
+    ids=["502, refused", "drop, refused", "truncated, refused", "cut off, refused", "bad token",
+         "502, bad token", "no session id", "one session id", "malformed"])
+def test_that_a_session_may_exist_is_said_exactly_where_none_can_be_revoked(
+        cli, lone_plane, steps, status, may_exist):
+    issue_fails(cli, lone_plane, steps, status, may_exist=may_exist)
 
 
 @pytest.mark.parametrize("when", ["during the attempt", "during the pause"])
 def test_cancelling_ends_the_attempts(lone_plane, when):
-    cancel = threading.Event()
     answer = problem("signing_unavailable", headers=(("Retry-After", "5"),))
 
     def step(handler, _plane):
-        cancel.set()
+        client.cancel.set()
         handler.wfile.write(handler.render(answer))
     lone_plane.script("issue", step if when == "during the attempt" else answer)
-    client = create_client(lone_plane, cancel=cancel, report=lambda line: "again" in line and cancel.set())
-    began = time.monotonic()
-    with pytest.raises(plexctl.ApiError) as raised:
+    client = create_client(lone_plane, report=lambda line: "again" in line and client.cancel.set())
+    with lasts(0, 3), pytest.raises(plexctl.ApiError) as raised:
         client.issue(session_request())
-    assert raised.value.status == 503 and cancel.is_set()
-    assert time.monotonic() - began < 3 and len(lone_plane.requests) == 1
-
-
-def test_a_429_says_which_sessions_count_unless_it_is_a_rate_limit(cli, lone_plane):
-    lone_plane.script("issue", problem("session_limit_exceeded"), *[Answer(429, headers=AT_ONCE)] * 3)
-    one_error_line(forward_to(cli, lone_plane), "429", "--max-sessions", "print mode",
-                   "until they expire or are revoked")
-    assert "--max-sessions" not in one_error_line(forward_to(cli, lone_plane), "429", "too many requests")
+    assert raised.value.status == 503 and client.cancel.is_set() and len(lone_plane.requests) == 1
 
 
 def test_a_silent_server_is_mentioned_while_it_is_awaited(cli, lone_plane, monkeypatch):
@@ -4086,7 +3572,7 @@ def test_a_silent_server_is_mentioned_while_it_is_awaited(cli, lone_plane, monke
         with pytest.raises(plexctl.TransportError):
             client.get(PROJECT_ID, OTHER_ID, 0.5)
     assert len(told) == 2
-    lone_plane.script("issue", lambda handler, plane: (plane.closing.wait(0.5), handler.answer_really()))
+    lone_plane.script("issue", hold(0.5))
     result = forward_to(cli, lone_plane)
     assert result.status == 0 and "plexctl: still waiting for http://" in result.err
 
@@ -4096,107 +3582,68 @@ def test_a_silent_server_is_mentioned_while_it_is_awaited(cli, lone_plane, monke
 @pytest.mark.parametrize("operation", ["issue", "get", "revoke"])
 @pytest.mark.parametrize("status", [300, 301, 302, 303, 305, 307, 308])
 def test_no_redirect_is_followed(lone_plane, operation, status):
-    client = create_client(lone_plane)
-    session_id = client.issue(session_request()).session_id
-    call = {"issue": lambda: client.issue(session_request()),
-            "get": lambda: client.get(PROJECT_ID, session_id),
-            "revoke": lambda: client.revoke(PROJECT_ID, session_id)}[operation]
     with ControlPlane() as other:
         lone_plane.script(operation, redirect(other.url + SESSIONS_PATH, status))
         with pytest.raises(plexctl.ApiError, match="redirect is never followed") as raised:
-            call()
+            ask(create_client(lone_plane), operation)
         assert other.requests == []
-    assert (raised.value.exit_code, raised.value.status) == (1, status)
-    assert len(lone_plane.requests) == 2
+    assert (raised.value.exit_code, raised.value.status, len(lone_plane.requests)) == (1, status, 1)
 
 
-@pytest.mark.parametrize("to", ["/v1/projects", "file:///etc/passwd", "data:,x", "//127.0.0.1:9", "\x7f", ""])
-def test_wherever_a_redirect_points_it_is_an_error(cli, lone_plane, to):
-    lone_plane.script("issue", redirect(to))
-    result = forward_to(cli, lone_plane)
-    assert (result.status, len(lone_plane.requests)) == (1, 1)
-    one_error_line(result, "302", "redirect")
+@pytest.mark.parametrize("to, told", [
+    ("/v1/projects", ": /v1/projects"), ("file:///etc/passwd", ": file:///etc/passwd"),
+    ("data:,x", ": data:,x"), ("//127.0.0.1:9", ": //127.0.0.1:9"),
+    ("https://a.example/\x1b[2J", ": https://a.example/\\x1b[2J"), ("\x7f", ": \\x7f"), ("", "")])
+def test_wherever_a_redirect_points_it_is_an_error(cli, lone_plane, to, told):
+    line = issue_fails(cli, lone_plane, [redirect(to)], 1, "302")
+    assert line.endswith("a redirect is never followed" + told)
 
 
 # Deadlines
 
 def drip_body(handler, plane):
     """The head at once, the body at one byte per 0.1 s."""
-    head, _, body = handler.render(plane.decide(handler.seen)).partition(b"\r\n\r\n")
-    handler.wfile.write(head + b"\r\n\r\n")
-    for position in range(len(body)):
-        handler.wfile.write(body[position:position + 1])
-        if plane.closing.wait(0.1):
-            return
+    drip(handler, plane, handler.render(plane.decide(handler.seen)).index(b"\r\n\r\n") + 4)
 
 
-def never_answer(handler, _plane):
-    """Wait until the client hangs up."""
-    handler.connection.recv(1)
-
-
-@pytest.mark.parametrize("step", [drip, drip_body, continue_for_ever, never_answer], ids=lambda f: f.__name__)
-def test_an_exchange_ends_in_time_and_nothing_remains_of_it(lone_plane, step):
-    client = create_client(lone_plane)
-    session_id = client.issue(session_request()).session_id
-    lone_plane.script("get", step)
-    began = time.monotonic()
-    with pytest.raises(plexctl.TransportError, match="no complete answer from http://127") as raised:
-        client.get(PROJECT_ID, session_id, 0.5)
+@pytest.mark.parametrize("operation, step", [
+    ("get", drip), ("get", drip_body), ("get", continue_for_ever), ("get", never_answer), ("issue", drip),
+    ("issue", continue_for_ever), ("revoke", drip), ("revoke", continue_for_ever)], ids=lambda value: getattr(
+        value, "__name__", value))
+def test_an_exchange_ends_in_time_and_nothing_remains_of_it(lone_plane, short_limits, operation, step):
+    client, session_id = create_client(lone_plane), issued_by(lone_plane)
+    lone_plane.script(operation, step)
+    if operation == "issue":
+        client.cancel.set()  # one attempt
     # a newer http.client gives up on "100 Continue for ever" by itself
-    assert 0.4 * (step is not continue_for_ever) < time.monotonic() - began < 4
+    with lasts(0.4 * (step is not continue_for_ever), 4), \
+            pytest.raises(plexctl.TransportError, match="no complete answer from http://127") as raised:
+        ask(client, operation, session_id)
     assert raised.value.passing and raised.value.exit_code == 1
+    assert (MAY_EXIST in str(raised.value)) == (operation == "issue")
     assert_nothing_remains(lone_plane._listener)
 
 
-@pytest.mark.parametrize("step", [drip, continue_for_ever], ids=lambda f: f.__name__)
-def test_the_same_limit_holds_for_issuing_and_revoking(lone_plane, short_limits, step):
-    cancel = threading.Event()
-    cancel.set()  # one attempt
-    client = create_client(lone_plane, cancel=cancel)
-    lone_plane.script("issue", step)
-    lone_plane.script("revoke", step)
-    began = time.monotonic()
-    with pytest.raises(plexctl.TransportError, match=MAY_EXIST):
-        client.issue(session_request())
-    with pytest.raises(plexctl.TransportError, match="no complete answer"):
-        client.revoke(PROJECT_ID, OTHER_ID)
-    assert 0.8 * (step is not continue_for_ever) < time.monotonic() - began < 6
-    assert_nothing_remains(lone_plane._listener)
-
-
-def test_a_server_that_accepts_and_never_speaks_tls_is_given_up_on(short_limits):
-    received = []
-
-    def serve(connection, _listener):
-        received.extend(chunks(connection))
-    listener = Listener(serve)
+@pytest.mark.parametrize("sent, seconds", [(b"", 5), (b"\x16\x03\x03\x40\x00", 0.5)], ids=["silent", "drips"])
+def test_a_server_that_does_not_end_its_tls_handshake_is_given_up_on(short_limits, sent, seconds):
+    def serve(connection, listener):
+        connection.settimeout(0.1)
+        connection.sendall(sent)
+        while not listener.closed:
+            with contextlib.suppress(socket.timeout):
+                data = connection.recv(1 << 16)
+                if not data:
+                    return
+                received.append(data)
+            connection.sendall(sent and b"\x02")
+    listener, received = Listener(serve), []
     try:
         client = create_client(None, url="https://127.0.0.1:%d" % listener.address[1])
-        began = time.monotonic()
-        with pytest.raises(plexctl.TransportError, match="GetSession: cannot connect to https://127"):
-            client.get(PROJECT_ID, OTHER_ID, 5)
-        assert 0.4 < time.monotonic() - began < 4
+        with lasts(0.4, 4), \
+                pytest.raises(plexctl.TransportError, match="GetSession: cannot connect to https://127"):
+            client.get(PROJECT_ID, OTHER_ID, seconds)
         assert_nothing_remains(listener)
         assert received and BEARER.encode() not in b"".join(received)
-    finally:
-        listener.close()
-
-
-def test_a_tls_handshake_that_drips_is_given_up_on_and_leaves_no_thread():
-    def serve(connection, listener):
-        connection.sendall(b"\x16\x03\x03\x40\x00")
-        while not listener.closed:
-            connection.sendall(b"\x02")
-            time.sleep(0.1)
-    listener = Listener(serve)
-    try:
-        client = create_client(None, url="https://127.0.0.1:%d" % listener.address[1])
-        began = time.monotonic()
-        with pytest.raises(plexctl.TransportError, match="cannot connect to https://127"):
-            client.get(PROJECT_ID, OTHER_ID, 0.5)
-        assert time.monotonic() - began < 4
-        assert_nothing_remains(listener)
     finally:
         listener.close()
 
@@ -4216,64 +3663,50 @@ def test_nothing_is_sent_once_the_caller_was_told_that_there_is_no_answer(tls_fi
         assert plane.requests == []
 
 
-def test_a_question_under_way_is_given_up_on_when_the_run_ends(lone_plane):
-    client = create_client(lone_plane)
-    session_id = client.issue(session_request()).session_id
-    lone_plane.script("get", never_answer)
-    raised = []
-
-    def ask():
-        try:
-            client.get(PROJECT_ID, session_id)
-        except plexctl.PlexctlError as error:
-            raised.append((error, time.monotonic()))
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    lone_plane.wait_for(lambda: requests_of(lone_plane, "get"))
-    began = time.monotonic()
-    client.cancel.set()
-    thread.join(20)
-    (error, ended), = raised
-    assert isinstance(error, plexctl.Cancelled) and not error.passing and not error.may_exist
-    assert ended - began < 1  # 0.1 s, on a machine with nothing else to do
+@pytest.mark.parametrize("operation, issued, revoked", [("get", 1, 0), ("issue", 2, 0), ("revoke", 1, 1)])
+def test_a_question_under_way_is_given_up_on_when_the_run_ends_and_nothing_else(
+        lone_plane, operation, issued, revoked):
+    def step(handler, plane):
+        client.cancel.set()
+        plane.closing.wait(2 if operation == "get" else 0.5)
+        handler.answer_really()
+    client, session_id = create_client(lone_plane), issued_by(lone_plane)
+    lone_plane.script(operation, step)
+    if operation == "get":
+        with lasts(0, 1), pytest.raises(plexctl.Cancelled) as raised:  # 0.1 s, where nothing else is done
+            ask(client, operation, session_id)
+        assert not raised.value.passing and not raised.value.may_exist
+    else:
+        ask(client, operation, session_id)
+    assert (len(lone_plane.issued), len(lone_plane.revoked)) == (issued, revoked)
     assert_nothing_remains(lone_plane._listener)
 
 
-@pytest.mark.parametrize("operation", ["issue", "revoke"])
-def test_what_changes_something_is_not_given_up_on_when_the_run_ends(lone_plane, operation):
-    client, told = create_client(lone_plane), []
-    session_id = client.issue(session_request()).session_id
+CLIENT_PROGRAM = """
+import resource, sys, threading
+sys.path.insert(0, %r)
+import plexctl
+url, project_id, resource_id, token = sys.argv[1:]
+plane = plexctl.ControlPlane(plexctl.parse_server(url, False), plexctl.Secret(token), environ={})
+""" % HERE
 
-    def step(handler, _plane):
-        client.cancel.set()
-        lone_plane.closing.wait(0.5)
-        handler.answer_really()
-    lone_plane.script(operation, step)
-    if operation == "issue":
-        client.issue(session_request(), told.append)
-        assert told == lone_plane.issued[1:] and len(told) == 1
-    else:
-        client.revoke(PROJECT_ID, session_id)
-        assert lone_plane.revoked == [session_id]
+
+def run_client(plane, program, python=sys.executable):
+    """Run a program that has a client of the control plane as `plane`."""
+    words = [python, "-I", "-B", "-c", CLIENT_PROGRAM + program, plane.url, PROJECT_ID, RESOURCE_ID, BEARER]
+    return run_words(words, clean_environment())
 
 
 def test_an_exchange_runs_in_place_where_no_thread_can_be_started(lone_plane):
-    program = """
-import sys, threading
+    assert run_client(lone_plane, """
 def refuse(thread):
     raise RuntimeError("can't start new thread")
 threading.Thread.start = refuse
-sys.path.insert(0, %r)
-import plexctl
-project_id, resource_id, url, token = sys.argv[1:]
-plane = plexctl.ControlPlane(plexctl.parse_server(url, False), plexctl.Secret(token), environ={})
 session_id = plane.issue(plexctl.SessionRequest(project_id, resource_id, "10.0.0.5", 1)).session_id
 assert plane.get(project_id, session_id).status == "active"
 plane.revoke(project_id, session_id)
-""" % HERE
-    words = [sys.executable, "-I", "-B", "-c", program, PROJECT_ID, RESOURCE_ID, lone_plane.url, BEARER]
-    assert run_words(words, clean_environment()) == Result(0, "", "")
-    assert_one_revoked(lone_plane)
+""") == Result(0, "", "")
+    revoked_once(lone_plane)
 
 
 # Bodies
@@ -4284,35 +3717,21 @@ NOT_HTTP = {
     "truncated": b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{}",
     "chunked and truncated": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n",
     "odd chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n",
-    "chunk over 1 MiB": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nfffffff\r\n"
-                        + b" " * (1 << 21),
-    "chunk of size -1": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n"
-                        + b" " * (1 << 22),
+    "large chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nfffffff\r\n" + b" " * (1 << 21),
     "nothing": b"", "half a status line": b"HTTP/1.1 2", "no http": b"SSH-2.0-OpenSSH_9.9\r\n",
     "http 3": b"HTTP/3.0 200 OK\r\n\r\n{}", "odd status": b"HTTP/1.1 2000 OK\r\n\r\n{}",
     "endless header": b"HTTP/1.1 200 OK\r\nX: " + b"x" * (1 << 17),
     "endless status": b"HTTP/1.1 200 " + b"x" * (1 << 17),
-    "many headers": b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 300 + b"\r\n{}",
-}
-NOT_JSON = {
-    "empty": b"", "html": b"<html>", "BOM": b"\xef\xbb\xbf{}", "UTF-16": "{}".encode("utf-16"),
-    "latin-1": b'{"a":"\xe9"}',
-    "NaN": b'{"session_id": NaN}', "Infinity": b"[-Infinity]", "duplicate keys": b'{"a": 1, "a": 1}',
-    "deep": b"[" * 200000, "deep object": b'{"a":' * 100000,
-    "surrogate": b'{"a": "\\ud800"}', "two": b"{} {}",
-    "truncated": b'{"a"', "NUL": b"\0", "quotes": b"{'a': 1}", "endless number": b"9" * 100000 + b"x",
-}
+    "many headers": b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 300 + b"\r\n{}"}
 
 
 @pytest.mark.parametrize("name", sorted(NOT_HTTP))
 def test_an_answer_that_is_not_complete_http_is_a_transport_failure(lone_plane, name):
     lone_plane.script("get", sending(NOT_HTTP[name]))
-    began = time.monotonic()
     wanted = "^GetSession: no complete answer from http:[ -~]+: [ -~]+$"
-    with pytest.raises(plexctl.TransportError, match=wanted) as raised:
+    with lasts(0, 4), pytest.raises(plexctl.TransportError, match=wanted) as raised:
         create_client(lone_plane).get(PROJECT_ID, OTHER_ID, 5)
     assert raised.value.exit_code == 1 and raised.value.passing
-    assert time.monotonic() - began < 4
     assert_nothing_remains(lone_plane._listener)
 
 
@@ -4324,40 +3743,26 @@ def test_a_chunk_of_size_minus_1_is_no_way_around_the_limit(lone_plane, python):
         with contextlib.suppress(OSError):
             while not plane.closing.is_set():
                 handler.wfile.write(b" " * (1 << 20))
-    program = """
-import resource, sys
-sys.path.insert(0, %r)
-import plexctl
-url, project_id, token = sys.argv[1:]
-plane = plexctl.ControlPlane(plexctl.parse_server(url, False), plexctl.Secret(token), environ={})
+    lone_plane.script("get", step)
+    with lasts(0, 8):
+        result = run_client(lone_plane, """
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
     plane.get(project_id, project_id, 10)
 except plexctl.TransportError as error:
     print(error, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-""" % HERE
-    lone_plane.script("get", step)
-    began = time.monotonic()
-    words = [python, "-I", "-B", "-c", program, lone_plane.url, PROJECT_ID, BEARER]
-    result = run_words(words, clean_environment())
-    assert "no complete answer" in result.out and time.monotonic() - began < 8, result
+""", python)
+    assert "no complete answer" in result.out, result
     assert int(result.out.split()[-1]) < 8 << 10 or not LINUX  # KiB
 
 
-def test_an_answer_that_was_cut_off_is_asked_for_again(cli, lone_plane):
-    def cut(handler, plane):
-        handler.wfile.write(handler.render(plane.decide(handler.seen))[:-9])
-    lone_plane.script("issue", cut)
-    result = forward_to(cli, lone_plane)
-    assert (result.status, len(lone_plane.requests), len(lone_plane.issued)) == (0, 2, 1)
-
-
-@pytest.mark.parametrize("name", sorted(NOT_JSON))
-def test_an_answer_that_is_not_strict_json_is_a_failure_that_is_not_repeated(cli, lone_plane, name):
-    lone_plane.script("issue", Answer(201, raw=NOT_JSON[name]))
-    result = forward_to(cli, lone_plane)
-    assert (result.status, result.out, len(lone_plane.requests)) == (1, "", 1)
-    one_error_line(result, "IssueSession", "the answer is not the API's JSON (", "Type", "check --server")
+@pytest.mark.parametrize("raw, words", [
+    (raw, ["the answer is not the API's JSON (", "Type", "check --server"])
+    for raw in (b"", b"<html>", b'{"a":"\xe9"}', b"[" * 200000, b'{"a"')] + [
+    (raw, ["session_id"]) for raw in (b"[]", b'"x"', b"5", b"null", b"true", b"{}", b'{"session": {}}')],
+    ids=shown)
+def test_an_answer_that_is_no_issued_session_is_a_failure_that_is_not_repeated(cli, lone_plane, raw, words):
+    issue_fails(cli, lone_plane, [Answer(201, raw=raw)], 1, "IssueSession", *words, may_exist=True)
 
 
 def compressed(document):
@@ -4367,7 +3772,7 @@ def compressed(document):
 
 
 @pytest.mark.parametrize("status, change, headers", [
-    (200, lambda raw: raw, ()), (202, lambda raw: raw, ()),
+    (200, bytes, ()), (202, bytes, ()),
     (201, lambda raw: b"\xef\xbb\xbf" + raw, ()), (201, lambda raw: raw.decode().encode("utf-16"), ()),
     (201, compressed, (("Content-Encoding", "gzip"),)), (201, lambda raw: compressed(raw)[:-9], ()),
     (201, lambda raw: raw[:-1], ()), (201, lambda raw: raw.replace(b'"session_id"', b'"id"'), ()),
@@ -4376,102 +3781,34 @@ def compressed(document):
 def test_a_session_that_a_success_names_is_revoked_however_it_is_told(
         cli, lone_plane, status, change, headers):
     def step(handler, plane):
-        answer = plane.decide(handler.seen)
-        raw = change(json.dumps(answer.body).encode())
+        raw = change(json.dumps(plane.decide(handler.seen).body).encode())
         handler.wfile.write(handler.render(Answer(status, raw=raw, headers=headers)))
-    lone_plane.script("issue", step)
-    result = forward_to(cli, lone_plane)
-    assert (result.status, result.out) == (1, "")
-    assert MAY_EXIST not in one_error_line(result, "IssueSession", *[value for _, value in headers])
-    assert_one_revoked(lone_plane)
-
-
-def test_a_session_in_an_answer_that_was_cut_off_is_revoked_if_the_next_attempt_fails(cli, lone_plane):
-    def cut(handler, plane):
-        handler.wfile.write(handler.render(plane.decide(handler.seen))[:-9])
-    lone_plane.script("issue", cut, problem("forbidden"))
-    result = forward_to(cli, lone_plane)
-    assert result.status == 4 and MAY_EXIST not in one_error_line(result)
-    assert_one_revoked(lone_plane)
-
-
-def test_a_session_id_goes_back_as_the_server_wrote_it(cli, lone_plane):
-    def step(handler, plane):
-        answer = plane.decide(handler.seen)
-        answer.body.update(session_id=answer.body["session_id"].upper())
-        handler.wfile.write(handler.render(answer))
-    lone_plane.endpoint_on = "never"
-    lone_plane.script("issue", step)
-    assert forward_to(cli, lone_plane, "--wait-seconds", "0.1").status == 1
-    upper = lone_plane.issued[0].upper()
-    assert [request.path for request in lone_plane.requests[1:]] == [
-        "%s/%s" % (SESSIONS_PATH, upper), "%s/%s/revoke" % (SESSIONS_PATH, upper)]
+    issue_fails(cli, lone_plane, [step], 1, "IssueSession", *[value for _, value in headers])
 
 
 def test_sessions_may_share_a_token(lone_plane):
-    client, tokens = create_client(lone_plane), []
-    for _ in range(2):
-        lone_plane.script("issue", with_field(("token",), "0123456789abcdef-token"))
-        issued = client.issue(session_request())
-        tokens.append(issued.token.reveal())
+    client = create_client(lone_plane)
+    lone_plane.script("issue", *[with_field(("token",), "0123456789abcdef-token")] * 2)
+    tokens = [client.issue(session_request()).token.reveal() for _ in range(2)]
     assert tokens == ["0123456789abcdef-token"] * 2
 
 
-@pytest.mark.parametrize("body", [[], "x", 5, None, True, {}, {"session": {}}], ids=repr)
-def test_an_answer_of_another_shape_is_a_failure(cli, lone_plane, body):
-    lone_plane.script("issue", Answer(201, raw=json.dumps(body).encode()))
-    result = forward_to(cli, lone_plane)
-    assert (result.status, result.out, len(lone_plane.requests)) == (1, "", 1)
-    one_error_line(result, "IssueSession", "session_id")
+BAD_FIELDS = [(path, value) for path, values in (  # what the parsers themselves refuse is in "values"
+    (("session_id",), [None, 5, True, [], {}, "", "x", OTHER_ID + "\n", OTHER_ID + "/../.."]),
+    (("token",), [None, 5, [], "", "a b", "a\nb", "a\r", "\x7f", "\xe9", "x" * 70000]),
+    (("expires_at",), [None, 5, [], "", "2099-02-30T10:30:00Z", "4081314600"]),
+    (("session",), [None, 5, "x", []]),
+    (("session", "id"), [None, 5, "x", OTHER_ID]),
+    (("session", "kind"), [None, 5, [], "", "ssh", "TCP"]),
+    (("session", "status"), [None, True, {}, "", "pending", "Active"]),
+    (("session", "issued_at"), [5, [], "", "2099-02-30T10:30:00Z", "4081314600"]),
+    (("listener_endpoint",), [5, True, [], {}, "", "100.64.0.12:0", "127.1:80", "a\x1b[2J:80"]),
+    (("session", "listener_endpoint"), [5, True, [], {}, "", "100.64.0.12", "127.1:80"])) for value in values]
 
 
-@pytest.mark.parametrize("value", [
-    None, 5, True, [], {}, "", "x", "{%s}" % OTHER_ID, "urn:uuid:" + OTHER_ID, OTHER_ID.replace("-", ""),
-    OTHER_ID + "\n", OTHER_ID + "/../..", "\u0660" + OTHER_ID[1:]], ids=ascii)
-def test_a_session_id_that_is_not_a_uuid_is_never_used(cli, lone_plane, value):
-    lone_plane.script("issue", with_field(("session_id",), value))
-    result = forward_to(cli, lone_plane)
-    assert (result.status, result.out) == (1, "")
-    one_error_line(result, "session_id")
-    assert_one_revoked(lone_plane)  # by the id of the session in it
-
-
-BAD_ENDPOINTS = [
-    5, True, [], {}, "", ":", "100.64.0.12", "100.64.0.12:", ":80", "100.64.0.12:0", "100.64.0.12:65536",
-    "100.64.0.12:117925", "100.64.0.12:-1", "100.64.0.12:+80", "100.64.0.12: 80", "100.64.0.12:8_0",
-    "100.64.0.12:\u0665", "100.64.0.12:80\n", "100.64.0.12:000022", "127.1:80", "0:80", "2130706433:80",
-    "0x7f000001:80",
-    "0x7f.1:80", "100.64.0.012:80", "100.64.0.256:80", "100.64.0.12.:80", "2001:db8::1:80", "[2001:db8::1:80",
-    "[100.64.0.12]:80", "[::g]:80", "[fe80::1%eth0]:80", "a b:80", "a..b:80", "-a:80", "a/b:80", "a@b:80",
-    "http://a:80",
-    "a\x1b[2J:80", "\u00e9:80", "a\x00:80", "a" * 64 + ":80", "a." * 150 + "a:80"]
-BAD_TIMES = [
-    None, 5, [], "", "2099-05-02", "2099-05-02T10:30:00", "2099-05-02 10:30:00Z", "2099-02-30T10:30:00Z",
-    "2099-13-01T10:30:00Z", "2099-05-02T24:30:00Z", "2099-05-02T10:60:00Z", "2099-05-02T10:30:61Z",
-    "2099-05-02T10:30:00+25:00", "2099-05-02T10:30:00+0100", "2099-05-02T10:30Z", "0000-05-02T10:30:00Z",
-    "2099-05-02T10:30:00Z\n", "\u0662099-05-02T10:30:00Z", "20990502T103000Z", "4081314600"]
-BAD_FIELDS = (
-    [(("token",), value) for value in [None, 5, [], "", "a b", "a\nb", "a\r", "\x7f", "\xe9", "x" * 70000]]
-    + [(("expires_at",), value) for value in BAD_TIMES]
-    + [(("session", "issued_at"), value) for value in BAD_TIMES[1:]]
-    + [(("session",), value) for value in [None, 5, "x", [], {}]]
-    + [(("session", "id"), value) for value in [None, 5, "x", OTHER_ID]]
-    + [(("session", "kind"), value) for value in [None, 5, [], "", "ssh", "TCP"]]
-    + [(("session", "status"), value) for value in [None, True, {}, "", "pending", "Active"]]
-    + [(("listener_endpoint",), value) for value in BAD_ENDPOINTS]
-    + [(("session", "listener_endpoint"), value) for value in BAD_ENDPOINTS[:12]])
-
-
-@pytest.mark.parametrize("path, value", BAD_FIELDS, ids=[
-    "%s=%s" % (".".join(path), ascii(value)[:30]) for path, value in BAD_FIELDS])
+@pytest.mark.parametrize("path, value", BAD_FIELDS, ids=shown)
 def test_a_session_with_a_bad_field_is_revoked_once(cli, lone_plane, path, value):
-    lone_plane.script("issue", with_field(path, value))
-    result = forward_to(cli, lone_plane)
-    assert (result.status, result.out) == (1, "")
-    line = one_error_line(result, "IssueSession", "id" if value == {} and path == ("session",) else path[-1])
-    assert MAY_EXIST not in line
-    assert len(requests_of(lone_plane, "issue")) == 1
-    assert_one_revoked(lone_plane)
+    issue_fails(cli, lone_plane, [with_field(path, value)], 1, "IssueSession", path[-1])
 
 
 def test_fields_that_nobody_knows_and_odd_but_valid_values_are_taken(cli, lone_plane):
@@ -4487,56 +3824,27 @@ def test_fields_that_nobody_knows_and_odd_but_valid_values_are_taken(cli, lone_p
     assert document["listener_endpoint"].lower() == "[2001:db8::1]:65535"
 
 
-@pytest.mark.parametrize("text", [
-    "127.0.0.1:80", "127.5.6.7:80", "[::1]:80", "[0:0:0:0:0:0:0:1]:80", "[::ffff:127.0.0.1]:80",
-    "[::ffff:7f00:1]:80", "0.0.0.0:80", "[::]:80", "[::ffff:0.0.0.0]:80", "224.0.0.1:80", "[ff02::1]:80"])
-def test_an_endpoint_on_this_machine_is_refused_unless_the_server_is_there_too(tls_files, text):
-    for url in ("https://cp.example.com", "https://100.64.0.1", "https://[2001:db8::1]"):
-        with pytest.raises(ValueError):
-            create_client(None, url=url, ca_file=tls_files.ca)._parse_endpoint(text)
-    for url in ("https://localhost", "https://127.0.0.1", "https://[::1]"):
-        assert create_client(None, url=url, ca_file=tls_files.ca)._parse_endpoint(text).port == 80
-
-
-@pytest.mark.parametrize("text", [
-    "100.64.0.12:1", "10.0.0.5:65535", "node-1.example.com:443", "node_1:80", "[2001:db8::1]:80",
-    "localhost.example:80"])
-def test_any_other_endpoint_is_taken(tls_files, text):
-    client = create_client(None, url="https://cp.example.com", ca_file=tls_files.ca)
-    assert str(client._parse_endpoint(text)) == text
-
-
 @pytest.mark.parametrize("endpoint", [
     "169.254.169.254:80", "[fe80::1]:80", "[::ffff:169.254.169.254]:80"])
 def test_a_link_local_endpoint_is_revoked_wherever_the_server_is(cli, lone_plane, endpoint):
     lone_plane.endpoint = endpoint
-    result = forward_to(cli, lone_plane)
-    assert (result.status, result.out) == (1, "")
-    one_error_line(result, "listener_endpoint")
-    assert_one_revoked(lone_plane)
+    issue_fails(cli, lone_plane, [PASS], 1, "listener_endpoint")
 
 
-def test_an_endpoint_that_repeats_the_bearer_token_is_refused(cli):
-    for endpoint in ("%s.example:80", "x.%s:80", "%s:80"):
-        with ControlPlane(bearer="psk-0123456789abcdef", endpoint=endpoint % "PSK-0123456789abcdef") as plane:
-            result = forward_to(cli, plane)
-            assert (result.status, result.out) == (1, "")
-            line = one_error_line(result, "listener_endpoint", "contains a token")
-            assert "0123456789" not in line
-            assert_one_revoked(plane)
+@pytest.mark.parametrize("endpoint", ["%s.example:80", "x.%s:80", "%s:80"])
+def test_an_endpoint_that_repeats_the_bearer_token_is_refused(cli, endpoint):
+    with ControlPlane(bearer="psk-0123456789abcdef", endpoint=endpoint % "PSK-0123456789abcdef") as plane:
+        line = issue_fails(cli, plane, [PASS], 1, "listener_endpoint", "contains a token")
+        assert "0123456789" not in line
 
 
-@pytest.mark.parametrize("path", [("listener_endpoint",), ("session", "listener_endpoint")])
-def test_an_endpoint_that_repeats_the_session_token_is_refused(cli, lone_plane, path):
+@pytest.mark.parametrize("where", ["body", "session"])
+def test_an_endpoint_that_repeats_the_session_token_is_refused(cli, lone_plane, where):
     def change(body):
         body["token"] = "0123456789abcdef-token"
-        with_it = body if len(path) == 1 else body["session"]
-        with_it["listener_endpoint"] = "node.0123456789abcdef-token:80"
-    lone_plane.script("issue", altered(change))
-    result = forward_to(cli, lone_plane)
-    assert (result.status, result.out) == (1, "")
-    assert "0123456789" not in one_error_line(result, "listener_endpoint", "contains a token")
-    assert_one_revoked(lone_plane)
+        body.get(where, body)["listener_endpoint"] = "node.0123456789abcdef-token:80"
+    line = issue_fails(cli, lone_plane, [altered(change)], 1, "listener_endpoint", "contains a token")
+    assert "0123456789" not in line
 
 
 def test_a_token_of_a_few_characters_is_not_looked_for_in_everything(cli):
@@ -4550,27 +3858,44 @@ def test_a_token_of_a_few_characters_is_not_looked_for_in_everything(cli):
 @pytest.mark.parametrize("field", ["title", "detail", "code", "reason", "relation_path", "correlation_id"])
 def test_what_the_server_says_is_one_printable_line(cli, lone_plane, field, nasty):
     value = [nasty, nasty] if field == "relation_path" else nasty
-    lone_plane.script("issue", problem("forbidden", **{field: value}))
-    result = forward_to(cli, lone_plane)
-    assert result.status == 4
-    line = one_error_line(result, "403", nasty[:1] if nasty.isprintable() else "\\")
-    assert result.err == line + "\n" and re.match(r"[ -~]{1,4000}\Z", line)
+    line = issue_fails(cli, lone_plane, [problem("forbidden", **{field: value})], 4, "403",
+                       nasty[:1] if nasty.isprintable() else "\\")
+    assert len(line) <= 4000
 
 
 def test_nor_do_a_challenge_a_revoke_reason_or_a_failing_revoke_drive_it(cli, lone_plane):
     nasty = NASTY.replace("\r\n", "").replace("\n", "").replace("\u202e", "\xae").replace("\u2028", "\x85")
-    headers = (("WWW-Authenticate", 'Bearer acr_values="%s"' % nasty),)
-    lone_plane.script("issue", Answer(401, problem("step_up_required").body, headers), PASS)
-    first = forward_to(cli, lone_plane)
-    one_error_line(first, "acr_values")
+    issue_fails(cli, lone_plane, [step_up('Bearer acr_values="%s"' % nasty)], 3, "acr_values")
     lone_plane.endpoint_on = "read"
     lone_plane.script("get", altered(lambda body: body.update(status="revoked", revoke_reason=NASTY)))
     lone_plane.script("revoke", problem("forbidden", detail=NASTY))
-    second = forward_to(cli, lone_plane)
-    assert (first.status, second.status) == (3, 1)
-    for line in (first.err + second.err).splitlines():
-        assert re.match(r"plexctl: [ -~]+\Z", line), line
-    assert (first.err + second.err).count("\n") == len((first.err + second.err).splitlines()) == 4
+    result = forward_to(cli, lone_plane)
+    assert result.status == 1 and re.match(r"(plexctl: [ -~]+\n){3}\Z", result.err)
+
+
+@pytest.mark.parametrize("answer", [
+    problem("internal", detail="cannot use Authorization: Bearer " + BEARER),
+    problem("internal", title=BEARER, code="x" * 290 + BEARER),
+    redirect("https://elsewhere.example.com/?token=" + BEARER),
+    step_up('Bearer acr_values="%s"' % BEARER)],
+    ids=["detail", "cut short", "Location", "acr_values"])
+def test_a_server_that_repeats_the_bearer_token_does_not_have_it_shown(cli, lone_plane, answer):
+    lone_plane.script("issue", answer)
+    result = forward_to(cli, lone_plane, "-v")
+    assert result.status in (1, 3) and "(secret)" in result.err and BEARER[:8] not in result.err
+
+
+def test_a_server_that_repeats_the_session_token_does_not_have_it_shown(simulation):
+    def tell(handler, plane):
+        told = problem("forbidden", detail="token %s" % plane.sessions[0].token)
+        handler.wfile.write(handler.render(told))
+    simulation.plane.script("revoke", tell)
+    with start_plexctl(forward_args(simulation.plane, "--proxy"),
+                       env=simulation.plane.environment()) as process:
+        process.ready(2)
+        process.send_signal(signal.SIGTERM)
+        process.finish()
+    assert "token (secret)" in process.err
 
 
 # TLS
@@ -4585,15 +3910,14 @@ def localhost(monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["--ca-file", "SSL_CERT_FILE"])
-def test_a_certificate_of_the_given_ca_is_trusted(cli, tls_files, localhost, monkeypatch, how):
-    with ControlPlane(tls=tls_context(tls_files.server)) as plane:
-        if how == "SSL_CERT_FILE":
-            monkeypatch.setenv("SSL_CERT_FILE", tls_files.ca)
-        result = forward_to(cli, plane, *([how, tls_files.ca] if how == "--ca-file" else []))
-        assert (result.status, result.err, len(plane.requests)) == (0, "", 1)
-        by_name = cli(["tcp-forward", "--server", plane.url.replace("127.0.0.1", "localhost"), "--ca-file",
-                       tls_files.ca] + REQUIRED_FLAGS, plane.environment())
-        assert by_name.status == 0
+def test_a_certificate_of_the_given_ca_is_trusted(cli, tls_plane, tls_files, localhost, monkeypatch, how):
+    args = ["--ca-file", tls_files.ca] * (how == "--ca-file")
+    if not args:
+        monkeypatch.setenv("SSL_CERT_FILE", tls_files.ca)
+    result = forward_to(cli, tls_plane, *args)
+    assert (result.status, result.err, len(tls_plane.requests)) == (0, "", 1)
+    by_name = tls_plane.url.replace("127.0.0.1", "localhost")
+    assert forward_to(cli, tls_plane, "--server", by_name, *args).status == 0
 
 
 def old_tls_context(certificate):
@@ -4616,11 +3940,7 @@ def old_tls_context(certificate):
     ("wrong host", "certificate"), ("TLS 1.1", "TLS"), ("no TLS", "TLS")])
 def test_a_server_that_cannot_be_trusted_gets_nothing_and_one_try(cli, tls_files, tmp_path, monkeypatch,
                                                                   case, word):
-    begun, more = [], ["--ca-file", tls_files.ca]
-    if case == "unknown ca":
-        more = []
-    elif case in ("other ca file", "ca file replaces"):
-        more = ["--ca-file", make_certificates(tmp_path).ca]
+    begun, ca_file = [], make_certificates(tmp_path).ca if "ca file" in case else tls_files.ca
     if case == "ca file replaces":
         monkeypatch.setenv("SSL_CERT_FILE", tls_files.ca)
     context = (old_tls_context(tls_files.server) if case == "TLS 1.1" else
@@ -4630,42 +3950,34 @@ def test_a_server_that_cannot_be_trusted_gets_nothing_and_one_try(cli, tls_files
         begun.append(sock)
         return sock if case == "no TLS" else context.wrap_socket(sock, **options)
     with ControlPlane(tls=types.SimpleNamespace(wrap_socket=handshake)) as plane:
-        result = forward_to(cli, plane, *more)
-        assert (result.status, result.out, plane.requests) == (1, "", [])
-        line = one_error_line(result, word)
-        assert MAY_EXIST not in line
+        line = failed(forward_to(cli, plane, *["--ca-file", ca_file] * (case != "unknown ca")), 1, word)
+        assert MAY_EXIST not in line and plane.requests == []
         if sys.version_info >= (3, 7):  # 3.6 does not say what it dislikes
             assert ("--ca-file" in line) == (case in ("unknown ca", "other ca file", "ca file replaces"))
         assert len(begun) == 1, "it was tried %d times" % len(begun)
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "garbage", "directory", "a key alone", "NUL"])
-def test_a_ca_file_that_cannot_be_used_is_a_usage_error(cli, lone_plane, tls_files, tmp_path, kind):
+def test_a_ca_file_that_cannot_be_used_is_a_usage_error(cli, tls_plane, tls_files, tmp_path, kind):
     path = tmp_path / "ca.pem"
     if kind == "directory":
         path.mkdir()
     elif kind != "missing":
         path.write_text({"garbage": "-----BEGIN CERTIFICATE-----\nx\n", "empty": ""}.get(kind, "x"))
-    key = os.path.join(os.path.dirname(tls_files.ca), "ca.key")
+    key = os.path.join(os.path.dirname(tls_files.ca), "server.key")
     name = {"a key alone": key, "NUL": "a\0b"}.get(kind, str(path))
-    url = lone_plane.url.replace("http://", "https://")
-    result = cli(["tcp-forward", "--server", url, "--ca-file", name] + REQUIRED_FLAGS,
-                 lone_plane.environment())
-    assert (result.status, lone_plane.requests) == (2, [])
-    one_error_line(result, "--ca-file")
+    failed(forward_to(cli, tls_plane, "--ca-file", name), 2, "--ca-file")
+    assert tls_plane.requests == []
 
 
-@pytest.mark.skipif(os.name != "posix", reason="permission bits")
 @pytest.mark.parametrize("mode, owner, status", [
     (0o644, 0, 0), (0o400, 0, 0), (0o664, 0, 3), (0o646, 0, 3), (0o622, 0, 3),
     pytest.param(0o600, 65534, 3, marks=pytest.mark.skipif(not ROOT, reason="gives a file away"))])
 def test_a_ca_file_that_others_may_write_gets_no_token_sent(
         cli, tls_plane, tls_files, tmp_path, mode, owner, status):
-    path = str(tmp_path / "ca.pem")
-    shutil.copy(tls_files.ca, path)
-    with open(path, "ab") as file:
-        file.write("# F\u0151tan\xfas\xedtv\xe1ny\n".encode())  # as in the bundle of Mozilla
-    os.chmod(path, mode)
+    with open(tls_files.ca) as stream:
+        pem = stream.read() + "# F\u0151tan\xfas\xedtv\xe1ny\n"  # as in the bundle of Mozilla
+    path = write_private(tmp_path / "ca.pem", pem, mode)
     if owner:
         os.chown(path, owner, -1)
     result = forward_to(cli, tls_plane, "--ca-file", path)
@@ -4696,8 +4008,6 @@ def test_tls_versions_and_checks_of_the_context_are_as_specified(tls_files):
 @pytest.fixture
 def tunnels():
     """An HTTP proxy: `url`; `heads` of its requests, `carried` bytes; `to`, where CONNECT leads."""
-    proxy = types.SimpleNamespace(heads=[], carried=[], to=None, answer=b"HTTP/1.1 200 OK\r\n\r\n")
-
     def serve(connection, _listener):
         head = b""
         while not head.endswith(b"\r\n\r\n"):
@@ -4709,43 +4019,41 @@ def tunnels():
         connection.sendall(proxy.answer)
         if not head.startswith(b"CONNECT ") or b" 200 " not in proxy.answer:
             return
-        host, port = head.split()[1].decode().rsplit(":", 1)
-        upstream = socket.create_connection(proxy.to or (host, int(port)), 10)
-
-        def back():
-            for data in chunks(upstream):
-                connection.sendall(data)
-            hang_up(connection, socket.SHUT_WR)
-        thread = threading.Thread(target=back, daemon=True)
-        thread.start()
-        for data in chunks(connection):
-            proxy.carried.append(data)
-            upstream.sendall(data)
-        hang_up(upstream)
-        thread.join(10)
-        upstream.close()
+        with dial(proxy.to or head.split()[1].decode()) as upstream:
+            def back():
+                for data in chunks(upstream):
+                    connection.sendall(data)
+                hang_up(connection, socket.SHUT_WR)
+            thread = threading.Thread(target=back, daemon=True)
+            thread.start()
+            for data in chunks(connection):
+                proxy.carried += data
+                upstream.sendall(data)
+            hang_up(upstream)
+            thread.join(10)
     listener = Listener(serve)
-    proxy.url = "http://127.0.0.1:%d" % listener.address[1]
+    proxy = types.SimpleNamespace(heads=[], carried=b"", to=None, answer=b"HTTP/1.1 200 OK\r\n\r\n",
+                                  url="http://127.0.0.1:%d" % listener.address[1])
     yield proxy
     listener.close()
 
 
-@pytest.fixture
-def tls_plane(tls_files):
-    """A control plane with https."""
-    with ControlPlane(tls=tls_context(tls_files.server)) as plane:
-        yield plane
-
-
-@pytest.mark.parametrize("name", ["HTTPS_PROXY", "https_proxy"])
-def test_an_https_server_is_reached_through_the_proxy(cli, tls_plane, tls_files, tunnels, name):
-    environ = {name: tunnels.url, "NO_PROXY": "example.com, .internal"}
-    result = forward_to(cli, tls_plane, "--ca-file", tls_files.ca, **environ)
-    assert (result.status, len(tls_plane.requests)) == (0, 1)
+@pytest.mark.parametrize("name, before", [
+    ("HTTPS_PROXY", "http://"), ("https_proxy", "http://"), ("HTTPS_PROXY", ""),
+    ("HTTPS_PROXY", "me:hunter%402@"), ("HTTPS_PROXY", "http://me:hunter%402@")])
+def test_an_https_server_is_reached_through_the_proxy_which_gets_its_own_credentials_alone(
+        cli, tls_plane, tls_files, tunnels, name, before):
+    environ = {name: before + tunnels.url.split("//")[1], "NO_PROXY": "example.com, .internal"}
+    result = forward_to(cli, tls_plane, "-v", "--ca-file", tls_files.ca, **environ)
+    assert result.status == 0 and "hunter" not in result.err
     head, = tunnels.heads
     assert head.startswith("CONNECT %s HTTP/1." % tls_plane.url.split("//")[1])
-    assert "authorization" not in head.lower()
-    assert tunnels.carried and BEARER.encode() not in b"".join(tunnels.carried)
+    basic = "Basic " + base64.b64encode(b"me:hunter@2").decode()
+    assert re.findall(r"(?im)^.*authorization.*: (.*)\r$", head) == [basic] * ("@" in before)
+    assert tunnels.carried and BEARER.encode() not in tunnels.carried
+    request, = tls_plane.requests
+    assert request.headers["Proxy-Authorization"] is None
+    assert request.headers.get_all("Authorization") == ["Bearer " + BEARER]
 
 
 @pytest.mark.parametrize("exempt", ["127.0.0.1", "*", "a.example,127.0.0.1", "a.example, 127.0.0.1:{port}"])
@@ -4754,18 +4062,6 @@ def test_no_proxy_exempts_a_server(cli, tls_plane, tls_files, tunnels, name, exe
     environ = {"HTTPS_PROXY": tunnels.url, name: exempt.format(port=tls_plane.url.rsplit(":", 1)[1])}
     result = forward_to(cli, tls_plane, "--ca-file", tls_files.ca, **environ)
     assert (result.status, len(tls_plane.requests), tunnels.heads) == (0, 1, [])
-
-
-def test_a_proxy_gets_its_own_credentials_and_no_others(cli, tls_plane, tls_files, tunnels):
-    environ = {"HTTPS_PROXY": tunnels.url.replace("//", "//me:hunter%402@")}
-    result = forward_to(cli, tls_plane, "-v", "--ca-file", tls_files.ca, **environ)
-    assert result.status == 0 and "hunter" not in result.err
-    basic = "Basic " + base64.b64encode(b"me:hunter@2").decode()
-    assert [line.split(": ", 1)[1] for line in tunnels.heads[0].split("\r\n")
-            if "authorization" in line.lower()] == [basic]
-    request, = tls_plane.requests
-    assert request.headers["Proxy-Authorization"] is None
-    assert request.headers.get_all("Authorization") == ["Bearer " + BEARER]
 
 
 def test_a_plain_http_server_never_goes_through_a_proxy(cli, lone_plane, tunnels, monkeypatch):
@@ -4777,65 +4073,60 @@ def test_a_plain_http_server_never_goes_through_a_proxy(cli, lone_plane, tunnels
     assert (result.status, len(lone_plane.requests), tunnels.heads) == (0, 1, [])
 
 
-def test_a_proxy_without_a_scheme_is_taken_for_http(cli, tls_plane, tls_files, tunnels):
-    url = "me:hunter2@" + tunnels.url.split("//")[1]
-    assert forward_to(cli, tls_plane, "--ca-file", tls_files.ca, HTTPS_PROXY=url).status == 0
-    assert len(tunnels.heads) == 1
-
-
 @pytest.mark.parametrize("kind", [
     "https://me:hunter2@{}", "socks5://me:hunter2@{}", "socks5h://me:hunter2@{}", "ftp://me:hunter2@{}",
     "http:me:hunter2@{}", "http://", "http://me:hunter2 @{}", "http://me:hunter2\n@{}",
     "http://CORP\\me:p@ss#hunter2:rd/%@{}",
     "http://me:hunter2@127.0.0.1:99999", "http://me:hunter2@127.0.0.1:abc", "http://me:hunter2@"])
-def test_a_proxy_of_another_kind_is_a_usage_error_that_shows_no_password(
-        cli, tls_plane, tls_files, tunnels, kind):
+def test_a_proxy_of_another_kind_is_a_usage_error_that_shows_no_password(cli, tls_plane, tunnels, kind):
     url = kind.format(tunnels.url.split("//")[1])
-    result = forward_to(cli, tls_plane, "--ca-file", tls_files.ca, HTTPS_PROXY=url)
-    is_usage_error(result, "HTTPS_PROXY", "percent-encode" if kind[:7] == "http://" else "not supported")
-    assert "hunter2" not in result.err
-    assert (tls_plane.requests, tunnels.heads) == ([], [])
+    line = failed(forward_to(cli, tls_plane, HTTPS_PROXY=url), 2, "HTTPS_PROXY",
+                  "percent-encode" if kind[:7] == "http://" else "not supported")
+    assert "hunter2" not in line and (tls_plane.requests, tunnels.heads) == ([], [])
 
 
-def test_a_proxy_that_wants_another_log_in_is_told_of_and_asked_once(cli, tls_plane, tls_files, tunnels):
+@pytest.mark.parametrize("down, word", [(False, "the proxy refused: 407"), (True, "refused")],
+                         ids=["407", "down"])
+def test_a_proxy_that_does_not_serve_is_named_and_a_bad_log_in_tried_once(
+        cli, tls_plane, tls_files, tunnels, down, word):
     """Three bad ones lock an account."""
     tunnels.answer = b"HTTP/1.1 407 \x1b[2JProxy Authentication Required\r\nContent-Length: 0\r\n\r\n"
-    result = forward_to(cli, tls_plane, "--ca-file", tls_files.ca,
-                        HTTPS_PROXY=tunnels.url.replace("//", "//me:hunter2@"))
-    assert result.status == 1 and len(tunnels.heads) == 1 and tls_plane.requests == []
-    line = one_error_line(result, "cannot connect to ", " through HTTPS_PROXY: the proxy refused: 407")
-    assert re.match(r"[ -~]+\Z", line) and "hunter2" not in line
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        proxy = "me:hunter2@" + (
+            "127.0.0.1:%d" % closed.getsockname()[1] if down else tunnels.url.split("//")[1])
+        result = forward_to(cli, tls_plane, "--ca-file", tls_files.ca, HTTPS_PROXY=proxy)
+    line = failed(result, 1, "cannot connect to %s through HTTPS_PROXY: " % tls_plane.url, word)
+    assert "hunter2" not in line and len(tunnels.heads) == (not down) and tls_plane.requests == []
 
 
-@pytest.mark.parametrize("endpoint", ["127.0.0.1:22", "localhost:22"])
+@pytest.mark.parametrize("endpoint", ["127.0.0.1:22", "localhost:22", "0.0.0.0:22", "[ff02::1]:22"])
 def test_an_endpoint_on_this_machine_is_revoked_where_the_server_is_elsewhere(
         cli, tls_files, tunnels, localhost, endpoint):
     with ControlPlane(tls=tls_context(tls_files.wrong_host), endpoint=endpoint) as plane:
-        tunnels.to = ("127.0.0.1", int(plane.url.rsplit(":", 1)[1]))
-        result = cli(["tcp-forward", "--server", "https://wrong.example", "--ca-file", tls_files.ca]
-                     + REQUIRED_FLAGS, plane.environment(HTTPS_PROXY=tunnels.url))
-        assert (result.status, result.out) == (1, "")
-        one_error_line(result, "listener", "refused")
-        assert_one_revoked(plane)
-        assert {head.split()[1] for head in tunnels.heads} == {"wrong.example:443"}
+        tunnels.to = plane.url.split("//")[1]
+        result = forward_to(cli, plane, "--server", "https://wrong.example", "--ca-file", tls_files.ca,
+                            HTTPS_PROXY=tunnels.url)
+        failed(result, 1, "listener", "refused")
+        revoked_once(plane)
+    assert {head.split()[1] for head in tunnels.heads} == {"wrong.example:443"}
 
 
 # Revoking
 
-@pytest.mark.parametrize("status", [204, 404, 409, 410])
-def test_a_session_that_is_gone_counts_as_revoked(lone_plane, status):
-    lone_plane.script("revoke", Answer(status))
-    assert create_client(lone_plane).revoke(PROJECT_ID, OTHER_ID) is None
-    assert len(lone_plane.requests) == 1
-
-
 @pytest.mark.parametrize("status, exit_code", [
-    (302, 1), (400, 1), (401, 3), (403, 4), (429, 1), (500, 1), (503, 1)])
-def test_any_other_answer_to_a_revoke_is_an_error(lone_plane, status, exit_code):
+    (204, 0), (404, 0), (409, 0), (410, 0), (302, 1), (400, 1), (401, 3), (403, 4), (429, 1), (503, 1)])
+def test_a_session_that_is_gone_counts_as_revoked_and_any_other_answer_is_an_error(
+        lone_plane, status, exit_code):
     lone_plane.script("revoke", Answer(status))
-    with pytest.raises(plexctl.ApiError, match="RevokeSession: %d" % status) as raised:
-        create_client(lone_plane).revoke(PROJECT_ID, OTHER_ID)
-    assert (raised.value.status, raised.value.exit_code) == (status, exit_code)
+    client = create_client(lone_plane)
+    if exit_code:
+        with pytest.raises(plexctl.ApiError, match="RevokeSession: %d" % status) as raised:
+            client.revoke(PROJECT_ID, OTHER_ID)
+        assert (raised.value.status, raised.value.exit_code) == (status, exit_code)
+    else:
+        client.revoke(PROJECT_ID, OTHER_ID)
+    assert len(lone_plane.requests) == 1
 
 
 @pytest.mark.parametrize("answer", [problem("forbidden"), redirect("/x")], ids=["403", "302"])
@@ -4844,8 +4135,7 @@ def test_a_failing_revoke_is_a_warning_that_changes_no_exit_code(cli, lone_plane
     lone_plane.script("get", problem("rebac_denied"))
     lone_plane.script("revoke", answer)
     result = forward_to(cli, lone_plane)
-    assert result.status == 77
-    last_error_line(result, "GetSession: 403")
+    failed(result, 77, "GetSession: 403", alone=False)
     warning, = [line for line in result.err.splitlines() if line.startswith("plexctl: warning: ")]
     assert lone_plane.issued[0] in warning and str(answer.status) in warning
     assert len(requests_of(lone_plane, "revoke")) == 1
@@ -4854,47 +4144,25 @@ def test_a_failing_revoke_is_a_warning_that_changes_no_exit_code(cli, lone_plane
 def test_a_revoke_that_fails_passingly_is_tried_again(cli, lone_plane, short_pauses):
     lone_plane.endpoint_on = "read"
     lone_plane.script("revoke", drop, Answer(502), problem("internal"), Answer(429), process_then_drop)
-    result = forward_to(cli, lone_plane, "--wait-seconds", "0")
-    assert result.status == 1
-    one_error_line(result, "listener endpoint")
-    assert len(requests_of(lone_plane, "revoke")) == 6
-    assert lone_plane.revoked == lone_plane.issued
+    failed(forward_to(cli, lone_plane, "--wait-seconds", "0"), 1, "listener endpoint")
+    assert len(requests_of(lone_plane, "revoke")) == 6 and lone_plane.revoked == lone_plane.issued
 
 
 # As a library
 
-def texts_of(thing, done=None):
-    """Every text that this object or exception would show: its own, and those of what it holds."""
-    done = {} if done is None else done
-    if id(thing) in done or thing is None:
-        return []
-    done[id(thing)] = thing
-    texts, held = [str(thing), repr(thing)], []
-    if isinstance(thing, (list, tuple, set, frozenset)):
-        held = list(thing)
-    elif isinstance(thing, dict):
-        held = list(thing) + list(thing.values())
-    elif isinstance(thing, BaseException):
-        held = [vars(thing), thing.args, thing.__cause__, thing.__context__]
-        texts += traceback.format_exception(type(thing), thing, thing.__traceback__)
-    elif type(thing).__module__.startswith(("plexctl", "urllib")) and not isinstance(thing, plexctl.Secret):
-        held = [getattr(thing, "__dict__", None)]
-        held += [getattr(thing, name, None) for name in getattr(type(thing), "__slots__", ())]
-    for each in held:
-        texts += texts_of(each, done)
-    return texts
-
-
 def assert_shows_no_secret(thing, *more):
-    """Neither the bearer token nor a session token is in any text of it."""
-    for text in texts_of(thing):
-        for secret in (BEARER, SESSION_TOKEN_MARK) + more:
-            assert secret not in text, "a secret shows: %.200s" % text
+    """Neither the bearer token nor a session token is in any text of it, nor of the errors behind it."""
+    texts = [str(thing), repr(thing), repr(getattr(thing, "__dict__", None))]
+    if isinstance(thing, BaseException):
+        texts += [repr(thing.args)] + traceback.format_exception(type(thing), thing, thing.__traceback__)
+        for each in filter(None, (thing.__cause__, thing.__context__)):
+            assert_shows_no_secret(each, *more)
+    for secret in (BEARER, SESSION_TOKEN_MARK) + more:
+        assert secret not in "".join(texts), "a secret shows: %.200s" % texts
 
 
 def test_the_client_is_usable_without_the_command_line(lone_plane):
-    told = []
-    lines = []
+    told, lines = [], []
     client = create_client(lone_plane, report=lines.append)
     issued = client.issue(session_request(900), told.append)
     session = lone_plane.sessions[0]
@@ -4908,38 +4176,36 @@ def test_the_client_is_usable_without_the_command_line(lone_plane):
     assert str(read.listener_endpoint) == "127.0.0.1:9"
     client.revoke(PROJECT_ID, issued.session_id)
     assert lone_plane.revoked == [session.id]
-    assert [line.split(":")[0].split()[0] for line in lines] == ["POST", "GET", "POST"]
+    assert client.get(PROJECT_ID, issued.session_id).status == "revoked"
+    assert [line.split(":")[0].split()[0] for line in lines] == ["POST", "GET", "POST", "GET"]
+    assert [(each.method, each.path, each.body) for each in lone_plane.requests[1:3]] == [
+        ("GET", SESSIONS_PATH + "/" + session.id, b""),
+        ("POST", SESSIONS_PATH + "/" + session.id + "/revoke", {"revoke_reason": "operator_request"})]
     for thing in (client, issued, read, issued.session, lines):
         assert_shows_no_secret(thing)
 
 
-def test_a_caller_learns_of_a_session_before_the_rest_is_judged(lone_plane):
-    told = []
-    lone_plane.script("issue", with_field(("token",), None))
-    with pytest.raises(plexctl.TransportError, match="token"):
-        create_client(lone_plane).issue(session_request(), told.append)
-    assert told == lone_plane.issued
+SECRETS_IN_ANSWERS = {
+    "401": problem("unauthenticated"), "drip": drip, "time": with_field(("expires_at",), "soon"),
+    "session": with_field(("session",), [BEARER]),
+    "token": with_field(("token",), SESSION_TOKEN_MARK + " " + BEARER),
+    "truncated JSON": Answer(201, raw=('{"token": "%s' % SESSION_TOKEN_MARK).encode()),
+    "not UTF-8": Answer(201, raw=('{"token": "%s"}\xff' % SESSION_TOKEN_MARK).encode("latin-1")),
+    "no HTTP": sending(SESSION_TOKEN_MARK.encode() * 10000),
+    "truncated": sending(b"HTTP/1.1 201 Created\r\nContent-Length: 99\r\n\r\n" + SESSION_TOKEN_MARK.encode())}
 
 
-@pytest.mark.parametrize("step", [
-    problem("unauthenticated"), drip, with_field(("expires_at",), "soon"), with_field(("session",), [BEARER]),
-    with_field(("token",), SESSION_TOKEN_MARK + " " + BEARER),
-    Answer(201, raw=('{"token": "%s' % SESSION_TOKEN_MARK).encode()),
-    Answer(201, raw=('{"token": "%s"}\xff' % SESSION_TOKEN_MARK).encode("latin-1")),
-    sending(SESSION_TOKEN_MARK.encode() * 10000),
-    sending(b"HTTP/1.1 201 Created\r\nContent-Length: 99\r\n\r\n" + SESSION_TOKEN_MARK.encode()),
-], ids=["401", "drip", "time", "session", "token", "truncated JSON", "not UTF-8", "no HTTP", "truncated"])
-def test_no_exception_shows_a_secret(lone_plane, short_limits, step):
-    cancel = threading.Event()
-    cancel.set()  # one attempt
-    lone_plane.script("issue", step)
+@pytest.mark.parametrize("name", sorted(SECRETS_IN_ANSWERS))
+def test_no_exception_shows_a_secret(lone_plane, short_limits, name):
+    client = create_client(lone_plane)
+    client.cancel.set()  # one attempt
+    lone_plane.script("issue", SECRETS_IN_ANSWERS[name])
     with pytest.raises(plexctl.PlexctlError) as raised:
-        create_client(lone_plane, cancel=cancel).issue(session_request())
+        client.issue(session_request())
     assert_shows_no_secret(raised.value)
 
 
-@pytest.mark.parametrize("error", [
-    RuntimeError, KeyError, TypeError, AssertionError, ValueError, OSError], ids=lambda e: e.__name__)
+@pytest.mark.parametrize("error", [RuntimeError, KeyError, OSError], ids=lambda e: e.__name__)
 def test_an_exchange_that_fails_in_an_unforeseen_way_shows_only_the_class(lone_plane, monkeypatch, error):
     def fail(exchange, request):
         raise error("Bearer " + request.get_header("Authorization", BEARER))
@@ -4950,55 +4216,27 @@ def test_an_exchange_that_fails_in_an_unforeseen_way_shows_only_the_class(lone_p
     assert_shows_no_secret(raised.value)
 
 
-ODD_TOKENS = {
-    "CR LF": "psk_a\r\nX-Evil: 1", "LF": "psk_a\nb", "NUL": "psk_a\0b", "DEL": "psk_a\x7f",
-    "latin-1": "psk_\xe9",
-    "space": "psk_a b", "wide": "psk_\u20ac", "empty": "", "200 kB": "psk_" + "x" * 200000}
-
-
-@pytest.mark.parametrize("name", sorted(ODD_TOKENS))
-def test_the_client_sends_no_token_of_odd_characters_either(lone_plane, name):
+@pytest.mark.parametrize("token", ["", "psk_a\r\nX-Evil: 1", "psk_\xe9", "psk_" + "x" * 200000], ids=shown)
+def test_the_client_sends_no_token_of_odd_characters_either(lone_plane, token):
     with pytest.raises(plexctl.PlexctlError) as raised:
-        create_client(lone_plane, ODD_TOKENS[name]).get(PROJECT_ID, OTHER_ID, 5)
+        create_client(lone_plane, token).get(PROJECT_ID, OTHER_ID, 5)
     assert lone_plane.requests == []
     assert_shows_no_secret(raised.value, "psk_")
 
 
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_nothing_with_a_secret_in_it_is_pickled(lone_plane, protocol):
-    client = create_client(lone_plane)
-    issued = client.issue(session_request())
-    for thing in (client, issued, issued.token):
-        with pytest.raises((TypeError, AttributeError, pickle.PicklingError)) as raised:
-            pickle.dumps(thing, protocol)
-        assert_shows_no_secret(raised.value)
-    for copying in (copy.copy, copy.deepcopy):
-        with pytest.raises(TypeError):
-            copying(issued.token)
-
-
 def test_one_client_serves_several_threads_at_once(lone_plane):
-    client, revoked, failed = create_client(lone_plane), [], []
-    meet = threading.Barrier(8)
+    client, meet = create_client(lone_plane), threading.Barrier(8)
 
-    def work():
-        try:
-            meet.wait(10)
-            for _ in range(5):
-                issued = client.issue(session_request())
-                assert client.get(PROJECT_ID, issued.session_id).session_id == issued.session_id
-                assert issued.session_id in issued.token.reveal()
-                client.revoke(PROJECT_ID, issued.session_id)
-                revoked.append(issued.session_id)
-        except Exception as error:  # a thread's failure is the test's
-            failed.append(error)
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    assert failed == []
-    assert len(set(revoked)) == 40 and sorted(revoked) == sorted(lone_plane.revoked)
+    def work(_number):
+        meet.wait(10)
+        for _ in range(5):
+            issued = client.issue(session_request())
+            assert client.get(PROJECT_ID, issued.session_id).session_id == issued.session_id
+            assert issued.session_id in issued.token.reveal()
+            client.revoke(PROJECT_ID, issued.session_id)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert len(set(lone_plane.issued)) == 40 and sorted(lone_plane.issued) == sorted(lone_plane.revoked)
     assert len({request.body["idempotency_key"] for request in requests_of(lone_plane, "issue")}) == 40
     assert_nothing_remains(lone_plane._listener)
 
@@ -5009,69 +4247,12 @@ def test_a_refusal_says_where_the_token_came_from(cli, lone_plane, tmp_path, sou
     lone_plane.script("issue", problem(name))
     environ, args = lone_plane.environment(), []
     if source == "--token-file":
-        (tmp_path / "token").write_text(BEARER)
-        (tmp_path / "token").chmod(0o600)
-        args = ["--token-file", str(tmp_path / "token")]
+        args = ["--token-file", write_private(tmp_path / "token", BEARER)]
     elif source == "token of a profile":
         entry = {"server": lone_plane.url, "token": BEARER}
         environ = write_config(tmp_path, {"default": "prod", "profiles": {"prod": entry}})
     result = cli(["tcp-forward"] + REQUIRED_FLAGS + args, environ)
-    assert result.status == status
-    one_error_line(result, "401" if status == 3 else "403", "the token is from", source)
-
-
-def test_a_proxy_that_is_down_is_named(cli, tls_plane, tls_files):
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        result = forward_to(cli, tls_plane, "--ca-file", tls_files.ca,
-                            HTTPS_PROXY="http://127.0.0.1:%d" % closed.getsockname()[1])
-    assert result.status == 1 and tls_plane.requests == []
-    one_error_line(result, tls_plane.url, "through HTTPS_PROXY", "refused")
-
-
-def test_a_redirect_is_shown_escaped_and_not_followed(cli, lone_plane):
-    lone_plane.script("issue", redirect("https://login.example/\x1b[2J"))
-    result = forward_to(cli, lone_plane)
-    assert result.status == 1
-    one_error_line(result, "never followed", "https://login.example/\\x1b[2J")
-
-
-@pytest.mark.parametrize("answer, expected", [
-    (Answer(304), "IssueSession: 304 Not Modified; a redirect is never followed"),
-    (Answer(520), "IssueSession: 520"),
-    (Answer(520, {"detail": "why"}), "IssueSession: 520: why"),
-    (Answer(520, {"title": "What", "detail": "why", "code": "word"}), "IssueSession: 520 What: why (word)")],
-    ids=["304", "bare", "detail", "all"])
-def test_an_error_is_told_without_gaps(cli, lone_plane, answer, expected):
-    lone_plane.script("issue", answer)
-    assert one_error_line(forward_to(cli, lone_plane)) == "plexctl: error: " + expected
-
-
-@pytest.mark.parametrize("step", [
-    lambda token: problem("internal", detail="cannot use Authorization: Bearer %s" % token),
-    lambda token: problem("internal", title=token, code="x" * 290 + token),
-    lambda token: redirect("https://elsewhere.example.com/?token=" + token),
-    lambda token: Answer(401, dict(problem("step_up_required").body, detail=token),
-                         (("WWW-Authenticate", 'Bearer acr_values="%s"' % token),))],
-    ids=["detail", "cut short", "Location", "acr_values"])
-def test_a_server_that_repeats_the_bearer_token_does_not_have_it_shown(cli, simulation, step):
-    simulation.plane.script("issue", step(simulation.plane.bearer))
-    result = cli(forward_args(simulation.plane, "-v"), simulation.plane.environment())
-    assert result.status in (1, 3) and "(secret)" in result.err
-    assert simulation.plane.bearer[:8] not in result.err
-
-
-def test_a_server_that_repeats_the_session_token_does_not_have_it_shown(simulation):
-    def tell(handler, plane):
-        told = problem("forbidden", detail="token %s" % plane.sessions[0].token)
-        handler.wfile.write(handler.render(told))
-    simulation.plane.script("revoke", tell)
-    with start_plexctl(forward_args(simulation.plane, "--proxy"),
-                       env=simulation.plane.environment()) as process:
-        process.ready(2)
-        process.send_signal(signal.SIGTERM)
-        process.finish()
-    assert "token (secret)" in process.err
+    failed(result, status, "401" if status == 3 else "403", "the token is from", source)
 
 
 # ---- tests: relay --------------------------------------------------------------------------------
