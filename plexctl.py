@@ -2470,7 +2470,7 @@ class Forwarder:
         self._explaining = 0  # threads
         self._has_been_stuck = False
         self._demand = Demand(limit, minimum)
-        self._is_finishing = False
+        self._finishing_since = float("inf")
 
     def __enter__(self) -> "Forwarder":
         return self
@@ -2524,10 +2524,10 @@ class Forwarder:
     def is_delivering(self) -> bool:
         """Return whether something that clients have sent before they were gone is still on its way.
 
-        From the first call on clients count as gone where nobody can know.
+        From the first call on, and for LEAVE_SECONDS, clients count as gone where nobody can know.
         """
         with self._changed:
-            self._is_finishing = True
+            self._finishing_since = min(self._finishing_since, elapsed_seconds())
             return bool(self._returned or self.listener.count_waiting() or any(
                 each.awaited or each.state == BUSY and (not each.client or self._is_gone(*each.client))
                 for each in self._carriers))
@@ -2564,7 +2564,7 @@ class Forwarder:
                 if client is not None:
                     self._serve(carrier, buffers, *client)
         except SessionStuck as error:
-            if not self._is_finishing:
+            if self._finishing_since == float("inf"):
                 self._warn_once(str(error))
             self._wait_for_the_node(carrier)
         except PlexctlError as error:
@@ -2728,8 +2728,10 @@ class Forwarder:
             return any(each.relay and each.relay.down.moved for each in self._carriers)
 
     def _is_gone(self, sock: socket.socket, address: Any) -> bool:
-        return self.listener.is_gone(sock, address) or (
-            self._is_finishing and not self.listener.knows_who_is_gone())
+        if self.listener.is_gone(sock, address):
+            return True
+        is_finishing = 0 <= elapsed_seconds() - self._finishing_since < LEAVE_SECONDS
+        return is_finishing and not self.listener.knows_who_is_gone()
 
     # The main thread
 
