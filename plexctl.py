@@ -1272,7 +1272,7 @@ class AuditLog(logging.Handler):
 
 BUFFER_BYTES = 768 * 1024  # takes memory only as far as it is used
 TICK_SECONDS = 0.2  # a thread that waits looks around this often
-QUIET_SECONDS = 2.0  # see Relay
+QUIET_SECONDS = 2.0  # without a byte: then an end of input is passed on, or a client let go
 FIRST_ASK_SECONDS = 0.002  # between two looks whether a client is gone; each pause is twice the last
 LAST_ASK_SECONDS = 0.4
 UNANSWERED_SECONDS = 120  # after which a path is dead
@@ -1314,7 +1314,7 @@ class Leg:
         self.reads_at = self.writes_at = sock.fileno()
         self.has_reset = False  # the other end has
         self.discarded = 0  # bytes that nobody was there for any more
-        self._tells = ON_LINUX and sock.family != socket.AF_UNIX  # the kernel tells about the path
+        self._has_tcp_info = ON_LINUX and sock.family != socket.AF_UNIX
 
     def end(self) -> None:
         """Send the end of input (half-close)."""
@@ -1326,7 +1326,7 @@ class Leg:
 
     def count_unsent(self) -> int:
         """Return how many bytes the other end has not acknowledged (SIOCOUTQ, tcp(7))."""
-        if not self._tells:
+        if not self._has_tcp_info:
             return 0
         try:
             return int(struct.unpack("i", fcntl.ioctl(self.sock, termios.TIOCOUTQ, bytes(4)))[0])
@@ -1339,7 +1339,7 @@ class Leg:
         Linux itself gives up after 15 minutes, and sends no keepalive meanwhile. TCP_USER_TIMEOUT is
         no remedy: it also ends a connection whose reader pauses, though it answers every probe.
         """
-        if not self._tells:
+        if not self._has_tcp_info:
             return False
         info = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 60)  # struct tcp_info, linux/tcp.h
         retransmits, probes, milliseconds = struct.unpack_from("=xxBB52xI", info)
@@ -1415,7 +1415,7 @@ class StandardStreams:
         """Return 0: reading and writing tell."""
         return 0
 
-    count_unsent = take_error
+    count_unsent = take_error  # 0 as well
 
     def is_dead(self) -> bool:
         """Return False: nobody can know."""
@@ -1463,7 +1463,7 @@ class Flow:
         self.moved = 0  # bytes that were handed on
         self.rest = buffer[:0]  # read, and not handed on yet
         self.has_ended = False  # the source has ended its input
-        self.is_over = False  # and the sink was told so
+        self.is_passed_on = False  # and the sink was told so
         self.refusal: Optional[OSError] = None  # the sink takes nothing any more; what comes is dropped
         self._buffer = buffer
         self._recv_into = source.recv_into
@@ -1472,7 +1472,7 @@ class Flow:
     def move(self) -> bool:
         """Read once, unless something is left, and hand it on; OSError if the source has reset.
 
-        False if that leaves something, or there is nothing to come.
+        True: go on like this. False: something is left, the sink refuses, or the source has ended.
         """
         piece = self.rest
         if not piece:
@@ -1502,8 +1502,8 @@ class Flow:
 
     def end(self) -> None:
         """Tell the sink, once, that the source has ended its input."""
-        if not self.is_over:
-            self.is_over = True
+        if not self.is_passed_on:
+            self.is_passed_on = True
             with contextlib.suppress(OSError):  # its peer is gone
                 self.sink.end()
 
@@ -1531,7 +1531,7 @@ class Relay:
         self.up = Flow(client, remote, buffers[0])
         self.down = Flow(remote, client, buffers[1])
         self.error: Optional[Exception] = None  # what has broken the connection
-        self.remote_ended_first = False  # with an end or a reset
+        self.remote_ended_first = False  # or reset it, before an end was passed on to it
         self.is_ending = False  # the client is about to see an end
         self.is_awaited = False
         self.is_stuck = False  # the client has reset it, and the Node does not take what was sent
@@ -1555,19 +1555,17 @@ class Relay:
     def carry(self) -> None:
         """Return once the connection is over for the client. Whatever fails ends this connection alone."""
         try:
-            try:
-                self._carry()
-            except Exception as error:
-                self.error = error
-                self._settle()
+            self._carry()
         except Exception as error:
             self.error = error
-        up, is_broken = self.up, self.error is not None
-        # what was dropped must not look as if it had arrived
-        self._client.close(reset=is_broken or not self.down.is_over or bool(up.refusal) and not up.has_ended)
-        self.is_awaited = not (is_broken or self.down.is_over)
+            with contextlib.suppress(Exception):
+                self._settle()
+        up, down, is_broken = self.up, self.down, self.error is not None
+        was_cut_off = bool(up.refusal) and not up.has_ended  # which must not look as if it had arrived
+        self._client.close(reset=is_broken or not down.is_passed_on or was_cut_off)
+        self.is_awaited = not (is_broken or down.is_passed_on)
         if not self.is_awaited:
-            self._remote.close(reset=is_broken or not up.is_over)
+            self._remote.close(reset=is_broken or not up.is_passed_on)
 
     def _carry(self) -> None:
         up, down = self.up, self.down
@@ -1632,7 +1630,7 @@ class Relay:
             raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
 
     def _check_client(self, harmless: int) -> None:
-        """Raise the error of a reset by the client; EPIPE is one after its end of input."""
+        """Raise the error of a reset by the client."""
         error = self._client.take_error()
         if error not in (0, harmless):
             self._client.has_reset = True
@@ -1656,7 +1654,9 @@ class Relay:
                 pause = min(2 * pause, LAST_ASK_SECONDS)
                 is_gone = self._is_gone()
         if is_gone:
-            self._check_client(harmless=0 if up.is_over else errno.EPIPE)
+            # EPIPE: what we sent met a client that had closed. That is an ordinary end, unless its end
+            # was passed on long ago: then the target has to be told, and a reset does
+            self._check_client(harmless=0 if up.is_passed_on else errno.EPIPE)
             up.end()
 
     def _end_client(self) -> None:
@@ -1665,7 +1665,7 @@ class Relay:
         if up.refusal and up.refusal.errno != errno.EPIPE:
             self._remote.has_reset = True  # what looks like an end is a reset, whose error was read before
             raise up.refusal
-        self.remote_ended_first = not up.is_over
+        self.remote_ended_first = not up.is_passed_on
         self.is_ending = True
         if self.remote_ended_first:
             self._on_end()
@@ -1677,9 +1677,10 @@ class Relay:
             up.end()
 
     def _is_quiet(self) -> bool:
-        """Return whether nothing has moved for QUIET_SECONDS of asking, and nothing is on its way."""
+        """Return whether nothing has moved for QUIET_SECONDS; it keeps the time: call it in a loop."""
         counted = self.up.moved, self.down.moved
-        is_receiving = self.down.is_over and self._client.count_unsent()
+        # closing would cut off what the client has yet to read
+        is_receiving = self.down.is_passed_on and self._client.count_unsent()
         if counted != self._counted or self.up.rest or self.down.rest or is_receiving:
             self._counted, self._quiet_since = counted, elapsed_seconds()
         return elapsed_seconds() - self._quiet_since >= QUIET_SECONDS
@@ -1693,7 +1694,7 @@ class Relay:
             self.is_stuck = self._remote.count_unsent() > 0
         else:
             self.remote_ended_first = self.remote_ended_first or self._remote.has_reset
-            if not self.down.is_over:
+            if not self.down.is_passed_on:
                 self.is_ending = True
                 self._on_end()
 
@@ -1737,9 +1738,8 @@ class Ledger:
         self.say = say
         self._project_id = project_id
         self._changed = threading.Condition()  # guards what follows
-        self._known: Set[str] = set()  # every session_id so far, in lower case
+        self._known: Dict[str, str] = {}  # by session_id in lower case, when it expires: of every one so far
         self._owed: Dict[str, bool] = {}  # by session_id; True: the revocation has begun
-        self._expires: Dict[str, str] = {}  # by session_id, as the server wrote it
         self._issuing = 0
         self._unknown: List[PlexctlError] = []  # each may have left a session
         self._is_closed = False
@@ -1747,7 +1747,10 @@ class Ledger:
         self._told: Set[str] = set()
 
     def tell_once(self, line: str, subject: str = "") -> bool:
-        """Report a line once per run, or once per subject; return whether it was reported now."""
+        """Report a line once per run, or once per subject; return whether it was reported now.
+
+        It stands here because all that speak share the Ledger.
+        """
         with self._changed:
             is_new = (subject or line) not in self._told
             self._told.add(subject or line)
@@ -1763,7 +1766,7 @@ class Ledger:
             with self._changed:
                 if session_id.lower() in self._known:
                     raise TransportError(f"{ISSUE}: the answer's session_id is that of an earlier session")
-                self._known.add(session_id.lower())
+                self._known[session_id.lower()] = "it expires"
                 self._owed[session_id] = False
                 issued.append(session_id)
 
@@ -1774,7 +1777,7 @@ class Ledger:
         try:
             session = self.plane.issue(request, owe)
             with self._changed:
-                self._expires[session.session_id] = session.expires_at
+                self._known[session.session_id.lower()] = session.expires_at
             return session
         except PlexctlError as error:
             if error.may_exist:
@@ -1792,10 +1795,10 @@ class Ledger:
         """Ask for a session: see ControlPlane.get."""
         return self.plane.get(self._project_id, session_id, seconds)
 
-    def give_back(self, session_id: str) -> None:
-        """Revoke a session now, unless that has begun. Never raises."""
+    def give_back(self, session_id: str, is_leaving: bool = False) -> None:
+        """Revoke a session now, unless that has begun, or the run ends and it is kept. Never raises."""
         with self._changed:
-            is_due = self._claim(session_id)
+            is_due = self._claim(session_id, is_leaving)
         if is_due:
             self._revoke(session_id)
 
@@ -1812,7 +1815,7 @@ class Ledger:
         self.plane.cancel.set()
         while elapsed_seconds() < deadline:
             with self._changed:
-                due = [session_id for session_id in self._owed if self._claim(session_id)]
+                due = [session_id for session_id in self._owed if self._claim(session_id, True)]
                 if not due:
                     if not self._issuing and not any(self._owed.values()):
                         return
@@ -1824,7 +1827,7 @@ class Ledger:
     def list_kept(self) -> List[str]:
         """Return what is left to the operator, in words."""
         with self._changed:
-            return [f"session {each} is kept until {self._expires.get(each, 'it expires')}"
+            return [f"session {each} is kept until {self._known[each.lower()]}"
                     for each, has_begun in self._owed.items() if self._is_kept and not has_begun]
 
     def left_behind(self, raised: Optional[BaseException] = None) -> List[str]:
@@ -1839,21 +1842,20 @@ class Ledger:
                 lines.append("a session may have been issued, it will expire on its own")
             return lines
 
-    def _claim(self, session_id: str) -> bool:
+    def _claim(self, session_id: str, is_leaving: bool) -> bool:
         """With the lock held: return whether the caller is to revoke it. True once."""
-        if self._is_kept and self._is_closed:
-            return False
-        if self._owed.get(session_id) is not False:  # it has begun, or is over
+        if self._is_kept and is_leaving or self._owed.get(session_id) is not False:
             return False
         self._owed[session_id] = True
         return True
 
     def _revoke(self, session_id: str) -> None:
         self.say(f"session {session_id} released")
-        deadline, failure = elapsed_seconds() + LEAVE_SECONDS, ""
+        deadline = elapsed_seconds() + LEAVE_SECONDS
         while True:
             try:
                 self.plane.revoke(self._project_id, session_id, max(0.5, deadline - elapsed_seconds()))
+                failure = ""
                 break
             except Exception as error:
                 failure = str(error) if isinstance(error, PlexctlError) else show_error(error)
@@ -1862,14 +1864,12 @@ class Ledger:
             if not passing or elapsed_seconds() + wait > deadline:
                 break
             time.sleep(wait)
-            failure = ""
         with self._changed:
             is_told = session_id not in self._owed  # by left_behind
         if failure and not is_told:
             self.report(f"warning: session {session_id} is not revoked, it will expire on its own: {failure}")
         with self._changed:
             self._owed.pop(session_id, None)
-            self._expires.pop(session_id, None)
             self._changed.notify_all()
 
 
@@ -1941,7 +1941,7 @@ class MediatedSession:
     def ask(self, seconds: float = 0.0) -> bool:
         """Have GetSession asked in a thread, and wait so long; return whether there is an answer.
 
-        One question at a time, and one in ASK_SECONDS, serves all who want to know.
+        One question at a time, and one in ASK_SECONDS, serves all who want to know: an answer may be so old.
         """
         with self._lock:
             is_due = not self._is_asking and elapsed_seconds() - self._asked_on >= ASK_SECONDS
@@ -1949,7 +1949,7 @@ class MediatedSession:
                 self._has_answer = False
                 self._is_asking = start_thread(self._ask)
             self._lock.wait_for(lambda: not self._is_asking, seconds)
-            return self._has_answer and not self._is_asking
+            return self._has_answer
 
     def dial(self, is_stopped: Callable[[], bool]) -> Leg:
         """Connect to the listener; PlexctlError says why that fails. A new endpoint is tried once."""
@@ -1968,19 +1968,14 @@ class MediatedSession:
             with self._lock:
                 if self.why is not None or self._route == route:
                     break
+        words = f"cannot connect to the listener endpoint {self.endpoint}: {show_error(failure)}"
         if self.why is None and has_answer and isinstance(failure, ConnectionRefusedError):
-            self._note_refusal()
-        raise self.why or PlexctlError(
-            f"cannot connect to the listener endpoint {self.endpoint}: {show_error(failure)}")
-
-    def _note_refusal(self) -> None:
-        """Raise DialRefused until GONE_SECONDS are over, then end the session."""
-        now = elapsed_seconds()
-        self._refused_since = self._refused_since or now
-        if now - self._refused_since < GONE_SECONDS:
-            raise DialRefused(f"cannot connect to the listener endpoint {self.endpoint}: Connection refused")
-        self.end(ListenerGone("the Node has closed the session's listener, and has opened no other one for "
-                              f"{GONE_SECONDS} s"))
+            self._refused_since = self._refused_since or elapsed_seconds()
+            if elapsed_seconds() - self._refused_since < GONE_SECONDS:
+                raise DialRefused(words)
+            self.end(ListenerGone("the Node has closed the session's listener, and has opened no other one "
+                                  f"for {GONE_SECONDS} s"))
+        raise self.why or PlexctlError(words)
 
     def _await_endpoint(self, tell: Callable[[str], object]) -> Endpoint:
         pause, deadline = POLL_MIN_SECONDS, elapsed_seconds() + self._wait_seconds
@@ -2184,13 +2179,15 @@ class Listener(socketserver.TCPServer):
             self._set_up_owner_check(allow_other_users)
 
     def take(self) -> Optional[Tuple[socket.socket, Any]]:
-        """Accept the next client; return its socket and address, or None if none may be served in time.
+        """Accept a client that comes within TICK_SECONDS; None if none does, or it may not be served.
 
-        Like handle_request(), which would create a selector each time.
+        OSError if there are no descriptors or memory. (handle_request() makes a selector each time.)
         """
         try:
             request, address = self.get_request()
-        except OSError:  # nobody has come, or is gone again
+        except OSError as error:
+            if error.errno in EXHAUSTED:
+                raise
             return None
         try:
             if self.verify_request(request, address):
@@ -2258,16 +2255,6 @@ class Listener(socketserver.TCPServer):
             if mine and os.path.samestat(mine, os.lstat(self._path)):
                 os.unlink(self._path)
 
-    def get_request(self) -> Tuple[socket.socket, Any]:
-        """Accept a connection; without descriptors, do not spin."""
-        try:
-            return self.socket.accept()
-        except OSError as error:
-            if error.errno in EXHAUSTED:
-                self._warn_once(f"cannot accept connections for now: {show_error(error)}")
-                time.sleep(PAUSE_SECONDS)
-            raise
-
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Return whether the user behind this connection may use the port: ours or root."""
         if self._path:
@@ -2332,47 +2319,48 @@ class SessionStuck(NodeBusy):
 class Demand:
     """Decides how many sessions there are to be; with the Forwarder's lock held.
 
-    `states` are those of its carriers. While one is free, nothing is issued.
+    `states` are those of its carriers. While one is free, nothing is issued for a connection.
     """
 
     def __init__(self, limit: int, minimum: int) -> None:
-        self.limit = limit
         self.retry_on = 0.0  # nothing is issued before
-        self._full_limit = limit
+        self._limit = self._learned = limit
         self._limited_until = 0.0
         self._minimum = minimum
         self._waiting_since = self._spare_since = elapsed_seconds()
-        self._replaced_on = -float("inf")
+        self._replaced_on = -float("inf")  # when a young session was
 
-    def have_waited(self, now: float, waiting: int, states: List[str]) -> bool:
-        """Return whether connections wait, and have done so for GRACE_SECONDS while no session was free."""
+    def limit(self, now: float) -> int:
+        """Return how many sessions there may be now."""
+        return self._learned if now < self._limited_until else self._limit
+
+    def learn(self, now: float, limit: int) -> None:
+        """There are no more sessions to be had than these, for a while."""
+        self._learned, self._limited_until = limit, now + LIMIT_SECONDS
+
+    def is_overdue(self, now: float, waiting: int, states: List[str]) -> bool:
+        """Return whether connections have waited for GRACE_SECONDS; it keeps the time: call it often."""
         if not waiting or FREE in states:
             self._waiting_since = now
             return False
-        return not set(LIVE).intersection(states) or now - self._waiting_since >= GRACE_SECONDS
+        return not any(state in LIVE for state in states) or now - self._waiting_since >= GRACE_SECONDS
 
     def count_missing(self, now: float, waiting: int, states: List[str]) -> int:
         """Return how many sessions to issue: for connections that wait, and to have the minimum ready."""
         live = [state for state in states if state in LIVE]
-        if now >= self._limited_until:
-            self.limit = self._full_limit
-        # without the last: the server may yet count a session that is being revoked
+        # the server may yet count one that is being revoked, and refuse the only one that is asked for
         if now < self.retry_on or ENDING in states and not live:
             return 0
         wanted = 0 if FREE in states else waiting - states.count(OPENING)
         missing = self._minimum - len(live) if self._minimum > 1 else 0  # a single one when it is needed
-        return max(0, min(max(wanted, missing), self.limit - len(states)))
+        return max(0, min(max(wanted, missing), self.limit(now) - len(states)))
 
     def has_spare(self, now: float, free: int) -> bool:
-        """Return True if more than the minimum have been free for IDLE_SECONDS, each so often."""
+        """Return True once more than the minimum have been free for IDLE_SECONDS, and each so often."""
         is_spare = free > self._minimum and now - self._spare_since >= IDLE_SECONDS
         if is_spare or free <= self._minimum:
             self._spare_since = now
         return is_spare
-
-    def learn(self, now: float, limit: int) -> None:
-        """There are no more sessions to be had than these, for a while."""
-        self.limit, self._limited_until = limit, now + LIMIT_SECONDS
 
     def may_replace(self, now: float, lasted: float) -> bool:
         """Return whether a session whose listener is gone, after so long, may be replaced now.
@@ -2382,10 +2370,9 @@ class Demand:
         return lasted >= REPLACE_SECONDS or now - self._replaced_on >= REPLACE_SECONDS
 
     def note_gone(self, now: float, lasted: float) -> None:
-        """Issue nothing until `may_replace` allows it."""
-        if not self.may_replace(now, lasted):
-            self.retry_on = self._replaced_on + REPLACE_SECONDS
+        """Have young sessions replaced once in REPLACE_SECONDS at most."""
         if lasted < REPLACE_SECONDS:
+            self.retry_on = max(self.retry_on, self._replaced_on + REPLACE_SECONDS)
             self._replaced_on = max(now, self.retry_on)
 
 
@@ -2402,7 +2389,7 @@ class Carrier:
         self._awaited_since = 0.0
         self._sent_on = 0.0  # when something was last on its way to the Node
 
-    def wait_for(self, leg: Leg) -> None:
+    def remember(self, leg: Leg) -> None:
         """Remember a connection that the Node has yet to end."""
         self._awaited_since = self._sent_on = elapsed_seconds()
         self.awaited = leg
@@ -2443,9 +2430,11 @@ class Forwarder:
     At most `limit` sessions at once, `minimum` of them kept ready; `renew`: one that has run out is replaced.
 
     Each session has a thread. While the session is free its thread takes a client, dials, and carries the
-    connection to its end. Free is a session whose last connection the Node has ended; the next one may be
-    taken and dialled a moment before that, but nothing is sent on it. What the threads share is guarded by
-    one lock; the listener belongs to the thread that has the turn.
+    connection to its end. A session whose Node has yet to end the last connection counts as free for
+    GRACE_SECONDS more: the next one may be taken and dialled then, but nothing is sent on it. Where none is
+    free `tick` takes who waits, and issues sessions for them.
+
+    One lock guards changes of what the threads share; the listener belongs to the thread that has the turn.
     """
 
     def __init__(self, local: LocalAddress, ledger: Ledger, request: SessionRequest, limit: int = 4,
@@ -2462,15 +2451,16 @@ class Forwarder:
         self.local = self.listener.local
         self._turn = threading.Lock()
         self._changed = threading.Condition()  # guards what follows, `over`, `first`, and the carriers
-        self._is_ending = threading.Event()  # nothing is carried any more
+        self._is_over = threading.Event()  # nothing is carried any more: because of `over`, or `stop`
         self._is_stopped = False
         self._carriers: List[Carrier] = []
-        self._returned: List[Client] = []  # accepted, and not served yet: they wait for a session
+        # they wait for a session: theirs turned out to be over, or one is to be issued for them
+        self._accepted: List[Client] = []
         self._ended = Counts()
         self._explaining = 0  # threads
-        self._has_been_stuck = False
+        self._has_been_stuck = False  # then a further session that fails for now does not end the run
         self._demand = Demand(limit, minimum)
-        self._finishing_since = float("inf")
+        self._finishing_since = float("inf")  # when COMMAND has ended: see is_delivering
 
     def __enter__(self) -> "Forwarder":
         return self
@@ -2483,26 +2473,41 @@ class Forwarder:
     def establish(self) -> MediatedSession:
         """Issue the first sessions, and return the first whose Node has reported its listener."""
         with self._changed:
-            for _ in range(0 if self._is_stopped else self._minimum):
+            if self._is_stopped:
+                raise Cancelled("interrupted")
+            for _ in range(self._minimum):
                 self._start()
-            self._changed.wait_for(lambda: self.first or self._is_ending.is_set())
+            self._changed.wait_for(lambda: self.first or self._is_over.is_set())
             if self.first is None:
                 raise self.over or Cancelled("interrupted")
             return self.first
 
     def tick(self) -> None:
         """See to it that there are as many sessions as are needed, and keep the time."""
+        now = elapsed_seconds()
+        with self._changed:
+            if self._is_time_up(now):
+                self._end(SessionOver("the session expired"))
+            for each in self._carriers:
+                if each.session.is_over() and each.relay:
+                    each.relay.stop()
+            nobody_comes = self.over or not self._list_live() and now < self._demand.retry_on
         try:
-            self._look_after(elapsed_seconds())
+            if nobody_comes:
+                self._reject_waiting()
+            elif self.first is not None:
+                self._issue_missing(now)
         except (OSError, MemoryError) as error:  # which ends nothing that works
-            self._warn_once(f"cannot accept connections for now: {show_error(error)}")
+            self._warn_of_exhaustion(error)
+        if self.first is not None and not self._renew:
+            self.first.warn_of_its_end()
 
     def count(self) -> Counts:
         """Return the totals so far."""
         with self._changed:
             relays = [each.relay for each in self._carriers if each.relay]
             return self._ended._replace(
-                open=len(relays), waiting=self.listener.count_waiting() + len(self._returned),
+                open=len(relays), waiting=self.listener.count_waiting() + len(self._accepted),
                 sessions=sum(each.state in (FREE, BUSY) for each in self._carriers),
                 up=self._ended.up + sum(relay.up.moved for relay in relays),
                 down=self._ended.down + sum(relay.down.moved for relay in relays))
@@ -2528,7 +2533,7 @@ class Forwarder:
         """
         with self._changed:
             self._finishing_since = min(self._finishing_since, elapsed_seconds())
-            return bool(self._returned or self.listener.count_waiting() or any(
+            return bool(self._accepted or self.listener.count_waiting() or any(
                 each.awaited or each.state == BUSY and (not each.client or self._is_gone(*each.client))
                 for each in self._carriers))
 
@@ -2546,7 +2551,7 @@ class Forwarder:
         with self._changed:
             self._changed.wait_for(lambda: not self._explaining and not any(
                 each.state == BUSY for each in self._carriers), max(0.0, deadline - elapsed_seconds()))
-            self._close_returned()
+            self._close_accepted()
 
     # The thread of a session
 
@@ -2559,7 +2564,7 @@ class Forwarder:
             with self._changed:
                 self.first = self.first or session
                 self._changed.notify_all()
-            while not self._is_leaving(carrier):
+            while not self._is_done(carrier):
                 client = self._take(carrier)
                 if client is not None:
                     self._serve(carrier, buffers, *client)
@@ -2574,39 +2579,45 @@ class Forwarder:
         finally:
             self._dismiss(carrier)
 
-    def _is_leaving(self, carrier: Carrier) -> bool:
+    def _is_done(self, carrier: Carrier) -> bool:
         """Return whether a session takes no further client."""
         with self._changed:
-            return (self._is_ending.is_set() or carrier.session.is_over()
-                    or carrier.is_spare and not self._returned)
+            return (self._is_over.is_set() or carrier.session.is_over()
+                    or carrier.is_spare and not self._accepted)
 
     def _take(self, carrier: Carrier) -> Optional[Client]:
         """Take the client that is next, if one comes in time and this session is free for it."""
         is_ready, is_late = carrier.is_ready(), carrier.is_late()
         with self._changed:
-            # one whose Node has yet to end the last connection leaves clients to one that is ready
-            is_free = is_ready or not is_late and not any(
-                each.state == FREE and not each.awaited for each in self._carriers)
             carrier.state = FREE if is_ready or not is_late else BUSY
-            carrier.client = self._returned.pop(0) if is_free and self._returned else None
-            if carrier.client is not None:
-                carrier.state = BUSY
-        if carrier.client is not None:
-            if not self.listener.has_left(*carrier.client):
-                return carrier.client
-            carrier.client[0].close()
+            # one whose Node has yet to end the last connection leaves clients to one that is ready
+            is_free = carrier.state == FREE and (is_ready or not any(
+                each.state == FREE and not each.awaited for each in self._carriers))
+            client = self._accepted.pop(0) if is_free and self._accepted else None
+            self._give(carrier, client)
+        if client is not None:
+            if not self.listener.has_left(*client):
+                return client
+            client[0].close()
         elif not is_free:
             carrier.pause()
         elif self._turn.acquire(timeout=TICK_SECONDS):
             try:
                 client = self.listener.take()
-                if client is not None:
-                    with self._changed:
-                        carrier.state, carrier.client, carrier.is_spare = BUSY, client, False
+                self._give(carrier, client)
                 return client
+            except OSError as error:
+                self._warn_of_exhaustion(error)
+                self._is_over.wait(PAUSE_SECONDS)
             finally:
                 self._turn.release()
         return None
+
+    def _give(self, carrier: Carrier, client: Optional[Client]) -> None:
+        with self._changed:
+            carrier.client = client
+            if client is not None:
+                carrier.state, carrier.is_spare = BUSY, False
 
     def _serve(self, carrier: Carrier, buffers: Buffers, sock: socket.socket, address: Any) -> None:
         """Carry one connection, from the dial to its end."""
@@ -2621,26 +2632,26 @@ class Forwarder:
         had_answer = self._has_answered()
         self._ledger.say(f"connection from {name_client(address)} to {session.endpoint}")
         relay = Relay(Leg(sock), remote, buffers, lambda: self._is_gone(sock, address),
-                      lambda: self._is_ending.is_set() or session.ask())
+                      lambda: self._is_over.is_set() or session.ask())
         with self._changed:
             carrier.relay = relay
-            if self._is_ending.is_set():
+            if self._is_over.is_set():
                 relay.stop()
         relay.carry()
         if relay.is_awaited:
-            carrier.wait_for(remote)
+            carrier.remember(remote)
         self._note_end(carrier, relay, had_answer)
-        if relay.is_stuck and not self._is_ending.is_set():
+        if relay.is_stuck and not self._is_over.is_set():
             raise SessionStuck("the Node did not take what a client had sent that has reset its connection; "
                                "its session is not used any more")
 
     def _dial(self, carrier: Carrier) -> Leg:
         """Connect to the listener, and wait until the Node has ended the last connection."""
         session = carrier.session
-        remote = session.dial(self._is_ending.is_set)
+        remote = session.dial(self._is_over.is_set)
         try:
             while not carrier.is_ready():
-                if self._is_ending.is_set() or session.is_over():
+                if self._is_over.is_set() or session.is_over():
                     raise session.why or Cancelled("interrupted")
                 if carrier.is_late():
                     raise NodeBusy("the Node has not ended the last connection yet")
@@ -2659,8 +2670,8 @@ class Forwarder:
                 session.end(ListenerGone("the Node has closed the session's listener"))
             may_wait = isinstance(error, NodeBusy) or session.why and (
                 self._renew or len(self._list_live()) > 1)
-            if may_wait and carrier.client and not self._is_ending.is_set():
-                self._returned.append(carrier.client)
+            if may_wait and carrier.client and not self._is_over.is_set():
+                self._accepted.insert(0, carrier.client)
                 return
         sock.close()
         if not isinstance(error, (SessionOver, Cancelled)):
@@ -2670,7 +2681,7 @@ class Forwarder:
     def _note_end(self, carrier: Carrier, relay: Relay, had_answer: bool) -> None:
         """Count a connection that was carried, and say what there is to say about it."""
         self._count_end(carrier, relay.up.moved, relay.down.moved)
-        error = None if self._is_ending.is_set() or carrier.session.why else relay.error
+        error = None if self._is_over.is_set() or carrier.session.why else relay.error
         reason = f" ({show_error(error)})" if error else ""
         self._ledger.say(f"connection closed{reason}: {show_bytes(relay.up.moved)} up, "
                          f"{show_bytes(relay.down.moved)} down")
@@ -2692,23 +2703,27 @@ class Forwarder:
             self._changed.notify_all()
 
     def _wait_for_the_node(self, carrier: Carrier) -> None:
-        """Give it time to end the connection; giving the session back will make it."""
+        """Give it time to end the connection; giving the session back will make it.
+
+        After a reset nothing would show that it has.
+        """
         with self._changed:
             carrier.state, self._has_been_stuck = STUCK, True
         deadline = elapsed_seconds() + STUCK_SECONDS
-        while elapsed_seconds() < deadline and not self._is_ending.wait(TICK_SECONDS):
+        while elapsed_seconds() < deadline and not self._is_over.wait(TICK_SECONDS):
             if carrier.awaited is not None and carrier.awaited.has_ended():
                 return
 
     def _dismiss(self, carrier: Carrier) -> None:
         """Do what follows from the end of a session, and revoke it."""
-        session, why = carrier.session, carrier.session.why
+        session = carrier.session
         with self._changed:
+            why, is_leaving = session.why, self._is_over.is_set()
             carrier.state = ENDING
-            if why is not None and not self._is_ending.is_set():
+            if why is not None and not is_leaving:
                 self._follow(session, why)
-        if session.session_id and not self._is_stopped:  # else Ledger.leave does it
-            self._ledger.give_back(session.session_id)
+        if session.session_id:
+            self._ledger.give_back(session.session_id, is_leaving and why is None)
         with self._changed:
             self._carriers.remove(carrier)
             self._changed.notify_all()
@@ -2721,6 +2736,12 @@ class Forwarder:
             ended = self._ended
             self._ended = ended._replace(ended=ended.ended + 1, up=ended.up + up, down=ended.down + down)
             self._changed.notify_all()
+
+    def _warn_once(self, text: str) -> None:
+        self._ledger.tell_once("warning: " + text, text.partition(" (")[0])
+
+    def _warn_of_exhaustion(self, error: BaseException) -> None:
+        self._warn_once(f"cannot accept connections for now: {show_error(error)}")
 
     def _has_answered(self) -> bool:
         """Return whether the target has answered on a connection that is open: so it can be reached."""
@@ -2735,47 +2756,33 @@ class Forwarder:
 
     # The main thread
 
-    def _look_after(self, now: float) -> None:
-        with self._changed:
-            if self._is_time_up(now):
-                self._end(SessionOver("the session expired"))
-            for each in self._carriers:
-                if each.session.is_over() and each.relay:
-                    each.relay.stop()
-            nobody_comes = self.over or not self._list_live() and now < self._demand.retry_on
-        if nobody_comes:
-            self._reject_waiting()
-        elif self.first is not None:
-            self._issue_missing(now)
-            if not self._renew:
-                self.first.warn_of_its_end()
-
     def _issue_missing(self, now: float) -> None:
         """Issue the sessions that are missing, and give one back that is not needed."""
         with self._changed:
             states = [each.state for each in self._carriers]
-            waiting = len(self._returned) + self.listener.count_waiting()
-            opening, room = states.count(OPENING), 0
-            if self._demand.have_waited(now, waiting, states):
-                room = self._demand.count_missing(now, waiting, states) + opening
-                self._warn_of_the_limit(waiting, states)
-        # they are checked before a session is issued for them: another user must not cost any
-        self._accept(room - len(self._returned))
+            waiting, room = len(self._accepted) + self.listener.count_waiting(), 0
+            if self._demand.is_overdue(now, waiting, states):
+                # so many will be served by sessions that are on their way, or that may be issued
+                room = states.count(OPENING) + self._demand.count_missing(now, waiting, states)
+                self._warn_of_the_limit(now, waiting, states)
+        # who is accepted is checked: another user must not cost a session
+        self._accept(room - len(self._accepted))
         with self._changed:
             states = [each.state for each in self._carriers]
             has_time = self._renew or self.first is not None and self.first.expires_on - now >= 1
-            if has_time and not self._is_ending.is_set():
-                for _ in range(self._demand.count_missing(now, len(self._returned), states)):
+            if has_time and not self._is_over.is_set():
+                for _ in range(self._demand.count_missing(now, len(self._accepted), states)):
                     self._start()
             free = [each for each in self._carriers if each.state == FREE and not each.awaited]
             if self._demand.has_spare(now, len(free)):
                 free[-1].is_spare = True
 
-    def _warn_of_the_limit(self, waiting: int, states: List[str]) -> None:
-        if states.count(FREE) + states.count(BUSY) >= self._demand.limit:
+    def _warn_of_the_limit(self, now: float, waiting: int, states: List[str]) -> None:
+        limit = self._demand.limit(now)
+        if states.count(BUSY) >= limit:
             self._ledger.tell_once(
                 f"warning: {waiting} connection{'s wait' if waiting > 1 else ' waits'} until one closes: "
-                f"each needs a session (--max-sessions is {self._demand.limit}; a connection pool must not "
+                f"each needs a session (--max-sessions is {limit}; a connection pool must not "
                 "be larger)", "limit")
 
     def _accept(self, room: int) -> None:
@@ -2784,15 +2791,16 @@ class Forwarder:
             try:
                 for _ in range(min(room, self.listener.count_waiting())):
                     client = self.listener.take()
-                    with self._changed:
-                        self._returned += [client] if client is not None else []
+                    if client is not None and not self.listener.has_left(*client):
+                        with self._changed:
+                            self._accepted.append(client)
             finally:
                 self._turn.release()
 
     def _reject_waiting(self) -> None:
         """Reset the connections that wait, since no session will come to take them."""
         with self._changed:
-            self._close_returned()
+            self._close_accepted()
         if self._turn.acquire(timeout=TICK_SECONDS):
             try:
                 self.listener.reject()
@@ -2848,7 +2856,7 @@ class Forwarder:
         self._stop_carrying()
 
     def _stop_carrying(self) -> None:
-        self._is_ending.set()
+        self._is_over.set()
         for each in self._carriers:
             if each.relay:
                 each.relay.stop()
@@ -2865,13 +2873,11 @@ class Forwarder:
         left = max(1, int(self.first.expires_on - elapsed_seconds()))
         return self._request._replace(ttl_seconds=min(self._request.ttl_seconds or left, left))
 
-    def _close_returned(self) -> None:
-        for client, _ in self._returned:
+    def _close_accepted(self) -> None:
+        for client, _ in self._accepted:
             client.close()
-        del self._returned[:]
+        del self._accepted[:]
 
-    def _warn_once(self, text: str) -> None:
-        self._ledger.tell_once("warning: " + text, text.partition(" (")[0])
 
 
 def name_client(address: Any) -> str:
@@ -3475,7 +3481,7 @@ class Run:
                     # ssh hangs up as soon as it has seen the end: that counts then, and not the signal
                     if not relay.is_ending:
                         raise
-                    limit = QUIET_SECONDS + 1 if relay.down.is_over else ASK_LIMIT_SECONDS
+                    limit = QUIET_SECONDS + 1 if relay.down.is_passed_on else ASK_LIMIT_SECONDS
                     signalled, give_up_on = interrupted, min(give_up_on, elapsed_seconds() + limit)
                 if elapsed_seconds() >= give_up_on:
                     raise signalled

@@ -4520,7 +4520,7 @@ def test_an_answer_long_after_the_half_close_arrives(kinder):
         client.sendall(b"question")
         client.shutdown(socket.SHUT_WR)
         relay = eventually(running.relays)[0]
-        eventually(lambda: relay.up.is_over)
+        eventually(lambda: relay.up.is_passed_on)
         go.set()
         assert how_it_ends(client) == ("eof", LATE_ANSWER)
         eventually(lambda: running.target.ends == ["eof"])
@@ -4802,7 +4802,7 @@ def test_a_reset_after_the_half_close_is_noticed_while_the_answer_is_awaited():
         client.sendall(b"x")
         client.shutdown(socket.SHUT_WR)
         relay = eventually(running.relays)[0]
-        eventually(lambda: relay.up.is_over)
+        eventually(lambda: relay.up.is_passed_on)
         reset_close(client)
         eventually(lambda: running.count().open == 0)
         go.set()
@@ -5894,7 +5894,7 @@ def test_the_end_of_a_client_whose_child_has_its_socket_is_a_half_close(monkeypa
         client.shutdown(socket.SHUT_WR)
         client.close()
         eventually(lambda: asked == [False] * 3)
-        assert not relay.up.is_over
+        assert not relay.up.is_passed_on
         twin.close()
         settled(running, 1)
 
