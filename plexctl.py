@@ -2654,7 +2654,7 @@ class Forwarder:
                 if self._is_over.is_set() or session.is_over():
                     raise session.why or Cancelled("interrupted")
                 if carrier.is_late():
-                    raise NodeBusy("the Node has not ended the last connection yet")
+                    raise NodeBusy("")  # nobody is told: see _refuse
                 carrier.pause()
             return remote
         except BaseException:
