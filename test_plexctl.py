@@ -9004,17 +9004,11 @@ def far(request, simulation):
 def need(*names):
     """The programs' paths; the test is skipped where one is missing."""
     path = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"]
-                           + sorted(os.path.join(root, "bin") for root in postgres_roots()))
+                           + sorted(glob.glob("/usr/lib/postgresql/*/bin")))  # of Debian
     found = [shutil.which(name, path=path) for name in names]
     if None in found:
         pytest.skip("%s is not installed" % names[found.index(None)])
     return found
-
-
-def postgres_roots():
-    """Where Debian keeps PostgreSQL."""
-    base = "/usr/lib/postgresql"
-    return [os.path.join(base, name) for name in os.listdir(base)] if os.path.isdir(base) else []
 
 
 @contextlib.contextmanager
@@ -9074,9 +9068,8 @@ def proxy_port(simulation, *flags, sessions=1):
 class Conversation:
     """A program on a terminal of its own: type to it, and wait for its words."""
 
-    def __init__(self, terminal, start, *command, **popen):
-        self.screen, self.read = terminal(200), 0
-        self.process = start(*command, **dict(popen, **self.screen.controlling()))
+    def __init__(self, screen, process):
+        self.screen, self.process, self.read = screen, process, 0
 
     def type(self, keys):
         """Press keys."""
@@ -9092,26 +9085,24 @@ class Conversation:
         self.read = find()
         assert self.read, "no %r: %s, %r" % (words, self.process.describe(), self.screen.read())
 
-    def finish(self, seconds=20):
-        """Its exit status."""
-        status = self.process.finish(seconds).returncode
-        self.screen.read()
-        return status
-
 
 @contextlib.contextmanager
-def conversation(simulation, terminal, way, sessions, client, **env):
-    """A Conversation with a client program: through a proxy, or as plexctl's COMMAND."""
-    env = clean_environment(dict(env, TERM="dumb"))
-    if way == "command":
-        yield Conversation(terminal, lambda *command, **popen: start(simulation, "--", *command, **popen),
-                           *client("{host}", "{port}"), env=env)
-        revoked_once(simulation.plane, len(simulation.plane.issued))
-        assert len(simulation.plane.issued) <= sessions
-    else:
-        with proxy_port(simulation, sessions=sessions) as port:
-            yield Conversation(terminal, lambda *command, **popen: Process(list(command), **popen),
-                               *client("127.0.0.1", port), env=env)
+def conversation(simulation, terminal, way, sessions, client):
+    """A Conversation with a client program, to its successful end: through a proxy, or as COMMAND."""
+    screen, env = terminal(200), {"TERM": "dumb"}
+    with contextlib.ExitStack() as stack:
+        if way == "command":
+            command = client("{host}", "{port}")
+            process = start(simulation, "--", *command, env=env, **screen.controlling())
+        else:
+            port = stack.enter_context(proxy_port(simulation, sessions=sessions))
+            process = Process(client("127.0.0.1", port), env=clean_environment(env), **screen.controlling())
+        with process:
+            yield Conversation(screen, process)
+            assert process.finish().returncode == 0
+    assert "nothing came back" not in screen.read()
+    revoked_once(simulation.plane, len(simulation.plane.issued))
+    assert len(simulation.plane.issued) <= sessions
 
 
 @pytest.fixture(scope="module")
@@ -9120,8 +9111,8 @@ def postgres_server():
     initdb, server = need("initdb", "postgres")
     port = quiet_port()
     with directory_of("postgres") as (directory, as_user):
-        run_program(*(as_user + [initdb, "-D", directory + "/data", "-A", "trust", "-U", "postgres",
-                                 "--no-sync", "--locale=C", "-E", "UTF8"]), cwd=directory)
+        run_program(*as_user, initdb, "-D", directory + "/data", "-A", "trust", "-U", "postgres",
+                    "--no-sync", "--locale=C", "-E", "UTF8", cwd=directory)
         command = as_user + [server, "-D", directory + "/data", "-p", str(port), "-k", directory,
                              "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"]
         with serving(command, port, cwd=directory) as address:
@@ -9137,37 +9128,25 @@ def postgres(far, postgres_server):
 
 def psql_to(host, port, *more):
     """psql's command line."""
-    return need("psql") + ["-XAtq", "-h", host, "-p", str(port), "-U", "postgres"] + list(more)
-
-
-HASHES_SQL = "select md5(i::text) from generate_series(1, 100000) i"
-
-
-def hashes():
-    """What HASHES_SQL gives, as psql -At prints it."""
-    return "".join(hashlib.md5(b"%d" % number).hexdigest() + "\n" for number in range(1, 100001)).encode()
+    return need("psql") + ["-XAtqn", "-h", host, "-p", str(port), "-U", "postgres", *more]
 
 
 @pytest.mark.realworld
-def test_psql_through_the_proxy(postgres):
+def test_psql_through_the_proxy_and_as_command(postgres):
+    hashes = "".join(hashlib.md5(b"%d" % number).hexdigest() + "\n" for number in range(1, 100001))
+    of_server = "select md5(i::text) from generate_series(1, 100000) i"
     with proxy_port(postgres) as port:
         client = psql_to("127.0.0.1", port, "-v", "ON_ERROR_STOP=1")
-        assert run_program(*(client + ["-c", HASHES_SQL])) == hashes()
-        run_program(*(client + ["-c", "drop table if exists t", "-c", "create table t (v text)"]))
-        run_program(*(client + ["-c", "copy t from stdin"]), input=hashes())
-        assert run_program(*(client + ["-c", "copy t to stdout"])) == hashes()
+        run_program(*client, "-c", "drop table if exists t", "-c", "create table t (v text)")
+        run_program(*client, "-c", "copy t from stdin", input=hashes.encode())
+        assert run_program(*client, "-c", "copy t to stdout") == hashes.encode()
         notices = "do $$ begin for i in 1..3 loop perform pg_sleep(0.1); end loop; end $$; select 'done'"
-        assert run_program(*(client + ["-c", notices])) == b"done\n"
-    assert sum(postgres.node.connections.values()) == 5
-
-
-@pytest.mark.realworld
-def test_psql_as_command(postgres):
-    client = psql_to("{host}", "{port}")
-    result = run_command(postgres, *(client + ["-c", HASHES_SQL]))
-    assert (result.returncode, result.stdout) == (0, hashes().decode()), result.stderr
-    assert run_command(postgres, *(client + ["-c", "select"]), input="").returncode == 0
-    failed = run_command(postgres, *(client + ["-v", "ON_ERROR_STOP=1", "-f", "-"]), input="nonsense;")
+        assert run_program(*client, "-c", notices) == b"done\n"
+    assert sum(postgres.node.connections.values()) == 4
+    result = run_command(postgres, *psql_to("{host}", "{port}", "-c", of_server))
+    assert (result.returncode, result.stdout) == (0, hashes), result.stderr
+    client = psql_to("{host}", "{port}", "-v", "ON_ERROR_STOP=1", "-f", "-")
+    failed = run_command(postgres, *client, input="nonsense;")
     assert failed.returncode == 3, failed.stderr  # psql's own
     revoked_once(postgres.plane, 3)
 
@@ -9179,9 +9158,10 @@ def test_psql_cancels_a_query_and_goes_on(postgres, terminal, way, late):
     """The cancel request is a second connection, and psql waits for its end."""
     def sleeps():
         sql = "select count(*) from pg_stat_activity where state = 'active' and query like 'select pg_sleep%'"
-        return run_program(*psql_to(*postgres.node.target_address + ("-c", sql))) == b"1\n"
+        return run_program(*psql_to(*postgres.node.target_address, "-c", sql)) == b"1\n"
+
     postgres.node.late = late
-    with conversation(postgres, terminal, way, 2, lambda *to: psql_to(*to + ("-n",))) as psql:
+    with conversation(postgres, terminal, way, 2, psql_to) as psql:
         for _ in range(2):
             psql.type("select pg_sleep(30);\n")
             eventually(sleeps, 20)
@@ -9190,8 +9170,6 @@ def test_psql_cancels_a_query_and_goes_on(postgres, terminal, way, late):
             psql.type("select 6*7;\n")
             psql.expect("42")
         psql.type("\\q\n")
-        assert psql.finish() == 0
-    assert b"nothing came back" not in psql.screen.seen
 
 
 @pytest.mark.realworld
@@ -9208,38 +9186,22 @@ def test_pgbench(postgres, flags):
     assert done >= 10 and failed == 0, told
 
 
-@pytest.fixture
-def redis(far, tmp_path):
-    """The simulation with a Redis server behind the Node."""
-    server, port = need("redis-server")[0], quiet_port()
+@pytest.mark.realworld
+def test_redis_cli_through_the_proxy_and_as_command(far, tmp_path):
+    server, client = need("redis-server", "redis-cli")
+    value, port = pattern(1 << 20).hex().encode(), quiet_port()
     command = [server, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
     with serving(command, port) as far.node.target_address:
-        yield far
-
-
-@pytest.mark.realworld
-def test_redis_cli_through_the_proxy_and_as_command(redis):
-    client, = need("redis-cli")
-    value = pattern(1 << 20).hex().encode()
-    with proxy_port(redis) as local:
-        assert run_program(client, "-p", local, "-x", "set", "big", input=value) == b"OK\n"
-        assert run_program(client, "-p", local, "get", "big") == value + b"\n"
-        pipelined = b"".join(b"RPUSH list %d\r\n" % number for number in range(50000))
-        assert b"errors: 0, replies: 50000" in run_program(client, "-p", local, "--pipe", input=pipelined)
-        numbers = b"".join(b"%d\n" % number for number in range(50000))
-        assert run_program(client, "-p", local, "lrange", "list", "0", "-1") == numbers
-    result = run_command(redis, client, "-h", "{host}", "-p", "{port}", "llen", "list")
-    assert (result.returncode, result.stdout) == (0, "50000\n"), result.stderr
-
-
-@pytest.mark.realworld
-def test_redis_benchmark(redis):
-    """Four clients at once, and new ones for each of five tests."""
-    client, = need("redis-benchmark")
-    with proxy_port(redis, sessions=4) as local:
-        told = run_program(client, "-p", local, "-c", "4", "-n", 400 if redis.node.delay else 2000, "-q",
-                           "-t", "set,get,incr,lpush,rpop").decode()
-    assert re.findall(r"(\w+): [0-9.]+ requests per second", told) == ["SET", "GET", "INCR", "LPUSH", "RPOP"]
+        with proxy_port(far) as local:
+            assert run_program(client, "-p", local, "-x", "set", "big", input=value) == b"OK\n"
+            assert run_program(client, "-p", local, "get", "big") == value + b"\n"
+            pipelined = b"".join(b"RPUSH list %d\r\n" % number for number in range(50000))
+            told = run_program(client, "-p", local, "--pipe", input=pipelined)
+            assert b"errors: 0, replies: 50000" in told
+            numbers = b"".join(b"%d\n" % number for number in range(50000))
+            assert run_program(client, "-p", local, "lrange", "list", "0", "-1") == numbers
+        result = run_command(far, client, "-h", "{host}", "-p", "{port}", "llen", "list")
+        assert (result.returncode, result.stdout) == (0, "50000\n"), result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -9249,8 +9211,8 @@ def mariadb_server():
     port = quiet_port()
     with directory_of("mysql") as (directory, as_user):
         where = ["--no-defaults", "--datadir=%s/data" % directory]
-        run_program(*(as_user + [install] + where + ["--auth-root-authentication-method=normal",
-                                                     "--skip-test-db"]), cwd=directory)
+        run_program(*as_user, install, *where, "--auth-root-authentication-method=normal", "--skip-test-db",
+                    cwd=directory)
         command = as_user + [server] + where + [
             "--socket=%s/socket" % directory, "--pid-file=%s/pid" % directory, "--port=%d" % port,
             "--bind-address=127.0.0.1", "--skip-name-resolve"]
@@ -9264,11 +9226,12 @@ def test_mariadb_kills_a_query_and_goes_on(far, mariadb_server, terminal, way):
     """Its Ctrl-C is a KILL over a second connection."""
     def client(host, port, *more):
         return need("mariadb") + ["--no-defaults", "-A", "-h", host, "-P", str(port), "-u", "root",
-                                  "--protocol=tcp"] + list(more)
+                                  "--protocol=tcp", *more]
 
     def sleeps():
         sql = "select count(*) from information_schema.processlist where info = 'select sleep(30)'"
-        return run_program(*client(*mariadb_server + ("-N", "-B", "-e", sql))) == b"1\n"
+        return run_program(*client(*mariadb_server, "-N", "-B", "-e", sql)) == b"1\n"
+
     far.node.target_address = mariadb_server
     with conversation(far, terminal, way, 2, client) as mariadb:
         mariadb.expect("> ")
@@ -9280,7 +9243,6 @@ def test_mariadb_kills_a_query_and_goes_on(far, mariadb_server, terminal, way):
             mariadb.type("select 6*7;\n")
             mariadb.expect("42")
         mariadb.type("\\q\n")
-        assert mariadb.finish() == 0
 
 
 @pytest.mark.realworld
@@ -9319,35 +9281,36 @@ def ssh_options(far, tmp_path):
         yield ["-F", "/dev/null"] + [word for option in options for word in ("-o", option)]
 
 
-def proxy_command(simulation, *flags):
+def proxy_command(simulation):
     """The option of ssh that takes the way through plexctl --stdio."""
-    command = plexctl_command(forward_args(simulation.plane, "--stdio", *flags), sys.executable)
-    return ["-o", "ProxyCommand=" + " ".join(shlex.quote(word) for word in command)]
+    command = plexctl_command(forward_args(simulation.plane, "--stdio"), sys.executable)
+    return ["-o", "ProxyCommand=" + " ".join(map(shlex.quote, command))]
 
 
 def through_ssh(run, ssh, directory):
     """A stream each way, and what is on the other side's stderr."""
     assert run(*ssh, "127.0.0.1", "cat", input=pattern(8 << 20)) == pattern(8 << 20)
     assert run(*ssh, "127.0.0.1", "echo hello; echo lost >&2") == b"hello\n"
+    shutil.copy(str(directory / "data"), str(directory / "back"))
 
 
 def through_scp(run, ssh, directory):
     """A file each way."""
-    for source_and_copy in (["data", "127.0.0.1:%s" % (directory / "copied")],
-                            ["127.0.0.1:%s" % (directory / "copied"), "back"]):
-        run(need("scp")[0], *ssh[1:], *source_and_copy)
+    there = "127.0.0.1:%s" % (directory / "copied")
+    run(*need("scp"), *ssh[1:], "data", there)
+    run(*need("scp"), *ssh[1:], there, "back")
 
 
 def through_rsync(run, ssh, directory):
     """The same."""
-    for source_and_copy in (["data", "127.0.0.1:%s" % (directory / "copied")],
-                            ["127.0.0.1:%s" % (directory / "copied"), "back"]):
-        run(need("rsync")[0], "-e", " ".join(shlex.quote(str(word)) for word in ssh), *source_and_copy)
+    there, shell = "127.0.0.1:%s" % (directory / "copied"), " ".join(map(shlex.quote, ssh))
+    run(*need("rsync"), "-e", shell, "data", there)
+    run(*need("rsync"), "-e", shell, there, "back")
 
 
 def through_git(run, ssh, directory):
     """A push, and a clone."""
-    git = need("git") + ["-c", "core.sshCommand=" + " ".join(shlex.quote(str(word)) for word in ssh),
+    git = need("git") + ["-c", "core.sshCommand=" + " ".join(map(shlex.quote, ssh)),
                          "-c", "user.name=x", "-c", "user.email=x@example.com"]
     url = "127.0.0.1:%s" % (directory / "bare")
     for words in (["init", "-q", "--bare", "bare"], ["init", "-q", "."], ["add", "data"],
@@ -9357,20 +9320,21 @@ def through_git(run, ssh, directory):
     os.rename(str(directory / "clone" / "data"), str(directory / "back"))
 
 
+PROGRAMS = {"ssh": through_ssh, "scp": through_scp, "rsync": through_rsync, "git": through_git}
+
+
 @pytest.mark.realworld
 @pytest.mark.parametrize("way", ["proxy", "ProxyCommand"])
-@pytest.mark.parametrize("program", [through_ssh, through_scp, through_rsync, through_git],
-                         ids=["ssh", "scp", "rsync", "git"])
+@pytest.mark.parametrize("program", list(PROGRAMS))
 def test_what_goes_through_ssh(far, ssh_options, tmp_path, way, program):
     (tmp_path / "data").write_bytes(pattern(8 << 20))
     env = dict(os.environ, HOME=str(tmp_path), **far.plane.environment())
     with contextlib.ExitStack() as stack:
         ssh = need("ssh") + ssh_options + (
             ["-o", "Port=" + stack.enter_context(proxy_port(far))] if way == "proxy" else proxy_command(far))
-        program(lambda *words, **popen: run_program(*words, env=env, cwd=str(tmp_path), **popen),
-                ssh, tmp_path)
-        if program is not through_ssh:
-            assert (tmp_path / "back").read_bytes() == pattern(8 << 20)
+        PROGRAMS[program](lambda *words, **popen: run_program(*words, env=env, cwd=str(tmp_path), **popen),
+                          ssh, tmp_path)
+        assert (tmp_path / "back").read_bytes() == pattern(8 << 20)
         assert sum(far.node.connections.values()) == 2
     if way == "ProxyCommand":
         far.plane.wait_for(lambda: len(far.plane.revoked) == 2)
@@ -9449,27 +9413,26 @@ def web_server(far, tmp_path):
 
 @pytest.mark.realworld
 def test_curl_keeps_one_connection_alive(far, web_server):
-    curl, = need("curl")
     digests = [big_file(web_server / name, size) for name, size in (("one", 1), ("two", 3))]
     with proxy_port(far) as port:
         urls = ["http://127.0.0.1:%s/%s" % (port, name) for name in ("one", "two")]
-        connects = run_program(curl, "-sS", "-w", "%{num_connects} ", "-o", web_server / "a", urls[0],
-                               "-o", web_server / "b", urls[1])
+        connects = run_program(*need("curl"), "-sS", "-w", "%{num_connects} ",
+                               "-o", web_server / "a", urls[0], "-o", web_server / "b", urls[1])
         assert connects == b"1 0 "
     assert [hash_of(web_server / name) for name in ("a", "b")] == digests
     assert sum(far.node.connections.values()) == 1
 
 
 @pytest.mark.realworld
-@pytest.mark.parametrize("files", [4, 8], ids=["4 files", "8 files"])
-def test_curl_downloads_several_files_at_once(far, web_server, files):
+@pytest.mark.parametrize("files, size", [(4, 8), (8, 8), (1, int(os.environ.get("LARGE_MEBIBYTES", "256")))],
+                         ids=["4 files", "8 files", "a large one"])
+def test_curl_downloads_several_files_at_once_byte_for_byte(far, web_server, files, size):
     """curl keeps a connection whose file is there, so the fifth file waits for the server to close one."""
-    curl, = need("curl")
-    digests = [big_file(web_server / ("from%d" % number), 8, 8 * number) for number in range(files)]
+    digests = [big_file(web_server / ("from%d" % number), size, size * number) for number in range(files)]
     with proxy_port(far, sessions=4) as port:
         words = [["-o", web_server / ("to%d" % number), "http://127.0.0.1:%s/from%d" % (port, number)]
                  for number in range(files)]
-        run_program(curl, "-sS", "--parallel", "--fail", *sum(words, []))
+        run_program(*need("curl"), "-sS", "--parallel", "--fail", *sum(words, []))
     assert [hash_of(web_server / ("to%d" % number)) for number in range(files)] == digests
 
 
@@ -9479,17 +9442,6 @@ def test_curl_as_command_goes_to_no_proxy(far, web_server):
     curl = need("curl") + ["-sS", "--fail", "http://{addr}/page"]
     result = run_command(far, *curl, env={"http_proxy": "http://127.0.0.1:%d" % quiet_port()})
     assert (result.returncode, result.stdout) == (0, "here"), result.stderr
-
-
-@pytest.mark.realworld
-def test_curl_downloads_a_large_file_byte_for_byte(far, web_server):
-    curl, = need("curl")
-    size = int(os.environ.get("LARGE_MEBIBYTES", "256"))
-    digest = big_file(web_server / "large", size)
-    with proxy_port(far) as port:
-        run_program(curl, "-sS", "-o", web_server / "copy", "http://127.0.0.1:%s/large" % port)
-    assert os.path.getsize(str(web_server / "copy")) == size << 20
-    assert hash_of(web_server / "copy") == digest
 
 
 # ---- tests: README and packaging ------------------------------------------------------------------
