@@ -9065,46 +9065,6 @@ def proxy_port(simulation, *flags, sessions=1):
     assert all(wait.seconds < 1 for wait in simulation.node.waits), simulation.node.waits
 
 
-class Conversation:
-    """A program on a terminal of its own: type to it, and wait for its words."""
-
-    def __init__(self, screen, process):
-        self.screen, self.process, self.read = screen, process, 0
-
-    def type(self, keys):
-        """Press keys."""
-        self.screen.type(keys.encode())
-
-    def expect(self, words, seconds=20):
-        """Wait for words that are not on the screen yet, but for those that came before the last ones."""
-        def find():
-            position = self.screen.seen.find(words.encode(), self.read)
-            return position >= 0 and position + 1
-        with contextlib.suppress(AssertionError):
-            eventually(lambda: find() or self.process.poll() is not None, seconds)
-        self.read = find()
-        assert self.read, "no %r: %s, %r" % (words, self.process.describe(), self.screen.read())
-
-
-@contextlib.contextmanager
-def conversation(simulation, terminal, way, sessions, client):
-    """A Conversation with a client program, to its successful end: through a proxy, or as COMMAND."""
-    screen, env = terminal(200), {"TERM": "dumb"}
-    with contextlib.ExitStack() as stack:
-        if way == "command":
-            command = client("{host}", "{port}")
-            process = start(simulation, "--", *command, env=env, **screen.controlling())
-        else:
-            port = stack.enter_context(proxy_port(simulation, sessions=sessions))
-            process = Process(client("127.0.0.1", port), env=clean_environment(env), **screen.controlling())
-        with process:
-            yield Conversation(screen, process)
-            assert process.finish().returncode == 0
-    assert "nothing came back" not in screen.read()
-    revoked_once(simulation.plane, len(simulation.plane.issued))
-    assert len(simulation.plane.issued) <= sessions
-
-
 @pytest.fixture(scope="module")
 def postgres_server():
     """The address of a PostgreSQL server with a superuser called postgres and no password."""
@@ -9149,27 +9109,6 @@ def test_psql_through_the_proxy_and_as_command(postgres):
     failed = run_command(postgres, *client, input="nonsense;")
     assert failed.returncode == 3, failed.stderr  # psql's own
     revoked_once(postgres.plane, 3)
-
-
-@pytest.mark.realworld
-@pytest.mark.parametrize("late", [0, [0, 1]], ids=["", "a further session is late"])
-@pytest.mark.parametrize("way", ["proxy", "command"])
-def test_psql_cancels_a_query_and_goes_on(postgres, terminal, way, late):
-    """The cancel request is a second connection, and psql waits for its end."""
-    def sleeps():
-        sql = "select count(*) from pg_stat_activity where state = 'active' and query like 'select pg_sleep%'"
-        return run_program(*psql_to(*postgres.node.target_address, "-c", sql)) == b"1\n"
-
-    postgres.node.late = late
-    with conversation(postgres, terminal, way, 2, psql_to) as psql:
-        for _ in range(2):
-            psql.type("select pg_sleep(30);\n")
-            eventually(sleeps, 20)
-            psql.type("\x03")
-            psql.expect("canceling statement")
-            psql.type("select 6*7;\n")
-            psql.expect("42")
-        psql.type("\\q\n")
 
 
 @pytest.mark.realworld
@@ -9220,29 +9159,51 @@ def mariadb_server():
             yield address
 
 
+def mariadb_to(host, port, *more):
+    """mariadb's command line."""
+    return need("mariadb") + ["--no-defaults", "-A", "-h", host, "-P", str(port), "-u", "root",
+                              "--protocol=tcp", *more]
+
+
+PSQL = (psql_to, "postgres_server", "select pg_sleep(30)", "canceling statement", ["-c", (
+    "select count(*) from pg_stat_activity where state = 'active' and query like 'select pg_sleep%'")])
+MARIADB = (mariadb_to, "mariadb_server", "select sleep(30)", "query killed", ["-N", "-B", "-e", (
+    "select count(*) from information_schema.processlist where info = 'select sleep(30)'")])
+
+
 @pytest.mark.realworld
+@pytest.mark.parametrize("program, late", [(PSQL, 0), (PSQL, [0, 1]), (MARIADB, 0)],
+                         ids=["psql", "psql, a further session is late", "mariadb"])
 @pytest.mark.parametrize("way", ["proxy", "command"])
-def test_mariadb_kills_a_query_and_goes_on(far, mariadb_server, terminal, way):
-    """Its Ctrl-C is a KILL over a second connection."""
-    def client(host, port, *more):
-        return need("mariadb") + ["--no-defaults", "-A", "-h", host, "-P", str(port), "-u", "root",
-                                  "--protocol=tcp", *more]
+def test_ctrl_c_cancels_a_query_and_the_client_goes_on(far, terminal, request, way, program, late):
+    """It opens a second connection for that, and waits for its end."""
+    def expect(words, position=0):
+        """Wait for words on the screen, behind a position; the position behind them."""
+        eventually(lambda: words in screen.seen[position:] or process.poll() is not None, 20, screen.read)
+        return screen.seen.index(words, position) + len(words)
 
-    def sleeps():
-        sql = "select count(*) from information_schema.processlist where info = 'select sleep(30)'"
-        return run_program(*client(*mariadb_server, "-N", "-B", "-e", sql)) == b"1\n"
-
-    far.node.target_address = mariadb_server
-    with conversation(far, terminal, way, 2, client) as mariadb:
-        mariadb.expect("> ")
+    client, server, query, cancelled, count = program
+    far.node.target_address, far.node.late = request.getfixturevalue(server), late
+    screen, env, position = terminal(200), {"TERM": "dumb"}, 0
+    with contextlib.ExitStack() as stack:
+        if way == "command":
+            process = start(far, "--", *client("{host}", "{port}"), env=env, **screen.controlling())
+        else:
+            command = client("127.0.0.1", stack.enter_context(proxy_port(far, sessions=2)))
+            process = Process(command, env=clean_environment(env), **screen.controlling())
+        stack.enter_context(process)
         for _ in range(2):
-            mariadb.type("select sleep(30);\n")
-            eventually(sleeps, 20)
-            mariadb.type("\x03")
-            mariadb.expect("query killed")
-            mariadb.type("select 6*7;\n")
-            mariadb.expect("42")
-        mariadb.type("\\q\n")
+            screen.type(query.encode() + b";\n")
+            eventually(lambda: run_program(*client(*far.node.target_address, *count)) == b"1\n", 20)
+            screen.type(b"\x03")
+            position = expect(cancelled.encode(), position)
+            screen.type(b"select 6*7;\n")
+            position = expect(b"42", position)
+        screen.type(b"\\q\n")
+        assert process.finish().returncode == 0
+    assert "nothing came back" not in screen.read()
+    revoked_once(far.plane, len(far.plane.issued))
+    assert len(far.plane.issued) <= 2
 
 
 @pytest.mark.realworld
@@ -9339,28 +9300,6 @@ def test_what_goes_through_ssh(far, ssh_options, tmp_path, way, program):
     if way == "ProxyCommand":
         far.plane.wait_for(lambda: len(far.plane.revoked) == 2)
         revoked_once(far.plane, 2)
-
-
-@pytest.mark.realworld
-@pytest.mark.parametrize("why, words", [("down", "--host"), ("revoked", "revoked")])
-def test_ssh_shows_why_its_proxycommand_ended(far, ssh_options, why, words):
-    if why == "down":
-        far.node.target_address = "127.0.0.1", quiet_port()
-    command = need("ssh") + ssh_options + proxy_command(far) + ["127.0.0.1", "echo ready; cat"]
-    for _ in range(3):
-        with Process(command, env=dict(os.environ, **far.plane.environment()), stdin=subprocess.PIPE) as ssh:
-            if why == "revoked":
-                ssh.wait_for_output("ready")
-                far.plane.revoke(far.plane.issued[-1])
-            result = ssh.finish()
-        assert result.returncode == 255 and words in error_of(result)
-
-
-@pytest.mark.realworld
-def test_nc_that_ends_its_input_has_the_whole_answer(far):
-    with proxy_port(far) as port:
-        answer = run_program(*need("nc.openbsd"), "-N", "127.0.0.1", port, input=pattern(1 << 20))
-    assert answer == pattern(1 << 20)
 
 
 def big_file(path, mebibytes, first=0):
@@ -9481,19 +9420,17 @@ def test_the_published_examples_work_word_for_word(simulation, tmp_path, line):
     assert "\n    %s\n" % line in readme()
     environ = simulation.plane.environment(PLEXCTL_AUDIT_LOG=str(tmp_path / "audit.log"))
     script = 'plexctl() { "%s" -I "%s" "$@"; }\n%s\n' % (sys.executable, PLEXCTL, line)
-    done = subprocess.run(["bash", "-c", script], env=clean_environment(environ), stdin=subprocess.DEVNULL,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=60)
-    SEEN.extend([("out", done.stdout), ("err", done.stderr)])
+    done = run_words(["bash", "-c", script], clean_environment(environ))
     session, = simulation.plane.sessions
-    document = parse_document(done.stdout, "text")
-    assert (done.returncode, document["session_id"]) == (0, session.id)
+    document = parse_document(done.out, "text")
+    assert (done.status, document["session_id"]) == (0, session.id)
     assert document["listener_endpoint"] == session.endpoint and document["expires_at"] == session.expires_at
     if "--reveal-secrets" in line:
         assert document["local_addr"] == "127.0.0.1:15432"
-        warning, token = done.stderr.splitlines()
+        warning, token = done.err.splitlines()
         assert "warning" in warning and token == "PLEXCTL_SESSION_TOKEN=" + session.token
     else:
-        assert done.stderr == ""
+        assert done.err == ""
     assert simulation.plane.revoked == []
 
 
@@ -9505,12 +9442,10 @@ def test_the_docstring_of_this_file_lists_its_sections():
     assert len(names) > 20 and [name for name in listed if name in names] == names
 
 
-HEADINGS = ["Install", "Quick start", "Usage", "Recipes", "Credentials", "How it behaves", "Troubleshooting",
-            "Security", "Comparison", "Performance", "Library use", "Contributing", "License"]
-
-
 def test_the_readme_has_the_headings_that_readers_know_and_its_links_lead_somewhere():
-    assert re.findall("(?m)^## (.*)$", readme()) == HEADINGS
+    assert re.findall("(?m)^## (.*)$", readme()) == [
+        "Install", "Quick start", "Usage", "Recipes", "Credentials", "How it behaves", "Troubleshooting",
+        "Security", "Comparison", "Performance", "Library use", "Contributing", "License"]
     for name in ["README.md", ".ci/README.md"] + glob.glob(os.path.join(HERE, ".github", "*.md")):
         for link in re.findall(r"\]\(([^)]+)\)", page(name)):
             path, _, anchor = link.partition("#")
@@ -9578,10 +9513,7 @@ def test_the_readme_names_no_flag_that_there_is_not():
     assert named - set(flags_of_the_help()) == {"--now"}  # systemctl's
 
 
-SHELLS = ["bash", "zsh", "fish"]
-
-
-@pytest.fixture(params=SHELLS)
+@pytest.fixture(params=["bash", "zsh", "fish"])
 def shell(request):
     """Each shell that is installed."""
     found = shutil.which(request.param)
@@ -9614,11 +9546,14 @@ def recipe(simulation, tmp_path, block, shell="bash", **popen):
         yield process
 
 
-def press_ctrl_c(process):
-    """SIGINT for the shell and what it runs, as a terminal sends it; then the end."""
-    os.killpg(process.pid, signal.SIGINT)
-    result = process.finish()
-    assert "ended by SIGINT" in result.stderr, process.describe()
+@contextlib.contextmanager
+def proxy_recipe(simulation, tmp_path, block, shell="bash", lines=2, sessions=1):
+    """A block that runs a proxy: what it prints; then SIGINT, as a terminal sends it to the shell as well."""
+    with recipe(simulation, tmp_path, block, shell) as process:
+        yield process.ready(lines)
+        os.killpg(process.pid, signal.SIGINT)
+        assert "ended by SIGINT" in process.finish().stderr, process.describe()
+    assert sorted(simulation.plane.revoked) == sorted(simulation.plane.issued[-sessions:])
 
 
 def run_recipe(simulation, tmp_path, block, shell="bash", status=0, **popen):
@@ -9628,12 +9563,6 @@ def run_recipe(simulation, tmp_path, block, shell="bash", status=0, **popen):
     assert result.returncode == status, process.describe()
     assert "plexctl: error" not in result.stderr, result.stderr
     return result.stdout
-
-
-def answer_http(connection, _target):
-    """Answer one request."""
-    connection.recv(1 << 16)
-    connection.sendall(b"HTTP/1.0 200 OK\r\n\r\nhello\n")
 
 
 @pytest.fixture
@@ -9675,10 +9604,8 @@ def test_the_recipe_called_psql(simulation, postgres, tmp_path, shell):
     for block in [quick[0]] + recipe_blocks("psql"):
         with open(str(tmp_path / "query")) as query:
             assert "\n     42\n" in run_recipe(simulation, tmp_path, block, shell, stdin=query)
-    revoked_once(simulation.plane, 3)
-    with recipe(simulation, tmp_path, quick[1], shell) as process:
-        process.ready(2)
-        press_ctrl_c(process)
+    with proxy_recipe(simulation, tmp_path, quick[1], shell, sessions=4):
+        pass
 
 
 @pytest.mark.realworld
@@ -9694,37 +9621,31 @@ def test_the_recipe_called_ssh(simulation, ssh_options, tmp_path):
 
 
 def test_the_recipe_called_browser(tmp_path, recipe_ports, shell):
+    def answer_http(connection, _target):
+        connection.recv(1 << 16)
+        connection.sendall(b"HTTP/1.0 200 OK\r\n\r\nhello\n")
+
     block = recipe_blocks("Browser")[0]
     address = skip_if_taken(block)
-    with Simulation(answer_http) as simulation:
-        with recipe(simulation, tmp_path, block, shell) as process:
-            process.ready(2)
-            assert exchange(address, b"GET / HTTP/1.0\r\n\r\n").endswith(b"hello\n")
-            press_ctrl_c(process)
-        revoked_once(simulation.plane)
+    with Simulation(answer_http) as simulation, proxy_recipe(simulation, tmp_path, block, shell):
+        assert exchange(address, b"GET / HTTP/1.0\r\n\r\n").endswith(b"hello\n")
 
 
 def test_the_recipe_called_connection_pool(simulation, tmp_path, recipe_ports, shell):
     block = recipe_blocks("Connection pool")[0]
     address = skip_if_taken(block)
-    with recipe(simulation, tmp_path, block, shell) as process, contextlib.ExitStack() as stack:
-        process.ready(2)
+    with proxy_recipe(simulation, tmp_path, block, shell, sessions=4), contextlib.ExitStack() as stack:
         simulation.plane.wait_for(lambda: len(simulation.plane.issued) == 4)
         for pooled in [stack.enter_context(dial(address)) for _ in range(4)]:
-            pooled.sendall(b"x")
-            assert pooled.recv(1) == b"x"
+            assert talk(pooled, b"x")
         assert len(simulation.plane.issued) == 4
-        press_ctrl_c(process)
-    revoked_once(simulation.plane, 4)
 
 
 def test_the_recipe_called_systemd(simulation, tmp_path, recipe_ports):
-    blocks = recipe_blocks("systemd")
-    unit = dict(line.split("=", 1) for line in blocks[0].splitlines() if "=" in line)
+    unit = dict(line.split("=", 1) for line in recipe_blocks("systemd")[0].splitlines() if "=" in line)
     address = skip_if_taken(unit["ExecStart"])
     assert unit["Environment"].startswith("PLEXSPHERE_URL=") and unit["Type"] == "notify"
-    (tmp_path / "token").write_text(simulation.plane.bearer)
-    (tmp_path / "token").chmod(0o600)
+    write_private(tmp_path / "token", simulation.plane.bearer)
     line = unit["ExecStart"].replace("/usr/bin/python3", "exec python3").replace(
         "/usr/local/lib/", "~/") + " < " + unit["StandardInput"].replace("file:/etc/plexctl/", "")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
@@ -9737,20 +9658,17 @@ def test_the_recipe_called_systemd(simulation, tmp_path, recipe_ports):
             assert visit(address)
             process.send_signal(signal.SIGTERM)
             ends_by(process, signal.SIGTERM)
-            assert [state for state in iter(lambda: told.recv(1000), b"STOPPING=1")
-                    if not state.startswith(b"STATUS=")] == []
+            assert all(state.startswith(b"STATUS=") for state in iter(lambda: told.recv(1000), b"STOPPING=1"))
     revoked_once(simulation.plane)
 
 
 @pytest.mark.once
 def test_systemd_has_nothing_against_the_unit(tmp_path):
-    analyze = shutil.which("systemd-analyze")
-    if not analyze or not os.path.exists("/usr/bin/python3"):
-        pytest.skip("no systemd")
+    if not os.path.exists("/usr/bin/python3"):
+        pytest.skip("no /usr/bin/python3")
     (tmp_path / "plexctl-test.service").write_text(recipe_blocks("systemd")[0] + "\n")
-    done = subprocess.run([analyze, "verify", str(tmp_path / "plexctl-test.service")], stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, universal_newlines=True)
-    assert [line for line in done.stdout.splitlines() if "plexctl-test" in line] == []
+    done = run_words(need("systemd-analyze") + ["verify", tmp_path / "plexctl-test.service"])
+    assert "plexctl-test" not in done.out + done.err
 
 
 def test_the_recipe_called_ci(simulation, tmp_path, shell):
@@ -9765,10 +9683,9 @@ def test_the_recipe_called_json_and_jq(simulation, tmp_path, shell):
     need("jq")
     once, proxy = re.split(r"\n(?=plexctl)", recipe_blocks("JSON and jq")[0])
     assert run_recipe(simulation, tmp_path, once, shell) == simulation.plane.sessions[0].endpoint + "\n"
-    with recipe(simulation, tmp_path, proxy.replace("jq ", "jq --unbuffered "), shell) as process:
-        assert visit(process.ready().strip())
-        press_ctrl_c(process)
-    assert simulation.plane.revoked == simulation.plane.issued[1:]
+    proxy = proxy.replace("jq ", "jq --unbuffered ")
+    with proxy_recipe(simulation, tmp_path, proxy, shell, lines=1) as address:
+        assert visit(address.strip())
 
 
 def test_the_recipe_called_over_ssh_without_copying(simulation, tmp_path, shell):
@@ -9779,33 +9696,30 @@ def test_the_recipe_called_over_ssh_without_copying(simulation, tmp_path, shell)
 
 def test_the_recipe_called_a_mounted_secret(simulation, tmp_path, shell):
     block, = recipe_blocks("A mounted secret")
-    (tmp_path / "secret").write_text(BEARER + "\n")
-    (tmp_path / "secret").chmod(0o444)
+    path = write_private(tmp_path / "secret", BEARER + "\n", 0o444)
     assert block.endswith(" < /run/secrets/plexsphere")
-    block = block.replace("/run/secrets/plexsphere", str(tmp_path / "secret"))
-    with recipe(simulation, tmp_path, "export PLEXSPHERE_TOKEN=another\n" + block, shell) as process:
-        process.ready(2)
-        press_ctrl_c(process)
-    revoked_once(simulation.plane)
+    block = "export PLEXSPHERE_TOKEN=another\n" + block.replace("/run/secrets/plexsphere", path)
+    with proxy_recipe(simulation, tmp_path, block, shell):
+        pass
 
 
 def test_the_simulator_for_people_says_what_to_paste_and_logs_requests(tmp_path, shell):
-    def forward(exports, *more):
-        command = [shlex.quote(sys.executable), "-I", shlex.quote(PLEXCTL), "tcp-forward"]
-        line = exports + "\n" + " ".join(command + list(more))
-        return run_words([shell, "-c", line], clean_environment({"HOME": str(tmp_path)}), timeout=60)
+    def forward(*more):
+        words = [shlex.quote(sys.executable), "-I", shlex.quote(PLEXCTL), "tcp-forward", *more]
+        return run_words([shell, "-c", exports + " ".join(words)], clean_environment({"HOME": str(tmp_path)}))
+
     serve = [sys.executable, os.path.join(HERE, "test_plexctl.py"), "serve"]
     with Process(serve, env=clean_environment()) as process:
         process.wait_for_output("Requests to the control plane:\n")
         assert "Press Ctrl-C to stop it" in process.out
-        lines = process.out[process.out.index("export "):].split("\n\n")[0].splitlines()
-        exports, paste = "\n".join(lines[:-1]), lines[-1]
+        exports, paste = process.out[process.out.index("export "):].split("\n\n")[0].rsplit("\n", 1)
         assert paste == "python3 plexctl.py tcp-forward %s --proxy" % FLAGS_TO_PASTE
-        assert forward(exports, FLAGS_TO_PASTE).status == 0
+        exports += "\n"
+        assert forward(FLAGS_TO_PASTE).status == 0
         assert "IssueSession: 201" in process.out
         wrong = FLAGS_TO_PASTE.replace("$RESOURCE", PROJECT_ID)
-        one_error_line(forward(exports, wrong), "404", "check --project-id, --resource-id and --server")
-        elsewhere = forward(exports, FLAGS_TO_PASTE.replace("5432", "5433"), "--stdio")
+        one_error_line(forward(wrong), "404", "check --project-id, --resource-id and --server")
+        elsewhere = forward(FLAGS_TO_PASTE.replace("5432", "5433"), "--stdio")
         assert elsewhere.status == 1 and "10.0.0.5:5433" in elsewhere.err
         process.wait_for_output("RevokeSession: 204")
         process.send_signal(signal.SIGINT)
@@ -9819,10 +9733,9 @@ def test_the_simulator_for_people_says_what_to_paste_and_logs_requests(tmp_path,
     (["--target", "127.0.0.1:1"], "cannot connect to 127.0.0.1:1"),
     (["--late", "soon"], "number of seconds")], ids=["no port", "large port", "nobody there", "no number"])
 def test_the_simulator_for_people_says_what_is_wrong_with_its_options(arguments, said):
-    with Process([sys.executable, os.path.join(HERE, "test_plexctl.py"), "serve"] + arguments,
-                 env=clean_environment()) as process:
-        result = process.finish()
-    assert result.returncode == 2 and said in result.stderr.splitlines()[-1]
+    words = [sys.executable, os.path.join(HERE, "test_plexctl.py"), "serve"] + arguments
+    result = run_words(words, clean_environment())
+    assert result.status == 2 and said in result.err.splitlines()[-1]
 
 
 def test_the_library_example_works(simulation):
@@ -9942,36 +9855,33 @@ def test_every_claim_has_a_test_that_there_is():
 
 def test_a_console_script_of_one_module_is_installed(tmp_path):
     """`pip install .` into a fresh environment, where an index can be reached for the build backend."""
+    def run(*words):
+        return run_words(words, dict(os.environ), cwd=str(tmp_path), timeout=300)
+
     if sys.version_info[:2] not in ((3, 6), (3, 11), (3, 13)):
         pytest.skip("on three versions only: it takes a while")
     checkout, environment = tmp_path / "checkout", str(tmp_path / "environment")
-    checkout.mkdir()
-    for name in ("plexctl.py", "pyproject.toml", "README.md"):
-        shutil.copy(os.path.join(HERE, name), str(checkout))
-    (checkout / ".github").mkdir()
-    shutil.copy(os.path.join(HERE, ".github", "LICENSE"), str(checkout / ".github"))
+    (checkout / ".github").mkdir(parents=True)
+    for name in ("plexctl.py", "pyproject.toml", "README.md", ".github/LICENSE"):
+        shutil.copy(os.path.join(HERE, name), str(checkout / name))
     python = os.path.join(environment, "bin", "python")
-    pip = [python, "-m", "pip", "-q", "--disable-pip-version-check"]
     if sys.version_info < (3, 7):  # the pip that comes with 3.6 knows no build backends
-        subprocess.run([sys.executable, "-m", "venv", environment], check=True)
-        subprocess.run(pip + ["install", "-U", "pip<22"], check=True, stderr=subprocess.DEVNULL)
+        pip = [python, "-m", "pip", "-q"]
+        assert run(sys.executable, "-m", "venv", environment).status == 0
+        assert run(*pip, "install", "-U", "pip<22").status == 0
     else:  # a pip of its own would take half of the time
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
-        pip[:3] = [sys.executable, "-m", "pip", "--python", python]
-    done = subprocess.run(pip + ["install", str(checkout)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          universal_newlines=True)
-    if "No matching distribution found for flit" in done.stdout:
+        pip = [sys.executable, "-m", "pip", "--python", python, "-q"]
+        assert run(sys.executable, "-m", "venv", "--without-pip", environment).status == 0
+    done = run(*pip, "install", checkout)
+    if "No matching distribution found for flit" in done.err + done.out:
         pytest.skip("no package index")
-    assert done.returncode == 0, done.stdout
+    assert done.status == 0, done
     command = os.path.join(environment, "bin", "plexctl")
     for arguments, status, text in (([command, "--version"], 0, "sha256 " + hash_of(PLEXCTL)),
                                     ([command, "tcp-forward"], 2, "--project-id"),
                                     ([python, "-I", "-m", "plexctl", "tcp-forward"], 2, "--project-id")):
-        done = subprocess.run(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              universal_newlines=True, cwd=str(tmp_path), env=clean_environment())
-        assert done.returncode == status and text in done.stdout
-    files = subprocess.run(pip[:-2] + ["show", "-f", "plexctl"], stdout=subprocess.PIPE,
-                           universal_newlines=True)
-    assert "plexctl.py" in files.stdout and "test_plexctl.py" not in files.stdout
-    assert "LICENSE" in files.stdout
-    assert re.search(r"(?m)^Requires: *$", files.stdout)
+        done = run_words(arguments, clean_environment(), cwd=str(tmp_path))
+        assert done.status == status and text in done.out + done.err
+    files = run(*pip[:-1], "show", "-f", "plexctl").out
+    assert "plexctl.py" in files and "test_plexctl.py" not in files and "LICENSE" in files
+    assert re.search(r"(?m)^Requires: *$", files)
