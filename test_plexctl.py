@@ -5612,22 +5612,6 @@ def test_last_words_before_a_reset_arrive_and_the_reset_too(kinder, held_up, wor
         assert how_it_ends(client) == ("reset", words)
 
 
-def test_an_early_answer_arrives_while_the_client_still_uploads(kinder):
-    answer = pattern(8000)
-
-    def answer_early(connection, _target):
-        connection.recv(1000)
-        connection.sendall(answer)
-        connection.close()  # with input unread: a reset follows what was sent
-
-    with relayed_to(on_request(a=answer_early), direct=True, **kinder) as running:
-        for _ in range(5):
-            with dial(running.address) as client:
-                with pytest.raises(ConnectionError):
-                    client.sendall(b"a" + bytes(64 * MIB))
-                assert how_it_ends(client)[1] == answer
-
-
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
 def test_a_process_that_is_killed_resets_both_ends():
     with Simulation(source(64 * MIB), kinder=True) as simulation, start(simulation, "--proxy") as process:
@@ -5944,18 +5928,6 @@ def test_a_look_at_the_backlog_that_fails_ends_nothing_that_works(simulation, mo
         assert len(running.lines) == 1 and running.forwarder.over is None
 
 
-def test_a_renewal_that_finds_no_thread_fails_alone(simulation, monkeypatch, quick_ticks):
-    monkeypatch.setattr(plexctl, "RETRY_SECONDS", 1)
-    with using_sessions(simulation.plane, renew=True) as running:
-        monkeypatch.setattr(plexctl, "start_thread", lambda function, *arguments: False)
-        expire(running)
-        eventually(lambda: not running.count().sessions)
-        assert knock(running.address) == ("reset", b"") and running.said("cannot start a thread")
-        monkeypatch.undo()
-        eventually(lambda: attempt(running.address))
-        assert running.forwarder.over is None
-
-
 @READS_PROC
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="no prlimit")
 def test_an_accept_that_fails_is_told_once_and_tried_again(simulation):
@@ -6010,28 +5982,6 @@ try:
 except OSError:
     print("", flush=True)
 """
-FLOODS = """
-print("", flush=True)
-while True:
-    try:
-        with connect() as client:
-            client.sendall(b"EVIL")
-    except OSError:
-        pass
-"""
-LEAVES_A_PAYLOAD = """
-with connect(int(sys.argv[3])) as client:
-    client.sendall(b"EVIL")
-print("", flush=True)
-"""
-IS_BOUND_TO_LO = """
-with connect(int(sys.argv[3]), b"lo") as client:
-    client.sendall(b"EVIL")
-    print("", flush=True)
-    sys.stdin.read()
-"""
-
-
 @contextlib.contextmanager
 def stranger(program, address, *arguments):
     """Another user at the forwarder's address: a Process of which the first line has come."""
@@ -6117,11 +6067,19 @@ def test_another_user_is_let_in_where_that_is_wanted():
 @NEEDS_A_STRANGER
 @pytest.mark.parametrize("waits_for_node", [False, True], ids=["while it serves", "while it waits"])
 def test_a_flood_of_another_user_s_dead_connections_reaches_nobody_and_keeps_nobody_out(waits_for_node):
-    heard = bytearray()
+    heard, floods = bytearray(), """
+print("", flush=True)
+while True:
+    try:
+        with connect() as client:
+            client.sendall(b"EVIL")
+    except OSError:
+        pass
+"""
     with relayed_to(recorder(heard), late=3 * waits_for_node, establish=False, limit=10) as running:
         if not waits_for_node:
             running.forwarder.establish()
-        with stranger(FLOODS, running.address):
+        with stranger(floods, running.address):
             with dialled(running, 20, served=0) as clients:  # the kernel hands out the next one's ports
                 for client in clients:
                     client.sendall(b"good")
@@ -6140,9 +6098,13 @@ def test_a_flood_of_another_user_s_dead_connections_reaches_nobody_and_keeps_nob
 @NEEDS_A_STRANGER
 @pytest.mark.parametrize("owner", ["connects", "listens"])
 def test_a_payload_from_a_dead_connection_is_not_ours_whatever_we_do_on_its_port(owner):
-    heard, port = bytearray(), quiet_port()
+    heard, port, leaves_a_payload = bytearray(), quiet_port(), """
+with connect(int(sys.argv[3])) as client:
+    client.sendall(b"EVIL")
+print("", flush=True)
+"""
     with relayed_to(recorder(heard), establish=False) as running, contextlib.ExitStack() as stack:
-        stack.enter_context(stranger(LEAVES_A_PAYLOAD, running.address, port))
+        stack.enter_context(stranger(leaves_a_payload, running.address, port))
         if owner == "listens":
             stack.enter_context(service_on(port))
             socket.create_connection(("127.0.0.1", port), 10).close()
@@ -6155,9 +6117,14 @@ def test_a_payload_from_a_dead_connection_is_not_ours_whatever_we_do_on_its_port
 
 @NEEDS_A_STRANGER
 def test_a_socket_that_is_bound_to_a_device_is_judged_by_its_own_user():
-    heard, port = bytearray(), quiet_port()
+    heard, port, is_bound_to_lo = bytearray(), quiet_port(), """
+with connect(int(sys.argv[3]), b"lo") as client:
+    client.sendall(b"EVIL")
+    print("", flush=True)
+    sys.stdin.read()
+"""
     with relayed_to(recorder(heard), establish=False) as running, \
-            stranger(IS_BOUND_TO_LO, running.address, port), service_on(port):
+            stranger(is_bound_to_lo, running.address, port), service_on(port):
         running.forwarder.establish()
         eventually(lambda: running.said("rejected", "uid 65534"))
         with connect_from(running.address, device=b"lo") as client:  # ours may be bound to it as well
@@ -6208,14 +6175,18 @@ def test_a_connection_that_is_only_being_asked_for_is_nobody_s():
         owners.close()
 
 
-def test_one_that_has_gone_before_it_could_be_asked_for_is_not_served_and_counted():
-    with relayed_to(establish=False) as running:
-        with dial(running.address) as client:
-            client.sendall(b"rm -rf")
-        running.forwarder.establish()
-        assert is_alive(running)
-        assert running.target.accepted == 2 - LINUX
-        assert running.forwarder.listener.unidentified == LINUX and running.lines == []
+@pytest.mark.skipif(not LINUX, reason="asks the kernel")
+def test_one_that_has_gone_before_it_could_be_asked_for_is_not_served_and_told_of_at_the_end(simulation):
+    heard = bytearray()
+    simulation.target.serve = recorder(heard)
+    with running_proxy(simulation, "--max-sessions", 1) as (process, address):
+        with dial(address) as first:
+            chat(first, 1)
+            with dial(address) as second:
+                second.sendall(b"rm -rf")
+        assert visit(address)
+    assert b"rm -rf" not in bytes(heard) and simulation.target.accepted == 2
+    assert "; 1 closed before its owner could be checked" in process.err
 
 
 @pytest.mark.skipif(not (LINUX and shutil.which("unshare") and subprocess.call(
@@ -6225,28 +6196,6 @@ def test_where_our_uid_is_the_one_of_every_stranger_that_is_announced(simulation
     with Process(command, env=clean_environment(simulation.plane.environment())) as process:
         assert visit(proxy_address(process))
         assert process.err.count("warning: this host cannot tell whose a connection is") == 1
-
-
-@NEEDS_A_STRANGER
-def test_what_a_user_has_sent_and_closed_while_it_waited_is_still_his(simulation, lone_copy):
-    """Where the kernel says whose a closed socket was; else it is nobody's."""
-    heard, uid = bytearray(), 60000 + os.getpid() % 5000
-    simulation.target.serve = recorder(heard)
-    words = ["/usr/bin/python3", "-I", "plexctl.py"] + forward_args(
-        simulation.plane, "--proxy", "--max-sessions", "1")
-    send = ("import socket, sys; s = socket.create_connection(('127.0.0.1', int(sys.argv[1])));"
-            "s.sendall(b'mine'); s.close()")
-    with Process(words, env=clean_environment(simulation.plane.environment()), cwd=lone_copy,
-                 preexec_fn=becoming(uid)) as process:
-        address = proxy_address(process)
-        with dial(address) as first:  # root's, who may
-            chat(first, 1)
-            command = ["/usr/bin/python3", "-c", send, address.rsplit(":", 1)[1]]
-            subprocess.run(command, check=True, timeout=20, preexec_fn=becoming(uid))
-        assert visit(address)  # it was that one's turn before
-        process.send_signal(signal.SIGTERM)
-        result = process.finish()
-    assert ("could be checked" in result.stderr) == (b"mine" not in bytes(heard))
 
 
 def test_a_host_that_cannot_tell_is_announced_once_and_connections_are_served(simulation, monkeypatch):
@@ -6309,19 +6258,6 @@ def test_four_connections_have_four_sessions_which_the_next_four_use_again(simul
         assert len(simulation.plane.issued) == 4 and running.lines == [] and never_two_at_once(running)
 
 
-def test_connections_are_served_in_the_order_they_came_in_and_counted(simulation):
-    with using_sessions(simulation.plane, limit=1) as running, dialled(running, 4, served=1) as clients:
-        eventually(lambda: running.count() == plexctl.Counts(1, 3, 0, 1, 64, 64),
-                   state=lambda: vars(running.count()))
-        eventually(lambda: running.lines)
-        for number, (client, following) in enumerate(zip(clients, clients[1:]), 1):
-            client.close()
-            chat(following, 1)
-            expected = plexctl.Counts(1, 3 - number, number, 1, 64 * (number + 1), 64 * (number + 1))
-            eventually(lambda: running.count() == expected)  # noqa: B023
-        assert running.said("connections wait until one closes", "--max-sessions is 1") == running.lines
-
-
 def test_sequential_use_needs_one_session_and_never_waits_for_the_node_or_the_server():
     with relayed_to(late=[0, 60], delay=0.02) as running:
         for _ in range(10):
@@ -6338,11 +6274,6 @@ def test_a_connection_that_waits_gets_the_session_that_is_idle_first():
         assert running.node.endpoint(running.plane.issued[1]) is None
         clients[1].close()
         assert is_alive(running) and len(running.plane.issued) == 2
-
-
-def test_a_connection_that_waits_gets_the_further_session_if_that_is_first(simulation):
-    with using_sessions(simulation.plane) as running, dialled(running, 2):
-        assert len(simulation.plane.issued) == 2 and never_two_at_once(running)
 
 
 def test_within_the_grace_no_further_session_is_asked_for(simulation, monkeypatch):
@@ -6520,32 +6451,27 @@ def test_what_is_idle_above_the_minimum_is_given_back(simulation, monkeypatch, q
         assert is_alive(running) and running.lines == []
 
 
-@pytest.mark.parametrize("refusal", ["session_limit_exceeded", "forbidden", "rebac_denied"])
-def test_a_further_session_that_is_refused_lowers_the_limit_with_one_warning(simulation, refusal):
-    with using_sessions(simulation.plane, limit=3) as running, dialled(running, 2) as clients:
-        simulation.plane.script("issue", problem(refusal))
+@pytest.mark.parametrize("answer, words, node", [
+    (problem("session_limit_exceeded"), ["--max-sessions", "print mode"], {}),
+    (problem("forbidden"), ["403"], {}), (problem("rebac_denied"), ["insufficient_relation"], {}),
+    (PASS, ["reported no listener"], dict(max_sessions=2)),
+    (PASS, ["reported no listener"], dict(late=[0, 0, 60]))],
+    ids=["429", "403", "ReBAC", "the Node is full", "the Node is late"])
+def test_a_further_session_that_is_refused_lowers_the_limit_with_one_warning(answer, words, node):
+    with relayed_to(wait_seconds=0.6, limit=3, **node) as running, dialled(running, 2) as clients:
+        running.plane.script("issue", answer)
         clients += [dial(running.address) for _ in range(3)]
         warning, = eventually(lambda: running.said("warning: no further session", "wait for those there are"))
-        assert refusal != "session_limit_exceeded" or "--max-sessions" in warning and "print mode" in warning
+        assert all(word in warning for word in words), warning
         let_pass(3 * plexctl.GRACE_SECONDS)  # three wait, and nobody asks again
         for number in (0, 1, 2):
             clients[number].close()
             chat(clients[number + 2], 1)
         for client in clients:
             client.close()
-        assert asked(simulation.plane, "issue") == 3 and running.lines == [warning]
-
-
-@pytest.mark.parametrize("node", [dict(max_sessions=2), dict(late=[0, 0, 60])], ids=shown)
-def test_a_node_that_reports_no_listener_lowers_the_limit_with_one_warning(node):
-    with relayed_to(wait_seconds=0.6, limit=3, **node) as running, dialled(running, 5, served=2) as clients:
-        warning, = eventually(lambda: running.said("warning: no further session", "reported no listener"))
-        for number in (0, 1, 2):
-            clients[number].close()
-            chat(clients[number + 2], 1)
-        assert running.lines == [line for line in running.lines if line == warning or "waiting for" in line]
+        assert asked(running.plane, "issue") == 3 and running.forwarder.over is None
+        assert [line for line in running.lines if "waiting for" not in line] == [warning]
         eventually(lambda: len(running.plane.active()) == 2)
-        assert running.forwarder.over is None
 
 
 def test_a_further_session_that_fails_for_now_is_asked_for_again(simulation, monkeypatch, quick_ticks):
@@ -6584,24 +6510,6 @@ def test_the_end_of_a_client_whose_child_has_its_socket_is_a_half_close(monkeypa
         assert not relay.up.is_over
         twin.close()
         settled(running, 1)
-
-
-def test_the_end_of_a_client_that_still_listens_is_passed_on_when_the_target_is_quiet():
-    """So an answer that comes meanwhile arrives, though a Node of today cuts it off at an end."""
-    def answer_slowly(connection, _target):
-        asked_for = read_exactly(connection, 3)
-        for _ in range(3):
-            time.sleep(1)
-            connection.sendall(asked_for)
-
-    for serve, answer in ((answer_slowly, b"abcabcabc"), (echo, b"abc")):
-        began = time.monotonic()
-        with relayed_to(serve) as running, dial(running.address) as client:
-            client.sendall(b"abc")
-            client.shutdown(socket.SHUT_WR)
-            assert how_it_ends(client) == ("eof", answer)
-            assert time.monotonic() - began >= 2 and running.lines == []
-            settled(running, 1)
 
 
 def test_a_client_that_does_not_read_its_answer_is_not_taken_for_a_quiet_target(monkeypatch):
@@ -6922,16 +6830,21 @@ def test_a_renewal_that_the_server_refuses_ends_it(simulation, quick_ticks, name
         assert running.forwarder.over.exit_code == code and asked(simulation.plane, "issue") == 2
 
 
-def test_a_renewal_that_finds_no_server_fails_alone(simulation, monkeypatch, quick_ticks):
+@pytest.mark.parametrize("what, words", [("server", "for now"), ("thread", "cannot start a thread")])
+def test_a_renewal_that_fails_for_now_fails_alone(simulation, monkeypatch, quick_ticks, what, words):
     monkeypatch.setattr(plexctl, "RETRY_SECONDS", 1)
     with using_sessions(simulation.plane, renew=True) as running:
-        simulation.plane.script("issue", reset, reset, reset)
-        expire(running)
-        eventually(lambda: not running.count().sessions)
-        assert knock(running.address) == ("reset", b"")
+        with monkeypatch.context() as patches:
+            if what == "server":
+                simulation.plane.script("issue", reset, reset, reset)
+            else:
+                patches.setattr(plexctl, "start_thread", lambda function, *arguments: False)
+            expire(running)
+            eventually(lambda: not running.count().sessions)
+            assert knock(running.address) == ("reset", b"")
         eventually(lambda: attempt(running.address))
         assert running.forwarder.over is None
-        eventually(lambda: len(running.said("for now")) == 1)
+        eventually(lambda: len(running.said(words)) == 1)
 
 
 def test_leaving_while_a_session_is_being_issued_revokes_it_once(simulation):
@@ -7022,15 +6935,10 @@ def proxy_address(process):
     return parse_document(process.ready(2), "text")["local_addr"]
 
 
-def revoke_requests(plane):
-    """The ids in the revoke requests, whatever was answered."""
-    return [request.ids[1] for request in requests_of(plane, "revoke")]
-
-
 def revoked_once(plane, sessions=1):
     """So many sessions were issued, and each was revoked once."""
     assert len(plane.issued) == sessions, plane.describe()
-    assert sorted(revoke_requests(plane)) == sorted(plane.issued), plane.describe()
+    assert plane.revocations() == collections.Counter(plane.issued), plane.describe()
     assert sorted(plane.revoked) == sorted(plane.issued), plane.describe()
 
 
@@ -7192,7 +7100,7 @@ def test_a_second_signal_does_not_wait_for_a_server_that_hangs(simulation, at_on
         if at_once:  # the first one is seen, but nothing is revoked yet
             eventually(lambda: not pending_signals(process.pid))
         else:
-            simulation.plane.wait_for(lambda: revoke_requests(simulation.plane))
+            simulation.plane.wait_for(lambda: asked(simulation.plane, "revoke"))
         process.send_signal(signal.SIGINT)
         result = ends_by(process, signal.SIGINT, 3.5)
     warnings = [line for line in result.stderr.splitlines() if simulation.plane.issued[0] in line]
@@ -7242,7 +7150,7 @@ def test_keep_session_revokes_nothing(state, tmp_path, make_pipe):
         process.send_signal(signal.SIGTERM)
         err = ends_by(process, signal.SIGTERM).stderr
     session, = simulation.plane.sessions
-    assert not revoke_requests(simulation.plane)
+    assert not asked(simulation.plane, "revoke")
     kept = "session %s is kept until %s" % (session.id, session.expires_at)
     assert err.count(kept) == (state != "stdio")  # whose terminal may be in raw mode
 
@@ -7287,7 +7195,7 @@ def test_a_signal_right_before_the_end_does_not_belie_what_was_done(simulation, 
     result = run_words([sys.executable, "-I", "-B", "-c", program] + forward_args(simulation.plane),
                        clean_environment(simulation.plane.environment()))
     assert (result.status, result.err) == (0, "")
-    assert simulation.plane.issued and not revoke_requests(simulation.plane)
+    assert simulation.plane.issued and not asked(simulation.plane, "revoke")
 
 
 @pytest.mark.reveals
@@ -7399,7 +7307,7 @@ def test_a_third_signal_ends_it_at_once(simulation):
     with start(simulation, "--proxy") as process:
         process.ready(2)
         process.send_signal(signal.SIGTERM)
-        simulation.plane.wait_for(lambda: revoke_requests(simulation.plane))
+        simulation.plane.wait_for(lambda: asked(simulation.plane, "revoke"))
         began = time.monotonic()
         for signum in (signal.SIGINT, signal.SIGQUIT):
             process.send_signal(signum)
@@ -7515,7 +7423,7 @@ def test_a_process_ends_with_the_published_exit_code(
         revoked_once(plane, sessions)
     else:
         assert parse_document(result.stdout, "text")["session_id"] == plane.issued[0]
-        assert result.stderr == "" and not revoke_requests(plane)
+        assert result.stderr == "" and not asked(plane, "revoke")
     if not sessions and not answers:
         assert plane.requests == []
 
@@ -7604,7 +7512,7 @@ def test_no_path_ends_in_120(mode, redirections, has_output):
         if mode in ("print", "proxy") and not has_output and result.err:
             assert "standard output" in result.err
         left = mode == "print" and has_output
-        assert revoke_requests(simulation.plane) == ([] if left else simulation.plane.issued)
+        assert simulation.plane.revocations() == collections.Counter([] if left else simulation.plane.issued)
 
 
 @pytest.mark.skipif(not ROOT or not LINUX or not shutil.which("unshare"), reason="needs root and unshare")
@@ -7685,13 +7593,6 @@ def test_bulk_under_too_few_descriptors_arrives_or_is_refused_in_one_line(simula
                 assert result.returncode == 1 and error_of(result)
         assert "any local user" not in result.stderr and simulation.plane.active() == [], limit
     assert arrived
-
-
-def send_quietly(sock, data):
-    """Send it and a half-close, in a thread; a connection that ends is no matter."""
-    with contextlib.suppress(OSError):
-        sock.sendall(data)
-        sock.shutdown(socket.SHUT_WR)
 
 
 # ---- tests: COMMAND ------------------------------------------------------------------------------
@@ -7842,18 +7743,6 @@ def test_a_signal_ends_the_wait_for_a_slow_target_after_command(simulation):
             process.send_signal(signal.SIGTERM)
             assert process.finish(4).returncode in (0, 128 + signal.SIGTERM, -signal.SIGTERM)
         revoked_once(simulation.plane)
-
-
-@pytest.mark.parametrize("signum", SIGNALS)
-def test_after_the_end_of_command_a_signal_cuts_a_hanging_revocation_short(simulation, signum):
-    simulation.plane.script("revoke", hold(60))
-    with start(simulation, "--", "true") as process:
-        simulation.plane.wait_for(lambda: revoke_requests(simulation.plane))
-        process.send_signal(signum)
-        result = process.finish(4)
-    assert result.returncode in (0, -signum), process.describe()
-    assert "session %s is not revoked" % simulation.plane.issued[0] in result.stderr
-    assert has_no_bad_word(result.stderr)
 
 
 HANDLE = ("import os, signal, sys\n"
@@ -8272,15 +8161,18 @@ def test_stdio_says_why_it_ended_and_exits_1(make_pipe, why, words, stdin):
     assert simulation.plane.revocations() == {simulation.plane.issued[0]: 1}
 
 
-@pytest.mark.parametrize("signum", SIGNALS[1:])
-def test_a_signal_after_the_connection_s_end_is_no_accident(simulation, signum):
+@pytest.mark.parametrize("flags", [["--stdio"], ["--", "true"]], ids=["stdio", "COMMAND"])
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_a_signal_after_the_end_cuts_a_hanging_revocation_short_and_is_no_accident(simulation, flags, signum):
     simulation.target.serve = source(10)
     simulation.plane.script("revoke", hold(60))
-    with start(simulation, "--stdio") as process:  # stdin has ended
-        simulation.plane.wait_for(lambda: revoke_requests(simulation.plane))
+    with start(simulation, *flags) as process:  # stdin has ended
+        simulation.plane.wait_for(lambda: asked(simulation.plane, "revoke"))
         process.send_signal(signum)
-        assert process.finish(10).returncode == 0, process.describe()
-    assert process.err.count("\n") == 1 and "is not revoked" in process.err
+        result = process.finish(8)
+    assert result.returncode in (0, -signum if flags != ["--stdio"] else 0), process.describe()
+    assert "session %s is not revoked" % simulation.plane.issued[0] in result.stderr
+    assert has_no_bad_word(result.stderr) and (flags != ["--stdio"] or result.stderr.count("\n") == 1)
 
 
 def test_ssh_that_hangs_up_on_its_proxycommand_causes_no_error(make_pipe):
@@ -8697,13 +8589,12 @@ def test_a_client_that_leaves_while_the_node_is_blocked_keeps_no_session(where, 
 def test_a_target_that_the_node_gives_up_on_is_named_however_late(make_pipe, way):
     with Simulation(dial_seconds=12) as simulation, dial_that_hangs() as hanging:
         simulation.node.target_address = hanging.getsockname()
-        if way == "stdio":
-            with start(simulation, "--stdio", stdin=make_pipe()[0]) as process:
-                assert process.finish(40).returncode == 1
-        else:
-            with running_proxy(simulation) as (process, address):
-                assert knock(address)[1] == b""
+        with start(simulation, "--" + way, stdin=make_pipe()[0]) as process:
+            if way == "proxy":
+                assert knock(proxy_address(process))[1] == b""
                 process.wait_for_output("--host")
+                process.send_signal(signal.SIGTERM)
+            assert process.finish(40).returncode == (1 if way == "stdio" else -signal.SIGTERM)
         said = [line for line in process.err.splitlines() if "--host" in line]
         assert len(said) == 1 and all(word in said[0] for word in ("--port", HOST, str(PORT))), said
     revoked_once(simulation.plane)
@@ -8801,29 +8692,25 @@ def drop_everything(sock):
 @pytest.mark.parametrize("way", ["up", "down"])
 def test_a_path_that_dies_under_unacknowledged_data_is_noticed(monkeypatch, way):
     monkeypatch.setattr(plexctl, "UNANSWERED_SECONDS", 1)
-    ends, go = [], threading.Event()
+    ends, peers = [], []
 
     def serve(connection, target):
         connection.sendall(connection.recv(1))
+        peers.append(connection)
         if way == "up":
-            drop_everything(connection)
-            go.set()
             target.closing.wait()
-            return
-        go.wait(20)
-        connection.sendall(b"more")
-        ends.append(how_it_ends(connection)[0])
+        else:
+            ends.append(how_it_ends(connection)[0])
 
     with relayed_to(serve, direct=True) as running, dial(running.address) as client:
         client.sendall(b"x")
         assert client.recv(1) == b"x"
+        target = eventually(lambda: peers)[0]
+        drop_everything(target if way == "up" else client)
+        (client if way == "up" else target).sendall(b"more")
         if way == "up":
-            assert go.wait(20)
-            client.sendall(b"more")
             assert how_it_ends(client) == ("reset", b"")
         else:
-            drop_everything(client)
-            go.set()
             eventually(lambda: ends == ["reset"])
 
 
@@ -8917,7 +8804,7 @@ def test_a_half_close_is_passed_on_once_the_target_is_quiet_and_a_late_answer_ar
                 client.sendall(b"?")
                 client.shutdown(socket.SHUT_WR)
                 assert how_it_ends(client) == ("eof", answer)
-    assert 1 < quiet[1] - quiet[0] < 10
+    assert 1.4 < quiet[1] - quiet[0] < 10  # 2 s after the last dot
 
 
 IN_THE_BACKGROUND = """
@@ -9351,18 +9238,6 @@ def web_server(far, tmp_path):
 
 
 @pytest.mark.realworld
-def test_curl_keeps_one_connection_alive(far, web_server):
-    digests = [big_file(web_server / name, size) for name, size in (("one", 1), ("two", 3))]
-    with proxy_port(far) as port:
-        urls = ["http://127.0.0.1:%s/%s" % (port, name) for name in ("one", "two")]
-        connects = run_program(*need("curl"), "-sS", "-w", "%{num_connects} ",
-                               "-o", web_server / "a", urls[0], "-o", web_server / "b", urls[1])
-        assert connects == b"1 0 "
-    assert [hash_of(web_server / name) for name in ("a", "b")] == digests
-    assert sum(far.node.connections.values()) == 1
-
-
-@pytest.mark.realworld
 @pytest.mark.parametrize("files, size", [(4, 8), (8, 8), (1, int(os.environ.get("LARGE_MEBIBYTES", "256")))],
                          ids=["4 files", "8 files", "a large one"])
 def test_curl_downloads_several_files_at_once_byte_for_byte(far, web_server, files, size):
@@ -9373,14 +9248,6 @@ def test_curl_downloads_several_files_at_once_byte_for_byte(far, web_server, fil
                  for number in range(files)]
         run_program(*need("curl"), "-sS", "--parallel", "--fail", *sum(words, []))
     assert [hash_of(web_server / ("to%d" % number)) for number in range(files)] == digests
-
-
-@pytest.mark.realworld
-def test_curl_as_command_goes_to_no_proxy(far, web_server):
-    (web_server / "page").write_text("here")
-    curl = need("curl") + ["-sS", "--fail", "http://{addr}/page"]
-    result = run_command(far, *curl, env={"http_proxy": "http://127.0.0.1:%d" % quiet_port()})
-    assert (result.returncode, result.stdout) == (0, "here"), result.stderr
 
 
 # ---- tests: README and packaging ------------------------------------------------------------------
