@@ -74,7 +74,7 @@ try:
     import urllib.request
     import zlib
     from typing import (
-        IO, Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Set,
+        IO, Any, Callable, Dict, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Set,
         Tuple, Type, Union)
 
     if os.name == "posix":
@@ -1437,20 +1437,21 @@ FIRST_ASK_SECONDS = 0.002  # between two looks whether a client is gone; each pa
 LAST_ASK_SECONDS = 0.4
 UNANSWERED_SECONDS = 120  # after which a path is dead
 READS_AT_ONCE, DISCARD_BYTES = 1000, 64 * 1024  # when a leg is only read to its end
-LEG_OPTIONS: List[Tuple[str, str, Any]] = [
-    ("IPPROTO_TCP", "TCP_NODELAY", 1),  # a request in two writes costs 44 ms without it
-    ("SOL_SOCKET", "SO_KEEPALIVE", 1), ("IPPROTO_TCP", "TCP_KEEPIDLE", 60),
-    ("IPPROTO_TCP", "TCP_KEEPINTVL", 15), ("IPPROTO_TCP", "TCP_KEEPCNT", 4),
-    ("SOL_SOCKET", "SO_OOBINLINE", 1),  # urgent data stays in the stream
-    # close() sends a reset: not even SIGKILL may let a stream that was cut off look complete
-    ("SOL_SOCKET", "SO_LINGER", struct.pack("ii", 1, 0))]
+RESET_ON_CLOSE, END_ON_CLOSE = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)  # struct linger
+LEG_OPTIONS: List[Tuple[int, str, Any]] = [
+    (socket.IPPROTO_TCP, "TCP_NODELAY", 1),  # a request in two writes costs 44 ms without it
+    (socket.SOL_SOCKET, "SO_KEEPALIVE", 1), (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 60),
+    (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 15), (socket.IPPROTO_TCP, "TCP_KEEPCNT", 4),
+    (socket.SOL_SOCKET, "SO_OOBINLINE", 1),  # urgent data stays in the stream
+    # not even SIGKILL may let a stream that was cut off look complete
+    (socket.SOL_SOCKET, "SO_LINGER", RESET_ON_CLOSE)]
 
 
 def set_leg_options(sock: socket.socket) -> None:
     """Set what both legs of a connection need; sockets inherit it from the listener that accepts them."""
     for level, name, value in LEG_OPTIONS:
-        if hasattr(socket, name):
-            sock.setsockopt(getattr(socket, level), getattr(socket, name), value)
+        if hasattr(socket, name):  # macOS lacks TCP_KEEPIDLE
+            sock.setsockopt(level, getattr(socket, name), value)
 
 
 def is_connected(sock: socket.socket) -> bool:
@@ -1471,6 +1472,7 @@ class Leg:
         self.recv_into = sock.recv_into
         self.send = sock.send
         self.reads_at = self.writes_at = sock.fileno()
+        self.has_reset = False  # the other end has
         self.discarded = 0  # bytes that nobody was there for any more
         self._tells = ON_LINUX and sock.family != socket.AF_UNIX  # the kernel tells about the path
 
@@ -1521,7 +1523,7 @@ class Leg:
         """Close it, with a reset for the peer or in order."""
         if not reset:
             with contextlib.suppress(OSError):  # macOS, once both directions have ended
-                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0))
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, END_ON_CLOSE)
         self.sock.close()
 
 
@@ -1534,11 +1536,12 @@ class StandardStreams:
 
     def __init__(self) -> None:
         self.reads_at, self.writes_at = 0, 1
+        self.has_reset = False
         self.error: Optional[PlexctlError] = None  # why standard output did not get everything
         self._socket: Optional[socket.socket] = None
         if stat.S_ISSOCK(os.fstat(1).st_mode):  # fromfd() of anything else leaks its duplicate
             self._socket = socket.fromfd(1, socket.AF_INET, socket.SOCK_STREAM)
-            self._set_linger(True)
+            self._set_linger(RESET_ON_CLOSE)
 
     def recv_into(self, buffer: memoryview) -> int:
         """Read standard input; return 0 at its end."""
@@ -1587,15 +1590,15 @@ class StandardStreams:
     def close(self, reset: bool = True) -> None:
         """Let go of both descriptors; a socket is closed with a reset or in order."""
         if self._socket is not None:
-            self._set_linger(reset)
+            self._set_linger(RESET_ON_CLOSE if reset else END_ON_CLOSE)
             self._socket.close()
         self._let_go(1)
         self._let_go(0)
 
-    def _set_linger(self, switch: bool) -> None:
+    def _set_linger(self, option: bytes) -> None:
         if self._socket is not None:
             with contextlib.suppress(OSError):  # the peer is gone
-                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", switch, 0))
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, option)
 
     def _let_go(self, descriptor: int) -> None:
         nowhere = open_nowhere(os.O_RDWR)
@@ -1619,32 +1622,50 @@ class Flow:
         self.sink = sink
         self.moved = 0  # bytes that were handed on
         self.rest = buffer[:0]  # read, and not handed on yet
-        self.active_on = elapsed_seconds()  # when something was read or handed on
         self.has_ended = False  # the source has ended its input
         self.is_over = False  # and the sink was told so
-        self.is_discarding = False  # the sink takes nothing any more
+        self.refusal: Optional[OSError] = None  # the sink takes nothing any more; what comes is dropped
         self._buffer = buffer
+        self._recv_into = source.recv_into
+        self._send = sink.send
 
-    def read(self, now: float) -> None:
-        """Read once; OSError if the source has reset the connection."""
-        try:
-            count = self.source.recv_into(self._buffer)
-        except BlockingIOError:
-            return
-        self.has_ended = not count
-        if self.has_ended or not self.is_discarding:
-            self.active_on = now
-            self.rest = self._buffer[:count]
+    def move(self) -> bool:
+        """Read once, unless something is left, and hand it on; OSError if the source has reset.
 
-    def write(self, now: float) -> None:
-        """Hand on what the sink takes now; OSError if it takes nothing any more."""
+        False if that leaves something, or there is nothing to come.
+        """
+        piece = self.rest
+        if not piece:
+            try:
+                count = self._recv_into(self._buffer)
+            except BlockingIOError:
+                return True
+            except OSError:
+                self.source.has_reset = True
+                raise
+            self.has_ended = not count
+            if self.has_ended or self.refusal:
+                return False
+            piece = self._buffer[:count]
         try:
-            sent = self.sink.send(self.rest)
+            sent = self._send(piece)
         except BlockingIOError:
-            return
-        self.active_on = now
+            sent = 0
+        except OSError as error:
+            if error.errno in EXHAUSTED:
+                raise
+            self.refusal, self.rest = error, piece[:0]
+            return False
         self.moved += sent
-        self.rest = self.rest[sent:]
+        self.rest = piece[sent:]
+        return not self.rest
+
+    def end(self) -> None:
+        """Tell the sink, once, that the source has ended its input."""
+        if not self.is_over:
+            self.is_over = True
+            with contextlib.suppress(OSError):  # its peer is gone
+                self.sink.end()
 
 
 class Relay:
@@ -1658,15 +1679,15 @@ class Relay:
     - the client's, if it is gone, that is, has closed the connection (`is_gone`): at once. If it still
       listens: once the target has sent nothing for QUIET_SECONDS, or its answer would be cut off.
 
-    `is_stopped` is asked often; if it returns True, the connection ends with resets. `on_end` is called
-    once, before the client sees an end or a reset that it has not caused.
+    `on_end` is called once, before the client sees an end or a reset that it has not caused. `stop`,
+    from another thread, ends the connection with resets.
 
     Afterwards the client is closed, and so is `remote`, unless `is_awaited`: the client is gone,
     everything was handed on, and the Node has yet to end the connection.
     """
 
     def __init__(self, client: Any, remote: Leg, buffers: Buffers, is_gone: Callable[[], bool],
-                 is_stopped: Callable[[], bool], on_end: Callable[[], object]) -> None:
+                 on_end: Callable[[], object]) -> None:
         self.up = Flow(client, remote, buffers[0])
         self.down = Flow(remote, client, buffers[1])
         self.error: Optional[Exception] = None  # what has broken the connection
@@ -1677,189 +1698,164 @@ class Relay:
         self._client = client
         self._remote = remote
         self._is_gone = is_gone
-        self._is_stopped = is_stopped
         self._on_end = on_end
-        self._client_is_gone = False
-        self._client_has_reset = False
+        self._is_stopped = False  # the one thing here that another thread sets
         self._has_hung_up = False  # poll() has said so of the client, and would again and again
-        self._ask_on = 0.0  # when to ask next whether the client is gone
-        self._ask_pause = FIRST_ASK_SECONDS
-        self._look_on = 0.0  # when to look around next
+        self._counted = (-1, -1)  # bytes moved when _is_quiet looked last
+        self._quiet_since = 0.0
+        self._flows = {client.reads_at: self.up, remote.reads_at: self.down}
         self._poller = select.poll()
-        self._masks: Dict[int, int] = {}  # by descriptor, what poll() waits for
-        self._chosen: Tuple[bool, ...] = ()  # what that was chosen for
+        for descriptor in self._flows:
+            self._poller.register(descriptor, select.POLLIN)
+
+    def stop(self) -> None:
+        """Have the connection end with resets, within TICK_SECONDS."""
+        self._is_stopped = True
 
     def carry(self) -> None:
         """Return once the connection is over for the client. Whatever fails ends this connection alone."""
         try:
-            now = elapsed_seconds()
-            while not self._is_over(now):
-                self._choose()
-                ready = dict(self._poller.poll(self._pause(now) * 1000))
-                now = elapsed_seconds()
-                self._move(ready, now)
-        except Exception as error:
-            self.error = error
-        try:
-            if self.error is not None:
+            try:
+                self._carry()
+            except Exception as error:
+                self.error = error
                 self._settle()
         except Exception as error:
             self.error = error
-        self._close()
+        up, is_broken = self.up, self.error is not None
+        # what was dropped must not look as if it had arrived
+        self._client.close(reset=is_broken or not self.down.is_over or bool(up.refusal) and not up.has_ended)
+        self.is_awaited = not (is_broken or self.down.is_over)
+        if not self.is_awaited:
+            self._remote.close(reset=is_broken or not up.is_over)
 
-    def _choose(self) -> None:
-        """Choose what poll() waits for."""
-        up, down, client, remote = self.up, self.down, self._client, self._remote
-        state = (bool(up.rest), bool(down.rest), up.has_ended, down.has_ended, self._client_is_gone,
-                 self._has_hung_up)
-        if state == self._chosen:
+    def _carry(self) -> None:
+        up, down = self.up, self.down
+        while not (up.has_ended or down.has_ended or down.refusal):
+            if up.rest or down.rest or up.refusal:
+                self._move()
+            else:
+                self._move_freely()
+        if up.has_ended:
+            self._await_answer()
+        if down.has_ended:
+            self._end_client()
             return
-        self._chosen = state
-        masks = {client.reads_at: 0, client.writes_at: 0, remote.reads_at: 0}
-        if not up.rest and not up.has_ended:
-            masks[client.reads_at] |= select.POLLIN
-        if down.rest:
-            masks[client.writes_at] |= select.POLLOUT
-        if not (down.rest or down.has_ended or self._client_is_gone):
-            masks[remote.reads_at] |= select.POLLIN
-        if up.rest:
-            masks[remote.writes_at] |= select.POLLOUT
-        # a reset by the client is to be noticed even while nothing is read from it
-        is_watched = not (up.has_ended or self._has_hung_up)
+        # the client is gone; what it has sent before is still to be handed on
+        if down.refusal and down.refusal.errno != errno.EPIPE:
+            self._client.has_reset = True
+            raise down.refusal
+        while not up.has_ended:
+            self._move()
+        up.end()
+
+    def _move_freely(self) -> None:
+        """Move both ways, until one of them ends, or has to wait for its sink."""
+        poll, flows, is_free = self._poller.poll, self._flows, True
+        while is_free:
+            ready = poll(TICK_SECONDS * 1000)
+            if self._is_stopped or not ready:
+                self._check_legs()
+            for descriptor, _ in ready:
+                is_free = flows[descriptor].move() and is_free
+
+    def _move(self, seconds: float = TICK_SECONDS) -> None:
+        """Wait for a direction that can move, so long at most, and move it once."""
+        client, masks = self._client, {}  # by descriptor
+        if not (self.up.has_ended or self._has_hung_up):
+            masks[client.reads_at] = 0  # a reset shows even so
+        waiting = []
+        for flow in (self.up, self.down):
+            if not flow.has_ended:
+                descriptor, mask = ((flow.sink.writes_at, select.POLLOUT) if flow.rest else
+                                    (flow.source.reads_at, select.POLLIN))
+                masks[descriptor] = masks.get(descriptor, 0) | mask
+                waiting.append((descriptor, flow))
+        poller = select.poll()
         for descriptor, mask in masks.items():
-            if not mask and not (is_watched and descriptor == client.reads_at):
-                if self._masks.pop(descriptor, None) is not None:
-                    self._poller.unregister(descriptor)
-            elif self._masks.get(descriptor) != mask:
-                self._poller.register(descriptor, mask)
-                self._masks[descriptor] = mask
-
-    def _pause(self, now: float) -> float:
-        """Return how long poll() may wait."""
-        if self.up.has_ended and not self._client_is_gone:
-            return max(0.0, min(TICK_SECONDS, self._ask_on - now))
-        return TICK_SECONDS
-
-    def _move(self, ready: Dict[int, int], now: float) -> None:
-        """Read and write as far as that goes without waiting."""
-        client, remote = self._client, self._remote
-        if ready.get(client.reads_at) and not self._masks[client.reads_at]:
+            poller.register(descriptor, mask)
+        ready = dict(poller.poll(seconds * 1000))
+        if self._is_stopped or not ready:
+            self._check_legs()
+        if client.reads_at in ready and not masks[client.reads_at]:
             self._has_hung_up = True
             self._check_client(harmless=errno.EPIPE)
-        for flow, source, sink in ((self.up, client.reads_at, remote.writes_at),
-                                   (self.down, remote.reads_at, client.writes_at)):
-            is_ready = bool(ready.get(sink if flow.rest else source))
-            if is_ready and not flow.rest and not flow.has_ended:
-                self._read(flow, now)
-            if is_ready and flow.rest:
-                self._write(flow, now)
+        for descriptor, flow in waiting:
+            if descriptor in ready:
+                flow.move()
 
-    def _read(self, flow: Flow, now: float) -> None:
-        try:
-            flow.read(now)
-        except OSError:
-            if flow is self.up:
-                self._client_has_reset = True
-            else:
-                self.remote_ended_first = True
-            raise
-
-    def _write(self, flow: Flow, now: float) -> None:
-        try:
-            flow.write(now)
-        except OSError as error:
-            # EPIPE: the peer had ended its input in order, and what it sent before is still to be read;
-            # so it is behind a reset by the Node
-            has_ended = error.errno == errno.EPIPE
-            if flow is self.down and not has_ended:
-                self._client_has_reset = True
-            if self._client_has_reset or error.errno in EXHAUSTED:
-                raise
-            flow.is_discarding, flow.rest = True, flow.rest[:0]
-            if flow is self.down:
-                self._client_is_gone = True
-            elif not has_ended:
-                self.error, self.remote_ended_first = error, True
-
-    def _check_client(self, harmless: int = 0) -> None:
-        """Raise the error of a reset by the client; EPIPE is one after its end of input."""
-        error = self._client.take_error()
-        if error not in (0, harmless):
-            self._client_has_reset = True
-            raise OSError(error, os.strerror(error))
-
-    def _is_over(self, now: float) -> bool:
-        """Pass on the ends of input that are due; return whether the connection is over."""
-        up, down = self.up, self.down
-        if now >= self._look_on:
-            self._look_on = now + TICK_SECONDS
-            self._look_around(now)
-        if down.has_ended and not down.is_over:
-            self._end_down()
-        if up.has_ended:
-            self._end_up(now)
-        if up.is_over and (down.is_over or self._client_is_gone):
-            return True
-        # a client may keep its end open for ever, and the Node serves another one already
-        return down.is_over and self._is_quiet(now) and not self._client.count_unsent()
-
-    def _look_around(self, now: float) -> None:
-        if self._is_stopped():
+    def _check_legs(self) -> None:
+        """Raise if the connection is to end, or its path is dead."""
+        if self._is_stopped:
             raise ConnectionAbortedError(errno.ECONNABORTED, os.strerror(errno.ECONNABORTED))
         if self._client.is_dead() or self._remote.is_dead():
             raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
-        if self.down.is_over and self._client.count_unsent():  # it still receives
-            self.down.active_on = now
 
-    def _end_down(self) -> None:
-        if self.error is not None:
-            raise self.error  # what looks like an end is a reset, whose error was read before
-        self.remote_ended_first = not (self.up.is_over or self._client_is_gone)
+    def _check_client(self, harmless: int) -> None:
+        """Raise the error of a reset by the client; EPIPE is one after its end of input."""
+        error = self._client.take_error()
+        if error not in (0, harmless):
+            self._client.has_reset = True
+            raise OSError(error, os.strerror(error))
+
+    def _await_answer(self) -> None:
+        """The client has ended its input: pass that on once the target is quiet.
+
+        Return once the Node has ended the connection as well, or the client is gone.
+        """
+        up, down, pause = self.up, self.down, FIRST_ASK_SECONDS
+        is_gone = self._is_gone()
+        while not (is_gone or down.refusal or down.has_ended):
+            if self._is_quiet():
+                up.end()
+            moved = down.moved
+            self._move(pause)
+            if down.moved != moved:
+                pause = FIRST_ASK_SECONDS
+            else:
+                pause = min(2 * pause, LAST_ASK_SECONDS)
+                is_gone = self._is_gone()
+        if is_gone:
+            self._check_client(harmless=0 if up.is_over else errno.EPIPE)
+            up.end()
+
+    def _end_client(self) -> None:
+        """The Node has ended the connection: pass that on, and let the client finish."""
+        up, down = self.up, self.down
+        if up.refusal and up.refusal.errno != errno.EPIPE:
+            self._remote.has_reset = True  # what looks like an end is a reset, whose error was read before
+            raise up.refusal
+        self.remote_ended_first = not up.is_over
         self.is_ending = True
         if self.remote_ended_first:
             self._on_end()
-        self._pass_on(self.down)
+        down.end()
+        # a client may keep its end open for ever, and the Node serves another one already
+        while not (up.has_ended or self._is_quiet()):
+            self._move()
+        if up.has_ended:
+            up.end()
 
-    def _end_up(self, now: float) -> None:
-        up, down = self.up, self.down
-        if now >= self._ask_on and not (self._client_is_gone or down.is_over):
-            self._ask_on, self._ask_pause = now + self._ask_pause, min(2 * self._ask_pause, LAST_ASK_SECONDS)
-            self._client_is_gone = self._is_gone()
-            if self._client_is_gone:
-                self._check_client(harmless=0 if up.is_over else errno.EPIPE)
-        if not up.is_over and (self._client_is_gone or down.is_over or self._is_quiet(now)):
-            self._pass_on(up)
-
-    def _is_quiet(self, now: float) -> bool:
-        up, down = self.up, self.down
-        return not (up.rest or down.rest) and now - max(up.active_on, down.active_on) >= QUIET_SECONDS
-
-    def _pass_on(self, flow: Flow) -> None:
-        flow.is_over = True
-        try:
-            if not flow.is_discarding:
-                flow.sink.end()
-        except OSError:  # its peer is gone
-            flow.is_discarding = True
+    def _is_quiet(self) -> bool:
+        """Return whether nothing has moved for QUIET_SECONDS of asking, and nothing is on its way."""
+        counted = self.up.moved, self.down.moved
+        is_receiving = self.down.is_over and self._client.count_unsent()
+        if counted != self._counted or self.up.rest or self.down.rest or is_receiving:
+            self._counted, self._quiet_since = counted, elapsed_seconds()
+        return elapsed_seconds() - self._quiet_since >= QUIET_SECONDS
 
     def _settle(self) -> None:
         """Do what a broken connection needs before its legs are closed."""
-        if self._client_has_reset:
+        if self._client.has_reset:
             deadline = elapsed_seconds() + QUIET_SECONDS
-            while self._remote.count_unsent() and elapsed_seconds() < deadline and not self._is_stopped():
+            while self._remote.count_unsent() and elapsed_seconds() < deadline and not self._is_stopped:
                 time.sleep(0.02)
             self.is_stuck = self._remote.count_unsent() > 0
-        elif not self.down.is_over:
-            self.is_ending = True
-            self._on_end()
-
-    def _close(self) -> None:
-        up, down, is_broken = self.up, self.down, self.error is not None
-        # what was discarded must not look as if it had arrived
-        self._client.close(reset=is_broken or not down.is_over or up.is_discarding and not up.has_ended)
-        self.is_awaited = not (is_broken or down.is_over)
-        if not self.is_awaited:
-            self._remote.close(reset=is_broken or not up.is_over)
+        else:
+            self.remote_ended_first = self.remote_ended_first or self._remote.has_reset
+            if not self.down.is_over:
+                self.is_ending = True
+                self._on_end()
 
 
 # -------------------------------------------------------------------------------------- sessions
@@ -2028,10 +2024,12 @@ class Ledger:
             time.sleep(wait)
             failure = ""
         with self._changed:
+            is_told = session_id not in self._owed  # by left_behind
+        if failure and not is_told:
+            self.report(f"warning: session {session_id} is not revoked, it will expire on its own: {failure}")
+        with self._changed:
+            self._owed.pop(session_id, None)
             self._expires.pop(session_id, None)
-            if self._owed.pop(session_id, None) and failure:  # else left_behind has told
-                self.report(f"warning: session {session_id} is not revoked, it will expire on its own: "
-                            f"{failure}")
             self._changed.notify_all()
 
 
@@ -2044,6 +2042,8 @@ class MediatedSession:
 
     def __init__(self, ledger: Ledger, wait_seconds: float = 90.0) -> None:
         self.issued: Optional[IssuedSession] = None
+        self.why: Optional[PlexctlError] = None  # what has ended the session
+        self.endpoint: Optional[Endpoint] = None  # that the Node has reported last
         self.expires_on = float("inf")  # elapsed_seconds()
         self.ready_on = 0.0  # when the Node had reported the listener; 0: not yet
         self._ledger = ledger
@@ -2051,25 +2051,11 @@ class MediatedSession:
         self._refused_since = 0.0
         self._recheck_on = float("inf")
         self._warned_at = float("inf")
-        self._lock = threading.Condition()  # guards what follows
-        self._why: Optional[PlexctlError] = None
-        self._endpoint: Optional[Endpoint] = None
+        self._lock = threading.Condition()  # guards what follows, and how `why` and `endpoint` change
         self._route: Any = None  # family and address of the endpoint
         self._is_asking = False
         self._asked_on = 0.0  # when the last question ended
         self._has_answer = False
-
-    @property
-    def why(self) -> Optional[PlexctlError]:
-        """What has ended the session; None while it lasts."""
-        with self._lock:
-            return self._why
-
-    @property
-    def endpoint(self) -> Optional[Endpoint]:
-        """The listener endpoint that the Node has reported last."""
-        with self._lock:
-            return self._endpoint
 
     @property
     def session_id(self) -> str:
@@ -2091,7 +2077,7 @@ class MediatedSession:
     def end(self, why: PlexctlError) -> None:
         """Say that the session is over; the first reason counts."""
         with self._lock:
-            self._why = self._why or why
+            self.why = self.why or why
 
     def is_over(self) -> bool:
         """Return whether it carries no more. Call it often: it keeps the time, and asks once a minute."""
@@ -2119,7 +2105,7 @@ class MediatedSession:
         """
         with self._lock:
             is_due = not self._is_asking and elapsed_seconds() - self._asked_on >= ASK_SECONDS
-            if is_due and self._why is None:
+            if is_due and self.why is None:
                 self._has_answer = False
                 self._is_asking = start_thread(self._ask)
             self._lock.wait_for(lambda: not self._is_asking, seconds)
@@ -2140,7 +2126,7 @@ class MediatedSession:
                 raise Cancelled("interrupted")
             has_answer = self.ask(ASK_LIMIT_SECONDS)
             with self._lock:
-                if self._why is not None or self._route == route:
+                if self.why is not None or self._route == route:
                     break
         if self.why is None and has_answer and isinstance(failure, ConnectionRefusedError):
             self._note_refusal()
@@ -2189,7 +2175,7 @@ class MediatedSession:
         if not is_dialable(str(address[0]), is_loopback(self._ledger.plane.server.host)):
             raise PlexctlError(f"listener endpoint {endpoint}: leads to {address[0]}, which is refused")
         with self._lock:
-            self._endpoint, self._route = endpoint, (family, address)
+            self.endpoint, self._route = endpoint, (family, address)
 
     def _ask(self) -> None:
         has_answer = False
@@ -2391,10 +2377,10 @@ class Listener(socketserver.TCPServer):
 
     def is_gone(self, client: socket.socket, address: Any) -> bool:
         """Return whether a client listens no more; False where nobody can know."""
-        if client.fileno() < 0 or poll_now(client.fileno(), 0):  # a reset; of a unix socket, a close as well
-            return True
+        if self._owners is None:  # poll() tells of a reset, and of a unix socket that was closed
+            return client.fileno() < 0 or bool(poll_now(client.fileno(), 0))
         with contextlib.suppress(OSError):
-            return self._owners is not None and self._owners.find(address)[1]
+            return self._owners.find(address)[1]
         return False
 
     def has_left(self, client: socket.socket, address: Any) -> bool:
@@ -2495,58 +2481,52 @@ LIVE = (OPENING, FREE, BUSY)
 Client = Tuple[socket.socket, Any]  # and its address
 
 
-class SessionStuck(PlexctlError):
-    """The Node does not end a connection whose client is gone, so the session can carry no other one."""
+class NodeBusy(PlexctlError):
+    """The Node has not ended the session's last connection, and so would not serve the next one."""
 
 
-class StillSending(PlexctlError):
-    """What the last client sent is still on its way to the Node, so the next one has to wait."""
+class SessionStuck(NodeBusy):
+    """And it is not going to: the session is of no more use."""
 
 
 class Demand:
-    """Decides how many sessions a Forwarder needs; used with its lock held. `states` are its carriers'."""
+    """Decides how many sessions there are to be; with the Forwarder's lock held.
+
+    `states` are those of its carriers. While one is free, nothing is issued.
+    """
 
     def __init__(self, limit: int, minimum: int) -> None:
-        self.limit = self._full_limit = limit
-        self.is_short = False  # connections wait, and the limit is reached
+        self.limit = limit
         self.retry_on = 0.0  # nothing is issued before
-        self._minimum = minimum
+        self._full_limit = limit
         self._limited_until = 0.0
+        self._minimum = minimum
         self._waiting_since = self._spare_since = elapsed_seconds()
         self._replaced_on = -float("inf")
 
-    def count_room(self, now: float, waiting: int, states: List[str]) -> int:
-        """Return how many of the connections that wait may be accepted, to have sessions issued for them."""
+    def have_waited(self, now: float, waiting: int, states: List[str]) -> bool:
+        """Return whether connections wait, and have done so for GRACE_SECONDS while no session was free."""
+        if not waiting or FREE in states:
+            self._waiting_since = now
+            return False
+        return not set(LIVE).intersection(states) or now - self._waiting_since >= GRACE_SECONDS
+
+    def count_missing(self, now: float, waiting: int, states: List[str]) -> int:
+        """Return how many sessions to issue: for connections that wait, and to have the minimum ready."""
         live = [state for state in states if state in LIVE]
-        if not waiting or FREE in live:
-            waiting, self._waiting_since = 0, now
         if now >= self._limited_until:
             self.limit = self._full_limit
-        opening = live.count(OPENING)
-        has_waited = waiting > 0 and (not live or now - self._waiting_since >= GRACE_SECONDS)
-        self.is_short = has_waited and len(live) - opening >= self.limit
-        return self.limit - len(states) + opening if has_waited and self.may_issue(now, states) else 0
-
-    def count_missing(self, now: float, accepted: int, states: List[str]) -> int:
-        """Return how many sessions to issue now: for accepted clients, and to have the minimum ready."""
-        if not self.may_issue(now, states):
+        # without the last: the server may yet count a session that is being revoked
+        if now < self.retry_on or ENDING in states and not live:
             return 0
-        if FREE in states:  # that one takes them
-            accepted = 0
-        live = len([state for state in states if state in LIVE])
-        missing = self._minimum - live if self._minimum > 1 else 0  # a single one when it is needed
-        return min(max(accepted - states.count(OPENING), missing), self.limit - len(states))
-
-    def may_issue(self, now: float, states: List[str]) -> bool:
-        """Return False after a failure, and while the server may yet count a session that is revoked."""
-        return now >= self.retry_on and not (ENDING in states and not set(LIVE).intersection(states))
+        wanted = 0 if FREE in states else waiting - states.count(OPENING)
+        missing = self._minimum - len(live) if self._minimum > 1 else 0  # a single one when it is needed
+        return max(0, min(max(wanted, missing), self.limit - len(states)))
 
     def has_spare(self, now: float, free: int) -> bool:
-        """Return whether more than the minimum have been free for a while: then one can be given back."""
-        if free <= self._minimum:
-            self._spare_since = now
-        is_spare = now - self._spare_since >= IDLE_SECONDS
-        if is_spare:
+        """Return True if more than the minimum have been free for IDLE_SECONDS, each so often."""
+        is_spare = free > self._minimum and now - self._spare_since >= IDLE_SECONDS
+        if is_spare or free <= self._minimum:
             self._spare_since = now
         return is_spare
 
@@ -2555,19 +2535,18 @@ class Demand:
         self.limit, self._limited_until = limit, now + LIMIT_SECONDS
 
     def may_replace(self, now: float, lasted: float) -> bool:
-        """Return whether a session whose listener is gone after so long may be replaced now.
+        """Return whether a session whose listener is gone, after so long, may be replaced now.
 
         A Node that refuses everybody must not cost a session per attempt.
         """
-        if lasted < REPLACE_SECONDS:
-            if now - self._replaced_on < REPLACE_SECONDS:
-                return False
-            self._replaced_on = now
-        return True
+        return lasted >= REPLACE_SECONDS or now - self._replaced_on >= REPLACE_SECONDS
 
-    def wait_to_replace(self) -> None:
-        """Issue nothing before `may_replace` allows it again."""
-        self.retry_on = max(self.retry_on, self._replaced_on + REPLACE_SECONDS)
+    def note_gone(self, now: float, lasted: float) -> None:
+        """Issue nothing until `may_replace` allows it."""
+        if not self.may_replace(now, lasted):
+            self.retry_on = self._replaced_on + REPLACE_SECONDS
+        if lasted < REPLACE_SECONDS:
+            self._replaced_on = max(now, self.retry_on)
 
 
 class Carrier:
@@ -2579,10 +2558,39 @@ class Carrier:
         self.client: Optional[Client] = None
         self.relay: Optional[Relay] = None
         self.awaited: Optional[Leg] = None  # the last connection, which the Node has yet to end
-        self.awaited_since = 0.0
-        self.sent_on = 0.0  # when something was last on its way to the Node
         self.is_spare = False  # it is to be given back
-        self.is_replaced = False  # its listener is gone, and another session may be issued at once
+        self._awaited_since = 0.0
+        self._sent_on = 0.0  # when something was last on its way to the Node
+
+    def wait_for(self, leg: Leg) -> None:
+        """Remember a connection that the Node has yet to end."""
+        self._awaited_since = self._sent_on = elapsed_seconds()
+        self.awaited = leg
+
+    def is_ready(self) -> bool:
+        """Return whether the Node has ended the last connection; SessionStuck if it does not."""
+        leg, now = self.awaited, elapsed_seconds()
+        if leg is None:
+            return True
+        if leg.has_ended() or leg.is_dead():
+            self.awaited = None
+            leg.close(reset=False)
+            return True
+        if leg.count_unsent():
+            self._sent_on = now
+        elif now - self._sent_on >= QUIET_SECONDS:
+            raise SessionStuck("the Node has not ended a connection whose client is gone; its session is not "
+                               "used any more")
+        return False
+
+    def is_late(self) -> bool:
+        """Return whether the Node takes longer to end it than a client should wait."""
+        return self.awaited is not None and elapsed_seconds() - self._awaited_since >= GRACE_SECONDS
+
+    def pause(self) -> None:
+        """Wait a moment for the Node."""
+        if self.awaited is not None:
+            wait_for(self.awaited.reads_at, select.POLLIN, TICK_SECONDS)
 
 
 class Forwarder:
@@ -2596,8 +2604,8 @@ class Forwarder:
 
     Each session has a thread. While the session is free its thread takes a client, dials, and carries the
     connection to its end. Free is a session whose last connection the Node has ended; the next one may be
-    taken and dialled before that, but nothing is sent on it. All that the threads share is guarded by one
-    lock; the listener belongs to the thread that has the turn.
+    taken and dialled a moment before that, but nothing is sent on it. What the threads share is guarded by
+    one lock; the listener belongs to the thread that has the turn.
     """
 
     def __init__(self, local: LocalAddress, ledger: Ledger, request: SessionRequest, limit: int = 4,
@@ -2617,12 +2625,12 @@ class Forwarder:
         self._is_ending = threading.Event()  # nothing is carried any more
         self._is_stopped = False
         self._carriers: List[Carrier] = []
-        self._returned: List[Client] = []  # accepted, and not served: a session is to be issued for them
+        self._returned: List[Client] = []  # accepted, and not served yet: they wait for a session
         self._ended = Counts()
-        self._explaining = 0
+        self._explaining = 0  # threads
         self._has_been_stuck = False
         self._demand = Demand(limit, minimum)
-        self._finishing_since = float("inf")
+        self._is_finishing = False
 
     def __enter__(self) -> "Forwarder":
         return self
@@ -2648,21 +2656,6 @@ class Forwarder:
             self._look_after(elapsed_seconds())
         except (OSError, MemoryError) as error:  # which ends nothing that works
             self._warn_once(f"cannot accept connections for now: {show_error(error)}")
-
-    def _look_after(self, now: float) -> None:
-        with self._changed:
-            if self._is_time_up(now):
-                self._end(SessionOver("the session expired"))
-            room = self._count_room(now) if self.first is not None and not self.over else 0
-            nobody_comes = self.first is not None and not self._list_live() and now < self._demand.retry_on
-        if self.over or nobody_comes:
-            self._reject_waiting()
-        else:
-            self._accept_checked(room)
-            with self._changed:
-                self._adjust(now)
-        if self.first is not None and not self._renew:
-            self.first.warn_of_its_end()
 
     def count(self) -> Counts:
         """Return the totals so far."""
@@ -2691,10 +2684,10 @@ class Forwarder:
     def is_delivering(self) -> bool:
         """Return whether something that clients have sent before they were gone is still on its way.
 
-        From the first call on, and for LEAVE_SECONDS, clients count as gone where nobody can know.
+        From the first call on clients count as gone where nobody can know.
         """
         with self._changed:
-            self._finishing_since = min(self._finishing_since, elapsed_seconds())
+            self._is_finishing = True
             return bool(self._returned or self.listener.count_waiting() or any(
                 each.awaited or each.state == BUSY and (not each.client or self._is_gone(*each.client))
                 for each in self._carriers))
@@ -2706,9 +2699,8 @@ class Forwarder:
             if self._is_stopped:
                 return
             self._is_stopped = True
-            self._is_ending.set()
+            self._stop_carrying()
             self._ledger.plane.cancel.set()
-            self._changed.notify_all()
         self._turn.acquire(timeout=seconds)  # and keep it: nobody accepts any more
         self.listener.server_close()
         with self._changed:
@@ -2727,12 +2719,12 @@ class Forwarder:
             with self._changed:
                 self.first = self.first or session
                 self._changed.notify_all()
-            client = self._take(carrier)
-            while client is not None:
-                self._serve(carrier, buffers, *client)
+            while not self._is_leaving(carrier):
                 client = self._take(carrier)
+                if client is not None:
+                    self._serve(carrier, buffers, *client)
         except SessionStuck as error:
-            if self._finishing_since == float("inf"):
+            if not self._is_finishing:
                 self._warn_once(str(error))
             self._wait_for_the_node(carrier)
         except PlexctlError as error:
@@ -2742,87 +2734,61 @@ class Forwarder:
         finally:
             self._dismiss(carrier)
 
-    def _take(self, carrier: Carrier) -> Optional[Client]:
-        """Wait for a client; return None if there is none for this session any more."""
-        while not (self._is_ending.is_set() or carrier.session.is_over()):
-            is_free, client = self._see_awaited(carrier), None
-            with self._changed:
-                if carrier.is_spare and not self._returned:
-                    return None
-                carrier.state, carrier.client = BUSY if self._is_sending(carrier) else FREE, None
-                # one that still waits for the Node leaves the client to one that does not
-                is_needed = carrier.state == FREE and (is_free or not any(
-                    each.state == FREE and not each.awaited for each in self._carriers))
-                if is_needed and self._returned:
-                    client = self._returned.pop(0)
-                    carrier.state, carrier.client = BUSY, client
-            if client is not None:
-                if not self.listener.has_left(*client):
-                    return client
-                client[0].close()
-            elif not is_needed:
-                self._wait_for_end(carrier)
-            elif self._turn.acquire(timeout=TICK_SECONDS):
-                try:
-                    client = self.listener.take()
-                    if client is not None:
-                        with self._changed:
-                            carrier.state, carrier.client, carrier.is_spare = BUSY, client, False
-                        return client
-                finally:
-                    self._turn.release()
-        return None
-
-    def _see_awaited(self, carrier: Carrier) -> bool:
-        """Return whether the Node has ended the last connection; SessionStuck if it does not."""
-        leg, now = carrier.awaited, elapsed_seconds()
-        if leg is None:
-            return True
-        if leg.has_ended() or leg.is_dead():
-            self._await(carrier, None)
-            leg.close(reset=False)
-            return True
-        if leg.count_unsent():
-            carrier.sent_on = now
-        elif now - carrier.sent_on >= QUIET_SECONDS:
-            raise SessionStuck("the Node has not ended a connection whose client is gone; its session is not "
-                               "used any more")
-        return False
-
-    def _is_sending(self, carrier: Carrier) -> bool:
-        """Return whether what the last client sent takes long to reach the Node."""
-        return (carrier.awaited is not None and carrier.awaited.count_unsent() > 0
-                and elapsed_seconds() - carrier.awaited_since >= GRACE_SECONDS)
-
-    def _wait_for_end(self, carrier: Carrier) -> None:
-        if carrier.awaited is not None:
-            wait_for(carrier.awaited.reads_at, select.POLLIN, TICK_SECONDS)
-
-    def _await(self, carrier: Carrier, leg: Optional[Leg]) -> None:
+    def _is_leaving(self, carrier: Carrier) -> bool:
+        """Return whether a session takes no further client."""
         with self._changed:
-            carrier.awaited, carrier.awaited_since = leg, elapsed_seconds()
-            carrier.sent_on = carrier.awaited_since
+            return (self._is_ending.is_set() or carrier.session.is_over()
+                    or carrier.is_spare and not self._returned)
+
+    def _take(self, carrier: Carrier) -> Optional[Client]:
+        """Take the client that is next, if one comes in time and this session is free for it."""
+        is_ready, is_late = carrier.is_ready(), carrier.is_late()
+        with self._changed:
+            # one whose Node has yet to end the last connection leaves clients to one that is ready
+            is_free = is_ready or not is_late and not any(
+                each.state == FREE and not each.awaited for each in self._carriers)
+            carrier.state = FREE if is_ready or not is_late else BUSY
+            carrier.client = self._returned.pop(0) if is_free and self._returned else None
+            if carrier.client is not None:
+                carrier.state = BUSY
+        if carrier.client is not None:
+            if not self.listener.has_left(*carrier.client):
+                return carrier.client
+            carrier.client[0].close()
+        elif not is_free:
+            carrier.pause()
+        elif self._turn.acquire(timeout=TICK_SECONDS):
+            try:
+                client = self.listener.take()
+                if client is not None:
+                    with self._changed:
+                        carrier.state, carrier.client, carrier.is_spare = BUSY, client, False
+                return client
+            finally:
+                self._turn.release()
+        return None
 
     def _serve(self, carrier: Carrier, buffers: Buffers, sock: socket.socket, address: Any) -> None:
         """Carry one connection, from the dial to its end."""
-        session, client = carrier.session, Leg(sock)
+        session = carrier.session
         try:
             remote = self._dial(carrier)
         except PlexctlError as error:
-            self._refuse(carrier, client, error)
+            self._refuse(carrier, sock, error)
             if isinstance(error, SessionStuck):
                 raise
             return
         had_answer = self._has_answered()
         self._ledger.say(f"connection from {name_client(address)} to {session.endpoint}")
-        relay = Relay(client, remote, buffers, lambda: self._is_gone(sock, address),
-                      lambda: self._is_ending.is_set() or session.is_over(),
+        relay = Relay(Leg(sock), remote, buffers, lambda: self._is_gone(sock, address),
                       lambda: self._is_ending.is_set() or session.ask())
         with self._changed:
             carrier.relay = relay
+            if self._is_ending.is_set():
+                relay.stop()
         relay.carry()
         if relay.is_awaited:
-            self._await(carrier, remote)
+            carrier.wait_for(remote)
         self._note_end(carrier, relay, had_answer)
         if relay.is_stuck and not self._is_ending.is_set():
             raise SessionStuck("the Node did not take what a client had sent that has reset its connection; "
@@ -2833,31 +2799,30 @@ class Forwarder:
         session = carrier.session
         remote = session.dial(self._is_ending.is_set)
         try:
-            while not self._see_awaited(carrier):
+            while not carrier.is_ready():
                 if self._is_ending.is_set() or session.is_over():
                     raise session.why or Cancelled("interrupted")
-                if self._is_sending(carrier):
-                    raise StillSending("")
-                self._wait_for_end(carrier)
+                if carrier.is_late():
+                    raise NodeBusy("the Node has not ended the last connection yet")
+                carrier.pause()
             return remote
         except BaseException:
             remote.close()
             raise
 
-    def _refuse(self, carrier: Carrier, client: Leg, error: PlexctlError) -> None:
+    def _refuse(self, carrier: Carrier, sock: socket.socket, error: PlexctlError) -> None:
         """Leave a client to another session, if there may be one; else reset it."""
         session, now = carrier.session, elapsed_seconds()
-        may_wait = isinstance(error, (SessionStuck, StillSending))
         with self._changed:
-            if isinstance(error, DialRefused) and self._renew:
-                carrier.is_replaced = self._demand.may_replace(now, now - session.ready_on)
-                if carrier.is_replaced:
-                    session.end(ListenerGone("the Node has closed the session's listener"))
-            if not self._is_ending.is_set() and carrier.client and (
-                    may_wait or session.why and (self._renew or len(self._list_live()) > 1)):
+            if isinstance(error, DialRefused) and self._renew and self._demand.may_replace(
+                    now, now - session.ready_on):
+                session.end(ListenerGone("the Node has closed the session's listener"))
+            may_wait = isinstance(error, NodeBusy) or session.why and (
+                self._renew or len(self._list_live()) > 1)
+            if may_wait and carrier.client and not self._is_ending.is_set():
                 self._returned.append(carrier.client)
                 return
-        client.close()
+        sock.close()
         if not isinstance(error, (SessionOver, Cancelled)):
             self._warn_once(f"a connection was not served: {error}")
         self._count_end(carrier, 0, 0)
@@ -2901,7 +2866,7 @@ class Forwarder:
         with self._changed:
             carrier.state = ENDING
             if why is not None and not self._is_ending.is_set():
-                self._follow(carrier, why)
+                self._follow(session, why)
         if session.session_id and not self._is_stopped:  # else Ledger.leave does it
             self._ledger.give_back(session.session_id)
         with self._changed:
@@ -2917,10 +2882,82 @@ class Forwarder:
             self._ended = ended._replace(ended=ended.ended + 1, up=ended.up + up, down=ended.down + down)
             self._changed.notify_all()
 
-    # How many sessions there are; all of this with the lock held
+    def _has_answered(self) -> bool:
+        """Return whether the target has answered on a connection that is open: so it can be reached."""
+        with self._changed:
+            return any(each.relay and each.relay.down.moved for each in self._carriers)
 
-    def _list_live(self) -> List[Carrier]:
-        return [each for each in self._carriers if each.state in LIVE]
+    def _is_gone(self, sock: socket.socket, address: Any) -> bool:
+        return self.listener.is_gone(sock, address) or (
+            self._is_finishing and not self.listener.knows_who_is_gone())
+
+    # The main thread
+
+    def _look_after(self, now: float) -> None:
+        with self._changed:
+            if self._is_time_up(now):
+                self._end(SessionOver("the session expired"))
+            for each in self._carriers:
+                if each.session.is_over() and each.relay:
+                    each.relay.stop()
+            nobody_comes = self.over or not self._list_live() and now < self._demand.retry_on
+        if nobody_comes:
+            self._reject_waiting()
+        elif self.first is not None:
+            self._issue_missing(now)
+            if not self._renew:
+                self.first.warn_of_its_end()
+
+    def _issue_missing(self, now: float) -> None:
+        """Issue the sessions that are missing, and give one back that is not needed."""
+        with self._changed:
+            states = [each.state for each in self._carriers]
+            waiting = len(self._returned) + self.listener.count_waiting()
+            opening, room = states.count(OPENING), 0
+            if self._demand.have_waited(now, waiting, states):
+                room = self._demand.count_missing(now, waiting, states) + opening
+                self._warn_of_the_limit(waiting, states)
+        # they are checked before a session is issued for them: another user must not cost any
+        self._accept(room - len(self._returned))
+        with self._changed:
+            states = [each.state for each in self._carriers]
+            has_time = self._renew or self.first is not None and self.first.expires_on - now >= 1
+            if has_time and not self._is_ending.is_set():
+                for _ in range(self._demand.count_missing(now, len(self._returned), states)):
+                    self._start()
+            free = [each for each in self._carriers if each.state == FREE and not each.awaited]
+            if self._demand.has_spare(now, len(free)):
+                free[-1].is_spare = True
+
+    def _warn_of_the_limit(self, waiting: int, states: List[str]) -> None:
+        if states.count(FREE) + states.count(BUSY) >= self._demand.limit:
+            self._ledger.tell_once(
+                f"warning: {waiting} connection{'s wait' if waiting > 1 else ' waits'} until one closes: "
+                f"each needs a session (--max-sessions is {self._demand.limit}; a connection pool must not "
+                "be larger)", "limit")
+
+    def _accept(self, room: int) -> None:
+        """Accept as many of the clients that wait, at most; the next free session takes them."""
+        if room > 0 and self._turn.acquire(timeout=TICK_SECONDS):
+            try:
+                for _ in range(min(room, self.listener.count_waiting())):
+                    client = self.listener.take()
+                    with self._changed:
+                        self._returned += [client] if client is not None else []
+            finally:
+                self._turn.release()
+
+    def _reject_waiting(self) -> None:
+        """Reset the connections that wait, since no session will come to take them."""
+        with self._changed:
+            self._close_returned()
+        if self._turn.acquire(timeout=TICK_SECONDS):
+            try:
+                self.listener.reject()
+            finally:
+                self._turn.release()
+
+    # With the lock held
 
     def _start(self) -> None:
         carrier = Carrier(MediatedSession(self._ledger, self._wait_seconds))
@@ -2933,63 +2970,46 @@ class Forwarder:
             if self.first is None and not self._carriers:
                 self._end(why)
 
-    def _count_room(self, now: float) -> int:
-        """Return how many waiting clients to accept for further sessions; warn at the limit."""
-        waiting = len(self._returned) + self.listener.count_waiting()
-        room = self._demand.count_room(now, waiting, [each.state for each in self._carriers])
-        if self._demand.is_short:
-            self._ledger.tell_once(
-                f"warning: {waiting} connection{'s wait' if waiting > 1 else ' waits'} until one closes: "
-                f"each needs a session (--max-sessions is {self._demand.limit}; a connection pool must not "
-                "be larger)", "limit")
-        return room
+    def _list_live(self) -> List[Carrier]:
+        return [each for each in self._carriers if each.state in LIVE]
 
-    def _adjust(self, now: float) -> None:
-        """Start the sessions that are missing, and give one back that is not needed."""
-        if self.first is None or self._is_ending.is_set():
-            return
-        states = [each.state for each in self._carriers]
-        missing = self._demand.count_missing(now, len(self._returned), states)
-        if self._renew or self.first.expires_on - now >= 1:
-            for _ in range(missing):
-                self._start()
-        free = [each for each in self._carriers if each.state == FREE and not each.awaited]
-        if self._demand.has_spare(now, len(free)):
-            free[-1].is_spare = True
-
-    def _follow(self, carrier: Carrier, why: PlexctlError) -> None:
+    def _follow(self, session: MediatedSession, why: PlexctlError) -> None:
         """Draw the conclusions from the end of one session."""
         now, others, tell = elapsed_seconds(), len(self._list_live()), self._ledger.tell_once
-        session, is_refused = carrier.session, isinstance(why, ApiError) and why.status < 500
-        if isinstance(why, SessionRevoked) or self._is_time_up(now) or not others and self._ends_all(
-                session, is_refused):
+        is_refused = isinstance(why, ApiError) and why.status < 500
+        if isinstance(why, SessionRevoked) or self._is_time_up(now):
             self._end(why)
-        elif session.ready_on:
+        elif session.ready_on:  # it has worked
+            if not others and not self._renew:
+                self._end(why)
+                return
             tell(f"{why}; the next connection gets a new one" if self._renew else str(why))
-            if isinstance(why, ListenerGone) and not (
-                    carrier.is_replaced or self._demand.may_replace(now, now - session.ready_on)):
-                self._demand.wait_to_replace()
+            if isinstance(why, ListenerGone):
+                self._demand.note_gone(now, now - session.ready_on)
         elif self.first is None:  # `establish` raises the last one
-            if why.may_exist:
+            if not others:
+                self._end(why)
+            elif why.may_exist:
                 why.is_told = tell(f"warning: session unknown: {why}")
         elif others and (is_refused or isinstance(why, EndpointMissing)):
             self._demand.learn(now, others)
             why.is_told = tell(
                 f"warning: no further session, connections wait for those there are: {why}", "limit")
-        else:
+        elif not others and (is_refused or not self._renew and not self._has_been_stuck):
+            self._end(why)
+        else:  # one that was to replace a stuck one may fail for now
             self._demand.retry_on = now + RETRY_SECONDS
             why.is_told = tell(f"warning: no further session for now: {why}")
 
-    def _ends_all(self, session: MediatedSession, is_refused: bool) -> bool:
-        """Return whether the end of the only session is that of the run."""
-        if self.first is None or is_refused:
-            return True
-        # one that was to replace a stuck one may fail for now
-        return not self._renew and (session.ready_on > 0 or not self._has_been_stuck)
-
     def _end(self, why: PlexctlError) -> None:
         self.over = self.over or why
+        self._stop_carrying()
+
+    def _stop_carrying(self) -> None:
         self._is_ending.set()
+        for each in self._carriers:
+            if each.relay:
+                each.relay.stop()
         self._changed.notify_all()
 
     def _is_time_up(self, now: float) -> bool:
@@ -3007,41 +3027,6 @@ class Forwarder:
         for client, _ in self._returned:
             client.close()
         del self._returned[:]
-
-    # What they all use
-
-    def _accept_checked(self, room: int) -> None:
-        """Accept clients that further sessions are to be issued for: another user's must not cost any."""
-        if room <= len(self._returned) or not self._turn.acquire(timeout=TICK_SECONDS):
-            return
-        try:
-            for _ in range(min(room - len(self._returned), self.listener.count_waiting())):
-                client = self.listener.take()
-                with self._changed:
-                    self._returned += [client] if client is not None else []
-        finally:
-            self._turn.release()
-
-    def _reject_waiting(self) -> None:
-        """Reset the connections that wait, since no session will come to take them."""
-        with self._changed:
-            self._close_returned()
-        if self._turn.acquire(timeout=TICK_SECONDS):
-            try:
-                self.listener.reject()
-            finally:
-                self._turn.release()
-
-    def _is_gone(self, sock: socket.socket, address: Any) -> bool:
-        if self.listener.is_gone(sock, address):
-            return True
-        is_finishing = 0 <= elapsed_seconds() - self._finishing_since < LEAVE_SECONDS
-        return is_finishing and not self.listener.knows_who_is_gone()
-
-    def _has_answered(self) -> bool:
-        """Return whether the target has answered on a connection that is open: so it can be reached."""
-        with self._changed:
-            return any(each.relay and each.relay.down.moved for each in self._carriers)
 
     def _warn_once(self, text: str) -> None:
         self._ledger.tell_once("warning: " + text, text.partition(" (")[0])
@@ -3061,70 +3046,71 @@ def describe_unreachable(request: SessionRequest) -> str:
 
 # ---------------------------------------------------------------------------------------- output
 
-
-def terminal_width(stream: Optional[IO[str]]) -> int:
-    """Return the width in columns; 80 if nobody knows."""
-    try:
-        return os.get_terminal_size(stream.fileno()).columns or 80  # type: ignore[union-attr]
-    except (OSError, ValueError, AttributeError):
-        return 80
-
-
-def format_text(document: Dict[str, Any], width: int = 0) -> str:
-    """Format a header line and a row, columns aligned; one line per column if the terminal is narrower."""
-    cells = dict(document, target=join_host_port(**document["target"]))
-    header = row = lines = ""
-    for name in ("local_addr", "listener_endpoint", "target", "session_id", "expires_at"):
-        cell = escape(cells[name], DOCUMENT_MAX_CHARACTERS)
-        column = max(len(name), len(cell)) + 2
-        header += name.upper().ljust(column)
-        row += cell.ljust(column)
-        lines += f"{name.upper():19}{cell}\n"
-    return lines if 0 < width < len(row.rstrip()) else f"{header.rstrip()}\n{row.rstrip()}\n"
-
-
-def format_json(document: Dict[str, Any], width: int = 0) -> str:
-    """Format one line of JSON, ASCII only."""
-    return json.dumps(document) + "\n"
-
-
-def format_yaml(document: Dict[str, Any], width: int = 0, indent: str = "") -> str:
-    """Format the same keys as YAML; strings are quoted as in JSON, which YAML 1.2 reads the same way."""
-    text = ""
-    for key, value in document.items():
-        if isinstance(value, dict):
-            text += f"{indent}{key}:\n{format_yaml(value, width, indent + '  ')}"
-        else:
-            text += f"{indent}{key}: {json.dumps(value)}\n"
-    return text
-
-
-FORMATS: Dict[str, Callable[[Dict[str, Any], int], str]] = {
-    "text": format_text, "json": format_json, "yaml": format_yaml}
 WAIT_SECONDS = 0.05  # between two looks of the main thread: a signal's handler cannot wake it
 REDRAW_SECONDS = 1.0  # of the live line
 TICKING_SECONDS = 0.1  # between two looks after the sessions
 STATUS_SECONDS = 60
 NOTIFY_SECONDS = 1.0
+COLUMNS = ("local_addr", "listener_endpoint", "target", "session_id", "expires_at")
 
 
-def write_all(stream: Optional[IO[str]], text: str) -> None:
-    """Write ASCII text without Python's buffer, so that nothing is left to fail at exit; OSError."""
-    if stream is None:
-        raise OSError(errno.EBADF, "it is closed")
+def format_text(document: Dict[str, Any], width: int) -> str:
+    """Format a header line and a row, columns aligned; one line per column if the terminal is narrower."""
+    values = dict(document, target=join_host_port(**document["target"]))
+    cells = [(name.upper(), escape(values[name], DOCUMENT_MAX_CHARACTERS)) for name in COLUMNS]
+    header = "  ".join(name.ljust(len(cell)) for name, cell in cells).rstrip()
+    row = "  ".join(cell.ljust(len(name)) for name, cell in cells).rstrip()
+    if 0 < width < len(row):
+        return "".join(f"{name:19}{cell}\n" for name, cell in cells)
+    return f"{header}\n{row}\n"
+
+
+def format_yaml(document: Dict[str, Any], indent: str = "") -> str:
+    """Format YAML; strings are quoted as in JSON, which YAML 1.2 reads the same way."""
+    text = ""
+    for key, value in document.items():
+        if isinstance(value, dict):
+            text += f"{indent}{key}:\n{format_yaml(value, indent + '  ')}"
+        else:
+            text += f"{indent}{key}: {json.dumps(value)}\n"
+    return text
+
+
+def format_document(document: Dict[str, Any], form: str, width: int) -> str:
+    """Format as text, json or yaml; `width` is the terminal's, 0 where there is none."""
+    if form == "json":
+        return json.dumps(document) + "\n"
+    return format_yaml(document) if form == "yaml" else format_text(document, width)
+
+
+def terminal_width(terminal: Any) -> int:
+    """Return the width in columns; 80 if nobody knows."""
     try:
-        fd = stream.fileno()
-    except (OSError, ValueError, AttributeError):  # not a file: a test's or a library user's
-        stream.write(text)
-        stream.flush()
-        return
-    stream.flush()
-    raw = text.encode("ascii", "backslashreplace")
-    while raw:
+        return os.get_terminal_size(terminal.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
+
+
+def write_all(stream: Optional[IO[str]], text: str, name: str) -> None:
+    """Write ASCII text, PlexctlError unless all is taken. Nothing is left in a buffer to fail at exit."""
+    try:
+        if stream is None:
+            raise OSError(errno.EBADF, "it is closed")
         try:
-            raw = raw[os.write(fd, raw):]
-        except BlockingIOError:
-            wait_for(fd, select.POLLOUT)
+            fd = stream.fileno()
+        except (OSError, AttributeError):  # not a file: a test's or a library user's
+            stream.write(text)
+            stream.flush()
+            return
+        stream.flush()
+        raw = text.encode("ascii", "backslashreplace")
+        while raw:
+            try:
+                raw = raw[os.write(fd, raw):]
+            except BlockingIOError:
+                wait_for(fd, select.POLLOUT)
+    except (OSError, ValueError) as error:
+        raise PlexctlError(f"cannot write to {name}: {show_error(error)}") from error
 
 
 class Messages:
@@ -3134,61 +3120,58 @@ class Messages:
     terminal) delays nothing else.
     """
 
-    def __init__(self, stream: Optional[IO[str]], live: bool, quiet: bool = False) -> None:
+    def __init__(self, stream: Any, live: bool, quiet: bool) -> None:
         self.stream = stream
         self.is_terminal = stream is not None and stream.isatty()
         self._is_live = live and self.is_terminal and not quiet
         self._is_quiet = quiet
-        self._shown = 0  # characters of the live line that stand there; the writing thread's
-        self._texts: Any = queue.Queue()  # of strings: one without a line end is the live line; and events
+        self._queue: Any = queue.Queue()  # lines, the live line (without a line end), events; None: the end
         if not start_thread(self._write):
             raise PlexctlError("cannot start a thread (ulimit -u)")
 
     def report(self, line: str) -> None:
         """Write a line; with `quiet` only an error."""
         if not self._is_quiet or line.startswith("error: "):
-            self._texts.put(f"plexctl: {line}\n")
+            self._queue.put(f"plexctl: {line}\n")
 
     def show(self, line: str) -> None:
         """Draw the live line, cut to the terminal, if that is ours and has taken everything else."""
-        if self._is_live and self._texts.empty() and not self._is_in_background():
+        if self._is_live and self._queue.empty() and not self._is_in_background():
             width = max(0, terminal_width(self.stream) - 3)  # the echo of Ctrl-C stands behind it
             while len(line) > width:
                 line = line.rpartition(", ")[0] or line[:width]
-            self._texts.put(line)
+            self._queue.put(line)
 
-    def flush(self, seconds: float) -> None:
+    def flush(self, seconds: float = HURRY_SECONDS) -> None:
         """Wipe the live line, and wait until everything is written, for so long at most."""
         written = threading.Event()
-        self._texts.put("")
-        self._texts.put(written)
+        self._queue.put("")
+        self._queue.put(written)
         written.wait(seconds)
 
     def close(self) -> None:
         """End the thread; what is reported later is lost."""
-        self._texts.put(None)
+        self._queue.put(None)
 
     def _is_in_background(self) -> bool:
         """Return whether the terminal is another process group's now (`plexctl ... &`)."""
         try:
-            return os.tcgetpgrp(self.stream.fileno()) != os.getpgrp()  # type: ignore[union-attr]
-        except (OSError, ValueError, AttributeError):
+            return os.tcgetpgrp(self.stream.fileno()) != os.getpgrp()
+        except (OSError, ValueError):
             return False
 
     def _write(self) -> None:
-        for text in iter(self._texts.get, None):
-            if not isinstance(text, str):
+        shown = 0  # characters of the live line that stand there
+        for text in iter(self._queue.get, None):
+            if isinstance(text, threading.Event):
                 text.set()
                 continue
-            shown, self._shown = self._shown, 0 if text.endswith("\n") else len(text)
-            if shown:
-                rows = (shown - 1) // terminal_width(self.stream)  # several after it was narrowed
-                text = (f"\x1b[{rows}A" if rows else "") + "\r\x1b[J" + text
-            try:
-                if text:
-                    write_all(self.stream, text)
-            except Exception:  # noqa: S110  # closed or full: there is nowhere to say so
-                pass
+            wipe = ""
+            if shown:  # on several rows, if the terminal has become narrower
+                wipe = "\x1b[1A" * ((shown - 1) // terminal_width(self.stream)) + "\r\x1b[J"
+            shown = 0 if text.endswith("\n") else len(text)
+            with contextlib.suppress(Exception):  # closed or full: there is nowhere to say so
+                write_all(self.stream, wipe + text, "standard error")
 
 
 class Outcome:
@@ -3218,18 +3201,16 @@ class Outcome:
 class Foreground:
     """The main thread, which waits for signals and for other threads.
 
-    `handle` puts a signal into a list, and `wait` raises it as Interrupted; `finish` only hurries.
+    A signal waits in `signals` until `wait` raises it as Interrupted; later ones only hurry `finish`.
     """
 
-    def __init__(self, messages: Messages, core_limits: Optional[Tuple[int, int]] = None) -> None:
+    def __init__(self, messages: Messages) -> None:
         self.messages = messages
-        self.core_limits = core_limits  # soft and hard, that COMMAND is to have; None: those that there are
         self.report = messages.report
-        self.signals: List[int] = []  # heard, and not raised yet
+        self.signals: List[int] = []
         self.ignored: Tuple[int, ...] = ()
         self.passed_on: Tuple[int, ...] = ()  # they do not count: COMMAND's to act on
         self._asked = 0  # signals that asked for the end
-        self._is_finishing = False
 
     def handle(self, signum: int, frame: object) -> None:
         """Hear a signal; the third that asks for the end ends the process at once."""
@@ -3241,31 +3222,15 @@ class Foreground:
 
     def wait(self, seconds: float, done: Optional[threading.Event] = None) -> None:
         """Wait so long, or until `done` is set; Interrupted for a signal."""
+        done = done or threading.Event()
         deadline = elapsed_seconds() + seconds
-        while not (done is not None and done.is_set()):
-            if self.signals and not self._is_finishing:
+        while not done.is_set():
+            if self.signals:
                 raise Interrupted(self.signals.pop(0))
             left = deadline - elapsed_seconds()
             if left <= 0:
                 return
-            if done is None:
-                time.sleep(min(WAIT_SECONDS, left))
-            else:
-                done.wait(min(WAIT_SECONDS, left))
-
-    @contextlib.contextmanager
-    def cores_as_before(self) -> Iterator[None]:
-        """Restore the limit of core files for what is started meanwhile."""
-        limits = self.core_limits
-        with contextlib.suppress(OSError, ValueError):
-            if limits is not None:
-                resource.setrlimit(resource.RLIMIT_CORE, limits)
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError, ValueError):
-                if limits is not None:
-                    resource.setrlimit(resource.RLIMIT_CORE, (1, limits[1]))
+            done.wait(min(WAIT_SECONDS, left))
 
     def call(self, function: Callable[[], Any], status: Optional[Callable[[], str]] = None) -> Any:
         """Run it in a thread, so that a signal ends the wait; return or raise what it does."""
@@ -3282,24 +3247,20 @@ class Foreground:
 
         `slow` is reported on a terminal if it takes longer than a second.
         """
-        self._is_finishing = True
-        outcome, began = Outcome(function), elapsed_seconds()
+        began = elapsed_seconds()
         deadline = began + seconds
-        while not outcome.is_there.is_set() and elapsed_seconds() < deadline:
+        outcome = Outcome(function)
+        while not outcome.is_there.wait(WAIT_SECONDS) and elapsed_seconds() < deadline:
             if self.signals:
                 deadline = min(deadline, elapsed_seconds() + HURRY_SECONDS)
-            self.wait(min(REDRAW_SECONDS, deadline - elapsed_seconds()), outcome.is_there)
             if slow and self.messages.is_terminal and elapsed_seconds() - began > 1:
                 self.report(slow)
                 slow = ""
 
     def write(self, text: str, stream: Optional[IO[str]], name: str) -> None:
         """Write text to a stream, after the messages; PlexctlError unless all of it was taken."""
-        self.messages.flush(HURRY_SECONDS)
-        try:
-            self.call(lambda: write_all(stream, text))
-        except (OSError, ValueError) as error:
-            raise PlexctlError(f"cannot write to {name}: {show_error(error)}") from error
+        self.messages.flush()
+        self.call(lambda: write_all(stream, text, name))
 
 
 # ---------------------------------------------------------------------------------- command line
@@ -3328,8 +3289,140 @@ environment. plexctl exits with its status.
 
 exit codes: 0 success, 1 failure, 2 usage error, 3 credentials, 4 forbidden,
 77 ReBAC denial, 126 COMMAND cannot be executed, 127 COMMAND not found"""
-DEFAULT_MAX_SESSIONS = 4
-parse_word = matching(r"[^\0]+", "one character or more")  # a path may hold what is not printable
+REQUIRED = ("--project-id", "--resource-id", "--host", "--port")
+FLAGS: Dict[str, List[Tuple[str, Any, str]]] = {  # by group: flag, parser of its value (None: a switch), help
+    "target": [
+        ("--project-id UUID", parse_uuid, "owning Project (required)"),
+        ("--resource-id UUID", parse_uuid, "target Resource (required)"),
+        ("--host HOST", parse_target_host, "target host, as the Node sees it (required)"),
+        ("--port PORT", lambda text: parse_int(text, 1, PORT_MAX), "target port, 1 to 65535 (required)"),
+        ("--ttl-seconds N", lambda text: parse_int(text, 0, 10 ** 9),
+         "requested lifetime; 0 (default): the server's default")],
+    "forwarding": [
+        ("--proxy", None, "listen locally and forward until the session expires or you press Ctrl-C"),
+        ("--stdio", None, "forward one connection over stdin and stdout (for ssh's ProxyCommand)"),
+        ("--local-addr ADDR", parse_local_address,
+         "address to listen on: HOST:PORT or unix:/path (default 127.0.0.1:0, a free port)"),
+        ("--wait-seconds N", parse_seconds,
+         "how long to wait for the Node to report its listener (default 90)"),
+        ("--max-sessions N", lambda text: parse_int(text, 1, 32),
+         "maximum number of sessions, 1 to 32 (default 4); each open connection uses one"),
+        ("--min-sessions N", lambda text: parse_int(text, 1, 32), "sessions to keep ready (default 1)"),
+        ("--renew", None, "issue a new session when one has expired, instead of ending"),
+        ("--keep-session", None, "do not revoke sessions on exit"),
+        ("--allow-other-users", None, "let other local users use the local port")],
+    "global options": [
+        ("--server URL", str, "control plane (or PLEXSPHERE_URL, or a profile)"),
+        ("--profile NAME", str, "profile of ~/.config/plexctl/config.json"),
+        ("--token-file PATH", str,
+         "bearer token file, mode 0600; - is stdin (or PLEXSPHERE_TOKEN, or a profile)"),
+        ("--ca-file PATH", str, "CA bundle to use instead of the system's"),
+        ("--allow-http", None, "allow a plain-http server that is not loopback"),
+        ("--output FORMAT", one_of("text", "json", "yaml"), "text (default), json or yaml"),
+        ("--reveal-secrets", None, "print the session token to stderr, and record that"),
+        ("-v --verbose", None, "log requests and connections to stderr"),
+        ("-q --quiet", None, "print errors only on stderr"),
+        ("--yes", None, "ignored"),
+        ("--version", None, "print the version and the SHA-256 of this file"),
+        ("-h --help", None, "print this help")]}
+TAKES_VALUE = {name: parse is not None for rows in FLAGS.values() for flag, parse, _ in rows
+               for name in flag.split() if name[0] == "-"}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser, which raises a UsageError where the original would end the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def checked(flag: str, parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return the parser with UsageError; argparse would show the value, which may be a secret."""
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise UsageError(f"{flag}: {error}") from None
+    return convert
+
+
+def create_parser() -> Parser:
+    """Create one parser for all flags: those of the command may come before it as well."""
+    parser = Parser("plexctl", USAGE, ABOUT, EXAMPLES, add_help=False, allow_abbrev=False,
+                    formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=80))
+    parser.color = False  # type: ignore[attr-defined]  # 3.14 would colour the help
+    for title, rows in FLAGS.items():
+        group = parser.add_argument_group(title)
+        for flag, parse, text in rows:
+            if parse is not None:
+                name, metavar = flag.split()
+                group.add_argument(name, metavar=metavar, type=checked(name, parse), help=text,
+                                   required=name in REQUIRED)
+            else:
+                names = flag.split()
+                group.add_argument(*names, action="store_true", help=text)
+                group.add_argument(*[name + "=false" for name in names], action="store_false",
+                                   dest=names[-1][2:].replace("-", "_"), help=argparse.SUPPRESS)
+    parser.set_defaults(ttl_seconds=0, wait_seconds=90.0, output="text")
+    return parser
+
+
+def find_flags(words: Sequence[str]) -> List[str]:
+    """Return the flags, as --flag or --flag=value, without the command; -h or --version alone.
+
+    What argparse would get wrong ends here: it shows the value of an unknown flag, prints our help for
+    `psql -h` without `--`, drops a value of `--` (up to 3.12), and does not split -vv (3.6, 3.7).
+    """
+    flags: List[str] = []
+    has_command = False
+    remaining = iter(words)
+    for word in remaining:
+        flag, equals, value = word.partition("=")
+        if flag in ("-h", "--help", "--version") and value in ("", "true"):
+            return [flag]
+        if word == COMMAND and not has_command:
+            has_command = True
+        elif word[:1] != "-" and has_command:
+            raise UsageError(f"unexpected argument{show_word(word)}; put -- before the command to run")
+        elif word[:1] != "-":
+            advice = suggest(word, [COMMAND]) or ";"
+            raise UsageError(f"unknown command{show_word(word)}{advice} {SHORT_USAGE}")
+        elif re.fullmatch("-[vq]{2,}", word):
+            flags += ["-" + letter for letter in word[1:]]
+        elif flag not in TAKES_VALUE:
+            raise UsageError(describe_unknown(flag))
+        elif TAKES_VALUE[flag]:
+            value = value if equals else next(remaining, "")
+            if not value or re.match("-[^0-9]", value):  # the next flag
+                raise UsageError(f"{flag}: needs a value; is a variable empty?")
+            flags.append(f"{flag}={value}")
+        elif equals and value not in ("true", "false"):
+            raise UsageError(f"{flag}: must be true or false, or left out")
+        else:
+            flags.append(word if value == "false" else flag)
+    if not has_command:
+        raise UsageError(f"no command; {SHORT_USAGE}")
+    return flags
+
+
+def describe_unknown(flag: str) -> str:
+    """Describe an unknown flag, without what may be a secret."""
+    first = flag.split()[0]
+    if first != flag:
+        name = f" ({first} ...)" if first in TAKES_VALUE else ""
+        return (f"several words in one argument{name}: $TARGET must not be quoted, and zsh and fish do not "
+                "split it")
+    if len(flag) < 3 or flag[:2] != "--":
+        return "unknown flag " + escape(flag[:2]) + ("..." if flag[2:] else "")
+    return f"unknown flag {escape(flag, 40)}{suggest(flag, list(TAKES_VALUE))}"
+
+
+def suggest(word: str, known: Sequence[str]) -> str:
+    """Return which of the known words was probably meant."""
+    import difflib
+    alike = ([each for each in known if each.startswith(word)]
+             or difflib.get_close_matches(word, known, 1, 0.8))
+    return f"; did you mean {' or '.join(alike)}?" if alike else ""
 
 
 def describe_version() -> str:
@@ -3339,169 +3432,19 @@ def describe_version() -> str:
         digest = f"sha256 {hashlib.sha256(raw).hexdigest()} of {escape(__file__)}"
     except (NameError, AttributeError):
         digest = "no sha256: running from standard input"
-    except OSError as error:
-        digest = f"no sha256: {escape(__file__)} cannot be read: {show_error(error)}"
     return f"plexctl {__version__} ({digest})\n"
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse's parser, with UsageErrors that do not show the value: it may be a secret."""
-
-    def __init__(self) -> None:
-        def create_formatter(prog: str) -> argparse.HelpFormatter:
-            return argparse.RawDescriptionHelpFormatter(prog, max_help_position=25, width=80)
-
-        super().__init__(prog="plexctl", usage=USAGE, description=ABOUT, epilog=EXAMPLES, add_help=False,
-                         allow_abbrev=False, formatter_class=create_formatter)
-        self.color = False  # 3.14 would colour the help
-        self.takes_value: Dict[str, bool] = {}  # by flag
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(escape(message.replace("argument ", "", 1).partition("'")[0]).rstrip(": "))
-
-    def add(self, group: Any, flag: str, metavar: str, parse: Callable[[str], Any], text: str,
-            default: Any = None, required: bool = False) -> None:
-        """Add a flag with a value; the last one counts."""
-        def convert(value: str) -> Any:
-            try:
-                return parse(value)
-            except ValueError as error:  # argparse would show the value
-                raise argparse.ArgumentTypeError(str(error)) from None
-
-        self.takes_value[flag] = True
-        group.add_argument(flag, metavar=metavar, type=convert, default=default, required=required, help=text)
-
-    def add_switch(self, group: Any, flags: str, text: str, action: str = "store_true") -> None:
-        """Add a flag without a value, and --flag=true and --flag=false, as in the Go plexctl."""
-        *short, flag = flags.split()
-        self.takes_value.update((each, False) for each in [*short, flag])
-        group.add_argument(*short, flag, action=action, default=False, help=text)
-        name = flag[2:].replace("-", "_")
-        group.add_argument(flag + "=true", dest=name, action=action, help=argparse.SUPPRESS)
-        group.add_argument(flag + "=false", dest=name, action="store_false", help=argparse.SUPPRESS)
-
-
-def create_parser() -> Parser:
-    """Create one parser for all flags: those of the command may come before it as well."""
-    parser = Parser()
-    group = parser.add_argument_group("target")
-    parser.add(group, "--project-id", "UUID", parse_uuid, "owning Project (required)", required=True)
-    parser.add(group, "--resource-id", "UUID", parse_uuid, "target Resource (required)", required=True)
-    parser.add(group, "--host", "HOST", parse_target_host, "target host, as the Node sees it (required)",
-               required=True)
-    parser.add(group, "--port", "PORT", lambda text: parse_int(text, 1, PORT_MAX),
-               "target port, 1 to 65535 (required)", required=True)
-    parser.add(group, "--ttl-seconds", "N", lambda text: parse_int(text, 0, 10 ** 9),
-               "requested lifetime; 0 (default): the server's default", 0)
-
-    group = parser.add_argument_group("forwarding")
-    parser.add_switch(group, "--proxy", "listen locally and forward until the session expires or you press "
-                                        "Ctrl-C")
-    parser.add_switch(group, "--stdio", "forward one connection over stdin and stdout (for ssh's "
-                                        "ProxyCommand)")
-    parser.add(group, "--local-addr", "ADDR", parse_local_address, "address to listen on: HOST:PORT or "
-               "unix:/path (default 127.0.0.1:0, a free port)")
-    parser.add(group, "--wait-seconds", "N", parse_seconds, "how long to wait for the Node to report its "
-               "listener (default 90)", 90.0)
-    parser.add(group, "--max-sessions", "N", lambda text: parse_int(text, 1, 32), "maximum number of "
-               f"sessions, 1 to 32 (default {DEFAULT_MAX_SESSIONS}); each open connection uses one")
-    parser.add(group, "--min-sessions", "N", lambda text: parse_int(text, 1, 32),
-               "sessions to keep ready (default 1)")
-    parser.add_switch(group, "--renew", "issue a new session when one has expired, instead of ending")
-    parser.add_switch(group, "--keep-session", "do not revoke sessions on exit")
-    parser.add_switch(group, "--allow-other-users", "let other local users use the local port")
-
-    group = parser.add_argument_group("global options", "before or after the command")
-    parser.add(group, "--server", "URL", parse_word, "control plane (or PLEXSPHERE_URL, or a profile)")
-    parser.add(group, "--profile", "NAME", parse_word, "profile of ~/.config/plexctl/config.json")
-    parser.add(group, "--token-file", "PATH", parse_word, "bearer token file, mode 0600; - is stdin "
-               "(or PLEXSPHERE_TOKEN, or a profile)")
-    parser.add(group, "--ca-file", "PATH", parse_word, "CA bundle to use instead of the system's")
-    parser.add_switch(group, "--allow-http", "allow a plain-http server that is not loopback")
-    parser.add(group, "--output", "FORMAT", one_of(*FORMATS), "text (default), json or yaml", "text")
-    parser.add_switch(group, "--reveal-secrets", "print the session token to stderr, and record that")
-    parser.add_switch(group, "-v --verbose", "log requests and connections to stderr", "count")
-    parser.add_switch(group, "-q --quiet", "print errors only on stderr")
-    parser.add_switch(group, "--yes", "ignored")
-    parser.add_switch(group, "--version", "print the version and the SHA-256 of this file")
-    parser.add_switch(group, "-h --help", "print this help")
-    return parser
-
-
-def describe_unknown(word: str, flags: Sequence[str]) -> str:
-    """Describe an unknown flag, without what may be a secret, and the known one that was probably meant."""
-    flag = word.partition("=")[0]
-    if re.search(r"\s", flag):
-        name = f" ({flag.split()[0]} ...)" if flag.split()[0] in flags else ""
-        return (f"several words in one argument{name}: $TARGET must not be quoted, and zsh and fish do not "
-                "split it")
-    if flag[:2] != "--":
-        return "unknown flag " + escape(flag[:2]) + "..." * (len(flag) > 2)
-    import difflib
-    names = [name for name in flags if name[:2] == "--"]
-    alike = ([name for name in names if name.startswith(flag)]
-             or difflib.get_close_matches(flag, names, 1, 0.8))
-    advice = f"; did you mean {' or '.join(alike)}?" if flag[2:] and alike else ""
-    return f"unknown flag {escape(flag, 40)}{advice}"
-
-
-def describe_unexpected(word: str, has_command: bool) -> str:
-    """Describe an argument that is neither a flag, nor a value, nor the command."""
-    if has_command:
-        return f"unexpected argument{show_word(word)}; put -- before the command to run"
-    import difflib
-    advice = f" (did you mean {COMMAND}?)" if difflib.get_close_matches(word, [COMMAND]) else ""
-    return f"unknown command{show_word(word)}{advice}; {SHORT_USAGE}"
-
-
-def find_flags(words: Sequence[str], takes_value: Mapping[str, bool]) -> List[str]:
-    """Return the flags and their values, without the command; -h or --version alone.
-
-    What argparse would get wrong ends here: it shows the value of an unknown flag, prints our help for
-    `psql -h` without `--`, drops a value of `--` (up to 3.12), and does not split -vv (3.6, 3.7).
-    """
-    flags: List[str] = []
-    has_command, wants_value = False, False
-    for word in words:
-        flag, equals, value = word.partition("=")
-        if flag in ("-h", "--help", "--version") and value in ("", "true"):
-            return [flag]
-        if word[:1] != "-" or re.fullmatch("-[0-9.]*", word):  # no flag, for argparse either
-            if wants_value:
-                flags.append(word)
-            elif word == COMMAND and not has_command:
-                has_command = True
-            else:
-                raise UsageError(describe_unexpected(word, has_command))
-            wants_value = False
-            continue
-        if re.fullmatch("-[vq]{2,}", word):
-            flags += ["-" + letter for letter in word[1:]]
-            continue
-        if flag not in takes_value:
-            raise UsageError(describe_unknown(word, list(takes_value)))
-        if value == "--":
-            raise UsageError(f"{flag}: must not be --")
-        if equals and not takes_value[flag] and value not in ("true", "false"):
-            raise UsageError(f"{flag}: must be true or false, or left out")
-        flags.append(word)
-        wants_value = takes_value[flag] and not equals
-    if not has_command:
-        raise UsageError(f"no command; {SHORT_USAGE}")
-    return flags
 
 
 def parse_arguments(argv: Sequence[str]) -> Tuple[str, Any]:
     """Return what -h or --version prints, or the options."""
     end = argv.index("--") if "--" in argv else len(argv)
-    parser = create_parser()
     try:
-        flags = find_flags(argv[:end], parser.takes_value)
+        flags = find_flags(argv[:end])
         if flags == ["--version"]:
             return describe_version(), None
-        if flags and flags[0] in ("-h", "--help"):
-            return parser.format_help(), None
-        options = parser.parse_args(flags)
+        if flags in (["-h"], ["--help"]):
+            return create_parser().format_help(), None
+        options = create_parser().parse_args(flags)
         options.command = list(argv[end + 1:]) if end < len(argv) else None
         check_together(options)
         return "", options
@@ -3514,30 +3457,38 @@ def check_together(options: argparse.Namespace) -> None:
     def given(*flags: str) -> List[str]:
         return [flag for flag in flags if getattr(options, flag[2:].replace("-", "_"))]
 
-    modes = given("--proxy", "--stdio") + ["-- COMMAND"] * (options.command is not None)
+    command, local = options.command, options.local_addr
+    modes = given("--proxy", "--stdio")
+    if command is not None:
+        modes.append("-- COMMAND")
+        if command[:1] in ([], [""]):
+            raise UsageError("a command is required after --")
     if len(modes) > 1:
         raise UsageError(f"{modes[0]} and {modes[1]} cannot be used together")
-    if options.command is not None and not any(options.command[:1]):
-        raise UsageError("a command is required after --")
     if modes and os.name != "posix":
         raise UsageError(f"{modes[0]} needs Linux or macOS; on Windows, use WSL")
     options.mode = modes[0] if modes else "print"
-    listening = given("--max-sessions", "--min-sessions", "--renew", "--allow-other-users")
-    if options.local_addr and (options.stdio or options.local_addr.path):
-        listening.append("--local-addr unix:" if options.local_addr.path else "--local-addr")
-    if listening and options.mode in ("print", "--stdio"):
-        raise UsageError(f"{listening[0]} needs --proxy or -- COMMAND")
+    if options.mode in ("print", "--stdio"):
+        useless = given("--max-sessions", "--min-sessions", "--renew", "--allow-other-users")
+        if local and local.path:
+            useless.append("--local-addr unix:")
+        elif options.stdio:
+            useless += given("--local-addr")
+        if useless:
+            raise UsageError(f"{useless[0]} needs --proxy or -- COMMAND")
     if options.keep_session and not modes:
         raise UsageError("--keep-session needs --proxy, --stdio or -- COMMAND")
     if options.stdio and is_standard_input(options.token_file or ""):
         raise UsageError("--token-file - and --stdio cannot be used together: both read standard input")
-    options.max_sessions = options.max_sessions or DEFAULT_MAX_SESSIONS
+    if command and local and local.path and any("{port}" in word for word in command):
+        raise UsageError("--local-addr unix: has no {port} for COMMAND, but {host} and {addr}")
+    options.max_sessions = options.max_sessions or 4
     options.min_sessions = options.min_sessions or 1
     if options.min_sessions > options.max_sessions:
         raise UsageError(f"--min-sessions must not be more than --max-sessions ({options.max_sessions})")
     if options.server:
         check_server(options.server, "--server", options.allow_http)
-    options.local_addr = options.local_addr or LocalAddress("127.0.0.1", 0)
+    options.local_addr = local or LocalAddress("127.0.0.1", 0)
 
 
 def find_command(name: str, environ: Environ) -> str:
@@ -3551,19 +3502,33 @@ def find_command(name: str, environ: Environ) -> str:
     raise PlexctlError(f"{escape(name)}: command not found", exit_code=EXIT_NOT_FOUND)
 
 
+def set_core_limit(soft: Optional[int]) -> Optional[int]:
+    """Set the soft limit of core files; return the one before, None if it stays as it is."""
+    if soft is None:
+        return None
+    try:
+        before, hard = resource.getrlimit(resource.RLIMIT_CORE)
+        resource.setrlimit(resource.RLIMIT_CORE, (soft, hard))
+        return before
+    except (NameError, OSError, ValueError):  # Windows; the hard limit is 0
+        return None
+
+
 class Run:
     """One invocation: the options, and what every mode of it needs."""
 
-    def __init__(self, options: Any, environ: Environ, foreground: Foreground,
-                 stdout: Optional[IO[str]]) -> None:
+    def __init__(self, options: Any, environ: Environ, foreground: Foreground, stdout: Optional[IO[str]],
+                 core_limit: Optional[int]) -> None:
         self.options = options
         self.environ = environ
         self.foreground = foreground
         self.stdout = stdout
+        self.core_limit = core_limit  # that COMMAND is to have; None: the one that there is
         self.began = elapsed_seconds()
         self.told: Optional[PlexctlError] = None  # an error that was reported already
         self.request = SessionRequest(options.project_id, options.resource_id, options.host,
                                       options.port, options.ttl_seconds)
+        self.target = escape(join_host_port(options.host, options.port), 60)  # for people
 
     def report(self, line: str) -> None:
         """Report a line; with --stdio only what is left behind, since ssh's terminal may be in raw mode."""
@@ -3579,24 +3544,25 @@ class Run:
         """Return the exit code. PlexctlError and Interrupted leave no session behind either."""
         options, foreground = self.options, self.foreground
         program = find_command(options.command[0], self.environ) if options.command else ""
-        server, token = foreground.call(lambda: resolve_credentials(
-            options.server, options.profile, options.token_file, options.allow_http, self.environ))
-        # in a thread as well: --ca-file may be a pipe
-        plane = foreground.call(lambda: ControlPlane(
-            server, token, options.ca_file, self.environ,
-            report=self.say, notice=self.report))
+
+        def create_plane() -> ControlPlane:
+            server, token = resolve_credentials(
+                options.server, options.profile, options.token_file, options.allow_http, self.environ)
+            return ControlPlane(server, token, options.ca_file, self.environ, report=self.say,
+                                notice=self.report)
+
+        plane = foreground.call(create_plane)  # the token or --ca-file may come from a pipe
         self.audit = AuditLog(self.environ, foreground.report) if options.reveal_secrets else None
         self.ledger = Ledger(plane, options.project_id, self.report, self.say)
         try:
             if options.mode == "print":
                 return self.print_coordinates()
-            if options.mode == "--stdio":
-                return self.carry_stdio()
-            return self.forward(program)
+            return self.carry_stdio() if options.mode == "--stdio" else self.forward(program)
         finally:
             foreground.finish(self.ledger.leave, LEAVE_SECONDS, "releasing the session")
-            for words in self.ledger.list_kept() if options.keep_session else ():
-                self.report(words)
+            if options.keep_session:
+                for words in self.ledger.list_kept():
+                    self.report(words)
             for words in self.ledger.left_behind(sys.exc_info()[1]):
                 foreground.report("warning: " + words)
             if self.audit is not None:  # not before: an interrupted record may still be on its way
@@ -3604,14 +3570,13 @@ class Run:
 
     def establish(self, issue: Callable[[], MediatedSession]) -> MediatedSession:
         """Return the first session; reveal its token if that is wanted."""
-        session: MediatedSession = self.foreground.call(issue, lambda: (
-            f"waiting for the Node: {show_seconds(elapsed_seconds() - self.began)}"))
-        issued = session.issued
-        if self.audit is not None and issued is not None:
-            audit, token = self.audit, issued.token
+        session: MediatedSession = self.foreground.call(
+            issue, lambda: f"waiting for the Node: {show_seconds(elapsed_seconds() - self.began)}")
+        audit, issued = self.audit, session.issued
+        if audit is not None and issued is not None:
             self.foreground.call(lambda: audit.record(self.ledger.plane.server, self.request, issued))
             self.foreground.write("plexctl: warning: the next line is the session token, a secret\n"
-                                  f"PLEXCTL_SESSION_TOKEN={token.reveal()}\n",
+                                  f"PLEXCTL_SESSION_TOKEN={issued.token.reveal()}\n",
                                   self.foreground.messages.stream, "standard error")
         if self.options.keep_session:
             self.ledger.keep()
@@ -3630,7 +3595,8 @@ class Run:
                     "target": {"host": self.request.host, "port": self.request.port},
                     "expires_at": session.issued and session.issued.expires_at}
         width = terminal_width(self.stdout) if self.stdout is not None and self.stdout.isatty() else 0
-        self.foreground.write(FORMATS[self.options.output](document, width), self.stdout, "standard output")
+        text = format_document(document, self.options.output, width)
+        self.foreground.write(text, self.stdout, "standard output")
 
     def print_coordinates(self) -> int:
         """Print mode: bind nothing for longer than a moment; dial and revoke nothing."""
@@ -3655,7 +3621,7 @@ class Run:
         session = self.establish(self.issue_one)
         remote = self.foreground.call(lambda: session.dial(self.ledger.plane.cancel.is_set))
         streams = StandardStreams()
-        relay = Relay(streams, remote, create_buffers(), streams.is_gone, session.is_over,
+        relay = Relay(streams, remote, create_buffers(), streams.is_gone,
                       lambda: self.explain_end(session, relay))
         carried = Outcome(relay.carry)
         began, give_up_on = elapsed_seconds(), float("inf")
@@ -3671,6 +3637,8 @@ class Run:
                     signalled, give_up_on = interrupted, min(give_up_on, elapsed_seconds() + limit)
                 if elapsed_seconds() >= give_up_on:
                     raise signalled
+                if session.is_over():
+                    relay.stop()
                 if self.options.verbose:
                     session.warn_of_its_end()
             deadline = elapsed_seconds() + STUCK_SECONDS
@@ -3705,7 +3673,7 @@ class Run:
 
     def forward(self, program: str) -> int:
         """--proxy and -- COMMAND. The address is bound first: one in use costs no session."""
-        options, foreground = self.options, self.foreground
+        options, foreground, reason = self.options, self.foreground, ""
         with Forwarder(options.local_addr, self.ledger, self.request, options.max_sessions,
                        options.min_sessions, options.renew, options.wait_seconds,
                        options.allow_other_users) as forwarder:
@@ -3713,48 +3681,40 @@ class Run:
             try:
                 self.tell_systemd("READY=1")
                 if program:
-                    return self.run_command(program, forwarder)
+                    status = self.run_command(program, forwarder)
+                    reason = "COMMAND ended"
+                    return status
                 self.print_document(forwarder.local, session)
                 if foreground.messages.is_terminal:
-                    self.report(f"forwarding {forwarder.local} to {self.target()}; press Ctrl-C to stop")
+                    self.report(f"forwarding {forwarder.local} to {self.target}; press Ctrl-C to stop")
                 self.watch(forwarder)
+            except Interrupted as interrupted:  # an error is told by itself
+                reason = str(interrupted)
+                raise
             finally:
-                foreground.ignored = foreground.passed_on = ()
                 self.tell_systemd("STOPPING=1")
                 foreground.finish(forwarder.stop, CLOSE_SECONDS + 1)
-                total = describe_total(forwarder.count(), self.began, "COMMAND ended" if program else "")
+                total = describe_total(forwarder.count(), self.began, reason)
                 unidentified = forwarder.listener.unidentified
                 if unidentified:
-                    total += (f"; {unidentified} closed before {'its' if unidentified == 1 else 'their'} "
-                              "owner could be checked (unix: and --allow-other-users do not check)")
+                    total += (f"; {unidentified} closed before the owner could be checked "
+                              "(unix: and --allow-other-users do not check)")
                 self.report(total)
-        return EXIT_OK
 
-    def watch(self, forwarder: Forwarder) -> None:
+    def watch(self, forwarder: Forwarder) -> NoReturn:
         """Look after the forwarder until something ends it, and raise that."""
-        told, tell_on, draw_on = "", 0.0, 0.0
+        told, tell_on = "", 0.0
         while True:
-            self.tick(forwarder)
-            now = elapsed_seconds()
-            if now < draw_on:
-                continue
-            draw_on = now + REDRAW_SECONDS
-            words = self.describe_now(forwarder)
+            words, now = self.describe_now(forwarder), elapsed_seconds()
             self.foreground.messages.show(words)
             if words != told and now >= tell_on:
                 told, tell_on = words, now + STATUS_SECONDS
                 self.tell_systemd("STATUS=" + words)
-
-    def tick(self, forwarder: Forwarder) -> None:
-        """Wait a moment; raise what has ended the sessions."""
-        self.foreground.wait(TICKING_SECONDS)
-        forwarder.tick()
-        if forwarder.over is not None:
-            raise forwarder.over
-
-    def target(self) -> str:
-        """Return the target for people."""
-        return escape(join_host_port(self.request.host, self.request.port), 60)
+            while elapsed_seconds() < now + REDRAW_SECONDS:
+                self.foreground.wait(TICKING_SECONDS)
+                forwarder.tick()
+                if forwarder.over is not None:
+                    raise forwarder.over
 
     def describe_now(self, forwarder: Forwarder) -> str:
         """Return the live line, what matters most first."""
@@ -3762,7 +3722,7 @@ class Run:
         until = f"{show_seconds(left)} left, " if left else ""
         return (f"{until}{counts.open} open, {counts.waiting} waiting, {counts.ended} ended, "
                 f"{show_count(counts.sessions, 'session')}, {show_bytes(counts.up)} up, "
-                f"{show_bytes(counts.down)} down, {forwarder.local} -> {self.target()}")
+                f"{show_bytes(counts.down)} down, {forwarder.local} -> {self.target}")
 
     def tell_systemd(self, state: str) -> None:
         """Notify systemd (sd_notify(3), Type=notify); warn if that fails."""
@@ -3779,74 +3739,74 @@ class Run:
         foreground.wait(0)
         foreground.ignored = (signal.SIGINT, signal.SIGQUIT)
         foreground.passed_on = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-        foreground.messages.flush(HURRY_SECONDS)  # before anything that COMMAND says
-        child = self.start_command(program, forwarder.local)
-        is_terminated = is_over = False
-        while child.poll() is None:
-            try:
-                foreground.wait(WAIT_SECONDS)
-            except Interrupted as interrupted:
-                try:
-                    child.send_signal(interrupted.signum)
-                except OSError:  # it ended just now, or is another user's by now
-                    pass
-                if interrupted.signum not in foreground.passed_on:
-                    if is_terminated:
-                        raise
-                    is_terminated = True
-            forwarder.tick()  # when all is over it resets whoever connects, and the port stays ours
-            if forwarder.over is not None and not is_over:
-                is_over = True
-                self.report(f"warning: {forwarder.over}; connections are refused from now on; COMMAND is "
-                            "still running")
-        foreground.ignored = foreground.passed_on = ()
-        if not is_over:
-            self.deliver(forwarder)  # what COMMAND sent right before its end
+        try:
+            foreground.messages.flush()  # before anything that COMMAND says
+            child = self.start_command(program, forwarder.local)
+            self.wait_for_command(child, forwarder)
+        finally:
+            foreground.ignored = foreground.passed_on = ()
+        self.deliver(forwarder)
         status = int(child.returncode)
         return status if status >= 0 else EXIT_SIGNAL_BASE - status
-
-    def deliver(self, forwarder: Forwarder) -> None:
-        """Wait until what clients had sent before they left has arrived, as long as it moves."""
-        moved, give_up_on = None, 0.0
-        try:
-            while forwarder.is_delivering() or self.is_delivering_yet(forwarder):
-                counts = forwarder.count()
-                moving = counts.up, counts.ended, forwarder.count_undelivered()
-                if moving != moved:
-                    moved, give_up_on = moving, elapsed_seconds() + LEAVE_SECONDS
-                if elapsed_seconds() > give_up_on:
-                    self.report("warning: COMMAND has ended, and " + (
-                        "connections still wait for a session" if counts.waiting else
-                        "what it sent may not have arrived"))
-                    break
-                self.tick(forwarder)
-        except PlexctlError as error:
-            self.report(f"warning: {error}")
-
-    def is_delivering_yet(self, forwarder: Forwarder) -> bool:
-        """Look again a moment later: a client that was just accepted is counted nowhere."""
-        self.foreground.wait(WAIT_SECONDS)
-        return forwarder.is_delivering()
 
     def start_command(self, program: str, local: LocalAddress) -> Any:
         """Start COMMAND, with its placeholders and environment filled in."""
         host, port = (local.path, "") if local.path else (local.host, str(local.port))
+        values = {"{host}": host, "{port}": port, "{addr}": str(local)}
+        arguments = [re.sub(r"\{(?:host|port|addr)\}", lambda found: values[found.group()], word)
+                     for word in self.options.command]
         environ = dict(self.environ, PLEXCTL_LOCAL_HOST=host, PLEXCTL_LOCAL_PORT=port,
                        PLEXCTL_LOCAL_ADDR=str(local))
         environ.pop("PLEXSPHERE_TOKEN", None)
         if not local.path and is_loopback(local.host):
             exempt = environ.get("no_proxy") or environ.get("NO_PROXY")  # or curl would go to a proxy with it
             environ["no_proxy"] = environ["NO_PROXY"] = f"{exempt},{local.host}" if exempt else local.host
-        arguments = [re.sub(r"\{(host|port|addr)\}", lambda found: environ[
-            "PLEXCTL_LOCAL_" + found.group(1).upper()], argument) for argument in self.options.command]
+        # COMMAND could read the token there, again or, of /dev/stdin, for the first time
+        stdin = subprocess.DEVNULL if is_standard_input(self.options.token_file or "") else None
+        our_limit = set_core_limit(self.core_limit)
         try:
-            # COMMAND could read the token there, again or, of /dev/stdin, for the first time
-            stdin = subprocess.DEVNULL if is_standard_input(self.options.token_file or "") else None
-            with self.foreground.cores_as_before():
-                return subprocess.Popen(arguments, executable=program, env=environ, stdin=stdin)
+            return subprocess.Popen(arguments, executable=program, env=environ, stdin=stdin)
         except (OSError, ValueError) as error:
             raise PlexctlError(f"{escape(arguments[0])}: cannot be executed: {show_error(error)}",
                                exit_code=EXIT_NOT_EXECUTABLE) from error
+        finally:
+            set_core_limit(our_limit)
+
+    def wait_for_command(self, child: Any, forwarder: Forwarder) -> None:
+        """Wait for COMMAND's end; a second signal that it does not end by is raised as Interrupted."""
+        is_terminated = False
+        while child.poll() is None:
+            try:
+                self.foreground.wait(WAIT_SECONDS)
+            except Interrupted as interrupted:
+                with contextlib.suppress(OSError):  # it ended just now, or is another user's by now
+                    child.send_signal(interrupted.signum)
+                if interrupted.signum not in self.foreground.passed_on:
+                    if is_terminated:
+                        raise
+                    is_terminated = True
+            forwarder.tick()  # when all is over it resets whoever connects, and the port stays ours
+            if forwarder.over is not None:
+                self.ledger.tell_once(f"warning: {forwarder.over}; connections are refused from now on; "
+                                      "COMMAND is still running", "over")
+
+    def deliver(self, forwarder: Forwarder) -> None:
+        """Wait until what clients had sent before they left has arrived, as long as it moves."""
+        was_idle, moved = False, (0, 0, 0)
+        give_up_on = elapsed_seconds() + LEAVE_SECONDS
+        while forwarder.over is None and elapsed_seconds() < give_up_on:
+            is_idle = not forwarder.is_delivering()
+            if is_idle and was_idle:  # two looks: a client that was just accepted is counted nowhere
+                return
+            was_idle, counts = is_idle, forwarder.count()
+            moving = (counts.up, counts.ended, forwarder.count_undelivered())
+            if moving != moved:
+                moved, give_up_on = moving, elapsed_seconds() + LEAVE_SECONDS
+            self.foreground.wait(WAIT_SECONDS)
+            forwarder.tick()
+        reason = f": {forwarder.over}" if forwarder.over else ""
+        self.ledger.tell_once("warning: COMMAND has ended, and what it sent may not have arrived" + reason,
+                              "over")
 
 
 def describe_failure(relay: Relay) -> Optional[PlexctlError]:
@@ -3857,13 +3817,10 @@ def describe_failure(relay: Relay) -> Optional[PlexctlError]:
 
 
 def describe_total(counts: Counts, began: float, reason: str) -> str:
-    """Return the line at the end. An error that ends the run is told by itself, a signal here."""
-    error = sys.exc_info()[1]
-    if isinstance(error, (Interrupted, PlexctlError)):
-        reason = str(error) if isinstance(error, Interrupted) else ""
-    connections = show_count(counts.ended, "connection")
-    return (f"{connections}, {show_bytes(counts.up)} up, {show_bytes(counts.down)} down, "
-            f"{show_seconds(elapsed_seconds() - began)}{reason and ': ' + reason}")
+    """Return the line at the end."""
+    return (f"{show_count(counts.ended, 'connection')}, {show_bytes(counts.up)} up, "
+            f"{show_bytes(counts.down)} down, {show_seconds(elapsed_seconds() - began)}"
+            + (f": {reason}" if reason else ""))
 
 
 # ------------------------------------------------------------------------------------------ main
@@ -3872,117 +3829,76 @@ __all__ = [  # what is stable for those who vendor this file
     "ApiError", "ControlPlane", "CredentialsError", "Endpoint", "Forwarder", "IssuedSession", "Ledger",
     "LocalAddress", "MediatedSession", "PlexctlError", "Secret", "Server", "Session", "SessionOver",
     "SessionRequest", "TransportError", "UsageError", "main", "parse_local_address", "parse_server"]
+NOT_HANDLED = (  # faults; what ends no process, or nobody can handle
+    "SIGABRT", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGTRAP", "SIGSYS", "SIGKILL", "SIGSTOP", "SIGTSTP",
+    "SIGTTIN", "SIGTTOU", "SIGCONT", "SIGCHLD", "SIGURG", "SIGWINCH", "SIGINFO")
 
 
-def reserve_standard_descriptors() -> None:
-    """Keep files that are opened later from becoming descriptor 0, 1 or 2."""
-    for descriptor in range(3):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            open_nowhere(os.O_RDONLY)  # the lowest free number; writing to it fails
+def handle_signals(handle: Callable[[int, Any], None]) -> Dict[int, Any]:
+    """Have every signal handled that would end the process, unless somebody else does; return the old ones.
 
-
-FAULTS = ("SIGABRT", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGTRAP", "SIGSYS")
-NOT_HANDLED = (  # their default action ends no process, or nobody can handle them
-    "SIGKILL", "SIGSTOP", "SIGTSTP", "SIGTTIN", "SIGTTOU", "SIGCONT", "SIGCHLD", "SIGURG", "SIGWINCH",
-    "SIGINFO")
-ALWAYS_HANDLED = ("SIGINT", "SIGTERM", "SIGHUP")  # the others only where nobody else has a handler
-
-
-def handle_signals(foreground: Foreground) -> Callable[[], None]:
-    """Have every signal handled that would end the process; return what restores the old handlers."""
-    if threading.current_thread() is not threading.main_thread():
-        return lambda: None
+    SIGCHLD, where it is ignored, gets its default action, or COMMAND has no status.
+    """
     before: Dict[int, Any] = {}
-    kept = {getattr(signal, name, None) for name in FAULTS + NOT_HANDLED}
-    always = {getattr(signal, name, None) for name in ALWAYS_HANDLED}
-    for signum in set(range(1, signal.NSIG)) - kept:
-        try:
+    others = {getattr(signal, name, None) for name in NOT_HANDLED}
+    for signum in range(1, signal.NSIG):
+        with contextlib.suppress(OSError, ValueError):  # the C library's own; not the main thread
             current = signal.getsignal(signum)
-            if current == signal.SIG_DFL or signum in always and current != signal.SIG_IGN:  # nohup, &
-                before[signum] = signal.signal(signum, foreground.handle)
-        except (OSError, ValueError):  # the C library keeps it for itself
-            pass
-    if hasattr(signal, "SIGCHLD") and signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
-        before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or COMMAND has no status
-
-    def restore() -> None:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-    return restore
+            if signum not in others and current in (signal.SIG_DFL, signal.default_int_handler):
+                before[signum] = signal.signal(signum, handle)
+            elif signum == getattr(signal, "SIGCHLD", None) and current == signal.SIG_IGN:
+                before[signum] = signal.signal(signum, signal.SIG_DFL)
+    return before
 
 
-def forbid_cores() -> Optional[Tuple[int, int]]:
-    """Forbid core files, which would hold the tokens; return the limits that there were, if they change.
+def as_error(error: Exception) -> PlexctlError:
+    """Return what ended the run as an error with one line and an exit code."""
+    if isinstance(error, PlexctlError):
+        return error
+    if isinstance(error, ImportError):  # of a module that the standard library loads late
+        return PlexctlError(f"this Python lacks a part of its standard library: {show_error(error)}")
+    if isinstance(error, (OSError, MemoryError)):
+        return PlexctlError(f"the system refuses: {show_error(error)}")
+    # a defect; its text may hold what it was given
+    return PlexctlError(f"internal error, please report it (with -v): {show_error(error)}")
 
-    The kernel honours a limit of 1 byte even where core_pattern is a pipe, unlike 0 (core(5)).
-    """
+
+def perform(argv: Sequence[str], environ: Environ, ends_process: bool = False,
+            core_limit: Optional[int] = None) -> Tuple[int, int]:
+    """Run the command; return its exit code and the number of the signal that ended it (0: none)."""
+    messages: Optional[Messages] = None
+    handlers: Dict[int, Any] = {}
     try:
-        limits = resource.getrlimit(resource.RLIMIT_CORE)
-        resource.setrlimit(resource.RLIMIT_CORE, (1, limits[1]))
-        return limits
-    except (NameError, OSError, ValueError):  # Windows; the hard limit is 0
-        return None
-
-
-def perform(argv: Optional[Sequence[str]] = None, environ: Optional[Environ] = None,
-            ends_process: bool = False, core_limits: Optional[Tuple[int, int]] = None) -> Tuple[int, int]:
-    """Run the command; return its exit code and the number of the signal that ended it (0: none).
-
-    `core_limits`: what COMMAND is to have.
-    """
-    prints = ""
-    try:
-        prints, options = parse_arguments(sys.argv[1:] if argv is None else argv)
+        prints, options = parse_arguments(argv)
         if prints:
-            write_all(sys.stdout, prints)
+            write_all(sys.stdout, prints, "standard output")
             return EXIT_OK, 0
         messages = Messages(sys.stderr, options.mode in ("print", "--proxy"), options.quiet)
-        foreground = Foreground(messages, core_limits)
-        restore_handlers = handle_signals(foreground)
-    except PlexctlError as error:
-        return fail(str(error), error.exit_code), 0
-    except Exception as error:  # no descriptors or memory, or a library that is damaged
-        return fail(f"cannot {'write to standard output' if prints else 'start'}: {show_error(error)}",
-                    EXIT_FAILURE), 0
-    status, signum = EXIT_FAILURE, 0
-    try:
-        status = Run(options, os.environ if environ is None else environ, foreground, sys.stdout).execute()
+        foreground = Foreground(messages)
+        handlers = handle_signals(foreground.handle)
+        return Run(options, environ, foreground, sys.stdout, core_limit).execute(), 0
     except Interrupted as interrupted:
-        signum = interrupted.signum
-        status = EXIT_SIGNAL_BASE + signum
-    except PlexctlError as error:
-        status = error.exit_code
-        if not error.is_told:
-            foreground.report(f"error: {error}")
-    except ImportError as error:  # of a module that the standard library loads late
-        foreground.report(f"error: this Python lacks a part of its standard library: {show_error(error)}")
-    except (OSError, MemoryError) as error:
-        foreground.report(f"error: the system refuses: {show_error(error)}")
-    except Exception as error:  # a defect; its text may hold what it was given
-        foreground.report(f"error: internal error, please report it (with -v): {show_error(error)}")
+        return EXIT_SIGNAL_BASE + interrupted.signum, interrupted.signum
+    except Exception as raised:
+        error = as_error(raised)
+        if messages is None:
+            with contextlib.suppress(PlexctlError):
+                write_all(sys.stderr, f"plexctl: error: {error}\n", "standard error")
+        elif not error.is_told:
+            messages.report(f"error: {error}")
+        return error.exit_code, 0
     finally:
-        messages.flush(HURRY_SECONDS)
-        if not ends_process:  # else a late signal would make it look as if it had not come to its end
-            restore_handlers()
-            messages.close()
-    return status, signum
-
-
-def fail(message: str, status: int) -> int:
-    """Write the one line of an error; return the status."""
-    try:
-        write_all(sys.stderr, f"plexctl: error: {message}\n")
-    except (OSError, ValueError):
-        pass
-    return status
+        if messages is not None:
+            messages.flush()
+            if not ends_process:  # else a late signal would make it look as if it had not come to its end
+                messages.close()
+                for signum, handler in handlers.items():
+                    signal.signal(signum, handler)
 
 
 def main(argv: Optional[Sequence[str]] = None, environ: Optional[Environ] = None) -> int:
     """Run the command; return the exit code, 128 + n if signal n ended it. Never raises."""
-    return perform(argv, environ)[0]
+    return perform(sys.argv[1:] if argv is None else argv, os.environ if environ is None else environ)[0]
 
 
 def run() -> None:
@@ -3991,9 +3907,13 @@ def run() -> None:
     os._exit, since Python's own exit could still change the status: a flush that fails (120), a thread
     that was given up on and wakes up. Everything is written and closed by then.
     """
-    reserve_standard_descriptors()
+    for descriptor in range(3):  # what is closed must not become another file's
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            open_nowhere(os.O_RDONLY)  # the lowest free number; writing to it fails
     try:
-        status, signum = perform(ends_process=True, core_limits=forbid_cores())
+        status, signum = perform(sys.argv[1:], os.environ, True, set_core_limit(1))
         if signum:
             end_by_signal(signum)
         os._exit(status)

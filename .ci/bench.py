@@ -6,8 +6,8 @@
     .ci/bench.py --plexctl before=old/plexctl.py --plexctl after=plexctl.py
     .ci/bench.py --soak 60                               mixed load on plexctl, nothing else
 
-Linux, Python 3.8 or later. Markdown goes to stdout, progress to stderr. The exit status is 1 if plexctl
-failed in anything; it never depends on how fast anything was.
+Linux, Python 3.8 or later with pytest, since the control plane is that of test_plexctl.py. Markdown goes to
+stdout, progress to stderr. The exit status is 1 if plexctl failed in anything, however fast it was.
 
 All forwarders stay up, each with a server of its own. Each test goes round them in turn; printed are medians
 and the ratio to haproxy: on a machine with other work only ratios mean something. There are at most ten
@@ -23,7 +23,6 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
-import http.server
 import json
 import multiprocessing
 import operator
@@ -34,16 +33,15 @@ import select
 import shutil
 import signal
 import socket
-import socketserver
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import uuid
 
 SELF = os.path.abspath(__file__)
+ROOT = os.path.dirname(os.path.dirname(SELF))
 CHUNK_BYTES, HELD_BYTES = 2**18, 2**24
 SESSIONS, PATIENCE_SECONDS, IDLE_SECONDS = 10, 30, 3
 TESTS = {"up1": ("up", 1), "down1": ("down", 1), "up8": ("up", 8), "ping1": ("ping", 1), "ping8": ("ping", 8),
@@ -131,53 +129,11 @@ def serve(port):
                     count = 1 if mode == b"G" else sock.recv_into(view)
 
 
-# --- Control plane ------------------------------------------------------------------------------------------
-
-PROJECT, RESOURCE = "0190a8b8-a0c0-7a0a-8a0a-a0a0a0a0a0c0", "0190a8b8-d3e3-7d3d-8d3d-d3d3d3d3d3d3"
-TARGET, DAY_SECONDS = {"tcp": {"host": "10.0.0.5", "port": 5432}}, 86400
-ISSUED, EXPIRES = (time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + seconds))
-                   for seconds in (0, DAY_SECONDS))
-FORWARD = ["tcp-forward", "--project-id", PROJECT, "--resource-id", RESOURCE, "--host", "10.0.0.5",
-           "--port", "5432", "--output", "json"]
-
-
-class Plane(http.server.BaseHTTPRequestHandler):
-    """IssueSession, GetSession and RevokeSession; its server has an `endpoint`."""
-
-    wbufsize = -1                                       # headers and body in one segment
-
-    def log_message(self, *args):
-        """Says nothing."""
-
-    def do_POST(self):
-        """Answers, a GET as well."""
-        self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        get, both = self.command == "GET", {"expires_at": EXPIRES, "listener_endpoint": self.server.endpoint}
-        key = self.path.split("/")[-1] if get else str(uuid.uuid4())
-        body = dict(both, id=key, project_id=PROJECT, domain_id=key, resource_id=RESOURCE, identity_id=key,
-                    kind="tcp", status="active", issued_at=ISSUED, last_active_at=ISSUED, target=TARGET)
-        body = body if get else dict(both, session_id=key, token="a.b.c", session=body)
-        raw = b"" if self.path.endswith("/revoke") else json.dumps(body).encode()
-        self.send_response(200 if get else 201 if raw else 204)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(raw)))
-        self.end_headers()
-        self.wfile.write(raw)
-
-    do_GET = do_POST
-
-
-def start_plane(endpoint):
-    """Starts a control plane in a thread and returns its URL."""
-    server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Plane)
-    server.endpoint, server.daemon_threads = endpoint, True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return "http://127.0.0.1:{}".format(server.server_address[1])
-
-
 # --- Forwarders ---------------------------------------------------------------------------------------------
 
-# Shell scripts, each in a directory of its own. {l}: local port, {r}: port of the server, {x}: one more.
+FORWARD = ["tcp-forward", "--project-id", "0190a8b8-a0c0-7a0a-8a0a-a0a0a0a0a0c0", "--resource-id",
+           "0190a8b8-d3e3-7d3d-8d3d-d3d3d3d3d3d3", "--host", "10.0.0.5", "--port", "5432", "--output", "json"]
+# Shell scripts, each in a directory of its own. {l}: local port, {r}: port of the server.
 PEERS = {
     "socat": "exec socat TCP-LISTEN:{l},bind=127.0.0.1,fork,backlog=128,nodelay TCP:127.0.0.1:{r},nodelay",
     "haproxy": """cat >conf <<E
@@ -192,20 +148,14 @@ listen bench
   bind 127.0.0.1:{l}
   server s 127.0.0.1:{r}
 E
-exec haproxy -db -q -f conf""",
-    "nginx": """cat >conf <<E
-$(nginx -V 2>&1 | sed -n 's|.*--modules-path=\\([^ ]*\\).*|load_module \\1/ngx_stream_module.so;|p')
-worker_processes 2; daemon off; pid $PWD/pid; error_log stderr crit; events {{ worker_connections 999; }}
-stream {{ server {{ listen 127.0.0.1:{l}; proxy_pass 127.0.0.1:{r}; proxy_buffer_size 256k; }} }}
-E
-exec nginx -p "$PWD" -c conf""",
-    "ssh -L": """for k in host key; do ssh-keygen -q -t ed25519 -N '' -f $k; done
-[ "$(id -u)" != 0 ] || mkdir -p /run/sshd   # without it sshd does not start as root
-"$(command -v sshd)" -D -f /dev/null -h "$PWD/host" -o AuthorizedKeysFile="$PWD/key.pub" -o PidFile=none \\
-  -o StrictModes=no -o ListenAddress=127.0.0.1:{x} &
-sleep 0.5
-exec ssh -N -F none -i key -p {x} -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null \\
-  -o BatchMode=yes -o IdentitiesOnly=yes -L 127.0.0.1:{l}:127.0.0.1:{r} "$(id -un)@127.0.0.1" """}
+exec haproxy -db -q -f conf"""}
+
+
+def start_plane(endpoint):
+    """Start a control plane and return its URL."""
+    sys.path.insert(0, ROOT)
+    import test_plexctl  # not at the top: a load does without, and starts faster
+    return test_plexctl.ControlPlane(endpoint=endpoint, ttl=86400, bearer="bench").url
 
 
 def output_of(*argv):
@@ -247,11 +197,13 @@ def usage(process):
 
 # --- Tests --------------------------------------------------------------------------------------------------
 
-POST = """import json, os, urllib.request
-body = {{"resource_id": "{resource}", "kind": "tcp", "target": {target}}}
-body["idempotency_key"] = os.urandom(16).hex()
-headers = {{"Authorization": "Bearer " + os.environ["PLEXSPHERE_TOKEN"], "Content-Type": "application/json"}}
-request = urllib.request.Request("{url}", json.dumps(body).encode(), headers)
+POST = """import json, os, sys, urllib.request
+_, project, _, resource, _, host, _, port, *_ = sys.argv[2:]
+body = {"resource_id": resource, "kind": "tcp", "target": {"tcp": {"host": host, "port": int(port)}},
+        "idempotency_key": os.urandom(16).hex()}
+headers = {"Authorization": "Bearer " + os.environ["PLEXSPHERE_TOKEN"], "Content-Type": "application/json"}
+url = "%s/v1/projects/%s/sessions" % (sys.argv[-1], project)
+request = urllib.request.Request(url, json.dumps(body).encode(), headers)
 with urllib.request.urlopen(request, timeout=30) as answer:
     print(json.loads(answer.read().decode())["listener_endpoint"])
 """
@@ -285,8 +237,8 @@ class Bench:
     def start_forwarder(self, name, command):
         """Starts a server and the forwarder before it; without a command that server is all."""
         # Ports below those that the kernel gives to outgoing connections.
-        ports, folder = random.sample(range(15000, 32000), 3), tempfile.mkdtemp(dir=self.scratch)
-        values = dict(zip("lrx", ports), server=start_plane(f"127.0.0.1:{ports[1]}") if command else "")
+        ports, folder = random.sample(range(15000, 32000), 2), tempfile.mkdtemp(dir=self.scratch)
+        values = dict(zip("lr", ports), server=start_plane(f"127.0.0.1:{ports[1]}") if command else "")
         with open(os.path.join(folder, "log"), "w+") as log:
             process, port = self.start_load("serve", ports[1]), ports[1]
             up = self.answers(process, port)
@@ -388,8 +340,8 @@ class Bench:
         python, url = os.path.join(self.scratch, "venv", "bin", "python"), start_plane("127.0.0.1:1")
         output_of(self.options.python, "-m", "venv", "--without-pip", os.path.join(self.scratch, "venv"))
         packages = output_of(python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])")
-        script = POST.format(url=f"{url}/v1/projects/{PROJECT}/sessions", resource=RESOURCE, target=TARGET)
-        cases = [("without", "help", ["-I", "-c", "import argparse"]), ("without", "print", ["-c", script])]
+        cases = [("without", "help", ["-I", "-c", "import argparse"]),
+                 ("without", "print", ["-c", POST, *FORWARD, "--server", url])]
         for number, (name, path) in enumerate(self.options.plexctl.items()):
             shutil.copy(path, os.path.join(packages, f"plexctl{number}.py"))
             installed = ["-c", f"import sys; from plexctl{number} import run; sys.exit(run())"]
@@ -447,8 +399,7 @@ def run(bench):
             print(f"round {number + 1} of {options.rounds}: {test}", file=sys.stderr, flush=True)
     report += [table(bench, names, "haproxy", traffic)] if traffic else []
     report += [table(bench, bench.run_startup(), "without", ["startup"])] if "startup" in tests else []
-    versions = re.findall(r"(socat|HAProxy|nginx|OpenSSH)(?: version |[/_])(\d[\w.]+)",
-                          output_of("sh", "-c", "socat -V; haproxy -v; nginx -v; ssh -V"))
+    versions = re.findall(r"(socat|HAProxy) version ([\d.]+)", output_of("sh", "-c", "socat -V; haproxy -v"))
     about = "import platform as p; print(p.platform(), p.python_implementation(), p.python_version())"
     print(f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, {output_of(options.python, '-c', about)}, "
           f"{', '.join(map(' '.join, versions))}; load in {'C' if options.lg else 'Python'}; "
@@ -477,8 +428,7 @@ def main(argv):
     parser.add_argument("--lg", metavar="PATH", help="a compiled load generator")
     parser.add_argument("--go", metavar="PATH", help="a forwarder that is called with two addresses")
     options, scratch = parser.parse_args(argv), tempfile.mkdtemp(prefix="bench-")
-    default = os.path.join(os.path.dirname(os.path.dirname(SELF)), "plexctl.py")
-    pairs = [path.rpartition("=")[::2] for path in options.plexctl or [default]]
+    pairs = [path.rpartition("=")[::2] for path in options.plexctl or [os.path.join(ROOT, "plexctl.py")]]
     options.plexctl = {name or "plexctl": os.path.abspath(path) for name, path in pairs}
     os.environ["PATH"] = os.environ.get("PATH", "") + ":/usr/local/sbin:/usr/sbin:/sbin"
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -6,6 +6,7 @@ the environment, one connection that exchanges bytes with an echo target. Python
 
 import argparse
 import collections
+import functools
 import json
 import multiprocessing
 import os
@@ -86,7 +87,8 @@ class Invocation:
         """The command line."""
         args = ["tcp-forward", *simulator.REQUIRED_FLAGS]
         if self.mode in ("print", "command"):
-            args += ["--token-file", self._secret_file("token", simulator.BEARER + "\n")]
+            token_file = os.path.join(self.scratch, "token")
+            args += ["--token-file", simulator.write_private(token_file, self.plane.bearer + "\n")]
         args += {"print": ["--output", "json"], "reveal": ["--reveal-secrets", "--output", "yaml"],
                  "proxy": ["--proxy", "--output", "json"], "stdio": ["--stdio"],
                  "command": ["--", self.python, "-I", "-S", "-c", CLIENT, "{host}", "{port}"]}[self.mode]
@@ -96,21 +98,13 @@ class Invocation:
         """Its environment; in reveal mode the config file has everything."""
         given = {"HOME": self.scratch, "XDG_STATE_HOME": os.path.join(self.scratch, "state")}
         if self.mode == "reveal":
-            os.makedirs(os.path.join(self.scratch, ".config", "plexctl"))
             profile = {"server": self.plane.url, "token": self.plane.bearer}
-            self._secret_file(os.path.join(".config", "plexctl", "config.json"),
-                              json.dumps({"default": "sim", "profiles": {"sim": profile}}))
+            simulator.write_config(self.scratch, {"default": "sim", "profiles": {"sim": profile}})
         else:
             given["PLEXSPHERE_URL"] = self.plane.url
         if self.mode in ("proxy", "stdio"):
             given["PLEXSPHERE_TOKEN"] = self.plane.bearer
         return simulator.clean_environment(given)
-
-    def _secret_file(self, name, text):
-        path = os.path.join(self.scratch, name)
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w") as stream:
-            stream.write(text)
-        return path
 
     # what its user does meanwhile
 
@@ -137,33 +131,24 @@ class Invocation:
         try:
             with simulator.dial(address, CLIENT_SECONDS) as sock:
                 sock.sendall(WORD)
-                while len(self.answer) < len(WORD):
+                while len(self.answer) < len(WORD) and not self.client_end:
                     data = sock.recv(100)
-                    if not data:
-                        self.client_end = "ended"
-                        return
                     self.answer += data
-        except socket.timeout:
-            self.client_end = "hung"
-        except ConnectionResetError:
-            self.client_end = "reset"
+                    self.client_end = "" if data else "ended"
         except OSError as error:
-            self.client_end = str(error)
+            known = {socket.timeout: "hung", ConnectionResetError: "reset"}
+            self.client_end = known.get(type(error), str(error))
 
     def _use_stdio(self):
         try:
             os.write(self.process.stdin.fileno(), WORD)
-        except OSError as error:
-            self.client_end = str(error)
-        try:
             self.process.wait_for(lambda: len(self.process.out) >= len(WORD)
                                   or self.process.poll() is not None, CLIENT_SECONDS)
+            self.process.stdin.close()  # as ssh does once it has had its answer
+        except OSError as error:
+            self.client_end = str(error)
         except AssertionError:
             self.client_end = "hung"
-        try:
-            self.process.stdin.close()  # as ssh does once it has had its answer
-        except OSError:
-            pass
 
     def await_request(self, seconds):
         """Wait for the first request to the control plane, or the end."""
@@ -302,7 +287,8 @@ def run_all(cases, work, options, again):
     any failed."""
     kinds, failures, began = collections.Counter(), collections.defaultdict(list), time.monotonic()
     with multiprocessing.get_context("fork").Pool(options.jobs) as pool:
-        for case, (wrong, kind, story) in pool.imap_unordered(_Call(work), cases, chunksize=4):
+        for case, (wrong, kind, story) in pool.imap_unordered(
+                functools.partial(_call, work), cases, chunksize=4):
             kinds[kind] += 1
             if wrong:
                 failures[re.sub(r"0x[0-9a-f]+|\d+", "N", wrong)[:150]].append((case, story))
@@ -315,38 +301,32 @@ def run_all(cases, work, options, again):
     return kinds, bool(failures)
 
 
-class _Call:
-    def __init__(self, work):
-        self.work = work
-
-    def __call__(self, case):
-        for _ in range(ATTEMPTS):
-            with Pulse() as pulse:
-                result = self.work(case)
-            if pulse.longest < STILL_SECONDS:
-                break
-        return case, result
+def _call(work, case):
+    """work(case), again where the machine was halted meanwhile: that says nothing of plexctl."""
+    for _ in range(ATTEMPTS):
+        pulse = Pulse()
+        result = work(case)
+        if pulse.end() < STILL_SECONDS:
+            break
+    return case, result
 
 
-class Pulse:
-    """How long this process has stood still: a machine that was halted says nothing of plexctl."""
+class Pulse(threading.Thread):
+    """For how long, at most, this process has stood still."""
 
     def __init__(self):
-        self.longest = 0.0
-        self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._beat, daemon=True)
+        super().__init__(daemon=True)
+        self._longest, self._is_over = 0.0, threading.Event()
+        self.start()
 
-    def __enter__(self):
-        self._thread.start()
-        return self
+    def run(self):
+        is_over = False
+        while not is_over:
+            began = time.monotonic()
+            is_over = self._is_over.wait(PULSE_SECONDS)
+            self._longest = max(self._longest, time.monotonic() - began)
 
-    def __exit__(self, *details):
+    def end(self):
         self._is_over.set()
-        self._thread.join()
-
-    def _beat(self):
-        last = time.monotonic()
-        while not self._is_over.wait(PULSE_SECONDS):
-            now = time.monotonic()
-            self.longest, last = max(self.longest, now - last), now
-        self.longest = max(self.longest, time.monotonic() - last)
+        self.join()
+        return self._longest

@@ -39,20 +39,18 @@ import modes
 
 DEADLINE_SECONDS = 60  # niced beside a load, a start alone may take 20
 NO_DESCRIPTORS = ("EMFILE", "ENFILE", "ENOMEM")
+NO_MEMORY, FILE_ERRORS = ("EAGAIN", "ENOMEM"), ("EMFILE", "ENOMEM", "EACCES", "EIO")
 CAN_FAIL = {
-    "openat": ("EMFILE", "ENOMEM", "EACCES", "EIO"), "open": ("EMFILE", "ENOMEM", "EACCES", "EIO"),
-    "read": ("EIO",), "write": ("EIO", "ENOSPC", "EPIPE"),
-    "newfstatat": ("EIO",), "fstat": ("EIO", "ENOMEM"), "stat": ("EIO", "ENOMEM"),
-    "lstat": ("EIO", "ENOMEM"), "statx": ("EIO", "ENOMEM"), "lseek": ("EIO",), "close": ("EIO",),
-    "getdents64": ("EIO", "ENOMEM"), "readlink": ("EIO",), "access": ("EACCES",), "fsync": ("EIO", "ENOSPC"),
+    "openat": FILE_ERRORS, "open": FILE_ERRORS, "read": ("EIO",), "write": ("EIO", "ENOSPC", "EPIPE"),
+    "newfstatat": ("EIO",), "fstat": ("EIO", "ENOMEM"), "stat": ("EIO", "ENOMEM"), "lstat": ("EIO", "ENOMEM"),
+    "statx": ("EIO", "ENOMEM"), "lseek": ("EIO",), "close": ("EIO",), "getdents64": ("EIO", "ENOMEM"),
+    "readlink": ("EIO",), "access": ("EACCES",), "fsync": ("EIO", "ENOSPC"), "ioctl": ("EIO",),
     "mkdir": ("EACCES", "ENOSPC", "EROFS"), "mkdirat": ("EACCES", "ENOSPC", "EROFS"),
-            "chmod": ("EPERM", "EROFS"),
-    "fchmod": ("EPERM", "EROFS"), "fchmodat": ("EPERM", "EROFS"), "unlink": ("EACCES", "EROFS"),
-            "ioctl": ("EIO",),
-    "fcntl": ("EMFILE",), "dup": ("EMFILE",), "dup2": ("EMFILE",), "dup3": ("EMFILE",),
-    "pipe2": NO_DESCRIPTORS[:2], "eventfd2": NO_DESCRIPTORS, "epoll_create1": NO_DESCRIPTORS,
-    "epoll_ctl": ("ENOMEM", "ENOSPC"), "epoll_wait": ("EINTR", "ENOMEM"), "epoll_pwait": ("EINTR", "ENOMEM"),
-    "poll": ("EINTR", "ENOMEM"), "ppoll": ("EINTR", "ENOMEM"),
+    "chmod": ("EPERM", "EROFS"), "fchmod": ("EPERM", "EROFS"), "fchmodat": ("EPERM", "EROFS"),
+    "unlink": ("EACCES", "EROFS"), "fcntl": ("EMFILE",), "dup": ("EMFILE",), "dup2": ("EMFILE",),
+    "dup3": ("EMFILE",), "pipe2": NO_DESCRIPTORS[:2], "eventfd2": NO_DESCRIPTORS,
+    "epoll_create1": NO_DESCRIPTORS, "epoll_ctl": ("ENOMEM", "ENOSPC"), "epoll_wait": ("EINTR", "ENOMEM"),
+    "epoll_pwait": ("EINTR", "ENOMEM"), "poll": ("EINTR", "ENOMEM"), "ppoll": ("EINTR", "ENOMEM"),
     "socket": NO_DESCRIPTORS + ("ENOBUFS", "EAFNOSUPPORT"), "socketpair": NO_DESCRIPTORS,
     "bind": ("EADDRINUSE", "EACCES", "EADDRNOTAVAIL"), "listen": ("EADDRINUSE",),
     "accept4": NO_DESCRIPTORS + ("ENOBUFS", "ECONNABORTED"), "accept": NO_DESCRIPTORS + ("ENOBUFS",),
@@ -61,39 +59,17 @@ CAN_FAIL = {
     "shutdown": ("ENOTCONN",), "recvfrom": ("ECONNRESET", "ENOMEM", "ETIMEDOUT"),
     "sendto": ("ECONNRESET", "EPIPE", "ENOBUFS", "ENOMEM"), "recvmsg": ("ECONNRESET", "ENOMEM"),
     "sendmsg": ("ECONNRESET", "ENOBUFS"), "prlimit64": ("EPERM",), "mmap": ("ENOMEM",),
-            "mprotect": ("ENOMEM",),
-    "mremap": ("ENOMEM",), "clone": ("EAGAIN", "ENOMEM"), "clone3": ("EAGAIN", "ENOMEM"),
-    "vfork": ("EAGAIN", "ENOMEM"), "fork": ("EAGAIN", "ENOMEM"),
-    "execve": ("ENOENT", "EACCES", "ENOMEM", "ETXTBSY")}
-CANNOT_FAIL = {
-    "futex": "glibc's and Python's locks: an error that they do not know ends the process (abort)",
-    "brk": "malloc's own: it takes mmap instead", "madvise": "advice of malloc's and a thread's stack",
-    "munmap": "gives back what malloc, a thread's stack or a module had; nobody asks for its result",
-    "exit": "the end of a thread", "exit_group": "the end", "kill": "a signal to itself",
-    "rt_sigaction": "valid numbers cannot fail", "rt_sigprocmask": "valid arguments cannot fail",
-    "rt_sigreturn": "the end of a handler", "restart_syscall": "the kernel's own, after a stop",
-    "sigaltstack": "valid arguments cannot fail", "set_robust_list": "a thread's start; cannot fail",
-    "set_tid_address": "cannot fail", "rseq": "a thread's start; glibc goes without",
-               "arch_prctl": "the loader's",
-    "gettid": "cannot fail", "getpid": "cannot fail", "getuid": "cannot fail", "geteuid": "cannot fail",
-    "getgid": "cannot fail", "getegid": "cannot fail", "getpgrp": "cannot fail", "getppid": "cannot fail",
-    "uname": "cannot fail", "sysinfo": "cannot fail", "umask": "cannot fail",
-               "getrandom": "Python retries EINTR",
-    "sched_getaffinity": "Python's threads at their start", "sched_yield": "cannot fail",
-    "clock_nanosleep": "Python retries EINTR", "clock_gettime": "cannot fail", "getcwd": "Python's own",
-    "close_range": "the child of subprocess, which goes on with close",
-               "setsid": "cannot fail in a new child",
-    "wait4": "of its own child, for which nobody else waits; SIGCHLD is at its default",
-    "waitid": "the same", "fadvise64": "advice", "pread64": "the loader's", "prctl": "the loader's"}
-SOME_CANNOT_FAIL = {
-    "ioctl": "FIONBIO and FIOCLEX set a bit of the descriptor", "fcntl": "so do all but F_DUPFD",
-    "close": "of a socket or pipe; that of a file may tell of an earlier write that failed",
-    "write": "to a socket other than standard input and output: Python's handler wakes the main thread, at a "
-             "socketpair whose both ends are plexctl's own; it can be full, which is no error",
-    "newfstatat": "of a source file: importlib takes an error for 'not there', and the package without its "
-                  "__init__.py, or the codec that nobody knows, for what it is; the one line may be unclear",
-    "mmap": "of the 16 KiB for a new thread's first frames: CPython drops a MemoryError before a thread's "
-            "first line ('Exception ignored in thread started by'), and Thread.start waits for it for ever"}
+    "mprotect": ("ENOMEM",), "mremap": ("ENOMEM",), "clone": NO_MEMORY, "clone3": NO_MEMORY,
+    "vfork": NO_MEMORY, "fork": NO_MEMORY, "execve": ("ENOENT", "EACCES", "ENOMEM", "ETXTBSY")}
+CANNOT_FAIL = set((  # with valid arguments; or it is not plexctl's, and nobody looks at its result
+    "exit exit_group kill rt_sigaction rt_sigprocmask rt_sigreturn restart_syscall sigaltstack sched_yield "
+    "set_tid_address gettid getpid getuid geteuid getgid getegid getpgrp getppid uname sysinfo umask "
+    "clock_gettime set_robust_list rseq sched_getaffinity arch_prctl prctl pread64 fadvise64 madvise munmap "
+    "brk "  # malloc takes mmap instead
+    "futex "  # an error that glibc and Python do not know ends the process (abort)
+    "getrandom clock_nanosleep "  # Python retries EINTR
+    "getcwd "  # Python's own
+    "close_range setsid wait4 waitid").split())  # of a child that is new, or ours alone
 LOST = ("ECONNRESET", "EPIPE", "ETIMEDOUT", "ENOTCONN")  # what a TCP socket has once its peer is lost
 FIONBIO, FIOCLEX, F_DUPFD, F_DUPFD_CLOEXEC = 0x5421, 0x5451, 0, 1030
 FRAMES_BYTES, MAP_PRIVATE_ANONYMOUS = 16384, 0x22
@@ -102,6 +78,8 @@ PR_SET_NO_NEW_PRIVS, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_NEW_LISTENER =
 SECCOMP_RET_ALLOW, SECCOMP_RET_USER_NOTIF, USER_NOTIF_FLAG_CONTINUE = 0x7FFF0000, 0x7FC00000, 1
 PIDFD_GETFD = 438
 STATS = ("newfstatat", "fstat", "stat", "lstat", "statx")
+PATHS = ("open", "mkdir", "chmod", "readlink", "execve")  # have a path as the first argument
+PATHS_AT = ("openat", "newfstatat", "statx", "mkdirat")  # as the second
 TRANSFERS = ("sendto", "sendmsg", "recvfrom", "recvmsg", "getpeername")
 NOTIF_RECV, NOTIF_SEND, NOTIF_BYTES = 0xC0502100, 0xC0182101, 80
 ENTRY = re.compile(r"(\d+) +\[ *(\d+)\] (\w+)\((.*)")
@@ -156,16 +134,16 @@ class Recording:
 
 def counts(name, rest):
     """Whether a call, as strace shows it, is one that can fail."""
-    if name == "close":
+    if name == "close":  # of a file, which may tell of an earlier write that failed
         return re.match(r"\d+</(?!dev/)", rest) is not None
-    if name == "write":
+    if name == "write":  # not at the socketpair by which Python's handler wakes the main thread
         return re.match(r"([3-9]|\d\d+)<socket:", rest) is None
-    if name == "ioctl":
+    if name == "ioctl":  # these two set a bit of the descriptor
         return not re.search(r"FIONBIO|FIOCLEX", rest)
-    if name == "fcntl":
+    if name == "fcntl":  # so do all others
         return "F_DUPFD" in rest
-    if name == "mmap":
-        return not re.search(r"NULL, 16384, PROT_READ\|PROT_WRITE, MAP_PRIVATE\|MAP_ANONYMOUS,", rest)
+    if name == "mmap":  # not of a new thread's first frames: CPython drops the error, and waits for ever
+        return "NULL, 16384, PROT_READ|PROT_WRITE, MAP_PRIVATE|MAP_ANONYMOUS," not in rest
     return name in CAN_FAIL
 
 
@@ -222,7 +200,7 @@ class Injector:
         self._ours.close()
 
     def is_of_import(self):
-        """Whether it was importlib that asked for a source file."""
+        """Whether it was importlib that asked for a source file: it takes any error for 'not there'."""
         return self.name in STATS and self.hit is not None and ".py)" in self.hit
 
     def _serve(self):
@@ -292,18 +270,15 @@ class Injector:
             return self._root
 
     def _can_fail(self, tid, args):
+        """As counts(), for a call as the kernel shows it."""
         if self.name == "close":
             link = self._link(tid, args[0])
             return link.startswith("/") and not link.startswith("/dev/")
         if self.name == "write":
             return args[0] < 3 or not self._link(tid, args[0]).startswith("socket:")
-        if self.name == "ioctl":
-            return args[1] not in (FIONBIO, FIOCLEX)
-        if self.name == "fcntl":
-            return args[1] in (F_DUPFD, F_DUPFD_CLOEXEC)
-        if self.name == "mmap":
-            return args[1] != FRAMES_BYTES or args[3] != MAP_PRIVATE_ANONYMOUS
-        return True
+        return not (self.name == "ioctl" and args[1] in (FIONBIO, FIOCLEX)
+                    or self.name == "fcntl" and args[1] not in (F_DUPFD, F_DUPFD_CLOEXEC)
+                    or self.name == "mmap" and (args[1], args[3]) == (FRAMES_BYTES, MAP_PRIVATE_ANONYMOUS))
 
     def _link(self, tid, descriptor):
         try:
@@ -313,17 +288,14 @@ class Injector:
 
     def _describe(self, tid, args):
         words = []
-        has_folder = self.name in ("openat", "newfstatat", "statx", "mkdirat")
-        if has_folder or self.name in ("open", "mkdir", "chmod", "readlink", "execve"):
-            words.append(self._text(tid, args[has_folder]))
-        if self.name in ("mmap", "mprotect", "prlimit64", "clone3", "socket"):
+        if self.name in PATHS + PATHS_AT:
+            words.append(self._text(tid, args[self.name in PATHS_AT]))
+        elif self.name in ("mmap", "mprotect", "prlimit64", "clone3", "socket"):
             words.append(", ".join("%#x" % each for each in args[:6]))
-        elif self.name not in ("open", "mkdir", "chmod", "readlink", "execve", "epoll_create1", "poll",
-                               "vfork", "mremap"):
-            link = self._link(tid, args[0]) if args[0] < 1 << 31 else ""
-            words.append("descriptor %d %s" % (args[0], link) if link else "")
+        elif self.name not in ("epoll_create1", "poll", "vfork", "mremap") and args[0] < 1 << 31:
+            words.append("descriptor %d %s" % (args[0], self._link(tid, args[0])))
         thread = "the main thread" if tid == self._root else "thread %d" % (tid - self._root)
-        return "%s(%s) of %s" % (self.name, ", ".join(filter(None, words)), thread)
+        return "%s(%s) of %s" % (self.name, ", ".join(words), thread)
 
     def _text(self, tid, address):
         try:
@@ -438,7 +410,7 @@ def main():
              for name, count in sorted(recording.after.items()) for ordinal in range(1, count + 1)
              for error in CAN_FAIL[name] if not options.syscall or name in options.syscall]
     unknown = sorted({name for recording in recordings.values() for name in recording.numbers}
-                     - set(CAN_FAIL) - set(CANNOT_FAIL))
+                     - set(CAN_FAIL) - CANNOT_FAIL)
     if unknown:
         print("neither in the table nor excepted: %s" % ", ".join(unknown))
     if options.list:
