@@ -7678,8 +7678,9 @@ def test_who_goes_on_sending_where_nobody_can_say_whose_it_is_does_not_keep_it(s
                "echo $PLEXCTL_LOCAL_PORT; read line", stdin=subprocess.PIPE) as process:
         with dial("127.0.0.1:" + process.ready(), 30) as client:
             process.stdin.close()
+            ends = time.monotonic() + 40
             with contextlib.suppress(ConnectionError):
-                while process.poll() is None:
+                while process.poll() is None and time.monotonic() < ends:
                     client.sendall(b"x")
                     time.sleep(0.05)
         assert process.finish().returncode == 1, process.describe()  # read found the end
