@@ -7683,6 +7683,7 @@ def test_who_goes_on_sending_where_nobody_can_say_whose_it_is_does_not_keep_it(s
                 while process.poll() is None and time.monotonic() < ends:
                     client.sendall(b"x")
                     time.sleep(0.05)
+            assert time.monotonic() < ends, "it is kept"
         assert process.finish().returncode == 1, process.describe()  # read found the end
     revoked_once(simulation.plane)
 
