@@ -6373,8 +6373,13 @@ def test_a_terminal_that_takes_a_part_of_a_line_does_not_keep_it_from_revoking(s
         eventually(leave_room)
         os.set_blocking(slave, True)
         with start(simulation, "--proxy", "-v", stderr=slave, start_new_session=True) as process:
-            simulation.plane.wait_for(lambda: simulation.plane.issued)
-            eventually(lambda: not select.select([], [stderr], [], 0)[1])
+            address = proxy_address(process)
+
+            def is_full():
+                dial(address).close()  # which -v has lines about, should there be more room by now
+                return not select.select([], [stderr], [], 0)[1]
+
+            eventually(is_full)
             process.send_signal(signal.SIGTERM)
             ends_by(process, signal.SIGTERM, 5)
     revoked_once(simulation.plane)
