@@ -9,19 +9,20 @@ endpoint on the Node. With --proxy, --stdio or -- COMMAND it also carries connec
 session at the end.
 
 Exit codes: 0 success; 1 transport or API failure, no listener endpoint, forwarder error, session over;
-2 usage; 3 credentials; 4 forbidden; 77 ReBAC denial; with -- COMMAND the status of COMMAND. A signal that
-ends plexctl does so once the session is revoked, and the shell sees that signal.
+2 usage; 3 credentials; 4 forbidden; 77 ReBAC denial; with -- COMMAND its status, 128 + n if signal n ended
+it. A signal that ends plexctl does so once the session is revoked, and the shell sees that signal.
 
 One file, standard library only, Python 3.6 to 3.15. Read it from the top: a section uses those above it.
 
-Secrets. The bearer token is read in the section credentials and sent in the section control plane.
-Everything else holds it as a Secret, and COMMAND does not get it. The session token is shown with
+Secrets. The bearer token comes from a file or the environment; from there on it is a Secret, which only the
+section control plane reveals, to send it. COMMAND gets neither that variable nor the standard input that it
+came from, but runs as the same user and could read the file. The session token is shown with
 --reveal-secrets alone, by Run.establish, after the section audit has recorded that.
 
-Threads. The main thread waits for signals and looks after everything else. Each session has one that
-accepts, dials and carries its connections (Forwarder). One writes to stderr. Short-lived ones do what may
-block, such as an HTTP exchange. What they share is guarded by the lock of Forwarder, Ledger or
-MediatedSession.
+Threads. The main thread waits for signals and calls Forwarder.tick, which issues further sessions. Each
+session has a thread that accepts, dials and carries its connections; with --stdio one carries. One writes
+to stderr. Short-lived ones do what may block, such as an HTTP exchange. A lock guards changes of what its
+comment names; other flags and counters are set by one thread, and only read by others.
 """
 import sys
 
@@ -230,6 +231,8 @@ def open_nowhere(flags: int) -> int:
 
 def end_by_signal(signum: int) -> None:
     """End the process as the signal would have: a shell sees 128 + n and stops its loops."""
+    if os.name != "posix":  # os.kill() would make the number the exit status
+        os._exit(EXIT_SIGNAL_BASE + signum)
     signal.signal(signum, signal.SIG_DFL)
     os.kill(os.getpid(), signum)
 
@@ -601,8 +604,9 @@ def read_own_file(path: str, source: str, forbidden_bits: int = ALL_BITS, limit:
                     raise CredentialsError(f"{source}: {fault}")
             if path != "-" and is_file:
                 file.seek(0)
-            if hasattr(os, "set_blocking"):
-                os.set_blocking(file.fileno(), True)  # wait for a pipe's writer
+            if os.name == "posix" and not is_file:  # wait for a pipe's writer, and for all that it writes
+                wait_for(file.fileno(), select.POLLIN)
+                os.set_blocking(file.fileno(), True)
             raw = file.read(limit + 1)
     except (OSError, ValueError) as error:
         raise kind(f"{source}: cannot be {step}: {show_error(error)}") from error
@@ -834,7 +838,7 @@ class PlaneConnection(http.client.HTTPConnection):
                                                      do_handshake_on_connect=False)
             self.sock.do_handshake()
         exchange.sent = True
-        if exchange.is_given_up:  # it was said that nothing was sent
+        if exchange.is_given_up:  # before it was `sent`, and that may have been said
             raise TimeoutError
         self.sock.settimeout(EXCHANGE_SECONDS)
 
@@ -977,18 +981,18 @@ class ControlPlane:
             "idempotency_key": key}
         if request.ttl_seconds:
             body["requested_ttl_seconds"] = request.ttl_seconds
-        owed: Set[str] = set()
+        noted: Set[str] = set()
 
-        def owe(session_id: str) -> None:
-            if session_id and session_id.lower() not in owed:
-                owed.add(session_id.lower())
+        def note_id(session_id: str) -> None:
+            if session_id and session_id.lower() not in noted:
+                noted.add(session_id.lower())
                 on_issued(session_id)
 
         asked_on, may_exist = elapsed_seconds(), False
         for attempt in range(1, ISSUE_ATTEMPTS + 1):
             try:
-                answer = self._exchange(ISSUE, path, body, owe=owe)
-                return self._parse_issued(answer, asked_on, owe)
+                answer = self._exchange(ISSUE, path, body, note_id=note_id)
+                return self._parse_issued(answer, asked_on, note_id)
             except (TransportError, ApiError) as failure:
                 error: PlexctlError = failure
             may_exist = may_exist or error.may_exist
@@ -1000,7 +1004,7 @@ class ControlPlane:
             self._report(f"{error}; trying again in {wait:.1f} s")
             if self.cancel.wait(wait):
                 break
-        error.may_exist = may_exist and not owed
+        error.may_exist = may_exist and not noted
         text = str(error) + (f" (after {attempt} attempts)" if attempt > 1 else "")
         if error.may_exist:
             text += "; a session may exist all the same, it will expire on its own"
@@ -1020,7 +1024,7 @@ class ControlPlane:
 
     def _exchange(self, operation: str, path: str, body: Optional[Dict[str, Any]],
                   seconds: float = EXCHANGE_SECONDS,
-                  owe: Callable[[str], None] = lambda session_id: None) -> Exchange:
+                  note_id: Callable[[str], None] = lambda session_id: None) -> Exchange:
         """Return the answer; TransportError if there is none, ApiError for an unexpected status."""
         request = urllib.request.Request(str(self.server) + path, headers={
             "Accept": "application/json, application/problem+json", "User-Agent": "plexctl/" + __version__})
@@ -1033,7 +1037,7 @@ class ControlPlane:
         if not start_thread(answer.perform, request, self._proxy):
             answer.perform(request, self._proxy)  # no thread left: run it here; only each recv has a limit
         fault = self._wait(answer, seconds)
-        owe(find_session_id(answer))  # an answer that was cut off, or is no 201, may name one as well
+        note_id(find_session_id(answer))  # an answer that was cut off, or is no 201, may name one as well
         if fault:
             # no other attempt makes a certificate good, and three bad log-ins at a proxy lock an account
             passing = not fault.startswith(("certificate", "TLS failed", "the proxy refused: 407"))
@@ -1079,6 +1083,7 @@ class ControlPlane:
         retry_after = parse_retry_after(answer.headers.get("Retry-After"))
         is_rate_limit = status == 429 and retry_after is not None  # else it is the limit of sessions
         is_under_way = status == 409 and code == "idempotent_replay"  # the first request with this key
+        # passing: the same request may well succeed later. may_exist: it may have issued a session
         passing = status in (502, 503, 504) or is_rate_limit or is_under_way or (
             operation == REVOKE and (status == 429 or status >= 500))
         # gateways lose answers (502, 504); 429 and 503 have done nothing
@@ -1121,10 +1126,10 @@ class ControlPlane:
                                  f"({', '.join(kinds) or 'no Content-Type'}); check --server",
                                  may_exist=answer.operation == ISSUE) from None
 
-    def _parse_issued(self, answer: Exchange, asked_on: float, owe: Callable[[str], None]) -> IssuedSession:
+    def _parse_issued(self, answer: Exchange, asked_on: float, note_id: Callable[[str], None]) -> IssuedSession:
         fields = self._parse_body(answer)
         session_id = fields.take("session_id", parse_session_id)
-        owe(session_id)
+        note_id(session_id)
         token = fields.take("token", matching("[!-~]{1,65536}", "printable ASCII", Secret))
         self._session_tokens[session_id] = token
         expires = fields.take("expires_at", parse_time)
@@ -1330,7 +1335,7 @@ class Leg:
             return 0
         try:
             return int(struct.unpack("i", fcntl.ioctl(self.sock, termios.TIOCOUTQ, bytes(4)))[0])
-        except ValueError:  # its thread has closed it
+        except (OSError, ValueError):  # its thread has closed it
             return 0
 
     def is_dead(self) -> bool:
@@ -1400,6 +1405,8 @@ class StandardStreams:
         try:
             if self._socket is not None:
                 return self._socket.send(piece, socket.MSG_DONTWAIT)
+            if not poll_now(1, select.POLLOUT):
+                raise BlockingIOError
             return os.write(1, piece[:select.PIPE_BUF])
         except BlockingIOError:
             raise
@@ -1516,8 +1523,8 @@ class Relay:
     the end of either, so an end of input is passed on as follows:
 
     - the Node's: at once. A client that then sends nothing for QUIET_SECONDS is let go.
-    - the client's, if it is gone, that is, has closed the connection (`is_gone`): at once. If it still
-      listens: once the target has sent nothing for QUIET_SECONDS, or its answer would be cut off.
+    - the client's: at once if it is gone, that is, has closed the connection (`is_gone`). If it still
+      listens, once nothing has moved for QUIET_SECONDS: the Node would cut the answer off.
 
     `on_end` is called once, before the client sees an end or a reset that it has not caused. `stop`,
     from another thread, ends the connection with resets.
@@ -1563,7 +1570,8 @@ class Relay:
         up, down, is_broken = self.up, self.down, self.error is not None
         was_cut_off = bool(up.refusal) and not up.has_ended  # which must not look as if it had arrived
         self._client.close(reset=is_broken or not down.is_passed_on or was_cut_off)
-        self.is_awaited = not (is_broken or down.is_passed_on)
+        # everything was handed on in order, and the Node is yet to end it: the caller waits for that
+        self.is_awaited = not is_broken and not down.is_passed_on
         if not self.is_awaited:
             self._remote.close(reset=is_broken or not up.is_passed_on)
 
@@ -1574,6 +1582,7 @@ class Relay:
                 self._move()
             else:
                 self._move_freely()
+        # the client has ended its input, or the Node has, or the client takes nothing more
         if up.has_ended:
             self._await_answer()
         if down.has_ended:
@@ -1601,7 +1610,7 @@ class Relay:
         """Wait for a direction that can move, so long at most, and move it once."""
         client, masks = self._client, {}  # by descriptor
         if not (self.up.has_ended or self._has_hung_up):
-            masks[client.reads_at] = 0  # a reset shows even so
+            masks[client.reads_at] = 0  # poll() reports a reset (POLLERR, POLLHUP) even so
         waiting = []
         for flow in (self.up, self.down):
             if not flow.has_ended:
@@ -1669,7 +1678,7 @@ class Relay:
         self.is_ending = True
         if self.remote_ended_first:
             self._on_end()
-        down.end()
+        down.end()  # from here on _is_quiet also waits for what the client has yet to read
         # a client may keep its end open for ever, and the Node serves another one already
         while not (up.has_ended or self._is_quiet()):
             self._move()
@@ -1679,7 +1688,6 @@ class Relay:
     def _is_quiet(self) -> bool:
         """Return whether nothing has moved for QUIET_SECONDS; it keeps the time: call it in a loop."""
         counted = self.up.moved, self.down.moved
-        # closing would cut off what the client has yet to read
         is_receiving = self.down.is_passed_on and self._client.count_unsent()
         if counted != self._counted or self.up.rest or self.down.rest or is_receiving:
             self._counted, self._quiet_since = counted, elapsed_seconds()
@@ -1877,7 +1885,7 @@ class MediatedSession:
     """One session, from its issue to the reason of its end.
 
     `open` issues it and waits for its listener, `dial` connects to that, `is_over` also looks after it.
-    Its thread and those that ask GetSession share what stands under the lock.
+    Its thread, the main thread and the one that asks GetSession share what stands under the lock.
     """
 
     def __init__(self, ledger: Ledger, wait_seconds: float = 90.0) -> None:
@@ -1944,8 +1952,8 @@ class MediatedSession:
         One question at a time, and one in ASK_SECONDS, serves all who want to know: an answer may be so old.
         """
         with self._lock:
-            is_due = not self._is_asking and elapsed_seconds() - self._asked_on >= ASK_SECONDS
-            if is_due and self.why is None:
+            if not self._is_asking and self.why is None and (
+                    elapsed_seconds() - self._asked_on >= ASK_SECONDS):
                 self._has_answer = False
                 self._is_asking = start_thread(self._ask)
             self._lock.wait_for(lambda: not self._is_asking, seconds)
@@ -2031,7 +2039,7 @@ class MediatedSession:
                 self.end(SessionRevoked("the session is gone"))
             else:
                 reason = str(error) if isinstance(error, PlexctlError) else show_error(error)
-                self._ledger.tell_once(f"warning: {reason}")
+                self._ledger.tell_once(f"warning: {reason}", GET)
         with self._lock:
             self._asked_on, self._has_answer, self._is_asking = elapsed_seconds(), has_answer, False
             self._lock.notify_all()
@@ -2308,12 +2316,8 @@ LIVE = (OPENING, FREE, BUSY)
 Client = Tuple[socket.socket, Any]  # and its address
 
 
-class NodeBusy(PlexctlError):
-    """The Node has not ended the session's last connection, and so would not serve the next one."""
-
-
-class SessionStuck(NodeBusy):
-    """And it is not going to: the session is of no more use."""
+class SessionStuck(PlexctlError):
+    """The Node does not end a connection whose client is gone: the session can carry no other one."""
 
 
 class Demand:
@@ -2386,13 +2390,11 @@ class Carrier:
         self.relay: Optional[Relay] = None
         self.awaited: Optional[Leg] = None  # the last connection, which the Node has yet to end
         self.is_spare = False  # it is to be given back
-        self._awaited_since = 0.0
         self._sent_on = 0.0  # when something was last on its way to the Node
 
     def remember(self, leg: Leg) -> None:
         """Remember a connection that the Node has yet to end."""
-        self._awaited_since = self._sent_on = elapsed_seconds()
-        self.awaited = leg
+        self.awaited, self._sent_on = leg, elapsed_seconds()
 
     def is_ready(self) -> bool:
         """Return whether the Node has ended the last connection; SessionStuck if it does not."""
@@ -2410,10 +2412,6 @@ class Carrier:
                                "used any more")
         return False
 
-    def is_late(self) -> bool:
-        """Return whether the Node takes longer to end it than a client should wait."""
-        return self.awaited is not None and elapsed_seconds() - self._awaited_since >= GRACE_SECONDS
-
     def pause(self) -> None:
         """Wait a moment for the Node."""
         if self.awaited is not None:
@@ -2430,11 +2428,11 @@ class Forwarder:
     At most `limit` sessions at once, `minimum` of them kept ready; `renew`: one that has run out is replaced.
 
     Each session has a thread. While the session is free its thread takes a client, dials, and carries the
-    connection to its end. A session whose Node has yet to end the last connection counts as free for
-    GRACE_SECONDS more: the next one may be taken and dialled then, but nothing is sent on it. Where none is
-    free `tick` takes who waits, and issues sessions for them.
+    connection to its end. It is free again when the Node has ended that as well. Where none is free `tick`
+    takes who waits, and issues sessions for them.
 
     One lock guards changes of what the threads share; the listener belongs to the thread that has the turn.
+    Locks are taken in this order: the turn, the Forwarder's, a MediatedSession's, the Ledger's.
     """
 
     def __init__(self, local: LocalAddress, ledger: Ledger, request: SessionRequest, limit: int = 4,
@@ -2454,8 +2452,7 @@ class Forwarder:
         self._is_over = threading.Event()  # nothing is carried any more: because of `over`, or `stop`
         self._is_stopped = False
         self._carriers: List[Carrier] = []
-        # they wait for a session: theirs turned out to be over, or one is to be issued for them
-        self._accepted: List[Client] = []
+        self._accepted: List[Client] = []  # those that no session has yet; their owners are checked
         self._ended = Counts()
         self._explaining = 0  # threads
         self._has_been_stuck = False  # then a further session that fails for now does not end the run
@@ -2587,20 +2584,16 @@ class Forwarder:
 
     def _take(self, carrier: Carrier) -> Optional[Client]:
         """Take the client that is next, if one comes in time and this session is free for it."""
-        is_ready, is_late = carrier.is_ready(), carrier.is_late()
+        if not carrier.is_ready():
+            carrier.pause()
+            return None
         with self._changed:
-            carrier.state = FREE if is_ready or not is_late else BUSY
-            # one whose Node has yet to end the last connection leaves clients to one that is ready
-            is_free = carrier.state == FREE and (is_ready or not any(
-                each.state == FREE and not each.awaited for each in self._carriers))
-            client = self._accepted.pop(0) if is_free and self._accepted else None
+            client = self._accepted.pop(0) if self._accepted else None
             self._give(carrier, client)
         if client is not None:
             if not self.listener.has_left(*client):
                 return client
             client[0].close()
-        elif not is_free:
-            carrier.pause()
         elif self._turn.acquire(timeout=TICK_SECONDS):
             try:
                 client = self.listener.take()
@@ -2616,18 +2609,16 @@ class Forwarder:
     def _give(self, carrier: Carrier, client: Optional[Client]) -> None:
         with self._changed:
             carrier.client = client
-            if client is not None:
-                carrier.state, carrier.is_spare = BUSY, False
+            carrier.state = FREE if client is None else BUSY
+            carrier.is_spare = carrier.is_spare and client is None
 
     def _serve(self, carrier: Carrier, buffers: Buffers, sock: socket.socket, address: Any) -> None:
         """Carry one connection, from the dial to its end."""
         session = carrier.session
         try:
-            remote = self._dial(carrier)
+            remote = session.dial(self._is_over.is_set)
         except PlexctlError as error:
             self._refuse(carrier, sock, error)
-            if isinstance(error, SessionStuck):
-                raise
             return
         had_answer = self._has_answered()
         self._ledger.say(f"connection from {name_client(address)} to {session.endpoint}")
@@ -2645,22 +2636,6 @@ class Forwarder:
             raise SessionStuck("the Node did not take what a client had sent that has reset its connection; "
                                "its session is not used any more")
 
-    def _dial(self, carrier: Carrier) -> Leg:
-        """Connect to the listener, and wait until the Node has ended the last connection."""
-        session = carrier.session
-        remote = session.dial(self._is_over.is_set)
-        try:
-            while not carrier.is_ready():
-                if self._is_over.is_set() or session.is_over():
-                    raise session.why or Cancelled("interrupted")
-                if carrier.is_late():
-                    raise NodeBusy("")  # nobody is told: see _refuse
-                carrier.pause()
-            return remote
-        except BaseException:
-            remote.close()
-            raise
-
     def _refuse(self, carrier: Carrier, sock: socket.socket, error: PlexctlError) -> None:
         """Leave a client to another session, if there may be one; else reset it."""
         session, now = carrier.session, elapsed_seconds()
@@ -2668,8 +2643,7 @@ class Forwarder:
             if isinstance(error, DialRefused) and self._renew and self._demand.may_replace(
                     now, now - session.ready_on):
                 session.end(ListenerGone("the Node has closed the session's listener"))
-            may_wait = isinstance(error, NodeBusy) or session.why and (
-                self._renew or len(self._list_live()) > 1)
+            may_wait = session.why and (self._renew or len(self._list_live()) > 1)
             if may_wait and carrier.client and not self._is_over.is_set():
                 self._accepted.insert(0, carrier.client)
                 return
@@ -2723,6 +2697,7 @@ class Forwarder:
             if why is not None and not is_leaving:
                 self._follow(session, why)
         if session.session_id:
+            # --keep-session keeps what still works, not what is over
             self._ledger.give_back(session.session_id, is_leaving and why is None)
         with self._changed:
             self._carriers.remove(carrier)
@@ -2762,10 +2737,10 @@ class Forwarder:
             states = [each.state for each in self._carriers]
             waiting, room = len(self._accepted) + self.listener.count_waiting(), 0
             if self._demand.is_overdue(now, waiting, states):
-                # so many will be served by sessions that are on their way, or that may be issued
+                # how many to accept: as many as there are sessions on their way, or may be issued
                 room = states.count(OPENING) + self._demand.count_missing(now, waiting, states)
                 self._warn_of_the_limit(now, waiting, states)
-        # who is accepted is checked: another user must not cost a session
+        # sessions are issued below for those whose owner is right: another user must not cost any
         self._accept(room - len(self._accepted))
         with self._changed:
             states = [each.state for each in self._carriers]
@@ -2773,7 +2748,7 @@ class Forwarder:
             if has_time and not self._is_over.is_set():
                 for _ in range(self._demand.count_missing(now, len(self._accepted), states)):
                     self._start()
-            free = [each for each in self._carriers if each.state == FREE and not each.awaited]
+            free = [each for each in self._carriers if each.state == FREE]
             if self._demand.has_spare(now, len(free)):
                 free[-1].is_spare = True
 
@@ -2824,12 +2799,17 @@ class Forwarder:
         return [each for each in self._carriers if each.state in LIVE]
 
     def _follow(self, session: MediatedSession, why: PlexctlError) -> None:
-        """Draw the conclusions from the end of one session."""
+        """Decide what the end of one session means.
+
+        One that is revoked, or whose time is up, ends the run. So does the last of those that worked, without
+        `renew`. One that never worked: the first ones end the run if all of them fail; a further one lowers
+        the limit, or is tried again later.
+        """
         now, others, tell = elapsed_seconds(), len(self._list_live()), self._ledger.tell_once
         is_refused = isinstance(why, ApiError) and why.status < 500
         if isinstance(why, SessionRevoked) or self._is_time_up(now):
             self._end(why)
-        elif session.ready_on:  # it has worked
+        elif session.ready_on:
             if not others and not self._renew:
                 self._end(why)
                 return
@@ -2849,7 +2829,7 @@ class Forwarder:
             self._end(why)
         else:  # one that was to replace a stuck one may fail for now
             self._demand.retry_on = now + RETRY_SECONDS
-            why.is_told = tell(f"warning: no further session for now: {why}")
+            why.is_told = tell(f"warning: no further session for now: {why}", "for now")
 
     def _end(self, why: PlexctlError) -> None:
         self.over = self.over or why
@@ -3473,6 +3453,7 @@ class Run:
                       lambda: self.explain_end(session, relay))
         carried = Outcome(relay.carry)
         began, give_up_on = elapsed_seconds(), float("inf")
+        signalled: Optional[Interrupted] = None
         try:
             while not carried.is_there.is_set():
                 try:
@@ -3483,12 +3464,13 @@ class Run:
                         raise
                     limit = QUIET_SECONDS + 1 if relay.down.is_passed_on else ASK_LIMIT_SECONDS
                     signalled, give_up_on = interrupted, min(give_up_on, elapsed_seconds() + limit)
-                if elapsed_seconds() >= give_up_on:
+                if signalled is not None and elapsed_seconds() >= give_up_on:
                     raise signalled
                 if session.is_over():
                     relay.stop()
                 if self.options.verbose:
                     session.warn_of_its_end()
+            carried.get()
             deadline = elapsed_seconds() + STUCK_SECONDS
             while relay.is_awaited and not remote.has_ended() and elapsed_seconds() < deadline:
                 self.foreground.wait(TICKING_SECONDS)  # what was sent is still on its way
@@ -3498,6 +3480,7 @@ class Run:
             if relay.is_awaited and (not relay.down.moved or relay.down.rest or remote.discarded):
                 streams.error = PlexctlError("cannot write to standard output: nobody reads it")
         finally:
+            relay.stop()
             counts = Counts(ended=1, up=relay.up.moved, down=relay.down.moved)
             self.say(describe_total(counts, began, "connection closed"))
         error = self.told or streams.error or session.why or describe_failure(relay)
@@ -3761,12 +3744,13 @@ def run() -> None:
         except OSError:
             open_nowhere(os.O_RDONLY)  # the lowest free number; writing to it fails
     try:
+        # 1 byte: 0 would not stop a core_pattern that is a pipe (core(5))
         status, signum = perform(sys.argv[1:], os.environ, True, set_core_limit(1))
         if signum:
             end_by_signal(signum)
         os._exit(status)
-    except KeyboardInterrupt:  # before the handlers were there
-        end_by_signal(2)
+    except KeyboardInterrupt:  # before the handlers were there, where this is imported to be run
+        end_by_signal(signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -7337,6 +7337,29 @@ def test_stdio_takes_no_reset_for_a_clean_end(make_pipe):
         revoked_once(simulation.plane)
 
 
+def test_a_reader_that_pauses_does_not_keep_stdio_from_sending(make_pipe):
+    """Standard output blocks, and the target's small pieces fill it exactly."""
+    def send_pieces_and_listen(connection, _target):
+        connection.settimeout(0.01)
+        while not heard:
+            with contextlib.suppress(socket.timeout):
+                connection.send(b"a" * 1000)
+            with contextlib.suppress(socket.timeout):
+                heard.append(connection.recv(9))
+
+    heard = []
+    (stdin, to_stdin), (reader, stdout) = make_pipe(), make_pipe(full=True)
+    with Simulation(send_pieces_and_listen) as simulation, \
+            start(simulation, "--stdio", stdin=stdin, stdout=stdout) as process:
+        simulation.target.wait_for(lambda: simulation.target.accepted)
+        let_pass(0.5)
+        to_stdin.write(b"question")
+        eventually(lambda: heard == [b"question"])
+        process.send_signal(signal.SIGTERM)
+        process.finish()
+    revoked_once(simulation.plane)
+
+
 @pytest.mark.parametrize("why, words, stdin", [
     ("down", "%s:%d" % (HOST, PORT), "stays open"), ("down", "--host and --port", "has ended"),
     ("down", "--host and --port", "stays open, and ssh hangs up at the end"),
