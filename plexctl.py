@@ -384,8 +384,8 @@ def parse_local_address(text: str) -> LocalAddress:
         host, port = "", 0
     host = "127.0.0.1" if host.lower() == "localhost" else host
     if parse_address(host) is None:
-        raise ValueError("must be ADDRESS:PORT, [ADDRESS]:PORT or unix:/path; a literal address, "
-                         f"port 0 to {PORT_MAX}")
+        raise ValueError("must be ADDRESS:PORT, such as 127.0.0.1:15432, or unix:/path; ADDRESS is an IP "
+                         "address or localhost")
     return LocalAddress(host, port)
 
 
@@ -564,8 +564,7 @@ def find_file_fault(status: os.stat_result, forbidden_bits: int) -> str:
     if status.st_uid not in (os.geteuid(), 0):
         return f"is owned by uid {status.st_uid}, must be yours or root's"
     mode = stat.S_IMODE(status.st_mode)
-    advice = "chmod go-w" if forbidden_bits == WRITE_BITS else (
-        "chmod 600 (a mounted secret: --token-file - < FILE)")
+    advice = "chmod go-w" if forbidden_bits == WRITE_BITS else "chmod 600"
     return f"permissions {mode:04o} are too open; run {advice}" if mode & forbidden_bits else ""
 
 
@@ -600,6 +599,8 @@ def read_own_file(path: str, source: str, forbidden_bits: int = ALL_BITS, limit:
             # "-" is the caller's choice, and so is anything but a file at standard input
             if path != "-" and (is_file or not at_stdin):
                 fault = find_file_fault(status, forbidden_bits)
+                if fault and source.startswith("--token-file"):
+                    fault += " (a mounted secret: --token-file - < FILE)"
                 if fault:
                     raise CredentialsError(f"{source}: {fault}")
             if path != "-" and is_file:
@@ -3101,11 +3102,12 @@ SHORT_USAGE = ("usage: plexctl tcp-forward --project-id UUID --resource-id UUID 
                "[options]")
 ABOUT = """\
 Ask a plexsphere control plane for a one-time mediated session to a TCP target
-behind a Node, and print the local address and the listener endpoint. With
---proxy, --stdio or -- COMMAND also forward connections, and revoke the session
-at the end."""
+behind a Node, and print its listener endpoint, to connect to until it expires.
+With --proxy, --stdio or -- COMMAND listen locally and forward connections, and
+revoke the session at the end."""
 EXAMPLES = """\
-examples, with the four required options in TARGET:
+examples, with the four required options for $TARGET (write them out: zsh and
+fish do not split a variable):
   plexctl tcp-forward $TARGET
   plexctl tcp-forward $TARGET --proxy --local-addr 127.0.0.1:15432
   plexctl tcp-forward $TARGET -- psql -h {host} -p {port} -U postgres
@@ -3130,7 +3132,7 @@ FLAGS: Dict[str, List[Tuple[str, Any, str]]] = {  # by group: flag, parser of it
         ("--proxy", None, "listen locally and forward until the session expires or you press Ctrl-C"),
         ("--stdio", None, "forward one connection over stdin and stdout (for ssh's ProxyCommand)"),
         ("--local-addr ADDR", parse_local_address,
-         "address to listen on: HOST:PORT or unix:/path (default 127.0.0.1:0, a free port)"),
+         "address to listen on: ADDRESS:PORT or unix:/path (default 127.0.0.1:0, a free port)"),
         ("--wait-seconds N", parse_seconds,
          "how long to wait for the Node to report its listener (default 90)"),
         ("--max-sessions N", lambda text: parse_int(text, 1, 32),

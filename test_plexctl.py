@@ -1462,6 +1462,7 @@ def serve_simulation(target=None, **node_options):
             say("Then connect to LOCAL_ADDR: %s:%d is %s." % (HOST, PORT, (
                 "%s:%d" % target if target else "an echo service, which sends back what it is sent")))
             say("Another Project or Resource is not found (404); another host or port is not reachable.")
+            say("The Node holds ten sessions; those of print mode stay for 30 minutes, or until a restart.")
             say("Requests to the control plane:\n")
             while True:
                 time.sleep(3600)
@@ -5742,7 +5743,7 @@ def test_a_target_that_cannot_be_reached_is_told_of_once(simulation):
         with dial(running.address) as client, contextlib.suppress(ConnectionError):
             client.sendall(b"GET /")
             client.recv(1)
-        eventually(lambda: running.count().ended == 4)
+        eventually(lambda: running.count().ended == 4 and running.lines)
         warning, = running.lines
         assert "warning: " in warning and "%s:%d" % (HOST, PORT) in warning
         assert "--host and --port" in warning and "as the Node sees them" in warning
@@ -8580,7 +8581,7 @@ def test_the_table_of_options_is_that_of_the_help():
 
 def test_the_readme_names_no_flag_that_there_is_not():
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", readme()))
-    assert named - set(flags_of_the_help()) == {"--now"}  # systemctl's
+    assert named - set(flags_of_the_help()) == {"--now", "--target"}  # of systemctl, and of the simulator
 
 
 @pytest.fixture(params=["bash", "zsh", "fish"])
