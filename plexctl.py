@@ -3132,7 +3132,7 @@ FLAGS: Dict[str, List[Tuple[str, Any, str]]] = {  # by group: flag, parser of it
         ("--proxy", None, "listen locally and forward until the session expires or you press Ctrl-C"),
         ("--stdio", None, "forward one connection over stdin and stdout (for ssh's ProxyCommand)"),
         ("--local-addr ADDR", parse_local_address,
-         "address to listen on: ADDRESS:PORT or unix:/path (default 127.0.0.1:0, a free port)"),
+         "where to listen: ADDRESS:PORT or unix:/path (default 127.0.0.1:0, a free port)"),
         ("--wait-seconds N", parse_seconds,
          "how long to wait for the Node to report its listener (default 90)"),
         ("--max-sessions N", lambda text: parse_int(text, 1, 32),
