@@ -2577,6 +2577,13 @@ class Forwarder:
         finally:
             self._dismiss(carrier)
 
+    def _next_request(self) -> SessionRequest:
+        """Return what to ask for: without `renew`, no more time than the first session has left."""
+        if self._renew or self.first is None:
+            return self._request
+        left = max(1, int(self.first.expires_on - elapsed_seconds()))
+        return self._request._replace(ttl_seconds=min(self._request.ttl_seconds or left, left))
+
     def _is_done(self, carrier: Carrier) -> bool:
         """Return whether a session takes no further client."""
         with self._changed:
@@ -2767,7 +2774,9 @@ class Forwarder:
             try:
                 for _ in range(min(room, self.listener.count_waiting())):
                     client = self.listener.take()
-                    if client is not None and not self.listener.has_left(*client):
+                    if client is not None and self.listener.has_left(*client):
+                        client[0].close()
+                    elif client is not None:
                         with self._changed:
                             self._accepted.append(client)
             finally:
@@ -2847,18 +2856,10 @@ class Forwarder:
         """Return whether the time of the first session is up, which without `renew` is that of the run."""
         return not self._renew and self.first is not None and now >= self.first.expires_on
 
-    def _next_request(self) -> SessionRequest:
-        """Return what to ask for: without `renew`, no more time than the first session has left."""
-        if self._renew or self.first is None:
-            return self._request
-        left = max(1, int(self.first.expires_on - elapsed_seconds()))
-        return self._request._replace(ttl_seconds=min(self._request.ttl_seconds or left, left))
-
     def _close_accepted(self) -> None:
         for client, _ in self._accepted:
             client.close()
         del self._accepted[:]
-
 
 
 def name_client(address: Any) -> str:
