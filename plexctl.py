@@ -1127,7 +1127,8 @@ class ControlPlane:
                                  f"({', '.join(kinds) or 'no Content-Type'}); check --server",
                                  may_exist=answer.operation == ISSUE) from None
 
-    def _parse_issued(self, answer: Exchange, asked_on: float, note_id: Callable[[str], None]) -> IssuedSession:
+    def _parse_issued(self, answer: Exchange, asked_on: float,
+                      note_id: Callable[[str], None]) -> IssuedSession:
         fields = self._parse_body(answer)
         session_id = fields.take("session_id", parse_session_id)
         note_id(session_id)
@@ -1332,7 +1333,7 @@ class Leg:
 
     def count_unsent(self) -> int:
         """Return how many bytes the other end has not acknowledged (SIOCOUTQ, tcp(7))."""
-        if not self._has_tcp_info:
+        if not self._has_tcp_info or not is_connected(self.sock):  # a reset does not lower the count
             return 0
         try:
             return int(struct.unpack("i", fcntl.ioctl(self.sock, termios.TIOCOUTQ, bytes(4)))[0])
@@ -1384,6 +1385,7 @@ class StandardStreams:
         self.reads_at, self.writes_at = 0, 1
         self.has_reset = False
         self.error: Optional[PlexctlError] = None  # why standard output did not get everything
+        self._at_once = 128 if os.isatty(1) else select.PIPE_BUF  # what one that is ready takes, at least
         self._socket: Optional[socket.socket] = None
         if stat.S_ISSOCK(os.fstat(1).st_mode):  # fromfd() of anything else leaks its duplicate
             self._socket = socket.fromfd(1, socket.AF_INET, socket.SOCK_STREAM)
@@ -1408,7 +1410,7 @@ class StandardStreams:
                 return self._socket.send(piece, socket.MSG_DONTWAIT)
             if not poll_now(1, select.POLLOUT):
                 raise BlockingIOError
-            return os.write(1, piece[:select.PIPE_BUF])
+            return os.write(1, piece[:self._at_once])
         except BlockingIOError:
             raise
         except OSError as error:
@@ -1420,10 +1422,12 @@ class StandardStreams:
         return bool(poll_now(1, 0) & (select.POLLERR | select.POLLHUP))
 
     def take_error(self) -> int:
-        """Return 0: reading and writing tell."""
-        return 0
+        """Return the error number of a reset that no call has reported yet; 0 for none."""
+        return self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if self._socket is not None else 0
 
-    count_unsent = take_error  # 0 as well
+    def count_unsent(self) -> int:
+        """Return 0: nobody can know."""
+        return 0
 
     def is_dead(self) -> bool:
         """Return False: nobody can know."""
@@ -1570,7 +1574,8 @@ class Relay:
                 self._settle()
         up, down, is_broken = self.up, self.down, self.error is not None
         was_cut_off = bool(up.refusal) and not up.has_ended  # which must not look as if it had arrived
-        self._client.close(reset=is_broken or not down.is_passed_on or was_cut_off)
+        # behind an end that was passed on a reset would only destroy what the client has yet to read
+        self._client.close(reset=not down.is_passed_on or was_cut_off or bool(up.rest))
         # everything was handed on in order, and the Node is yet to end it: the caller waits for that
         self.is_awaited = not is_broken and not down.is_passed_on
         if not self.is_awaited:
@@ -2224,7 +2229,8 @@ class Listener(socketserver.TCPServer):
     def is_gone(self, client: socket.socket, address: Any) -> bool:
         """Return whether a client listens no more; False where nobody can know."""
         if self._owners is None:  # poll() tells of a reset, and of a unix socket that was closed
-            return client.fileno() < 0 or bool(poll_now(client.fileno(), 0))
+            descriptor = client.fileno()  # its thread may close it meanwhile
+            return descriptor < 0 or bool(poll_now(descriptor, 0))
         with contextlib.suppress(OSError):
             return self._owners.find(address)[1]
         return False
@@ -3483,7 +3489,10 @@ class Run:
             if relay.is_awaited and (not relay.down.moved or relay.down.rest or remote.discarded):
                 streams.error = PlexctlError("cannot write to standard output: nobody reads it")
         finally:
-            relay.stop()
+            if not carried.is_there.is_set():  # a signal; where this is a library, the thread must not go on
+                self.ledger.plane.cancel.set()
+                relay.stop()
+                carried.is_there.wait(HURRY_SECONDS)
             counts = Counts(ended=1, up=relay.up.moved, down=relay.down.moved)
             self.say(describe_total(counts, began, "connection closed"))
         error = self.told or streams.error or session.why or describe_failure(relay)

@@ -4705,6 +4705,35 @@ def test_a_client_that_resets_is_no_clean_end_for_the_target_and_harms_nobody(ki
             assert running.target.ends == ["reset"] * 3 and running.lines == []
 
 
+def test_what_is_complete_is_not_reset_by_the_end_of_the_run(kinder):
+    """The target has ended, and the client has yet to read the rest."""
+    data = pattern(6 * MIB)
+    with relayed_to(source(6 * MIB), **kinder) as running, small_window(running.address) as client:
+        relay, read = eventually(running.relays)[0], 0
+        while not relay.down.is_passed_on:
+            read += len(client.recv(1 << 16))
+        running.forwarder.stop()
+        assert how_it_ends(client) == ("eof", data[read:])
+
+
+def test_a_session_whose_node_resets_right_after_the_client_did_is_not_stuck():
+    """The kernel goes on counting as unacknowledged what it had sent before the reset."""
+    def reset_when_told(connection, _target):
+        told.wait(20)
+        reset_close(connection)
+
+    told = threading.Event()
+    with relayed_to(reset_when_told) as running:
+        client = dial(running.address)
+        client.settimeout(1)
+        with contextlib.suppress(socket.timeout):
+            client.sendall(bytes(32 * MIB))
+        reset_close(client)
+        told.set()
+        eventually(lambda: [each.state for each in running.carriers()] == [plexctl.FREE])
+        assert running.lines == [] and running.plane.revoked == []
+
+
 def test_a_client_that_resets_is_noticed_while_the_target_takes_nothing(kinder):
     heard, go = [], threading.Event()
 
@@ -7250,6 +7279,19 @@ def test_a_reset_by_the_target_is_an_error_of_stdio_and_on_a_socket_a_reset(make
         revoked_once(simulation.plane)
 
 
+def test_a_reset_on_the_socket_of_stdio_is_noticed_while_the_target_takes_nothing(kinder):
+    with Simulation(silent, **kinder) as simulation, given_socket() as (near, far), \
+            start(simulation, "--stdio", stdin=near, stdout=near) as process:
+        near.close()
+        far.settimeout(1)
+        with contextlib.suppress(socket.timeout):
+            far.sendall(bytes(64 * MIB))
+        reset_close(far)
+        result = process.finish()
+    assert result.returncode == 1 and "connection ended" in error_of(result)
+    revoked_once(simulation.plane)
+
+
 @pytest.mark.skipif(not LINUX, reason="reads /proc")
 @pytest.mark.parametrize("blocking", [True, False], ids=["blocking", "non-blocking"])
 def test_the_status_flags_of_stdin_and_stdout_are_left_alone(simulation, make_pipe, blocking):
@@ -7349,7 +7391,7 @@ def test_a_reader_that_pauses_does_not_keep_stdio_from_sending(make_pipe):
                 heard.append(connection.recv(9))
 
     heard = []
-    (stdin, to_stdin), (reader, stdout) = make_pipe(), make_pipe(full=True)
+    (stdin, to_stdin), (_, stdout) = make_pipe(), make_pipe(full=True)
     with Simulation(send_pieces_and_listen) as simulation, \
             start(simulation, "--stdio", stdin=stdin, stdout=stdout) as process:
         simulation.target.wait_for(lambda: simulation.target.accepted)
