@@ -605,8 +605,7 @@ def read_own_file(path: str, source: str, forbidden_bits: int = ALL_BITS, limit:
                     raise CredentialsError(f"{source}: {fault}")
             if path != "-" and is_file:
                 file.seek(0)
-            if os.name == "posix" and not is_file:  # wait for a pipe's writer, and for all that it writes
-                wait_for(file.fileno(), select.POLLIN)
+            if hasattr(os, "set_blocking"):  # wait for what a pipe's writer has yet to send
                 os.set_blocking(file.fileno(), True)
             raw = file.read(limit + 1)
     except (OSError, ValueError) as error:
