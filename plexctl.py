@@ -2196,9 +2196,11 @@ class Listener(socketserver.TCPServer):
 
         OSError if there are no descriptors or memory. (handle_request() makes a selector each time.)
         """
+        if not wait_for(self.fileno(), select.POLLIN, TICK_SECONDS):
+            return None
         try:
             request, address = self.get_request()
-        except OSError as error:
+        except OSError as error:  # it is gone again
             if error.errno in EXHAUSTED:
                 raise
             return None
@@ -2247,7 +2249,7 @@ class Listener(socketserver.TCPServer):
 
     def server_bind(self) -> None:
         """Bind it; a unix socket is 0600."""
-        self.socket.settimeout(TICK_SECONDS)
+        self.socket.setblocking(False)
         if not self._path:
             set_leg_options(self.socket)
             super().server_bind()
@@ -2419,7 +2421,7 @@ class Carrier:
         return False
 
     def pause(self) -> None:
-        """Wait a moment for the Node."""
+        """Wait a moment for the Node to end the last connection, if it has not."""
         if self.awaited is not None:
             wait_for(self.awaited.reads_at, select.POLLIN, TICK_SECONDS)
 
@@ -2597,8 +2599,8 @@ class Forwarder:
 
     def _take(self, carrier: Carrier) -> Optional[Client]:
         """Take the client that is next, if one comes in time and this session is free for it."""
+        carrier.pause()
         if not carrier.is_ready():
-            carrier.pause()
             return None
         with self._changed:
             client = self._accepted.pop(0) if self._accepted else None
