@@ -8276,6 +8276,10 @@ def test_redis_cli_through_the_proxy_and_as_command(far, tmp_path):
             assert run_program(client, "-p", local, "lrange", "list", "0", "-1") == numbers
         result = run_command(far, client, "-h", "{host}", "-p", "{port}", "llen", "list")
         assert (result.returncode, result.stdout) == (0, "50000\n"), result.stderr
+        benchmark, = need("redis-benchmark")
+        with proxy_port(far, sessions=4) as local:
+            told = run_program(benchmark, "-p", local, "-c", "4", "-n", 400, "-q", "-t", "set,get,incr").decode()
+        assert re.findall(r"(\w+): [0-9.]+ requests per second", told) == ["SET", "GET", "INCR"]
 
 
 @pytest.fixture(scope="module")
@@ -8437,6 +8441,28 @@ def test_what_goes_through_ssh(far, ssh_options, tmp_path, way, program):
         revoked_once(far.plane, 2)
 
 
+@pytest.mark.realworld
+@pytest.mark.parametrize("why, words", [("down", "--host"), ("revoked", "revoked")])
+def test_ssh_shows_why_its_proxycommand_ended(far, ssh_options, why, words):
+    if why == "down":
+        far.node.target_address = "127.0.0.1", quiet_port()
+    command = need("ssh") + ssh_options + proxy_command(far) + ["127.0.0.1", "echo ready; cat"]
+    for _ in range(3):
+        with Process(command, env=dict(os.environ, **far.plane.environment()), stdin=subprocess.PIPE) as ssh:
+            if why == "revoked":
+                ssh.wait_for_output("ready")
+                far.plane.revoke(far.plane.issued[-1])
+            result = ssh.finish()
+        assert result.returncode == 255 and words in error_of(result)
+
+
+@pytest.mark.realworld
+def test_nc_that_ends_its_input_has_the_whole_answer(far):
+    with proxy_port(far) as port:
+        answer = run_program(*need("nc.openbsd"), "-N", "127.0.0.1", port, input=pattern(1 << 20))
+    assert answer == pattern(1 << 20)
+
+
 def big_file(path, mebibytes, first=0):
     """Writes a file no two MiB of which are alike; its SHA-256."""
     piece, digest = pattern((1 << 20) - 8), hashlib.sha256()
@@ -8483,6 +8509,14 @@ def web_server(far, tmp_path):
         far.node.target_address = server.server_address
         yield tmp_path
         server.shutdown()
+
+
+@pytest.mark.realworld
+def test_curl_as_command_goes_to_no_proxy(far, web_server):
+    (web_server / "page").write_text("here")
+    curl = need("curl") + ["-sS", "--fail", "http://{addr}/page"]
+    result = run_command(far, *curl, env={"http_proxy": "http://127.0.0.1:%d" % quiet_port()})
+    assert (result.returncode, result.stdout) == (0, "here"), result.stderr
 
 
 @pytest.mark.realworld
