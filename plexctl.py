@@ -16,13 +16,13 @@ One file, standard library only, Python 3.6 to 3.15. Read it from the top: a sec
 
 Secrets. The bearer token comes from a file or the environment; from there on it is a Secret, which only the
 section control plane reveals, to send it. COMMAND gets neither that variable nor the standard input that it
-came from, but runs as the same user and could read the file. The session token is shown with
---reveal-secrets alone, by Run.establish, after the section audit has recorded that.
+came from, but runs as the same user and could read the file, or our environment in /proc. The session token
+is shown with --reveal-secrets alone, by Run.establish, after the section audit has recorded that.
 
 Threads. The main thread waits for signals and calls Forwarder.tick, which issues further sessions. Each
 session has a thread that accepts, dials and carries its connections; with --stdio one carries. One writes
 to stderr. Short-lived ones do what may block, such as an HTTP exchange. A lock guards changes of what its
-comment names; other flags and counters are set by one thread, and only read by others.
+comment names. Other flags may be set by several: then the worst is that something is asked or said twice.
 """
 import sys
 
@@ -837,8 +837,8 @@ class PlaneConnection(http.client.HTTPConnection):
             self.sock = exchange.context.wrap_socket(self.sock, server_hostname=exchange.server_name,
                                                      do_handshake_on_connect=False)
             self.sock.do_handshake()
-        exchange.sent = True
-        if exchange.is_given_up:  # before it was `sent`, and that may have been said
+        exchange.sent = True  # first: who gives up and sees it unset says that nothing was sent
+        if exchange.is_given_up:
             raise TimeoutError
         self.sock.settimeout(EXCHANGE_SECONDS)
 
@@ -1572,10 +1572,11 @@ class Relay:
             with contextlib.suppress(Exception):
                 self._settle()
         up, down, is_broken = self.up, self.down, self.error is not None
-        was_cut_off = bool(up.refusal) and not up.has_ended  # which must not look as if it had arrived
-        # behind an end that was passed on a reset would only destroy what the client has yet to read
-        self._client.close(reset=not down.is_passed_on or was_cut_off or bool(up.rest))
-        # everything was handed on in order, and the Node is yet to end it: the caller waits for that
+        # in order only if the client was told the end, and nothing of its own was dropped; then a reset
+        # would destroy what it has yet to read
+        is_in_order = down.is_passed_on and not up.rest and (up.has_ended or not up.refusal)
+        self._client.close(reset=not is_in_order)
+        # the client is gone, and the Node has yet to end the connection: the caller waits for that
         self.is_awaited = not is_broken and not down.is_passed_on
         if not self.is_awaited:
             self._remote.close(reset=is_broken or not up.is_passed_on)
@@ -1668,8 +1669,8 @@ class Relay:
                 pause = min(2 * pause, LAST_ASK_SECONDS)
                 is_gone = self._is_gone()
         if is_gone:
-            # EPIPE: what we sent met a client that had closed. That is an ordinary end, unless its end
-            # was passed on long ago: then the target has to be told, and a reset does
+            # EPIPE: the client had closed before it read everything, an ordinary end. But if its end was
+            # passed on already, only a reset can tell the target
             self._check_client(harmless=0 if up.is_passed_on else errno.EPIPE)
             up.end()
 
@@ -1846,7 +1847,8 @@ class Ledger:
     def left_behind(self, raised: Optional[BaseException] = None) -> List[str]:
         """Return, once, what `leave` could not settle. The error `raised` is told by somebody else."""
         with self._changed:
-            owed = [each for each, has_begun in self._owed.items() if has_begun or not self._is_kept]
+            owed = [each for each, has_begun in self._owed.items()
+                    if (has_begun or not self._is_kept) and each not in self._told]
             self._owed.clear()
             lines = [f"session {each} is not revoked, it will expire on its own" for each in owed]
             lines += [f"session unknown: {each}" for each in self._unknown
@@ -1878,8 +1880,9 @@ class Ledger:
                 break
             time.sleep(wait)
         with self._changed:
-            is_told = session_id not in self._owed  # by left_behind
-        if failure and not is_told:
+            is_due = failure and session_id in self._owed  # else left_behind has told it
+            self._told.add(session_id)
+        if is_due:
             self.report(f"warning: session {session_id} is not revoked, it will expire on its own: {failure}")
         with self._changed:
             self._owed.pop(session_id, None)
@@ -1970,7 +1973,7 @@ class MediatedSession:
             with self._lock:
                 route = self._route
             try:
-                leg = dial(route, lambda: self.is_over() or is_stopped())
+                leg = connect_to(route, lambda: self.is_over() or is_stopped())
                 self._refused_since = 0.0
                 return leg
             except OSError as error:
@@ -2058,7 +2061,7 @@ def describe_end(session: Session) -> SessionOver:
     return SessionOver("the session expired" + reason)
 
 
-def dial(route: Tuple[int, Any], is_stopped: Callable[[], bool]) -> Leg:
+def connect_to(route: Tuple[int, Any], is_stopped: Callable[[], bool]) -> Leg:
     """Connect to (family, address); OSError in time, or once it `is_stopped`."""
     family, address = route
     sock = socket.socket(family, socket.SOCK_STREAM)
@@ -2165,7 +2168,7 @@ class OwnerCheck:
 class Listener(socketserver.TCPServer):
     """Listens on the local address, and knows who may connect. The kernel's backlog is its queue.
 
-    It is bound when it is made (PlexctlError); `take` accepts a client. One thread at a time may use it.
+    It is bound when it is made (PlexctlError). `take` and `reject` accept clients: for one thread at a time.
     """
 
     request_queue_size = BACKLOG_CONNECTIONS
@@ -2239,7 +2242,9 @@ class Listener(socketserver.TCPServer):
     def has_left(self, client: socket.socket, address: Any) -> bool:
         """Return whether a client wants nothing any more: it has reset, or has closed without a byte."""
         try:
-            return self.is_gone(client, address) and not client.recv(1, socket.MSG_PEEK)
+            return self.is_gone(client, address) and not client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
         except OSError:
             return True
 
@@ -2382,10 +2387,10 @@ class Demand:
         return lasted >= REPLACE_SECONDS or now - self._replaced_on >= REPLACE_SECONDS
 
     def note_gone(self, now: float, lasted: float) -> None:
-        """Have young sessions replaced once in REPLACE_SECONDS at most."""
+        """Have young sessions replaced once in REPLACE_SECONDS at most, the first at once."""
         if lasted < REPLACE_SECONDS:
             self.retry_on = max(self.retry_on, self._replaced_on + REPLACE_SECONDS)
-            self._replaced_on = max(now, self.retry_on)
+            self._replaced_on = max(now, self.retry_on)  # when the replacement will be issued
 
 
 class Carrier:
@@ -2439,7 +2444,7 @@ class Forwarder:
     connection to its end. It is free again when the Node has ended that as well. Where none is free `tick`
     takes who waits, and issues sessions for them.
 
-    One lock guards changes of what the threads share; the listener belongs to the thread that has the turn.
+    One lock guards changes of what the threads share; who has the turn may accept.
     Locks are taken in this order: the turn, the Forwarder's, a MediatedSession's, the Ledger's.
     """
 
@@ -2456,7 +2461,8 @@ class Forwarder:
         self.listener = Listener(local, allow_other_users, self._warn_once)
         self.local = self.listener.local
         self._turn = threading.Lock()
-        self._changed = threading.Condition()  # guards what follows, `over`, `first`, and the carriers
+        # guards what follows, `over`, `first`, and the state, client and relay of the carriers
+        self._changed = threading.Condition()
         self._is_over = threading.Event()  # nothing is carried any more: because of `over`, or `stop`
         self._is_stopped = False
         self._carriers: List[Carrier] = []
@@ -2637,6 +2643,7 @@ class Forwarder:
             return
         had_answer = self._has_answered()
         self._ledger.say(f"connection from {name_client(address)} to {session.endpoint}")
+        # on_end asks, and does not wait for the answer: a session that is over shall take no next client
         relay = Relay(Leg(sock), remote, buffers, lambda: self._is_gone(sock, address),
                       lambda: self._is_over.is_set() or session.ask())
         with self._changed:
@@ -2816,14 +2823,15 @@ class Forwarder:
         return [each for each in self._carriers if each.state in LIVE]
 
     def _follow(self, session: MediatedSession, why: PlexctlError) -> None:
-        """Decide what the end of one session means.
+        """Decide what the end of one session means; the first that fits counts.
 
-        One that is revoked, or whose time is up, ends the run. So does the last of those that worked, without
-        `renew`. One that never worked: the first ones end the run if all of them fail; a further one lowers
-        the limit, or is tried again later.
+        It was revoked, or the time is up: the run ends. It has worked: the run ends if it was the last,
+        without `renew`. None has worked yet: the last to fail ends the run. It was a further one, and was
+        refused: that lowers the limit or, with no other left, ends the run. Without `renew` so does any
+        failure of the last, unless it was to replace a stuck one. Else another is tried later.
         """
         now, others, tell = elapsed_seconds(), len(self._list_live()), self._ledger.tell_once
-        is_refused = isinstance(why, ApiError) and why.status < 500
+        is_refused = isinstance(why, ApiError) and why.status < 500 and not why.passing
         if isinstance(why, SessionRevoked) or self._is_time_up(now):
             self._end(why)
         elif session.ready_on:
@@ -2844,7 +2852,7 @@ class Forwarder:
                 f"warning: no further session, connections wait for those there are: {why}", "limit")
         elif not others and (is_refused or not self._renew and not self._has_been_stuck):
             self._end(why)
-        else:  # one that was to replace a stuck one may fail for now
+        else:
             self._demand.retry_on = now + RETRY_SECONDS
             why.is_told = tell(f"warning: no further session for now: {why}", "for now")
 
@@ -3588,6 +3596,8 @@ class Run:
             child = self.start_command(program, forwarder.local)
             self.wait_for_command(child, forwarder)
         finally:
+            # what came while it ended was for COMMAND, too
+            foreground.signals[:] = [each for each in foreground.signals if each not in foreground.passed_on]
             foreground.ignored = foreground.passed_on = ()
         self.deliver(forwarder)
         status = int(child.returncode)

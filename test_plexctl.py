@@ -4640,7 +4640,7 @@ def test_the_default_timeout_of_who_vendors_it_is_none_of_a_connection_s():
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             listener.listen(1)
-            remote = plexctl.dial((socket.AF_INET, listener.getsockname()), lambda: False)
+            remote = plexctl.connect_to((socket.AF_INET, listener.getsockname()), lambda: False)
             with listener.accept()[0] as client:
                 plexctl.Leg(client)
                 assert remote.sock.gettimeout() == client.gettimeout() == 0
@@ -6056,13 +6056,16 @@ def test_a_renewal_that_the_server_refuses_ends_it(simulation, quick_ticks, name
         assert running.forwarder.over.exit_code == code and asked(simulation.plane, "issue") == 2
 
 
-@pytest.mark.parametrize("what, words", [("server", "for now"), ("thread", "cannot start a thread")])
+@pytest.mark.parametrize("what, words", [
+    ("server", "for now"), ("rate limit", "for now"), ("thread", "cannot start a thread")])
 def test_a_renewal_that_fails_for_now_fails_alone(simulation, monkeypatch, quick_ticks, what, words):
     monkeypatch.setattr(plexctl, "RETRY_SECONDS", 1)
     with using_sessions(simulation.plane, renew=True) as running:
         with monkeypatch.context() as patches:
             if what == "server":
                 simulation.plane.script("issue", reset, reset, reset)
+            elif what == "rate limit":
+                simulation.plane.script("issue", *[problem("session_limit_exceeded", headers=AT_ONCE)] * 3)
             else:
                 patches.setattr(plexctl, "start_thread", lambda function, *arguments: False)
             expire(running)
