@@ -1572,8 +1572,8 @@ class Relay:
             with contextlib.suppress(Exception):
                 self._settle()
         up, down, is_broken = self.up, self.down, self.error is not None
-        # in order only if the client was told the end, and nothing of its own was dropped; then a reset
-        # would destroy what it has yet to read
+        # in order only if the client was told the end (a reset would destroy what it has yet to read), and
+        # nothing that it sent was lost: no rest; and where the Node refused more, it had ended anyway
         is_in_order = down.is_passed_on and not up.rest and (up.has_ended or not up.refusal)
         self._client.close(reset=not is_in_order)
         # the client is gone, and the Node has yet to end the connection: the caller waits for that
@@ -1598,7 +1598,7 @@ class Relay:
         if down.refusal and down.refusal.errno != errno.EPIPE:
             self._client.has_reset = True
             raise down.refusal
-        while not up.has_ended:
+        while not (up.has_ended or down.has_ended and self._is_quiet()):
             self._move()
         up.end()
 
@@ -1616,7 +1616,7 @@ class Relay:
         """Wait for a direction that can move, so long at most, and move it once."""
         client, masks = self._client, {}  # by descriptor
         if not (self.up.has_ended or self._has_hung_up):
-            masks[client.reads_at] = 0  # poll() reports a reset (POLLERR, POLLHUP) even so
+            masks[client.reads_at] = 0  # also while nothing is read from it: poll() still reports a reset
         waiting = []
         for flow in (self.up, self.down):
             if not flow.has_ended:
@@ -1630,6 +1630,7 @@ class Relay:
         ready = dict(poller.poll(seconds * 1000))
         if self._is_stopped or not ready:
             self._check_legs()
+        # it was watched for a reset alone; a direction that waits on it would see the error by itself
         if client.reads_at in ready and not masks[client.reads_at]:
             self._has_hung_up = True
             self._check_client(harmless=errno.EPIPE)
@@ -1645,7 +1646,10 @@ class Relay:
             raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
 
     def _check_client(self, harmless: int) -> None:
-        """Raise the error of a reset by the client."""
+        """Raise the error of a reset by the client, but for the error number `harmless` (0: for none).
+
+        EPIPE: it closed before it had read everything, which is an ordinary end.
+        """
         error = self._client.take_error()
         if error not in (0, harmless):
             self._client.has_reset = True
@@ -1669,8 +1673,7 @@ class Relay:
                 pause = min(2 * pause, LAST_ASK_SECONDS)
                 is_gone = self._is_gone()
         if is_gone:
-            # EPIPE: the client had closed before it read everything, an ordinary end. But if its end was
-            # passed on already, only a reset can tell the target
+            # once its end was passed on, only a reset can tell the target that it is gone
             self._check_client(harmless=0 if up.is_passed_on else errno.EPIPE)
             up.end()
 
@@ -1892,7 +1895,8 @@ class Ledger:
 class MediatedSession:
     """One session, from its issue to the reason of its end.
 
-    `open` issues it and waits for its listener, `dial` connects to that, `is_over` also looks after it.
+    `open` issues it and waits for its listener, `dial` connects to that. `is_over`, called often, notes the
+    expiry and asks GetSession once a minute.
     Its thread, the main thread and the one that asks GetSession share what stands under the lock.
     """
 
@@ -1957,7 +1961,7 @@ class MediatedSession:
     def ask(self, seconds: float = 0.0) -> bool:
         """Have GetSession asked in a thread, and wait so long; return whether there is an answer.
 
-        One question at a time, and one in ASK_SECONDS, serves all who want to know: an answer may be so old.
+        One question at a time, at most one in ASK_SECONDS; who comes in between gets the last answer.
         """
         with self._lock:
             if not self._is_asking and self.why is None and (
@@ -2463,8 +2467,8 @@ class Forwarder:
         self._turn = threading.Lock()
         # guards what follows, `over`, `first`, and the state, client and relay of the carriers
         self._changed = threading.Condition()
-        self._is_over = threading.Event()  # nothing is carried any more: because of `over`, or `stop`
-        self._is_stopped = False
+        self._is_ending = threading.Event()  # nothing is carried any more: `over`, or `stop` was called
+        self._is_stopped = False  # `stop` was called
         self._carriers: List[Carrier] = []
         self._accepted: List[Client] = []  # those that no session has yet; their owners are checked
         self._ended = Counts()
@@ -2488,7 +2492,7 @@ class Forwarder:
                 raise Cancelled("interrupted")
             for _ in range(self._minimum):
                 self._start()
-            self._changed.wait_for(lambda: self.first or self._is_over.is_set())
+            self._changed.wait_for(lambda: self.first or self._is_ending.is_set())
             if self.first is None:
                 raise self.over or Cancelled("interrupted")
             return self.first
@@ -2538,9 +2542,10 @@ class Forwarder:
             return sum(leg.count_unsent() for leg in legs if leg)
 
     def is_delivering(self) -> bool:
-        """Return whether something that clients have sent before they were gone is still on its way.
+        """Return whether something that clients sent before they closed is still on its way to the Node.
 
-        From the first call on, and for LEAVE_SECONDS, clients count as gone where nobody can know.
+        The first call, when COMMAND has ended, starts the finish: for LEAVE_SECONDS a client that cannot be
+        seen to close (Listener.knows_who_is_gone) counts as gone.
         """
         with self._changed:
             self._finishing_since = min(self._finishing_since, elapsed_seconds())
@@ -2586,7 +2591,8 @@ class Forwarder:
         except PlexctlError as error:
             session.end(error)
         except Exception as error:  # no memory or descriptors, or a defect
-            session.end(PlexctlError(f"a session was given up after {show_error(error)}"))
+            if not self._is_ending.is_set():  # else the listener was closed meanwhile
+                session.end(PlexctlError(f"a session was given up after {show_error(error)}"))
         finally:
             self._dismiss(carrier)
 
@@ -2600,7 +2606,7 @@ class Forwarder:
     def _is_done(self, carrier: Carrier) -> bool:
         """Return whether a session takes no further client."""
         with self._changed:
-            return (self._is_over.is_set() or carrier.session.is_over()
+            return (self._is_ending.is_set() or carrier.session.is_over()
                     or carrier.is_spare and not self._accepted)
 
     def _take(self, carrier: Carrier) -> Optional[Client]:
@@ -2622,7 +2628,7 @@ class Forwarder:
                 return client
             except OSError as error:
                 self._warn_of_exhaustion(error)
-                self._is_over.wait(PAUSE_SECONDS)
+                self._is_ending.wait(PAUSE_SECONDS)
             finally:
                 self._turn.release()
         return None
@@ -2637,7 +2643,7 @@ class Forwarder:
         """Carry one connection, from the dial to its end."""
         session = carrier.session
         try:
-            remote = session.dial(self._is_over.is_set)
+            remote = session.dial(self._is_ending.is_set)
         except PlexctlError as error:
             self._refuse(carrier, sock, error)
             return
@@ -2645,16 +2651,16 @@ class Forwarder:
         self._ledger.say(f"connection from {name_client(address)} to {session.endpoint}")
         # on_end asks, and does not wait for the answer: a session that is over shall take no next client
         relay = Relay(Leg(sock), remote, buffers, lambda: self._is_gone(sock, address),
-                      lambda: self._is_over.is_set() or session.ask())
+                      lambda: self._is_ending.is_set() or session.ask())
         with self._changed:
             carrier.relay = relay
-            if self._is_over.is_set():
+            if self._is_ending.is_set():
                 relay.stop()
         relay.carry()
         if relay.is_awaited:
             carrier.remember(remote)
         self._note_end(carrier, relay, had_answer)
-        if relay.is_stuck and not self._is_over.is_set():
+        if relay.is_stuck and not self._is_ending.is_set():
             raise SessionStuck("the Node did not take what a client had sent that has reset its connection; "
                                "its session is not used any more")
 
@@ -2666,7 +2672,7 @@ class Forwarder:
                     now, now - session.ready_on):
                 session.end(ListenerGone("the Node has closed the session's listener"))
             may_wait = session.why and (self._renew or len(self._list_live()) > 1)
-            if may_wait and carrier.client and not self._is_over.is_set():
+            if may_wait and carrier.client and not self._is_ending.is_set():
                 self._accepted.insert(0, carrier.client)
                 return
         sock.close()
@@ -2677,7 +2683,7 @@ class Forwarder:
     def _note_end(self, carrier: Carrier, relay: Relay, had_answer: bool) -> None:
         """Count a connection that was carried, and say what there is to say about it."""
         self._count_end(carrier, relay.up.moved, relay.down.moved)
-        error = None if self._is_over.is_set() or carrier.session.why else relay.error
+        error = None if self._is_ending.is_set() or carrier.session.why else relay.error
         reason = f" ({show_error(error)})" if error else ""
         self._ledger.say(f"connection closed{reason}: {show_bytes(relay.up.moved)} up, "
                          f"{show_bytes(relay.down.moved)} down")
@@ -2706,7 +2712,7 @@ class Forwarder:
         with self._changed:
             carrier.state, self._has_been_stuck = STUCK, True
         deadline = elapsed_seconds() + STUCK_SECONDS
-        while elapsed_seconds() < deadline and not self._is_over.wait(TICK_SECONDS):
+        while elapsed_seconds() < deadline and not self._is_ending.wait(TICK_SECONDS):
             if carrier.awaited is not None and carrier.awaited.has_ended():
                 return
 
@@ -2714,7 +2720,7 @@ class Forwarder:
         """Do what follows from the end of a session, and revoke it."""
         session = carrier.session
         with self._changed:
-            why, is_leaving = session.why, self._is_over.is_set()
+            why, is_leaving = session.why, self._is_ending.is_set()
             carrier.state = ENDING
             if why is not None and not is_leaving:
                 self._follow(session, why)
@@ -2754,20 +2760,23 @@ class Forwarder:
     # The main thread
 
     def _issue_missing(self, now: float) -> None:
-        """Issue the sessions that are missing, and give one back that is not needed."""
+        """Issue the sessions that are missing, and mark one as spare if it is not needed.
+
+        Two steps: accept those who have waited too long, which checks their owners; then issue for those who
+        were accepted. So another user's connections cost no session.
+        """
+        room = 0  # how many may stand in _accepted: as many as sessions are on their way, or may be issued
         with self._changed:
             states = [each.state for each in self._carriers]
-            waiting, room = len(self._accepted) + self.listener.count_waiting(), 0
+            waiting = len(self._accepted) + self.listener.count_waiting()
             if self._demand.is_overdue(now, waiting, states):
-                # how many to accept: as many as there are sessions on their way, or may be issued
                 room = states.count(OPENING) + self._demand.count_missing(now, waiting, states)
                 self._warn_of_the_limit(now, waiting, states)
-        # sessions are issued below for those whose owner is right: another user must not cost any
         self._accept(room - len(self._accepted))
         with self._changed:
             states = [each.state for each in self._carriers]
             has_time = self._renew or self.first is not None and self.first.expires_on - now >= 1
-            if has_time and not self._is_over.is_set():
+            if has_time and not self._is_ending.is_set():
                 for _ in range(self._demand.count_missing(now, len(self._accepted), states)):
                     self._start()
             free = [each for each in self._carriers if each.state == FREE]
@@ -2823,12 +2832,15 @@ class Forwarder:
         return [each for each in self._carriers if each.state in LIVE]
 
     def _follow(self, session: MediatedSession, why: PlexctlError) -> None:
-        """Decide what the end of one session means; the first that fits counts.
+        """Decide what the end of one session means. The first row that fits counts:
 
-        It was revoked, or the time is up: the run ends. It has worked: the run ends if it was the last,
-        without `renew`. None has worked yet: the last to fail ends the run. It was a further one, and was
-        refused: that lowers the limit or, with no other left, ends the run. Without `renew` so does any
-        failure of the last, unless it was to replace a stuck one. Else another is tried later.
+        - it was revoked, or the time of the run is up: the run ends
+        - it has worked: the run ends if it was the last one and there is no `renew`
+        - no session has worked yet: the run ends if it was the last one
+        - refused, or without an endpoint, while others live: their number is the limit for a while
+        - refused, with no other left: the run ends; without `renew` so it does after any other failure,
+          unless a session has been stuck
+        - anything else: another session is tried after RETRY_SECONDS
         """
         now, others, tell = elapsed_seconds(), len(self._list_live()), self._ledger.tell_once
         is_refused = isinstance(why, ApiError) and why.status < 500 and not why.passing
@@ -2861,7 +2873,7 @@ class Forwarder:
         self._stop_carrying()
 
     def _stop_carrying(self) -> None:
-        self._is_over.set()
+        self._is_ending.set()
         for each in self._carriers:
             if each.relay:
                 each.relay.stop()
