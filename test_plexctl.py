@@ -5167,7 +5167,7 @@ def test_an_accept_that_fails_is_told_once_and_tried_again(simulation):
     with running_proxy(simulation) as (process, address):
         assert visit(address)
         old = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
-        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (5, old[1]))
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (3, old[1]))
         with dial(address) as client:
             process.wait_for_output("cannot accept connections for now")
             used = cpu_seconds()
