@@ -1598,9 +1598,12 @@ class Relay:
         if down.refusal and down.refusal.errno != errno.EPIPE:
             self._client.has_reset = True
             raise down.refusal
-        while not (up.has_ended or down.has_ended and self._is_quiet()):
+        while not (up.has_ended or down.has_ended):
             self._move()
-        up.end()
+        if up.has_ended:
+            up.end()
+        else:  # it reads no more, and keeps its own direction open
+            self._end_client()
 
     def _move_freely(self) -> None:
         """Move both ways, until one of them ends, or has to wait for its sink."""
@@ -1683,7 +1686,7 @@ class Relay:
         if up.refusal and up.refusal.errno != errno.EPIPE:
             self._remote.has_reset = True  # what looks like an end is a reset, whose error was read before
             raise up.refusal
-        self.remote_ended_first = not up.is_passed_on
+        self.remote_ended_first = not (up.is_passed_on or down.refusal)
         self.is_ending = True
         if self.remote_ended_first:
             self._on_end()
@@ -3608,8 +3611,9 @@ class Run:
             child = self.start_command(program, forwarder.local)
             self.wait_for_command(child, forwarder)
         finally:
-            # what came while it ended was for COMMAND, too
-            foreground.signals[:] = [each for each in foreground.signals if each not in foreground.passed_on]
+            for signum in foreground.passed_on:  # what came while it ended was for COMMAND, too
+                while signum in foreground.signals:
+                    foreground.signals.remove(signum)
             foreground.ignored = foreground.passed_on = ()
         self.deliver(forwarder)
         status = int(child.returncode)

@@ -4994,6 +4994,20 @@ def test_a_unix_client_that_hangs_up_or_gets_stuck_holds_nothing_up(tmp_path):
             how_it_ends(second)  # else it hangs
 
 
+@UNIX
+@pytest.mark.skipif(not LINUX, reason="how the kernel tells of it")
+def test_a_unix_client_that_reads_no_more_and_stays_is_let_go_when_the_node_has_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(plexctl, "QUIET_SECONDS", 0.5)
+    path = str(tmp_path / "s")
+    with relayed_to(on_request(d=source(MIB)), limit=1, local="unix:" + path) as running, \
+            dial_unix(path) as client:
+        client.shutdown(socket.SHUT_RD)
+        client.sendall(b"d")
+        eventually(lambda: running.count().ended == 1)
+        eventually(lambda: [each.state for each in running.carriers()] == [plexctl.FREE])
+        assert running.lines == []  # the target was reached
+
+
 STOP_STATES = {  # what a Simulation is to be like, what the first client does, and what is waited for then
     "issuing": ({}, None, lambda running: asked(running.plane, "issue")),
     "waiting for the Node": (dict(late=60), None, lambda running: asked(running.plane, "get")),
