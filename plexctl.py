@@ -2408,34 +2408,8 @@ class Carrier:
         self.state = OPENING
         self.client: Optional[Client] = None
         self.relay: Optional[Relay] = None
-        self.awaited: Optional[Leg] = None  # the last connection, which the Node has yet to end
+        self.awaited: Optional[Leg] = None  # a connection whose client is gone: the Node has yet to end it
         self.is_spare = False  # it is to be given back
-        self._sent_on = 0.0  # when something was last on its way to the Node
-
-    def remember(self, leg: Leg) -> None:
-        """Remember a connection that the Node has yet to end."""
-        self.awaited, self._sent_on = leg, elapsed_seconds()
-
-    def is_ready(self) -> bool:
-        """Return whether the Node has ended the last connection; SessionStuck if it does not."""
-        leg, now = self.awaited, elapsed_seconds()
-        if leg is None:
-            return True
-        if leg.has_ended() or leg.is_dead():
-            self.awaited = None
-            leg.close(reset=False)
-            return True
-        if leg.count_unsent():
-            self._sent_on = now
-        elif now - self._sent_on >= QUIET_SECONDS:
-            raise SessionStuck("the Node has not ended a connection whose client is gone; its session is not "
-                               "used any more")
-        return False
-
-    def pause(self) -> None:
-        """Wait a moment for the Node to end the last connection, if it has not."""
-        if self.awaited is not None:
-            wait_for(self.awaited.reads_at, select.POLLIN, TICK_SECONDS)
 
 
 class Forwarder:
@@ -2449,7 +2423,7 @@ class Forwarder:
 
     Each session has a thread. While the session is free its thread takes a client, dials, and carries the
     connection to its end. It is free again when the Node has ended that as well. Where none is free `tick`
-    takes who waits, and issues sessions for them.
+    issues sessions for those who wait.
 
     One lock guards changes of what the threads share; who has the turn may accept.
     Locks are taken in this order: the turn, the Forwarder's, a MediatedSession's, the Ledger's.
@@ -2471,9 +2445,8 @@ class Forwarder:
         # guards what follows, `over`, `first`, and the state, client and relay of the carriers
         self._changed = threading.Condition()
         self._is_ending = threading.Event()  # nothing is carried any more: `over`, or `stop` was called
-        self._is_stopped = False  # `stop` was called
         self._carriers: List[Carrier] = []
-        self._accepted: List[Client] = []  # those that no session has yet; their owners are checked
+        self._returned: List[Client] = []  # whose session was over before anything was sent; others take them
         self._ended = Counts()
         self._explaining = 0  # threads
         self._has_been_stuck = False  # then a further session that fails for now does not end the run
@@ -2491,9 +2464,7 @@ class Forwarder:
     def establish(self) -> MediatedSession:
         """Issue the first sessions, and return the first whose Node has reported its listener."""
         with self._changed:
-            if self._is_stopped:
-                raise Cancelled("interrupted")
-            for _ in range(self._minimum):
+            for _ in range(0 if self._is_ending.is_set() else self._minimum):
                 self._start()
             self._changed.wait_for(lambda: self.first or self._is_ending.is_set())
             if self.first is None:
@@ -2514,7 +2485,7 @@ class Forwarder:
             if nobody_comes:
                 self._reject_waiting()
             elif self.first is not None:
-                self._issue_missing(now)
+                self._issue_missing(now, self._renew or self.first.expires_on - now >= 1)
         except (OSError, MemoryError) as error:  # which ends nothing that works
             self._warn_of_exhaustion(error)
         if self.first is not None and not self._renew:
@@ -2525,7 +2496,7 @@ class Forwarder:
         with self._changed:
             relays = [each.relay for each in self._carriers if each.relay]
             return self._ended._replace(
-                open=len(relays), waiting=self.listener.count_waiting() + len(self._accepted),
+                open=len(relays), waiting=self._count_waiting(),
                 sessions=sum(each.state in (FREE, BUSY) for each in self._carriers),
                 up=self._ended.up + sum(relay.up.moved for relay in relays),
                 down=self._ended.down + sum(relay.down.moved for relay in relays))
@@ -2552,7 +2523,7 @@ class Forwarder:
         """
         with self._changed:
             self._finishing_since = min(self._finishing_since, elapsed_seconds())
-            return bool(self._accepted or self.listener.count_waiting() or any(
+            return bool(self._count_waiting() or any(
                 each.awaited or each.state == BUSY and (not each.client or self._is_gone(*each.client))
                 for each in self._carriers))
 
@@ -2560,17 +2531,16 @@ class Forwarder:
         """Stop listening and end every connection, with a reset unless it was over."""
         deadline = elapsed_seconds() + seconds
         with self._changed:
-            if self._is_stopped:
-                return
-            self._is_stopped = True
             self._stop_carrying()
             self._ledger.plane.cancel.set()
-        self._turn.acquire(timeout=seconds)  # and keep it: nobody accepts any more
+        has_turn = self._turn.acquire(timeout=seconds)  # then nobody waits at the listener
         self.listener.server_close()
+        if has_turn:
+            self._turn.release()
         with self._changed:
             self._changed.wait_for(lambda: not self._explaining and not any(
                 each.state == BUSY for each in self._carriers), max(0.0, deadline - elapsed_seconds()))
-            self._close_accepted()
+            self._close_returned()
 
     # The thread of a session
 
@@ -2583,14 +2553,14 @@ class Forwarder:
             with self._changed:
                 self.first = self.first or session
                 self._changed.notify_all()
-            while not self._is_done(carrier):
+            while not (carrier.is_spare or self._is_over(session)):
                 client = self._take(carrier)
                 if client is not None:
                     self._serve(carrier, buffers, *client)
         except SessionStuck as error:
             if self._finishing_since == float("inf"):
                 self._warn_once(str(error))
-            self._wait_for_the_node(carrier)
+            self._leave_stuck(carrier)
         except PlexctlError as error:
             session.end(error)
         except Exception as error:  # no memory or descriptors, or a defect
@@ -2606,35 +2576,24 @@ class Forwarder:
         left = max(1, int(self.first.expires_on - elapsed_seconds()))
         return self._request._replace(ttl_seconds=min(self._request.ttl_seconds or left, left))
 
-    def _is_done(self, carrier: Carrier) -> bool:
-        """Return whether a session takes no further client."""
-        with self._changed:
-            return (self._is_ending.is_set() or carrier.session.is_over()
-                    or carrier.is_spare and not self._accepted)
+    def _is_over(self, session: MediatedSession) -> bool:
+        return self._is_ending.is_set() or session.is_over()
 
     def _take(self, carrier: Carrier) -> Optional[Client]:
-        """Take the client that is next, if one comes in time and this session is free for it."""
-        carrier.pause()
-        if not carrier.is_ready():
-            return None
+        """Take the client that is next, if one comes in time."""
         with self._changed:
-            client = self._accepted.pop(0) if self._accepted else None
+            client = self._returned.pop(0) if self._returned else None
             self._give(carrier, client)
-        if client is not None:
-            if not self.listener.has_left(*client):
-                return client
-            client[0].close()
-        elif self._turn.acquire(timeout=TICK_SECONDS):
+        if client is None and self._turn.acquire(timeout=TICK_SECONDS):
             try:
                 client = self.listener.take()
                 self._give(carrier, client)
-                return client
             except OSError as error:
                 self._warn_of_exhaustion(error)
                 self._is_ending.wait(PAUSE_SECONDS)
             finally:
                 self._turn.release()
-        return None
+        return client
 
     def _give(self, carrier: Carrier, client: Optional[Client]) -> None:
         with self._changed:
@@ -2643,7 +2602,7 @@ class Forwarder:
             carrier.is_spare = carrier.is_spare and client is None
 
     def _serve(self, carrier: Carrier, buffers: Buffers, sock: socket.socket, address: Any) -> None:
-        """Carry one connection, from the dial to its end."""
+        """Carry one connection, from the dial until the Node has ended it as well."""
         session = carrier.session
         try:
             remote = session.dial(self._is_ending.is_set)
@@ -2661,11 +2620,13 @@ class Forwarder:
                 relay.stop()
         relay.carry()
         if relay.is_awaited:
-            carrier.remember(remote)
+            carrier.awaited = remote
         self._note_end(carrier, relay, had_answer)
         if relay.is_stuck and not self._is_ending.is_set():
             raise SessionStuck("the Node did not take what a client had sent that has reset its connection; "
                                "its session is not used any more")
+        if relay.is_awaited:
+            self._await_the_node(carrier, remote)
 
     def _refuse(self, carrier: Carrier, sock: socket.socket, error: PlexctlError) -> None:
         """Leave a client to another session, if there may be one; else reset it."""
@@ -2676,7 +2637,7 @@ class Forwarder:
                 session.end(ListenerGone("the Node has closed the session's listener"))
             may_wait = session.why and (self._renew or len(self._list_live()) > 1)
             if may_wait and carrier.client and not self._is_ending.is_set():
-                self._accepted.insert(0, carrier.client)
+                self._returned.insert(0, carrier.client)
                 return
         sock.close()
         if not isinstance(error, (SessionOver, Cancelled)):
@@ -2707,8 +2668,23 @@ class Forwarder:
             self._explaining -= 1
             self._changed.notify_all()
 
-    def _wait_for_the_node(self, carrier: Carrier) -> None:
-        """Give it time to end the connection; giving the session back will make it.
+    def _await_the_node(self, carrier: Carrier, remote: Leg) -> None:
+        """Wait for the Node to end a connection whose client is gone; SessionStuck if it does not."""
+        sent_on = elapsed_seconds()  # when something was last on its way
+        while not (remote.has_ended() or remote.is_dead()):
+            if self._is_over(carrier.session):
+                return
+            if remote.count_unsent():
+                sent_on = elapsed_seconds()
+            elif elapsed_seconds() - sent_on >= QUIET_SECONDS:
+                raise SessionStuck("the Node has not ended a connection whose client is gone; its session is "
+                                   "not used any more")
+            wait_for(remote.reads_at, select.POLLIN, TICK_SECONDS)
+        carrier.awaited = None
+        remote.close(reset=False)
+
+    def _leave_stuck(self, carrier: Carrier) -> None:
+        """Give the Node time to end the connection; giving the session back will make it.
 
         After a reset nothing would show that it has.
         """
@@ -2762,56 +2738,30 @@ class Forwarder:
 
     # The main thread
 
-    def _issue_missing(self, now: float) -> None:
-        """Issue the sessions that are missing, and mark one as spare if it is not needed.
-
-        Two steps: accept those who have waited too long, which checks their owners; then issue for those who
-        were accepted. So another user's connections cost no session.
-        """
-        room = 0  # how many may stand in _accepted: as many as sessions are on their way, or may be issued
+    def _issue_missing(self, now: float, has_time: bool) -> None:
+        """Issue the sessions that are missing, and mark one as spare if it is not needed."""
         with self._changed:
-            states = [each.state for each in self._carriers]
-            waiting = len(self._accepted) + self.listener.count_waiting()
-            if self._demand.is_overdue(now, waiting, states):
-                room = states.count(OPENING) + self._demand.count_missing(now, waiting, states)
-                self._warn_of_the_limit(now, waiting, states)
-        self._accept(room - len(self._accepted))
-        with self._changed:
-            states = [each.state for each in self._carriers]
-            has_time = self._renew or self.first is not None and self.first.expires_on - now >= 1
+            states, waiting = [each.state for each in self._carriers], self._count_waiting()
+            if not self._demand.is_overdue(now, waiting, states):
+                waiting = 0
+            elif states.count(BUSY) >= self._demand.limit(now):
+                self._warn_of_the_limit(waiting, self._demand.limit(now))
             if has_time and not self._is_ending.is_set():
-                for _ in range(self._demand.count_missing(now, len(self._accepted), states)):
+                for _ in range(self._demand.count_missing(now, waiting, states)):
                     self._start()
             free = [each for each in self._carriers if each.state == FREE]
             if self._demand.has_spare(now, len(free)):
                 free[-1].is_spare = True
 
-    def _warn_of_the_limit(self, now: float, waiting: int, states: List[str]) -> None:
-        limit = self._demand.limit(now)
-        if states.count(BUSY) >= limit:
-            self._ledger.tell_once(
-                f"warning: {waiting} connection{'s wait' if waiting > 1 else ' waits'} until one closes: "
-                f"each needs a session (--max-sessions is {limit}; a connection pool must not "
-                "be larger)", "limit")
-
-    def _accept(self, room: int) -> None:
-        """Accept as many of the clients that wait, at most; the next free session takes them."""
-        if room > 0 and self._turn.acquire(timeout=TICK_SECONDS):
-            try:
-                for _ in range(min(room, self.listener.count_waiting())):
-                    client = self.listener.take()
-                    if client is not None and self.listener.has_left(*client):
-                        client[0].close()
-                    elif client is not None:
-                        with self._changed:
-                            self._accepted.append(client)
-            finally:
-                self._turn.release()
+    def _warn_of_the_limit(self, waiting: int, limit: int) -> None:
+        self._ledger.tell_once(
+            f"warning: {waiting} connection{'s wait' if waiting > 1 else ' waits'} until one closes: each "
+            f"needs a session (--max-sessions is {limit}; a connection pool must not be larger)", "limit")
 
     def _reject_waiting(self) -> None:
         """Reset the connections that wait, since no session will come to take them."""
         with self._changed:
-            self._close_accepted()
+            self._close_returned()
         if self._turn.acquire(timeout=TICK_SECONDS):
             try:
                 self.listener.reject()
@@ -2830,6 +2780,9 @@ class Forwarder:
             self._warn_once(str(why))
             if self.first is None and not self._carriers:
                 self._end(why)
+
+    def _count_waiting(self) -> int:
+        return self.listener.count_waiting() + len(self._returned)
 
     def _list_live(self) -> List[Carrier]:
         return [each for each in self._carriers if each.state in LIVE]
@@ -2886,10 +2839,10 @@ class Forwarder:
         """Return whether the time of the first session is up, which without `renew` is that of the run."""
         return not self._renew and self.first is not None and now >= self.first.expires_on
 
-    def _close_accepted(self) -> None:
-        for client, _ in self._accepted:
+    def _close_returned(self) -> None:
+        for client, _ in self._returned:
             client.close()
-        del self._accepted[:]
+        del self._returned[:]
 
 
 def name_client(address: Any) -> str:
