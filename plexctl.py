@@ -44,6 +44,7 @@ try:
 
     logging.getLogger().removeHandler(_quiet)
     import argparse
+    import concurrent.futures
     import contextlib
     import datetime
     import email.utils
@@ -198,6 +199,21 @@ def start_thread(function: Callable[..., object], *arguments: Any) -> bool:
         return True
     except (RuntimeError, MemoryError):
         return False
+
+
+def run_in_thread(function: Callable[[], Any]) -> concurrent.futures.Future:
+    """Run it in a thread, or here if there are no more; return the Future that has its result or error."""
+    future: concurrent.futures.Future = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    if not start_thread(run):
+        run()
+    return future
 
 
 def send_record(path: str, data: bytes, seconds: float) -> None:
@@ -2987,30 +3003,6 @@ class Messages:
                 write_all(self.stream, wipe + text, "standard error")
 
 
-class Outcome:
-    """What a function returns or raises that runs in a thread."""
-
-    def __init__(self, function: Callable[[], Any]) -> None:
-        self.is_there = threading.Event()
-        self._result: Any = None
-        self._error: Optional[BaseException] = None
-        if not start_thread(self._run, function):
-            self._run(function)  # no thread left: run it here; signals wait
-
-    def _run(self, function: Callable[[], Any]) -> None:
-        try:
-            self._result = function()
-        except BaseException as error:
-            self._error = error
-        self.is_there.set()
-
-    def get(self) -> Any:
-        """Return the result or raise the error, once it `is_there`."""
-        if self._error is not None:
-            raise self._error
-        return self._result
-
-
 class Foreground:
     """The main thread, which waits for signals and for other threads.
 
@@ -3033,27 +3025,27 @@ class Foreground:
             if self._asked > 2:
                 end_by_signal(signum)
 
-    def wait(self, seconds: float, done: Optional[threading.Event] = None) -> None:
-        """Wait so long, or until `done` is set; Interrupted for a signal."""
-        done = done or threading.Event()
+    def wait(self, seconds: float, future: Optional[concurrent.futures.Future] = None) -> None:
+        """Wait so long, or until `future` is done; Interrupted for a signal."""
+        future = future or concurrent.futures.Future()
         deadline = elapsed_seconds() + seconds
-        while not done.is_set():
+        while not future.done():
             if self.signals:
                 raise Interrupted(self.signals.pop(0))
             left = deadline - elapsed_seconds()
             if left <= 0:
                 return
-            done.wait(min(WAIT_SECONDS, left))
+            concurrent.futures.wait([future], min(WAIT_SECONDS, left))
 
     def call(self, function: Callable[[], Any], status: Optional[Callable[[], str]] = None) -> Any:
         """Run it in a thread, so that a signal ends the wait; return or raise what it does."""
         self.wait(0)  # a signal that is here already: then nothing is begun
-        outcome = Outcome(function)
-        while not outcome.is_there.is_set():
-            self.wait(REDRAW_SECONDS, outcome.is_there)
-            if status is not None and not outcome.is_there.is_set():
+        future = run_in_thread(function)
+        while not future.done():
+            self.wait(REDRAW_SECONDS, future)
+            if status is not None and not future.done():
                 self.messages.show(status())
-        return outcome.get()
+        return future.result()
 
     def finish(self, function: Callable[[], None], seconds: float, slow: str = "") -> None:
         """Run what must still be done, for `seconds` at most; a further signal leaves HURRY_SECONDS.
@@ -3062,8 +3054,9 @@ class Foreground:
         """
         began = elapsed_seconds()
         deadline = began + seconds
-        outcome = Outcome(function)
-        while not outcome.is_there.wait(WAIT_SECONDS) and elapsed_seconds() < deadline:
+        future = run_in_thread(function)
+        while not future.done() and elapsed_seconds() < deadline:
+            concurrent.futures.wait([future], WAIT_SECONDS)
             if self.signals:
                 deadline = min(deadline, elapsed_seconds() + HURRY_SECONDS)
             if slow and self.messages.is_terminal and elapsed_seconds() - began > 1:
@@ -3437,13 +3430,13 @@ class Run:
         streams = StandardStreams()
         relay = Relay(streams, remote, create_buffers(), streams.is_gone,
                       lambda: self.explain_end(session, relay))
-        carried = Outcome(relay.carry)
+        carried = run_in_thread(relay.carry)
         began, give_up_on = elapsed_seconds(), float("inf")
         signalled: Optional[Interrupted] = None
         try:
-            while not carried.is_there.is_set():
+            while not carried.done():
                 try:
-                    self.foreground.wait(TICKING_SECONDS, carried.is_there)
+                    self.foreground.wait(TICKING_SECONDS, carried)
                 except Interrupted as interrupted:
                     # ssh hangs up as soon as it has seen the end: that counts then, and not the signal
                     if not relay.is_ending:
@@ -3456,7 +3449,7 @@ class Run:
                     relay.stop()
                 if self.options.verbose:
                     session.warn_of_its_end()
-            carried.get()
+            carried.result()
             deadline = elapsed_seconds() + STUCK_SECONDS
             while relay.is_awaited and not remote.has_ended() and elapsed_seconds() < deadline:
                 self.foreground.wait(TICKING_SECONDS)  # what was sent is still on its way
@@ -3466,10 +3459,10 @@ class Run:
             if relay.is_awaited and (not relay.down.moved or relay.down.rest or remote.discarded):
                 streams.error = PlexctlError("cannot write to standard output: nobody reads it")
         finally:
-            if not carried.is_there.is_set():  # a signal; where this is a library, the thread must not go on
+            if not carried.done():  # a signal; where this is a library, the thread must not go on
                 self.ledger.plane.cancel.set()
                 relay.stop()
-                carried.is_there.wait(HURRY_SECONDS)
+                concurrent.futures.wait([carried], HURRY_SECONDS)
             counts = Counts(ended=1, up=relay.up.moved, down=relay.down.moved)
             self.say(describe_total(counts, began, "connection closed"))
         error = self.told or streams.error or session.why or describe_failure(relay)
