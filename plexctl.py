@@ -1652,7 +1652,7 @@ class Relay:
         # it was watched for a reset alone; a direction that waits on it would see the error by itself
         if client.reads_at in ready and not masks[client.reads_at]:
             self._has_hung_up = True
-            self._check_client(harmless=errno.EPIPE)
+            self._check_client()
         for descriptor, flow in waiting:
             if descriptor in ready:
                 flow.move()
@@ -1664,13 +1664,12 @@ class Relay:
         if self._client.is_dead() or self._remote.is_dead():
             raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
 
-    def _check_client(self, harmless: int) -> None:
-        """Raise the error of a reset by the client, but for the error number `harmless` (0: for none).
-
-        EPIPE: it closed before it had read everything, which is an ordinary end.
-        """
+    def _check_client(self) -> None:
+        """Raise the error of a reset by the client."""
         error = self._client.take_error()
-        if error not in (0, harmless):
+        # EPIPE: it closed before it had read everything, which is an ordinary end. But once its end was
+        # passed on, only a reset can tell the target that it is gone
+        if error and (error != errno.EPIPE or self.up.is_passed_on):
             self._client.has_reset = True
             raise OSError(error, os.strerror(error))
 
@@ -1692,8 +1691,7 @@ class Relay:
                 pause = min(2 * pause, LAST_ASK_SECONDS)
                 is_gone = self._is_gone()
         if is_gone:
-            # once its end was passed on, only a reset can tell the target that it is gone
-            self._check_client(harmless=0 if up.is_passed_on else errno.EPIPE)
+            self._check_client()
             up.end()
 
     def _end_client(self) -> None:
