@@ -2462,7 +2462,7 @@ class Forwarder:
         self._carriers: List[Carrier] = []
         self._returned: List[Client] = []  # whose session was over before anything was sent; others take them
         self._ended = Counts()
-        self._explaining = 0  # threads
+        self._explanation: Optional[concurrent.futures.Future] = None  # see _explain
         self._has_been_stuck = False  # then a further session that fails for now does not end the run
         self._demand = Demand(limit, minimum)
         self._finishing_since = float("inf")  # when COMMAND has ended: see is_delivering
@@ -2552,9 +2552,11 @@ class Forwarder:
         if has_turn:
             self._turn.release()
         with self._changed:
-            self._changed.wait_for(lambda: not self._explaining and not any(
-                each.state == BUSY for each in self._carriers), max(0.0, deadline - elapsed_seconds()))
+            self._changed.wait_for(lambda: not any(each.state == BUSY for each in self._carriers),
+                                   max(0.0, deadline - elapsed_seconds()))
             self._close_returned()
+        if self._explanation is not None:
+            concurrent.futures.wait([self._explanation], max(0.0, deadline - elapsed_seconds()))
 
     # The thread of a session
 
@@ -2667,20 +2669,15 @@ class Forwarder:
                          f"{show_bytes(relay.down.moved)} down")
         if error and (not isinstance(error, OSError) or error.errno in EXHAUSTED):  # not a peer's doing
             self._warn_once(f"a connection ended: {show_error(error)}")
-        if relay.remote_ended_first and not relay.down.moved and not had_answer:
-            with self._changed:
-                self._explaining += 1
-            if not start_thread(self._explain, carrier.session):
-                self._explain(carrier.session)
+        is_explained = self._explanation is not None and not self._explanation.done()
+        if relay.remote_ended_first and not relay.down.moved and not had_answer and not is_explained:
+            self._explanation = run_in_thread(lambda: self._explain(carrier.session))
 
     def _explain(self, session: MediatedSession) -> None:
         """Say why the Node has ended a connection without a byte: the session's end, or the target."""
         session.ask(ASK_LIMIT_SECONDS)
         if session.why is None and self.over is None:
             self._warn_once(describe_unreachable(self._request))
-        with self._changed:
-            self._explaining -= 1
-            self._changed.notify_all()
 
     def _await_the_node(self, carrier: Carrier, remote: Leg) -> None:
         """Wait for the Node to end a connection whose client is gone; SessionStuck if it does not."""
