@@ -1294,9 +1294,9 @@ class AuditLog(logging.Handler):
 
 BUFFER_BYTES = 768 * 1024  # takes memory only as far as it is used
 TICK_SECONDS = 0.2  # a thread that waits looks around this often
-QUIET_SECONDS = 2.0  # without a byte: then an end of input is passed on, or a client let go
-FIRST_ASK_SECONDS = 0.002  # between two looks whether a client is gone; each pause is twice the last
-LAST_ASK_SECONDS = 0.4
+QUIET_SECONDS = 2.0  # without a byte; then an end of input is passed on, or a client let go
+FIRST_LOOK_SECONDS = 0.002  # until it is looked whether a client is gone; each pause is twice the last
+LAST_LOOK_SECONDS = 0.4
 UNANSWERED_SECONDS = 120  # after which a path is dead
 READS_AT_ONCE, DISCARD_BYTES = 1000, 64 * 1024  # when a leg is only read to its end
 RESET_ON_CLOSE, END_ON_CLOSE = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)  # struct linger
@@ -1335,7 +1335,7 @@ class Leg:
         self.send = sock.send
         self.reads_at = self.writes_at = sock.fileno()
         self.has_reset = False  # the other end has
-        self.discarded = 0  # bytes that nobody was there for any more
+        self.discarded = 0  # bytes, by `drain`
         self._has_tcp_info = ON_LINUX and sock.family != socket.AF_UNIX
 
     def end(self) -> None:
@@ -1364,11 +1364,11 @@ class Leg:
         if not self._has_tcp_info:
             return False
         info = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 60)  # struct tcp_info, linux/tcp.h
-        retransmits, probes, milliseconds = struct.unpack_from("=xxBB52xI", info)
-        return bool(max(retransmits, probes) > 1 and milliseconds >= UNANSWERED_SECONDS * 1000)
+        retransmits, probes, since_ack_ms = struct.unpack_from("=xxBB52xI", info)  # tcpi_last_ack_recv
+        return bool(max(retransmits, probes) > 1 and since_ack_ms >= UNANSWERED_SECONDS * 1000)
 
-    def has_ended(self) -> bool:
-        """Return whether the other end has ended or reset it; discard what it sent before."""
+    def drain(self) -> bool:
+        """Discard what has come; return whether the other end has ended or reset the connection."""
         try:
             for _ in range(READS_AT_ONCE):
                 count = len(self.sock.recv(DISCARD_BYTES))
@@ -1393,14 +1393,16 @@ class StandardStreams:
     """Descriptors 0 and 1 as the client's leg: pipes, files, a terminal, or one socket (inetd, socat).
 
     Their file status flags stay as they are, since they may be somebody's terminal: a blocking
-    descriptor gets no more than poll(2) says that it takes.
+    descriptor gets no more than poll(2) says that it takes. Unlike a Leg's, a write that fails raises
+    PlexctlError, which ends the connection at once.
     """
 
     def __init__(self) -> None:
         self.reads_at, self.writes_at = 0, 1
         self.has_reset = False
         self.error: Optional[PlexctlError] = None  # why standard output did not get everything
-        self._at_once = 128 if os.isatty(1) else select.PIPE_BUF  # what one that is ready takes, at least
+        # poll(2) promises room for so many bytes
+        self._at_once = 128 if os.isatty(1) else select.PIPE_BUF
         self._socket: Optional[socket.socket] = None
         if stat.S_ISSOCK(os.fstat(1).st_mode):  # fromfd() of anything else leaks its duplicate
             self._socket = socket.fromfd(1, socket.AF_INET, socket.SOCK_STREAM)
@@ -1411,7 +1413,7 @@ class StandardStreams:
         try:
             piece = os.read(0, len(buffer))
         except OSError as error:
-            # it was closed at the start, or the terminal is gone
+            # it was closed at the start (see open_nowhere), or the terminal is gone
             if error.errno == errno.EISDIR or error.errno == errno.EIO and os.isatty(0):
                 return 0
             raise
@@ -1499,7 +1501,7 @@ class Flow:
     def move(self) -> bool:
         """Read once, unless something is left, and hand it on; OSError if the source has reset.
 
-        True: go on like this. False: something is left, the sink refuses, or the source has ended.
+        Return True if all that has come was handed on, and more may come.
         """
         piece = self.rest
         if not piece:
@@ -1546,11 +1548,10 @@ class Relay:
     - the client's: at once if it is gone, that is, has closed the connection (`is_gone`). If it still
       listens, once nothing has moved for QUIET_SECONDS: the Node would cut the answer off.
 
-    `on_end` is called once, before the client sees an end or a reset that it has not caused. `stop`,
-    from another thread, ends the connection with resets.
+    `on_end` is called once, before the client sees an end or a reset that comes from the Node or from
+    us. `stop`, from another thread, ends the connection with resets.
 
-    Afterwards the client is closed, and so is `remote`, unless `is_awaited`: the client is gone,
-    everything was handed on, and the Node has yet to end the connection.
+    Afterwards the client is closed, and so is `remote`, unless `is_awaited`.
     """
 
     def __init__(self, client: Any, remote: Leg, buffers: Buffers, is_gone: Callable[[], bool],
@@ -1560,15 +1561,15 @@ class Relay:
         self.error: Optional[Exception] = None  # what has broken the connection
         self.remote_ended_first = False  # or reset it, before an end was passed on to it
         self.is_ending = False  # the client is about to see an end
-        self.is_awaited = False
+        self.is_awaited = False  # the client is gone; `remote` is open until the Node has ended it as well
         self.is_stuck = False  # the client has reset it, and the Node does not take what was sent
         self._client = client
         self._remote = remote
         self._is_gone = is_gone
         self._on_end = on_end
         self._is_stopped = False  # the one thing here that another thread sets
-        self._has_hung_up = False  # poll() has said so of the client, and would again and again
-        self._counted = (-1, -1)  # bytes moved when _is_quiet looked last
+        self._has_hung_up = False  # poll() has said so of the client, and would say it for ever
+        self._counted = (-1, -1)  # bytes moved when _watch_quiet looked last
         self._quiet_since = 0.0
         self._flows = {client.reads_at: self.up, remote.reads_at: self.down}
         self._poller = select.poll()
@@ -1588,12 +1589,9 @@ class Relay:
             with contextlib.suppress(Exception):
                 self._settle()
         up, down, is_broken = self.up, self.down, self.error is not None
-        # in order only if the client was told the end (a reset would destroy what it has yet to read), and
-        # nothing that it sent was lost: no rest; and where the Node refused more, it had ended anyway
-        is_in_order = down.is_passed_on and not up.rest and (up.has_ended or not up.refusal)
-        self._client.close(reset=not is_in_order)
-        # the client is gone, and the Node has yet to end the connection: the caller waits for that
-        self.is_awaited = not is_broken and not down.is_passed_on
+        is_cut_off = bool(up.rest or up.refusal and not up.has_ended)  # the client sends, and nobody takes it
+        # else in order: a reset would destroy what it has yet to read before the end that it was told
+        self._client.close(reset=is_cut_off or not down.is_passed_on)
         if not self.is_awaited:
             self._remote.close(reset=is_broken or not up.is_passed_on)
 
@@ -1604,25 +1602,18 @@ class Relay:
                 self._move()
             else:
                 self._move_freely()
-        # the client has ended its input, or the Node has, or the client takes nothing more
         if up.has_ended:
             self._await_answer()
+        elif not down.has_ended:
+            self._take_the_rest()
         if down.has_ended:
             self._end_client()
-            return
-        # the client is gone; what it has sent before is still to be handed on
-        if down.refusal and down.refusal.errno != errno.EPIPE:
-            self._client.has_reset = True
-            raise down.refusal
-        while not (up.has_ended or down.has_ended):
-            self._move()
-        if up.has_ended:
+        else:
             up.end()
-        else:  # it reads no more, and keeps its own direction open
-            self._end_client()
+            self.is_awaited = True
 
     def _move_freely(self) -> None:
-        """Move both ways, until one of them ends, or has to wait for its sink."""
+        """Move both ways, until one of them ends, or has to wait for its sink: what matters for speed."""
         poll, flows, is_free = self._poller.poll, self._flows, True
         while is_free:
             ready = poll(TICK_SECONDS * 1000)
@@ -1633,9 +1624,10 @@ class Relay:
 
     def _move(self, seconds: float = TICK_SECONDS) -> None:
         """Wait for a direction that can move, so long at most, and move it once."""
-        client, masks = self._client, {}  # by descriptor
+        client = self._client
+        masks: Dict[int, int] = {}  # by descriptor; poll() reports a reset also where the mask is 0
         if not (self.up.has_ended or self._has_hung_up):
-            masks[client.reads_at] = 0  # also while nothing is read from it: poll() still reports a reset
+            masks[client.reads_at] = 0
         waiting = []
         for flow in (self.up, self.down):
             if not flow.has_ended:
@@ -1649,8 +1641,8 @@ class Relay:
         ready = dict(poller.poll(seconds * 1000))
         if self._is_stopped or not ready:
             self._check_legs()
-        # it was watched for a reset alone; a direction that waits on it would see the error by itself
-        if client.reads_at in ready and not masks[client.reads_at]:
+        is_watched_only = masks.get(client.reads_at) == 0  # no direction waits on it, and would see the error
+        if is_watched_only and client.reads_at in ready:
             self._has_hung_up = True
             self._check_client()
         for descriptor, flow in waiting:
@@ -1673,45 +1665,57 @@ class Relay:
             self._client.has_reset = True
             raise OSError(error, os.strerror(error))
 
+    def _check_refusal(self, flow: Flow) -> None:
+        """Raise the error of a reset by the sink; EPIPE: it has only ended."""
+        if flow.refusal and flow.refusal.errno != errno.EPIPE:
+            flow.sink.has_reset = True
+            raise flow.refusal
+
     def _await_answer(self) -> None:
         """The client has ended its input: pass that on once the target is quiet.
 
         Return once the Node has ended the connection as well, or the client is gone.
         """
-        up, down, pause = self.up, self.down, FIRST_ASK_SECONDS
+        up, down, pause = self.up, self.down, FIRST_LOOK_SECONDS
         is_gone = self._is_gone()
         while not (is_gone or down.refusal or down.has_ended):
-            if self._is_quiet():
+            if self._watch_quiet():
                 up.end()
             moved = down.moved
             self._move(pause)
             if down.moved != moved:
-                pause = FIRST_ASK_SECONDS
+                pause = FIRST_LOOK_SECONDS
             else:
-                pause = min(2 * pause, LAST_ASK_SECONDS)
+                pause = min(2 * pause, LAST_LOOK_SECONDS)
                 is_gone = self._is_gone()
         if is_gone:
             self._check_client()
             up.end()
+        if not down.has_ended:
+            self._check_refusal(down)
+
+    def _take_the_rest(self) -> None:
+        """The client reads no more: hand on what it still sends, until it or the Node has ended."""
+        self._check_refusal(self.down)
+        while not (self.up.has_ended or self.down.has_ended):
+            self._move()
 
     def _end_client(self) -> None:
         """The Node has ended the connection: pass that on, and let the client finish."""
         up, down = self.up, self.down
-        if up.refusal and up.refusal.errno != errno.EPIPE:
-            self._remote.has_reset = True  # what looks like an end is a reset, whose error was read before
-            raise up.refusal
+        self._check_refusal(up)  # then what looks like an end is a reset, whose error that call has taken
         self.remote_ended_first = not (up.is_passed_on or down.refusal)
         self.is_ending = True
         if self.remote_ended_first:
             self._on_end()
-        down.end()  # from here on _is_quiet also waits for what the client has yet to read
-        # a client may keep its end open for ever, and the Node serves another one already
-        while not (up.has_ended or self._is_quiet()):
+        down.end()  # from here on _watch_quiet also waits for what the client has yet to read
+        # a client may keep its end open for ever, and the session is to carry the next one
+        while not (up.has_ended or self._watch_quiet()):
             self._move()
         if up.has_ended:
             up.end()
 
-    def _is_quiet(self) -> bool:
+    def _watch_quiet(self) -> bool:
         """Return whether nothing has moved for QUIET_SECONDS; it keeps the time: call it in a loop."""
         counted = self.up.moved, self.down.moved
         is_receiving = self.down.is_passed_on and self._client.count_unsent()
@@ -1721,7 +1725,7 @@ class Relay:
 
     def _settle(self) -> None:
         """Do what a broken connection needs before its legs are closed."""
-        if self._client.has_reset:
+        if self._client.has_reset:  # the reset that follows destroys what the Node has not taken
             deadline = elapsed_seconds() + QUIET_SECONDS
             while self._remote.count_unsent() and elapsed_seconds() < deadline and not self._is_stopped:
                 time.sleep(0.02)
@@ -2682,7 +2686,7 @@ class Forwarder:
     def _await_the_node(self, carrier: Carrier, remote: Leg) -> None:
         """Wait for the Node to end a connection whose client is gone; SessionStuck if it does not."""
         sent_on = elapsed_seconds()  # when something was last on its way
-        while not (remote.has_ended() or remote.is_dead()):
+        while not (remote.drain() or remote.is_dead()):
             if self._is_over(carrier.session):
                 return
             if remote.count_unsent():
@@ -2703,7 +2707,7 @@ class Forwarder:
             carrier.state, self._has_been_stuck = STUCK, True
         deadline = elapsed_seconds() + STUCK_SECONDS
         while elapsed_seconds() < deadline and not self._is_ending.wait(TICK_SECONDS):
-            if carrier.awaited is not None and carrier.awaited.has_ended():
+            if carrier.awaited is not None and carrier.awaited.drain():
                 return
 
     def _dismiss(self, carrier: Carrier) -> None:
@@ -3446,7 +3450,7 @@ class Run:
                     session.warn_of_its_end()
             carried.result()
             deadline = elapsed_seconds() + STUCK_SECONDS
-            while relay.is_awaited and not remote.has_ended() and elapsed_seconds() < deadline:
+            while relay.is_awaited and not remote.drain() and elapsed_seconds() < deadline:
                 self.foreground.wait(TICKING_SECONDS)  # what was sent is still on its way
                 if remote.count_unsent() and not session.is_over():
                     deadline = elapsed_seconds() + STUCK_SECONDS
