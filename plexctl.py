@@ -1739,10 +1739,10 @@ class Relay:
 
 # -------------------------------------------------------------------------------------- sessions
 
-ASK_SECONDS = 2  # between two questions about one session
+ASK_SECONDS = 2  # between two GetSessions about one session
 ASK_LIMIT_SECONDS = 5  # that somebody waits for the answer
 RECHECK_SECONDS = 60  # the reconcile period of a Node
-AHEAD_SECONDS = 1.0  # that a Node's clock may be ahead: it closes so long before the session expires
+AHEAD_SECONDS = 1.0  # a Node whose clock is ahead closes so long before the session expires
 GONE_SECONDS = 30  # of refused dials, until a listener counts as gone
 CONNECTING = (errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK)
 
@@ -1766,6 +1766,8 @@ class EndpointMissing(PlexctlError):
 class Ledger:
     """Issues sessions, and owes each of them one revocation, from the moment its id is known.
 
+    One is revoked by `give_back`, or at the end of the run by `leave`; then those that still work are
+    left out if `keep` was called.
     Safe to use from several threads. `report` takes lines for people, `say` what only -v shows.
     """
 
@@ -1782,13 +1784,11 @@ class Ledger:
         self._unknown: List[PlexctlError] = []  # each may have left a session
         self._is_closed = False
         self._is_kept = False
+        self._failed: Set[str] = set()  # session_ids whose revocation failed, which was reported
         self._told: Set[str] = set()
 
     def tell_once(self, line: str, subject: str = "") -> bool:
-        """Report a line once per run, or once per subject; return whether it was reported now.
-
-        It stands here because all that speak share the Ledger.
-        """
+        """Report a line once per run, or once per subject; return whether it was reported now."""
         with self._changed:
             is_new = (subject or line) not in self._told
             self._told.add(subject or line)
@@ -1833,10 +1833,10 @@ class Ledger:
         """Ask for a session: see ControlPlane.get."""
         return self.plane.get(self._project_id, session_id, seconds)
 
-    def give_back(self, session_id: str, is_leaving: bool = False) -> None:
-        """Revoke a session now, unless that has begun, or the run ends and it is kept. Never raises."""
+    def give_back(self, session_id: str, may_keep: bool = False) -> None:
+        """Revoke a session now, unless that has begun, or sessions are kept and it may be. Never raises."""
         with self._changed:
-            is_due = self._claim(session_id, is_leaving)
+            is_due = self._claim(session_id, may_keep)
         if is_due:
             self._revoke(session_id)
 
@@ -1853,7 +1853,7 @@ class Ledger:
         self.plane.cancel.set()
         while elapsed_seconds() < deadline:
             with self._changed:
-                due = [session_id for session_id in self._owed if self._claim(session_id, True)]
+                due = [session_id for session_id in self._owed if self._claim(session_id, may_keep=True)]
                 if not due:
                     if not self._issuing and not any(self._owed.values()):
                         return
@@ -1869,10 +1869,10 @@ class Ledger:
                     for each, has_begun in self._owed.items() if self._is_kept and not has_begun]
 
     def left_behind(self, raised: Optional[BaseException] = None) -> List[str]:
-        """Return, once, what `leave` could not settle. The error `raised` is told by somebody else."""
+        """Return, once, what `leave` could not revoke, but for what the error `raised` says itself."""
         with self._changed:
             owed = [each for each, has_begun in self._owed.items()
-                    if (has_begun or not self._is_kept) and each not in self._told]
+                    if (has_begun or not self._is_kept) and each not in self._failed]
             self._owed.clear()
             lines = [f"session {each} is not revoked, it will expire on its own" for each in owed]
             lines += [f"session unknown: {each}" for each in self._unknown
@@ -1881,9 +1881,9 @@ class Ledger:
                 lines.append("a session may have been issued, it will expire on its own")
             return lines
 
-    def _claim(self, session_id: str, is_leaving: bool) -> bool:
+    def _claim(self, session_id: str, may_keep: bool) -> bool:
         """With the lock held: return whether the caller is to revoke it. True once."""
-        if self._is_kept and is_leaving or self._owed.get(session_id) is not False:
+        if self._is_kept and may_keep or self._owed.get(session_id) is not False:
             return False
         self._owed[session_id] = True
         return True
@@ -1904,9 +1904,9 @@ class Ledger:
                 break
             time.sleep(wait)
         with self._changed:
-            is_due = failure and session_id in self._owed  # else left_behind has told it
-            self._told.add(session_id)
-        if is_due:
+            is_untold = session_id in self._owed  # else left_behind has told it
+            self._failed.add(session_id)
+        if failure and is_untold:
             self.report(f"warning: session {session_id} is not revoked, it will expire on its own: {failure}")
         with self._changed:
             self._owed.pop(session_id, None)
@@ -1931,7 +1931,7 @@ class MediatedSession:
         self._wait_seconds = wait_seconds
         self._refused_since = 0.0
         self._recheck_on = float("inf")
-        self._warned_at = float("inf")
+        self._warned_left = float("inf")  # seconds
         self._lock = threading.Condition()  # guards what follows, and how `why` and `endpoint` change
         self._route: Any = None  # family and address of the endpoint
         self._is_asking = False
@@ -1975,14 +1975,14 @@ class MediatedSession:
         left = self.expires_on - elapsed_seconds()
         lifetime = self.issued.lifetime_seconds if self.issued else 0.0
         for threshold in reversed(WARN_LEFT_SECONDS):
-            if 0 < left <= threshold < min(lifetime, self._warned_at):
-                self._warned_at = threshold
+            if 0 < left <= threshold < min(lifetime, self._warned_left):
+                self._warned_left = threshold
                 self._ledger.report(f"warning: {show_seconds(left + 0.5)} of the session are left")
 
     def ask(self, seconds: float = 0.0) -> bool:
-        """Have GetSession asked in a thread, and wait so long; return whether there is an answer.
+        """Have GetSession asked in a thread, and wait for it so long; return whether there is an answer.
 
-        One question at a time, at most one in ASK_SECONDS; who comes in between gets the last answer.
+        One at a time, and at most one in ASK_SECONDS: whoever comes in between gets the last answer.
         """
         with self._lock:
             if not self._is_asking and self.why is None and (
@@ -2007,16 +2007,22 @@ class MediatedSession:
                 raise Cancelled("interrupted")
             has_answer = self.ask(ASK_LIMIT_SECONDS)
             with self._lock:
-                if self.why is not None or self._route == route:
+                if self.why is not None or self._route == route:  # there is no new endpoint
                     break
+        raise self.why or self._judge(failure, has_answer)
+
+    def _judge(self, failure: OSError, is_active: bool) -> PlexctlError:
+        """Return what a failed dial means; a listener that has refused for GONE_SECONDS ends the session."""
         words = f"cannot connect to the listener endpoint {self.endpoint}: {show_error(failure)}"
-        if self.why is None and has_answer and isinstance(failure, ConnectionRefusedError):
-            self._refused_since = self._refused_since or elapsed_seconds()
-            if elapsed_seconds() - self._refused_since < GONE_SECONDS:
-                raise DialRefused(words)
-            self.end(ListenerGone("the Node has closed the session's listener, and has opened no other one "
-                                  f"for {GONE_SECONDS} s"))
-        raise self.why or PlexctlError(words)
+        if not is_active or not isinstance(failure, ConnectionRefusedError):
+            return PlexctlError(words)
+        self._refused_since = self._refused_since or elapsed_seconds()
+        if elapsed_seconds() - self._refused_since < GONE_SECONDS:
+            return DialRefused(words)
+        gone = ListenerGone("the Node has closed the session's listener, and has opened no other one for "
+                            f"{GONE_SECONDS} s")
+        self.end(gone)
+        return gone
 
     def _await_endpoint(self, tell: Callable[[str], object]) -> Endpoint:
         pause, deadline = POLL_MIN_SECONDS, elapsed_seconds() + self._wait_seconds
