@@ -1381,6 +1381,17 @@ class Leg:
         except OSError:
             return True
 
+    def await_end(self, seconds: float, is_stopped: Callable[[], bool]) -> bool:
+        """Wait until the other end has ended it; False if it has not so long after everything arrived."""
+        arrived_on = elapsed_seconds()
+        while not (self.drain() or self.is_dead()):
+            if self.count_unsent():
+                arrived_on = elapsed_seconds()
+            if is_stopped() or elapsed_seconds() - arrived_on >= seconds:
+                return False
+            wait_for(self.reads_at, select.POLLIN, TICK_SECONDS)
+        return True
+
     def close(self, reset: bool = True) -> None:
         """Close it, with a reset for the peer or in order."""
         if not reset:
@@ -2145,8 +2156,8 @@ class OwnerCheck:
         try:
             self._netlink.connect((0, 0))
             self._netlink.setblocking(False)
-            os.close(os.dup(self._netlink.fileno()))  # if_nametoindex opens one, and hides why it fails
-            # asked so, the kernel finds sockets that are bound to the device and others alike
+            os.close(os.dup(self._netlink.fileno()))  # EMFILE, which if_nametoindex would hide
+            # with this index the kernel finds sockets that are bound to the device, and others as well
             self._device = socket.if_nametoindex("lo")
             nobody = "0.0.0.0" if family == socket.AF_INET else "::"  # noqa: S104
             if self._ask(local, (nobody, 0), is_listener=True)[0] != os.geteuid():
@@ -2161,7 +2172,9 @@ class OwnerCheck:
         OSError if the kernel does not answer. Older ones say of a closed socket that it is root's.
         """
         uid, inode = self._ask(client, self._local)
-        return uid if inode or uid else NOBODY, not inode
+        if not inode and not uid:
+            uid = NOBODY
+        return uid, not inode
 
     def _ask(self, source: Tuple[Any, ...], destination: Tuple[Any, ...],
              is_listener: bool = False) -> Tuple[int, int]:
@@ -2210,7 +2223,7 @@ class Listener(socketserver.TCPServer):
         self._path = local.path
         self._warn_once = warn_once
         self._identity: Optional[os.stat_result] = None  # of the unix socket's file
-        self._owners: Optional[OwnerCheck] = None
+        self._owners: Optional[OwnerCheck] = None  # `is_gone` asks it as well
         self._checks_owners = False
         self.address_family = (socket.AF_UNIX if local.path else
                                socket.AF_INET6 if ":" in local.host else socket.AF_INET)
@@ -2355,6 +2368,8 @@ class Counts(NamedTuple):
     down: int = 0
 
 
+# of a session: being issued; waits for a client; dials, carries, or waits for the Node to end what it has
+# carried; the Node does not end that; being revoked
 OPENING, FREE, BUSY, STUCK, ENDING = "opening", "free", "busy", "stuck", "ending"
 LIVE = (OPENING, FREE, BUSY)
 Client = Tuple[socket.socket, Any]  # and its address
@@ -2365,9 +2380,9 @@ class SessionStuck(PlexctlError):
 
 
 class Demand:
-    """Decides how many sessions there are to be; with the Forwarder's lock held.
+    """Decides how many sessions there are to be. It is called with the Forwarder's lock held.
 
-    `states` are those of its carriers. While one is free, nothing is issued for a connection.
+    `states` are those of the carriers. While one is free, nothing is issued for a connection.
     """
 
     def __init__(self, limit: int, minimum: int) -> None:
@@ -2376,7 +2391,7 @@ class Demand:
         self._limited_until = 0.0
         self._minimum = minimum
         self._waiting_since = self._spare_since = elapsed_seconds()
-        self._replaced_on = -float("inf")  # when a young session was
+        self._replace_on = 0.0  # from when on a young session may be replaced
 
     def limit(self, now: float) -> int:
         """Return how many sessions there may be now."""
@@ -2404,7 +2419,7 @@ class Demand:
         return max(0, min(max(wanted, missing), self.limit(now) - len(states)))
 
     def has_spare(self, now: float, free: int) -> bool:
-        """Return True once more than the minimum have been free for IDLE_SECONDS, and each so often."""
+        """Return whether more than the minimum have been free for IDLE_SECONDS; then start to count anew."""
         is_spare = free > self._minimum and now - self._spare_since >= IDLE_SECONDS
         if is_spare or free <= self._minimum:
             self._spare_since = now
@@ -2415,13 +2430,13 @@ class Demand:
 
         A Node that refuses everybody must not cost a session per attempt.
         """
-        return lasted >= REPLACE_SECONDS or now - self._replaced_on >= REPLACE_SECONDS
+        return lasted >= REPLACE_SECONDS or now >= self._replace_on
 
     def note_gone(self, now: float, lasted: float) -> None:
         """Have young sessions replaced once in REPLACE_SECONDS at most, the first at once."""
         if lasted < REPLACE_SECONDS:
-            self.retry_on = max(self.retry_on, self._replaced_on + REPLACE_SECONDS)
-            self._replaced_on = max(now, self.retry_on)  # when the replacement will be issued
+            self.retry_on = max(self.retry_on, self._replace_on)
+            self._replace_on = max(now, self.retry_on) + REPLACE_SECONDS
 
 
 class Carrier:
@@ -2430,9 +2445,9 @@ class Carrier:
     def __init__(self, session: MediatedSession) -> None:
         self.session = session
         self.state = OPENING
-        self.client: Optional[Client] = None
-        self.relay: Optional[Relay] = None
-        self.awaited: Optional[Leg] = None  # a connection whose client is gone: the Node has yet to end it
+        self.client: Optional[Client] = None  # since it was accepted
+        self.relay: Optional[Relay] = None  # while it carries
+        self.awaited: Optional[Leg] = None  # what the Node has yet to end, since the client is gone
         self.is_spare = False  # it is to be given back
 
 
@@ -2443,13 +2458,14 @@ class Forwarder:
     waits for one of them. From then on `tick` has to be called several times a second, until `over` says
     what has ended all of them. `stop` ends every connection; revoking is for Ledger.leave.
 
-    At most `limit` sessions at once, `minimum` of them kept ready; `renew`: one that has run out is replaced.
+    There are at most `limit` sessions at once; `minimum` of them are kept ready. With `renew` one that has
+    run out is replaced.
 
-    Each session has a thread. While the session is free its thread takes a client, dials, and carries the
+    Each session has a thread. While the session is free its thread accepts a client, dials, and carries the
     connection to its end. It is free again when the Node has ended that as well. Where none is free `tick`
     issues sessions for those who wait.
 
-    One lock guards changes of what the threads share; who has the turn may accept.
+    One lock guards changes of what the threads share. Whoever accepts holds another one, the turn.
     Locks are taken in this order: the turn, the Forwarder's, a MediatedSession's, the Ledger's.
     """
 
@@ -2470,12 +2486,13 @@ class Forwarder:
         self._changed = threading.Condition()
         self._is_ending = threading.Event()  # nothing is carried any more: `over`, or `stop` was called
         self._carriers: List[Carrier] = []
-        self._returned: List[Client] = []  # whose session was over before anything was sent; others take them
+        self._returned: List[Client] = []  # accepted for a session that was over: they go to another one
         self._ended = Counts()
+        self._failure: Optional[PlexctlError] = None  # the first of a session, while none is ready
         self._explanation: Optional[concurrent.futures.Future] = None  # see _explain
-        self._has_been_stuck = False  # then a further session that fails for now does not end the run
+        self._has_been_stuck = False  # a session has; that does not end the run, even if it was the last one
         self._demand = Demand(limit, minimum)
-        self._finishing_since = float("inf")  # when COMMAND has ended: see is_delivering
+        self._finish_until = 0.0  # see begin_finish; 0: it has not begun
 
     def __enter__(self) -> "Forwarder":
         return self
@@ -2504,12 +2521,12 @@ class Forwarder:
             for each in self._carriers:
                 if each.session.is_over() and each.relay:
                     each.relay.stop()
-            nobody_comes = self.over or not self._list_live() and now < self._demand.retry_on
+            no_session_comes = self.over or not self._list_live() and now < self._demand.retry_on
         try:
-            if nobody_comes:
+            if no_session_comes:
                 self._reject_waiting()
             elif self.first is not None:
-                self._issue_missing(now, self._renew or self.first.expires_on - now >= 1)
+                self._issue_missing(now)
         except (OSError, MemoryError) as error:  # which ends nothing that works
             self._warn_of_exhaustion(error)
         if self.first is not None and not self._renew:
@@ -2526,29 +2543,31 @@ class Forwarder:
                 down=self._ended.down + sum(relay.down.moved for relay in relays))
 
     def seconds_left(self) -> float:
-        """Return when the sessions run out, with `renew` the first of them; 0 if there is none."""
+        """Return how long it is until the sessions run out; with `renew`, until the first of them does."""
         with self._changed:
             sessions = [each.session for each in self._carriers if each.state in (FREE, BUSY)]
             if self.first is not None and not self._renew:
                 sessions = [self.first]
             return max(0.0, min((each.expires_on for each in sessions), default=0.0) - elapsed_seconds())
 
+    def begin_finish(self) -> None:
+        """Have those clients count as gone that cannot be seen to close, for LEAVE_SECONDS.
+
+        It is called when COMMAND has ended; see Listener.knows_who_is_gone.
+        """
+        self._finish_until = elapsed_seconds() + LEAVE_SECONDS
+
     def count_undelivered(self) -> int:
         """Return how many bytes of the clients' the Node has not acknowledged yet."""
         with self._changed:
-            legs = [each.awaited or each.relay and each.relay.up.sink for each in self._carriers]
+            legs = [each.relay.up.sink if each.relay else each.awaited for each in self._carriers]
             return sum(leg.count_unsent() for leg in legs if leg)
 
     def is_delivering(self) -> bool:
-        """Return whether something that clients sent before they closed is still on its way to the Node.
-
-        The first call, when COMMAND has ended, starts the finish: for LEAVE_SECONDS a client that cannot be
-        seen to close (Listener.knows_who_is_gone) counts as gone.
-        """
+        """Return whether something that clients sent before they closed is still on its way to the Node."""
         with self._changed:
-            self._finishing_since = min(self._finishing_since, elapsed_seconds())
             return bool(self._count_waiting() or any(
-                each.awaited or each.state == BUSY and (not each.client or self._is_gone(*each.client))
+                each.awaited or each.state == BUSY and (not each.client or self._is_gone(each.client))
                 for each in self._carriers))
 
     def stop(self, seconds: float = CLOSE_SECONDS) -> None:
@@ -2582,9 +2601,9 @@ class Forwarder:
             while not (carrier.is_spare or self._is_over(session)):
                 client = self._take(carrier)
                 if client is not None:
-                    self._serve(carrier, buffers, *client)
+                    self._serve(carrier, buffers, client)
         except SessionStuck as error:
-            if self._finishing_since == float("inf"):
+            if not self._finish_until:
                 self._warn_once(str(error))
             self._leave_stuck(carrier)
         except PlexctlError as error:
@@ -2627,18 +2646,18 @@ class Forwarder:
             carrier.state = FREE if client is None else BUSY
             carrier.is_spare = carrier.is_spare and client is None
 
-    def _serve(self, carrier: Carrier, buffers: Buffers, sock: socket.socket, address: Any) -> None:
+    def _serve(self, carrier: Carrier, buffers: Buffers, client: Client) -> None:
         """Carry one connection, from the dial until the Node has ended it as well."""
-        session = carrier.session
+        session, (sock, address) = carrier.session, client
         try:
             remote = session.dial(self._is_ending.is_set)
         except PlexctlError as error:
-            self._refuse(carrier, sock, error)
+            self._refuse(carrier, client, error)
             return
-        had_answer = self._has_answered()
+        had_answer = self._target_has_answered()
         self._ledger.say(f"connection from {name_client(address)} to {session.endpoint}")
         # on_end asks, and does not wait for the answer: a session that is over shall take no next client
-        relay = Relay(Leg(sock), remote, buffers, lambda: self._is_gone(sock, address),
+        relay = Relay(Leg(sock), remote, buffers, lambda: self._is_gone(client),
                       lambda: self._is_ending.is_set() or session.ask())
         with self._changed:
             carrier.relay = relay
@@ -2651,21 +2670,25 @@ class Forwarder:
         if relay.is_stuck and not self._is_ending.is_set():
             raise SessionStuck("the Node did not take what a client had sent that has reset its connection; "
                                "its session is not used any more")
-        if relay.is_awaited:
-            self._await_the_node(carrier, remote)
+        if relay.is_awaited and remote.await_end(QUIET_SECONDS, lambda: self._is_over(session)):
+            carrier.awaited = None
+            remote.close(reset=False)
+        elif relay.is_awaited and not self._is_over(session):
+            raise SessionStuck("the Node has not ended a connection whose client is gone; its session is not "
+                               "used any more")
 
-    def _refuse(self, carrier: Carrier, sock: socket.socket, error: PlexctlError) -> None:
+    def _refuse(self, carrier: Carrier, client: Client, error: PlexctlError) -> None:
         """Leave a client to another session, if there may be one; else reset it."""
         session, now = carrier.session, elapsed_seconds()
         with self._changed:
             if isinstance(error, DialRefused) and self._renew and self._demand.may_replace(
                     now, now - session.ready_on):
                 session.end(ListenerGone("the Node has closed the session's listener"))
-            may_wait = session.why and (self._renew or len(self._list_live()) > 1)
-            if may_wait and carrier.client and not self._is_ending.is_set():
-                self._returned.insert(0, carrier.client)
+            may_wait = session.why and (self._renew or len(self._list_live()) > 1)  # for another session
+            if may_wait and not self._is_ending.is_set():
+                self._returned.insert(0, client)
                 return
-        sock.close()
+        client[0].close()
         if not isinstance(error, (SessionOver, Cancelled)):
             self._warn_once(f"a connection was not served: {error}")
         self._count_end(carrier, 0, 0)
@@ -2689,25 +2712,10 @@ class Forwarder:
         if session.why is None and self.over is None:
             self._warn_once(describe_unreachable(self._request))
 
-    def _await_the_node(self, carrier: Carrier, remote: Leg) -> None:
-        """Wait for the Node to end a connection whose client is gone; SessionStuck if it does not."""
-        sent_on = elapsed_seconds()  # when something was last on its way
-        while not (remote.drain() or remote.is_dead()):
-            if self._is_over(carrier.session):
-                return
-            if remote.count_unsent():
-                sent_on = elapsed_seconds()
-            elif elapsed_seconds() - sent_on >= QUIET_SECONDS:
-                raise SessionStuck("the Node has not ended a connection whose client is gone; its session is "
-                                   "not used any more")
-            wait_for(remote.reads_at, select.POLLIN, TICK_SECONDS)
-        carrier.awaited = None
-        remote.close(reset=False)
-
     def _leave_stuck(self, carrier: Carrier) -> None:
-        """Give the Node time to end the connection; giving the session back will make it.
+        """Give the Node STUCK_SECONDS to end the connection; the revocation that follows makes it do so.
 
-        After a reset nothing would show that it has.
+        Of one that was reset nothing shows whether it has.
         """
         with self._changed:
             carrier.state, self._has_been_stuck = STUCK, True
@@ -2746,20 +2754,19 @@ class Forwarder:
     def _warn_of_exhaustion(self, error: BaseException) -> None:
         self._warn_once(f"cannot accept connections for now: {show_error(error)}")
 
-    def _has_answered(self) -> bool:
+    def _target_has_answered(self) -> bool:
         """Return whether the target has answered on a connection that is open: so it can be reached."""
         with self._changed:
             return any(each.relay and each.relay.down.moved for each in self._carriers)
 
-    def _is_gone(self, sock: socket.socket, address: Any) -> bool:
-        if self.listener.is_gone(sock, address):
+    def _is_gone(self, client: Client) -> bool:
+        if self.listener.is_gone(*client):
             return True
-        is_finishing = 0 <= elapsed_seconds() - self._finishing_since < LEAVE_SECONDS
-        return is_finishing and not self.listener.knows_who_is_gone()
+        return elapsed_seconds() < self._finish_until and not self.listener.knows_who_is_gone()
 
     # The main thread
 
-    def _issue_missing(self, now: float, has_time: bool) -> None:
+    def _issue_missing(self, now: float) -> None:
         """Issue the sessions that are missing, and mark one as spare if it is not needed."""
         with self._changed:
             states, waiting = [each.state for each in self._carriers], self._count_waiting()
@@ -2767,7 +2774,7 @@ class Forwarder:
                 waiting = 0
             elif states.count(BUSY) >= self._demand.limit(now):
                 self._warn_of_the_limit(waiting, self._demand.limit(now))
-            if has_time and not self._is_ending.is_set():
+            if not self._is_time_up(now + 1) and not self._is_ending.is_set():
                 for _ in range(self._demand.count_missing(now, waiting, states)):
                     self._start()
             free = [each for each in self._carriers if each.state == FREE]
@@ -2809,33 +2816,25 @@ class Forwarder:
         return [each for each in self._carriers if each.state in LIVE]
 
     def _follow(self, session: MediatedSession, why: PlexctlError) -> None:
-        """Decide what the end of one session means. The first row that fits counts:
-
-        - it was revoked, or the time of the run is up: the run ends
-        - it has worked: the run ends if it was the last one and there is no `renew`
-        - no session has worked yet: the run ends if it was the last one
-        - refused, or without an endpoint, while others live: their number is the limit for a while
-        - refused, with no other left: the run ends; without `renew` so it does after any other failure,
-          unless a session has been stuck
-        - anything else: another session is tried after RETRY_SECONDS
-        """
+        """Decide what the end of one session means for the run."""
         now, others, tell = elapsed_seconds(), len(self._list_live()), self._ledger.tell_once
         is_refused = isinstance(why, ApiError) and why.status < 500 and not why.passing
         if isinstance(why, SessionRevoked) or self._is_time_up(now):
             self._end(why)
-        elif session.ready_on:
-            if not others and not self._renew:
+        elif session.ready_on:  # it has worked
+            if self._renew or others:
+                tell(f"{why}; the next connection gets a new one" if self._renew else str(why))
+                if isinstance(why, ListenerGone):
+                    self._demand.note_gone(now, now - session.ready_on)
+            else:
                 self._end(why)
-                return
-            tell(f"{why}; the next connection gets a new one" if self._renew else str(why))
-            if isinstance(why, ListenerGone):
-                self._demand.note_gone(now, now - session.ready_on)
-        elif self.first is None:  # `establish` raises the last one
+        elif self.first is None:  # no session has worked yet
+            self._failure = self._failure or why
             if not others:
-                self._end(why)
+                self._end(self._failure)  # which `establish` raises
             elif why.may_exist:
                 why.is_told = tell(f"warning: session unknown: {why}")
-        elif others and (is_refused or isinstance(why, EndpointMissing)):
+        elif others and (is_refused or isinstance(why, EndpointMissing)):  # there are no more to be had
             self._demand.learn(now, others)
             why.is_told = tell(
                 f"warning: no further session, connections wait for those there are: {why}", "limit")
@@ -3432,37 +3431,21 @@ class Run:
         """--stdio: carry one connection over descriptors 0 and 1."""
         session = self.establish(self.issue_one)
         remote = self.foreground.call(lambda: session.dial(self.ledger.plane.cancel.is_set))
-        streams = StandardStreams()
+        streams, began, unread = StandardStreams(), elapsed_seconds(), None
         relay = Relay(streams, remote, create_buffers(), streams.is_gone,
                       lambda: self.explain_end(session, relay))
-        carried = run_in_thread(relay.carry)
-        began, give_up_on = elapsed_seconds(), float("inf")
-        signalled: Optional[Interrupted] = None
+
+        def carry() -> None:
+            relay.carry()
+            if relay.is_awaited:  # what was sent is still on its way
+                remote.await_end(STUCK_SECONDS, self.ledger.plane.cancel.is_set)
+
+        carried = run_in_thread(carry)
         try:
-            while not carried.done():
-                try:
-                    self.foreground.wait(TICKING_SECONDS, carried)
-                except Interrupted as interrupted:
-                    # ssh hangs up as soon as it has seen the end: that counts then, and not the signal
-                    if not relay.is_ending:
-                        raise
-                    limit = QUIET_SECONDS + 1 if relay.down.is_passed_on else ASK_LIMIT_SECONDS
-                    signalled, give_up_on = interrupted, min(give_up_on, elapsed_seconds() + limit)
-                if signalled is not None and elapsed_seconds() >= give_up_on:
-                    raise signalled
-                if session.is_over():
-                    relay.stop()
-                if self.options.verbose:
-                    session.warn_of_its_end()
-            carried.result()
-            deadline = elapsed_seconds() + STUCK_SECONDS
-            while relay.is_awaited and not remote.drain() and elapsed_seconds() < deadline:
-                self.foreground.wait(TICKING_SECONDS)  # what was sent is still on its way
-                if remote.count_unsent() and not session.is_over():
-                    deadline = elapsed_seconds() + STUCK_SECONDS
-            # nobody reads: ssh leaves like that, too, but has had everything
+            self.wait_for_relay(session, relay, carried)
+            # ssh ends without reading on, too, but it has had everything by then
             if relay.is_awaited and (not relay.down.moved or relay.down.rest or remote.discarded):
-                streams.error = PlexctlError("cannot write to standard output: nobody reads it")
+                unread = PlexctlError("cannot write to standard output: nobody reads it")
         finally:
             if not carried.done():  # a signal; where this is a library, the thread must not go on
                 self.ledger.plane.cancel.set()
@@ -3470,10 +3453,34 @@ class Run:
                 concurrent.futures.wait([carried], HURRY_SECONDS)
             counts = Counts(ended=1, up=relay.up.moved, down=relay.down.moved)
             self.say(describe_total(counts, began, "connection closed"))
-        error = self.told or streams.error or session.why or describe_failure(relay)
+        error = self.told or streams.error or unread or session.why or describe_failure(relay)
         if error is not None:
             raise error
         return EXIT_OK
+
+    def wait_for_relay(self, session: MediatedSession, relay: Relay,
+                       carried: concurrent.futures.Future) -> None:
+        """Wait for the end of --stdio's connection, or raise a signal as Interrupted.
+
+        ssh hangs up as soon as it has seen the end: then that counts, and the signal leaves a few seconds.
+        """
+        signalled: Optional[Interrupted] = None
+        give_up_on = float("inf")
+        while not carried.done():
+            if session.is_over():
+                relay.stop()
+            if self.options.verbose:
+                session.warn_of_its_end()
+            if signalled is not None and elapsed_seconds() >= give_up_on:
+                raise signalled
+            try:
+                self.foreground.wait(TICKING_SECONDS, carried)
+            except Interrupted as interrupted:
+                if not relay.is_ending:
+                    raise
+                limit = QUIET_SECONDS + 1 if relay.down.is_passed_on else ASK_LIMIT_SECONDS
+                signalled, give_up_on = interrupted, min(give_up_on, elapsed_seconds() + limit)
+        carried.result()
 
     def explain_end(self, session: MediatedSession, relay: Relay) -> None:
         """Report why the connection of --stdio ended, before the client sees that: ssh hangs up then."""
@@ -3614,6 +3621,7 @@ class Run:
     def deliver(self, forwarder: Forwarder) -> None:
         """Wait until what clients had sent before they left has arrived, as long as it moves."""
         was_idle, moved = False, (0, 0, 0)
+        forwarder.begin_finish()
         give_up_on = elapsed_seconds() + LEAVE_SECONDS
         while forwarder.over is None and elapsed_seconds() < give_up_on:
             is_idle = not forwarder.is_delivering()
