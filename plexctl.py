@@ -1384,12 +1384,11 @@ class Leg:
     def await_end(self, seconds: float, is_stopped: Callable[[], bool]) -> bool:
         """Wait until the other end has ended it; False if it has not so long after everything arrived."""
         arrived_on = elapsed_seconds()
-        while not (self.drain() or self.is_dead()):
+        while not (wait_for(self.reads_at, select.POLLIN, TICK_SECONDS) and self.drain() or self.is_dead()):
             if self.count_unsent():
                 arrived_on = elapsed_seconds()
             if is_stopped() or elapsed_seconds() - arrived_on >= seconds:
                 return False
-            wait_for(self.reads_at, select.POLLIN, TICK_SECONDS)
         return True
 
     def close(self, reset: bool = True) -> None:
