@@ -499,6 +499,8 @@ def show_error(error: BaseException) -> str:
     """Say why something failed. Most texts of exceptions are not used: they may hold a header or a body."""
     if isinstance(error, urllib.error.URLError) and isinstance(error.reason, BaseException):
         error = error.reason
+    if isinstance(error, PlexctlError):
+        return str(error)
     for kinds, words in ERROR_WORDS:
         if isinstance(error, kinds):
             return words
@@ -1294,11 +1296,12 @@ class AuditLog(logging.Handler):
 
 BUFFER_BYTES = 768 * 1024  # takes memory only as far as it is used
 TICK_SECONDS = 0.2  # a thread that waits looks around this often
-QUIET_SECONDS = 2.0  # without a byte; then an end of input is passed on, or a client let go
-FIRST_LOOK_SECONDS = 0.002  # until it is looked whether a client is gone; each pause is twice the last
-LAST_LOOK_SECONDS = 0.4
+QUIET_SECONDS = 2.0  # of silence, see Relay
+GONE_POLL_MIN_SECONDS = 0.002  # pauses between two looks whether a client is gone grow from this
+GONE_POLL_MAX_SECONDS = 0.4  # to this
 UNANSWERED_SECONDS = 120  # after which a path is dead
-READS_AT_ONCE, DISCARD_BYTES = 1000, 64 * 1024  # when a leg is only read to its end
+DRAIN_READS = 1000  # at once, so that a Leg.drain ends
+DRAIN_BYTES = 64 * 1024  # per read
 RESET_ON_CLOSE, END_ON_CLOSE = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)  # struct linger
 LEG_OPTIONS: List[Tuple[int, str, Any]] = [
     (socket.IPPROTO_TCP, "TCP_NODELAY", 1),  # a request in two writes costs 44 ms without it
@@ -1334,9 +1337,9 @@ class Leg:
         self.recv_into = sock.recv_into
         self.send = sock.send
         self.reads_at = self.writes_at = sock.fileno()
-        self.has_reset = False  # the other end has
+        self.has_reset = False  # the other end has reset it
         self.discarded = 0  # bytes, by `drain`
-        self._has_tcp_info = ON_LINUX and sock.family != socket.AF_UNIX
+        self._is_linux_tcp = ON_LINUX and sock.family != socket.AF_UNIX
 
     def end(self) -> None:
         """Send the end of input (half-close)."""
@@ -1348,7 +1351,7 @@ class Leg:
 
     def count_unsent(self) -> int:
         """Return how many bytes the other end has not acknowledged (SIOCOUTQ, tcp(7))."""
-        if not self._has_tcp_info or not is_connected(self.sock):  # a reset does not lower the count
+        if not self._is_linux_tcp or not is_connected(self.sock):  # it keeps its value after a reset
             return 0
         try:
             return int(struct.unpack("i", fcntl.ioctl(self.sock, termios.TIOCOUTQ, bytes(4)))[0])
@@ -1361,7 +1364,7 @@ class Leg:
         Linux itself gives up after 15 minutes, and sends no keepalive meanwhile. TCP_USER_TIMEOUT is
         no remedy: it also ends a connection whose reader pauses, though it answers every probe.
         """
-        if not self._has_tcp_info:
+        if not self._is_linux_tcp:
             return False
         info = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 60)  # struct tcp_info, linux/tcp.h
         retransmits, probes, since_ack_ms = struct.unpack_from("=xxBB52xI", info)  # tcpi_last_ack_recv
@@ -1370,8 +1373,8 @@ class Leg:
     def drain(self) -> bool:
         """Discard what has come; return whether the other end has ended or reset the connection."""
         try:
-            for _ in range(READS_AT_ONCE):
-                count = len(self.sock.recv(DISCARD_BYTES))
+            for _ in range(DRAIN_READS):
+                count = len(self.sock.recv(DRAIN_BYTES))
                 self.discarded += count
                 if not count:
                     return True
@@ -1382,7 +1385,10 @@ class Leg:
             return True
 
     def await_end(self, seconds: float, is_stopped: Callable[[], bool]) -> bool:
-        """Wait until the other end has ended it; False if it has not so long after everything arrived."""
+        """Wait for the other end to end it (or for the path to be dead).
+
+        False if it `is_stopped`, or so many seconds after the other end has acknowledged everything.
+        """
         arrived_on = elapsed_seconds()
         while not (wait_for(self.reads_at, select.POLLIN, TICK_SECONDS) and self.drain() or self.is_dead()):
             if self.count_unsent():
@@ -1423,8 +1429,8 @@ class StandardStreams:
         try:
             piece = os.read(0, len(buffer))
         except OSError as error:
-            # it was closed at the start (see open_nowhere), or the terminal is gone
-            if error.errno == errno.EISDIR or error.errno == errno.EIO and os.isatty(0):
+            # it was closed at the start (open_nowhere), or the terminal is gone
+            if error.errno == errno.EISDIR or (error.errno == errno.EIO and os.isatty(0)):
                 return 0
             raise
         buffer[:len(piece)] = piece
@@ -1519,8 +1525,8 @@ class Flow:
                 count = self._recv_into(self._buffer)
             except BlockingIOError:
                 return True
-            except OSError:
-                self.source.has_reset = True
+            except OSError as error:
+                self.source.has_reset = error.errno not in EXHAUSTED
                 raise
             self.has_ended = not count
             if self.has_ended or self.refusal:
@@ -1558,8 +1564,8 @@ class Relay:
     - the client's: at once if it is gone, that is, has closed the connection (`is_gone`). If it still
       listens, once nothing has moved for QUIET_SECONDS: the Node would cut the answer off.
 
-    `on_end` is called once, before the client sees an end or a reset that comes from the Node or from
-    us. `stop`, from another thread, ends the connection with resets.
+    `on_end` is called before the client sees that the Node or we have ended the connection, unless its
+    own end came first. `stop`, from another thread, ends the connection with resets.
 
     Afterwards the client is closed, and so is `remote`, unless `is_awaited`.
     """
@@ -1568,17 +1574,17 @@ class Relay:
                  on_end: Callable[[], object]) -> None:
         self.up = Flow(client, remote, buffers[0])
         self.down = Flow(remote, client, buffers[1])
+        self.remote = remote
         self.error: Optional[Exception] = None  # what has broken the connection
-        self.remote_ended_first = False  # or reset it, before an end was passed on to it
+        self.remote_ended_first = False  # the Node has ended it before the client's end was passed on
         self.is_ending = False  # the client is about to see an end
         self.is_awaited = False  # the client is gone; `remote` is open until the Node has ended it as well
         self.is_stuck = False  # the client has reset it, and the Node does not take what was sent
         self._client = client
-        self._remote = remote
         self._is_gone = is_gone
         self._on_end = on_end
         self._is_stopped = False  # the one thing here that another thread sets
-        self._has_hung_up = False  # poll() has said so of the client, and would say it for ever
+        self._has_hung_up = False  # the client, by POLLHUP
         self._counted = (-1, -1)  # bytes moved when _watch_quiet looked last
         self._quiet_since = 0.0
         self._flows = {client.reads_at: self.up, remote.reads_at: self.down}
@@ -1587,7 +1593,7 @@ class Relay:
             self._poller.register(descriptor, select.POLLIN)
 
     def stop(self) -> None:
-        """Have the connection end with resets, within TICK_SECONDS."""
+        """Have the connection end soon, with resets."""
         self._is_stopped = True
 
     def carry(self) -> None:
@@ -1599,11 +1605,12 @@ class Relay:
             with contextlib.suppress(Exception):
                 self._settle()
         up, down, is_broken = self.up, self.down, self.error is not None
-        is_cut_off = bool(up.rest or up.refusal and not up.has_ended)  # the client sends, and nobody takes it
-        # else in order: a reset would destroy what it has yet to read before the end that it was told
+        # the client has more to send, and nobody takes it
+        is_cut_off = bool(up.rest) or bool(up.refusal and not up.has_ended)
+        # a reset destroys what the client has yet to read: none if it was told the end, and is not cut off
         self._client.close(reset=is_cut_off or not down.is_passed_on)
         if not self.is_awaited:
-            self._remote.close(reset=is_broken or not up.is_passed_on)
+            self.remote.close(reset=is_broken or not up.is_passed_on)
 
     def _carry(self) -> None:
         up, down = self.up, self.down
@@ -1633,9 +1640,13 @@ class Relay:
                 is_free = flows[descriptor].move() and is_free
 
     def _move(self, seconds: float = TICK_SECONDS) -> None:
-        """Wait for a direction that can move, so long at most, and move it once."""
+        """Wait for a direction that can move, so long at most, and move it once.
+
+        The client is polled, with a mask of 0, even if no direction waits for it: poll() reports a reset all
+        the same. After one POLLHUP no more, or poll() would return at once for ever.
+        """
         client = self._client
-        masks: Dict[int, int] = {}  # by descriptor; poll() reports a reset also where the mask is 0
+        masks: Dict[int, int] = {}  # by descriptor
         if not (self.up.has_ended or self._has_hung_up):
             masks[client.reads_at] = 0
         waiting = []
@@ -1651,8 +1662,7 @@ class Relay:
         ready = dict(poller.poll(seconds * 1000))
         if self._is_stopped or not ready:
             self._check_legs()
-        is_watched_only = masks.get(client.reads_at) == 0  # no direction waits on it, and would see the error
-        if is_watched_only and client.reads_at in ready:
+        if client.reads_at in ready and masks[client.reads_at] == 0:
             self._has_hung_up = True
             self._check_client()
         for descriptor, flow in waiting:
@@ -1663,20 +1673,20 @@ class Relay:
         """Raise if the connection is to end, or its path is dead."""
         if self._is_stopped:
             raise ConnectionAbortedError(errno.ECONNABORTED, os.strerror(errno.ECONNABORTED))
-        if self._client.is_dead() or self._remote.is_dead():
+        if self._client.is_dead() or self.remote.is_dead():
             raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
 
     def _check_client(self) -> None:
         """Raise the error of a reset by the client."""
         error = self._client.take_error()
-        # EPIPE: it closed before it had read everything, which is an ordinary end. But once its end was
-        # passed on, only a reset can tell the target that it is gone
+        # Linux reports EPIPE for a reset after an end: it closed before it had read everything, as many do.
+        # But once that end was passed on, only a reset can tell the target that the client is gone
         if error and (error != errno.EPIPE or self.up.is_passed_on):
             self._client.has_reset = True
             raise OSError(error, os.strerror(error))
 
     def _check_refusal(self, flow: Flow) -> None:
-        """Raise the error of a reset by the sink; EPIPE: it has only ended."""
+        """Raise the error of a sink that has reset the connection; EPIPE: it has only ended it."""
         if flow.refusal and flow.refusal.errno != errno.EPIPE:
             flow.sink.has_reset = True
             raise flow.refusal
@@ -1686,7 +1696,7 @@ class Relay:
 
         Return once the Node has ended the connection as well, or the client is gone.
         """
-        up, down, pause = self.up, self.down, FIRST_LOOK_SECONDS
+        up, down, pause = self.up, self.down, GONE_POLL_MIN_SECONDS
         is_gone = self._is_gone()
         while not (is_gone or down.refusal or down.has_ended):
             if self._watch_quiet():
@@ -1694,9 +1704,9 @@ class Relay:
             moved = down.moved
             self._move(pause)
             if down.moved != moved:
-                pause = FIRST_LOOK_SECONDS
+                pause = GONE_POLL_MIN_SECONDS
             else:
-                pause = min(2 * pause, LAST_LOOK_SECONDS)
+                pause = min(2 * pause, GONE_POLL_MAX_SECONDS)
                 is_gone = self._is_gone()
         if is_gone:
             self._check_client()
@@ -1713,7 +1723,7 @@ class Relay:
     def _end_client(self) -> None:
         """The Node has ended the connection: pass that on, and let the client finish."""
         up, down = self.up, self.down
-        self._check_refusal(up)  # then what looks like an end is a reset, whose error that call has taken
+        self._check_refusal(up)  # then what looks like an end is a reset, whose error `send` has taken
         self.remote_ended_first = not (up.is_passed_on or down.refusal)
         self.is_ending = True
         if self.remote_ended_first:
@@ -1735,13 +1745,14 @@ class Relay:
 
     def _settle(self) -> None:
         """Do what a broken connection needs before its legs are closed."""
-        if self._client.has_reset:  # the reset that follows destroys what the Node has not taken
+        if self._client.has_reset:
+            # our reset will destroy what the Node has not taken
             deadline = elapsed_seconds() + QUIET_SECONDS
-            while self._remote.count_unsent() and elapsed_seconds() < deadline and not self._is_stopped:
+            while self.remote.count_unsent() and elapsed_seconds() < deadline and not self._is_stopped:
                 time.sleep(0.02)
-            self.is_stuck = self._remote.count_unsent() > 0
+            self.is_stuck = self.remote.count_unsent() > 0
         else:
-            self.remote_ended_first = self.remote_ended_first or self._remote.has_reset
+            self.remote_ended_first = self.remote_ended_first or self.remote.has_reset
             if not self.down.is_passed_on:
                 self.is_ending = True
                 self._on_end()
@@ -1752,7 +1763,7 @@ class Relay:
 ASK_SECONDS = 2  # between two GetSessions about one session
 ASK_LIMIT_SECONDS = 5  # that somebody waits for the answer
 RECHECK_SECONDS = 60  # the reconcile period of a Node
-AHEAD_SECONDS = 1.0  # a Node whose clock is ahead closes so long before the session expires
+AHEAD_SECONDS = 1.0  # that a Node's clock may be ahead of ours: so long before the expiry it may close
 GONE_SECONDS = 30  # of refused dials, until a listener counts as gone
 CONNECTING = (errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK)
 
@@ -1776,8 +1787,7 @@ class EndpointMissing(PlexctlError):
 class Ledger:
     """Issues sessions, and owes each of them one revocation, from the moment its id is known.
 
-    One is revoked by `give_back`, or at the end of the run by `leave`; then those that still work are
-    left out if `keep` was called.
+    It is revoked by `give_back`, or at the end of the run by `leave`, unless `keep` was called before.
     Safe to use from several threads. `report` takes lines for people, `say` what only -v shows.
     """
 
@@ -1788,13 +1798,13 @@ class Ledger:
         self.say = say
         self._project_id = project_id
         self._changed = threading.Condition()  # guards what follows
-        self._known: Dict[str, str] = {}  # by session_id in lower case, when it expires: of every one so far
-        self._owed: Dict[str, bool] = {}  # by session_id; True: the revocation has begun
+        self._known: Dict[str, str] = {}  # when each so far expires, by session_id in lower case
+        self._owed: Dict[str, bool] = {}  # by session_id; True: it is being revoked
         self._issuing = 0
         self._unknown: List[PlexctlError] = []  # each may have left a session
         self._is_closed = False
         self._is_kept = False
-        self._failed: Set[str] = set()  # session_ids whose revocation failed, which was reported
+        self._judged: Set[str] = set()  # session_ids whose revocation succeeded, or failed and was reported
         self._told: Set[str] = set()
 
     def tell_once(self, line: str, subject: str = "") -> bool:
@@ -1879,10 +1889,10 @@ class Ledger:
                     for each, has_begun in self._owed.items() if self._is_kept and not has_begun]
 
     def left_behind(self, raised: Optional[BaseException] = None) -> List[str]:
-        """Return, once, what `leave` could not revoke, but for what the error `raised` says itself."""
+        """Return, once, what `leave` could not revoke, but for what the caller tells: the error `raised`."""
         with self._changed:
             owed = [each for each, has_begun in self._owed.items()
-                    if (has_begun or not self._is_kept) and each not in self._failed]
+                    if (has_begun or not self._is_kept) and each not in self._judged]
             self._owed.clear()
             lines = [f"session {each} is not revoked, it will expire on its own" for each in owed]
             lines += [f"session unknown: {each}" for each in self._unknown
@@ -1899,15 +1909,15 @@ class Ledger:
         return True
 
     def _revoke(self, session_id: str) -> None:
-        self.say(f"session {session_id} released")
-        deadline = elapsed_seconds() + LEAVE_SECONDS
+        failure, deadline = "", elapsed_seconds() + LEAVE_SECONDS
         while True:
             try:
                 self.plane.revoke(self._project_id, session_id, max(0.5, deadline - elapsed_seconds()))
+                self.say(f"session {session_id} released")
                 failure = ""
                 break
             except Exception as error:
-                failure = str(error) if isinstance(error, PlexctlError) else show_error(error)
+                failure = show_error(error)
                 passing = getattr(error, "passing", False)
                 wait = getattr(error, "retry_after_seconds", None) or POLL_MIN_SECONDS
             if not passing or elapsed_seconds() + wait > deadline:
@@ -1915,10 +1925,10 @@ class Ledger:
             time.sleep(wait)
         with self._changed:
             is_untold = session_id in self._owed  # else left_behind has told it
-            self._failed.add(session_id)
+            self._judged.add(session_id)
         if failure and is_untold:
             self.report(f"warning: session {session_id} is not revoked, it will expire on its own: {failure}")
-        with self._changed:
+        with self._changed:  # only now, since `leave` waits for this
             self._owed.pop(session_id, None)
             self._changed.notify_all()
 
@@ -1942,7 +1952,7 @@ class MediatedSession:
         self._refused_since = 0.0
         self._recheck_on = float("inf")
         self._warned_left = float("inf")  # seconds
-        self._lock = threading.Condition()  # guards what follows, and how `why` and `endpoint` change
+        self._changed = threading.Condition()  # guards what follows, and how `why` and `endpoint` change
         self._route: Any = None  # family and address of the endpoint
         self._is_asking = False
         self._asked_on = 0.0  # when the last question ended
@@ -1967,7 +1977,7 @@ class MediatedSession:
 
     def end(self, why: PlexctlError) -> None:
         """Say that the session is over; the first reason counts."""
-        with self._lock:
+        with self._changed:
             self.why = self.why or why
 
     def is_over(self) -> bool:
@@ -1994,18 +2004,18 @@ class MediatedSession:
 
         One at a time, and at most one in ASK_SECONDS: whoever comes in between gets the last answer.
         """
-        with self._lock:
+        with self._changed:
             if not self._is_asking and self.why is None and (
                     elapsed_seconds() - self._asked_on >= ASK_SECONDS):
                 self._has_answer = False
                 self._is_asking = start_thread(self._ask)
-            self._lock.wait_for(lambda: not self._is_asking, seconds)
+            self._changed.wait_for(lambda: not self._is_asking, seconds)
             return self._has_answer
 
     def dial(self, is_stopped: Callable[[], bool]) -> Leg:
         """Connect to the listener; PlexctlError says why that fails. A new endpoint is tried once."""
         for _ in range(2):
-            with self._lock:
+            with self._changed:
                 route = self._route
             try:
                 leg = connect_to(route, lambda: self.is_over() or is_stopped())
@@ -2016,15 +2026,15 @@ class MediatedSession:
             if is_stopped():
                 raise Cancelled("interrupted")
             has_answer = self.ask(ASK_LIMIT_SECONDS)
-            with self._lock:
+            with self._changed:
                 if self.why is not None or self._route == route:  # there is no new endpoint
                     break
         raise self.why or self._judge(failure, has_answer)
 
-    def _judge(self, failure: OSError, is_active: bool) -> PlexctlError:
+    def _judge(self, failure: OSError, has_answer: bool) -> PlexctlError:
         """Return what a failed dial means; a listener that has refused for GONE_SECONDS ends the session."""
         words = f"cannot connect to the listener endpoint {self.endpoint}: {show_error(failure)}"
-        if not is_active or not isinstance(failure, ConnectionRefusedError):
+        if not has_answer or not isinstance(failure, ConnectionRefusedError):
             return PlexctlError(words)
         self._refused_since = self._refused_since or elapsed_seconds()
         if elapsed_seconds() - self._refused_since < GONE_SECONDS:
@@ -2036,6 +2046,7 @@ class MediatedSession:
 
     def _await_endpoint(self, tell: Callable[[str], object]) -> Endpoint:
         pause, deadline = POLL_MIN_SECONDS, elapsed_seconds() + self._wait_seconds
+        failure: Optional[PlexctlError] = None
         limit = show_seconds(self._wait_seconds)
         if self._wait_seconds:
             tell(f"waiting for the Node to report its listener (up to {limit})")
@@ -2047,13 +2058,15 @@ class MediatedSession:
                     raise describe_end(session)
                 if session.listener_endpoint:
                     return session.listener_endpoint
+                failure = None
             except (TransportError, ApiError) as error:
                 if not error.passing:
                     raise
+                failure = error
             if self._ledger.plane.cancel.wait(max(0.0, min(pause, deadline - elapsed_seconds()))):
                 raise Cancelled("interrupted")
             pause = min(pause * 1.5, POLL_MAX_SECONDS)
-        raise EndpointMissing(
+        raise failure or EndpointMissing(
             f"the Node reported no listener endpoint within {limit} (--wait-seconds); check that the Node is "
             "online and has fewer than 10 sessions (those of print mode count until they expire)")
 
@@ -2066,8 +2079,8 @@ class MediatedSession:
         family, _, _, _, address = found[0]
         if not is_dialable(str(address[0]), is_loopback(self._ledger.plane.server.host)):
             raise PlexctlError(f"listener endpoint {endpoint}: leads to {address[0]}, which is refused")
-        with self._lock:
-            self.endpoint, self._route = endpoint, (family, address)
+        with self._changed:
+            self.endpoint, self._route, self._refused_since = endpoint, (family, address), 0.0
 
     def _ask(self) -> None:
         has_answer = False
@@ -2087,11 +2100,10 @@ class MediatedSession:
             if isinstance(error, ApiError) and error.status in (404, 410):
                 self.end(SessionRevoked("the session is gone"))
             else:
-                reason = str(error) if isinstance(error, PlexctlError) else show_error(error)
-                self._ledger.tell_once(f"warning: {reason}", GET)
-        with self._lock:
+                self._ledger.tell_once(f"warning: {show_error(error)}", GET)
+        with self._changed:
             self._asked_on, self._has_answer, self._is_asking = elapsed_seconds(), has_answer, False
-            self._lock.notify_all()
+            self._changed.notify_all()
 
 
 def describe_end(session: Session) -> SessionOver:
@@ -2156,7 +2168,7 @@ class OwnerCheck:
             self._netlink.connect((0, 0))
             self._netlink.setblocking(False)
             os.close(os.dup(self._netlink.fileno()))  # EMFILE, which if_nametoindex would hide
-            # with this index the kernel finds sockets that are bound to the device, and others as well
+            # without an index the kernel does not find sockets that are bound to a device
             self._device = socket.if_nametoindex("lo")
             nobody = "0.0.0.0" if family == socket.AF_INET else "::"  # noqa: S104
             if self._ask(local, (nobody, 0), is_listener=True)[0] != os.geteuid():
@@ -2168,7 +2180,7 @@ class OwnerCheck:
     def find(self, client: Tuple[Any, ...]) -> Tuple[int, bool]:
         """Return the uid that holds the client's socket (NOBODY: unknown), and whether it was closed.
 
-        OSError if the kernel does not answer. Older ones say of a closed socket that it is root's.
+        OSError if the kernel does not answer. Older kernels say of a closed socket that it is root's.
         """
         uid, inode = self._ask(client, self._local)
         if not inode and not uid:
@@ -2199,7 +2211,7 @@ class OwnerCheck:
         # inet_diag_msg behind the nlmsghdr: family, state, timer, retrans, ports. Where it finds no
         # connection, the kernel answers with a listener on the source's port
         state, found_ports = struct.unpack_from("=xBxx4s", answer, 16)
-        if found_ports != ports or not is_listener and state in (TCP_LISTEN, TCP_SYN_SENT):
+        if found_ports != ports or (not is_listener and state in (TCP_LISTEN, TCP_SYN_SENT)):
             return NOBODY, 0
         return struct.unpack_from("=II", answer, 80)
 
@@ -2219,10 +2231,11 @@ class Listener(socketserver.TCPServer):
 
     def __init__(self, local: LocalAddress, allow_other_users: bool, warn_once: Report) -> None:
         self.unidentified = 0  # connections not served, since their clients had closed them
+        self.is_accepting = False  # `take` has a client, or may have; whoever calls it clears this afterwards
         self._path = local.path
         self._warn_once = warn_once
         self._identity: Optional[os.stat_result] = None  # of the unix socket's file
-        self._owners: Optional[OwnerCheck] = None  # `is_gone` asks it as well
+        self._owners: Optional[OwnerCheck] = None  # also with allow_other_users, for `is_gone`
         self._checks_owners = False
         self.address_family = (socket.AF_UNIX if local.path else
                                socket.AF_INET6 if ":" in local.host else socket.AF_INET)
@@ -2244,6 +2257,7 @@ class Listener(socketserver.TCPServer):
         """
         if not wait_for(self.fileno(), select.POLLIN, TICK_SECONDS):
             return None
+        self.is_accepting = True
         try:
             request, address = self.get_request()
         except OSError as error:  # it is gone again
@@ -2282,15 +2296,6 @@ class Listener(socketserver.TCPServer):
             return self._owners.find(address)[1]
         return False
 
-    def has_left(self, client: socket.socket, address: Any) -> bool:
-        """Return whether a client wants nothing any more: it has reset, or has closed without a byte."""
-        try:
-            return self.is_gone(client, address) and not client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
-
     def knows_who_is_gone(self) -> bool:
         """Return whether `is_gone` can tell a closed connection from a half-closed one."""
         return bool(self._path) or self._owners is not None
@@ -2320,9 +2325,11 @@ class Listener(socketserver.TCPServer):
                 os.unlink(self._path)
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Return whether the user behind this connection may use the port: ours or root."""
-        if self._path:
-            return not self.has_left(request, client_address)
+        """Return whether a client may be served: its user is ours or root, and it has not left."""
+        if self._path:  # whose file others cannot use; one that was closed without a byte has left
+            with contextlib.suppress(OSError):
+                return not self.is_gone(request, client_address) or bool(request.recv(1, socket.MSG_PEEK))
+            return False
         if not self._checks_owners or self._owners is None:
             return True
         try:
@@ -2357,7 +2364,7 @@ class Listener(socketserver.TCPServer):
 
 
 class Counts(NamedTuple):
-    """Totals: connections `open`, `waiting` and `ended`; live `sessions`; bytes `up` and `down`."""
+    """Totals: connections `open`, `waiting` and `ended`; ready `sessions`; bytes `up` and `down`."""
 
     open: int = 0
     waiting: int = 0
@@ -2367,9 +2374,12 @@ class Counts(NamedTuple):
     down: int = 0
 
 
-# of a session: being issued; waits for a client; dials, carries, or waits for the Node to end what it has
-# carried; the Node does not end that; being revoked
-OPENING, FREE, BUSY, STUCK, ENDING = "opening", "free", "busy", "stuck", "ending"
+# what a session's thread does
+OPENING = "opening"  # issues it, and waits for its listener
+FREE = "free"  # waits for a client
+BUSY = "busy"  # dials, carries, or waits for the Node to end what it has carried
+STUCK = "stuck"  # the Node does not end it
+REVOKING = "revoking"
 LIVE = (OPENING, FREE, BUSY)
 Client = Tuple[socket.socket, Any]  # and its address
 
@@ -2390,7 +2400,7 @@ class Demand:
         self._limited_until = 0.0
         self._minimum = minimum
         self._waiting_since = self._spare_since = elapsed_seconds()
-        self._replace_on = 0.0  # from when on a young session may be replaced
+        self._next_young_on = 0.0  # when the next session that was gone so young may be replaced
 
     def limit(self, now: float) -> int:
         """Return how many sessions there may be now."""
@@ -2411,10 +2421,11 @@ class Demand:
         """Return how many sessions to issue: for connections that wait, and to have the minimum ready."""
         live = [state for state in states if state in LIVE]
         # the server may yet count one that is being revoked, and refuse the only one that is asked for
-        if now < self.retry_on or ENDING in states and not live:
+        if now < self.retry_on or (REVOKING in states and not live):
             return 0
         wanted = 0 if FREE in states else waiting - states.count(OPENING)
-        missing = self._minimum - len(live) if self._minimum > 1 else 0  # a single one when it is needed
+        # a minimum of 1 is not refilled before a connection comes
+        missing = self._minimum - len(live) if self._minimum > 1 else 0
         return max(0, min(max(wanted, missing), self.limit(now) - len(states)))
 
     def has_spare(self, now: float, free: int) -> bool:
@@ -2424,18 +2435,19 @@ class Demand:
             self._spare_since = now
         return is_spare
 
-    def may_replace(self, now: float, lasted: float) -> bool:
-        """Return whether a session whose listener is gone, after so long, may be replaced now.
-
-        A Node that refuses everybody must not cost a session per attempt.
-        """
-        return lasted >= REPLACE_SECONDS or now >= self._replace_on
-
     def note_gone(self, now: float, lasted: float) -> None:
-        """Have young sessions replaced once in REPLACE_SECONDS at most, the first at once."""
+        """Note that a Node has closed a session's listener: the first young one is replaced at once.
+
+        After that one is replaced in REPLACE_SECONDS, or a Node that refuses everybody would cost a session
+        per attempt.
+        """
         if lasted < REPLACE_SECONDS:
-            self.retry_on = max(self.retry_on, self._replace_on)
-            self._replace_on = max(now, self.retry_on) + REPLACE_SECONDS
+            self.retry_on = max(self.retry_on, self._next_young_on)
+            self._next_young_on = max(now, self._next_young_on) + REPLACE_SECONDS
+
+    def may_replace(self, now: float, lasted: float) -> bool:
+        """Return whether a session would be replaced now, if it counted as gone."""
+        return lasted >= REPLACE_SECONDS or now >= self._next_young_on
 
 
 class Carrier:
@@ -2483,15 +2495,15 @@ class Forwarder:
         self._turn = threading.Lock()
         # guards what follows, `over`, `first`, and the state, client and relay of the carriers
         self._changed = threading.Condition()
-        self._is_ending = threading.Event()  # nothing is carried any more: `over`, or `stop` was called
+        self._is_closing = threading.Event()  # nothing is carried any more: `over`, or `stop` was called
         self._carriers: List[Carrier] = []
         self._returned: List[Client] = []  # accepted for a session that was over: they go to another one
         self._ended = Counts()
         self._failure: Optional[PlexctlError] = None  # the first of a session, while none is ready
         self._explanation: Optional[concurrent.futures.Future] = None  # see _explain
-        self._has_been_stuck = False  # a session has; that does not end the run, even if it was the last one
+        self._has_been_stuck = False  # a session; then one to replace it is asked for until there is one
         self._demand = Demand(limit, minimum)
-        self._finish_until = 0.0  # see begin_finish; 0: it has not begun
+        self._assume_gone_until = 0.0  # see assume_gone; 0: it was not called
 
     def __enter__(self) -> "Forwarder":
         return self
@@ -2504,9 +2516,9 @@ class Forwarder:
     def establish(self) -> MediatedSession:
         """Issue the first sessions, and return the first whose Node has reported its listener."""
         with self._changed:
-            for _ in range(0 if self._is_ending.is_set() else self._minimum):
+            for _ in range(0 if self._is_closing.is_set() else self._minimum):
                 self._start()
-            self._changed.wait_for(lambda: self.first or self._is_ending.is_set())
+            self._changed.wait_for(lambda: self.first or self._is_closing.is_set())
             if self.first is None:
                 raise self.over or Cancelled("interrupted")
             return self.first
@@ -2520,9 +2532,9 @@ class Forwarder:
             for each in self._carriers:
                 if each.session.is_over() and each.relay:
                     each.relay.stop()
-            no_session_comes = self.over or not self._list_live() and now < self._demand.retry_on
+            is_hopeless = self.over or (not self._list_live() and now < self._demand.retry_on)
         try:
-            if no_session_comes:
+            if is_hopeless:
                 self._reject_waiting()
             elif self.first is not None:
                 self._issue_missing(now)
@@ -2549,25 +2561,23 @@ class Forwarder:
                 sessions = [self.first]
             return max(0.0, min((each.expires_on for each in sessions), default=0.0) - elapsed_seconds())
 
-    def begin_finish(self) -> None:
-        """Have those clients count as gone that cannot be seen to close, for LEAVE_SECONDS.
-
-        It is called when COMMAND has ended; see Listener.knows_who_is_gone.
-        """
-        self._finish_until = elapsed_seconds() + LEAVE_SECONDS
+    def assume_gone(self) -> None:
+        """Where nobody can know, take clients as gone for LEAVE_SECONDS: COMMAND has ended."""
+        self._assume_gone_until = elapsed_seconds() + LEAVE_SECONDS
 
     def count_undelivered(self) -> int:
         """Return how many bytes of the clients' the Node has not acknowledged yet."""
         with self._changed:
-            legs = [each.relay.up.sink if each.relay else each.awaited for each in self._carriers]
+            legs = [each.relay.remote if each.relay else each.awaited for each in self._carriers]
             return sum(leg.count_unsent() for leg in legs if leg)
 
     def is_delivering(self) -> bool:
         """Return whether something that clients sent before they closed is still on its way to the Node."""
         with self._changed:
-            return bool(self._count_waiting() or any(
-                each.awaited or each.state == BUSY and (not each.client or self._is_gone(each.client))
-                for each in self._carriers))
+            # in this order: a client that is accepted meanwhile is seen in one of the three places
+            return bool(self._count_waiting()) or self.listener.is_accepting or any(
+                each.awaited or (each.state == BUSY and each.client and self._is_gone(each.client))
+                for each in self._carriers)
 
     def stop(self, seconds: float = CLOSE_SECONDS) -> None:
         """Stop listening and end every connection, with a reset unless it was over."""
@@ -2602,13 +2612,13 @@ class Forwarder:
                 if client is not None:
                     self._serve(carrier, buffers, client)
         except SessionStuck as error:
-            if not self._finish_until:
+            if not self._assume_gone_until:
                 self._warn_once(str(error))
             self._leave_stuck(carrier)
         except PlexctlError as error:
             session.end(error)
         except Exception as error:  # no memory or descriptors, or a defect
-            if not self._is_ending.is_set():  # else the listener was closed meanwhile
+            if not self._is_closing.is_set():  # else the listener was closed meanwhile
                 session.end(PlexctlError(f"a session was given up after {show_error(error)}"))
         finally:
             self._dismiss(carrier)
@@ -2621,52 +2631,55 @@ class Forwarder:
         return self._request._replace(ttl_seconds=min(self._request.ttl_seconds or left, left))
 
     def _is_over(self, session: MediatedSession) -> bool:
-        return self._is_ending.is_set() or session.is_over()
+        return self._is_closing.is_set() or session.is_over()
 
     def _take(self, carrier: Carrier) -> Optional[Client]:
         """Take the client that is next, if one comes in time."""
         with self._changed:
-            client = self._returned.pop(0) if self._returned else None
-            self._give(carrier, client)
-        if client is None and self._turn.acquire(timeout=TICK_SECONDS):
-            try:
-                client = self.listener.take()
-                self._give(carrier, client)
-            except OSError as error:
-                self._warn_of_exhaustion(error)
-                self._is_ending.wait(PAUSE_SECONDS)
-            finally:
-                self._turn.release()
-        return client
+            carrier.client, carrier.state = None, FREE
+            if self._returned:
+                return self._give(carrier, self._returned.pop(0))
+        if not self._turn.acquire(timeout=TICK_SECONDS):
+            return None
+        try:
+            client = self.listener.take()
+            return self._give(carrier, client) if client is not None else None
+        except OSError as error:
+            self._warn_of_exhaustion(error)
+            self._is_closing.wait(PAUSE_SECONDS)
+            return None
+        finally:
+            self.listener.is_accepting = False
+            self._turn.release()
 
-    def _give(self, carrier: Carrier, client: Optional[Client]) -> None:
+    def _give(self, carrier: Carrier, client: Client) -> Client:
         with self._changed:
-            carrier.client = client
-            carrier.state = FREE if client is None else BUSY
-            carrier.is_spare = carrier.is_spare and client is None
+            carrier.client, carrier.state = client, BUSY
+            carrier.is_spare = False  # tick() may have marked it meanwhile
+            return client
 
     def _serve(self, carrier: Carrier, buffers: Buffers, client: Client) -> None:
         """Carry one connection, from the dial until the Node has ended it as well."""
         session, (sock, address) = carrier.session, client
         try:
-            remote = session.dial(self._is_ending.is_set)
+            remote = session.dial(self._is_closing.is_set)
         except PlexctlError as error:
             self._refuse(carrier, client, error)
             return
         had_answer = self._target_has_answered()
         self._ledger.say(f"connection from {name_client(address)} to {session.endpoint}")
-        # on_end asks, and does not wait for the answer: a session that is over shall take no next client
+        # on_end only starts the question, so that a session that is over is found out soon
         relay = Relay(Leg(sock), remote, buffers, lambda: self._is_gone(client),
-                      lambda: self._is_ending.is_set() or session.ask())
+                      lambda: self._is_closing.is_set() or session.ask())
         with self._changed:
             carrier.relay = relay
-            if self._is_ending.is_set():
+            if self._is_closing.is_set():
                 relay.stop()
         relay.carry()
         if relay.is_awaited:
             carrier.awaited = remote
         self._note_end(carrier, relay, had_answer)
-        if relay.is_stuck and not self._is_ending.is_set():
+        if relay.is_stuck and not self._is_closing.is_set():
             raise SessionStuck("the Node did not take what a client had sent that has reset its connection; "
                                "its session is not used any more")
         if relay.is_awaited and remote.await_end(QUIET_SECONDS, lambda: self._is_over(session)):
@@ -2683,8 +2696,8 @@ class Forwarder:
             if isinstance(error, DialRefused) and self._renew and self._demand.may_replace(
                     now, now - session.ready_on):
                 session.end(ListenerGone("the Node has closed the session's listener"))
-            may_wait = session.why and (self._renew or len(self._list_live()) > 1)  # for another session
-            if may_wait and not self._is_ending.is_set():
+            others = [each for each in self._list_live() if each is not carrier]
+            if session.why is not None and (self._renew or others) and not self._is_closing.is_set():
                 self._returned.insert(0, client)
                 return
         client[0].close()
@@ -2695,7 +2708,7 @@ class Forwarder:
     def _note_end(self, carrier: Carrier, relay: Relay, had_answer: bool) -> None:
         """Count a connection that was carried, and say what there is to say about it."""
         self._count_end(carrier, relay.up.moved, relay.down.moved)
-        error = None if self._is_ending.is_set() or carrier.session.why else relay.error
+        error = None if self._is_closing.is_set() or carrier.session.why else relay.error
         reason = f" ({show_error(error)})" if error else ""
         self._ledger.say(f"connection closed{reason}: {show_bytes(relay.up.moved)} up, "
                          f"{show_bytes(relay.down.moved)} down")
@@ -2712,14 +2725,14 @@ class Forwarder:
             self._warn_once(describe_unreachable(self._request))
 
     def _leave_stuck(self, carrier: Carrier) -> None:
-        """Give the Node STUCK_SECONDS to end the connection; the revocation that follows makes it do so.
+        """Give the Node STUCK_SECONDS to pass on what it has; the revocation that follows cuts it off.
 
-        Of one that was reset nothing shows whether it has.
+        Whether it has ended a connection that was reset cannot be seen. So the session is not used again.
         """
         with self._changed:
             carrier.state, self._has_been_stuck = STUCK, True
         deadline = elapsed_seconds() + STUCK_SECONDS
-        while elapsed_seconds() < deadline and not self._is_ending.wait(TICK_SECONDS):
+        while elapsed_seconds() < deadline and not self._is_closing.wait(TICK_SECONDS):
             if carrier.awaited is not None and carrier.awaited.drain():
                 return
 
@@ -2727,8 +2740,8 @@ class Forwarder:
         """Do what follows from the end of a session, and revoke it."""
         session = carrier.session
         with self._changed:
-            why, is_leaving = session.why, self._is_ending.is_set()
-            carrier.state = ENDING
+            why, is_leaving = session.why, self._is_closing.is_set()
+            carrier.state = REVOKING
             if why is not None and not is_leaving:
                 self._follow(session, why)
         if session.session_id:
@@ -2748,7 +2761,7 @@ class Forwarder:
             self._changed.notify_all()
 
     def _warn_once(self, text: str) -> None:
-        self._ledger.tell_once("warning: " + text, text.partition(" (")[0])
+        self._ledger.tell_once("warning: " + text, text.partition(" (")[0])  # details may differ
 
     def _warn_of_exhaustion(self, error: BaseException) -> None:
         self._warn_once(f"cannot accept connections for now: {show_error(error)}")
@@ -2761,7 +2774,7 @@ class Forwarder:
     def _is_gone(self, client: Client) -> bool:
         if self.listener.is_gone(*client):
             return True
-        return elapsed_seconds() < self._finish_until and not self.listener.knows_who_is_gone()
+        return elapsed_seconds() < self._assume_gone_until and not self.listener.knows_who_is_gone()
 
     # The main thread
 
@@ -2773,7 +2786,7 @@ class Forwarder:
                 waiting = 0
             elif states.count(BUSY) >= self._demand.limit(now):
                 self._warn_of_the_limit(waiting, self._demand.limit(now))
-            if not self._is_time_up(now + 1) and not self._is_ending.is_set():
+            if not self._is_closing.is_set() and not self._is_time_up(now + 1):  # 1 s is the shortest TTL
                 for _ in range(self._demand.count_missing(now, waiting, states)):
                     self._start()
             free = [each for each in self._carriers if each.state == FREE]
@@ -2815,7 +2828,7 @@ class Forwarder:
         return [each for each in self._carriers if each.state in LIVE]
 
     def _follow(self, session: MediatedSession, why: PlexctlError) -> None:
-        """Decide what the end of one session means for the run."""
+        """Decide what the end of one session means: for the run, for the clients that wait."""
         now, others, tell = elapsed_seconds(), len(self._list_live()), self._ledger.tell_once
         is_refused = isinstance(why, ApiError) and why.status < 500 and not why.passing
         if isinstance(why, SessionRevoked) or self._is_time_up(now):
@@ -2837,7 +2850,7 @@ class Forwarder:
             self._demand.learn(now, others)
             why.is_told = tell(
                 f"warning: no further session, connections wait for those there are: {why}", "limit")
-        elif not others and (is_refused or not self._renew and not self._has_been_stuck):
+        elif not others and (is_refused or not (self._renew or self._has_been_stuck)):  # it was the last hope
             self._end(why)
         else:
             self._demand.retry_on = now + RETRY_SECONDS
@@ -2848,7 +2861,7 @@ class Forwarder:
         self._stop_carrying()
 
     def _stop_carrying(self) -> None:
-        self._is_ending.set()
+        self._is_closing.set()
         for each in self._carriers:
             if each.relay:
                 each.relay.stop()
@@ -3619,14 +3632,12 @@ class Run:
 
     def deliver(self, forwarder: Forwarder) -> None:
         """Wait until what clients had sent before they left has arrived, as long as it moves."""
-        was_idle, moved = False, (0, 0, 0)
-        forwarder.begin_finish()
-        give_up_on = elapsed_seconds() + LEAVE_SECONDS
+        moved, give_up_on = (0, 0, 0), elapsed_seconds() + LEAVE_SECONDS
+        forwarder.assume_gone()
         while forwarder.over is None and elapsed_seconds() < give_up_on:
-            is_idle = not forwarder.is_delivering()
-            if is_idle and was_idle:  # two looks: a client that was just accepted is counted nowhere
+            if not forwarder.is_delivering():
                 return
-            was_idle, counts = is_idle, forwarder.count()
+            counts = forwarder.count()
             moving = (counts.up, counts.ended, forwarder.count_undelivered())
             if moving != moved:
                 moved, give_up_on = moving, elapsed_seconds() + LEAVE_SECONDS

@@ -4675,7 +4675,7 @@ def get_stuck(client):
 CLIENT_RESETS = {
     "idle": lambda client: client.sendall(b"e") or chat(client, 3),
     "amid a download": lambda client: client.sendall(b"d") or read_exactly(client, MIB),
-    "amid an upload": lambda client: client.sendall(b"u" + bytes(4 * MIB)),
+    "amid an upload": lambda client: client.sendall(b"u" + bytes(MIB)),
     "not reading": get_stuck,
     "not reading, after its half-close": lambda client: get_stuck(client) or client.shutdown(socket.SHUT_WR),
 }
