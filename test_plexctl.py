@@ -4675,7 +4675,7 @@ def get_stuck(client):
 CLIENT_RESETS = {
     "idle": lambda client: client.sendall(b"e") or chat(client, 3),
     "amid a download": lambda client: client.sendall(b"d") or read_exactly(client, MIB),
-    "amid an upload": lambda client: client.sendall(b"u" + bytes(MIB)),
+    "amid an upload": lambda client: client.sendall(b"u" + bytes(4 * MIB)),
     "not reading": get_stuck,
     "not reading, after its half-close": lambda client: get_stuck(client) or client.shutdown(socket.SHUT_WR),
 }
@@ -4702,7 +4702,9 @@ def test_a_client_that_resets_is_no_clean_end_for_the_target_and_harms_nobody(ki
         eventually(lambda: running.count().open == 1)
         chat(other, 3)
         if "half-close" not in when:  # else what it sent was complete, and a Node that keeps it sends on
-            assert running.target.ends == ["reset"] * 3 and running.lines == []
+            assert running.target.ends == ["reset"] * 3
+            # on a busy machine the Node may take longer than QUIET_SECONDS for what was sent
+            assert not [line for line in running.lines if "did not take what a client had sent" not in line]
 
 
 def test_what_is_complete_is_not_reset_by_the_end_of_the_run(kinder):
