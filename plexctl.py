@@ -1614,6 +1614,7 @@ class Relay:
 
     def _carry(self) -> None:
         up, down = self.up, self.down
+        # until one of them has ended its input, or the client reads no more
         while not (up.has_ended or down.has_ended or down.refusal):
             if up.rest or down.rest or up.refusal:
                 self._move()
@@ -1623,6 +1624,7 @@ class Relay:
             self._await_answer()
         elif not down.has_ended:
             self._take_the_rest()
+        # now the Node has ended, or the client is gone
         if down.has_ended:
             self._end_client()
         else:
