@@ -6151,8 +6151,10 @@ def test_a_revocation_amid_an_upload_is_told_of():
 
 # ---- tests: what the tests with processes share --------------------------------------------------
 
-SIGNALS = [pytest.param(number, id=number.name) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 BAD_WORDS = ("Traceback", "Exception ignored", "Fatal Python", "error: internal error")
+
+
 def start(simulation, *flags, **popen):
     """plexctl tcp-forward with these flags, as a Process."""
     env = simulation.plane.environment(**popen.pop("env", {}))
@@ -6228,19 +6230,13 @@ def make_pipe():
         def make(full=False):
             reader, writer = [open(fd, mode, 0) for fd, mode in zip(os.pipe(), ("rb", "wb"))]
             for file in (reader, writer):
-                stack.callback(close_quietly, file)
+                stack.enter_context(file)
             os.set_blocking(writer.fileno(), not full)
             while full and writer.write(b"x" * 4096):
                 pass
             os.set_blocking(writer.fileno(), True)
             return reader, writer
         yield make
-
-
-def close_quietly(file):
-    """close(), of a file whose descriptor may be gone."""
-    with contextlib.suppress(OSError):
-        file.close()
 
 
 def recording(received, pause_seconds=0.0, each_seconds=0.0):
@@ -6256,7 +6252,8 @@ def recording(received, pause_seconds=0.0, each_seconds=0.0):
 # ---- tests: signals ------------------------------------------------------------------------------
 
 STATES = ("issuing", "waiting for the Node", "reading --token-file", "reading --ca-file", "reading stdin",
-          "idle", "4 carried and 20 waiting", "stdio", "stdout full", "stderr full")
+          "idle", "4 carried and 20 waiting", "stdio", "stdout full", "stderr full", "revealing, stderr full")
+OTHER_SIGNALS = (3, 10, 12, 14, 16, 24, 26, 27, 29, 30, 34, 50, 64) if LINUX else ()  # SIGQUIT to SIGRTMAX
 
 
 @contextlib.contextmanager
@@ -6264,7 +6261,8 @@ def plexctl_while(state, tmp_path, make_pipe, more=(), **popen):
     """(simulation, process, go, sessions): a process in one of STATES; go() lets the answer go."""
     with contextlib.ExitStack() as stack:
         simulation = stack.enter_context(Simulation())
-        plane, answer, fifo = simulation.plane, threading.Event(), str(tmp_path / "fifo")
+        plane, answer = simulation.plane, threading.Event()
+        fifo, log = str(tmp_path / "fifo"), tmp_path / "log"
         stack.callback(answer.set)
         flags, sessions = ["--proxy", *more], 1
         reader, writer = make_pipe()
@@ -6282,6 +6280,9 @@ def plexctl_while(state, tmp_path, make_pipe, more=(), **popen):
                 flags += ["--server", "https://localhost:1", state.split()[1], fifo]
         elif state == "stdio":
             flags[0] = "--stdio"
+        elif state == "revealing, stderr full":
+            flags[0] = "--reveal-secrets"
+            popen.update(stderr=make_pipe(full=True)[1], env={"PLEXCTL_AUDIT_LOG": str(log)})
         elif state.endswith("full"):
             flags.append("-v")
             popen[state.split()[0]] = make_pipe(full=True)[1]
@@ -6296,6 +6297,8 @@ def plexctl_while(state, tmp_path, make_pipe, more=(), **popen):
         elif state == "stdio":
             writer.write(b"hello")
             process.wait_for_output("hello")
+        elif state == "revealing, stderr full":
+            plane.wait_for(lambda: log.exists() and log.read_text())
         elif state.endswith("full"):
             plane.wait_for(lambda: plane.issued)
         else:
@@ -6308,14 +6311,29 @@ def plexctl_while(state, tmp_path, make_pipe, more=(), **popen):
         yield simulation, process, answer.set, sessions
 
 
-@pytest.mark.parametrize("signum", SIGNALS)
-@pytest.mark.parametrize("state", STATES)
-def test_a_signal_ends_the_process_and_every_session(state, signum, tmp_path, make_pipe):
-    with plexctl_while(state, tmp_path, make_pipe) as (simulation, process, go, sessions):
+@pytest.mark.parametrize("state, signum", [(state, signum) for signum in SIGNALS for state in STATES] + [
+    (state, signum) for signum in OTHER_SIGNALS for state in ("waiting for the Node", "idle", "stdio")])
+def test_every_signal_revokes_and_ends_it_without_a_core_file(state, signum, tmp_path, make_pipe):
+    def may_dump_core():
+        resource.setrlimit(resource.RLIMIT_CORE, (resource.getrlimit(resource.RLIMIT_CORE)[1],) * 2)
+
+    def has_ended():
+        pid, status = os.waitpid(process.pid, os.WNOHANG)
+        statuses.append(status)
+        return pid
+
+    statuses = []
+    with plexctl_while(state, tmp_path, make_pipe, cwd=str(tmp_path), preexec_fn=may_dump_core) as (
+            simulation, process, go, sessions):
         process.send_signal(signum)
         go()
-        err = ends_by(process, signum).stderr
-        assert state != "stdio" or err == ""
+        with process.changed:  # nobody else asks for the status meanwhile
+            eventually(has_ended, 3, process.describe)
+        status = statuses[-1]
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signum, (status, process.err)
+        assert not os.WCOREDUMP(status) and not glob.glob(str(tmp_path / "*core*"))
+        err = process.finish().stderr
+        assert has_no_bad_word(err) and "plexctl: error" not in err and (state != "stdio" or err == ""), err
         revoked_once(simulation.plane, sessions)
 
 
@@ -6331,25 +6349,27 @@ def test_two_signals_in_quick_succession_still_revoke_once(state, signum, tmp_pa
         assert has_no_bad_word(process.err)
 
 
-@pytest.mark.parametrize("at_once", [False, True], ids=["while revoking", "at once"])
-def test_a_second_signal_does_not_wait_for_a_server_that_hangs(simulation, at_once):
-    simulation.plane.script("revoke", hold(60))
-    with start(simulation, "--proxy") as process:
-        proxy_address(process)
+@pytest.mark.parametrize("when", ["while revoking", "at once", "while another one is issued"])
+def test_a_second_signal_does_not_wait_for_a_server_that_hangs_and_names_what_is_left(simulation, when):
+    plane = simulation.plane
+    with start(simulation, "--proxy") as process, contextlib.ExitStack() as stack:
+        address = proxy_address(process)
+        plane.script("revoke", hold(60))
+        if when == "while another one is issued":
+            plane.script("issue", hold(30))
+            for _ in range(2):
+                stack.enter_context(dial(address))
+            plane.wait_for(lambda: asked(plane, "issue") == 2)
         process.send_signal(signal.SIGINT)
-        if at_once:  # the first one is seen, but nothing is revoked yet
-            eventually(lambda: not pending_signals(process.pid))
+        if when == "at once":  # the first one is seen, but nothing is revoked yet
+            eventually(lambda: not signal_mask(process.pid, "ShdPnd"))
         else:
-            simulation.plane.wait_for(lambda: asked(simulation.plane, "revoke"))
+            plane.wait_for(lambda: asked(plane, "revoke"))
         process.send_signal(signal.SIGINT)
-        result = ends_by(process, signal.SIGINT, 3.5)
-    warnings = [line for line in result.stderr.splitlines() if simulation.plane.issued[0] in line]
-    assert len(warnings) == 1 and warnings[0].startswith("plexctl: warning: session "), result.stderr
-
-
-def pending_signals(pid):
-    """Whether a signal waits to be delivered to the process (Linux)."""
-    return bool(signal_mask(pid, "ShdPnd"))
+        err = ends_by(process, signal.SIGINT, 8 if "issued" in when else 3.5).stderr
+    warning, = [line for line in err.splitlines() if plane.issued[0] in line]
+    assert warning.startswith("plexctl: warning: session %s is not revoked" % plane.issued[0])
+    assert ("a session may have been issued" in err) == ("issued" in when), err
 
 
 def signal_mask(pid, name):
@@ -6443,18 +6463,6 @@ def test_a_signal_right_before_the_end_does_not_belie_what_was_done(simulation, 
     assert simulation.plane.issued and not asked(simulation.plane, "revoke")
 
 
-@pytest.mark.reveals
-@pytest.mark.skipif(not LINUX, reason="fills a pipe")
-def test_a_signal_ends_it_also_while_the_token_cannot_be_written(simulation, tmp_path, make_pipe):
-    log = tmp_path / "audit.log"
-    with start(simulation, "--reveal-secrets", stderr=make_pipe(full=True)[1],
-               env={"PLEXCTL_AUDIT_LOG": str(log)}) as process:
-        simulation.plane.wait_for(lambda: log.exists() and log.read_text())
-        process.send_signal(signal.SIGTERM)
-        assert process.finish(15).returncode == -signal.SIGTERM
-    assert simulation.plane.revoked == simulation.plane.issued and process.out == ""
-
-
 @pytest.mark.parametrize("mode", [[], ["--stdio"]], ids=["print", "stdio"])
 def test_a_session_that_may_exist_is_told_of_after_a_signal_too(lone_plane, mode):
     go = threading.Event()
@@ -6470,51 +6478,6 @@ def test_a_session_that_may_exist_is_told_of_after_a_signal_too(lone_plane, mode
         go.set()
         result = process.finish()
     assert result.returncode == -signal.SIGTERM and MAY_EXIST in result.stderr
-
-
-def test_what_is_not_revoked_is_named_also_while_another_session_is_issued(simulation):
-    plane = simulation.plane
-    with start(simulation, "--proxy") as process:
-        address = proxy_address(process)
-        plane.script("issue", hold(30))
-        plane.script("revoke", hold(30))
-        with dial(address), dial(address):
-            plane.wait_for(lambda: asked(plane, "issue") == 2)
-            process.send_signal(signal.SIGTERM)
-            plane.wait_for(lambda: asked(plane, "revoke") == 1)
-            process.send_signal(signal.SIGTERM)
-            result = ends_by(process, signal.SIGTERM, 8)
-        assert result.stderr.count("session %s is not revoked" % plane.issued[0]) == 1, result.stderr
-        assert "a session may have been issued" in result.stderr
-
-
-OTHER_SIGNALS = (3, 10, 12, 14, 16, 24, 26, 27, 29, 30, 34, 50, 64)  # than SIGNALS: SIGQUIT to SIGRTMAX
-
-
-@pytest.mark.skipif(not LINUX, reason="Linux has all of them")
-@pytest.mark.parametrize("signum", OTHER_SIGNALS)
-@pytest.mark.parametrize("state", ["waiting for the Node", "idle", "stdio"])
-def test_every_signal_revokes_and_ends_it_without_a_core_file(tmp_path, make_pipe, signum, state):
-    def may_dump_core():
-        resource.setrlimit(resource.RLIMIT_CORE, (resource.getrlimit(resource.RLIMIT_CORE)[1],) * 2)
-
-    def has_ended():
-        pid, status = os.waitpid(process.pid, os.WNOHANG)
-        statuses.append(status)
-        return pid
-
-    statuses = []
-    with plexctl_while(state, tmp_path, make_pipe, cwd=str(tmp_path), preexec_fn=may_dump_core) as (
-            simulation, process, _, _):
-        process.send_signal(signum)
-        with process.changed:  # nobody else asks for the status meanwhile
-            eventually(has_ended, 20, process.describe)
-        status = statuses[-1]
-        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signum, (status, process.err)
-        assert not os.WCOREDUMP(status) and os.listdir(str(tmp_path)) == []
-        process.finish()
-        assert has_no_bad_word(process.err) and "plexctl: error" not in process.err
-        revoked_once(simulation.plane)
 
 
 @pytest.mark.skipif(not LINUX, reason="Linux has all of them")
@@ -6557,7 +6520,7 @@ def test_a_third_signal_ends_it_at_once(simulation):
         began = time.monotonic()
         for signum in (signal.SIGINT, signal.SIGQUIT):
             process.send_signal(signum)
-            eventually(lambda: process.poll() is not None or not pending_signals(process.pid))
+            eventually(lambda: process.poll() is not None or not signal_mask(process.pid, "ShdPnd"))
         result = process.finish(5)
         took = time.monotonic() - began
     assert -result.returncode in (signal.SIGINT, signal.SIGQUIT), process.describe()
@@ -6674,15 +6637,12 @@ def test_a_process_ends_with_the_published_exit_code(
         assert plane.requests == []
 
 
-COMMAND_ENDS = [("0", "", 0), ("7", "sys.exit(7)", 7), ("77", "sys.exit(77)", 77),
-                ("255", "sys.exit(255)", 255)] + [
-    (name, "os.kill(os.getpid(), signal.%s)" % name, 128 + getattr(signal, name))
-    for name in ("SIGINT", "SIGTERM", "SIGKILL", "SIGSEGV")]
-
-
 @pytest.mark.parametrize("ignored", [[], [signal.SIGCHLD]], ids=["", "SIGCHLD was ignored"])
-@pytest.mark.parametrize("name, end, status", COMMAND_ENDS, ids=[row[0] for row in COMMAND_ENDS])
-def test_the_exit_status_is_that_of_command(simulation, name, end, status, ignored):
+@pytest.mark.parametrize("end, status", [
+    ("", 0), ("sys.exit(7)", 7), ("sys.exit(77)", 77), ("sys.exit(255)", 255)] + [
+    ("os.kill(os.getpid(), signal.%s)" % name, 128 + getattr(signal, name))
+    for name in ("SIGINT", "SIGTERM", "SIGKILL", "SIGSEGV")], ids=shown)
+def test_the_exit_status_is_that_of_command(simulation, end, status, ignored):
     program = ("import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL);"
                "print(signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL, flush=True);" + end)
     result = run_python(simulation, program, preexec_fn=lambda: [
@@ -6745,15 +6705,24 @@ MODES = {"print": [], "proxy": ["--proxy"], "stdio": ["--stdio"], "COMMAND": ["-
          "COMMAND that speaks": ["--", "sh", "-c", "echo hello || exit 1"]}
 
 
+NO_DEVICES = ["unshare", "-m", "sh", "-c",
+              'mount -t tmpfs none /dev && test ! -e /dev/null && exec "$@"', "sh"]
+
+
 @FULL
-@pytest.mark.parametrize("redirections, has_output", [
-    (">/dev/full", False), (">&-", False), ("2>/dev/full", True), ("2>&-", True), ("<&- 2>&-", True),
-    (">/dev/full 2>/dev/full", False), ("<&- >&-", False), (">&- 2>&-", False), ("<&- >&- 2>&-", False)])
+@pytest.mark.parametrize("redirections, within", [(words, []) for words in (
+    ">/dev/full", ">&-", "2>/dev/full", "2>&-", "<&- 2>&-", ">/dev/full 2>/dev/full", "<&- >&-", ">&- 2>&-",
+    "<&- >&- 2>&-")] + [(words, NO_DEVICES) for words in ("", "<&-", "<&- 2>&-", "<&- >&-", "<&- >&- 2>&-")],
+    ids=lambda value: value if isinstance(value, str) else "no /dev/null" if value else "")
 @pytest.mark.parametrize("mode", sorted(MODES))
-def test_no_path_ends_in_120(mode, redirections, has_output):
+def test_no_path_ends_in_120(mode, redirections, within):
+    if within and (not ROOT or not shutil.which("unshare") or run_words(within + ["true"]).status):
+        pytest.skip("no mount namespaces here")
     with Simulation(source(10), ttl=1 if mode == "proxy" else 1800) as simulation:  # its end is the proxy's
-        result = run_redirected(redirections, forward_args(simulation.plane, "-v", *MODES[mode]),
-                                simulation.plane.environment())
+        words = within + ["sh", "-c", 'exec "$@" ' + redirections, "sh"] + plexctl_command(
+            forward_args(simulation.plane, "-v", *MODES[mode]), sys.executable)
+        result = run_words(words, clean_environment(simulation.plane.environment()))
+        has_output = not re.search("(?<!2)>", redirections)
         wanted = {"proxy": 1, "COMMAND": 0}.get(mode, 0 if has_output else 1)
         assert result.status == wanted, (result, simulation.plane.describe())
         assert has_no_bad_word(result.err)
@@ -6761,26 +6730,8 @@ def test_no_path_ends_in_120(mode, redirections, has_output):
             assert "standard output" in result.err
         left = mode == "print" and has_output
         assert simulation.plane.revocations() == collections.Counter([] if left else simulation.plane.issued)
-
-
-@pytest.mark.skipif(not ROOT or not LINUX or not shutil.which("unshare"), reason="needs root and unshare")
-@pytest.mark.parametrize("redirections", ["", "<&-", "<&- 2>&-", "<&- >&-", "<&- >&- 2>&-"])
-@pytest.mark.parametrize("mode", ["print", "stdio", "COMMAND"])
-def test_closed_descriptors_do_no_harm_where_there_is_no_null_device(mode, redirections):
-    hide = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs none /dev && test ! -e /dev/null && exec "$@"', "sh"]
-    if run_words(hide + ["true"]).status:
-        pytest.skip("no mount namespaces here")
-    with Simulation(source(10)) as simulation:
-        words = hide + ["sh", "-c", 'exec "$@" ' + redirections, "sh"] + plexctl_command(
-            forward_args(simulation.plane, *MODES[mode]), sys.executable)
-        result = run_words(words, clean_environment(simulation.plane.environment()))
-        assert has_no_bad_word(result.err)
-        no_output = ">&-" in redirections.replace("2>&-", "")
-        assert result.status == (mode != "COMMAND" and no_output), result
-        if mode == "print" and not no_output:
+        if left:
             assert parse_document(result.out, "text")["session_id"] == simulation.plane.issued[0]
-        else:
-            revoked_once(simulation.plane)
 
 
 @pytest.mark.parametrize("words, status, flags", [
@@ -7004,24 +6955,18 @@ HANDLE = ("import os, signal, sys\n"
 
 
 @pytest.mark.parametrize("status", [5, 0], ids=["trapped", "not trapped"])
-@pytest.mark.parametrize("signum", SIGNALS[1:])
-def test_a_signal_is_handed_on_to_command(simulation, signum, status):
-    with start(simulation, "--", sys.executable, "-c", HANDLE, int(signum), status) as process:
-        process.wait_for_output("ready")
-        process.send_signal(signum)
-        assert process.finish(5).returncode == (status or 128 + signum), process.describe()
-    assert process.out == "ready\n"
-    revoked_once(simulation.plane)
-
-
-@pytest.mark.parametrize("status", [5, 0], ids=["trapped", "not trapped"])
-def test_ctrl_c_of_the_terminal_is_commands_own(simulation, terminal, status):
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_a_signal_is_handed_on_to_command_and_the_terminal_s_ctrl_c_is_its_own(
+        simulation, terminal, signum, status):
     screen = terminal(80)
-    with start(simulation, "--", sys.executable, "-c", HANDLE, int(signal.SIGINT), status,
+    with start(simulation, "--", sys.executable, "-c", HANDLE, int(signum), status,
                **screen.controlling()) as process:
         process.wait_for(lambda: b"ready" in screen.seen)
-        screen.type(b"\x03")
-        assert process.finish(5).returncode == (status or 128 + signal.SIGINT), process.describe()
+        if signum == signal.SIGINT:
+            screen.type(b"\x03")
+        else:
+            process.send_signal(signum)
+        assert process.finish(5).returncode == (status or 128 + signum), process.describe()
     text = screen.read()
     assert "interrupted" not in text and "COMMAND ended" in text
     revoked_once(simulation.plane)
