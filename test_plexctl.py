@@ -7054,6 +7054,31 @@ def stdio(simulation, *flags, **popen):
 
 
 @contextlib.contextmanager
+def piped_stdio(simulation, make_pipe):
+    """plexctl --stdio between two pipes: (process, what writes to its stdin, what reads its stdout)."""
+    (stdin, to_stdin), (from_stdout, stdout) = make_pipe(), make_pipe()
+    with start(simulation, "--stdio", stdin=stdin, stdout=stdout) as process:
+        stdin.close()
+        stdout.close()
+        yield process, to_stdin, from_stdout
+
+
+@contextlib.contextmanager
+def socket_stdio(simulation, *streams, giver="inetd"):
+    """plexctl --stdio on a connection that inetd or socat gives it as these streams: (process, the other
+    end of the connection)."""
+    if giver == "inetd":
+        with listening_socket() as listener:
+            far, near = dial("127.0.0.1:%d" % listener.getsockname()[1]), listener.accept()[0]
+    else:
+        near, far = socket.socketpair()
+        far.settimeout(20)
+    with far, start(simulation, "--stdio", **dict.fromkeys(streams, near)) as process:
+        near.close()
+        yield process, far
+
+
+@contextlib.contextmanager
 def talking_stdio(simulation, make_pipe, *flags, **popen):
     """plexctl --stdio amid a connection to an echo; its stdin stays open."""
     reader, writer = make_pipe()
@@ -7090,92 +7115,63 @@ def test_stdio_is_silent_but_for_errors_and_verbose_says_the_rest(simulation):
 
 
 def test_what_stdin_gives_arrives_also_when_nobody_reads_the_answer_any_more(make_pipe):
-    data, heard = pattern(8 * MIB), []
-
-    def read_slowly(connection, _target):
+    def read_slowly(connection, target):
         connection.sendall(b"hi")
-        pieces = []
-        for piece in chunks(connection):
-            pieces.append(piece)
-            time.sleep(0.005)
-        heard.append(b"".join(pieces))
+        recording(heard, each_seconds=0.0005)(connection, target)
 
-    reader, writer = make_pipe()
-    out_reader, out_writer = os.pipe()
+    data, heard = pattern(8 * MIB), bytearray()
     with Simulation(read_slowly, kinder=True) as simulation, \
-            start(simulation, "--stdio", stdin=reader, stdout=out_writer) as process:
-        os.close(out_writer)
-        assert os.read(out_reader, 2) == b"hi"
-        reader.close()
-        writer.write(data)
-        os.close(out_reader)
-        writer.close()
+            piped_stdio(simulation, make_pipe) as (process, to_stdin, from_stdout):
+        assert from_stdout.read(2) == b"hi"
+        to_stdin.write(data)
+        from_stdout.close()
+        to_stdin.close()
         assert process.finish().returncode == 0
-        eventually(lambda: heard)
-        assert heard == [data]
-
-
-@contextlib.contextmanager
-def given_socket(giver="inetd"):
-    """(near, far): a connection that a program is given by inetd or socat, and its other end."""
-    with listening_socket() as listener:
-        if giver == "inetd":
-            far = socket.create_connection(listener.getsockname())
-            near = listener.accept()[0]
-        else:
-            near, far = socket.socketpair()
-    with near, far:
-        far.settimeout(20)
-        yield near, far
+        simulation.target.wait_for(lambda: simulation.target.ends)
+    assert heard == data
 
 
 @pytest.mark.parametrize("kind", ["a half-closed target", "a reset on stdin"])
 def test_stdin_that_is_cut_off_does_not_look_complete(kind):
-    ends = []
-
     def serve(connection, _target):
         if kind == "a half-closed target":
             connection.shutdown(socket.SHUT_WR)
         ends.append(how_it_ends(connection))
 
-    with given_socket() as (near, far), Simulation(serve, kinder=True) as simulation, \
-            start(simulation, "--stdio", stdin=near) as process:
+    ends = []
+    with Simulation(serve, kinder=True) as simulation, socket_stdio(simulation, "stdin") as (process, far):
         far.sendall(b"half of an upl")
         eventually(lambda: simulation.target.accepted)
         let_pass(0.5)
         if kind == "a reset on stdin":
             reset_close(far)
-        process.finish()
+        assert process.finish().returncode == 1
         eventually(lambda: ends)
-        assert ends == [("reset", b"half of an upl")] and process.returncode == 1
+    assert ends == [("reset", b"half of an upl")]
 
 
 def test_a_client_with_one_socket_for_all_gets_the_error_too(simulation):
     simulation.plane.node, simulation.plane.endpoint = None, "127.0.0.1:%d" % quiet_port()
-    with given_socket() as (near, far), \
-            start(simulation, "--stdio", stdin=near, stdout=near, stderr=near) as process:
-        near.close()
+    with socket_stdio(simulation, "stdin", "stdout", "stderr") as (process, far):
         assert b"plexctl: error: " in b"".join(chunks(far))
         assert process.finish().returncode == 1
 
 
 @pytest.mark.parametrize("giver", ["inetd", "socat"])
 def test_a_client_with_one_socket_for_both_sees_the_target_s_end_and_may_go_on(giver):
-    heard = []
-
-    def serve(connection, _target):
+    def serve(connection, target):
         connection.sendall(b"goodbye")
         connection.shutdown(socket.SHUT_WR)
-        heard.append(b"".join(chunks(connection)))
+        recording(heard)(connection, target)
 
-    with given_socket(giver) as (near, far), Simulation(serve, kinder=True) as simulation:
-        with start(simulation, "--stdio", stdin=near, stdout=near) as process:
-            near.close()
+    heard = bytearray()
+    with Simulation(serve, kinder=True) as simulation:
+        with socket_stdio(simulation, "stdin", "stdout", giver=giver) as (process, far):
             assert b"".join(chunks(far)) == b"goodbye"
             far.sendall(b"and more")
             far.close()
             assert process.finish().returncode == 0, process.describe()
-        assert heard == [b"and more"]
+        assert heard == b"and more"
         revoked_once(simulation.plane)
 
 
@@ -7183,15 +7179,12 @@ def test_a_client_with_one_socket_for_both_sees_the_target_s_end_and_may_go_on(g
                          ids=["real Node", "kinder Node", "ssh hangs up"])
 def test_a_server_that_ends_first_loses_none_of_its_bytes_and_is_no_error(make_pipe, kinder, hangs_up):
     """ssh hangs up as soon as it has read the end of stdout; stdin is still open then."""
-    (out_reader, out_writer), (in_reader, in_writer) = make_pipe(), make_pipe()
     with Simulation(source(3 << 20), kinder=kinder) as simulation:
-        with start(simulation, "--stdio", stdin=in_reader, stdout=out_writer) as process:
-            in_reader.close()
-            out_writer.close()
-            assert out_reader.readall() == pattern(3 << 20)
+        with piped_stdio(simulation, make_pipe) as (process, to_stdin, from_stdout):
+            assert from_stdout.readall() == pattern(3 << 20)
             if hangs_up:
                 process.send_signal(signal.SIGHUP)
-            in_writer.close()
+            to_stdin.close()
             result = process.finish()
         assert (result.returncode, result.stderr) == (0, "")
         revoked_once(simulation.plane)
@@ -7222,18 +7215,14 @@ def test_a_reset_by_the_target_is_an_error_of_stdio_and_on_a_socket_a_reset(make
 
     with Simulation(answer_and_reset, kinder=True) as simulation:  # a Node of today makes an end of it
         if way == "pipes":
-            reader, writer = make_pipe()
-            with start(simulation, "--stdio", stdin=reader) as process:
-                writer.write(b"12345")
-                process.wait_for_output("12345")
-                writer.write(b"6")
+            with piped_stdio(simulation, make_pipe) as (process, to_stdin, from_stdout):
+                to_stdin.write(b"12345")
+                assert from_stdout.read(5) == b"12345"
+                to_stdin.write(b"6")
                 result = process.finish()
         else:
-            with given_socket() as (near, far), \
-                    start(simulation, "--stdio", stdin=near, stdout=near) as process:
-                near.close()
-                far.sendall(b"12345")
-                assert read_exactly(far, 5) == b"12345"
+            with socket_stdio(simulation, "stdin", "stdout") as (process, far):
+                assert talk(far, b"12345")
                 far.sendall(b"6")
                 assert how_it_ends(far) == ("reset", b"")
                 result = process.finish()
@@ -7242,45 +7231,35 @@ def test_a_reset_by_the_target_is_an_error_of_stdio_and_on_a_socket_a_reset(make
 
 
 def test_a_reset_on_the_socket_of_stdio_is_noticed_while_the_target_takes_nothing(kinder):
-    with Simulation(silent, **kinder) as simulation, given_socket() as (near, far), \
-            start(simulation, "--stdio", stdin=near, stdout=near) as process:
-        near.close()
-        far.settimeout(1)
-        with contextlib.suppress(socket.timeout):
-            far.sendall(bytes(64 * MIB))
-        reset_close(far)
-        result = process.finish()
-    assert result.returncode == 1 and "connection ended" in error_of(result)
-    revoked_once(simulation.plane)
+    with Simulation(silent, **kinder) as simulation:
+        with socket_stdio(simulation, "stdin", "stdout") as (process, far):
+            fill(far)
+            reset_close(far)
+            result = process.finish()
+        assert result.returncode == 1 and "connection ended" in error_of(result)
+        revoked_once(simulation.plane)
 
 
-@pytest.mark.skipif(not LINUX, reason="reads /proc")
 @pytest.mark.parametrize("blocking", [True, False], ids=["blocking", "non-blocking"])
 def test_the_status_flags_of_stdin_and_stdout_are_left_alone(simulation, make_pipe, blocking):
-    (in_reader, in_writer), (out_reader, out_writer) = make_pipe(), make_pipe()
-    for file in (in_reader, out_writer):
-        os.set_blocking(file.fileno(), blocking)
-    data, received = pattern(2 << 20), bytearray()
-
     def read():
-        for piece in iter(lambda: out_reader.read(1 << 16), b""):
+        for piece in iter(lambda: from_stdout.read(1 << 16), b""):
             received.extend(piece)
 
+    (stdin, to_stdin), (from_stdout, stdout) = make_pipe(), make_pipe()
+    for file in (stdin, stdout):  # the process has the same open files
+        os.set_blocking(file.fileno(), blocking)
+    data, received = pattern(2 << 20), bytearray()
     reading = threading.Thread(target=read, daemon=True)
-    with start(simulation, "--stdio", stdin=in_reader, stdout=out_writer) as process:
+    with start(simulation, "--stdio", stdin=stdin, stdout=stdout) as process:
         simulation.target.wait_for(lambda: simulation.target.accepted)  # both pipes stay empty till here
         reading.start()
-        in_writer.write(data[:1000])
+        to_stdin.write(data[:1000])
         eventually(lambda: len(received) == 1000)
-        for number in (0, 1):
-            with open("/proc/%d/fdinfo/%d" % (process.pid, number)) as stream:
-                flags = int(re.search(r"flags:\s*([0-7]+)", stream.read()).group(1), 8)
-            assert bool(flags & os.O_NONBLOCK) != blocking
-        rest = memoryview(data)[1000:]
-        while rest:
-            rest = rest[in_writer.write(rest):]
-        in_writer.close()
-        out_writer.close()
+        assert os.get_blocking(stdin.fileno()) == os.get_blocking(stdout.fileno()) == blocking
+        to_stdin.write(data[1000:])
+        to_stdin.close()
+        stdout.close()
         assert process.finish().returncode == 0, process.describe()
         reading.join(10)
     assert received == data
@@ -7372,20 +7351,17 @@ def test_a_reader_that_pauses_does_not_keep_stdio_from_sending(make_pipe):
     ("revoked", "the session was revoked", "stays open, and ssh hangs up at the end"),
     ("expired", "the session expired", "stays open")])
 def test_stdio_says_why_it_ended_and_exits_1(make_pipe, why, words, stdin):
-    (out_reader, out_writer), (in_reader, in_writer) = make_pipe(), make_pipe()
     with Simulation(early=-5, ttl=1 if why == "expired" else 1800) as simulation:
         if why == "down":
             simulation.target.close()
-        with start(simulation, "--stdio", stdin=in_reader, stdout=out_writer) as process:
-            in_reader.close()
-            out_writer.close()
+        with piped_stdio(simulation, make_pipe) as (process, to_stdin, from_stdout):
             if stdin == "has ended":
-                in_writer.close()
+                to_stdin.close()
             if why == "revoked":
-                in_writer.write(b"hello")
-                assert out_reader.read(5) == b"hello"
+                to_stdin.write(b"hello")
+                assert from_stdout.read(5) == b"hello"
                 simulation.plane.revoke(simulation.plane.issued[0])  # the Node ends the connection
-            assert out_reader.read(1) == b""
+            assert from_stdout.read(1) == b""
             if "ssh" in stdin:
                 process.send_signal(signal.SIGHUP)
             result = process.finish()
