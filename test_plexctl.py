@@ -8479,7 +8479,7 @@ def test_the_table_of_options_is_that_of_the_help_and_no_other_flag_is_named():
         assert not default or (default.group(1) or default.group(2)) in table[flag][1], flag
     assert set(table) == {flag for flag, _, _ in in_help} and len(table) > 20
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", readme()))
-    assert named - set(table) == {"--now", "--target"}  # of systemctl, and of the simulator
+    assert named - set(table) == {"--now"}  # of systemctl
 
 
 @pytest.fixture(params=["bash", "zsh", "fish"])
@@ -8566,7 +8566,8 @@ def test_the_recipe_called_psql(simulation, postgres, tmp_path, shell):
     need("psql")
     (tmp_path / "query").write_text("select 41 + 1 as answer;\n")
     quick = code_blocks(readme("## Quick start"))[1:]
-    for block in [quick[0]] + recipe_blocks("psql"):
+    assert quick[0].count("5432 ") == 1 and "--min-sessions 2" in readme("## Recipes")
+    for block in quick[0], quick[0].replace("5432 ", "5432 --min-sessions 2 "):
         with open(str(tmp_path / "query")) as query:
             assert "\n     42\n" in run_recipe(simulation, tmp_path, block, shell, stdin=query)
     with proxy_recipe(simulation, tmp_path, quick[1], shell, sessions=4):
