@@ -45,7 +45,7 @@ def written_texts(node):
 
 
 def shortened(text):
-    """A message as the documentation writes it: `...` for what varies, no `warning: ` or `error: ` before it."""
+    """A message as the page writes it: `...` for what varies, no `warning: ` or `error: ` before it."""
     text = re.sub("(?:%[-.0-9]*[a-z]|[.]{3})+", "...", text)
     return re.sub("^(?:warning|error): ", "", text)
 
