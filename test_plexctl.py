@@ -6338,7 +6338,9 @@ def test_every_signal_revokes_and_ends_it_without_a_core_file(state, signals, tm
         revoked_once(simulation.plane, sessions)
 
 
-@pytest.mark.parametrize("when", ["while revoking", "at once", "while another one is issued"])
+@pytest.mark.skipif(not LINUX, reason="watches /proc")
+@pytest.mark.parametrize("when", [
+    "while revoking", "at once", "and a third one", "while another one is issued"])
 def test_a_second_signal_does_not_wait_for_a_server_that_hangs_and_names_what_is_left(simulation, when):
     plane = simulation.plane
     with start(simulation, "--proxy") as process, contextlib.ExitStack() as stack:
@@ -6350,14 +6352,16 @@ def test_a_second_signal_does_not_wait_for_a_server_that_hangs_and_names_what_is
                 stack.enter_context(dial(address))
             plane.wait_for(lambda: asked(plane, "issue") == 2)
         process.send_signal(signal.SIGINT)
-        if when == "at once":  # the first one is seen, but nothing is revoked yet
-            eventually(lambda: not signal_mask(process.pid, "ShdPnd"))
-        else:
+        if when != "at once":
             plane.wait_for(lambda: asked(plane, "revoke"))
-        process.send_signal(signal.SIGINT)
+        for _ in range(2 if when == "and a third one" else 1):
+            eventually(lambda: not signal_mask(process.pid, "ShdPnd"))  # the one before is seen
+            process.send_signal(signal.SIGINT)
         err = ends_by(process, signal.SIGINT, 8 if "issued" in when else 3.5).stderr
-    warning, = [line for line in err.splitlines() if plane.issued[0] in line]
-    assert warning.startswith("plexctl: warning: session %s is not revoked" % plane.issued[0])
+    warnings = [line for line in err.splitlines() if plane.issued[0] in line]
+    assert len(warnings) == 1 or when == "and a third one" and not warnings, err
+    for line in warnings:
+        assert line.startswith("plexctl: warning: session %s is not revoked" % plane.issued[0])
     assert ("a session may have been issued" in err) == ("issued" in when), err
 
 
@@ -6407,15 +6411,24 @@ def test_keep_session_revokes_nothing(state, tmp_path, make_pipe):
 @pytest.mark.skipif(not LINUX, reason="how much a terminal takes")
 def test_a_terminal_that_takes_a_part_of_a_line_does_not_keep_it_from_revoking(simulation):
     """As of an ssh whose network is gone: poll() says that it can be written to, and a write blocks."""
+    def has_room(seconds):
+        return select.select([], [stderr], [], seconds)[1]
+
     def is_full():
-        dial(address).close()  # which -v has lines about
-        return not select.select([], [stderr], [], 0)[1]
+        assert visit(address)  # which -v has lines about
+        return not has_room(0.3)
 
     master, slave = pty.openpty()
-    with open(master, "rb", 0), open(slave, "wb", 0) as stderr:
+    with open(master, "rb", 0) as screen, open(slave, "wb", 0) as stderr:
+        os.set_blocking(slave, False)
+        while has_room(0.3):
+            stderr.write(b"x" * 512)
+        while not has_room(0):
+            screen.read(512)
+        os.set_blocking(slave, True)
         with start(simulation, "--proxy", "-v", stderr=stderr, start_new_session=True) as process:
             address = proxy_address(process)
-            eventually(is_full, 20)
+            eventually(is_full, 60)
             process.send_signal(signal.SIGTERM)
             ends_by(process, signal.SIGTERM, 5)
     revoked_once(simulation.plane)
@@ -6435,11 +6448,7 @@ def test_a_signal_right_before_the_end_does_not_belie_what_was_done(simulation, 
 @pytest.mark.parametrize("mode", [[], ["--stdio"]], ids=["print", "stdio"])
 def test_a_session_that_may_exist_is_told_of_after_a_signal_too(lone_plane, mode):
     go = threading.Event()
-
-    def lose(handler, _plane):
-        go.wait(20)
-        handler.close_connection = True
-    lone_plane.script("issue", lose)
+    lone_plane.script("issue", lambda *request: go.wait(20) and drop(*request))
     with start_plexctl(forward_args(lone_plane, *mode), env=lone_plane.environment()) as process:
         lone_plane.wait_for(lambda: lone_plane.requests)
         process.send_signal(signal.SIGTERM)
@@ -6447,23 +6456,6 @@ def test_a_session_that_may_exist_is_told_of_after_a_signal_too(lone_plane, mode
         go.set()
         result = process.finish()
     assert result.returncode == -signal.SIGTERM and MAY_EXIST in result.stderr
-
-
-def test_a_third_signal_ends_it_at_once(simulation):
-    simulation.plane.script("revoke", hold(60))
-    with start(simulation, "--proxy") as process:
-        process.ready(2)
-        process.send_signal(signal.SIGTERM)
-        simulation.plane.wait_for(lambda: asked(simulation.plane, "revoke"))
-        began = time.monotonic()
-        for signum in (signal.SIGINT, signal.SIGQUIT):
-            process.send_signal(signum)
-            eventually(lambda: process.poll() is not None or not signal_mask(process.pid, "ShdPnd"))
-        result = process.finish(5)
-        took = time.monotonic() - began
-    assert -result.returncode in (signal.SIGINT, signal.SIGQUIT), process.describe()
-    assert took > 0.9 or "is not revoked" not in result.stderr  # which is said after the second's second
-    assert has_no_bad_word(result.stderr)
 
 
 @pytest.mark.skipif(not LINUX, reason="watches /proc")
@@ -6494,19 +6486,16 @@ runpy.run_path(%r, run_name="__main__")
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="POSIX signals")
 def test_a_library_user_s_own_handlers_stay(cli, simulation):
-    def mine(*_):
-        pass
-
     def note(handler, _plane):
         seen.append(signal.getsignal(signal.SIGUSR1))
         handler.answer_really()
 
     seen = []
     simulation.plane.script("issue", note)
-    before = signal.signal(signal.SIGUSR1, mine)
+    before = signal.signal(signal.SIGUSR1, print)
     try:
         assert cli(forward_args(simulation.plane), simulation.plane.environment()).status == 0
-        assert seen == [mine] and signal.getsignal(signal.SIGUSR1) == mine
+        assert seen == [print] and signal.getsignal(signal.SIGUSR1) == print
     finally:
         signal.signal(signal.SIGUSR1, before)
 
@@ -6889,14 +6878,14 @@ def test_a_signal_is_handed_on_to_command_and_those_of_the_terminal_are_its_own(
 
 @pytest.mark.skipif(not LINUX, reason="a backlog of a thousand")
 def test_every_connection_that_waits_at_command_s_end_is_served():
-    def count(connection, _target):
+    def serve(connection, _target):
         lengths.append(len(b"".join(chunks(connection))))
 
     lengths, program = [], ("import os, socket\n"
                             "for _ in range(300):\n"
                             "    with socket.create_connection(('127.0.0.1', {port})) as client:\n"
                             "        client.sendall(bytes(100))")
-    with Simulation(count, one_at_a_time=False) as simulation:
+    with Simulation(serve, one_at_a_time=False) as simulation:
         args = ["--allow-other-users", "--", sys.executable, "-c", program]
         result = run_plexctl(forward_args(simulation.plane, *args), env=simulation.plane.environment())
         assert result.returncode == 0, result.stderr
@@ -6969,10 +6958,10 @@ def stdio(simulation, *flags, **popen):
 
 
 @contextlib.contextmanager
-def piped_stdio(simulation, make_pipe):
+def piped_stdio(simulation, make_pipe, *flags):
     """plexctl --stdio between two pipes: (process, what writes to its stdin, what reads its stdout)."""
     (stdin, to_stdin), (from_stdout, stdout) = make_pipe(), make_pipe()
-    with start(simulation, "--stdio", stdin=stdin, stdout=stdout) as process:
+    with start(simulation, "--stdio", *flags, stdin=stdin, stdout=stdout) as process:
         stdin.close()
         stdout.close()
         yield process, to_stdin, from_stdout
@@ -7363,8 +7352,9 @@ def rows_of(text, columns):
 @pytest.mark.parametrize("columns, drawn", [
     (40, "1 open, 0 waiting"), (80, "1 open, 0 waiting, 1 ended, 1 session, 2.0 KiB up, 2.0 KiB down"),
     (200, "1 open, 0 waiting, 1 ended, 1 session, 2.0 KiB up, 2.0 KiB down, %%s -> %s:%d" % (HOST, PORT))])
-def test_the_live_line_is_one_line_cut_to_the_terminal(simulation, terminal, columns, drawn):
+def test_the_live_line_is_one_line_cut_to_the_terminal_among_few_others(simulation, terminal, columns, drawn):
     screen = terminal(columns)
+    simulation.plane.script("revoke", hold(2))
     with running_proxy(simulation, stderr=screen.slave) as (process, address):
         assert visit(address, b"x" * 2048)
         process.wait_for(lambda: b"0 open, 0 waiting, 1 ended" in screen.seen or columns < 200)
@@ -7375,8 +7365,9 @@ def test_the_live_line_is_one_line_cut_to_the_terminal(simulation, terminal, col
             row = rows_of(screen.read(), columns)[-1]
             assert re.match(r"(30m00|29m5\d)s left, " + re.escape(wanted) + "$", row), row
     rows = rows_of(screen.read(), columns)
-    left = "".join(row.ljust(columns) for row in rows).strip()  # two lines
+    left = "".join(row.ljust(columns) for row in rows).strip()  # three lines
     assert re.match(r"plexctl: forwarding %s to %s:%d; press Ctrl-C to stop +"
+                    r"plexctl: releasing the session +"  # which takes longer than a second
                     r"plexctl: 2 connections, .* ended by SIGTERM$" % (address, HOST, PORT), left), rows
 
 
@@ -7402,14 +7393,6 @@ def test_quiet_leaves_errors_alone(simulation, terminal):
     simulation.plane.script("issue", problem("forbidden"))
     result = run_plexctl(forward_args(simulation.plane, "-q"), env=simulation.plane.environment())
     assert result.returncode == 4 and result.stderr == error_of(result) + "\n"
-
-
-def test_a_slow_revocation_is_mentioned_on_a_terminal(simulation, terminal):
-    simulation.plane.script("revoke", hold(2))
-    screen = terminal(200)
-    with running_proxy(simulation, stderr=screen.slave):
-        pass
-    assert screen.read().count("plexctl: releasing the session") == 1
 
 
 @pytest.mark.parametrize("columns", [40, 80])
@@ -7465,9 +7448,7 @@ def test_off_a_terminal_there_are_plain_lines_of_connections_and_sessions_whatev
               r"connection closed: 2\.9 KiB up, 2\.9 KiB down",
               r"2 connections, 2\.9 KiB up, 2\.9 KiB down, \d+s: ended by SIGTERM"]
     found = [line[9:] for line in lines if "connection" in line]
-    assert len(found) == len(shapes), lines
-    for shape, line in zip(shapes, found):
-        assert re.match(shape + r"\Z", line), line
+    assert re.match("\n".join(shapes) + r"\Z", "\n".join(found)), found
     for words in ("waiting for the Node to report its listener", "session %s released" % session.id,
                   "session %s: listener endpoint %s, expires at %s" % (
                       session.id, session.endpoint, session.expires_at),
@@ -7710,26 +7691,23 @@ def test_a_getsession_that_hangs_delays_no_connection(simulation):
 @pytest.mark.skipif(not LINUX, reason="TCP_INFO")
 @pytest.mark.parametrize("way", ["up", "down"])
 def test_a_path_that_dies_under_unacknowledged_data_is_noticed(monkeypatch, way):
-    monkeypatch.setattr(plexctl, "UNANSWERED_SECONDS", 1)
-    ends, peers = [], []
-
-    def serve(connection, target):
+    def serve(connection, _target):
         connection.sendall(connection.recv(1))
         peers.append(connection)
-        if way == "up":
-            target.closing.wait()
-        else:
-            ends.append(how_it_ends(connection)[0])
+        ends.append(how_it_ends(connection)[0])
 
+    monkeypatch.setattr(plexctl, "UNANSWERED_SECONDS", 1)
+    ends, peers = [], []
     with relayed_to(serve, direct=True) as running, dial(running.address) as client:
         client.sendall(b"x")
         assert client.recv(1) == b"x"
         target = eventually(lambda: peers)[0]
+        sender, receiver = (client, target) if way == "up" else (target, client)
         drop_all = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # of what comes: return 0
         attach_filter = 26  # SO_ATTACH_FILTER
-        (target if way == "up" else client).setsockopt(
-            socket.SOL_SOCKET, attach_filter, struct.pack("HL", 1, ctypes.addressof(drop_all)))
-        (client if way == "up" else target).sendall(b"more")
+        receiver.setsockopt(socket.SOL_SOCKET, attach_filter,
+                            struct.pack("HL", 1, ctypes.addressof(drop_all)))
+        sender.sendall(b"more")
         if way == "up":
             assert how_it_ends(client) == ("reset", b"")
         else:
@@ -7783,13 +7761,12 @@ def test_nothing_is_sent_to_a_node_that_has_not_ended_the_connection_before():
 
 @pytest.mark.parametrize("way", ["tcp", pytest.param("unix", marks=UNIX), "stdio"])
 def test_a_half_close_is_passed_on_once_the_target_is_quiet_and_a_late_answer_arrives(tmp_path, way):
-    def serve(connection, _target):
+    def serve(connection, target):
         for _ in range(5):
             connection.sendall(b".")
             let_pass(0.5)
         quiet.append(time.monotonic())
-        for _ in chunks(connection):
-            pass
+        read_to_the_end(connection, target)
         quiet.append(time.monotonic())
         let_pass(2.5)  # longer than anything that ends a connection
         connection.sendall(LATE_ANSWER)
@@ -7929,10 +7906,10 @@ def directory_of(name):
 
 def run_program(*command, **popen):
     """A client program to its end, which has to be a success; its stdout in bytes."""
-    options = dict(stdin=subprocess.DEVNULL) if "input" not in popen else {}
-    options.update(popen)
+    if "input" not in popen:
+        popen.setdefault("stdin", subprocess.DEVNULL)
     result = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            timeout=60, **options)
+                            timeout=60, **popen)
     assert result.returncode == 0, (command, result.stdout[-2000:], result.stderr)
     return result.stdout
 
@@ -8501,15 +8478,6 @@ def test_the_recipe_called_systemd(simulation, tmp_path, address_in):
         process.send_signal(signal.SIGTERM)
         ends_by(process, signal.SIGTERM)
     revoked_once(simulation.plane)
-
-
-@pytest.mark.once
-def test_systemd_has_nothing_against_the_unit(tmp_path):
-    if not os.path.exists("/usr/bin/python3"):
-        pytest.skip("no /usr/bin/python3")
-    (tmp_path / "plexctl-test.service").write_text(page(".github/plexctl.service"))
-    done = run_words(need("systemd-analyze") + ["verify", tmp_path / "plexctl-test.service"])
-    assert "plexctl-test" not in done.out + done.err
 
 
 def test_the_recipe_called_ci(simulation, tmp_path, shell):
