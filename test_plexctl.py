@@ -1313,9 +1313,8 @@ def seconds_of(text):
 def demo_main(argv):
     if not argv:
         return demonstrate()
-    parser = argparse.ArgumentParser(
-        prog="test_plexctl.py", description="Without arguments, show plexctl at work. With serve, keep the "
-                                            "simulator running, to try plexctl by hand.")
+    parser = argparse.ArgumentParser(description="Without arguments, show plexctl at work. With serve, keep "
+                                                 "the simulator running, to try plexctl by hand.")
     parser.add_argument("serve", choices=["serve"], help="keep the simulator running until Ctrl-C")
     parser.add_argument("--target", type=reachable_address, metavar="HOST:PORT",
                         help="what %s:%d is (default: an echo service)" % (HOST, PORT))
@@ -2134,50 +2133,46 @@ def test_a_message_names_the_token_file_unless_it_may_be_the_token_itself(cli, l
 
 # ---- tests: command line ------------------------------------------------------------------------
 
-@pytest.mark.parametrize("line, expected", [
-    ("tcp-forward", dict(max_sessions=4, min_sessions=1, wait_seconds=90, ttl_seconds=0, mode="print",
-                         output="text", local_addr=plexctl.LocalAddress("127.0.0.1", 0), reveal_secrets=False,
-                         verbose=False, quiet=False)),
-    (" ".join(REQUIRED_FLAGS) + " tcp-forward", dict(project_id=PROJECT_ID, host=HOST, port=PORT)),
-    ("--server https://a --profile b --token-file c --ca-file d tcp-forward",
-     dict(server="https://a", profile="b", token_file="c", ca_file="d")),
-    ("--server https://a --token-file c tcp-forward --server https://b --token-file d",
-     dict(server="https://b", token_file="d")),
-    ("--output json tcp-forward", dict(output="json")), ("tcp-forward --output json", dict(output="json")),
-    ("--output=json tcp-forward --output yaml", dict(output="yaml")),
-    ("--output yaml tcp-forward --output=json", dict(output="json")),
-    ("tcp-forward --output yaml --output json", dict(output="json")),
-    ("--yes --allow-http tcp-forward --yes=true --allow-http=false", dict(yes=True, allow_http=False)),
-    ("tcp-forward --reveal-secrets", dict(reveal_secrets=True)),
-    ("--reveal-secrets tcp-forward", dict(reveal_secrets=True)),
-    ("tcp-forward --reveal-secrets=true", dict(reveal_secrets=True)),
-    ("--reveal-secrets tcp-forward --reveal-secrets=false", dict(reveal_secrets=False)),
-    ("--reveal-secrets=false tcp-forward --reveal-secrets", dict(reveal_secrets=True)),
-    ("--reveal-secrets=true tcp-forward --reveal-secrets=false", dict(reveal_secrets=False)),
-    ("--reveal-secrets=false tcp-forward", dict(reveal_secrets=False)),
-    ("tcp-forward --reveal-secrets --reveal-secrets=false", dict(reveal_secrets=False)),
-    ("-v tcp-forward", dict(verbose=True)), ("tcp-forward -v", dict(verbose=True)),
-    ("-vv tcp-forward -vvv", dict(verbose=True)), ("--verbose tcp-forward -v", dict(verbose=True)),
-    ("tcp-forward -q", dict(quiet=True)), ("--quiet tcp-forward", dict(quiet=True)),
-    ("tcp-forward -vq", dict(verbose=True, quiet=True)), ("-q tcp-forward -q=false", dict(quiet=False)),
-    ("-q tcp-forward --quiet=false", dict(quiet=False)),
-    ("tcp-forward --proxy --max-sessions 1", dict(mode="--proxy", max_sessions=1, min_sessions=1)),
-    ("tcp-forward --proxy --max-sessions 32 --min-sessions 32", dict(max_sessions=32, min_sessions=32)),
-    ("tcp-forward --renew --min-sessions 4 -- true", dict(mode="-- COMMAND", renew=True, min_sessions=4)),
-    ("--allow-other-users tcp-forward -- psql -p{port}",
-     dict(allow_other_users=True, command=["psql", "-p{port}"])),
-    ("tcp-forward --stdio --keep-session --wait-seconds 0",
-     dict(mode="--stdio", keep_session=True, wait_seconds=0)),
-    ("tcp-forward --proxy=false", dict(mode="print")), ("tcp-forward --stdio=false", dict(mode="print")),
-    ("--proxy tcp-forward --proxy=false", dict(mode="print")),
-    ("tcp-forward --renew=false --keep-session=false --allow-other-users=false", dict(renew=False))],
-    ids=shown)
-def test_a_flag_may_stand_before_the_command_and_one_after_it_wins(line, expected):
-    words = line.split()
-    if "--host" not in words:
-        words[words.index("tcp-forward") + 1:0] = REQUIRED_FLAGS
-    prints, options = plexctl.parse_arguments(words)
-    assert prints == "" and {name: getattr(options, name) for name in expected} == expected
+@pytest.mark.parametrize("expected, lines", [
+    (dict(max_sessions=4, min_sessions=1, wait_seconds=90, ttl_seconds=0, mode="print", output="text",
+          local_addr=plexctl.LocalAddress("127.0.0.1", 0)), ["tcp-forward"]),
+    (dict(project_id=PROJECT_ID, host=HOST, port=PORT), [" ".join(REQUIRED_FLAGS) + " tcp-forward"]),
+    (dict(server="https://b", profile="b", token_file="c", ca_file="d"), [
+        "--server https://b --profile b --token-file c --ca-file d tcp-forward",
+        "--server a --token-file a tcp-forward --server https://b --profile b --token-file c --ca-file d"]),
+    (dict(output="json"), [
+        "--output json tcp-forward", "tcp-forward --output json", "--output=yaml tcp-forward --output json",
+        "tcp-forward --output yaml --output=json"]),
+    (dict(yes=True, allow_http=False), ["--yes --allow-http tcp-forward --yes=true --allow-http=false"]),
+    (dict(reveal_secrets=True), [
+        "tcp-forward --reveal-secrets", "--reveal-secrets tcp-forward", "tcp-forward --reveal-secrets=true",
+        "--reveal-secrets=false tcp-forward --reveal-secrets"]),
+    (dict(reveal_secrets=False), [
+        "tcp-forward", "--reveal-secrets tcp-forward --reveal-secrets=false",
+        "--reveal-secrets=true tcp-forward --reveal-secrets=false", "--reveal-secrets=false tcp-forward",
+        "tcp-forward --reveal-secrets --reveal-secrets=false"]),
+    (dict(verbose=True, quiet=False), ["-v tcp-forward", "tcp-forward -v", "-vv tcp-forward -vvv",
+                                       "--verbose tcp-forward -v"]),
+    (dict(verbose=False, quiet=True), ["tcp-forward -q", "--quiet tcp-forward"]),
+    (dict(verbose=True, quiet=True), ["tcp-forward -vq"]),
+    (dict(verbose=False, quiet=False), ["tcp-forward", "-q tcp-forward -q=false",
+                                        "-q tcp-forward --quiet=false"]),
+    (dict(mode="--proxy", max_sessions=1, min_sessions=1), ["tcp-forward --proxy --max-sessions 1"]),
+    (dict(max_sessions=32, min_sessions=32), ["tcp-forward --proxy --max-sessions 32 --min-sessions 32"]),
+    (dict(mode="-- COMMAND", renew=True, allow_other_users=True, command=["psql", "-p{port}"]),
+     ["--allow-other-users tcp-forward --renew --min-sessions 4 -- psql -p{port}"]),
+    (dict(mode="--stdio", keep_session=True, wait_seconds=0),
+     ["tcp-forward --stdio --keep-session --wait-seconds 0"]),
+    (dict(mode="print"), [
+        "tcp-forward --proxy=false", "tcp-forward --stdio=false", "--proxy tcp-forward --proxy=false",
+        "tcp-forward --renew=false --keep-session=false --allow-other-users=false"])], ids=shown)
+def test_a_flag_may_stand_before_the_command_and_one_after_it_wins(expected, lines):
+    for line in lines:
+        words = line.split()
+        if "--host" not in words:
+            words[words.index("tcp-forward") + 1:0] = REQUIRED_FLAGS
+        prints, options = plexctl.parse_arguments(words)
+        assert prints == "" and {name: getattr(options, name) for name in expected} == expected, line
 
 
 @pytest.mark.parametrize("args", [
