@@ -64,7 +64,6 @@ try:
     import ssl
     import stat
     import struct
-    import subprocess
     import threading
     import time
     import urllib.error
@@ -110,7 +109,6 @@ HURRY_SECONDS = 1.0  # what a second signal leaves of the time to revoke, and me
 POLL_MIN_SECONDS = 0.5  # pauses between requests grow from this
 POLL_MAX_SECONDS = 3.0  # to this
 WARN_LEFT_SECONDS = (300, 60)  # of a session
-DOCUMENT_MAX_CHARACTERS = 3000  # of a path or a host, each of whose characters may need ten
 
 
 # ---------------------------------------------------------------------------------------- errors
@@ -121,6 +119,7 @@ class PlexctlError(Exception):
 
     exit_code = EXIT_FAILURE  # the process's exit status
     passing = False  # the same may well succeed a little later
+    retry_after_seconds: Optional[float] = None  # that a server has asked for
     may_exist = False  # a session may have been issued all the same
     is_told = False  # somebody has reported it already
 
@@ -144,13 +143,14 @@ class CredentialsError(PlexctlError):
 class TransportError(PlexctlError):
     """The control plane gave no answer, or not one that can be used."""
 
+    was_sent = True  # the server may have had the request
+
 
 class ApiError(PlexctlError):
     """The control plane answered with an error."""
 
     status = 0  # of HTTP
     code = ""  # of the problem details
-    retry_after_seconds: Optional[float] = None
 
 
 class Cancelled(PlexctlError):
@@ -176,6 +176,7 @@ class Interrupted(Exception):
 # ---------------------------------------------------------------------------------------- system
 
 ON_LINUX = sys.platform.startswith("linux")
+DATAGRAM_SECONDS = 2
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)  # no peer's doing
 # CLOCK_BOOTTIME counts suspend on Linux (7; Python names it from 3.7 on); on macOS
 # CLOCK_MONOTONIC does. On Windows time.monotonic() does.
@@ -216,10 +217,10 @@ def run_in_thread(function: Callable[[], Any]) -> concurrent.futures.Future:
     return future
 
 
-def send_record(path: str, data: bytes, seconds: float) -> None:
+def send_record(path: str, data: bytes) -> None:
     """Send one datagram to a unix socket; OSError if it is not taken in time."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.settimeout(seconds)
+        sock.settimeout(DATAGRAM_SECONDS)
         sock.connect(path)
         sock.sendall(data)
 
@@ -263,10 +264,9 @@ LABEL_PATTERN = "[0-9A-Za-z_](?:[0-9A-Za-z_-]{0,61}[0-9A-Za-z_])?"  # of a DNS n
 URL_PATTERN = r"(?=[!-~]*\Z)(?i:(https?))://([^/?#@\\]+?)(:[0-9]{1,5})?(/[^?#\\]*)?"
 TIME_PATTERN = (r"([0-9]{4})-([0-9]{2})-([0-9]{2})[Tt]([0-9]{2}):([0-9]{2}):([0-5][0-9]|60)"
                 r"(\.[0-9]{1,9})?(?:[Zz]|([+-])([01][0-9]|2[0-3]):([0-5][0-9]))")
-SHOWN_MAX_CHARACTERS = 300
 
 
-def escape(text: str, limit: int = SHOWN_MAX_CHARACTERS) -> str:
+def escape(text: str, limit: int = 300) -> str:
     """Return `text` as printable ASCII, at most `limit` characters: it cannot control a terminal."""
     shown = "".join(c if " " <= c <= "~" else ascii(c)[1:-1] for c in text[:limit + 1])
     return shown if len(shown) <= limit else shown[:limit] + "..."
@@ -312,9 +312,8 @@ def parse_target_host(text: str) -> str:
 
 def parse_address(host: str) -> Union[ipaddress.IPv4Address, ipaddress.IPv6Address, None]:
     """Parse an IP address literal, an IPv4-mapped one as IPv4; return None for anything else."""
-    if not re.fullmatch("[0-9a-fA-F:.]+", host):
-        return None
-    if re.search(r"\b0[0-9]+\.|\.0[0-9]", host):  # ipaddress takes 010.0.0.1 up to 3.9.4; connect(): octal
+    # ipaddress takes 010.0.0.1 up to 3.9.4, which is octal for connect()
+    if not re.fullmatch("[0-9a-fA-F:.]+", host) or re.search(r"\b0[0-9]+\.|\.0[0-9]", host):
         return None
     try:
         address = ipaddress.ip_address(host)
@@ -395,14 +394,13 @@ def parse_local_address(text: str) -> LocalAddress:
             raise ValueError(f"must be unix: and an absolute path of at most {SOCKET_PATH_MAX_BYTES} bytes")
         return LocalAddress("", 0, path)
     try:
-        host, port = parse_endpoint(text, lowest_port=0)
+        host, port = parse_endpoint(re.sub("(?i)^localhost:", "127.0.0.1:", text), lowest_port=0)
+        if parse_address(host):
+            return LocalAddress(host, port)
     except ValueError:
-        host, port = "", 0
-    host = "127.0.0.1" if host.lower() == "localhost" else host
-    if parse_address(host) is None:
-        raise ValueError("must be ADDRESS:PORT, such as 127.0.0.1:15432, or unix:/path; ADDRESS is an IP "
-                         "address or localhost")
-    return LocalAddress(host, port)
+        pass
+    raise ValueError("must be ADDRESS:PORT, such as 127.0.0.1:15432, or unix:/path; ADDRESS is an IP address "
+                     "or localhost")
 
 
 class Server(NamedTuple):
@@ -415,10 +413,6 @@ class Server(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.scheme}://{join_host_port(self.host, self.port)}{self.prefix}"
-
-    def same_origin(self, other: "Server") -> bool:
-        """Tell whether scheme, host and port are the same (RFC 6454, section 5)."""
-        return self[:3] == other[:3]
 
 
 def parse_server(text: str, allow_http: bool) -> Server:
@@ -492,7 +486,9 @@ ERROR_WORDS = (  # the first row that fits counts
     (http.client.LineTooLong, "a header is too long"),
     (http.client.IncompleteRead, "the answer was cut off"),
     (http.client.BadStatusLine, "the answer is not HTTP"),
-    (http.client.UnknownProtocol, "the answer is not HTTP/1.1"))
+    (http.client.UnknownProtocol, "the answer is not HTTP/1.1"),
+    (http.client.HTTPException, "too many headers"),  # which has no class of its own
+    ((socket.timeout, TimeoutError), "timed out"))
 
 
 def show_error(error: BaseException) -> str:
@@ -504,8 +500,6 @@ def show_error(error: BaseException) -> str:
     for kinds, words in ERROR_WORDS:
         if isinstance(error, kinds):
             return words
-    if type(error) is http.client.HTTPException:  # it has no class of its own
-        return "too many headers"
     reason = getattr(error, "reason", None)  # of an SSLError
     if isinstance(error, ssl.CertificateError) or reason == "CERTIFICATE_VERIFY_FAILED":
         return "certificate not trusted: " + escape(getattr(error, "verify_message", str(error)))  # 3.6
@@ -513,10 +507,6 @@ def show_error(error: BaseException) -> str:
         return "TLS failed: " + escape(reason.replace("_", " ").lower())
     if isinstance(error, OSError) and error.strerror:
         return escape(error.strerror)
-    if isinstance(error, (socket.timeout, TimeoutError)):
-        return "timed out"
-    if isinstance(error, ImportError):
-        return escape(error.msg)
     refusal = re.match("Tunnel connection failed: (.*)", str(error))  # http.client's words
     return "the proxy refused: " + escape(refusal.group(1)) if refusal else type(error).__name__
 
@@ -545,7 +535,7 @@ class Secret:
 
     __slots__ = ("_value", "source")
 
-    def __init__(self, value: str, source: str = "") -> None:
+    def __init__(self, value: str, source: str = "the caller") -> None:
         self._value = value
         self.source = source
 
@@ -605,11 +595,9 @@ def read_own_file(path: str, source: str, forbidden_bits: int = ALL_BITS, limit:
     at_stdin = is_standard_input(path)
     if at_stdin and sys.stdin is None:
         raise kind(f"{source}: standard input is closed")
-    step = "opened"
     try:
         with open(0 if at_stdin else path, "rb", closefd=not at_stdin,
                   opener=lambda name, flags: os.open(name, flags | OPEN_AT_ONCE)) as file:
-            step = "read"
             status = os.fstat(file.fileno())
             is_file = stat.S_ISREG(status.st_mode)
             if not (is_file or at_stdin or stat.S_ISFIFO(status.st_mode)):
@@ -627,7 +615,7 @@ def read_own_file(path: str, source: str, forbidden_bits: int = ALL_BITS, limit:
                 os.set_blocking(file.fileno(), True)
             raw = file.read(limit + 1)
     except (OSError, ValueError) as error:
-        raise kind(f"{source}: cannot be {step}: {show_error(error)}") from error
+        raise kind(f"{source}: cannot be read: {show_error(error)}") from error
     if len(raw) > limit:
         raise kind(f"{source}: is larger than {limit} bytes")
     return raw
@@ -711,7 +699,8 @@ def resolve_credentials(server_flag: Optional[str], profile_flag: Optional[str],
     owner, token = (named_server, named_token) if named_token else (default_server, default_token)
     if not token:
         raise CredentialsError("no credentials: give --token-file, a profile, or PLEXSPHERE_TOKEN")
-    if not owner or not check_server(owner, "server of the profile", allow_http).same_origin(server):
+    # the same scheme, host and port (RFC 6454, section 5)
+    if not owner or check_server(owner, "server of the profile", allow_http)[:3] != server[:3]:
         raise CredentialsError(f"the token of a profile goes only to that profile's own server, and {source} "
                                "names another one; give --token-file for that")
     return server, token
@@ -733,7 +722,7 @@ CANCEL_POLL_SECONDS = 0.1
 BODY_MAX_BYTES = 1024 * 1024
 FINDABLE_CHARACTERS = 8  # of a secret; a shorter one is in any text
 # the scheme may be missing; http:USER@HOST, without slashes, is a mistake
-PROXY_PATTERN = r"(?:http://|(?!http:))(?:(?:[\w.~!$&'()*+,;=:-]|%[0-9A-F]{2})*@)?([^/@]+)/?"
+PROXY_PATTERN = r"(?:http://|(?!http:))(?:(?:[\w.~!$&'()*+,;=:-]|%[0-9A-F]{2})*@)?([^/@]+?)(:[0-9]+)?/?"
 
 
 class Session(NamedTuple):
@@ -809,9 +798,8 @@ class Exchange(urllib.request.AbstractHTTPHandler):
                 self.fault = self._read_body(response)
         except Exception as error:  # OSError, HTTPException, ValueError, RecursionError, MemoryError, ...
             self.fault = show_error(error)  # the error itself, its context too, would hold the request
-        if self.fault and self.status and self.status not in SUCCESS:  # the status of an error is enough
+        if self.status and self.status not in SUCCESS:  # the status of an error is enough
             self.fault = ""
-            self.body.clear()
         self.done.set()
 
     def _read_body(self, response: Any) -> str:
@@ -886,8 +874,8 @@ def find_proxy(server: Server, environ: Environ) -> str:
         return ""
     found = re.fullmatch(PROXY_PATTERN, proxy, re.ASCII | re.IGNORECASE)
     try:
-        address = found.group(1) if found else ""
-        parse_endpoint(address if re.search(r":[0-9]*\Z", address) else address + ":80")
+        host, port = found.groups() if found else ("", "")
+        parse_endpoint(host + (port or ":80"))
     except ValueError:  # urllib would take any other kind for plain CONNECT
         raise UsageError("HTTPS_PROXY: must be http://[USER:PASSWORD@]HOST:PORT; percent-encode special "
                          "characters in the user name and password (%40 for @); other kinds of proxies are "
@@ -933,6 +921,15 @@ def parse_retry_after(text: Optional[str]) -> Optional[float]:
     return max(0.0, min(moment - time.time(), RETRY_AFTER_MAX_SECONDS)) if moment else None
 
 
+def may_have_issued(error: Union[TransportError, ApiError]) -> bool:
+    """Tell whether there may be a session after an IssueSession that has failed like this."""
+    if isinstance(error, TransportError):
+        return error.was_sent
+    # a server may fail after it has issued one, a gateway may lose the answer; 501 and 503 did nothing
+    has_failed = error.status >= 500 and error.status not in (501, 503)
+    return error.status < 300 or has_failed or error.code == "idempotent_replay"
+
+
 class Fields:
     """The fields of one JSON object of an answer, each checked as it is taken."""
 
@@ -954,8 +951,7 @@ class Fields:
                 return parse(value)
             except ValueError as error:  # what it must be, not what it is
                 fault = str(error)
-        raise TransportError(f"{self._operation}: the answer's {name} {fault}",
-                             may_exist=self._operation == ISSUE)
+        raise TransportError(f"{self._operation}: the answer's {name} {fault}")
 
 
 class ControlPlane:
@@ -973,8 +969,7 @@ class ControlPlane:
                  report: Report = lambda line: None, notice: Report = lambda line: None) -> None:
         self.server = server
         self.cancel = cancel or threading.Event()
-        self._token = parse_token(token.reveal().encode("utf-8", "surrogateescape"), "bearer token")
-        self._token_source = token.source
+        self._token = parse_token(token.reveal().encode("utf-8", "surrogateescape"), token.source)
         self._session_tokens: Dict[str, Secret] = {}  # by session_id, until it is revoked
         self._report = report
         self._notice = notice
@@ -1006,17 +1001,19 @@ class ControlPlane:
                 noted.add(session_id.lower())
                 on_issued(session_id)
 
+        error: Union[TransportError, ApiError]
         asked_on, may_exist = elapsed_seconds(), False
         for attempt in range(1, ISSUE_ATTEMPTS + 1):
             try:
-                answer = self._exchange(ISSUE, path, body, note_id=note_id)
-                return self._parse_issued(answer, asked_on, note_id)
+                issued = self._parse_issued(self._exchange(ISSUE, path, body, note_id=note_id), asked_on)
+                note_id(issued.session_id)  # JSON can also write it with escapes
+                return issued
             except (TransportError, ApiError) as failure:
-                error: PlexctlError = failure
-            may_exist = may_exist or error.may_exist
+                error = failure
+            may_exist = may_exist or may_have_issued(error)
             if not error.passing or attempt == ISSUE_ATTEMPTS or self.cancel.is_set():
                 break
-            wait = getattr(error, "retry_after_seconds", None)
+            wait = error.retry_after_seconds
             if wait is None:
                 wait = attempt * POLL_MIN_SECONDS + JITTER_SECONDS * (os.urandom(1)[0] / 255 - 0.5)
             self._report(f"{error}; trying again in {wait:.1f} s")
@@ -1050,40 +1047,40 @@ class ControlPlane:
         if body is not None:  # and then it is a POST
             request.data = json.dumps(body).encode("ascii")
             request.add_header("Content-Type", "application/json")
-        answer = Exchange(operation, self.server.host, self._context)
+        exchange = Exchange(operation, self.server.host, self._context)
         began = elapsed_seconds()
-        if not start_thread(answer.perform, request, self._proxy):
-            answer.perform(request, self._proxy)  # no thread left: run it here; only each recv has a limit
-        fault = self._wait(answer, seconds)
-        note_id(find_session_id(answer))  # an answer that was cut off, or is no 201, may name one as well
+        if not start_thread(exchange.perform, request, self._proxy):
+            exchange.perform(request, self._proxy)  # no thread left: run it here; only each recv has a limit
+        fault = self._wait(exchange, seconds)
+        note_id(find_session_id(exchange))  # an answer that was cut off, or is no 201, may name one as well
         if fault:
             # no other attempt makes a certificate good, and three bad log-ins at a proxy lock an account
             passing = not fault.startswith(("certificate", "TLS failed", "the proxy refused: 407"))
-            tried = "no complete answer from" if answer.sent else "cannot connect to"
+            tried = "no complete answer from" if exchange.sent else "cannot connect to"
             advice = " (--ca-file names another CA)" if re.search("issuer|self.signed", fault) else ""
             raise TransportError(f"{operation}: {tried} {self._peer}: {fault}{advice}", passing=passing,
-                                 may_exist=answer.sent and operation == ISSUE)
+                                 was_sent=exchange.sent)
         self._is_silent = False
-        self._report(f"{request.get_method()} {path}: {answer.status}, {elapsed_seconds() - began:.3f} s")
-        if answer.status not in EXPECTED[operation]:
-            raise self._parse_problem(answer)
-        return answer
+        self._report(f"{request.get_method()} {path}: {exchange.status}, {elapsed_seconds() - began:.3f} s")
+        if exchange.status not in EXPECTED[operation]:
+            raise self._parse_problem(exchange)
+        return exchange
 
-    def _wait(self, answer: Exchange, seconds: float) -> str:
+    def _wait(self, exchange: Exchange, seconds: float) -> str:
         """Wait until the exchange is done, or give it up; return why there is no answer, "" if there is."""
         began = elapsed_seconds()
-        while not answer.done.wait(CANCEL_POLL_SECONDS):
+        while not exchange.done.wait(CANCEL_POLL_SECONDS):
             waited = elapsed_seconds() - began
-            if answer.operation == GET and self.cancel.is_set():
-                answer.give_up()
-                raise Cancelled(f"{answer.operation}: given up, the run is ending")
+            if exchange.operation == GET and self.cancel.is_set():
+                exchange.give_up()
+                raise Cancelled(f"{exchange.operation}: given up, the run is ending")
             if waited >= seconds:
-                answer.give_up()
+                exchange.give_up()
                 return f"timed out after {seconds:.3g} s"
             if waited >= SILENT_SECONDS and not self._is_silent:  # once, until it answers
                 self._is_silent = True
-                self._notice(f"still waiting for {self._peer} to answer {answer.operation}")
-        return answer.fault
+                self._notice(f"still waiting for {self._peer} to answer {exchange.operation}")
+        return exchange.fault
 
     def _parse_problem(self, answer: Exchange) -> ApiError:
         """Make the error of an unexpected status, with its problem details (RFC 9457) if it has any."""
@@ -1101,14 +1098,11 @@ class ControlPlane:
         retry_after = parse_retry_after(answer.headers.get("Retry-After"))
         is_rate_limit = status == 429 and retry_after is not None  # else it is the limit of sessions
         is_under_way = status == 409 and code == "idempotent_replay"  # the first request with this key
-        # passing: the same request may well succeed later. may_exist: it may have issued a session
         passing = status in (502, 503, 504) or is_rate_limit or is_under_way or (
             operation == REVOKE and (status == 429 or status >= 500))
-        # gateways lose answers (502, 504); 429 and 503 have done nothing
-        may_exist = operation == ISSUE and (status < 300 or status in (502, 504) or is_under_way)
         forbidden = EXIT_REBAC_DENIED if code == "rebac_denied" else EXIT_FORBIDDEN
-        return ApiError(text + self._advise(answer, code, is_rate_limit), passing=passing,
-                        may_exist=may_exist, status=status, code=code, retry_after_seconds=retry_after,
+        return ApiError(text + self._advise(answer, code, is_rate_limit), passing=passing, status=status,
+                        code=code, retry_after_seconds=retry_after,
                         exit_code={401: EXIT_CREDENTIALS, 403: forbidden}.get(status, EXIT_FAILURE))
 
     def _advise(self, answer: Exchange, code: str, is_rate_limit: bool) -> str:
@@ -1125,8 +1119,8 @@ class ControlPlane:
             return "; too many requests, try again later" if is_rate_limit else (
                 "; sessions count until they expire or are revoked, also those of print mode; "
                 "--max-sessions limits those of a proxy")
-        if status in (401, 403) and self._token_source:
-            advice = "; the token is from " + self._token_source
+        if status in (401, 403):
+            advice = "; the token is from " + self._token.source
         if status == 401 and code == "step_up_required":
             challenge = " ".join(answer.headers.get_all("WWW-Authenticate", []))
             found = re.search(r'acr_values\s*=\s*("[^"]+"|[^\s",]+)', challenge)
@@ -1141,14 +1135,11 @@ class ControlPlane:
             kinds = [f"{name} {self._show(answer.headers[name])}"
                      for name in ("Content-Type", "Content-Encoding") if name in answer.headers]
             raise TransportError(f"{answer.operation}: the answer is not the API's JSON "
-                                 f"({', '.join(kinds) or 'no Content-Type'}); check --server",
-                                 may_exist=answer.operation == ISSUE) from None
+                                 f"({', '.join(kinds) or 'no Content-Type'}); check --server") from None
 
-    def _parse_issued(self, answer: Exchange, asked_on: float,
-                      note_id: Callable[[str], None]) -> IssuedSession:
+    def _parse_issued(self, answer: Exchange, asked_on: float) -> IssuedSession:
         fields = self._parse_body(answer)
         session_id = fields.take("session_id", parse_session_id)
-        note_id(session_id)
         token = fields.take("token", matching("[!-~]{1,65536}", "printable ASCII", Secret))
         self._session_tokens[session_id] = token
         expires = fields.take("expires_at", parse_time)
@@ -1191,7 +1182,6 @@ class ControlPlane:
 
 SYSLOG_SOCKETS = ("/dev/log", "/var/run/syslog")  # Linux and others; macOS
 SYSLOG_AUTHPRIV_INFO = 10 * 8 + 6  # RFC 3164, section 4.1.1: facility * 8 + severity; no host name follows
-SYSLOG_SECONDS = 2
 
 
 class AuditLog(logging.Handler):
@@ -1271,7 +1261,7 @@ class AuditLog(logging.Handler):
             for path in filter(os.path.exists, SYSLOG_SOCKETS):
                 month_to_second = time.ctime()[4:19]  # strftime would take the locale's names
                 line = f"<{SYSLOG_AUTHPRIV_INFO}>{month_to_second} plexctl[{os.getpid()}]: {message}"
-                send_record(path, line.encode("ascii"), SYSLOG_SECONDS)
+                send_record(path, line.encode("ascii"))
                 break
         except OSError as error:
             self._report("warning: syslog did not take the audit record, the file has it: "
@@ -2897,7 +2887,7 @@ WAIT_SECONDS = 0.05  # between two looks of the main thread: a signal's handler 
 REDRAW_SECONDS = 1.0  # of the live line
 TICKING_SECONDS = 0.1  # between two looks after the sessions
 STATUS_SECONDS = 60
-NOTIFY_SECONDS = 1.0
+DOCUMENT_MAX_CHARACTERS = 3000  # of a path or a host, each of whose characters may need ten
 COLUMNS = ("local_addr", "listener_endpoint", "target", "session_id", "expires_at")
 
 
@@ -2930,12 +2920,12 @@ def format_document(document: Dict[str, Any], form: str, width: int) -> str:
     return format_yaml(document) if form == "yaml" else format_text(document, width)
 
 
-def terminal_width(terminal: Any) -> int:
-    """Return the width in columns; 80 if nobody knows."""
+def terminal_width(stream: Any) -> int:
+    """Return the width of a terminal in columns, 80 if it does not say; 0 for anything else."""
     try:
-        return os.get_terminal_size(terminal.fileno()).columns or 80
-    except (OSError, ValueError):
-        return 80
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError, AttributeError):
+        return 0
 
 
 def write_all(stream: Optional[IO[str]], text: str, name: str) -> None:
@@ -2969,7 +2959,7 @@ class Messages:
 
     def __init__(self, stream: Any, live: bool, quiet: bool) -> None:
         self.stream = stream
-        self.is_terminal = stream is not None and stream.isatty()
+        self.is_terminal = terminal_width(stream) > 0
         self._is_live = live and self.is_terminal and not quiet
         self._is_quiet = quiet
         self._queue: Any = queue.Queue()  # lines, the live line (without a line end), events; None: the end
@@ -3015,7 +3005,7 @@ class Messages:
                 continue
             wipe = ""
             if shown:  # on several rows, if the terminal has become narrower
-                wipe = "\x1b[1A" * ((shown - 1) // terminal_width(self.stream)) + "\r\x1b[J"
+                wipe = "\x1b[1A" * ((shown - 1) // max(1, terminal_width(self.stream))) + "\r\x1b[J"
             shown = 0 if text.endswith("\n") else len(text)
             with contextlib.suppress(Exception):  # closed or full: there is nowhere to say so
                 write_all(self.stream, wipe + text, "standard error")
@@ -3090,11 +3080,10 @@ class Foreground:
 # ---------------------------------------------------------------------------------- command line
 
 COMMAND = "tcp-forward"
-USAGE = """plexctl [options] tcp-forward --project-id UUID --resource-id UUID
+USAGE = """plexctl tcp-forward --project-id UUID --resource-id UUID
                --host HOST --port PORT [options]
                [--proxy | --stdio | -- COMMAND [ARG ...]]"""
-SHORT_USAGE = ("usage: plexctl tcp-forward --project-id UUID --resource-id UUID --host HOST --port PORT "
-               "[options]")
+SHORT_USAGE = "usage: " + " ".join(USAGE.split())
 ABOUT = """\
 Ask a plexsphere control plane for a one-time mediated session to a TCP target
 behind a Node, and print its listener endpoint, to connect to until it expires.
@@ -3150,25 +3139,23 @@ FLAGS: Dict[str, List[Tuple[str, Any, str]]] = {  # by group: flag, parser of it
         ("--yes", None, "ignored"),
         ("--version", None, "print the version and the SHA-256 of this file"),
         ("-h --help", None, "print this help")]}
-TAKES_VALUE = {name: parse is not None for rows in FLAGS.values() for flag, parse, _ in rows
-               for name in flag.split() if name[0] == "-"}
+FLAG_ROWS = [row for rows in FLAGS.values() for row in rows]
+FLAG_NAMES = [word for flag, _, _ in FLAG_ROWS for word in flag.split() if word[0] == "-"]
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser, which raises a UsageError where the original would end the process."""
+    """argparse's parser, which raises UsageError, and does not show a value: it may be a secret."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
+        flag = message.partition(":")[0].replace("argument ", "")
+        fault = ("needs a value; is a variable empty?" if "expected one argument" in message else
+                 "must be true or false, or left out")
+        raise UsageError(f"{flag}: {fault}")
 
 
-def checked(flag: str, parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return the parser with UsageError; argparse would show the value, which may be a secret."""
-    def convert(text: str) -> Any:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise UsageError(f"{flag}: {error}") from None
-    return convert
+def attribute_of(flag: str) -> str:
+    """Return what argparse calls a flag."""
+    return flag[2:].replace("-", "_")
 
 
 def create_parser() -> Parser:
@@ -3181,65 +3168,80 @@ def create_parser() -> Parser:
         for flag, parse, text in rows:
             if parse is not None:
                 name, metavar = flag.split()
-                group.add_argument(name, metavar=metavar, type=checked(name, parse), help=text,
-                                   required=name in REQUIRED)
+                group.add_argument(name, metavar=metavar, action="append", help=text)
             else:
                 names = flag.split()
                 group.add_argument(*names, action="store_true", help=text)
-                group.add_argument(*[name + "=false" for name in names], action="store_false",
-                                   dest=names[-1][2:].replace("-", "_"), help=argparse.SUPPRESS)
-    parser.set_defaults(ttl_seconds=0, wait_seconds=90.0, output="text")
+                for value in ("true", "false"):
+                    group.add_argument(f"{names[-1]}={value}", action="store_" + value,
+                                       dest=attribute_of(names[-1]), help=argparse.SUPPRESS)
+    parser.set_defaults(ttl_seconds=["0"], wait_seconds=["90"], output=["text"])
     return parser
 
 
-def find_flags(words: Sequence[str]) -> List[str]:
-    """Return the flags, as --flag or --flag=value, without the command; -h or --version alone.
+def parse_arguments(argv: Sequence[str]) -> Tuple[str, Any]:
+    """Return what -h or --version prints, or the options."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    words: List[str] = []
+    parser = create_parser()
+    try:
+        for word in argv[:end]:  # what argparse makes of -vq, -v= and -vx differs from version to version
+            if re.match("-[hvq]+[^hvq]", word):
+                raise UsageError(describe_unknown(word))
+            words += ["-" + letter for letter in word[1:]] if re.fullmatch("-[hvq]{2,}", word) else [word]
+        options, others = parser.parse_known_args(words)
+        has_command = COMMAND in others
+        if has_command:
+            others.remove(COMMAND)
+        if others and others[0][:1] != "-":  # before -h, which may be that of `psql -h HOST`
+            word = show_word(others[0])
+            if has_command:
+                raise UsageError(f"unexpected argument{word}; put -- before the command to run")
+            raise UsageError(f"unknown command{word}{suggest(others[0], [COMMAND]) or ';'} {SHORT_USAGE}")
+        if options.help:
+            return parser.format_help(), None
+        if options.version:
+            return describe_version(), None
+        if others:
+            raise UsageError(describe_unknown(others[0].partition("=")[0]))
+        if not has_command:
+            raise UsageError(f"no command; {SHORT_USAGE}")
+        convert_values(options)
+        options.command = list(argv[end + 1:]) if end < len(argv) else None
+        check_together(options)
+        return "", options
+    except UsageError as error:
+        raise UsageError(f"{error} (see plexctl --help)") from None
 
-    What argparse would get wrong ends here: it shows the value of an unknown flag, prints our help for
-    `psql -h` without `--`, drops a value of `--` (up to 3.12), and does not split -vv (3.6, 3.7).
-    """
-    flags: List[str] = []
-    has_command = False
-    remaining = iter(words)
-    for word in remaining:
-        flag, equals, value = word.partition("=")
-        if flag in ("-h", "--help", "--version") and value in ("", "true"):
-            return [flag]
-        if word == COMMAND and not has_command:
-            has_command = True
-        elif word[:1] != "-" and has_command:
-            raise UsageError(f"unexpected argument{show_word(word)}; put -- before the command to run")
-        elif word[:1] != "-":
-            advice = suggest(word, [COMMAND]) or ";"
-            raise UsageError(f"unknown command{show_word(word)}{advice} {SHORT_USAGE}")
-        elif re.fullmatch("-[vq]{2,}", word):
-            flags += ["-" + letter for letter in word[1:]]
-        elif flag not in TAKES_VALUE:
-            raise UsageError(describe_unknown(flag))
-        elif TAKES_VALUE[flag]:
-            value = value if equals else next(remaining, "")
-            if not value or re.match("-[^0-9]", value):  # the next flag
-                raise UsageError(f"{flag}: needs a value; is a variable empty?")
-            flags.append(f"{flag}={value}")
-        elif equals and value not in ("true", "false"):
-            raise UsageError(f"{flag}: must be true or false, or left out")
-        else:
-            flags.append(word if value == "false" else flag)
-    if not has_command:
-        raise UsageError(f"no command; {SHORT_USAGE}")
-    return flags
+
+def convert_values(options: argparse.Namespace) -> None:
+    """Parse all values of each flag, and keep the last; UsageError shows none, since it may be a secret."""
+    missing = [flag for flag in REQUIRED if getattr(options, attribute_of(flag)) is None]
+    if missing:
+        raise UsageError(f"missing arguments: {', '.join(missing)}")
+    for flag, parse, _ in FLAG_ROWS:
+        if parse is None:
+            continue
+        name = flag.split()[0]
+        for value in getattr(options, attribute_of(name)) or []:
+            if value in ("", "--", []):  # argparse makes --port=-- an empty list, up to 3.12
+                raise UsageError(f"{name}: needs a value; is a variable empty?")
+            try:
+                setattr(options, attribute_of(name), parse(value))
+            except ValueError as error:
+                raise UsageError(f"{name}: {error}") from None
 
 
 def describe_unknown(flag: str) -> str:
     """Describe an unknown flag, without what may be a secret."""
     first = flag.split()[0]
     if first != flag:
-        name = f" ({first} ...)" if first in TAKES_VALUE else ""
+        name = f" ({first} ...)" if first in FLAG_NAMES else ""
         return (f"several words in one argument{name}: $TARGET must not be quoted, and zsh and fish do not "
                 "split it")
     if len(flag) < 3 or flag[:2] != "--":
         return "unknown flag " + escape(flag[:2]) + ("..." if flag[2:] else "")
-    return f"unknown flag {escape(flag, 40)}{suggest(flag, list(TAKES_VALUE))}"
+    return f"unknown flag {escape(flag, 40)}{suggest(flag, FLAG_NAMES)}"
 
 
 def suggest(word: str, known: Sequence[str]) -> str:
@@ -3260,27 +3262,10 @@ def describe_version() -> str:
     return f"plexctl {__version__} ({digest})\n"
 
 
-def parse_arguments(argv: Sequence[str]) -> Tuple[str, Any]:
-    """Return what -h or --version prints, or the options."""
-    end = argv.index("--") if "--" in argv else len(argv)
-    try:
-        flags = find_flags(argv[:end])
-        if flags == ["--version"]:
-            return describe_version(), None
-        if flags in (["-h"], ["--help"]):
-            return create_parser().format_help(), None
-        options = create_parser().parse_args(flags)
-        options.command = list(argv[end + 1:]) if end < len(argv) else None
-        check_together(options)
-        return "", options
-    except UsageError as error:
-        raise UsageError(f"{error} (see plexctl --help)") from None
-
-
 def check_together(options: argparse.Namespace) -> None:
     """Check flags that exclude or need one another; set `mode` and defaults that depend on others."""
     def given(*flags: str) -> List[str]:
-        return [flag for flag in flags if getattr(options, flag[2:].replace("-", "_"))]
+        return [flag for flag in flags if getattr(options, attribute_of(flag))]
 
     command, local = options.command, options.local_addr
     modes = given("--proxy", "--stdio")
@@ -3295,10 +3280,8 @@ def check_together(options: argparse.Namespace) -> None:
     options.mode = modes[0] if modes else "print"
     if options.mode in ("print", "--stdio"):
         useless = given("--max-sessions", "--min-sessions", "--renew", "--allow-other-users")
-        if local and local.path:
-            useless.append("--local-addr unix:")
-        elif options.stdio:
-            useless += given("--local-addr")
+        if local and (local.path or options.stdio):
+            useless.append("--local-addr unix:" if local.path else "--local-addr")
         if useless:
             raise UsageError(f"{useless[0]} needs --proxy or -- COMMAND")
     if options.keep_session and not modes:
@@ -3318,6 +3301,7 @@ def check_together(options: argparse.Namespace) -> None:
 
 def find_command(name: str, environ: Environ) -> str:
     """Find the program that COMMAND names; exit 127 or 126 like a shell, before anything is issued."""
+    import subprocess  # noqa: F401  # start_command needs it: a Python that lacks it costs no session
     path = environ.get("PATH", os.defpath)
     found = shutil.which(name, path=path)
     if found and os.path.isfile(found):
@@ -3419,8 +3403,7 @@ class Run:
                     "listener_endpoint": str(session.endpoint),
                     "target": {"host": self.request.host, "port": self.request.port},
                     "expires_at": session.issued and session.issued.expires_at}
-        width = terminal_width(self.stdout) if self.stdout is not None and self.stdout.isatty() else 0
-        text = format_document(document, self.options.output, width)
+        text = format_document(document, self.options.output, terminal_width(self.stdout))
         self.foreground.write(text, self.stdout, "standard output")
 
     def print_coordinates(self) -> int:
@@ -3568,7 +3551,7 @@ class Run:
         path = self.environ.get("NOTIFY_SOCKET", "")
         try:
             if path[:1] in ("/", "@"):
-                send_record("\0" + path[1:] if path[0] == "@" else path, state.encode(), NOTIFY_SECONDS)
+                send_record("\0" + path[1:] if path[0] == "@" else path, state.encode())
         except (OSError, ValueError) as error:
             self.ledger.tell_once(f"warning: NOTIFY_SOCKET: systemd was not told: {show_error(error)}")
 
@@ -3583,9 +3566,9 @@ class Run:
             child = self.start_command(program, forwarder.local)
             self.wait_for_command(child, forwarder)
         finally:
-            for signum in foreground.passed_on:  # what came while it ended was for COMMAND, too
-                while signum in foreground.signals:
-                    foreground.signals.remove(signum)
+            # what came while it ended was for COMMAND, too
+            for signum in [each for each in foreground.signals if each in foreground.passed_on]:
+                foreground.signals.remove(signum)
             foreground.ignored = foreground.passed_on = ()
         self.deliver(forwarder)
         status = int(child.returncode)
@@ -3593,6 +3576,7 @@ class Run:
 
     def start_command(self, program: str, local: LocalAddress) -> Any:
         """Start COMMAND, with its placeholders and environment filled in."""
+        import subprocess
         host, port = (local.path, "") if local.path else (local.host, str(local.port))
         values = {"{host}": host, "{port}": port, "{addr}": str(local)}
         arguments = [re.sub(r"\{(?:host|port|addr)\}", lambda found: values[found.group()], word)
@@ -3670,9 +3654,9 @@ __all__ = [  # what is stable for those who vendor this file
     "ApiError", "ControlPlane", "CredentialsError", "Endpoint", "Forwarder", "IssuedSession", "Ledger",
     "LocalAddress", "MediatedSession", "PlexctlError", "Secret", "Server", "Session", "SessionOver",
     "SessionRequest", "TransportError", "UsageError", "main", "parse_local_address", "parse_server"]
-NOT_HANDLED = (  # faults; what ends no process, or nobody can handle
-    "SIGABRT", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGTRAP", "SIGSYS", "SIGKILL", "SIGSTOP", "SIGTSTP",
-    "SIGTTIN", "SIGTTOU", "SIGCONT", "SIGCHLD", "SIGURG", "SIGWINCH", "SIGINFO")
+NOT_HANDLED = (  # faults, and what ends no process
+    "SIGABRT", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGTRAP", "SIGSYS", "SIGTSTP", "SIGTTIN", "SIGTTOU",
+    "SIGCONT", "SIGCHLD", "SIGURG", "SIGWINCH", "SIGINFO")
 
 
 def handle_signals(handle: Callable[[int, Any], None]) -> Dict[int, Any]:
@@ -3683,7 +3667,7 @@ def handle_signals(handle: Callable[[int, Any], None]) -> Dict[int, Any]:
     before: Dict[int, Any] = {}
     others = {getattr(signal, name, None) for name in NOT_HANDLED}
     for signum in range(1, signal.NSIG):
-        with contextlib.suppress(OSError, ValueError):  # the C library's own; not the main thread
+        with contextlib.suppress(OSError, ValueError):  # SIGKILL, the C library's own; not the main thread
             current = signal.getsignal(signum)
             if signum not in others and current in (signal.SIG_DFL, signal.default_int_handler):
                 before[signum] = signal.signal(signum, handle)
@@ -3697,18 +3681,19 @@ def as_error(error: Exception) -> PlexctlError:
     if isinstance(error, PlexctlError):
         return error
     if isinstance(error, ImportError):  # of a module that the standard library loads late
-        return PlexctlError(f"this Python lacks a part of its standard library: {show_error(error)}")
+        return PlexctlError(f"this Python lacks a part of its standard library: {escape(str(error))}")
     if isinstance(error, (OSError, MemoryError)):
         return PlexctlError(f"the system refuses: {show_error(error)}")
     # a defect; its text may hold what it was given
     return PlexctlError(f"internal error, please report it (with -v): {show_error(error)}")
 
 
-def perform(argv: Sequence[str], environ: Environ, ends_process: bool = False,
-            core_limit: Optional[int] = None) -> Tuple[int, int]:
+def perform(argv: Sequence[str], environ: Environ, ends_process: bool = False) -> Tuple[int, int]:
     """Run the command; return its exit code and the number of the signal that ended it (0: none)."""
     messages: Optional[Messages] = None
     handlers: Dict[int, Any] = {}
+    # a core would hold the tokens; 1 byte, since 0 would not stop a core_pattern that is a pipe (core(5))
+    core_limit = set_core_limit(1) if ends_process else None
     try:
         prints, options = parse_arguments(argv)
         if prints:
@@ -3754,8 +3739,7 @@ def run() -> None:
         except OSError:
             open_nowhere(os.O_RDONLY)  # the lowest free number; writing to it fails
     try:
-        # 1 byte: 0 would not stop a core_pattern that is a pipe (core(5))
-        status, signum = perform(sys.argv[1:], os.environ, True, set_core_limit(1))
+        status, signum = perform(sys.argv[1:], os.environ, ends_process=True)
         if signum:
             end_by_signal(signum)
         os._exit(status)

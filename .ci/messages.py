@@ -60,7 +60,7 @@ def messages_of(tree):
             name = getattr(call.func, "id", getattr(call.func, "attr", ""))
             for text in written_texts(call.args[0]):
                 told = name in TELL or name in REPORT and text.startswith(("warning: ", "error: "))
-                if function.name in ("find_flags", "check_together"):
+                if function.name in ("error", "parse_arguments", "convert_values", "check_together"):
                     text += " (see plexctl --help)"  # see parse_arguments
                 text = shortened(text)
                 if (told or name in raised) and len(re.sub("[^a-z]", "", text)) > 6:
