@@ -14,22 +14,27 @@ it. A signal that ends plexctl does so once the session is revoked, and the shel
 
 One file, standard library only, Python 3.6 to 3.15. Read it from the top: a section uses those above it.
 
-Secrets. The bearer token comes from a file or the environment; from there on it is a Secret, which only the
-section control plane reveals, to send it. COMMAND gets neither that variable nor the standard input that it
-came from, but runs as the same user and could read the file, or our environment in /proc. The session token
-is shown with --reveal-secrets alone, by Run.establish, after the section audit has recorded that.
+Sessions. The Node serves one connection of a session at a time, and ends both directions as soon as it reads
+the end of either. So each open connection needs a session, which takes the next connection once the Node has
+ended the last.
+
+Secrets. The bearer token comes from a file, standard input or the environment. From there on it is a Secret,
+which only the section control plane reveals, to send it. COMMAND gets neither that variable nor that standard
+input, but runs as the same user and could read the file, or our environment in /proc. The session token is
+shown with --reveal-secrets alone, by Run.establish, after the section audit has recorded that.
 
 Threads. The main thread waits for signals and calls Forwarder.tick, which issues further sessions. Each
-session has a thread that accepts, dials and carries its connections; with --stdio one carries. One writes
-to stderr. Short-lived ones do what may block, such as an HTTP exchange. A lock guards changes of what its
-comment names. Other flags may be set by several: then the worst is that something is asked or said twice.
+session has a thread that accepts, dials and carries its connections; with --stdio a single thread carries the
+only one. Another one writes to stderr. Short-lived ones do what may block, such as an HTTP exchange. The
+comment of each lock names what it guards. A flag outside of these may be set by several threads: at worst
+something is asked or said twice.
 """
 import sys
 
 if __name__ == "__main__":
     if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
         del sys.path[0]  # the directory of the script: another user's argparse.py may lie in /tmp
-    # until the handlers stand Ctrl-C ends the process: a KeyboardInterrupt amid an import can be lost
+    # until handle_signals() Ctrl-C ends the process: a KeyboardInterrupt amid an import can be lost
     import _signal  # type: ignore[import-not-found]
 
     if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
@@ -39,7 +44,8 @@ try:
     import logging
 
     _quiet = logging.NullHandler()
-    logging.getLogger().addHandler(_quiet)  # hashlib logs a traceback for a digest that is missing (FIPS)
+    # urllib.request imports hashlib, which logs a traceback for a digest that is missing (FIPS)
+    logging.getLogger().addHandler(_quiet)
     import hashlib
 
     logging.getLogger().removeHandler(_quiet)
@@ -103,9 +109,9 @@ EXIT_SIGNAL_BASE = 128
 
 CONNECT_SECONDS = 10
 EXCHANGE_SECONDS = 30  # of one request and its answer
-LEAVE_SECONDS = 10  # to revoke what is owed at the end
+LEAVE_SECONDS = 10  # to revoke sessions at the end
 CLOSE_SECONDS = 2  # to end connections whose session is over
-HURRY_SECONDS = 1.0  # what a second signal leaves of the time to revoke, and messages get to be written
+HURRY_SECONDS = 1.0  # to revoke them after a second signal; also to write the last messages
 POLL_MIN_SECONDS = 0.5  # pauses between requests grow from this
 POLL_MAX_SECONDS = 3.0  # to this
 WARN_LEFT_SECONDS = (300, 60)  # of a session
@@ -115,7 +121,7 @@ WARN_LEFT_SECONDS = (300, 60)  # of a session
 
 
 class PlexctlError(Exception):
-    """Anything that ends the command with one line on stderr. `facts` are the attributes that differ."""
+    """Anything that ends the command with one line on stderr. `facts` replace attributes of the class."""
 
     exit_code = EXIT_FAILURE  # the process's exit status
     passing = False  # the same may well succeed a little later
@@ -191,7 +197,7 @@ def elapsed_seconds() -> float:
 def start_thread(function: Callable[..., object], *arguments: Any) -> bool:
     """Run it in a thread that does not keep the process alive; False if there are no more threads."""
     def run() -> None:
-        if hasattr(signal, "SIGTTOU"):  # with `stty tostop`, one that writes to the terminal would stop all
+        if hasattr(signal, "SIGTTOU"):  # which stops all who write to a terminal with `stty tostop`
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
         function(*arguments)
 
@@ -239,7 +245,7 @@ def poll_now(fd: int, mask: int) -> int:
 
 
 def open_nowhere(flags: int) -> int:
-    """Open a descriptor that takes or gives nothing, also where there is no /dev/null."""
+    """Open a descriptor that takes or gives nothing; without /dev/null one that fails (EBADF, EISDIR)."""
     try:
         return os.open(os.devnull, flags)
     except OSError:
@@ -261,6 +267,7 @@ HOST_MAX_CHARACTERS = 253  # RFC 1035, section 2.3.4, as text
 SOCKET_PATH_MAX_BYTES = 100  # sun_path has 104 on macOS, 108 on Linux
 UUID_PATTERN = "[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"  # RFC 9562, section 4
 LABEL_PATTERN = "[0-9A-Za-z_](?:[0-9A-Za-z_-]{0,61}[0-9A-Za-z_])?"  # of a DNS name; people use _
+# printable ASCII; scheme, host, port, path
 URL_PATTERN = r"(?=[!-~]*\Z)(?i:(https?))://([^/?#@\\]+?)(:[0-9]{1,5})?(/[^?#\\]*)?"
 TIME_PATTERN = (r"([0-9]{4})-([0-9]{2})-([0-9]{2})[Tt]([0-9]{2}):([0-9]{2}):([0-5][0-9]|60)"
                 r"(\.[0-9]{1,9})?(?:[Zz]|([+-])([01][0-9]|2[0-3]):([0-5][0-9]))")
@@ -338,9 +345,8 @@ def is_loopback(host: str) -> bool:
 def is_dialable(host: str, from_loopback: bool = False) -> bool:
     """Tell whether a listener endpoint may be at this address; a name is judged once it is looked up.
 
-    Not at one of this machine or a multicast one, unless `from_loopback`: the control plane is here, and
-    so may be the Node. Never at a link-local one: clouds have their metadata service there, and a
-    control plane behind `ssh -L` is on loopback, too.
+    - link-local: never, since clouds have their metadata service there
+    - loopback, unspecified, multicast: only `from_loopback`, that is, if the control plane is on this machine
     """
     address = parse_address(host.partition("%")[0])  # getaddrinfo gives fe80::1%eth0
     if address is None:
@@ -444,7 +450,7 @@ def parse_time(text: str) -> float:
 
 
 def parse_json(raw: bytes) -> Any:
-    """Parse strict JSON (RFC 8259): UTF-8, no NaN, duplicate keys, lone surrogates. Numbers become floats."""
+    """Parse strict JSON (RFC 8259): UTF-8, no NaN, no duplicate keys, no lone surrogates."""
     def unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
         fields = dict(pairs)
         if len(fields) != len(pairs):
@@ -452,7 +458,7 @@ def parse_json(raw: bytes) -> Any:
         return fields
 
     try:
-        # an int of 1 MiB takes 3.6 a quarter of a minute; a float is infinite then, and so refused
+        # Python 3.6 needs 15 s for an int of 1 MiB; as a float it is infinite, and refused below
         document = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_int=float)
         json.dumps(document, ensure_ascii=False, allow_nan=False).encode("utf-8")
         return document
@@ -502,7 +508,8 @@ def show_error(error: BaseException) -> str:
             return words
     reason = getattr(error, "reason", None)  # of an SSLError
     if isinstance(error, ssl.CertificateError) or reason == "CERTIFICATE_VERIFY_FAILED":
-        return "certificate not trusted: " + escape(getattr(error, "verify_message", str(error)))  # 3.6
+        # 3.6 has no verify_message
+        return "certificate not trusted: " + escape(getattr(error, "verify_message", str(error)))
     if isinstance(error, ssl.SSLError) and reason:
         return "TLS failed: " + escape(reason.replace("_", " ").lower())
     if isinstance(error, OSError) and error.strerror:
@@ -560,13 +567,13 @@ def parse_token(raw: bytes, source: str) -> Secret:
 
 
 def show_word(word: str) -> str:
-    """Quote a word of the command line for a message; "" if it may be a token in the wrong place."""
+    """Quote a word of the command line for a message; "" if it may be a token, and is no existing path."""
     may_be_token = len(word) > 20 or word.lower().startswith("psk")
     return "" if may_be_token and not os.path.isdir(os.path.dirname(word)) else f" '{escape(word)}'"
 
 
 def find_file_fault(status: os.stat_result, forbidden_bits: int) -> str:
-    """Say why a file is not safe: only we and root may own it and use it in these ways. "" if it is."""
+    """Say why a file is not safe: it must be ours or root's, without these permission bits. "" if it is."""
     if os.name != "posix":
         return ""
     if status.st_uid not in (os.geteuid(), 0):
@@ -602,8 +609,8 @@ def read_own_file(path: str, source: str, forbidden_bits: int = ALL_BITS, limit:
             is_file = stat.S_ISREG(status.st_mode)
             if not (is_file or at_stdin or stat.S_ISFIFO(status.st_mode)):
                 raise kind(f"{source}: must be a regular file or a pipe")
-            # "-" is the caller's choice, and so is anything but a file at standard input
-            if path != "-" and (is_file or not at_stdin):
+            is_chosen = path == "-" or (at_stdin and not is_file)  # the caller knows what he redirects
+            if not is_chosen:
                 fault = find_file_fault(status, forbidden_bits)
                 if fault and source.startswith("--token-file"):
                     fault += " (a mounted secret: --token-file - < FILE)"
@@ -611,7 +618,7 @@ def read_own_file(path: str, source: str, forbidden_bits: int = ALL_BITS, limit:
                     raise CredentialsError(f"{source}: {fault}")
             if path != "-" and is_file:
                 file.seek(0)
-            if hasattr(os, "set_blocking"):  # wait for what a pipe's writer has yet to send
+            if os.name == "posix":  # wait for what a pipe's writer has yet to send
                 os.set_blocking(file.fileno(), True)
             raw = file.read(limit + 1)
     except (OSError, ValueError) as error:
@@ -631,6 +638,7 @@ def find_own_file(variable: str, below_home: str, name: str, environ: Environ) -
 
 def is_object(value: Any, **types: type) -> bool:
     """Tell whether this is a JSON object with only these fields, each of its type."""
+    # nothing is an instance of (): a field with another name
     return isinstance(value, dict) and all(isinstance(value[name], types.get(name, ())) for name in value)
 
 
@@ -680,15 +688,15 @@ def resolve_credentials(server_flag: Optional[str], profile_flag: Optional[str],
     """
     url, variable = environ.get("PLEXSPHERE_URL"), environ.get("PLEXSPHERE_TOKEN", "")
     named_server, named_token = read_profile(profile_flag, environ) if profile_flag else ("", None)
-    is_complete = (server_flag or named_server or url) and (token_file or named_token or variable)
-    default_server, default_token = ("", None) if is_complete else read_profile("", environ)
+    needs_default = not (server_flag or named_server or url) or not (token_file or named_token or variable)
+    default_server, default_token = read_profile("", environ) if needs_default else ("", None)
 
     servers = (("--server", server_flag), ("server of the profile", named_server), ("PLEXSPHERE_URL", url),
                ("server of the default profile", default_server))
-    source, text = next((row for row in servers if row[1]), ("", None))
+    server_source, text = next((row for row in servers if row[1]), ("", None))
     if not text:
         raise UsageError("no server: give --server, a profile, or PLEXSPHERE_URL")
-    server = check_server(text, source, allow_http)
+    server = check_server(text, server_source, allow_http)
 
     if token_file:
         is_path = token_file[:1] in "/.~-" or os.path.lexists(token_file)  # else it may be the token itself
@@ -701,8 +709,8 @@ def resolve_credentials(server_flag: Optional[str], profile_flag: Optional[str],
         raise CredentialsError("no credentials: give --token-file, a profile, or PLEXSPHERE_TOKEN")
     # the same scheme, host and port (RFC 6454, section 5)
     if not owner or check_server(owner, "server of the profile", allow_http)[:3] != server[:3]:
-        raise CredentialsError(f"the token of a profile goes only to that profile's own server, and {source} "
-                               "names another one; give --token-file for that")
+        raise CredentialsError(f"the token of a profile goes only to that profile's own server, and "
+                               f"{server_source} names another one; give --token-file for that")
     return server, token
 
 
@@ -720,8 +728,8 @@ RETRY_AFTER_MAX_SECONDS = 5
 SILENT_SECONDS = 5  # after which a server that has not answered is mentioned
 CANCEL_POLL_SECONDS = 0.1
 BODY_MAX_BYTES = 1024 * 1024
-FINDABLE_CHARACTERS = 8  # of a secret; a shorter one is in any text
-# the scheme may be missing; http:USER@HOST, without slashes, is a mistake
+FINDABLE_CHARACTERS = 8  # of a secret; a shorter one is in many texts by chance
+# the scheme may be missing; http:USER@HOST, without slashes, is refused
 PROXY_PATTERN = r"(?:http://|(?!http:))(?:(?:[\w.~!$&'()*+,;=:-]|%[0-9A-F]{2})*@)?([^/@]+?)(:[0-9]+)?/?"
 
 
@@ -783,6 +791,7 @@ class Exchange(urllib.request.AbstractHTTPHandler):
     def http_open(self, request: urllib.request.Request) -> Any:
         return self.do_open(PlaneConnection, request, exchange=self)  # type: ignore[arg-type]
 
+    # OpenerDirector finds a handler's methods by these names
     https_open = http_open
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
@@ -805,7 +814,7 @@ class Exchange(urllib.request.AbstractHTTPHandler):
     def _read_body(self, response: Any) -> str:
         """Read the body in pieces; return what is wrong with it, "" if nothing is.
 
-        read() would take a chunk of size -1 for no limit at all, and not notice an end that comes early.
+        A chunk of size -1 would make read() read without limit; nor does it notice an end that is early.
         """
         length = response.length  # None: in chunks, or until the connection ends
         while len(self.body) != length and not self.is_given_up:
@@ -823,7 +832,8 @@ class Exchange(urllib.request.AbstractHTTPHandler):
         sock = self.connection and self.connection.sock
         if sock:
             with contextlib.suppress(OSError):  # it is not open any more
-                sock.shutdown(socket.SHUT_RDWR)
+                # SSLSocket's own shutdown() turns TLS off first: the request could then go out in the clear
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 class PlaneConnection(http.client.HTTPConnection):
@@ -839,11 +849,11 @@ class PlaneConnection(http.client.HTTPConnection):
         super().connect()
         exchange = self._exchange
         if exchange.context is not None:
-            # the handshake comes apart, so that it can be given up on as well
+            # the handshake is a step of its own, so that give_up() can shut this socket down as well
             self.sock = exchange.context.wrap_socket(self.sock, server_hostname=exchange.server_name,
                                                      do_handshake_on_connect=False)
             self.sock.do_handshake()
-        exchange.sent = True  # first: who gives up and sees it unset says that nothing was sent
+        exchange.sent = True  # before the look: either _exchange() sees this, or this thread the other flag
         if exchange.is_given_up:
             raise TimeoutError
         self.sock.settimeout(EXCHANGE_SECONDS)
@@ -949,7 +959,7 @@ class Fields:
         if isinstance(value, kind):
             try:
                 return parse(value)
-            except ValueError as error:  # what it must be, not what it is
+            except ValueError as error:  # it says what the value must be, and does not show it
                 fault = str(error)
         raise TransportError(f"{self._operation}: the answer's {name} {fault}")
 
@@ -973,7 +983,7 @@ class ControlPlane:
         self._session_tokens: Dict[str, Secret] = {}  # by session_id, until it is revoked
         self._report = report
         self._notice = notice
-        self._is_silent = False  # and that was said
+        self._said_silent = False
         self._proxy = find_proxy(server, os.environ if environ is None else environ)
         self._peer = str(server) + (" through HTTPS_PROXY" if self._proxy else "")
         self._context = create_tls_context(ca_file) if server.scheme == "https" else None
@@ -1060,7 +1070,7 @@ class ControlPlane:
             advice = " (--ca-file names another CA)" if re.search("issuer|self.signed", fault) else ""
             raise TransportError(f"{operation}: {tried} {self._peer}: {fault}{advice}", passing=passing,
                                  was_sent=exchange.sent)
-        self._is_silent = False
+        self._said_silent = False
         self._report(f"{request.get_method()} {path}: {exchange.status}, {elapsed_seconds() - began:.3f} s")
         if exchange.status not in EXPECTED[operation]:
             raise self._parse_problem(exchange)
@@ -1077,8 +1087,8 @@ class ControlPlane:
             if waited >= seconds:
                 exchange.give_up()
                 return f"timed out after {seconds:.3g} s"
-            if waited >= SILENT_SECONDS and not self._is_silent:  # once, until it answers
-                self._is_silent = True
+            if waited >= SILENT_SECONDS and not self._said_silent:  # once, until it answers
+                self._said_silent = True
                 self._notice(f"still waiting for {self._peer} to answer {exchange.operation}")
         return exchange.fault
 
@@ -1118,7 +1128,7 @@ class ControlPlane:
         if status == 429:
             return "; too many requests, try again later" if is_rate_limit else (
                 "; sessions count until they expire or are revoked, also those of print mode; "
-                "--max-sessions limits those of a proxy")
+                "--max-sessions limits those of --proxy")
         if status in (401, 403):
             advice = "; the token is from " + self._token.source
         if status == 401 and code == "step_up_required":
@@ -1150,7 +1160,7 @@ class ControlPlane:
                              session, endpoint or session.listener_endpoint)
 
     def _parse_session(self, fields: Fields, session_id: str) -> Session:
-        fields.take("id", lambda text: one_of(session_id.lower())(text.lower()))
+        fields.take("id", matching("(?i)" + session_id, "that of the session"))
         fields.take("kind", one_of("tcp"))
         return Session(session_id, fields.take("status", one_of("active", "revoked", "expired")),
                        fields.take("issued_at", parse_time, optional=True) or 0.0,
@@ -1181,7 +1191,7 @@ class ControlPlane:
 # ----------------------------------------------------------------------------------------- audit
 
 SYSLOG_SOCKETS = ("/dev/log", "/var/run/syslog")  # Linux and others; macOS
-SYSLOG_AUTHPRIV_INFO = 10 * 8 + 6  # RFC 3164, section 4.1.1: facility * 8 + severity; no host name follows
+SYSLOG_AUTHPRIV_INFO = 10 * 8 + 6  # RFC 3164, section 4.1.1: facility * 8 + severity
 
 
 class AuditLog(logging.Handler):
@@ -3022,7 +3032,7 @@ class Foreground:
         self.report = messages.report
         self.signals: List[int] = []
         self.ignored: Tuple[int, ...] = ()
-        self.passed_on: Tuple[int, ...] = ()  # they do not count: COMMAND's to act on
+        self.passed_on: Tuple[int, ...] = ()  # to COMMAND; they do not count towards the third
         self._asked = 0  # signals that asked for the end
 
     def handle(self, signum: int, frame: object) -> None:
@@ -3716,7 +3726,7 @@ def perform(argv: Sequence[str], environ: Environ, ends_process: bool = False) -
     finally:
         if messages is not None:
             messages.flush()
-            if not ends_process:  # else a late signal would make it look as if it had not come to its end
+            if not ends_process:  # a process keeps its handlers: a late signal must not change its status
                 messages.close()
                 for signum, handler in handlers.items():
                     signal.signal(signum, handler)

@@ -3080,7 +3080,7 @@ def step_up(*challenges):
     (step_up("Basic", 'Bearer acr_values="urn:b"'), "; re-authenticate with acr_values urn:b and try again"),
     (step_up(), "; re-authenticate and try again"), (step_up("acr_values"), "re-authenticate and try again"),
     (problem("session_limit_exceeded"), "; sessions count until they expire or are revoked, also those of "
-                                        "print mode; --max-sessions limits those of a proxy")],
+                                        "print mode; --max-sessions limits those of --proxy")],
     ids=["304", "bare", "detail", "all", "acr", "plain acr", "second acr", "no acr", "odd acr", "429"])
 def test_an_error_is_told_without_gaps_and_with_what_to_do(cli, lone_plane, answer, end):
     assert issue_fails(cli, lone_plane, [answer], 3 if answer.status == 401 else 1).endswith(end)
@@ -3522,6 +3522,19 @@ def old_tls_context(certificate):
     except (ValueError, ssl.SSLError):
         pytest.skip("no TLS 1.1 here")
     return context
+
+
+def test_a_request_that_is_given_up_does_not_go_on_in_the_clear(tls_plane, tls_files):
+    """SSLSocket.shutdown() turns TLS off first, and what another thread sends just then is plain text."""
+    context = plexctl.create_tls_context(tls_files.ca)
+    exchange = plexctl.Exchange("GetSession", "127.0.0.1", context)
+    connection = plexctl.PlaneConnection(tls_plane.url.split("/")[2], exchange, timeout=10)
+    connection.connect()
+    exchange.give_up()
+    assert connection.sock.version() is not None
+    with pytest.raises(OSError):
+        connection.sock.sendall(b"Authorization")
+    connection.close()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
