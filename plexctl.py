@@ -766,9 +766,9 @@ class SessionRequest(NamedTuple):
 
 
 class Exchange(urllib.request.AbstractHTTPHandler):
-    """One request and its answer: `status`, `headers`, `body`; or `fault`, which says why there is none.
+    """One request and its answer: `status`, `headers`, `body`.
 
-    `perform` runs in a thread of its own, so that whoever waits for `done` can give up: a time-out of
+    `perform` runs in a thread of its own, so that whoever waits for it can give up: a time-out of
     urllib's is for each recv, and the look-up of a name has none. The opener has no other handlers than
     this one and the proxy's: urllib's default ones carry the bearer token to wherever a redirect points
     and to the proxy of plain http, and open file: URLs.
@@ -782,10 +782,8 @@ class Exchange(urllib.request.AbstractHTTPHandler):
         self.status = 0
         self.headers: Any = {}  # email.message.Message
         self.body = bytearray()
-        self.fault = ""
         self.sent = False  # the server may have the request
         self.is_given_up = False
-        self.done = threading.Event()
         self.connection: Optional[PlaneConnection] = None
 
     def http_open(self, request: urllib.request.Request) -> Any:
@@ -795,8 +793,8 @@ class Exchange(urllib.request.AbstractHTTPHandler):
     https_open = http_open
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
-    def perform(self, request: urllib.request.Request, proxy: str) -> None:
-        """Send the request, through the proxy if one is named, and read the answer."""
+    def perform(self, request: urllib.request.Request, proxy: str) -> str:
+        """Send the request, through a proxy or not; return why there is no answer, "" if there is one."""
         opener = urllib.request.OpenerDirector()
         opener.add_handler(self)
         if proxy:
@@ -804,12 +802,10 @@ class Exchange(urllib.request.AbstractHTTPHandler):
         try:
             with opener.open(request, timeout=CONNECT_SECONDS) as response:
                 self.status, self.headers = response.status, response.headers
-                self.fault = self._read_body(response)
+                fault = self._read_body(response)
         except Exception as error:  # OSError, HTTPException, ValueError, RecursionError, MemoryError, ...
-            self.fault = show_error(error)  # the error itself, its context too, would hold the request
-        if self.status and self.status not in SUCCESS:  # the status of an error is enough
-            self.fault = ""
-        self.done.set()
+            fault = show_error(error)  # the error itself, its context too, would hold the request
+        return "" if self.status and self.status not in SUCCESS else fault  # the status of an error is enough
 
     def _read_body(self, response: Any) -> str:
         """Read the body in pieces; return what is wrong with it, "" if nothing is.
@@ -1059,9 +1055,8 @@ class ControlPlane:
             request.add_header("Content-Type", "application/json")
         exchange = Exchange(operation, self.server.host, self._context)
         began = elapsed_seconds()
-        if not start_thread(exchange.perform, request, self._proxy):
-            exchange.perform(request, self._proxy)  # no thread left: run it here; only each recv has a limit
-        fault = self._wait(exchange, seconds)
+        performed = run_in_thread(lambda: exchange.perform(request, self._proxy))
+        fault = self._wait(exchange, performed, seconds)
         note_id(find_session_id(exchange))  # an answer that was cut off, or is no 201, may name one as well
         if fault:
             # no other attempt makes a certificate good, and three bad log-ins at a proxy lock an account
@@ -1076,10 +1071,10 @@ class ControlPlane:
             raise self._parse_problem(exchange)
         return exchange
 
-    def _wait(self, exchange: Exchange, seconds: float) -> str:
+    def _wait(self, exchange: Exchange, performed: concurrent.futures.Future, seconds: float) -> str:
         """Wait until the exchange is done, or give it up; return why there is no answer, "" if there is."""
         began = elapsed_seconds()
-        while not exchange.done.wait(CANCEL_POLL_SECONDS):
+        while not concurrent.futures.wait([performed], CANCEL_POLL_SECONDS).done:
             waited = elapsed_seconds() - began
             if exchange.operation == GET and self.cancel.is_set():
                 exchange.give_up()
@@ -1090,7 +1085,7 @@ class ControlPlane:
             if waited >= SILENT_SECONDS and not self._said_silent:  # once, until it answers
                 self._said_silent = True
                 self._notice(f"still waiting for {self._peer} to answer {exchange.operation}")
-        return exchange.fault
+        return str(performed.result())
 
     def _parse_problem(self, answer: Exchange) -> ApiError:
         """Make the error of an unexpected status, with its problem details (RFC 9457) if it has any."""
