@@ -4190,19 +4190,22 @@ def standstill(read, seconds=20, still=0.6):
 def using_sessions(plane, local="127.0.0.1:0", establish=True, allow_other_users=False, ttl_seconds=0,
                    verbose=False, **options):
     """A Forwarder on Sessions of a control plane; at the end no thread of a session is left, and every
-    session was revoked just once."""
+    session was revoked just once. Options in capitals are constants of plexctl meanwhile."""
     def report(line):
         lines.append(line)
         running.count()  # whoever takes the lines may ask for the counts
 
-    lines = []
+    lines, constants = [], {name: options.pop(name) for name in list(options) if name.isupper()}
     ledger = plexctl.Ledger(create_client(plane, plane.bearer), PROJECT_ID, report,
                             report if verbose else lambda line: None)
     running = types.SimpleNamespace(
         lines=lines, plane=plane, node=plane.node, ledger=ledger, count=lambda: None,
         said=lambda *words: [line for line in lines if all(word in line for word in words)])
-    with plexctl.Forwarder(plexctl.parse_local_address(local), ledger, session_request(ttl_seconds),
-                           allow_other_users=allow_other_users, **options) as forwarder:
+    with pytest.MonkeyPatch.context() as patches, plexctl.Forwarder(
+            plexctl.parse_local_address(local), ledger, session_request(ttl_seconds),
+            allow_other_users=allow_other_users, **options) as forwarder:
+        for name, value in constants.items():
+            patches.setattr(plexctl, name, value)
         running.forwarder, running.address, running.count = forwarder, str(forwarder.local), forwarder.count
         running.why = lambda: str(eventually(lambda: forwarder.over))  # it has ended
         running.relays = lambda: [each.relay for each in list(forwarder._carriers) if each.relay]
@@ -4231,7 +4234,7 @@ def relayed_to(serve=echo, direct=False, **options):
     """A Simulation and using_sessions() on it, with the options of both; `direct`: no Node in between."""
     mine = ("local", "establish", "allow_other_users", "ttl_seconds", "limit", "minimum", "renew",
             "wait_seconds", "verbose")
-    own = {name: options.pop(name) for name in mine if name in options}
+    own = {name: options.pop(name) for name in list(options) if name in mine or name.isupper()}
     with Simulation(serve, **options) as simulation:
         if direct:
             leave_out_the_node(simulation)
@@ -4436,8 +4439,7 @@ def test_a_reset_behind_an_end_costs_nothing_of_what_came_before(monkeypatch, wa
         assert heard == [("eof", b"".join(sent))]
 
 
-def test_a_client_may_go_on_after_the_server_has_ended(kinder, monkeypatch):
-    monkeypatch.setattr(plexctl, "QUIET_SECONDS", 2)
+def test_a_client_may_go_on_after_the_server_has_ended(kinder):
     heard = []
 
     def end_first(connection, _target):
@@ -4445,7 +4447,7 @@ def test_a_client_may_go_on_after_the_server_has_ended(kinder, monkeypatch):
         connection.shutdown(socket.SHUT_WR)
         heard.extend(how_it_ends(connection))
 
-    with relayed_to(end_first, **kinder) as running, dial(running.address) as client:
+    with relayed_to(end_first, QUIET_SECONDS=2, **kinder) as running, dial(running.address) as client:
         assert how_it_ends(client) == ("eof", b"goodbye")
         client.sendall(pattern(MIB))
         client.shutdown(socket.SHUT_WR)
@@ -4455,11 +4457,11 @@ def test_a_client_may_go_on_after_the_server_has_ended(kinder, monkeypatch):
 
 
 @pytest.mark.parametrize("half_close", [False, True], ids=["", "has ended its input"])
-def test_a_slow_reader_slows_the_server_and_loses_nothing_when_that_ends_first(way, monkeypatch, half_close):
+def test_a_slow_reader_slows_the_server_and_loses_nothing_when_that_ends_first(way, half_close):
     """Nor is it taken for a quiet target."""
-    monkeypatch.setattr(plexctl, "QUIET_SECONDS", 0.5)
     size = 24 * MIB
-    with relayed_to(source(size), **way) as running, small_window(running.address) as client:
+    with relayed_to(source(size), QUIET_SECONDS=0.5, **way) as running, \
+            small_window(running.address) as client:
         if half_close:
             client.shutdown(socket.SHUT_WR)
         assert standstill(lambda: running.count().down, still=1.5) < size
@@ -4846,10 +4848,9 @@ def test_a_unix_client_that_hangs_up_or_gets_stuck_holds_nothing_up(tmp_path):
 
 @UNIX
 @pytest.mark.skipif(not LINUX, reason="how the kernel tells of it")
-def test_a_unix_client_that_reads_no_more_and_stays_is_let_go_when_the_node_has_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr(plexctl, "QUIET_SECONDS", 0.5)
+def test_a_unix_client_that_reads_no_more_and_stays_is_let_go_when_the_node_has_ended(tmp_path):
     path = str(tmp_path / "s")
-    with relayed_to(on_request(d=source(MIB)), limit=1, local="unix:" + path) as running, \
+    with relayed_to(on_request(d=source(MIB)), limit=1, local="unix:" + path, QUIET_SECONDS=0.5) as running, \
             dial_unix(path) as client:
         client.shutdown(socket.SHUT_RD)
         client.sendall(b"d")
@@ -4927,7 +4928,8 @@ def test_five_thousand_short_connections_leave_nothing():
         assert running.count().up == running.count().down == 5000
         eventually(lambda: all(now <= then for now, then in zip(state(), before)),
                    state=lambda: (state(), before))
-        assert resident_bytes() - memory < 8 * MIB and running.lines == []
+        assert resident_bytes() - memory < 8 * MIB
+        assert running.lines == running.said("--max-sessions")  # a busy machine may let one wait for a while
         assert set(running.node.most.values()) == {1} and len(running.plane.issued) == 4
 
 
@@ -5307,12 +5309,6 @@ def let_pass(seconds):
     eventually(lambda: time.monotonic() - began > seconds, seconds + 10)
 
 
-@pytest.fixture
-def quick_ticks(monkeypatch):
-    """What is looked at once a second is looked at more often, for what is found out only then."""
-    monkeypatch.setattr(plexctl, "TICK_SECONDS", 0.1)
-
-
 def settled(running, ended):
     """Wait until so many connections have ended, here and at the Node."""
     eventually(lambda: running.count().ended == ended, state=lambda: running.count().ended)
@@ -5337,9 +5333,8 @@ def test_sequential_use_needs_one_session_and_never_waits_for_the_node_or_the_se
 
 
 @pytest.mark.parametrize("grace, issued", [(30, 1), (0.3, 2)], ids=["within the grace", "after it"])
-def test_a_connection_that_waits_gets_the_session_that_is_idle_first(monkeypatch, grace, issued):
-    monkeypatch.setattr(plexctl, "GRACE_SECONDS", grace)
-    with relayed_to(late=[0, 60]) as running, dialled(running, 2, served=1) as clients:
+def test_a_connection_that_waits_gets_the_session_that_is_idle_first(grace, issued):
+    with relayed_to(late=[0, 60], GRACE_SECONDS=grace) as running, dialled(running, 2, served=1) as clients:
         eventually(lambda: running.count().waiting == 1 and len(running.plane.issued) == issued)
         clients[0].close()
         chat(clients[1], 1)
@@ -5441,7 +5436,7 @@ def test_a_session_that_may_exist_is_told_of_also_where_another_one_is_there():
         eventually(lambda: running.said("warning: session unknown: ", MAY_EXIST))
 
 
-def test_sessions_that_run_out_one_after_the_other_are_told_of_once(simulation, quick_ticks):
+def test_sessions_that_run_out_one_after_the_other_are_told_of_once(simulation):
     with using_sessions(simulation.plane, ttl_seconds=1, renew=True, minimum=2) as running:
         eventually(lambda: len(simulation.plane.issued) > 4, 20)
         assert len(running.said("the session expired")) == 1
@@ -5461,10 +5456,8 @@ def test_a_session_id_that_comes_again_is_refused_and_revoked_no_second_time(sim
             chat(other, 1)
 
 
-def test_the_minimum_is_replaced_when_it_ends(simulation, monkeypatch, quick_ticks):
-    monkeypatch.setattr(plexctl, "RECHECK_SECONDS", 0.5)
-    monkeypatch.setattr(plexctl, "ASK_SECONDS", 0.1)
-    with using_sessions(simulation.plane, minimum=2) as running:
+def test_the_minimum_is_replaced_when_it_ends(simulation):
+    with using_sessions(simulation.plane, minimum=2, RECHECK_SECONDS=0.5, ASK_SECONDS=0.1) as running:
         eventually(lambda: running.count().sessions == 2)
         simulation.plane.revoke(simulation.plane.issued[1], "idle_timeout")
         eventually(lambda: len(simulation.plane.issued) == 3 and running.count().sessions == 2)
@@ -5472,9 +5465,8 @@ def test_the_minimum_is_replaced_when_it_ends(simulation, monkeypatch, quick_tic
 
 
 @pytest.mark.parametrize("minimum", [1, 2])
-def test_what_is_idle_above_the_minimum_is_given_back(simulation, monkeypatch, quick_ticks, minimum):
-    monkeypatch.setattr(plexctl, "IDLE_SECONDS", 0.3)
-    with using_sessions(simulation.plane, minimum=minimum) as running:
+def test_what_is_idle_above_the_minimum_is_given_back(simulation, minimum):
+    with using_sessions(simulation.plane, minimum=minimum, IDLE_SECONDS=0.3) as running:
         for _ in range(2):
             with dialled(running, 4) as clients:
                 for client in clients[1:]:
@@ -5512,17 +5504,16 @@ def test_a_further_session_that_is_refused_lowers_the_limit_with_one_warning(ans
         eventually(lambda: len(running.plane.active()) == 2)
 
 
-def test_a_further_session_that_fails_for_now_is_asked_for_again(simulation, monkeypatch, quick_ticks):
-    monkeypatch.setattr(plexctl, "RETRY_SECONDS", 0.5)
+def test_a_further_session_that_fails_for_now_is_asked_for_again(simulation):
     simulation.plane.script("issue", PASS, *[reset] * 3)
-    with using_sessions(simulation.plane) as running, dialled(running, 2):
+    with using_sessions(simulation.plane, RETRY_SECONDS=0.5) as running, dialled(running, 2):
         assert asked(simulation.plane, "issue") == 5
         assert len(running.said("warning: no further session for now")) == len(running.lines) == 1
 
 
-def test_the_end_of_a_client_that_is_gone_is_passed_on_at_once(kind, monkeypatch):
-    monkeypatch.setattr(plexctl, "QUIET_SECONDS", 60)
-    with relayed_to(on_request(e=echo, d=source(64 * MIB)), local=kind.local) as running:
+def test_the_end_of_a_client_that_is_gone_is_passed_on_at_once(kind):
+    serve = on_request(e=echo, d=source(64 * MIB))
+    with relayed_to(serve, local=kind.local, QUIET_SECONDS=60) as running:
         for number, word in enumerate((b"e", b"d"), 1):  # also one whose target is never quiet
             client = kind.dial(running)
             client.sendall(word)
@@ -5534,9 +5525,8 @@ def test_the_end_of_a_client_that_is_gone_is_passed_on_at_once(kind, monkeypatch
 
 
 @pytest.mark.skipif(not LINUX, reason="the kernel tells")
-def test_the_end_of_a_client_whose_child_has_its_socket_is_a_half_close(monkeypatch):
-    monkeypatch.setattr(plexctl, "QUIET_SECONDS", 60)
-    with relayed_to(kinder=True) as running:
+def test_the_end_of_a_client_whose_child_has_its_socket_is_a_half_close():
+    with relayed_to(kinder=True, QUIET_SECONDS=60) as running:
         client = dial(running.address)
         chat(client, 1)
         twin = client.dup()
@@ -5548,10 +5538,9 @@ def test_the_end_of_a_client_whose_child_has_its_socket_is_a_half_close(monkeypa
         settled(running, 1)
 
 
-def test_a_client_that_keeps_its_end_open_after_the_target_s_keeps_no_session(monkeypatch):
+def test_a_client_that_keeps_its_end_open_after_the_target_s_keeps_no_session():
     """As curl and connection pools do; the Node serves the next one already."""
-    monkeypatch.setattr(plexctl, "QUIET_SECONDS", 0.5)
-    with relayed_to(source(5), limit=1) as running, dial(running.address) as first:
+    with relayed_to(source(5), limit=1, QUIET_SECONDS=0.5) as running, dial(running.address) as first:
         assert how_it_ends(first) == ("eof", pattern(5))
         assert knock(running.address) == ("eof", pattern(5))
         assert running.node.waits == [] and len(running.plane.issued) == 1
@@ -5586,9 +5575,8 @@ def test_a_client_that_leaves_at_once_is_no_sign_of_an_unreachable_target(simula
         assert running.lines == []
 
 
-def test_when_the_node_ends_first_that_is_passed_on_at_once_and_asked_about_each_two_seconds(monkeypatch):
-    monkeypatch.setattr(plexctl, "QUIET_SECONDS", 60)
-    with relayed_to(source(5)) as running:
+def test_when_the_node_ends_first_that_is_passed_on_at_once_and_asked_about_each_two_seconds():
+    with relayed_to(source(5), QUIET_SECONDS=60) as running:
         began = time.monotonic()
         for _ in range(10):
             assert knock(running.address) == ("eof", pattern(5))
@@ -5600,8 +5588,7 @@ def test_when_the_node_ends_first_that_is_passed_on_at_once_and_asked_about_each
 
 @pytest.mark.parametrize("renew", [False, True])
 @pytest.mark.parametrize("which", [0, 1], ids=["the first", "a further one"])
-def test_a_session_that_is_revoked_amid_a_connection_ends_the_run_at_once(
-        simulation, quick_ticks, renew, which):
+def test_a_session_that_is_revoked_amid_a_connection_ends_the_run_at_once(simulation, renew, which):
     with using_sessions(simulation.plane, renew=renew) as running, dialled(running, 2) as clients:
         simulation.plane.revoke(simulation.plane.issued[which], "policy_violation")
         assert running.why() == "the session was revoked (policy_violation)"
@@ -5610,10 +5597,8 @@ def test_a_session_that_is_revoked_amid_a_connection_ends_the_run_at_once(
         assert knock(running.address) == ("reset", b"") and len(simulation.plane.issued) == 2
 
 
-def test_a_session_that_is_revoked_while_nobody_uses_it_is_found_out_within_a_minute(
-        simulation, monkeypatch, quick_ticks):
-    monkeypatch.setattr(plexctl, "RECHECK_SECONDS", 1)
-    with using_sessions(simulation.plane, renew=True) as running:
+def test_a_session_that_is_revoked_while_nobody_uses_it_is_found_out_within_a_minute(simulation):
+    with using_sessions(simulation.plane, renew=True, RECHECK_SECONDS=1) as running:
         simulation.plane.revoke(simulation.plane.issued[0])
         assert "revoked (operator_request)" in running.why()
         assert asked(simulation.plane, "get") == 1 and len(simulation.plane.issued) == 1
@@ -5627,9 +5612,8 @@ def test_a_session_that_is_gone_ends_the_run(simulation):
         assert "the session is gone" in running.why()
 
 
-def test_a_node_that_comes_back_elsewhere_is_found_again(simulation, monkeypatch):
-    monkeypatch.setattr(plexctl, "ASK_SECONDS", 0)
-    with using_sessions(simulation.plane, verbose=True) as running:
+def test_a_node_that_comes_back_elsewhere_is_found_again(simulation):
+    with using_sessions(simulation.plane, verbose=True, ASK_SECONDS=0) as running:
         for number in (1, 2):
             simulation.node.restart()
             assert visit(running.address)
@@ -5638,9 +5622,8 @@ def test_a_node_that_comes_back_elsewhere_is_found_again(simulation, monkeypatch
         assert len(running.said("new listener endpoint")) == 2 and len(simulation.plane.issued) == 1
 
 
-def test_a_new_endpoint_is_tried_once_and_one_that_leads_nowhere_does_no_harm(monkeypatch):
-    monkeypatch.setattr(plexctl, "ASK_SECONDS", 0)
-    with relayed_to(direct=True, establish=False) as running, socket.socket() as closed:
+def test_a_new_endpoint_is_tried_once_and_one_that_leads_nowhere_does_no_harm():
+    with relayed_to(direct=True, establish=False, ASK_SECONDS=0) as running, socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         good, running.plane.endpoint = running.plane.endpoint, "127.0.0.1:9"
         running.forwarder.establish()
@@ -5652,9 +5635,9 @@ def test_a_new_endpoint_is_tried_once_and_one_that_leads_nowhere_does_no_harm(mo
         assert visit(running.address) and len(running.said("not served")) == 1
 
 
-def test_a_dial_that_fails_is_warned_of_and_stops_nobody(simulation, monkeypatch):
-    monkeypatch.setattr(plexctl, "ASK_SECONDS", 0)
-    with using_sessions(simulation.plane, limit=2) as running, dialled(running, 2) as clients:
+def test_a_dial_that_fails_is_warned_of_and_stops_nobody(simulation):
+    with using_sessions(simulation.plane, limit=2, ASK_SECONDS=0) as running, \
+            dialled(running, 2) as clients:
         simulation.node.refuse(simulation.plane.issued[0])
         clients[0].close()
         assert knock(running.address) == ("reset", b"")
@@ -5676,12 +5659,10 @@ def test_dials_without_an_answer_from_the_control_plane_do_not_each_ask_again(si
 
 
 @pytest.mark.parametrize("renew", [False, True])
-def test_a_listener_that_is_gone_for_long_ends_its_session(monkeypatch, renew):
+def test_a_listener_that_is_gone_for_long_ends_its_session(renew):
     """Without a word from the control plane; one line for all who are turned away."""
-    monkeypatch.setattr(plexctl, "ASK_SECONDS", 0.1)
-    monkeypatch.setattr(plexctl, "GONE_SECONDS", 2)
-    monkeypatch.setattr(plexctl, "REPLACE_SECONDS", 60)
-    with ControlPlane(endpoint="127.0.0.1:9") as plane, using_sessions(plane, renew=renew) as running:
+    with ControlPlane(endpoint="127.0.0.1:9") as plane, \
+            using_sessions(plane, renew=renew, ASK_SECONDS=0.1, GONE_SECONDS=2) as running:
         attempts = 0
         with lasts(0 if renew else 2, 20):
             while not (running.said("the Node has closed") if renew else running.forwarder.over):
@@ -5692,10 +5673,9 @@ def test_a_listener_that_is_gone_for_long_ends_its_session(monkeypatch, renew):
             assert len(running.said("not served")) == len(running.lines) == 1
 
 
-def test_with_renew_a_listener_that_the_node_has_closed_gives_way_to_a_new_session(simulation, monkeypatch):
+def test_with_renew_a_listener_that_the_node_has_closed_gives_way_to_a_new_session(simulation):
     """Its own cap: the connection goes to the new session."""
-    monkeypatch.setattr(plexctl, "REPLACE_SECONDS", 0)
-    with using_sessions(simulation.plane, renew=True) as running:
+    with using_sessions(simulation.plane, renew=True, REPLACE_SECONDS=0) as running:
         assert visit(running.address)
         settled(running, 1)
         for number in (1, 2):
@@ -5752,7 +5732,7 @@ def test_many_at_the_moment_of_renewal_are_all_served(simulation):
 
 
 @pytest.mark.parametrize("why", ["it has expired", "its listener is gone"])
-def test_a_renewal_follows_the_revocation_of_the_old_session(quick_ticks, why):
+def test_a_renewal_follows_the_revocation_of_the_old_session(why):
     with relayed_to(session_limit=1, renew=True) as running:
         running.plane.script("revoke", hold(0.5))
         if why == "it has expired":
@@ -5785,10 +5765,8 @@ def test_a_further_session_is_asked_for_with_no_more_than_the_operator_s_ttl(sim
 
 
 @pytest.mark.parametrize("renew", [False, True])
-def test_one_session_that_ends_otherwise_is_one_less_and_the_last_one_the_end(
-        simulation, monkeypatch, quick_ticks, renew):
-    monkeypatch.setattr(plexctl, "ASK_SECONDS", 0.1)
-    with using_sessions(simulation.plane, renew=renew) as running:
+def test_one_session_that_ends_otherwise_is_one_less_and_the_last_one_the_end(simulation, renew):
+    with using_sessions(simulation.plane, renew=renew, ASK_SECONDS=0.1) as running:
         with dialled(running, 2) as clients:
             simulation.plane.revoke(simulation.plane.issued[0], "idle_timeout")
             eventually(lambda: running.said("the session expired (idle_timeout)"))
@@ -5804,7 +5782,7 @@ def test_one_session_that_ends_otherwise_is_one_less_and_the_last_one_the_end(
 
 @pytest.mark.parametrize("name, code", [("forbidden", 4), ("rebac_denied", 77), ("unauthenticated", 3),
                                         ("session_limit_exceeded", 1)])
-def test_a_renewal_that_the_server_refuses_ends_it(simulation, quick_ticks, name, code):
+def test_a_renewal_that_the_server_refuses_ends_it(simulation, name, code):
     with using_sessions(simulation.plane, renew=True) as running:
         simulation.plane.script("issue", problem(name))
         expire(running)
@@ -5816,10 +5794,9 @@ def test_a_renewal_that_the_server_refuses_ends_it(simulation, quick_ticks, name
 
 @pytest.mark.parametrize("what, words", [
     ("server", "for now"), ("rate limit", "for now"), ("thread", "cannot start a thread")])
-def test_a_renewal_that_fails_for_now_fails_alone(simulation, monkeypatch, quick_ticks, what, words):
-    monkeypatch.setattr(plexctl, "RETRY_SECONDS", 1)
+def test_a_renewal_that_fails_for_now_fails_alone(simulation, what, words):
     answers = {"server": reset, "rate limit": problem("session_limit_exceeded", headers=AT_ONCE)}
-    with using_sessions(simulation.plane, renew=True) as running:
+    with using_sessions(simulation.plane, renew=True, RETRY_SECONDS=1) as running:
         if what in answers:
             simulation.plane.script("issue", *[answers[what]] * 3)
         with no_more_threads() if what == "thread" else contextlib.ExitStack():
