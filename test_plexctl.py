@@ -3221,10 +3221,10 @@ def tls_plane(tls_files):
         yield plane
 
 
-def create_client(plane, token=BEARER, url="", **options):
+def create_client(plane, token=BEARER, **options):
     """plexctl's own client of a control plane, as those who vendor it use it."""
-    server = plexctl.parse_server(url or plane.url, False)
-    return plexctl.ControlPlane(server, plexctl.Secret(token), environ={}, **options)
+    return plexctl.ControlPlane(
+        plexctl.parse_server(plane.url, False), plexctl.Secret(token), environ={}, **options)
 
 
 def session_request(ttl_seconds=0):
@@ -3532,11 +3532,10 @@ BAD_TOKEN, FORBIDDEN = with_field(("token",), 5), problem("forbidden")
 @pytest.mark.parametrize("steps, status, may_exist", [
     ([PASSING["502"], problem("rebac_denied")], 77, True), ([process_then_drop, FORBIDDEN], 4, True),
     ([sending(b"HTTP/1.1 201 Created\r\nContent-Length: 9\r\n\r\n{"), FORBIDDEN], 4, True),
-    ([cut_off, FORBIDDEN], 4, False), ([BAD_TOKEN], 1, False), ([PASSING["502"], BAD_TOKEN], 1, False),
-    ([altered(lambda body: body.pop("session") and body.update(session_id=5))], 1, True),
-    ([with_field(("session_id",), 5)], 1, False), ([Answer(201, raw=b"{")], 1, True)],
-    ids=["502, refused", "drop, refused", "truncated, refused", "cut off, refused", "bad token",
-         "502, bad token", "no session id", "one session id", "malformed"])
+    ([cut_off, FORBIDDEN], 4, False), ([PASSING["502"], BAD_TOKEN], 1, False),
+    ([altered(lambda body: body.pop("session") and body.update(session_id=5))], 1, True)],
+    ids=["502, refused", "drop, refused", "truncated, refused", "cut off, refused", "502, bad token",
+         "no session id"])
 def test_that_a_session_may_exist_is_said_exactly_where_none_can_be_revoked(
         cli, lone_plane, steps, status, may_exist):
     issue_fails(cli, lone_plane, steps, status, may_exist=may_exist)
@@ -4504,21 +4503,6 @@ def test_thirty_stuck_readers_take_little_memory_and_hamper_nobody():
             eventually(lambda: running.count().open == 1)
 
 
-def test_a_bulk_stream_starves_no_keystroke(way):
-    with relayed_to(on_request(b=stream, e=echo), **way) as running, \
-            concurrent.futures.ThreadPoolExecutor(1) as pool:
-        with dial(running.address) as bulk, dial(running.address) as other:
-            bulk.sendall(b"b")
-            other.sendall(b"e")
-            reading = pool.submit(how_it_ends, bulk)
-            eventually(lambda: running.count().down > 8 * MIB)
-            began = running.count().down
-            assert chat(other, 50) < 2
-            assert running.count().down > began
-            hang_up(bulk)
-            assert reading.result(10)
-
-
 def test_urgent_data_stays_in_the_stream_on_both_legs():
     def answer(connection, _target):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
@@ -5164,7 +5148,7 @@ while True:
                 assert visit(running.address, b"good")
         assert b"EVIL" not in bytes(heard) and len(heard) == 160
         assert len(running.said("rejected")) <= 1
-        assert len(running.lines) <= 2  # the other one: more connections than sessions
+        assert len(running.lines) <= 2 + waits_for_node  # it waits; there are more connections than sessions
 
 
 @NEEDS_A_STRANGER
@@ -5207,6 +5191,7 @@ with connect(int(sys.argv[3]), b"lo") as client:
 @pytest.mark.skipif(not LINUX, reason="asks the kernel")
 @pytest.mark.parametrize("family, host", [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
 def test_the_kernel_says_who_holds_the_other_end_and_of_nobody_else(family, host):
+    nobody = plexctl.NOBODY, True
     with contextlib.ExitStack() as stack:
         listener, client, half, other = [stack.enter_context(socket.socket(family)) for _ in range(4)]
         listener.bind((host, 0))
@@ -5219,9 +5204,8 @@ def test_the_kernel_says_who_holds_the_other_end_and_of_nobody_else(family, host
         accepted = [stack.enter_context(listener.accept()[0]) for _ in range(2)]
         half.shutdown(socket.SHUT_WR)
         assert [owners.find(each) for each in (name, half_name)] == [(os.geteuid(), False)] * 2
-        assert owners.find((host, 1)) == (plexctl.NOBODY, True)
         client.close()
-        assert owners.find(name) == (plexctl.NOBODY, True)  # inode 0
+        assert [owners.find(each) for each in (name, (host, 1))] == [nobody] * 2  # inode 0; no such socket
         reset_close(accepted[0])
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -5229,7 +5213,7 @@ def test_the_kernel_says_who_holds_the_other_end_and_of_nobody_else(family, host
         except OSError:
             pytest.skip("somebody else was given the port meanwhile")
         other.listen(1)
-        assert owners.find(name) == (plexctl.NOBODY, True)  # the kernel answers with the listener
+        assert owners.find(name) == nobody  # the kernel answers with the listener
         owners.close()
         with pytest.raises(OSError):  # nobody can know
             owners.find(half_name)
@@ -5744,24 +5728,19 @@ def test_a_renewal_follows_the_revocation_of_the_old_session(why):
         assert len(running.plane.issued) == 2 and running.plane.active() == running.plane.issued[1:]
 
 
-@pytest.mark.parametrize("own_ttl, asked_for", [(100, 0), (1800, 50)], ids=["the server's TTL", "a TTL"])
-def test_without_renew_the_run_is_over_when_the_first_session_s_time_is_up(own_ttl, asked_for):
+@pytest.mark.parametrize("own_ttl, asked_for, more", [(100, 0, 0), (1800, 50, 0), (1800, 50, 1000)],
+                         ids=["the server's TTL", "a TTL", "more than the TTL"])
+def test_without_renew_the_run_is_over_when_the_first_session_s_time_is_up(own_ttl, asked_for, more):
     with relayed_to(ttl=own_ttl, ttl_seconds=asked_for) as running, dialled(running, 1):
+        running.forwarder.first.expires_on += more
         let_pass(2)
         with dial(running.address) as client:
             chat(client, 1)
         first, second = [each.body.get("requested_ttl_seconds", 0) for each in running.plane.requests
                          if each.operation == "issue"]
-        assert first == asked_for and 20 < second < (asked_for or own_ttl)
+        assert first == asked_for and 20 < second <= (asked_for or own_ttl) - (0 if more else 2)
         expire(running)
         assert running.why() == "the session expired"
-
-
-def test_a_further_session_is_asked_for_with_no_more_than_the_operator_s_ttl(simulation):
-    with using_sessions(simulation.plane, ttl_seconds=50) as running, dialled(running, 1):
-        running.forwarder.first.expires_on += 1000
-        with dialled(running, 1):
-            assert simulation.plane.requests[-1].body["requested_ttl_seconds"] == 50
 
 
 @pytest.mark.parametrize("renew", [False, True])
