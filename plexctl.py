@@ -208,8 +208,8 @@ def start_thread(function: Callable[..., object], *arguments: Any) -> bool:
         return False
 
 
-def run_in_thread(function: Callable[[], Any]) -> concurrent.futures.Future:
-    """Run it in a thread, or here if there are no more; return the Future that has its result or error."""
+def run_in_thread(function: Callable[[], Any], or_here: bool = True) -> concurrent.futures.Future:
+    """Run it in a thread, else here or not at all; return the Future that will have its result or error."""
     future: concurrent.futures.Future = concurrent.futures.Future()
 
     def run() -> None:
@@ -219,6 +219,8 @@ def run_in_thread(function: Callable[[], Any]) -> concurrent.futures.Future:
             future.set_exception(error)
 
     if not start_thread(run):
+        if not or_here:
+            raise PlexctlError("cannot start a thread (ulimit -u)")
         run()
     return future
 
@@ -1376,8 +1378,8 @@ class Leg:
             return False
         except BlockingIOError:
             return False
-        except OSError:
-            return True
+        except OSError as error:
+            return error.errno not in EXHAUSTED
 
     def await_end(self, seconds: float, is_stopped: Callable[[], bool]) -> bool:
         """Wait for the other end to end it (or for the path to be dead).
@@ -2044,6 +2046,7 @@ class MediatedSession:
     def _await_endpoint(self, tell: Callable[[str], object]) -> Endpoint:
         pause, deadline = POLL_MIN_SECONDS, elapsed_seconds() + self._wait_seconds
         failure: Optional[PlexctlError] = None
+        has_answer = False
         limit = show_seconds(self._wait_seconds)
         if self._wait_seconds:
             tell(f"waiting for the Node to report its listener (up to {limit})")
@@ -2051,11 +2054,11 @@ class MediatedSession:
             try:
                 left = max(1.0, deadline - elapsed_seconds())
                 session = self._ledger.get(self.session_id, min(EXCHANGE_SECONDS, left))
+                has_answer = True
                 if session.status != "active":
                     raise describe_end(session)
                 if session.listener_endpoint:
                     return session.listener_endpoint
-                failure = None
             except (TransportError, ApiError) as error:
                 if not error.passing:
                     raise
@@ -2063,7 +2066,9 @@ class MediatedSession:
             if self._ledger.plane.cancel.wait(max(0.0, min(pause, deadline - elapsed_seconds()))):
                 raise Cancelled("interrupted")
             pause = min(pause * 1.5, POLL_MAX_SECONDS)
-        raise failure or EndpointMissing(
+        if failure is not None and not has_answer:
+            raise failure
+        raise EndpointMissing(
             f"the Node reported no listener endpoint within {limit} (--wait-seconds); check that the Node is "
             "online and has fewer than 10 sessions (those of print mode count until they expire)")
 
@@ -2323,12 +2328,11 @@ class Listener(socketserver.TCPServer):
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Return whether a client may be served: its user is ours or root, and it has not left."""
-        if self._path:  # whose file others cannot use; one that was closed without a byte has left
-            with contextlib.suppress(OSError):
-                return not self.is_gone(request, client_address) or bool(request.recv(1, socket.MSG_PEEK))
-            return False
         if not self._checks_owners or self._owners is None:
-            return True
+            with contextlib.suppress(OSError):  # one that was closed without a byte has left
+                return not self.is_gone(request, client_address) or bool(
+                    request.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+            return False
         try:
             uid = self._owners.find(client_address)[0]
         except OSError as error:
@@ -2397,7 +2401,8 @@ class Demand:
         self._limited_until = 0.0
         self._minimum = minimum
         self._waiting_since = self._spare_since = elapsed_seconds()
-        self._next_young_on = 0.0  # when the next session that was gone so young may be replaced
+        self._young_gone = 0  # sessions whose Node closed their listener soon, and that are not replaced yet
+        self._young_replaced_on = -float("inf")
 
     def limit(self, now: float) -> int:
         """Return how many sessions there may be now."""
@@ -2414,16 +2419,30 @@ class Demand:
             return False
         return not any(state in LIVE for state in states) or now - self._waiting_since >= GRACE_SECONDS
 
-    def count_missing(self, now: float, waiting: int, states: List[str]) -> int:
-        """Return how many sessions to issue: for connections that wait, and to have the minimum ready."""
+    def is_paused(self, now: float) -> bool:
+        """Return whether nothing may be issued now.
+
+        A Node that refuses everybody must not cost a session per attempt: those that it closes young are
+        replaced once in REPLACE_SECONDS at most.
+        """
+        return now < self.retry_on or bool(
+            self._young_gone and now - self._young_replaced_on < REPLACE_SECONDS)
+
+    def take_missing(self, now: float, waiting: int, states: List[str]) -> int:
+        """Return how many sessions to issue now: for connections that wait, and to have the minimum ready."""
         live = [state for state in states if state in LIVE]
         # the server may yet count one that is being revoked, and refuse the only one that is asked for
-        if now < self.retry_on or (REVOKING in states and not live):
+        if self.is_paused(now) or (REVOKING in states and not live):
             return 0
         wanted = 0 if FREE in states else waiting - states.count(OPENING)
         # a minimum of 1 is not refilled before a connection comes
         missing = self._minimum - len(live) if self._minimum > 1 else 0
-        return max(0, min(max(wanted, missing), self.limit(now) - len(states)))
+        number = max(0, min(max(wanted, missing), self.limit(now) - len(states)))
+        if number and self._young_gone:
+            self._young_gone -= 1
+            self._young_replaced_on = now
+            return 1
+        return number
 
     def has_spare(self, now: float, free: int) -> bool:
         """Return whether more than the minimum have been free for IDLE_SECONDS; then start to count anew."""
@@ -2432,19 +2451,14 @@ class Demand:
             self._spare_since = now
         return is_spare
 
-    def note_gone(self, now: float, lasted: float) -> None:
-        """Note that a Node has closed a session's listener: the first young one is replaced at once.
-
-        After that one is replaced in REPLACE_SECONDS, or a Node that refuses everybody would cost a session
-        per attempt.
-        """
-        if lasted < REPLACE_SECONDS:
-            self.retry_on = max(self.retry_on, self._next_young_on)
-            self._next_young_on = max(now, self._next_young_on) + REPLACE_SECONDS
+    def note_gone(self, lasted: float) -> None:
+        """Note that a Node has closed the listener of a session that has lasted so long."""
+        self._young_gone += lasted < REPLACE_SECONDS
 
     def may_replace(self, now: float, lasted: float) -> bool:
         """Return whether a session would be replaced now, if it counted as gone."""
-        return lasted >= REPLACE_SECONDS or now >= self._next_young_on
+        return lasted >= REPLACE_SECONDS or not (
+            self._young_gone or now - self._young_replaced_on < REPLACE_SECONDS)
 
 
 class Carrier:
@@ -2500,7 +2514,7 @@ class Forwarder:
         self._explanation: Optional[concurrent.futures.Future] = None  # see _explain
         self._has_been_stuck = False  # a session; then one to replace it is asked for until there is one
         self._demand = Demand(limit, minimum)
-        self._assume_gone_until = 0.0  # see assume_gone; 0: it was not called
+        self._assumes_gone = False  # see assume_gone
 
     def __enter__(self) -> "Forwarder":
         return self
@@ -2515,6 +2529,8 @@ class Forwarder:
         with self._changed:
             for _ in range(0 if self._is_closing.is_set() else self._minimum):
                 self._start()
+            if self._failure is not None and not self._carriers:
+                self._end(self._failure)
             self._changed.wait_for(lambda: self.first or self._is_closing.is_set())
             if self.first is None:
                 raise self.over or Cancelled("interrupted")
@@ -2529,7 +2545,7 @@ class Forwarder:
             for each in self._carriers:
                 if each.session.is_over() and each.relay:
                     each.relay.stop()
-            is_hopeless = self.over or (not self._list_live() and now < self._demand.retry_on)
+            is_hopeless = self.over or (not self._list_live() and self._demand.is_paused(now))
         try:
             if is_hopeless:
                 self._reject_waiting()
@@ -2559,8 +2575,8 @@ class Forwarder:
             return max(0.0, min((each.expires_on for each in sessions), default=0.0) - elapsed_seconds())
 
     def assume_gone(self) -> None:
-        """Where nobody can know, take clients as gone for LEAVE_SECONDS: COMMAND has ended."""
-        self._assume_gone_until = elapsed_seconds() + LEAVE_SECONDS
+        """From now on, COMMAND has ended, take clients as gone where nobody can know."""
+        self._assumes_gone = True
 
     def count_undelivered(self) -> int:
         """Return how many bytes of the clients' the Node has not acknowledged yet."""
@@ -2609,7 +2625,7 @@ class Forwarder:
                 if client is not None:
                     self._serve(carrier, buffers, client)
         except SessionStuck as error:
-            if not self._assume_gone_until:
+            if not self._assumes_gone:
                 self._warn_once(str(error))
             self._leave_stuck(carrier)
         except PlexctlError as error:
@@ -2692,14 +2708,15 @@ class Forwarder:
         with self._changed:
             if isinstance(error, DialRefused) and self._renew and self._demand.may_replace(
                     now, now - session.ready_on):
-                session.end(ListenerGone("the Node has closed the session's listener"))
+                self._demand.note_gone(now - session.ready_on)  # here, since other sessions come to this, too
+                session.end(SessionOver("the Node has closed the session's listener"))
             others = [each for each in self._list_live() if each is not carrier]
             if session.why is not None and (self._renew or others) and not self._is_closing.is_set():
                 self._returned.insert(0, client)
                 return
         client[0].close()
         if not isinstance(error, (SessionOver, Cancelled)):
-            self._warn_once(f"a connection was not served: {error}")
+            self._ledger.tell_once(f"warning: a connection was not served: {error}", "not served")
         self._count_end(carrier, 0, 0)
 
     def _note_end(self, carrier: Carrier, relay: Relay, had_answer: bool) -> None:
@@ -2739,6 +2756,7 @@ class Forwarder:
         with self._changed:
             why, is_leaving = session.why, self._is_closing.is_set()
             carrier.state = REVOKING
+            self._changed.notify_all()
             if why is not None and not is_leaving:
                 self._follow(session, why)
         if session.session_id:
@@ -2771,7 +2789,7 @@ class Forwarder:
     def _is_gone(self, client: Client) -> bool:
         if self.listener.is_gone(*client):
             return True
-        return elapsed_seconds() < self._assume_gone_until and not self.listener.knows_who_is_gone()
+        return self._assumes_gone and not self.listener.knows_who_is_gone()
 
     # The main thread
 
@@ -2784,7 +2802,7 @@ class Forwarder:
             elif states.count(BUSY) >= self._demand.limit(now):
                 self._warn_of_the_limit(waiting, self._demand.limit(now))
             if not self._is_closing.is_set() and not self._is_time_up(now + 1):  # 1 s is the shortest TTL
-                for _ in range(self._demand.count_missing(now, waiting, states)):
+                for _ in range(self._demand.take_missing(now, waiting, states)):
                     self._start()
             free = [each for each in self._carriers if each.state == FREE]
             if self._demand.has_spare(now, len(free)):
@@ -2812,11 +2830,10 @@ class Forwarder:
         self._carriers.append(carrier)
         if not start_thread(self._run, carrier):
             self._carriers.remove(carrier)
-            why = PlexctlError("cannot start a thread for a session (ulimit -u)")
+            self._failure = self._failure or PlexctlError("cannot start a thread for a session (ulimit -u)")
             self._demand.retry_on = elapsed_seconds() + RETRY_SECONDS
-            self._warn_once(str(why))
-            if self.first is None and not self._carriers:
-                self._end(why)
+            if self.first is not None or self._carriers:  # else it is the error
+                self._warn_once("cannot start a thread for a session (ulimit -u)")
 
     def _count_waiting(self) -> int:
         return self.listener.count_waiting() + len(self._returned)
@@ -2834,15 +2851,16 @@ class Forwarder:
             if self._renew or others:
                 tell(f"{why}; the next connection gets a new one" if self._renew else str(why))
                 if isinstance(why, ListenerGone):
-                    self._demand.note_gone(now, now - session.ready_on)
+                    self._demand.note_gone(now - session.ready_on)
             else:
                 self._end(why)
         elif self.first is None:  # no session has worked yet
-            self._failure = self._failure or why
             if not others:
-                self._end(self._failure)  # which `establish` raises
+                self._end(self._failure or why)  # which `establish` raises
             elif why.may_exist:
                 why.is_told = tell(f"warning: session unknown: {why}")
+            else:
+                self._failure = self._failure or why
         elif others and (is_refused or isinstance(why, EndpointMissing)):  # there are no more to be had
             self._demand.learn(now, others)
             why.is_told = tell(
@@ -3440,9 +3458,10 @@ class Run:
         def carry() -> None:
             relay.carry()
             if relay.is_awaited:  # what was sent is still on its way
-                remote.await_end(STUCK_SECONDS, self.ledger.plane.cancel.is_set)
+                remote.await_end(STUCK_SECONDS,
+                                 lambda: session.is_over() or self.ledger.plane.cancel.is_set())
 
-        carried = run_in_thread(carry)
+        carried = run_in_thread(carry, or_here=False)
         try:
             self.wait_for_relay(session, relay, carried)
             # ssh ends without reading on, too, but it has had everything by then
@@ -3624,8 +3643,10 @@ class Run:
     def deliver(self, forwarder: Forwarder) -> None:
         """Wait until what clients had sent before they left has arrived, as long as it moves."""
         moved, give_up_on = (0, 0, 0), elapsed_seconds() + LEAVE_SECONDS
+        # where nobody can know who is gone, a client may go on for ever
+        limit = float("inf") if forwarder.listener.knows_who_is_gone() else give_up_on
         forwarder.assume_gone()
-        while forwarder.over is None and elapsed_seconds() < give_up_on:
+        while forwarder.over is None and elapsed_seconds() < min(give_up_on, limit):
             if not forwarder.is_delivering():
                 return
             counts = forwarder.count()

@@ -3548,7 +3548,7 @@ def test_tls_1_2_is_the_least():
 
 @pytest.fixture
 def tunnels():
-    """An HTTP proxy: `url`; `heads` of its requests; `answer` to them; `to`, where CONNECT leads."""
+    """An HTTP proxy: `url`; `heads` of its requests, `carried` bytes; `to`, where CONNECT leads."""
     def serve(connection, _listener):
         head = b""
         while not head.endswith(b"\r\n\r\n"):
@@ -3558,11 +3558,22 @@ def tunnels():
             head += data
         proxy.heads.append(head.decode("latin-1"))
         connection.sendall(proxy.answer)
-        if head.startswith(b"CONNECT ") and b" 200 " in proxy.answer:
-            with dial(proxy.to or head.split()[1].decode()) as upstream:
-                carry(connection, upstream, half_close=True)
+        if not head.startswith(b"CONNECT ") or b" 200 " not in proxy.answer:
+            return
+        with dial(proxy.to or head.split()[1].decode()) as upstream:
+            def back():
+                for data in chunks(upstream):
+                    connection.sendall(data)
+                hang_up(connection, socket.SHUT_WR)
+            thread = threading.Thread(target=back, daemon=True)
+            thread.start()
+            for data in chunks(connection):
+                proxy.carried += data
+                upstream.sendall(data)
+            hang_up(upstream)
+            thread.join(10)
     listener = Listener(serve)
-    proxy = types.SimpleNamespace(heads=[], to=None, answer=b"HTTP/1.1 200 OK\r\n\r\n",
+    proxy = types.SimpleNamespace(heads=[], carried=b"", to=None, answer=b"HTTP/1.1 200 OK\r\n\r\n",
                                   url="http://127.0.0.1:%d" % listener.address[1])
     yield proxy
     listener.close()
@@ -3583,6 +3594,7 @@ def test_an_https_server_is_reached_through_the_proxy_which_gets_its_own_credent
     request, = tls_plane.requests
     assert request.headers["Proxy-Authorization"] is None
     assert request.headers.get_all("Authorization") == ["Bearer " + BEARER]
+    assert tunnels.carried and BEARER.encode() not in tunnels.carried
 
 
 @pytest.mark.parametrize("exempt", ["127.0.0.1", "*", "a.example,127.0.0.1", "a.example, 127.0.0.1:{port}"])
