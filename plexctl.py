@@ -26,7 +26,7 @@ shown with --reveal-secrets alone, by Run.establish, after the section audit has
 Threads. The main thread waits for signals and calls Forwarder.tick, which issues further sessions. Each
 session has a thread that accepts, dials and carries its connections; with --stdio a single thread carries the
 only one. Another one writes to stderr. Short-lived ones do what may block, such as an HTTP exchange. The
-comment of each lock names what it guards. A flag outside of these may be set by several threads: at worst
+comment of each lock names what it guards. A flag that no lock guards may be set by several threads: at worst
 something is asked or said twice.
 """
 import sys
@@ -124,7 +124,7 @@ class PlexctlError(Exception):
     """Anything that ends the command with one line on stderr. `facts` replace attributes of the class."""
 
     exit_code = EXIT_FAILURE  # the process's exit status
-    passing = False  # the same may well succeed a little later
+    passing = False  # transient: the same may well succeed a little later
     retry_after_seconds: Optional[float] = None  # that a server has asked for
     may_exist = False  # a session may have been issued all the same
     is_told = False  # somebody has reported it already
@@ -153,7 +153,7 @@ class TransportError(PlexctlError):
 
 
 class ApiError(PlexctlError):
-    """The control plane answered with an error."""
+    """The control plane answered with an error, or with another success than it should."""
 
     status = 0  # of HTTP
     code = ""  # of the problem details
@@ -184,9 +184,9 @@ class Interrupted(Exception):
 ON_LINUX = sys.platform.startswith("linux")
 DATAGRAM_SECONDS = 2
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)  # no peer's doing
-# CLOCK_BOOTTIME counts suspend on Linux (7; Python names it from 3.7 on); on macOS
-# CLOCK_MONOTONIC does. On Windows time.monotonic() does.
-_CLOCK = 7 if ON_LINUX else getattr(time, "CLOCK_MONOTONIC", None)
+CLOCK_BOOTTIME = 7  # of Linux, counts the time that the machine sleeps; as time.CLOCK_BOOTTIME from 3.7 on
+# on macOS CLOCK_MONOTONIC does so, on Windows time.monotonic()
+_CLOCK = CLOCK_BOOTTIME if ON_LINUX else getattr(time, "CLOCK_MONOTONIC", None)
 
 
 def elapsed_seconds() -> float:
@@ -209,7 +209,10 @@ def start_thread(function: Callable[..., object], *arguments: Any) -> bool:
 
 
 def run_in_thread(function: Callable[[], Any], or_here: bool = True) -> concurrent.futures.Future:
-    """Run it in a thread, else here or not at all; return the Future that will have its result or error."""
+    """Run it in a thread; return the Future that will have its result or error.
+
+    If there are no more threads run it here, or, without `or_here`, raise PlexctlError.
+    """
     future: concurrent.futures.Future = concurrent.futures.Future()
 
     def run() -> None:
@@ -460,7 +463,7 @@ def parse_json(raw: bytes) -> Any:
         return fields
 
     try:
-        # Python 3.6 needs 15 s for an int of 1 MiB; as a float it is infinite, and refused below
+        # Python 3.6 needs 15 s for an int of 1 MiB; as a float it is infinite, which allow_nan=False refuses
         document = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_int=float)
         json.dumps(document, ensure_ascii=False, allow_nan=False).encode("utf-8")
         return document
@@ -618,7 +621,7 @@ def read_own_file(path: str, source: str, forbidden_bits: int = ALL_BITS, limit:
                     fault += " (a mounted secret: --token-file - < FILE)"
                 if fault:
                     raise CredentialsError(f"{source}: {fault}")
-            if path != "-" and is_file:
+            if path != "-" and is_file:  # "-" goes on where the caller has left it
                 file.seek(0)
             if os.name == "posix":  # wait for what a pipe's writer has yet to send
                 os.set_blocking(file.fileno(), True)
@@ -690,8 +693,8 @@ def resolve_credentials(server_flag: Optional[str], profile_flag: Optional[str],
     """
     url, variable = environ.get("PLEXSPHERE_URL"), environ.get("PLEXSPHERE_TOKEN", "")
     named_server, named_token = read_profile(profile_flag, environ) if profile_flag else ("", None)
-    needs_default = not (server_flag or named_server or url) or not (token_file or named_token or variable)
-    default_server, default_token = read_profile("", environ) if needs_default else ("", None)
+    has_server, has_token = server_flag or named_server or url, token_file or named_token or variable
+    default_server, default_token = ("", None) if has_server and has_token else read_profile("", environ)
 
     servers = (("--server", server_flag), ("server of the profile", named_server), ("PLEXSPHERE_URL", url),
                ("server of the default profile", default_server))
@@ -807,12 +810,13 @@ class Exchange(urllib.request.AbstractHTTPHandler):
                 fault = self._read_body(response)
         except Exception as error:  # OSError, HTTPException, ValueError, RecursionError, MemoryError, ...
             fault = show_error(error)  # the error itself, its context too, would hold the request
-        return "" if self.status and self.status not in SUCCESS else fault  # the status of an error is enough
+        # the status of an error is enough, even if its body could not be read
+        return "" if self.status and self.status not in SUCCESS else fault
 
     def _read_body(self, response: Any) -> str:
         """Read the body in pieces; return what is wrong with it, "" if nothing is.
 
-        A chunk of size -1 would make read() read without limit; nor does it notice an end that is early.
+        A chunk of size -1 would make read() read without limit, and read() does not notice an early end.
         """
         length = response.length  # None: in chunks, or until the connection ends
         while len(self.body) != length and not self.is_given_up:
@@ -851,7 +855,8 @@ class PlaneConnection(http.client.HTTPConnection):
             self.sock = exchange.context.wrap_socket(self.sock, server_hostname=exchange.server_name,
                                                      do_handshake_on_connect=False)
             self.sock.do_handshake()
-        exchange.sent = True  # before the look: either _exchange() sees this, or this thread the other flag
+        # in this order: either _exchange() sees `sent`, or this thread sees `is_given_up` and sends nothing
+        exchange.sent = True
         if exchange.is_given_up:
             raise TimeoutError
         self.sock.settimeout(EXCHANGE_SECONDS)
@@ -992,6 +997,7 @@ class ControlPlane:
 
         `on_issued(session_id)` is called as soon as an id can be read, even from an answer that is
         malformed or no 201, and before it is judged: the caller can revoke the session whatever follows.
+        It may raise TransportError for one that it knows already.
         """
         path = f"/v1/projects/{request.project_id}/sessions"
         digits = os.urandom(16).hex()  # of a UUID (RFC 9562, section 5.4); uuid runs other programs on 3.6
@@ -1387,12 +1393,14 @@ class Leg:
         False if it `is_stopped`, or so many seconds after the other end has acknowledged everything.
         """
         arrived_on = elapsed_seconds()
-        while not (wait_for(self.reads_at, select.POLLIN, TICK_SECONDS) and self.drain() or self.is_dead()):
+        while not is_stopped() and elapsed_seconds() - arrived_on < seconds:
+            if wait_for(self.reads_at, select.POLLIN, TICK_SECONDS) and self.drain():
+                return True
+            if self.is_dead():
+                return True
             if self.count_unsent():
                 arrived_on = elapsed_seconds()
-            if is_stopped() or elapsed_seconds() - arrived_on >= seconds:
-                return False
-        return True
+        return False
 
     def close(self, reset: bool = True) -> None:
         """Close it, with a reset for the peer or in order."""
@@ -1514,7 +1522,7 @@ class Flow:
     def move(self) -> bool:
         """Read once, unless something is left, and hand it on; OSError if the source has reset.
 
-        Return True if all that has come was handed on, and more may come.
+        Return False if something is left, the sink refuses it, or the source has ended.
         """
         piece = self.rest
         if not piece:
@@ -1604,7 +1612,7 @@ class Relay:
         up, down, is_broken = self.up, self.down, self.error is not None
         # the client has more to send, and nobody takes it
         is_cut_off = bool(up.rest) or bool(up.refusal and not up.has_ended)
-        # a reset destroys what the client has yet to read: none if it was told the end, and is not cut off
+        # in order if it was told the end and is not cut off: a reset destroys what it has yet to read
         self._client.close(reset=is_cut_off or not down.is_passed_on)
         if not self.is_awaited:
             self.remote.close(reset=is_broken or not up.is_passed_on)
@@ -1619,7 +1627,7 @@ class Relay:
                 self._move_freely()
         if up.has_ended:
             self._await_answer()
-        elif not down.has_ended:
+        elif not down.has_ended:  # the client reads no more
             self._take_the_rest()
         # now the Node has ended, or the client is gone
         if down.has_ended:
@@ -1661,7 +1669,7 @@ class Relay:
         ready = dict(poller.poll(seconds * 1000))
         if self._is_stopped or not ready:
             self._check_legs()
-        if client.reads_at in ready and masks[client.reads_at] == 0:
+        if client.reads_at in ready and masks[client.reads_at] == 0:  # nobody else will look at it
             self._has_hung_up = True
             self._check_client()
         for descriptor, flow in waiting:
@@ -1678,8 +1686,8 @@ class Relay:
     def _check_client(self) -> None:
         """Raise the error of a reset by the client."""
         error = self._client.take_error()
-        # Linux reports EPIPE for a reset after an end: it closed before it had read everything, as many do.
-        # But once that end was passed on, only a reset can tell the target that the client is gone
+        # EPIPE: the client ended its input, and then closed before it had read everything, as many do. That
+        # is an end, too. But if the Node has been told the end already, only a reset can say more
         if error and (error != errno.EPIPE or self.up.is_passed_on):
             self._client.has_reset = True
             raise OSError(error, os.strerror(error))
@@ -1722,12 +1730,12 @@ class Relay:
     def _end_client(self) -> None:
         """The Node has ended the connection: pass that on, and let the client finish."""
         up, down = self.up, self.down
-        self._check_refusal(up)  # then what looks like an end is a reset, whose error `send` has taken
+        self._check_refusal(up)  # if send() has seen a reset, this end is that reset
         self.remote_ended_first = not (up.is_passed_on or down.refusal)
         self.is_ending = True
         if self.remote_ended_first:
             self._on_end()
-        down.end()  # from here on _watch_quiet also waits for what the client has yet to read
+        down.end()
         # a client may keep its end open for ever, and the session is to carry the next one
         while not (up.has_ended or self._watch_quiet()):
             self._move()
@@ -1737,6 +1745,7 @@ class Relay:
     def _watch_quiet(self) -> bool:
         """Return whether nothing has moved for QUIET_SECONDS; it keeps the time: call it in a loop."""
         counted = self.up.moved, self.down.moved
+        # a client that was told the end may still be reading
         is_receiving = self.down.is_passed_on and self._client.count_unsent()
         if counted != self._counted or self.up.rest or self.down.rest or is_receiving:
             self._counted, self._quiet_since = counted, elapsed_seconds()
@@ -1803,7 +1812,6 @@ class Ledger:
         self._unknown: List[PlexctlError] = []  # each may have left a session
         self._is_closed = False
         self._is_kept = False
-        self._judged: Set[str] = set()  # session_ids whose revocation succeeded, or failed and was reported
         self._told: Set[str] = set()
 
     def tell_once(self, line: str, subject: str = "") -> bool:
@@ -1891,7 +1899,7 @@ class Ledger:
         """Return, once, what `leave` could not revoke, but for what the caller tells: the error `raised`."""
         with self._changed:
             owed = [each for each, has_begun in self._owed.items()
-                    if (has_begun or not self._is_kept) and each not in self._judged]
+                    if has_begun or not self._is_kept]
             self._owed.clear()
             lines = [f"session {each} is not revoked, it will expire on its own" for each in owed]
             lines += [f"session unknown: {each}" for each in self._unknown
@@ -1902,7 +1910,8 @@ class Ledger:
 
     def _claim(self, session_id: str, may_keep: bool) -> bool:
         """With the lock held: return whether the caller is to revoke it. True once."""
-        if self._is_kept and may_keep or self._owed.get(session_id) is not False:
+        has_begun = self._owed.get(session_id, True)
+        if has_begun or (self._is_kept and may_keep):
             return False
         self._owed[session_id] = True
         return True
@@ -1924,7 +1933,6 @@ class Ledger:
             time.sleep(wait)
         with self._changed:
             is_untold = session_id in self._owed  # else left_behind has told it
-            self._judged.add(session_id)
         if failure and is_untold:
             self.report(f"warning: session {session_id} is not revoked, it will expire on its own: {failure}")
         with self._changed:  # only now, since `leave` waits for this
@@ -1998,12 +2006,16 @@ class MediatedSession:
                 self._warned_left = threshold
                 self._ledger.report(f"warning: {show_seconds(left + 0.5)} of the session are left")
 
-    def ask(self, seconds: float = 0.0) -> bool:
-        """Have GetSession asked in a thread, and wait for it so long; return whether there is an answer.
+    def ask(self, seconds: float = 0.0, is_fresh: bool = False) -> bool:
+        """Have GetSession asked in a thread, and wait for it so long; return whether the last had an answer.
 
-        One at a time, and at most one in ASK_SECONDS: whoever comes in between gets the last answer.
+        One is asked at a time, and at most one in ASK_SECONDS. If `is_fresh`, that is waited for as well: an
+        earlier answer does not count.
         """
         with self._changed:
+            if is_fresh:
+                self._changed.wait_for(lambda: not self._is_asking, seconds)
+                self._changed.wait(max(0.0, self._asked_on + ASK_SECONDS - elapsed_seconds()))
             if not self._is_asking and self.why is None and (
                     elapsed_seconds() - self._asked_on >= ASK_SECONDS):
                 self._has_answer = False
@@ -2026,8 +2038,9 @@ class MediatedSession:
                 raise Cancelled("interrupted")
             has_answer = self.ask(ASK_LIMIT_SECONDS)
             with self._changed:
-                if self.why is not None or self._route == route:  # there is no new endpoint
+                if self.why is not None or self._route == route:
                     break
+        # there is no new endpoint, or dialling that has failed as well
         raise self.why or self._judge(failure, has_answer)
 
     def _judge(self, failure: OSError, has_answer: bool) -> PlexctlError:
@@ -2233,7 +2246,7 @@ class Listener(socketserver.TCPServer):
 
     def __init__(self, local: LocalAddress, allow_other_users: bool, warn_once: Report) -> None:
         self.unidentified = 0  # connections not served, since their clients had closed them
-        self.is_accepting = False  # `take` has a client, or may have; whoever calls it clears this afterwards
+        self.is_accepting = False  # `take` may have a client; its caller clears this (for is_delivering)
         self._path = local.path
         self._warn_once = warn_once
         self._identity: Optional[os.stat_result] = None  # of the unix socket's file
@@ -2329,10 +2342,10 @@ class Listener(socketserver.TCPServer):
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Return whether a client may be served: its user is ours or root, and it has not left."""
         if not self._checks_owners or self._owners is None:
-            with contextlib.suppress(OSError):  # one that was closed without a byte has left
-                return not self.is_gone(request, client_address) or bool(
-                    request.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
-            return False
+            has_left = self.is_gone(request, client_address)
+            with contextlib.suppress(OSError):  # it may have sent something before
+                has_left = has_left and not request.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            return not has_left
         try:
             uid = self._owners.find(client_address)[0]
         except OSError as error:
@@ -2438,7 +2451,7 @@ class Demand:
         # a minimum of 1 is not refilled before a connection comes
         missing = self._minimum - len(live) if self._minimum > 1 else 0
         number = max(0, min(max(wanted, missing), self.limit(now) - len(states)))
-        if number and self._young_gone:
+        if number and self._young_gone:  # one at a time
             self._young_gone -= 1
             self._young_replaced_on = now
             return 1
@@ -2695,12 +2708,13 @@ class Forwarder:
         if relay.is_stuck and not self._is_closing.is_set():
             raise SessionStuck("the Node did not take what a client had sent that has reset its connection; "
                                "its session is not used any more")
-        if relay.is_awaited and remote.await_end(QUIET_SECONDS, lambda: self._is_over(session)):
-            carrier.awaited = None
-            remote.close(reset=False)
-        elif relay.is_awaited and not self._is_over(session):
-            raise SessionStuck("the Node has not ended a connection whose client is gone; its session is not "
-                               "used any more")
+        if relay.is_awaited:
+            if remote.await_end(QUIET_SECONDS, lambda: self._is_over(session)):
+                carrier.awaited = None
+                remote.close(reset=False)
+            elif not self._is_over(session):  # else _dismiss closes it, after the revocation
+                raise SessionStuck("the Node has not ended a connection whose client is gone; its session is "
+                                   "not used any more")
 
     def _refuse(self, carrier: Carrier, client: Client, error: PlexctlError) -> None:
         """Leave a client to another session, if there may be one; else reset it."""
@@ -2708,7 +2722,7 @@ class Forwarder:
         with self._changed:
             if isinstance(error, DialRefused) and self._renew and self._demand.may_replace(
                     now, now - session.ready_on):
-                self._demand.note_gone(now - session.ready_on)  # here, since other sessions come to this, too
+                self._demand.note_gone(now - session.ready_on)  # at once, for others that are refused now
                 session.end(SessionOver("the Node has closed the session's listener"))
             others = [each for each in self._list_live() if each is not carrier]
             if session.why is not None and (self._renew or others) and not self._is_closing.is_set():
@@ -2842,7 +2856,11 @@ class Forwarder:
         return [each for each in self._carriers if each.state in LIVE]
 
     def _follow(self, session: MediatedSession, why: PlexctlError) -> None:
-        """Decide what the end of one session means: for the run, for the clients that wait."""
+        """Decide what the end of one session means: it ends the run, or is told, or delays the next one.
+
+        It ends the run if it was revoked or the time is up; also if it was the last one, unless another may
+        be had (with `renew`, or after one that was stuck).
+        """
         now, others, tell = elapsed_seconds(), len(self._list_live()), self._ledger.tell_once
         is_refused = isinstance(why, ApiError) and why.status < 500 and not why.passing
         if isinstance(why, SessionRevoked) or self._is_time_up(now):
@@ -2865,7 +2883,7 @@ class Forwarder:
             self._demand.learn(now, others)
             why.is_told = tell(
                 f"warning: no further session, connections wait for those there are: {why}", "limit")
-        elif not others and (is_refused or not (self._renew or self._has_been_stuck)):  # it was the last hope
+        elif not others and (is_refused or not (self._renew or self._has_been_stuck)):
             self._end(why)
         else:
             self._demand.retry_on = now + RETRY_SECONDS
@@ -2995,7 +3013,7 @@ class Messages:
             self._queue.put(f"plexctl: {line}\n")
 
     def show(self, line: str) -> None:
-        """Draw the live line, cut to the terminal, if that is ours and has taken everything else."""
+        """Draw the live line, cut to the terminal, if we are in the foreground and nothing else waits."""
         if self._is_live and self._queue.empty() and not self._is_in_background():
             width = max(0, terminal_width(self.stream) - 3)  # the echo of Ctrl-C stands behind it
             while len(line) > width:
@@ -3309,8 +3327,9 @@ def check_together(options: argparse.Namespace) -> None:
             raise UsageError(f"{useless[0]} needs --proxy or -- COMMAND")
     if options.keep_session and not modes:
         raise UsageError("--keep-session needs --proxy, --stdio or -- COMMAND")
-    if options.stdio and is_standard_input(options.token_file or ""):
-        raise UsageError("--token-file - and --stdio cannot be used together: both read standard input")
+    for flag in given("--token-file", "--ca-file"):
+        if options.stdio and is_standard_input(getattr(options, attribute_of(flag))):
+            raise UsageError(f"{flag} - and --stdio cannot be used together: both read standard input")
     if command and local and local.path and any("{port}" in word for word in command):
         raise UsageError("--local-addr unix: has no {port} for COMMAND, but {host} and {addr}")
     options.max_sessions = options.max_sessions or 4
@@ -3464,7 +3483,7 @@ class Run:
         carried = run_in_thread(carry, or_here=False)
         try:
             self.wait_for_relay(session, relay, carried)
-            # ssh ends without reading on, too, but it has had everything by then
+            # its reader has left before it had everything; ssh does not wait for an end either
             if relay.is_awaited and (not relay.down.moved or relay.down.rest or remote.discarded):
                 unread = PlexctlError("cannot write to standard output: nobody reads it")
         finally:
@@ -3483,7 +3502,8 @@ class Run:
                        carried: concurrent.futures.Future) -> None:
         """Wait for the end of --stdio's connection, or raise a signal as Interrupted.
 
-        ssh hangs up as soon as it has seen the end: then that counts, and the signal leaves a few seconds.
+        ssh hangs up as soon as it has seen the end. So once that is under way a signal does not decide the
+        status, and only limits the rest to a few seconds.
         """
         signalled: Optional[Interrupted] = None
         give_up_on = float("inf")
@@ -3505,7 +3525,7 @@ class Run:
 
     def explain_end(self, session: MediatedSession, relay: Relay) -> None:
         """Report why the connection of --stdio ended, before the client sees that: ssh hangs up then."""
-        session.ask(ASK_LIMIT_SECONDS)
+        session.ask(ASK_LIMIT_SECONDS, is_fresh=True)
         if self.ledger.plane.cancel.is_set():  # we have ended it
             return
         error = session.why or describe_failure(relay)
