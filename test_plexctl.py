@@ -856,7 +856,8 @@ class ControlPlane(Watched):
 
     def _issue(self, request):
         is_json = request.headers.get_content_type() == "application/json"
-        if not is_json or not re.match(ISSUE_SHAPE + r"\Z", json.dumps(request.body, sort_keys=True)):
+        body = json.dumps(request.body, sort_keys=True, default=str)  # bytes, if it was cut off
+        if not is_json or not re.match(ISSUE_SHAPE + r"\Z", body):
             return problem("invalid_target", request.path)
         if self.known and request.body["resource_id"] != self.known[1]:
             return problem("resource_not_found", request.path)
