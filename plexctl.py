@@ -44,9 +44,8 @@ try:
     import logging
 
     _quiet = logging.NullHandler()
-    # urllib.request imports hashlib, which logs a traceback for a digest that is missing (FIPS)
     logging.getLogger().addHandler(_quiet)
-    import hashlib
+    import hashlib  # noqa: F401  # urllib.request does; it logs a traceback for a missing digest (FIPS)
 
     logging.getLogger().removeHandler(_quiet)
     import argparse
@@ -111,7 +110,7 @@ CONNECT_SECONDS = 10
 EXCHANGE_SECONDS = 30  # of one request and its answer
 LEAVE_SECONDS = 10  # to revoke sessions at the end
 CLOSE_SECONDS = 2  # to end connections whose session is over
-HURRY_SECONDS = 1.0  # to revoke them after a second signal; also to write the last messages
+HURRY_SECONDS = 1.0  # to revoke sessions after a second signal; also to write the last messages
 POLL_MIN_SECONDS = 0.5  # pauses between requests grow from this
 POLL_MAX_SECONDS = 3.0  # to this
 WARN_LEFT_SECONDS = (300, 60)  # of a session
@@ -184,8 +183,9 @@ class Interrupted(Exception):
 ON_LINUX = sys.platform.startswith("linux")
 DATAGRAM_SECONDS = 2
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)  # no peer's doing
-CLOCK_BOOTTIME = 7  # of Linux, counts the time that the machine sleeps; as time.CLOCK_BOOTTIME from 3.7 on
-# on macOS CLOCK_MONOTONIC does so, on Windows time.monotonic()
+# these go on while the machine sleeps: CLOCK_BOOTTIME of Linux (in the module time from 3.7 on),
+# CLOCK_MONOTONIC of macOS, and time.monotonic() of Windows
+CLOCK_BOOTTIME = 7
 _CLOCK = CLOCK_BOOTTIME if ON_LINUX else getattr(time, "CLOCK_MONOTONIC", None)
 
 
@@ -726,7 +726,7 @@ def resolve_credentials(server_flag: Optional[str], profile_flag: Optional[str],
 
 ISSUE, GET, REVOKE = "IssueSession", "GetSession", "RevokeSession"
 SUCCESS = range(200, 300)
-EXPECTED = {ISSUE: {201}, GET: {200}, REVOKE: {*SUCCESS, 404, 409, 410}}  # a session that is gone is revoked
+EXPECTED = {ISSUE: {201}, GET: {200}, REVOKE: {*SUCCESS, 404, 409, 410}}  # one that is gone counts as revoked
 ISSUE_ATTEMPTS = 3
 JITTER_SECONDS = 0.2
 RETRY_AFTER_MAX_SECONDS = 5
@@ -734,7 +734,7 @@ SILENT_SECONDS = 5  # after which a server that has not answered is mentioned
 CANCEL_POLL_SECONDS = 0.1
 BODY_MAX_BYTES = 1024 * 1024
 FINDABLE_CHARACTERS = 8  # of a secret; a shorter one is in many texts by chance
-# the scheme may be missing; http:USER@HOST, without slashes, is refused
+# the scheme may be missing; (?!http:) refuses http:USER@HOST, which lacks the slashes
 PROXY_PATTERN = r"(?:http://|(?!http:))(?:(?:[\w.~!$&'()*+,;=:-]|%[0-9A-F]{2})*@)?([^/@]+?)(:[0-9]+)?/?"
 
 
@@ -829,7 +829,7 @@ class Exchange(urllib.request.AbstractHTTPHandler):
         return ""
 
     def give_up(self) -> None:
-        """Make the thread end, unless it is looking up a name or still connecting."""
+        """Make the thread end: amid the body at its next piece, else at once, once it is connected."""
         self.is_given_up = True
         sock = self.connection and self.connection.sock
         if sock:
@@ -839,7 +839,7 @@ class Exchange(urllib.request.AbstractHTTPHandler):
 
 
 class PlaneConnection(http.client.HTTPConnection):
-    """http.client's connection for one Exchange, with TLS where that has a context."""
+    """http.client's connection for one Exchange, with TLS where that has a context. `host` has a port."""
 
     def __init__(self, host: str, exchange: Exchange, **options: Any) -> None:
         super().__init__(host, **options)
@@ -898,19 +898,19 @@ def find_proxy(server: Server, environ: Environ) -> str:
 
 def create_tls_context(ca_file: Optional[str] = None) -> ssl.SSLContext:
     """Create a context that verifies certificates and host names, with TLS 1.2 at least."""
-    ca_text, source = None, "TLS cannot be set up (see SSL_CERT_FILE and SSLKEYLOGFILE)"
+    ca_text, fault = None, "TLS cannot be set up (see SSL_CERT_FILE and SSLKEYLOGFILE)"
     if ca_file:
         source = "--ca-file " + escape(ca_file)
+        fault = source + ": not a usable PEM bundle"
         # whoever can write it decides which server gets the bearer token; comments may be in UTF-8
         raw = read_own_file(ca_file, source, WRITE_BITS, CA_FILE_MAX_BYTES, UsageError)
         ca_text = raw.decode("ascii", "ignore")
-        source += ": not a usable PEM bundle"
         if "-----BEGIN CERTIFICATE-----" not in ca_text:  # no text at all would mean the system's trust
-            raise UsageError(source)
+            raise UsageError(fault)
     try:
         context = ssl.create_default_context(cadata=ca_text)
     except (OSError, ValueError) as error:
-        raise UsageError(f"{source}: {show_error(error)}") from error
+        raise UsageError(f"{fault}: {show_error(error)}") from error
     if hasattr(ssl, "TLSVersion"):
         context.minimum_version = ssl.TLSVersion.TLSv1_2
     else:  # 3.6
@@ -938,7 +938,8 @@ def may_have_issued(error: Union[TransportError, ApiError]) -> bool:
     """Tell whether there may be a session after an IssueSession that has failed like this."""
     if isinstance(error, TransportError):
         return error.was_sent
-    # a server may fail after it has issued one, a gateway may lose the answer; 501 and 503 did nothing
+    # a server may fail after it has issued one, or a gateway lose the answer, but 501 and 503 did nothing; a
+    # success other than 201 may have issued one, too
     has_failed = error.status >= 500 and error.status not in (501, 503)
     return error.status < 300 or has_failed or error.code == "idempotent_replay"
 
@@ -997,7 +998,7 @@ class ControlPlane:
 
         `on_issued(session_id)` is called as soon as an id can be read, even from an answer that is
         malformed or no 201, and before it is judged: the caller can revoke the session whatever follows.
-        It may raise TransportError for one that it knows already.
+        It may raise TransportError for one that it knows already, which ends the call.
         """
         path = f"/v1/projects/{request.project_id}/sessions"
         digits = os.urandom(16).hex()  # of a UUID (RFC 9562, section 5.4); uuid runs other programs on 3.6
@@ -1067,7 +1068,7 @@ class ControlPlane:
         fault = self._wait(exchange, performed, seconds)
         note_id(find_session_id(exchange))  # an answer that was cut off, or is no 201, may name one as well
         if fault:
-            # no other attempt makes a certificate good, and three bad log-ins at a proxy lock an account
+            # show_error's words. No attempt makes a certificate good; three bad log-ins lock an account
             passing = not fault.startswith(("certificate", "TLS failed", "the proxy refused: 407"))
             tried = "no complete answer from" if exchange.sent else "cannot connect to"
             advice = " (--ca-file names another CA)" if re.search("issuer|self.signed", fault) else ""
@@ -1354,7 +1355,7 @@ class Leg:
 
     def count_unsent(self) -> int:
         """Return how many bytes the other end has not acknowledged (SIOCOUTQ, tcp(7))."""
-        if not self._is_linux_tcp or not is_connected(self.sock):  # it keeps its value after a reset
+        if not self._is_linux_tcp or not is_connected(self.sock):  # SIOCOUTQ keeps its value after a reset
             return 0
         try:
             return int(struct.unpack("i", fcntl.ioctl(self.sock, termios.TIOCOUTQ, bytes(4)))[0])
@@ -1390,7 +1391,7 @@ class Leg:
     def await_end(self, seconds: float, is_stopped: Callable[[], bool]) -> bool:
         """Wait for the other end to end it (or for the path to be dead).
 
-        False if it `is_stopped`, or so many seconds after the other end has acknowledged everything.
+        False if it `is_stopped`, or `seconds` after everything was acknowledged.
         """
         arrived_on = elapsed_seconds()
         while not is_stopped() and elapsed_seconds() - arrived_on < seconds:
@@ -1567,10 +1568,10 @@ class Relay:
 
     - the Node's: at once. A client that then sends nothing for QUIET_SECONDS is let go.
     - the client's: at once if it is gone, that is, has closed the connection (`is_gone`). If it still
-      listens, once nothing has moved for QUIET_SECONDS: the Node would cut the answer off.
+      listens, once nothing has moved for QUIET_SECONDS: earlier, the Node would cut the answer off.
 
-    `on_end` is called before the client sees that the Node or we have ended the connection, unless its
-    own end came first. `stop`, from another thread, ends the connection with resets.
+    `on_end` is called before the client sees that the Node or we have ended the connection, unless the
+    client's end came first. `stop`, from another thread, ends the connection with resets.
 
     Afterwards the client is closed, and so is `remote`, unless `is_awaited`.
     """
@@ -1652,10 +1653,10 @@ class Relay:
         The client is polled, with a mask of 0, even if no direction waits for it: poll() reports a reset all
         the same. After one POLLHUP no more, or poll() would return at once for ever.
         """
-        client = self._client
+        client, for_resets = self._client, 0
         masks: Dict[int, int] = {}  # by descriptor
         if not (self.up.has_ended or self._has_hung_up):
-            masks[client.reads_at] = 0
+            masks[client.reads_at] = for_resets
         waiting = []
         for flow in (self.up, self.down):
             if not flow.has_ended:
@@ -1669,7 +1670,7 @@ class Relay:
         ready = dict(poller.poll(seconds * 1000))
         if self._is_stopped or not ready:
             self._check_legs()
-        if client.reads_at in ready and masks[client.reads_at] == 0:  # nobody else will look at it
+        if client.reads_at in ready and masks[client.reads_at] == for_resets:
             self._has_hung_up = True
             self._check_client()
         for descriptor, flow in waiting:
@@ -1686,8 +1687,8 @@ class Relay:
     def _check_client(self) -> None:
         """Raise the error of a reset by the client."""
         error = self._client.take_error()
-        # EPIPE: the client ended its input, and then closed before it had read everything, as many do. That
-        # is an end, too. But if the Node has been told the end already, only a reset can say more
+        # on Linux a reset after an end of input is EPIPE: the client closed before it had read everything.
+        # As long as that end is not passed on, both are one end; afterwards only a reset can say more
         if error and (error != errno.EPIPE or self.up.is_passed_on):
             self._client.has_reset = True
             raise OSError(error, os.strerror(error))
@@ -1731,6 +1732,7 @@ class Relay:
         """The Node has ended the connection: pass that on, and let the client finish."""
         up, down = self.up, self.down
         self._check_refusal(up)  # if send() has seen a reset, this end is that reset
+        # a client that reads no more has ended it first
         self.remote_ended_first = not (up.is_passed_on or down.refusal)
         self.is_ending = True
         if self.remote_ended_first:
@@ -1743,7 +1745,7 @@ class Relay:
             up.end()
 
     def _watch_quiet(self) -> bool:
-        """Return whether nothing has moved for QUIET_SECONDS; it keeps the time: call it in a loop."""
+        """Return whether nothing has moved for QUIET_SECONDS since the first call; call it in a loop."""
         counted = self.up.moved, self.down.moved
         # a client that was told the end may still be reading
         is_receiving = self.down.is_passed_on and self._client.count_unsent()
@@ -1771,7 +1773,7 @@ class Relay:
 ASK_SECONDS = 2  # between two GetSessions about one session
 ASK_LIMIT_SECONDS = 5  # that somebody waits for the answer
 RECHECK_SECONDS = 60  # the reconcile period of a Node
-AHEAD_SECONDS = 1.0  # that a Node's clock may be ahead of ours: so long before the expiry it may close
+AHEAD_SECONDS = 1.0  # that a Node may close before the expiry, since its clock is ahead
 GONE_SECONDS = 30  # of refused dials, until a listener counts as gone
 CONNECTING = (errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK)
 
@@ -1861,7 +1863,7 @@ class Ledger:
         return self.plane.get(self._project_id, session_id, seconds)
 
     def give_back(self, session_id: str, may_keep: bool = False) -> None:
-        """Revoke a session now, unless that has begun, or sessions are kept and it may be. Never raises."""
+        """Revoke a session now, unless that has begun, or `keep` was called and `may_keep`. Never raises."""
         with self._changed:
             is_due = self._claim(session_id, may_keep)
         if is_due:
@@ -1896,7 +1898,7 @@ class Ledger:
                     for each, has_begun in self._owed.items() if self._is_kept and not has_begun]
 
     def left_behind(self, raised: Optional[BaseException] = None) -> List[str]:
-        """Return, once, what `leave` could not revoke, but for what the caller tells: the error `raised`."""
+        """Return what `leave` could not revoke, except what the error `raised` says anyway."""
         with self._changed:
             owed = [each for each, has_begun in self._owed.items()
                     if has_begun or not self._is_kept]
@@ -1932,7 +1934,7 @@ class Ledger:
                 break
             time.sleep(wait)
         with self._changed:
-            is_untold = session_id in self._owed  # else left_behind has told it
+            is_untold = session_id in self._owed  # else left_behind has told it, and cleared that
         if failure and is_untold:
             self.report(f"warning: session {session_id} is not revoked, it will expire on its own: {failure}")
         with self._changed:  # only now, since `leave` waits for this
@@ -2009,12 +2011,13 @@ class MediatedSession:
     def ask(self, seconds: float = 0.0, is_fresh: bool = False) -> bool:
         """Have GetSession asked in a thread, and wait for it so long; return whether the last had an answer.
 
-        One is asked at a time, and at most one in ASK_SECONDS. If `is_fresh`, that is waited for as well: an
-        earlier answer does not count.
+        One is asked at a time, and at most one in ASK_SECONDS. With `is_fresh` wait until another one may be
+        asked: an answer from before does not count.
         """
         with self._changed:
             if is_fresh:
-                self._changed.wait_for(lambda: not self._is_asking, seconds)
+                if not self._changed.wait_for(lambda: not self._is_asking, seconds):
+                    return False
                 self._changed.wait(max(0.0, self._asked_on + ASK_SECONDS - elapsed_seconds()))
             if not self._is_asking and self.why is None and (
                     elapsed_seconds() - self._asked_on >= ASK_SECONDS):
@@ -2343,7 +2346,7 @@ class Listener(socketserver.TCPServer):
         """Return whether a client may be served: its user is ours or root, and it has not left."""
         if not self._checks_owners or self._owners is None:
             has_left = self.is_gone(request, client_address)
-            with contextlib.suppress(OSError):  # it may have sent something before
+            with contextlib.suppress(OSError):  # one that has sent something before is served
                 has_left = has_left and not request.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
             return not has_left
         try:
@@ -2406,20 +2409,22 @@ class Demand:
     """Decides how many sessions there are to be. It is called with the Forwarder's lock held.
 
     `states` are those of the carriers. While one is free, nothing is issued for a connection.
+
+    A Node that refuses everybody must not cost a session per attempt. So for REPLACE_SECONDS after it has
+    closed the listener of a session that is younger than that, one session is issued, and no more.
     """
 
     def __init__(self, limit: int, minimum: int) -> None:
         self.retry_on = 0.0  # nothing is issued before
-        self._limit = self._learned = limit
+        self.maximum = self._learned = limit
         self._limited_until = 0.0
         self._minimum = minimum
         self._waiting_since = self._spare_since = elapsed_seconds()
-        self._young_gone = 0  # sessions whose Node closed their listener soon, and that are not replaced yet
-        self._young_replaced_on = -float("inf")
+        self._young_gone_on = self._replaced_on = -float("inf")
 
     def limit(self, now: float) -> int:
         """Return how many sessions there may be now."""
-        return self._learned if now < self._limited_until else self._limit
+        return self._learned if now < self._limited_until else self.maximum
 
     def learn(self, now: float, limit: int) -> None:
         """There are no more sessions to be had than these, for a while."""
@@ -2432,14 +2437,13 @@ class Demand:
             return False
         return not any(state in LIVE for state in states) or now - self._waiting_since >= GRACE_SECONDS
 
-    def is_paused(self, now: float) -> bool:
-        """Return whether nothing may be issued now.
+    def is_wary(self, now: float) -> bool:
+        """Return whether a session was gone too young a short time ago."""
+        return now - self._young_gone_on < REPLACE_SECONDS
 
-        A Node that refuses everybody must not cost a session per attempt: those that it closes young are
-        replaced once in REPLACE_SECONDS at most.
-        """
-        return now < self.retry_on or bool(
-            self._young_gone and now - self._young_replaced_on < REPLACE_SECONDS)
+    def is_paused(self, now: float) -> bool:
+        """Return whether nothing may be issued now."""
+        return now < self.retry_on or (self.is_wary(now) and now - self._replaced_on < REPLACE_SECONDS)
 
     def take_missing(self, now: float, waiting: int, states: List[str]) -> int:
         """Return how many sessions to issue now: for connections that wait, and to have the minimum ready."""
@@ -2451,9 +2455,8 @@ class Demand:
         # a minimum of 1 is not refilled before a connection comes
         missing = self._minimum - len(live) if self._minimum > 1 else 0
         number = max(0, min(max(wanted, missing), self.limit(now) - len(states)))
-        if number and self._young_gone:  # one at a time
-            self._young_gone -= 1
-            self._young_replaced_on = now
+        if number and self.is_wary(now):
+            self._replaced_on = now
             return 1
         return number
 
@@ -2464,14 +2467,15 @@ class Demand:
             self._spare_since = now
         return is_spare
 
-    def note_gone(self, lasted: float) -> None:
+    def note_gone(self, now: float, lasted: float) -> None:
         """Note that a Node has closed the listener of a session that has lasted so long."""
-        self._young_gone += lasted < REPLACE_SECONDS
+        if lasted < REPLACE_SECONDS:
+            self._young_gone_on = now
 
     def may_replace(self, now: float, lasted: float) -> bool:
         """Return whether a session would be replaced now, if it counted as gone."""
         return lasted >= REPLACE_SECONDS or not (
-            self._young_gone or now - self._young_replaced_on < REPLACE_SECONDS)
+            self.is_wary(now) or now - self._replaced_on < REPLACE_SECONDS)
 
 
 class Carrier:
@@ -2525,7 +2529,7 @@ class Forwarder:
         self._ended = Counts()
         self._failure: Optional[PlexctlError] = None  # the first of a session, while none is ready
         self._explanation: Optional[concurrent.futures.Future] = None  # see _explain
-        self._has_been_stuck = False  # a session; then one to replace it is asked for until there is one
+        self._has_been_stuck = False  # a session has; since then a failure to issue another ends nothing
         self._demand = Demand(limit, minimum)
         self._assumes_gone = False  # see assume_gone
 
@@ -2558,9 +2562,9 @@ class Forwarder:
             for each in self._carriers:
                 if each.session.is_over() and each.relay:
                     each.relay.stop()
-            is_hopeless = self.over or (not self._list_live() and self._demand.is_paused(now))
+            nobody_can_serve = self.over or (not self._list_live() and self._demand.is_paused(now))
         try:
-            if is_hopeless:
+            if nobody_can_serve:
                 self._reject_waiting()
             elif self.first is not None:
                 self._issue_missing(now)
@@ -2722,7 +2726,8 @@ class Forwarder:
         with self._changed:
             if isinstance(error, DialRefused) and self._renew and self._demand.may_replace(
                     now, now - session.ready_on):
-                self._demand.note_gone(now - session.ready_on)  # at once, for others that are refused now
+                self._demand.note_gone(now, now - session.ready_on)
+                # so that the client goes to another one, below
                 session.end(SessionOver("the Node has closed the session's listener"))
             others = [each for each in self._list_live() if each is not carrier]
             if session.why is not None and (self._renew or others) and not self._is_closing.is_set():
@@ -2813,8 +2818,8 @@ class Forwarder:
             states, waiting = [each.state for each in self._carriers], self._count_waiting()
             if not self._demand.is_overdue(now, waiting, states):
                 waiting = 0
-            elif states.count(BUSY) >= self._demand.limit(now):
-                self._warn_of_the_limit(waiting, self._demand.limit(now))
+            elif states.count(BUSY) >= self._demand.maximum:
+                self._warn_of_the_limit(waiting)
             if not self._is_closing.is_set() and not self._is_time_up(now + 1):  # 1 s is the shortest TTL
                 for _ in range(self._demand.take_missing(now, waiting, states)):
                     self._start()
@@ -2822,10 +2827,11 @@ class Forwarder:
             if self._demand.has_spare(now, len(free)):
                 free[-1].is_spare = True
 
-    def _warn_of_the_limit(self, waiting: int, limit: int) -> None:
+    def _warn_of_the_limit(self, waiting: int) -> None:
+        wait = "connections wait" if waiting > 1 else "connection waits"
         self._ledger.tell_once(
-            f"warning: {waiting} connection{'s wait' if waiting > 1 else ' waits'} until one closes: each "
-            f"needs a session (--max-sessions is {limit}; a connection pool must not be larger)", "limit")
+            f"warning: {waiting} {wait} until one closes: each needs a session (--max-sessions is "
+            f"{self._demand.maximum}; a connection pool must not be larger)", "limit")
 
     def _reject_waiting(self) -> None:
         """Reset the connections that wait, since no session will come to take them."""
@@ -2869,7 +2875,7 @@ class Forwarder:
             if self._renew or others:
                 tell(f"{why}; the next connection gets a new one" if self._renew else str(why))
                 if isinstance(why, ListenerGone):
-                    self._demand.note_gone(now - session.ready_on)
+                    self._demand.note_gone(now, now - session.ready_on)
             else:
                 self._end(why)
         elif self.first is None:  # no session has worked yet
@@ -2879,13 +2885,13 @@ class Forwarder:
                 why.is_told = tell(f"warning: session unknown: {why}")
             else:
                 self._failure = self._failure or why
-        elif others and (is_refused or isinstance(why, EndpointMissing)):  # there are no more to be had
+        elif others and (is_refused or isinstance(why, EndpointMissing)):  # no more are to be had for now
             self._demand.learn(now, others)
             why.is_told = tell(
-                f"warning: no further session, connections wait for those there are: {why}", "limit")
-        elif not others and (is_refused or not (self._renew or self._has_been_stuck)):
+                f"warning: no further session, connections wait for those there are: {why}", "no further")
+        elif not others and (is_refused or not (self._renew or self._has_been_stuck)):  # none is left
             self._end(why)
-        else:
+        else:  # it may pass
             self._demand.retry_on = now + RETRY_SECONDS
             why.is_told = tell(f"warning: no further session for now: {why}", "for now")
 
@@ -3178,7 +3184,7 @@ FLAGS: Dict[str, List[Tuple[str, Any, str]]] = {  # by group: flag, parser of it
         ("-v --verbose", None, "log requests and connections to stderr"),
         ("-q --quiet", None, "print errors only on stderr"),
         ("--yes", None, "ignored"),
-        ("--version", None, "print the version and the SHA-256 of this file"),
+        ("--version", None, "print the version"),
         ("-h --help", None, "print this help")]}
 FLAG_ROWS = [row for rows in FLAGS.values() for row in rows]
 FLAG_NAMES = [word for flag, _, _ in FLAG_ROWS for word in flag.split() if word[0] == "-"]
@@ -3242,7 +3248,7 @@ def parse_arguments(argv: Sequence[str]) -> Tuple[str, Any]:
         if options.help:
             return parser.format_help(), None
         if options.version:
-            return describe_version(), None
+            return f"plexctl {__version__}\n", None
         if others:
             raise UsageError(describe_unknown(others[0].partition("=")[0]))
         if not has_command:
@@ -3291,16 +3297,6 @@ def suggest(word: str, known: Sequence[str]) -> str:
     alike = ([each for each in known if each.startswith(word)]
              or difflib.get_close_matches(word, known, 1, 0.8))
     return f"; did you mean {' or '.join(alike)}?" if alike else ""
-
-
-def describe_version() -> str:
-    """Return the version and the SHA-256 of the file that this was loaded from, even from a zip file."""
-    try:
-        raw = __loader__.get_data(__file__)  # type: ignore[name-defined]
-        digest = f"sha256 {hashlib.sha256(raw).hexdigest()} of {escape(__file__)}"
-    except (NameError, AttributeError):
-        digest = "no sha256: running from standard input"
-    return f"plexctl {__version__} ({digest})\n"
 
 
 def check_together(options: argparse.Namespace) -> None:
