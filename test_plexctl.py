@@ -2940,14 +2940,19 @@ def test_the_listener_endpoint_is_found_wherever_it_is_reported(
     assert lone_plane.revoked == []
 
 
-@pytest.mark.parametrize("seconds", ["0", "0.4"])
-def test_no_endpoint_in_time_is_a_failure_and_the_session_is_revoked(cli, lone_plane, short_pauses, seconds):
+@pytest.mark.parametrize("seconds, answers, words", [
+    ("0", [], "no listener endpoint"), ("0.4", [], "no listener endpoint"),
+    ("2", [PASS] + [hold(60)] * 2, "no listener endpoint"), ("2", [hold(60)] * 3, "GetSession: no complete")],
+    ids=["at once", "in 0.4 s", "the last GetSession is cut short", "no GetSession was answered"])
+def test_no_endpoint_in_time_is_a_failure_and_the_session_is_revoked(
+        cli, lone_plane, short_pauses, seconds, answers, words):
     lone_plane.endpoint_on = "never"
-    with lasts(float(seconds), 4):
+    lone_plane.script("get", *answers)
+    with lasts(float(seconds), float(seconds) + 4):
         result = forward_to(cli, lone_plane, "--wait-seconds", seconds)
-    failed(result, 1, "listener endpoint", alone=seconds == "0")
+    failed(result, 1, words, alone=seconds == "0")
     reads = asked(lone_plane, "get")
-    assert reads == 0 if seconds == "0" else reads > 1
+    assert reads == 0 if seconds == "0" else reads > 1 or answers
     revoked_once(lone_plane)
 
 
@@ -3250,10 +3255,11 @@ def test_a_question_under_way_is_given_up_on_when_the_run_ends_and_nothing_else(
 
 
 @contextlib.contextmanager
-def no_more_threads():
-    """plexctl can start no thread meanwhile; the simulator can."""
+def no_more_threads(fails=lambda: True):
+    """plexctl can start no thread meanwhile, or not where it `fails`; the simulator can."""
     def start(thread):
-        if any(frame.f_globals.get("__name__") == "plexctl" for frame, _ in traceback.walk_stack(None)):
+        if any(frame.f_globals.get("__name__") == "plexctl" for frame, _ in traceback.walk_stack(None)) \
+                and fails():
             raise RuntimeError("can't start new thread")
         really_start(thread)
 
@@ -4304,6 +4310,19 @@ def test_a_defect_in_one_connection_ends_that_one_alone(kinder):
         assert visit(running.address) and running.forwarder.over is None
 
 
+def test_want_of_memory_is_neither_an_end_nor_a_reset_of_the_other_side():
+    class Starved(socket.socket):
+        def recv(self, *_):
+            raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+        recv_into = recv
+
+    with Starved() as sock:
+        leg = plexctl.Leg(sock)
+        with pytest.raises(OSError):
+            plexctl.Flow(leg, leg, memoryview(bytearray(9))).move()
+        assert not leg.has_reset and not leg.drain()
+
+
 # ---- tests: forwarder ----------------------------------------------------------------------------
 
 UNIX = pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="no unix sockets")
@@ -4575,6 +4594,17 @@ def test_a_session_whose_thread_cannot_be_started_costs_no_client_that_is_served
             client.close()
             chat(other, 1)
         assert len(running.lines) == 1 and len(running.plane.issued) == 1
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_one_of_two_first_sessions_whose_thread_cannot_be_started_is_made_up_for(which):
+    starts, this = iter([which == 1, which == 2]), threading.current_thread()
+    with relayed_to(establish=False, minimum=2, RETRY_SECONDS=0.5) as running:
+        with no_more_threads(lambda: threading.current_thread() is this and next(starts)):
+            running.forwarder.establish()
+        assert visit(running.address)
+        eventually(lambda: running.count().sessions == 2)
+        assert running.forwarder.over is None and len(running.plane.issued) == 2
 
 
 def test_a_look_at_the_backlog_that_fails_ends_nothing_that_works(simulation, monkeypatch):
@@ -4959,12 +4989,14 @@ def test_a_listener_that_has_a_connection_is_not_dialled_long_before_its_end(del
         assert all(wait.served and wait.seconds < 2 for wait in running.node.waits), running.node.waits
 
 
-@pytest.fixture(params=["tcp", pytest.param("unix", marks=UNIX)])
+@pytest.fixture(params=["tcp", "tcp of all users", pytest.param("unix", marks=UNIX)])
 def kind(request, tmp_path):
-    """A local address, and what connects to it."""
+    """Options of relayed_to() for a local address, and what connects to it."""
     path = str(tmp_path / "s")
     return types.SimpleNamespace(
-        is_unix=request.param == "unix", local="unix:" + path if request.param == "unix" else "127.0.0.1:0",
+        is_unix=request.param == "unix", asks_for_owners=request.param == "tcp" and LINUX,
+        options=dict(local="unix:" + path if request.param == "unix" else "127.0.0.1:0",
+                     allow_other_users=request.param == "tcp of all users"),
         dial=lambda running: dial_unix(path) if request.param == "unix" else dial(running.address))
 
 
@@ -4972,7 +5004,7 @@ def kind(request, tmp_path):
 def test_a_client_that_leaves_while_it_waits_is_never_dialled(kind, leave):
     if kind.is_unix and leave is reset_close:
         pytest.skip("there is no reset on a unix socket")
-    with relayed_to(limit=1, local=kind.local) as running, contextlib.ExitStack() as stack:
+    with relayed_to(limit=1, **kind.options) as running, contextlib.ExitStack() as stack:
         first, second, third, fourth = [stack.enter_context(kind.dial(running)) for _ in range(4)]
         chat(first, 1)
         third.sendall(b"its bytes count, where its owner need not be asked for")
@@ -4981,10 +5013,10 @@ def test_a_client_that_leaves_while_it_waits_is_never_dialled(kind, leave):
         leave(third)
         first.close()
         chat(fourth, 1)
-        served = kind.is_unix or not LINUX
+        served = not kind.asks_for_owners
         eventually(lambda: running.count().up == 64 + 54 * served + 64)  # counted after it was sent
         assert running.target.accepted == sum(running.node.connections.values()) == 2 + served
-        assert running.forwarder.listener.unidentified == (0 if served else 2)
+        assert running.forwarder.listener.unidentified == 2 * kind.asks_for_owners
 
 
 @pytest.mark.parametrize("late", [[0.5, 60, 60], [60, 0.5, 60], [60, 60, 0.5]], ids=shown)
@@ -5013,8 +5045,9 @@ def test_sessions_that_are_refused_altogether_are_told_of_once_and_who_waits_is_
 
 def test_a_session_that_may_exist_is_told_of_also_where_another_one_is_there():
     def lose_one_of_them(handler, _plane):
-        keys.append(handler.seen.body["idempotency_key"])
-        if keys[-1] == keys[0]:
+        key = handler.seen.body["idempotency_key"]
+        keys.append(key)
+        if key == keys[0]:
             handler.wfile.write(handler.render(PASSING["502"]))
         else:
             handler.answer_really()
@@ -5104,7 +5137,7 @@ def test_a_further_session_that_fails_for_now_is_asked_for_again(simulation):
 
 def test_the_end_of_a_client_that_is_gone_is_passed_on_at_once(kind):
     serve = on_request(e=echo, d=source(64 * MIB))
-    with relayed_to(serve, local=kind.local, QUIET_SECONDS=60) as running:
+    with relayed_to(serve, QUIET_SECONDS=60, **kind.options) as running:
         for number, word in enumerate((b"e", b"d"), 1):  # also one whose target is never quiet
             client = kind.dial(running)
             client.sendall(word)
@@ -5238,6 +5271,21 @@ def test_a_dial_that_fails_is_warned_of_and_stops_nobody(simulation):
         assert visit(running.address) and len(running.said("not served")) == 1
 
 
+def test_whom_several_sessions_turn_away_is_told_of_once(simulation):
+    go = threading.Event()
+    simulation.plane.script("get", *[hold(go)] * 3)
+    with using_sessions(simulation.plane, minimum=3) as running:
+        eventually(lambda: running.count().sessions == 3)
+        for each in simulation.plane.issued:
+            simulation.node.refuse(each)
+        with dialled(running, 3, served=0) as clients:
+            eventually(lambda: asked(simulation.plane, "get") == 3)  # so each has one
+            go.set()
+            assert [how_it_ends(client) for client in clients] == [("reset", b"")] * 3
+        eventually(lambda: running.count().ended == 3)
+        assert len(running.said("not served")) == len(running.lines) == 1
+
+
 def test_dials_without_an_answer_from_the_control_plane_do_not_each_ask_again(simulation):
     with using_sessions(simulation.plane) as running:
         simulation.plane.script("get", *[reset] * 50)
@@ -5264,6 +5312,16 @@ def test_a_listener_that_is_gone_for_long_ends_its_session(renew):
             assert len(running.said("not served")) == len(running.lines) == 1
 
 
+def test_a_new_endpoint_ends_the_time_for_which_dials_were_refused():
+    with ControlPlane(endpoint="127.0.0.1:9") as plane, \
+            using_sessions(plane, ASK_SECONDS=0, GONE_SECONDS=0.5) as running:
+        assert knock(running.address) == ("reset", b"")
+        let_pass(0.5)
+        plane.endpoint = "127.0.0.1:%d" % quiet_port()
+        assert knock(running.address) == ("reset", b"") and asked(plane, "get") == 3
+        assert running.forwarder.first.why is None
+
+
 def test_with_renew_a_listener_that_the_node_has_closed_gives_way_to_a_new_session(simulation):
     """Its own cap: the connection goes to the new session."""
     with using_sessions(simulation.plane, renew=True, REPLACE_SECONDS=0) as running:
@@ -5286,6 +5344,17 @@ def test_a_node_that_refuses_everybody_costs_no_session_per_attempt(monkeypatch)
         monkeypatch.setattr(plexctl, "REPLACE_SECONDS", 0.5)
         eventually(lambda: knock(running.address) and len(plane.issued) >= 3)
         assert len(running.said("not served")) == 1
+
+
+def test_young_sessions_that_are_gone_at_once_are_replaced_one_now_and_one_a_minute():
+    demand, now = plexctl.Demand(4, 1), 1000.0
+    assert demand.may_replace(now, 10)
+    for _ in range(3):
+        demand.note_gone(10)
+    assert not demand.may_replace(now, 10) and demand.may_replace(now, 60)
+    seconds = (0, 1, 59, 60, 119, 120, 121)
+    assert [demand.take_missing(now + each, 4, []) for each in seconds] == [1, 0, 0, 1, 0, 1, 4]
+    assert not demand.may_replace(now + 179, 10) and demand.may_replace(now + 180, 10)
 
 
 def test_a_session_runs_out_by_the_server_s_clock_and_not_by_ours():
@@ -5950,6 +6019,30 @@ def test_a_reason_is_said_once_in_a_run_and_has_its_exit_code(simulation, words,
     assert simulation.plane.revocations() == {simulation.plane.issued[0]: 1}
 
 
+@pytest.mark.parametrize("first, told, second, status, words", [
+    (PASSING["502"], "warning: session unknown: ", problem("forbidden"), 4, "IssueSession: 403"),
+    (problem("rebac_denied"), "sessions: 403", None, 77, "insufficient_relation")],
+    ids=["one may exist, one is refused", "one is refused, one has no listener"])
+def test_where_both_first_sessions_fail_one_failure_is_the_error(
+        simulation, first, told, second, status, words):
+    def answer(handler, plane):
+        key = handler.seen.body["idempotency_key"]
+        keys.append(key)
+        if key != keys[0]:
+            go.wait(20)
+        given = first if key == keys[0] else second or plane.decide(handler.seen)
+        handler.wfile.write(handler.render(given))
+
+    keys, go = [], threading.Event()
+    simulation.plane.endpoint_on = "never"
+    simulation.plane.script("issue", *[answer] * 4)
+    with start(simulation, "--proxy", "-v", "--min-sessions", 2, "--wait-seconds", 2) as process:
+        process.wait_for_output(told)
+        go.set()
+        result = process.finish()
+    assert result.returncode == status and words in error_of(result), result.stderr
+
+
 @pytest.mark.skipif(not LINUX, reason="counts descriptors")
 def test_bulk_under_too_few_descriptors_arrives_or_is_refused_in_one_line(simulation):
     data, arrived = pattern(4 << 20), 0
@@ -6068,6 +6161,7 @@ def test_who_goes_on_sending_where_nobody_can_say_whose_it_is_does_not_keep_it(s
                 time.sleep(0.05)
             raise AssertionError("it is kept")
         assert process.finish().returncode == 1, process.describe()  # read found the end
+        assert "COMMAND has ended, and what it sent may not have arrived" in process.err
     revoked_once(simulation.plane)
 
 
@@ -6372,6 +6466,32 @@ def test_a_stdout_closed_by_its_reader_is_an_error(make_pipe, size, stdin):
             result = process.finish()
         assert result.returncode == 1 and "standard output" in error_of(result), process.describe()
         revoked_once(simulation.plane)
+
+
+def test_stdio_ends_with_its_session_although_the_node_takes_nothing(make_pipe):
+    from_stdout, stdout = make_pipe()
+    from_stdout.close()
+    with Simulation(silent, ttl=3) as simulation, tempfile.TemporaryFile() as stdin:
+        leave_out_the_node(simulation)
+        stdin.truncate(MIB)  # the kernels take all of it
+        with start(simulation, "--stdio", stdin=stdin, stdout=stdout) as process:
+            result = process.finish()
+        assert result.returncode == 1 and error_of(result)
+
+
+def test_stdio_without_a_thread_is_an_error(simulation, make_pipe):
+    statements = """
+import threading
+def start(thread):
+    if getattr(sys._getframe(2).f_locals.get("function"), "__name__", "") == "carry":
+        raise RuntimeError("can't start new thread")
+    really_start(thread)
+really_start, threading.Thread.start = threading.Thread.start, start
+"""
+    result = run_prepared(statements, forward_args(simulation.plane, "--stdio"),
+                          env=simulation.plane.environment(), stdin=make_pipe()[0], timeout=20)
+    failed(result, 1, "cannot start a thread")
+    revoked_once(simulation.plane)
 
 
 @pytest.mark.parametrize("way", ["pipes", "a socket"])
