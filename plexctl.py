@@ -2163,6 +2163,7 @@ STUCK_SECONDS = 10  # that a Node may take to end a connection, before its sessi
 LIMIT_SECONDS = 60  # after a session was refused, until one is asked for again
 RETRY_SECONDS = 5  # the same, after a failure that may pass
 REPLACE_SECONDS = 60  # a session that has lasted so long is replaced as soon as its listener is gone
+WARY_SECONDS = 300  # after one that had not, one session in REPLACE_SECONDS is issued
 TCP_SYN_SENT, TCP_LISTEN = 2, 10
 SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, NETLINK_SOCK_DIAG = 20, 1, 4
 NOBODY = 0xFFFFFFFF  # no uid: (uid_t) -1
@@ -2410,8 +2411,8 @@ class Demand:
 
     `states` are those of the carriers. While one is free, nothing is issued for a connection.
 
-    A Node that refuses everybody must not cost a session per attempt. So for REPLACE_SECONDS after it has
-    closed the listener of a session that is younger than that, one session is issued, and no more.
+    A Node that refuses everybody must not cost a session per attempt. So for WARY_SECONDS after it has closed
+    the listener of a session that was younger than REPLACE_SECONDS, one in REPLACE_SECONDS is issued.
     """
 
     def __init__(self, limit: int, minimum: int) -> None:
@@ -2438,8 +2439,8 @@ class Demand:
         return not any(state in LIVE for state in states) or now - self._waiting_since >= GRACE_SECONDS
 
     def is_wary(self, now: float) -> bool:
-        """Return whether a session was gone too young a short time ago."""
-        return now - self._young_gone_on < REPLACE_SECONDS
+        """Return whether a young session was gone a short time ago."""
+        return now - self._young_gone_on < WARY_SECONDS
 
     def is_paused(self, now: float) -> bool:
         """Return whether nothing may be issued now."""
@@ -2474,8 +2475,8 @@ class Demand:
 
     def may_replace(self, now: float, lasted: float) -> bool:
         """Return whether a session would be replaced now, if it counted as gone."""
-        return lasted >= REPLACE_SECONDS or not (
-            self.is_wary(now) or now - self._replaced_on < REPLACE_SECONDS)
+        return lasted >= REPLACE_SECONDS or (
+            now - max(self._young_gone_on, self._replaced_on) >= REPLACE_SECONDS)
 
 
 class Carrier:
@@ -2544,10 +2545,7 @@ class Forwarder:
     def establish(self) -> MediatedSession:
         """Issue the first sessions, and return the first whose Node has reported its listener."""
         with self._changed:
-            for _ in range(0 if self._is_closing.is_set() else self._minimum):
-                self._start()
-            if self._failure is not None and not self._carriers:
-                self._end(self._failure)
+            self._start(0 if self._is_closing.is_set() else self._minimum)
             self._changed.wait_for(lambda: self.first or self._is_closing.is_set())
             if self.first is None:
                 raise self.over or Cancelled("interrupted")
@@ -2821,8 +2819,7 @@ class Forwarder:
             elif states.count(BUSY) >= self._demand.maximum:
                 self._warn_of_the_limit(waiting)
             if not self._is_closing.is_set() and not self._is_time_up(now + 1):  # 1 s is the shortest TTL
-                for _ in range(self._demand.take_missing(now, waiting, states)):
-                    self._start()
+                self._start(self._demand.take_missing(now, waiting, states))
             free = [each for each in self._carriers if each.state == FREE]
             if self._demand.has_spare(now, len(free)):
                 free[-1].is_spare = True
@@ -2845,15 +2842,20 @@ class Forwarder:
 
     # With the lock held
 
-    def _start(self) -> None:
-        carrier = Carrier(MediatedSession(self._ledger, self._wait_seconds))
-        self._carriers.append(carrier)
-        if not start_thread(self._run, carrier):
-            self._carriers.remove(carrier)
-            self._failure = self._failure or PlexctlError("cannot start a thread for a session (ulimit -u)")
-            self._demand.retry_on = elapsed_seconds() + RETRY_SECONDS
-            if self.first is not None or self._carriers:  # else it is the error
-                self._warn_once("cannot start a thread for a session (ulimit -u)")
+    def _start(self, number: int) -> None:
+        """Start the threads of so many sessions."""
+        failure: Optional[PlexctlError] = None
+        for _ in range(number):
+            carrier = Carrier(MediatedSession(self._ledger, self._wait_seconds))
+            self._carriers.append(carrier)
+            if not start_thread(self._run, carrier):
+                self._carriers.remove(carrier)
+                self._demand.retry_on = elapsed_seconds() + RETRY_SECONDS
+                failure = PlexctlError("cannot start a thread for a session (ulimit -u)")
+        if failure is not None and self.first is None and not self._carriers:
+            self._end(failure)
+        elif failure is not None:
+            self._warn_once(str(failure))
 
     def _count_waiting(self) -> int:
         return self.listener.count_waiting() + len(self._returned)
@@ -3489,7 +3491,7 @@ class Run:
                 concurrent.futures.wait([carried], HURRY_SECONDS)
             counts = Counts(ended=1, up=relay.up.moved, down=relay.down.moved)
             self.say(describe_total(counts, began, "connection closed"))
-        error = self.told or streams.error or unread or session.why or describe_failure(relay)
+        error = self.told or streams.error or session.why or unread or describe_failure(relay)
         if error is not None:
             raise error
         return EXIT_OK

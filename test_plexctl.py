@@ -5350,10 +5350,10 @@ def test_young_sessions_that_are_gone_at_once_are_replaced_one_now_and_one_a_min
     demand, now = plexctl.Demand(4, 1), 1000.0
     assert demand.may_replace(now, 10)
     for _ in range(3):
-        demand.note_gone(10)
+        demand.note_gone(now, 10)
     assert not demand.may_replace(now, 10) and demand.may_replace(now, 60)
-    seconds = (0, 1, 59, 60, 119, 120, 121)
-    assert [demand.take_missing(now + each, 4, []) for each in seconds] == [1, 0, 0, 1, 0, 1, 4]
+    seconds = (0, 1, 59, 60, 119, 120, 121, 300)
+    assert [demand.take_missing(now + each, 4, []) for each in seconds] == [1, 0, 0, 1, 0, 1, 0, 4]
     assert not demand.may_replace(now + 179, 10) and demand.may_replace(now + 180, 10)
 
 
