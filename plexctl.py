@@ -1340,7 +1340,7 @@ class Leg:
         self.sock = sock
         self.recv_into = sock.recv_into
         self.send = sock.send
-        self.reads_at = self.writes_at = sock.fileno()
+        self.reads_at = self.writes_at = sock.fileno()  # for poll(2)
         self.has_reset = False  # the other end has reset it
         self.discarded = 0  # bytes, by `drain`
         self._is_linux_tcp = ON_LINUX and sock.family != socket.AF_UNIX
@@ -1393,14 +1393,14 @@ class Leg:
 
         False if it `is_stopped`, or `seconds` after everything was acknowledged.
         """
-        arrived_on = elapsed_seconds()
-        while not is_stopped() and elapsed_seconds() - arrived_on < seconds:
+        acknowledged_on = elapsed_seconds()
+        while not is_stopped() and elapsed_seconds() - acknowledged_on < seconds:
             if wait_for(self.reads_at, select.POLLIN, TICK_SECONDS) and self.drain():
                 return True
             if self.is_dead():
                 return True
             if self.count_unsent():
-                arrived_on = elapsed_seconds()
+                acknowledged_on = elapsed_seconds()
         return False
 
     def close(self, reset: bool = True) -> None:
@@ -1568,7 +1568,8 @@ class Relay:
 
     - the Node's: at once. A client that then sends nothing for QUIET_SECONDS is let go.
     - the client's: at once if it is gone, that is, has closed the connection (`is_gone`). If it still
-      listens, once nothing has moved for QUIET_SECONDS: earlier, the Node would cut the answer off.
+      listens, it is passed on once nothing has moved for QUIET_SECONDS: earlier, the Node would cut the
+      answer off.
 
     `on_end` is called before the client sees that the Node or we have ended the connection, unless the
     client's end came first. `stop`, from another thread, ends the connection with resets.
@@ -1611,7 +1612,7 @@ class Relay:
             with contextlib.suppress(Exception):
                 self._settle()
         up, down, is_broken = self.up, self.down, self.error is not None
-        # the client has more to send, and nobody takes it
+        # something of the client's is left, or it sends on and nobody takes it
         is_cut_off = bool(up.rest) or bool(up.refusal and not up.has_ended)
         # in order if it was told the end and is not cut off: a reset destroys what it has yet to read
         self._client.close(reset=is_cut_off or not down.is_passed_on)
@@ -1650,8 +1651,8 @@ class Relay:
     def _move(self, seconds: float = TICK_SECONDS) -> None:
         """Wait for a direction that can move, so long at most, and move it once.
 
-        The client is polled, with a mask of 0, even if no direction waits for it: poll() reports a reset all
-        the same. After one POLLHUP no more, or poll() would return at once for ever.
+        Until it has ended its input the client is polled, with a mask of 0, even if no direction waits for
+        it: poll() reports a reset all the same. After one POLLHUP no more, or it would report that for ever.
         """
         client, for_resets = self._client, 0
         masks: Dict[int, int] = {}  # by descriptor
@@ -1688,7 +1689,7 @@ class Relay:
         """Raise the error of a reset by the client."""
         error = self._client.take_error()
         # on Linux a reset after an end of input is EPIPE: the client closed before it had read everything.
-        # As long as that end is not passed on, both are one end; afterwards only a reset can say more
+        # That is no more than an end, until the end was passed on: then only a reset can say that it is gone
         if error and (error != errno.EPIPE or self.up.is_passed_on):
             self._client.has_reset = True
             raise OSError(error, os.strerror(error))
@@ -1747,9 +1748,10 @@ class Relay:
     def _watch_quiet(self) -> bool:
         """Return whether nothing has moved for QUIET_SECONDS since the first call; call it in a loop."""
         counted = self.up.moved, self.down.moved
-        # a client that was told the end may still be reading
+        # what an end of input waits for may be on its way: to the Node, or to a client that was told the end
+        is_sending = self.up.has_ended and not self.up.is_passed_on and self.remote.count_unsent()
         is_receiving = self.down.is_passed_on and self._client.count_unsent()
-        if counted != self._counted or self.up.rest or self.down.rest or is_receiving:
+        if counted != self._counted or self.up.rest or self.down.rest or is_sending or is_receiving:
             self._counted, self._quiet_since = counted, elapsed_seconds()
         return elapsed_seconds() - self._quiet_since >= QUIET_SECONDS
 
@@ -1808,7 +1810,7 @@ class Ledger:
         self.say = say
         self._project_id = project_id
         self._changed = threading.Condition()  # guards what follows
-        self._known: Dict[str, str] = {}  # when each so far expires, by session_id in lower case
+        self._known: Dict[str, str] = {}  # by session_id in lower case: until when it lasts, in words
         self._owed: Dict[str, bool] = {}  # by session_id; True: it is being revoked
         self._issuing = 0
         self._unknown: List[PlexctlError] = []  # each may have left a session
@@ -1863,7 +1865,7 @@ class Ledger:
         return self.plane.get(self._project_id, session_id, seconds)
 
     def give_back(self, session_id: str, may_keep: bool = False) -> None:
-        """Revoke a session now, unless that has begun, or `keep` was called and `may_keep`. Never raises."""
+        """Revoke a session now, unless that has begun, or `may_keep` and `keep` was called. Never raises."""
         with self._changed:
             is_due = self._claim(session_id, may_keep)
         if is_due:
@@ -2009,10 +2011,10 @@ class MediatedSession:
                 self._ledger.report(f"warning: {show_seconds(left + 0.5)} of the session are left")
 
     def ask(self, seconds: float = 0.0, is_fresh: bool = False) -> bool:
-        """Have GetSession asked in a thread, and wait for it so long; return whether the last had an answer.
+        """Have GetSession asked in a thread, and wait for it so long; return whether there was an answer.
 
-        One is asked at a time, and at most one in ASK_SECONDS. With `is_fresh` wait until another one may be
-        asked: an answer from before does not count.
+        One is asked at a time, and at most one in ASK_SECONDS; in between it is the last answer that counts.
+        With `is_fresh` wait first until another may be asked, so that the answer is newer than this call.
         """
         with self._changed:
             if is_fresh:
@@ -2043,7 +2045,7 @@ class MediatedSession:
             with self._changed:
                 if self.why is not None or self._route == route:
                     break
-        # there is no new endpoint, or dialling that has failed as well
+        # no new endpoint, or the new one failed, too
         raise self.why or self._judge(failure, has_answer)
 
     def _judge(self, failure: OSError, has_answer: bool) -> PlexctlError:
@@ -2163,7 +2165,7 @@ STUCK_SECONDS = 10  # that a Node may take to end a connection, before its sessi
 LIMIT_SECONDS = 60  # after a session was refused, until one is asked for again
 RETRY_SECONDS = 5  # the same, after a failure that may pass
 REPLACE_SECONDS = 60  # a session that has lasted so long is replaced as soon as its listener is gone
-WARY_SECONDS = 300  # after one that had not, one session in REPLACE_SECONDS is issued
+WARY_SECONDS = 300  # after a younger one was gone, at most one session per REPLACE_SECONDS is issued
 TCP_SYN_SENT, TCP_LISTEN = 2, 10
 SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, NETLINK_SOCK_DIAG = 20, 1, 4
 NOBODY = 0xFFFFFFFF  # no uid: (uid_t) -1
@@ -2250,7 +2252,7 @@ class Listener(socketserver.TCPServer):
 
     def __init__(self, local: LocalAddress, allow_other_users: bool, warn_once: Report) -> None:
         self.unidentified = 0  # connections not served, since their clients had closed them
-        self.is_accepting = False  # `take` may have a client; its caller clears this (for is_delivering)
+        self.is_accepting = False  # `take` may have a client that its caller has yet to note
         self._path = local.path
         self._warn_once = warn_once
         self._identity: Optional[os.stat_result] = None  # of the unix socket's file
@@ -2412,7 +2414,7 @@ class Demand:
     `states` are those of the carriers. While one is free, nothing is issued for a connection.
 
     A Node that refuses everybody must not cost a session per attempt. So for WARY_SECONDS after it has closed
-    the listener of a session that was younger than REPLACE_SECONDS, one in REPLACE_SECONDS is issued.
+    the listener of a session younger than REPLACE_SECONDS, at most one per REPLACE_SECONDS is issued.
     """
 
     def __init__(self, limit: int, minimum: int) -> None:
@@ -2474,7 +2476,7 @@ class Demand:
             self._young_gone_on = now
 
     def may_replace(self, now: float, lasted: float) -> bool:
-        """Return whether a session would be replaced now, if it counted as gone."""
+        """Return whether, if a session counted as gone, another one would be issued for it now."""
         return lasted >= REPLACE_SECONDS or (
             now - max(self._young_gone_on, self._replaced_on) >= REPLACE_SECONDS)
 
@@ -2602,7 +2604,8 @@ class Forwarder:
     def is_delivering(self) -> bool:
         """Return whether something that clients sent before they closed is still on its way to the Node."""
         with self._changed:
-            # in this order: a client that is accepted meanwhile is seen in one of the three places
+            # in this order: is_accepting is set before accept() and cleared after _give(), so that whoever is
+            # accepted meanwhile is seen in one of the three places
             return bool(self._count_waiting()) or self.listener.is_accepting or any(
                 each.awaited or (each.state == BUSY and each.client and self._is_gone(each.client))
                 for each in self._carriers)
@@ -2707,7 +2710,7 @@ class Forwarder:
         if relay.is_awaited:
             carrier.awaited = remote
         self._note_end(carrier, relay, had_answer)
-        if relay.is_stuck and not self._is_closing.is_set():
+        if relay.is_stuck and not self._is_over(session):
             raise SessionStuck("the Node did not take what a client had sent that has reset its connection; "
                                "its session is not used any more")
         if relay.is_awaited:
@@ -2745,8 +2748,8 @@ class Forwarder:
                          f"{show_bytes(relay.down.moved)} down")
         if error and (not isinstance(error, OSError) or error.errno in EXHAUSTED):  # not a peer's doing
             self._warn_once(f"a connection ended: {show_error(error)}")
-        is_explained = self._explanation is not None and not self._explanation.done()
-        if relay.remote_ended_first and not relay.down.moved and not had_answer and not is_explained:
+        is_explaining = self._explanation is not None and not self._explanation.done()
+        if relay.remote_ended_first and not relay.down.moved and not had_answer and not is_explaining:
             self._explanation = run_in_thread(lambda: self._explain(carrier.session))
 
     def _explain(self, session: MediatedSession) -> None:

@@ -4154,6 +4154,22 @@ CLIENT_RESETS = {  # what it does before
 }
 
 
+def test_an_end_of_input_waits_for_what_is_still_on_its_way():
+    """The Node reads the end right behind the last byte, and would cut the answer off."""
+    def serve(connection, _target):
+        let_pass(4)
+        read_exactly(connection, 5 * MIB)
+        connection.sendall(b"answer")
+
+    with relayed_to(serve) as running, dial(running.address) as client:
+        client.sendall(bytes(5 * MIB))
+        client.shutdown(socket.SHUT_WR)
+        let_pass(1)
+        if not any(relay.remote.count_unsent() for relay in running.relays()):
+            pytest.skip("the kernel's buffers take it all")
+        assert how_it_ends(client) == ("eof", b"answer")
+
+
 def read_to_the_end(connection, _target):
     """A service that says nothing."""
     for _ in chunks(connection):
