@@ -49,7 +49,6 @@ try:
 
     logging.getLogger().removeHandler(_quiet)
     import argparse
-    import concurrent.futures
     import contextlib
     import datetime
     import email.utils
@@ -74,6 +73,7 @@ try:
     import urllib.error
     import urllib.request
     import zlib
+    from concurrent.futures import Future, wait as wait_for_futures
     from typing import (
         IO, Any, Callable, Dict, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Set,
         Tuple, Type, Union)
@@ -208,12 +208,12 @@ def start_thread(function: Callable[..., object], *arguments: Any) -> bool:
         return False
 
 
-def run_in_thread(function: Callable[[], Any], or_here: bool = True) -> concurrent.futures.Future:
+def run_in_thread(function: Callable[[], Any], or_here: bool = True) -> Future:
     """Run it in a thread; return the Future that will have its result or error.
 
     If there are no more threads run it here, or, without `or_here`, raise PlexctlError.
     """
-    future: concurrent.futures.Future = concurrent.futures.Future()
+    future: Future = Future()
 
     def run() -> None:
         try:
@@ -1080,10 +1080,10 @@ class ControlPlane:
             raise self._parse_problem(exchange)
         return exchange
 
-    def _wait(self, exchange: Exchange, performed: concurrent.futures.Future, seconds: float) -> str:
+    def _wait(self, exchange: Exchange, performed: Future, seconds: float) -> str:
         """Wait until the exchange is done, or give it up; return why there is no answer, "" if there is."""
         began = elapsed_seconds()
-        while not concurrent.futures.wait([performed], CANCEL_POLL_SECONDS).done:
+        while not wait_for_futures([performed], CANCEL_POLL_SECONDS).done:
             waited = elapsed_seconds() - began
             if exchange.operation == GET and self.cancel.is_set():
                 exchange.give_up()
@@ -2531,7 +2531,7 @@ class Forwarder:
         self._returned: List[Client] = []  # accepted for a session that was over: they go to another one
         self._ended = Counts()
         self._failure: Optional[PlexctlError] = None  # the first of a session, while none is ready
-        self._explanation: Optional[concurrent.futures.Future] = None  # see _explain
+        self._explanation: Optional[Future] = None  # see _explain
         self._has_been_stuck = False  # a session has; since then a failure to issue another ends nothing
         self._demand = Demand(limit, minimum)
         self._assumes_gone = False  # see assume_gone
@@ -2625,7 +2625,7 @@ class Forwarder:
                                    max(0.0, deadline - elapsed_seconds()))
             self._close_returned()
         if self._explanation is not None:
-            concurrent.futures.wait([self._explanation], max(0.0, deadline - elapsed_seconds()))
+            wait_for_futures([self._explanation], max(0.0, deadline - elapsed_seconds()))
 
     # The thread of a session
 
@@ -3085,9 +3085,9 @@ class Foreground:
             if self._asked > 2:
                 end_by_signal(signum)
 
-    def wait(self, seconds: float, future: Optional[concurrent.futures.Future] = None) -> None:
+    def wait(self, seconds: float, future: Optional[Future] = None) -> None:
         """Wait so long, or until `future` is done; Interrupted for a signal."""
-        future = future or concurrent.futures.Future()
+        future = future or Future()
         deadline = elapsed_seconds() + seconds
         while not future.done():
             if self.signals:
@@ -3095,7 +3095,7 @@ class Foreground:
             left = deadline - elapsed_seconds()
             if left <= 0:
                 return
-            concurrent.futures.wait([future], min(WAIT_SECONDS, left))
+            wait_for_futures([future], min(WAIT_SECONDS, left))
 
     def call(self, function: Callable[[], Any], status: Optional[Callable[[], str]] = None) -> Any:
         """Run it in a thread, so that a signal ends the wait; return or raise what it does."""
@@ -3116,7 +3116,7 @@ class Foreground:
         deadline = began + seconds
         future = run_in_thread(function)
         while not future.done() and elapsed_seconds() < deadline:
-            concurrent.futures.wait([future], WAIT_SECONDS)
+            wait_for_futures([future], WAIT_SECONDS)
             if self.signals:
                 deadline = min(deadline, elapsed_seconds() + HURRY_SECONDS)
             if slow and self.messages.is_terminal and elapsed_seconds() - began > 1:
@@ -3491,7 +3491,7 @@ class Run:
             if not carried.done():  # a signal; where this is a library, the thread must not go on
                 self.ledger.plane.cancel.set()
                 relay.stop()
-                concurrent.futures.wait([carried], HURRY_SECONDS)
+                wait_for_futures([carried], HURRY_SECONDS)
             counts = Counts(ended=1, up=relay.up.moved, down=relay.down.moved)
             self.say(describe_total(counts, began, "connection closed"))
         error = self.told or streams.error or session.why or unread or describe_failure(relay)
@@ -3499,8 +3499,7 @@ class Run:
             raise error
         return EXIT_OK
 
-    def wait_for_relay(self, session: MediatedSession, relay: Relay,
-                       carried: concurrent.futures.Future) -> None:
+    def wait_for_relay(self, session: MediatedSession, relay: Relay, carried: Future) -> None:
         """Wait for the end of --stdio's connection, or raise a signal as Interrupted.
 
         ssh hangs up as soon as it has seen the end. So once that is under way a signal does not decide the
