@@ -73,7 +73,6 @@ try:
     import urllib.error
     import urllib.request
     import zlib
-    from concurrent.futures import Future, wait as wait_for_futures
     from typing import (
         IO, Any, Callable, Dict, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Set,
         Tuple, Type, Union)
@@ -208,24 +207,33 @@ def start_thread(function: Callable[..., object], *arguments: Any) -> bool:
         return False
 
 
-def run_in_thread(function: Callable[[], Any], or_here: bool = True) -> Future:
-    """Run it in a thread; return the Future that will have its result or error.
+class Outcome:
+    """What a function returns or raises that runs in a thread. (To import Future takes 3.6 10 ms.)
 
-    If there are no more threads run it here, or, without `or_here`, raise PlexctlError.
+    If there are no more threads it runs here, or, without `or_here`, PlexctlError is raised.
     """
-    future: Future = Future()
 
-    def run() -> None:
+    def __init__(self, function: Callable[[], Any], or_here: bool = True) -> None:
+        self.done = threading.Event()
+        self._value: Any = None
+        self._error: Optional[BaseException] = None
+        if not start_thread(self._run, function):
+            if not or_here:
+                raise PlexctlError("cannot start a thread (ulimit -u)")
+            self._run(function)
+
+    def _run(self, function: Callable[[], Any]) -> None:
         try:
-            future.set_result(function())
+            self._value = function()
         except BaseException as error:
-            future.set_exception(error)
+            self._error = error
+        self.done.set()
 
-    if not start_thread(run):
-        if not or_here:
-            raise PlexctlError("cannot start a thread (ulimit -u)")
-        run()
-    return future
+    def result(self) -> Any:
+        """Return or raise what the function did, once it is `done`."""
+        if self._error is not None:
+            raise self._error
+        return self._value
 
 
 def send_record(path: str, data: bytes) -> None:
@@ -1064,7 +1072,7 @@ class ControlPlane:
             request.add_header("Content-Type", "application/json")
         exchange = Exchange(operation, self.server.host, self._context)
         began = elapsed_seconds()
-        performed = run_in_thread(lambda: exchange.perform(request, self._proxy))
+        performed = Outcome(lambda: exchange.perform(request, self._proxy))
         fault = self._wait(exchange, performed, seconds)
         note_id(find_session_id(exchange))  # an answer that was cut off, or is no 201, may name one as well
         if fault:
@@ -1080,10 +1088,10 @@ class ControlPlane:
             raise self._parse_problem(exchange)
         return exchange
 
-    def _wait(self, exchange: Exchange, performed: Future, seconds: float) -> str:
+    def _wait(self, exchange: Exchange, performed: Outcome, seconds: float) -> str:
         """Wait until the exchange is done, or give it up; return why there is no answer, "" if there is."""
         began = elapsed_seconds()
-        while not wait_for_futures([performed], CANCEL_POLL_SECONDS).done:
+        while not performed.done.wait(CANCEL_POLL_SECONDS):
             waited = elapsed_seconds() - began
             if exchange.operation == GET and self.cancel.is_set():
                 exchange.give_up()
@@ -2531,7 +2539,7 @@ class Forwarder:
         self._returned: List[Client] = []  # accepted for a session that was over: they go to another one
         self._ended = Counts()
         self._failure: Optional[PlexctlError] = None  # the first of a session, while none is ready
-        self._explanation: Optional[Future] = None  # see _explain
+        self._explanation: Optional[Outcome] = None  # see _explain
         self._has_been_stuck = False  # a session has; since then a failure to issue another ends nothing
         self._demand = Demand(limit, minimum)
         self._assumes_gone = False  # see assume_gone
@@ -2625,7 +2633,7 @@ class Forwarder:
                                    max(0.0, deadline - elapsed_seconds()))
             self._close_returned()
         if self._explanation is not None:
-            wait_for_futures([self._explanation], max(0.0, deadline - elapsed_seconds()))
+            self._explanation.done.wait(max(0.0, deadline - elapsed_seconds()))
 
     # The thread of a session
 
@@ -2748,9 +2756,9 @@ class Forwarder:
                          f"{show_bytes(relay.down.moved)} down")
         if error and (not isinstance(error, OSError) or error.errno in EXHAUSTED):  # not a peer's doing
             self._warn_once(f"a connection ended: {show_error(error)}")
-        is_explaining = self._explanation is not None and not self._explanation.done()
+        is_explaining = self._explanation is not None and not self._explanation.done.is_set()
         if relay.remote_ended_first and not relay.down.moved and not had_answer and not is_explaining:
-            self._explanation = run_in_thread(lambda: self._explain(carrier.session))
+            self._explanation = Outcome(lambda: self._explain(carrier.session))
 
     def _explain(self, session: MediatedSession) -> None:
         """Say why the Node has ended a connection without a byte: the session's end, or the target."""
@@ -3085,27 +3093,27 @@ class Foreground:
             if self._asked > 2:
                 end_by_signal(signum)
 
-    def wait(self, seconds: float, future: Optional[Future] = None) -> None:
-        """Wait so long, or until `future` is done; Interrupted for a signal."""
-        future = future or Future()
+    def wait(self, seconds: float, done: Optional[threading.Event] = None) -> None:
+        """Wait so long, or until `done` is set; Interrupted for a signal."""
+        done = done or threading.Event()
         deadline = elapsed_seconds() + seconds
-        while not future.done():
+        while not done.is_set():
             if self.signals:
                 raise Interrupted(self.signals.pop(0))
             left = deadline - elapsed_seconds()
             if left <= 0:
                 return
-            wait_for_futures([future], min(WAIT_SECONDS, left))
+            done.wait(min(WAIT_SECONDS, left))
 
     def call(self, function: Callable[[], Any], status: Optional[Callable[[], str]] = None) -> Any:
         """Run it in a thread, so that a signal ends the wait; return or raise what it does."""
         self.wait(0)  # a signal that is here already: then nothing is begun
-        future = run_in_thread(function)
-        while not future.done():
-            self.wait(REDRAW_SECONDS, future)
-            if status is not None and not future.done():
+        outcome = Outcome(function)
+        while not outcome.done.is_set():
+            self.wait(REDRAW_SECONDS, outcome.done)
+            if status is not None and not outcome.done.is_set():
                 self.messages.show(status())
-        return future.result()
+        return outcome.result()
 
     def finish(self, function: Callable[[], None], seconds: float, slow: str = "") -> None:
         """Run what must still be done, for `seconds` at most; a further signal leaves HURRY_SECONDS.
@@ -3114,9 +3122,8 @@ class Foreground:
         """
         began = elapsed_seconds()
         deadline = began + seconds
-        future = run_in_thread(function)
-        while not future.done() and elapsed_seconds() < deadline:
-            wait_for_futures([future], WAIT_SECONDS)
+        outcome = Outcome(function)
+        while not outcome.done.wait(WAIT_SECONDS) and elapsed_seconds() < deadline:
             if self.signals:
                 deadline = min(deadline, elapsed_seconds() + HURRY_SECONDS)
             if slow and self.messages.is_terminal and elapsed_seconds() - began > 1:
@@ -3481,17 +3488,17 @@ class Run:
                 remote.await_end(STUCK_SECONDS,
                                  lambda: session.is_over() or self.ledger.plane.cancel.is_set())
 
-        carried = run_in_thread(carry, or_here=False)
+        carried = Outcome(carry, or_here=False)
         try:
             self.wait_for_relay(session, relay, carried)
             # its reader has left before it had everything; ssh does not wait for an end either
             if relay.is_awaited and (not relay.down.moved or relay.down.rest or remote.discarded):
                 unread = PlexctlError("cannot write to standard output: nobody reads it")
         finally:
-            if not carried.done():  # a signal; where this is a library, the thread must not go on
+            if not carried.done.is_set():  # a signal; where this is a library, the thread must not go on
                 self.ledger.plane.cancel.set()
                 relay.stop()
-                wait_for_futures([carried], HURRY_SECONDS)
+                carried.done.wait(HURRY_SECONDS)
             counts = Counts(ended=1, up=relay.up.moved, down=relay.down.moved)
             self.say(describe_total(counts, began, "connection closed"))
         error = self.told or streams.error or session.why or unread or describe_failure(relay)
@@ -3499,7 +3506,7 @@ class Run:
             raise error
         return EXIT_OK
 
-    def wait_for_relay(self, session: MediatedSession, relay: Relay, carried: Future) -> None:
+    def wait_for_relay(self, session: MediatedSession, relay: Relay, carried: Outcome) -> None:
         """Wait for the end of --stdio's connection, or raise a signal as Interrupted.
 
         ssh hangs up as soon as it has seen the end. So once that is under way a signal does not decide the
@@ -3507,7 +3514,7 @@ class Run:
         """
         signalled: Optional[Interrupted] = None
         give_up_on = float("inf")
-        while not carried.done():
+        while not carried.done.is_set():
             if session.is_over():
                 relay.stop()
             if self.options.verbose:
@@ -3515,7 +3522,7 @@ class Run:
             if signalled is not None and elapsed_seconds() >= give_up_on:
                 raise signalled
             try:
-                self.foreground.wait(TICKING_SECONDS, carried)
+                self.foreground.wait(TICKING_SECONDS, carried.done)
             except Interrupted as interrupted:
                 if not relay.is_ending:
                     raise
