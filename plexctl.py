@@ -208,9 +208,10 @@ def start_thread(function: Callable[..., object], *arguments: Any) -> bool:
 
 
 class Outcome:
-    """What a function returns or raises that runs in a thread. (To import Future takes 3.6 10 ms.)
+    """What a function returns or raises that runs in a thread, once it is `done`.
 
-    If there are no more threads it runs here, or, without `or_here`, PlexctlError is raised.
+    If there are no more threads it runs here, or, without `or_here`, PlexctlError is raised. (Future of
+    concurrent.futures would do, but to import it takes Python 3.6 some 10 ms.)
     """
 
     def __init__(self, function: Callable[[], Any], or_here: bool = True) -> None:
@@ -230,7 +231,7 @@ class Outcome:
         self.done.set()
 
     def result(self) -> Any:
-        """Return or raise what the function did, once it is `done`."""
+        """Return what the function has returned, or raise what it has raised."""
         if self._error is not None:
             raise self._error
         return self._value
