@@ -1911,8 +1911,7 @@ class Ledger:
     def left_behind(self, raised: Optional[BaseException] = None) -> List[str]:
         """Return what `leave` could not revoke, except what the error `raised` says anyway."""
         with self._changed:
-            owed = [each for each, has_begun in self._owed.items()
-                    if has_begun or not self._is_kept]
+            owed = [each for each, has_begun in self._owed.items() if has_begun or not self._is_kept]
             self._owed.clear()
             lines = [f"session {each} is not revoked, it will expire on its own" for each in owed]
             lines += [f"session unknown: {each}" for each in self._unknown
@@ -2025,16 +2024,17 @@ class MediatedSession:
         One is asked at a time, and at most one in ASK_SECONDS; in between it is the last answer that counts.
         With `is_fresh` wait first until another may be asked, so that the answer is newer than this call.
         """
+        deadline = elapsed_seconds() + seconds
         with self._changed:
-            if is_fresh:
+            if is_fresh and self.why is None:
                 if not self._changed.wait_for(lambda: not self._is_asking, seconds):
                     return False
-                self._changed.wait(max(0.0, self._asked_on + ASK_SECONDS - elapsed_seconds()))
+                self._changed.wait(max(0.0, min(self._asked_on + ASK_SECONDS, deadline) - elapsed_seconds()))
             if not self._is_asking and self.why is None and (
                     elapsed_seconds() - self._asked_on >= ASK_SECONDS):
                 self._has_answer = False
                 self._is_asking = start_thread(self._ask)
-            self._changed.wait_for(lambda: not self._is_asking, seconds)
+            self._changed.wait_for(lambda: not self._is_asking, max(0.0, deadline - elapsed_seconds()))
             return self._has_answer
 
     def dial(self, is_stopped: Callable[[], bool]) -> Leg:
@@ -2601,7 +2601,7 @@ class Forwarder:
             return max(0.0, min((each.expires_on for each in sessions), default=0.0) - elapsed_seconds())
 
     def assume_gone(self) -> None:
-        """From now on, COMMAND has ended, take clients as gone where nobody can know."""
+        """COMMAND has ended: from now on take clients as gone where nobody can know."""
         self._assumes_gone = True
 
     def count_undelivered(self) -> int:
@@ -3284,7 +3284,8 @@ def convert_values(options: argparse.Namespace) -> None:
             continue
         name = flag.split()[0]
         for value in getattr(options, attribute_of(name)) or []:
-            if value in ("", "--", []):  # argparse makes --port=-- an empty list, up to 3.12
+            # the next flag, as --host=-v; argparse makes --port=-- an empty list, up to 3.12
+            if not value or re.match("-[^0-9]", value):
                 raise UsageError(f"{name}: needs a value; is a variable empty?")
             try:
                 setattr(options, attribute_of(name), parse(value))

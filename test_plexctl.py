@@ -2206,6 +2206,7 @@ USAGE_ERRORS += [(["tcp-forward"] + REQUIRED_FLAGS + words, flag) for words, fla
     (["--local-addr", "unix:/x"], "--local-addr unix: needs --proxy or -- COMMAND"),
     (["--local-addr", "unix:/x", "--", "psql", "-p{port}"], "--local-addr unix: has no {port}"),
     (["--profile", "--yes"], "--profile: needs a value; is a variable empty?"),
+    (["--host=-v"], "--host: needs a value; is a variable empty?"),
     (["--token-file", ""], "--token-file: needs a value; is a variable empty?"),
     (["-=--yes"], "-"), (["-vx"], "-v..."), (["-q="], "-q..."), (["tcp-forward"], "argument"),
     (["--x y"], "several words"),
@@ -5336,6 +5337,15 @@ def test_a_new_endpoint_ends_the_time_for_which_dials_were_refused():
         plane.endpoint = "127.0.0.1:%d" % quiet_port()
         assert knock(running.address) == ("reset", b"") and asked(plane, "get") == 3
         assert running.forwarder.first.why is None
+
+
+def test_an_answer_from_before_a_revocation_does_not_count_where_a_fresh_one_is_wanted(simulation):
+    with using_sessions(simulation.plane) as running:
+        session = running.forwarder.first
+        assert session.ask(5) and session.why is None
+        simulation.plane.revoke(simulation.plane.issued[0])
+        assert session.ask(5) and session.why is None  # asked a moment ago
+        assert session.ask(5, is_fresh=True) and isinstance(session.why, plexctl.SessionRevoked)
 
 
 def test_with_renew_a_listener_that_the_node_has_closed_gives_way_to_a_new_session(simulation):
