@@ -210,22 +210,25 @@ def start_thread(function: Callable[..., object], *arguments: Any) -> bool:
 class Outcome:
     """What a function returns or raises that runs in a thread, once it is `done`.
 
-    If there are no more threads it runs here, or, without `or_here`, PlexctlError is raised. (Future of
+    If there are no more threads it runs here, or, without `or_here`, PlexctlError is the result. (Future of
     concurrent.futures would do, but to import it takes Python 3.6 some 10 ms.)
     """
 
     def __init__(self, function: Callable[[], Any], or_here: bool = True) -> None:
         self.done = threading.Event()
-        self._value: Any = None
+        self.value: Any = None  # what it has returned; None before that
         self._error: Optional[BaseException] = None
-        if not start_thread(self._run, function):
-            if not or_here:
-                raise PlexctlError("cannot start a thread (ulimit -u)")
+        if start_thread(self._run, function):
+            return
+        if or_here:
             self._run(function)
+        else:
+            self._error = PlexctlError("cannot start a thread (ulimit -u)")
+            self.done.set()
 
     def _run(self, function: Callable[[], Any]) -> None:
         try:
-            self._value = function()
+            self.value = function()
         except BaseException as error:
             self._error = error
         self.done.set()
@@ -234,7 +237,7 @@ class Outcome:
         """Return what the function has returned, or raise what it has raised."""
         if self._error is not None:
             raise self._error
-        return self._value
+        return self.value
 
 
 def send_record(path: str, data: bytes) -> None:
@@ -1310,8 +1313,7 @@ class AuditLog(logging.Handler):
 BUFFER_BYTES = 768 * 1024  # takes memory only as far as it is used
 TICK_SECONDS = 0.2  # a thread that waits looks around this often
 QUIET_SECONDS = 2.0  # of silence, see Relay
-GONE_POLL_MIN_SECONDS = 0.002  # pauses between two looks whether a client is gone grow from this
-GONE_POLL_MAX_SECONDS = 0.4  # to this
+GONE_POLL_SECONDS = 0.02  # between two looks whether a client that has ended its input is gone
 UNANSWERED_SECONDS = 120  # after which a path is dead
 DRAIN_READS = 1000  # at once, so that a Leg.drain ends
 DRAIN_BYTES = 64 * 1024  # per read
@@ -1524,7 +1526,7 @@ class Flow:
         self.rest = buffer[:0]  # read, and not handed on yet
         self.has_ended = False  # the source has ended its input
         self.is_passed_on = False  # and the sink was told so
-        self.refusal: Optional[OSError] = None  # the sink takes nothing any more; what comes is dropped
+        self.refusal: Optional[OSError] = None  # why the sink takes nothing any more; what comes is dropped
         self._buffer = buffer
         self._recv_into = source.recv_into
         self._send = sink.send
@@ -1567,6 +1569,12 @@ class Flow:
             with contextlib.suppress(OSError):  # its peer is gone
                 self.sink.end()
 
+    def check(self) -> None:
+        """Raise the error of a sink that has reset the connection; EPIPE: it has only ended it."""
+        if self.refusal and self.refusal.errno != errno.EPIPE:
+            self.sink.has_reset = True
+            raise self.refusal
+
 
 class Relay:
     """Carries one connection, both directions, in the thread that calls `carry`.
@@ -1600,7 +1608,6 @@ class Relay:
         self._is_gone = is_gone
         self._on_end = on_end
         self._is_stopped = False  # the one thing here that another thread sets
-        self._has_hung_up = False  # the client, by POLLHUP
         self._counted = (-1, -1)  # bytes moved when _watch_quiet looked last
         self._quiet_since = 0.0
         self._flows = {client.reads_at: self.up, remote.reads_at: self.down}
@@ -1630,16 +1637,14 @@ class Relay:
 
     def _carry(self) -> None:
         up, down = self.up, self.down
-        # until one of them has ended its input, or the client reads no more
-        while not (up.has_ended or down.has_ended or down.refusal):
-            if up.rest or down.rest or up.refusal:
+        while not (up.has_ended or down.has_ended):
+            if up.rest or down.rest or up.refusal or down.refusal:
                 self._move()
             else:
                 self._move_freely()
-        if up.has_ended:
+            down.check()
+        if not down.has_ended:
             self._await_answer()
-        elif not down.has_ended:  # the client reads no more
-            self._take_the_rest()
         # now the Node has ended, or the client is gone
         if down.has_ended:
             self._end_client()
@@ -1658,15 +1663,8 @@ class Relay:
                 is_free = flows[descriptor].move() and is_free
 
     def _move(self, seconds: float = TICK_SECONDS) -> None:
-        """Wait for a direction that can move, so long at most, and move it once.
-
-        Until it has ended its input the client is polled, with a mask of 0, even if no direction waits for
-        it: poll() reports a reset all the same. After one POLLHUP no more, or it would report that for ever.
-        """
-        client, for_resets = self._client, 0
-        masks: Dict[int, int] = {}  # by descriptor
-        if not (self.up.has_ended or self._has_hung_up):
-            masks[client.reads_at] = for_resets
+        """Wait for a direction that can move, so long at most, and move it once."""
+        masks: Dict[int, int] = {}  # by descriptor: both directions may wait for the same one
         waiting = []
         for flow in (self.up, self.down):
             if not flow.has_ended:
@@ -1680,68 +1678,52 @@ class Relay:
         ready = dict(poller.poll(seconds * 1000))
         if self._is_stopped or not ready:
             self._check_legs()
-        if client.reads_at in ready and masks[client.reads_at] == for_resets:
-            self._has_hung_up = True
-            self._check_client()
         for descriptor, flow in waiting:
             if descriptor in ready:
                 flow.move()
 
     def _check_legs(self) -> None:
-        """Raise if the connection is to end, or its path is dead."""
+        """Raise if the connection is to end, its path is dead, or a client that is not read has reset it."""
         if self._is_stopped:
             raise ConnectionAbortedError(errno.ECONNABORTED, os.strerror(errno.ECONNABORTED))
         if self._client.is_dead() or self.remote.is_dead():
             raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+        if self.up.rest:
+            self._check_client()
 
     def _check_client(self) -> None:
-        """Raise the error of a reset by the client."""
+        """Raise the error of a reset by the client.
+
+        On Linux that is EPIPE behind an end of input: it has closed the connection before it had read
+        everything. Then what it sent still counts.
+        """
         error = self._client.take_error()
-        # on Linux a reset after an end of input is EPIPE: the client closed before it had read everything.
-        # That is no more than an end, until the end was passed on: then only a reset can say that it is gone
-        if error and (error != errno.EPIPE or self.up.is_passed_on):
+        if error not in (0, errno.EPIPE):
             self._client.has_reset = True
             raise OSError(error, os.strerror(error))
-
-    def _check_refusal(self, flow: Flow) -> None:
-        """Raise the error of a sink that has reset the connection; EPIPE: it has only ended it."""
-        if flow.refusal and flow.refusal.errno != errno.EPIPE:
-            flow.sink.has_reset = True
-            raise flow.refusal
 
     def _await_answer(self) -> None:
         """The client has ended its input: pass that on once the target is quiet.
 
         Return once the Node has ended the connection as well, or the client is gone.
         """
-        up, down, pause = self.up, self.down, GONE_POLL_MIN_SECONDS
+        up, down = self.up, self.down
         is_gone = self._is_gone()
         while not (is_gone or down.refusal or down.has_ended):
+            moved = down.moved
+            self._move(GONE_POLL_SECONDS)
+            is_gone = down.moved == moved and self._is_gone()
             if self._watch_quiet():
                 up.end()
-            moved = down.moved
-            self._move(pause)
-            if down.moved != moved:
-                pause = GONE_POLL_MIN_SECONDS
-            else:
-                pause = min(2 * pause, GONE_POLL_MAX_SECONDS)
-                is_gone = self._is_gone()
         if is_gone:
             self._check_client()
-            up.end()
-        if not down.has_ended:
-            self._check_refusal(down)
-
-    def _take_the_rest(self) -> None:
-        """The client reads no more: hand on what it still sends, until it or the Node has ended."""
-        self._check_refusal(self.down)
-        while not (self.up.has_ended or self.down.has_ended):
-            self._move()
+        elif not down.has_ended:
+            down.check()
 
     def _end_client(self) -> None:
         """The Node has ended the connection: pass that on, and let the client finish."""
         up, down = self.up, self.down
-        self._check_refusal(up)  # if send() has seen a reset, this end is that reset
+        up.check()  # if send() has seen a reset, this end is that reset
         # a client that reads no more has ended it first
         self.remote_ended_first = not (up.is_passed_on or down.refusal)
         self.is_ending = True
@@ -1956,8 +1938,7 @@ class MediatedSession:
     """One session, from its issue to the reason of its end.
 
     `open` issues it and waits for its listener, `dial` connects to that. `is_over`, called often, notes the
-    expiry and asks GetSession once a minute.
-    Its thread, the main thread and the one that asks GetSession share what stands under the lock.
+    expiry and asks GetSession once a minute. `ask` does that in a thread of its own.
     """
 
     def __init__(self, ledger: Ledger, wait_seconds: float = 90.0) -> None:
@@ -1971,11 +1952,10 @@ class MediatedSession:
         self._refused_since = 0.0
         self._recheck_on = float("inf")
         self._warned_left = float("inf")  # seconds
-        self._changed = threading.Condition()  # guards what follows, and how `why` and `endpoint` change
+        self._lock = threading.Lock()  # guards what follows, and how `why` and `endpoint` change
         self._route: Any = None  # family and address of the endpoint
-        self._is_asking = False
-        self._asked_on = 0.0  # when the last question ended
-        self._has_answer = False
+        self._question: Optional[Outcome] = None  # the last one that was asked
+        self._asked_on = 0.0  # when that ended
 
     @property
     def session_id(self) -> str:
@@ -1996,7 +1976,7 @@ class MediatedSession:
 
     def end(self, why: PlexctlError) -> None:
         """Say that the session is over; the first reason counts."""
-        with self._changed:
+        with self._lock:
             self.why = self.why or why
 
     def is_over(self) -> bool:
@@ -2018,29 +1998,23 @@ class MediatedSession:
                 self._warned_left = threshold
                 self._ledger.report(f"warning: {show_seconds(left + 0.5)} of the session are left")
 
-    def ask(self, seconds: float = 0.0, is_fresh: bool = False) -> bool:
-        """Have GetSession asked in a thread, and wait for it so long; return whether there was an answer.
+    def ask(self, seconds: float = 0.0, at_once: bool = False) -> bool:
+        """Ask GetSession in a thread, and wait for it so long; return whether there is an answer.
 
-        One is asked at a time, and at most one in ASK_SECONDS; in between it is the last answer that counts.
-        With `is_fresh` wait first until another may be asked, so that the answer is newer than this call.
+        One is asked at a time, and, unless `at_once`, in ASK_SECONDS: in between the last answer counts.
         """
-        deadline = elapsed_seconds() + seconds
-        with self._changed:
-            if is_fresh and self.why is None:
-                if not self._changed.wait_for(lambda: not self._is_asking, seconds):
-                    return False
-                self._changed.wait(max(0.0, min(self._asked_on + ASK_SECONDS, deadline) - elapsed_seconds()))
-            if not self._is_asking and self.why is None and (
-                    elapsed_seconds() - self._asked_on >= ASK_SECONDS):
-                self._has_answer = False
-                self._is_asking = start_thread(self._ask)
-            self._changed.wait_for(lambda: not self._is_asking, max(0.0, deadline - elapsed_seconds()))
-            return self._has_answer
+        with self._lock:
+            question = self._question
+            may_ask = question is None or (
+                question.done.is_set() and (at_once or elapsed_seconds() - self._asked_on >= ASK_SECONDS))
+            if may_ask and self.why is None:
+                question = self._question = Outcome(self._ask, or_here=False)
+        return question is not None and question.done.wait(seconds) and bool(question.value)
 
     def dial(self, is_stopped: Callable[[], bool]) -> Leg:
         """Connect to the listener; PlexctlError says why that fails. A new endpoint is tried once."""
         for _ in range(2):
-            with self._changed:
+            with self._lock:
                 route = self._route
             try:
                 leg = connect_to(route, lambda: self.is_over() or is_stopped())
@@ -2051,7 +2025,7 @@ class MediatedSession:
             if is_stopped():
                 raise Cancelled("interrupted")
             has_answer = self.ask(ASK_LIMIT_SECONDS)
-            with self._changed:
+            with self._lock:
                 if self.why is not None or self._route == route:
                     break
         # no new endpoint, or the new one failed, too
@@ -2108,14 +2082,13 @@ class MediatedSession:
         family, _, _, _, address = found[0]
         if not is_dialable(str(address[0]), is_loopback(self._ledger.plane.server.host)):
             raise PlexctlError(f"listener endpoint {endpoint}: leads to {address[0]}, which is refused")
-        with self._changed:
+        with self._lock:
             self.endpoint, self._route, self._refused_since = endpoint, (family, address), 0.0
 
-    def _ask(self) -> None:
-        has_answer = False
+    def _ask(self) -> bool:
+        """Do what GetSession's answer asks for; return whether there was one."""
         try:
             session = self._ledger.get(self.session_id, EXCHANGE_SECONDS)
-            has_answer = True
             if session.status != "active":
                 self.end(describe_end(session))
             elif elapsed_seconds() >= self.expires_on - AHEAD_SECONDS:
@@ -2123,16 +2096,17 @@ class MediatedSession:
             elif session.listener_endpoint not in (None, self.endpoint):
                 self._ledger.say(f"the Node reports a new listener endpoint: {session.listener_endpoint}")
                 self._set_endpoint(session.listener_endpoint)
+            return True
         except Cancelled:
-            pass
+            return False
         except Exception as error:
             if isinstance(error, ApiError) and error.status in (404, 410):
                 self.end(SessionRevoked("the session is gone"))
             else:
                 self._ledger.tell_once(f"warning: {show_error(error)}", GET)
-        with self._changed:
-            self._asked_on, self._has_answer, self._is_asking = elapsed_seconds(), has_answer, False
-            self._changed.notify_all()
+            return False
+        finally:
+            self._asked_on = elapsed_seconds()
 
 
 def describe_end(session: Session) -> SessionOver:
@@ -2174,7 +2148,6 @@ STUCK_SECONDS = 10  # that a Node may take to end a connection, before its sessi
 LIMIT_SECONDS = 60  # after a session was refused, until one is asked for again
 RETRY_SECONDS = 5  # the same, after a failure that may pass
 REPLACE_SECONDS = 60  # a session that has lasted so long is replaced as soon as its listener is gone
-WARY_SECONDS = 300  # after a younger one was gone, at most one session per REPLACE_SECONDS is issued
 TCP_SYN_SENT, TCP_LISTEN = 2, 10
 SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, NETLINK_SOCK_DIAG = 20, 1, 4
 NOBODY = 0xFFFFFFFF  # no uid: (uid_t) -1
@@ -2421,26 +2394,22 @@ class Demand:
     """Decides how many sessions there are to be. It is called with the Forwarder's lock held.
 
     `states` are those of the carriers. While one is free, nothing is issued for a connection.
-
-    A Node that refuses everybody must not cost a session per attempt. So for WARY_SECONDS after it has closed
-    the listener of a session younger than REPLACE_SECONDS, at most one per REPLACE_SECONDS is issued.
     """
 
-    def __init__(self, limit: int, minimum: int) -> None:
-        self.retry_on = 0.0  # nothing is issued before
-        self.maximum = self._learned = limit
-        self._limited_until = 0.0
+    def __init__(self, maximum: int, minimum: int) -> None:
+        self.maximum = maximum
         self._minimum = minimum
         self._waiting_since = self._spare_since = elapsed_seconds()
-        self._young_gone_on = self._replaced_on = -float("inf")
+        self._restriction = (0.0, maximum, LIMIT_SECONDS)  # see `restrict`
+
+    def restrict(self, since: float, number: int, seconds: int) -> None:
+        """There are no more sessions to be had than this number; one more each time `seconds` have passed."""
+        self._restriction = (since, number, seconds)
 
     def limit(self, now: float) -> int:
         """Return how many sessions there may be now."""
-        return self._learned if now < self._limited_until else self.maximum
-
-    def learn(self, now: float, limit: int) -> None:
-        """There are no more sessions to be had than these, for a while."""
-        self._learned, self._limited_until = limit, now + LIMIT_SECONDS
+        since, number, seconds = self._restriction
+        return min(self.maximum, number + int((now - since) / seconds))
 
     def is_overdue(self, now: float, waiting: int, states: List[str]) -> bool:
         """Return whether connections have waited for GRACE_SECONDS; it keeps the time: call it often."""
@@ -2449,28 +2418,16 @@ class Demand:
             return False
         return not any(state in LIVE for state in states) or now - self._waiting_since >= GRACE_SECONDS
 
-    def is_wary(self, now: float) -> bool:
-        """Return whether a young session was gone a short time ago."""
-        return now - self._young_gone_on < WARY_SECONDS
-
-    def is_paused(self, now: float) -> bool:
-        """Return whether nothing may be issued now."""
-        return now < self.retry_on or (self.is_wary(now) and now - self._replaced_on < REPLACE_SECONDS)
-
-    def take_missing(self, now: float, waiting: int, states: List[str]) -> int:
+    def count_missing(self, now: float, waiting: int, states: List[str]) -> int:
         """Return how many sessions to issue now: for connections that wait, and to have the minimum ready."""
         live = [state for state in states if state in LIVE]
         # the server may yet count one that is being revoked, and refuse the only one that is asked for
-        if self.is_paused(now) or (REVOKING in states and not live):
+        if REVOKING in states and not live:
             return 0
         wanted = 0 if FREE in states else waiting - states.count(OPENING)
         # a minimum of 1 is not refilled before a connection comes
         missing = self._minimum - len(live) if self._minimum > 1 else 0
-        number = max(0, min(max(wanted, missing), self.limit(now) - len(states)))
-        if number and self.is_wary(now):
-            self._replaced_on = now
-            return 1
-        return number
+        return max(0, min(max(wanted, missing), self.limit(now) - len(states)))
 
     def has_spare(self, now: float, free: int) -> bool:
         """Return whether more than the minimum have been free for IDLE_SECONDS; then start to count anew."""
@@ -2478,16 +2435,6 @@ class Demand:
         if is_spare or free <= self._minimum:
             self._spare_since = now
         return is_spare
-
-    def note_gone(self, now: float, lasted: float) -> None:
-        """Note that a Node has closed the listener of a session that has lasted so long."""
-        if lasted < REPLACE_SECONDS:
-            self._young_gone_on = now
-
-    def may_replace(self, now: float, lasted: float) -> bool:
-        """Return whether, if a session counted as gone, another one would be issued for it now."""
-        return lasted >= REPLACE_SECONDS or (
-            now - max(self._young_gone_on, self._replaced_on) >= REPLACE_SECONDS)
 
 
 class Carrier:
@@ -2541,7 +2488,6 @@ class Forwarder:
         self._ended = Counts()
         self._failure: Optional[PlexctlError] = None  # the first of a session, while none is ready
         self._explanation: Optional[Outcome] = None  # see _explain
-        self._has_been_stuck = False  # a session has; since then a failure to issue another ends nothing
         self._demand = Demand(limit, minimum)
         self._assumes_gone = False  # see assume_gone
 
@@ -2571,7 +2517,7 @@ class Forwarder:
             for each in self._carriers:
                 if each.session.is_over() and each.relay:
                     each.relay.stop()
-            nobody_can_serve = self.over or (not self._list_live() and self._demand.is_paused(now))
+            nobody_can_serve = self.over or (not self._list_live() and self._demand.limit(now) < 1)
         try:
             if nobody_can_serve:
                 self._reject_waiting()
@@ -2734,9 +2680,7 @@ class Forwarder:
         """Leave a client to another session, if there may be one; else reset it."""
         session, now = carrier.session, elapsed_seconds()
         with self._changed:
-            if isinstance(error, DialRefused) and self._renew and self._demand.may_replace(
-                    now, now - session.ready_on):
-                self._demand.note_gone(now, now - session.ready_on)
+            if isinstance(error, DialRefused) and self._renew and now - session.ready_on >= REPLACE_SECONDS:
                 # so that the client goes to another one, below
                 session.end(SessionOver("the Node has closed the session's listener"))
             others = [each for each in self._list_live() if each is not carrier]
@@ -2773,7 +2717,7 @@ class Forwarder:
         Whether it has ended a connection that was reset cannot be seen. So the session is not used again.
         """
         with self._changed:
-            carrier.state, self._has_been_stuck = STUCK, True
+            carrier.state = STUCK
         deadline = elapsed_seconds() + STUCK_SECONDS
         while elapsed_seconds() < deadline and not self._is_closing.wait(TICK_SECONDS):
             if carrier.awaited is not None and carrier.awaited.drain():
@@ -2831,7 +2775,7 @@ class Forwarder:
             elif states.count(BUSY) >= self._demand.maximum:
                 self._warn_of_the_limit(waiting)
             if not self._is_closing.is_set() and not self._is_time_up(now + 1):  # 1 s is the shortest TTL
-                self._start(self._demand.take_missing(now, waiting, states))
+                self._start(self._demand.count_missing(now, waiting, states))
             free = [each for each in self._carriers if each.state == FREE]
             if self._demand.has_spare(now, len(free)):
                 free[-1].is_spare = True
@@ -2862,7 +2806,7 @@ class Forwarder:
             self._carriers.append(carrier)
             if not start_thread(self._run, carrier):
                 self._carriers.remove(carrier)
-                self._demand.retry_on = elapsed_seconds() + RETRY_SECONDS
+                self._demand.restrict(elapsed_seconds(), len(self._list_live()), RETRY_SECONDS)
                 failure = PlexctlError("cannot start a thread for a session (ulimit -u)")
         if failure is not None and self.first is None and not self._carriers:
             self._end(failure)
@@ -2876,38 +2820,25 @@ class Forwarder:
         return [each for each in self._carriers if each.state in LIVE]
 
     def _follow(self, session: MediatedSession, why: PlexctlError) -> None:
-        """Decide what the end of one session means: it ends the run, or is told, or delays the next one.
-
-        It ends the run if it was revoked or the time is up; also if it was the last one, unless another may
-        be had (with `renew`, or after one that was stuck).
-        """
+        """Do what follows for the run from the end of one session."""
         now, others, tell = elapsed_seconds(), len(self._list_live()), self._ledger.tell_once
+        has_worked = session.ready_on > 0
         is_refused = isinstance(why, ApiError) and why.status < 500 and not why.passing
         if isinstance(why, SessionRevoked) or self._is_time_up(now):
             self._end(why)
-        elif session.ready_on:  # it has worked
-            if self._renew or others:
-                tell(f"{why}; the next connection gets a new one" if self._renew else str(why))
-                if isinstance(why, ListenerGone):
-                    self._demand.note_gone(now, now - session.ready_on)
-            else:
-                self._end(why)
-        elif self.first is None:  # no session has worked yet
-            if not others:
-                self._end(self._failure or why)  # which `establish` raises
-            elif why.may_exist:
-                why.is_told = tell(f"warning: session unknown: {why}")
-            else:
-                self._failure = self._failure or why
-        elif others and (is_refused or isinstance(why, EndpointMissing)):  # no more are to be had for now
-            self._demand.learn(now, others)
-            why.is_told = tell(
-                f"warning: no further session, connections wait for those there are: {why}", "no further")
-        elif not others and (is_refused or not (self._renew or self._has_been_stuck)):  # none is left
-            self._end(why)
-        else:  # it may pass
-            self._demand.retry_on = now + RETRY_SECONDS
-            why.is_told = tell(f"warning: no further session for now: {why}", "for now")
+        elif has_worked and (self._renew or others):
+            tell(f"{why}; the next connection gets a new one" if self._renew else str(why))
+            if isinstance(why, ListenerGone) and now - session.ready_on < REPLACE_SECONDS:
+                # a Node that refuses everybody must not cost a session per attempt
+                self._demand.restrict(session.ready_on, others, REPLACE_SECONDS)
+        elif not others and (has_worked or is_refused or self.first is None):
+            self._end(self._failure or why)  # the last one
+        elif self.first is None:  # another one may yet be the first
+            self._failure = self._failure or why
+        else:
+            has_no_room = is_refused or isinstance(why, EndpointMissing)
+            self._demand.restrict(now, others, LIMIT_SECONDS if has_no_room else RETRY_SECONDS)
+            why.is_told = tell(f"warning: no further session for now: {why}", type(why).__name__)
 
     def _end(self, why: PlexctlError) -> None:
         self.over = self.over or why
@@ -3534,7 +3465,7 @@ class Run:
 
     def explain_end(self, session: MediatedSession, relay: Relay) -> None:
         """Report why the connection of --stdio ended, before the client sees that: ssh hangs up then."""
-        session.ask(ASK_LIMIT_SECONDS, is_fresh=True)
+        session.ask(ASK_LIMIT_SECONDS, at_once=True)
         if self.ledger.plane.cancel.is_set():  # we have ended it
             return
         error = session.why or describe_failure(relay)
