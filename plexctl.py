@@ -1703,10 +1703,7 @@ class Relay:
             raise OSError(error, os.strerror(error))
 
     def _await_answer(self) -> None:
-        """The client has ended its input: pass that on once the target is quiet.
-
-        Return once the Node has ended the connection as well, or the client is gone.
-        """
+        """Pass the client's end of input on once the target is quiet; return when one of both is gone."""
         up, down = self.up, self.down
         is_gone = self._is_gone()
         while not (is_gone or down.refusal or down.has_ended):
@@ -1715,9 +1712,8 @@ class Relay:
             is_gone = down.moved == moved and self._is_gone()
             if self._watch_quiet():
                 up.end()
-        if is_gone:
+        if not down.has_ended:
             self._check_client()
-        elif not down.has_ended:
             down.check()
 
     def _end_client(self) -> None:
@@ -1855,10 +1851,10 @@ class Ledger:
         """Ask for a session: see ControlPlane.get."""
         return self.plane.get(self._project_id, session_id, seconds)
 
-    def give_back(self, session_id: str, may_keep: bool = False) -> None:
-        """Revoke a session now, unless that has begun, or `may_keep` and `keep` was called. Never raises."""
+    def give_back(self, session_id: str) -> None:
+        """Revoke a session now, unless that has begun. Never raises."""
         with self._changed:
-            is_due = self._claim(session_id, may_keep)
+            is_due = self._claim(session_id)
         if is_due:
             self._revoke(session_id)
 
@@ -1875,7 +1871,7 @@ class Ledger:
         self.plane.cancel.set()
         while elapsed_seconds() < deadline:
             with self._changed:
-                due = [session_id for session_id in self._owed if self._claim(session_id, may_keep=True)]
+                due = [] if self._is_kept else [each for each in self._owed if self._claim(each)]
                 if not due:
                     if not self._issuing and not any(self._owed.values()):
                         return
@@ -1902,13 +1898,12 @@ class Ledger:
                 lines.append("a session may have been issued, it will expire on its own")
             return lines
 
-    def _claim(self, session_id: str, may_keep: bool) -> bool:
+    def _claim(self, session_id: str) -> bool:
         """With the lock held: return whether the caller is to revoke it. True once."""
         has_begun = self._owed.get(session_id, True)
-        if has_begun or (self._is_kept and may_keep):
-            return False
-        self._owed[session_id] = True
-        return True
+        if not has_begun:
+            self._owed[session_id] = True
+        return not has_begun
 
     def _revoke(self, session_id: str) -> None:
         failure, deadline = "", elapsed_seconds() + LEAVE_SECONDS
@@ -2386,10 +2381,6 @@ LIVE = (OPENING, FREE, BUSY)
 Client = Tuple[socket.socket, Any]  # and its address
 
 
-class SessionStuck(PlexctlError):
-    """The Node does not end a connection whose client is gone: the session can carry no other one."""
-
-
 class Demand:
     """Decides how many sessions there are to be. It is called with the Forwarder's lock held.
 
@@ -2595,12 +2586,9 @@ class Forwarder:
                 self._changed.notify_all()
             while not (carrier.is_spare or self._is_over(session)):
                 client = self._take(carrier)
-                if client is not None:
-                    self._serve(carrier, buffers, client)
-        except SessionStuck as error:
-            if not self._assumes_gone:
-                self._warn_once(str(error))
-            self._leave_stuck(carrier)
+                if client is not None and not self._serve(carrier, buffers, client):
+                    self._leave_stuck(carrier)
+                    break
         except PlexctlError as error:
             session.end(error)
         except Exception as error:  # no memory or descriptors, or a defect
@@ -2644,20 +2632,21 @@ class Forwarder:
             carrier.is_spare = False  # tick() may have marked it meanwhile
             return client
 
-    def _serve(self, carrier: Carrier, buffers: Buffers, client: Client) -> None:
-        """Carry one connection, from the dial until the Node has ended it as well."""
+    def _serve(self, carrier: Carrier, buffers: Buffers, client: Client) -> bool:
+        """Carry one connection, from the dial to the Node's end; False if the Node does not end it."""
         session, (sock, address) = carrier.session, client
         try:
             remote = session.dial(self._is_closing.is_set)
         except PlexctlError as error:
             self._refuse(carrier, client, error)
-            return
-        had_answer = self._target_has_answered()
+            return True
         self._ledger.say(f"connection from {name_client(address)} to {session.endpoint}")
         # on_end only starts the question, so that a session that is over is found out soon
         relay = Relay(Leg(sock), remote, buffers, lambda: self._is_gone(client),
                       lambda: self._is_closing.is_set() or session.ask())
         with self._changed:
+            # on a connection that is open: so the target can be reached
+            had_answer = any(each.relay and each.relay.down.moved for each in self._carriers)
             carrier.relay = relay
             if self._is_closing.is_set():
                 relay.stop()
@@ -2665,16 +2654,11 @@ class Forwarder:
         if relay.is_awaited:
             carrier.awaited = remote
         self._note_end(carrier, relay, had_answer)
-        if relay.is_stuck and not self._is_over(session):
-            raise SessionStuck("the Node did not take what a client had sent that has reset its connection; "
-                               "its session is not used any more")
-        if relay.is_awaited:
-            if remote.await_end(QUIET_SECONDS, lambda: self._is_over(session)):
-                carrier.awaited = None
-                remote.close(reset=False)
-            elif not self._is_over(session):  # else _dismiss closes it, after the revocation
-                raise SessionStuck("the Node has not ended a connection whose client is gone; its session is "
-                                   "not used any more")
+        if relay.is_awaited and remote.await_end(QUIET_SECONDS, lambda: self._is_over(session)):
+            carrier.awaited = None
+            remote.close(reset=False)
+        # where the session is over, _dismiss closes what is awaited, after the revocation
+        return self._is_over(session) or not (relay.is_stuck or carrier.awaited)
 
     def _refuse(self, carrier: Carrier, client: Client, error: PlexctlError) -> None:
         """Leave a client to another session, if there may be one; else reset it."""
@@ -2718,6 +2702,9 @@ class Forwarder:
         """
         with self._changed:
             carrier.state = STUCK
+        if not self._assumes_gone:
+            self._warn_once("the Node has not ended a connection whose client is gone; its session is not "
+                            "used any more")
         deadline = elapsed_seconds() + STUCK_SECONDS
         while elapsed_seconds() < deadline and not self._is_closing.wait(TICK_SECONDS):
             if carrier.awaited is not None and carrier.awaited.drain():
@@ -2732,9 +2719,8 @@ class Forwarder:
             self._changed.notify_all()
             if why is not None and not is_leaving:
                 self._follow(session, why)
-        if session.session_id:
-            # --keep-session keeps what still works, not what is over
-            self._ledger.give_back(session.session_id, is_leaving and why is None)
+        if not (is_leaving and why is None):  # else it still works, and is for Ledger.leave
+            self._ledger.give_back(session.session_id)
         with self._changed:
             self._carriers.remove(carrier)
             self._changed.notify_all()
@@ -2753,11 +2739,6 @@ class Forwarder:
 
     def _warn_of_exhaustion(self, error: BaseException) -> None:
         self._warn_once(f"cannot accept connections for now: {show_error(error)}")
-
-    def _target_has_answered(self) -> bool:
-        """Return whether the target has answered on a connection that is open: so it can be reached."""
-        with self._changed:
-            return any(each.relay and each.relay.down.moved for each in self._carriers)
 
     def _is_gone(self, client: Client) -> bool:
         if self.listener.is_gone(*client):
