@@ -2230,6 +2230,7 @@ class Listener(socketserver.TCPServer):
     def __init__(self, local: LocalAddress, allow_other_users: bool, warn_once: Report) -> None:
         self.unidentified = 0  # connections not served, since their clients had closed them
         self.is_accepting = False  # `take` may have a client that its caller has yet to note
+        self.takes_for_gone = False  # for COMMAND's end; see is_gone
         self._path = local.path
         self._warn_once = warn_once
         self._identity: Optional[os.stat_result] = None  # of the unix socket's file
@@ -2286,13 +2287,15 @@ class Listener(socketserver.TCPServer):
         return max(1, int(struct.unpack_from("=I", info, 24)[0]))  # tcpi_unacked: of a listener, its backlog
 
     def is_gone(self, client: socket.socket, address: Any) -> bool:
-        """Return whether a client listens no more; False where nobody can know."""
-        if self._owners is None:  # poll() tells of a reset, and of a unix socket that was closed
-            descriptor = client.fileno()  # its thread may close it meanwhile
-            return descriptor < 0 or bool(poll_now(descriptor, 0))
-        with contextlib.suppress(OSError):
-            return self._owners.find(address)[1]
-        return False
+        """Return whether a client listens no more; `takes_for_gone` where nobody can know."""
+        if self._owners is not None:
+            with contextlib.suppress(OSError):
+                return self._owners.find(address)[1]
+            return False
+        if self.takes_for_gone and not self.knows_who_is_gone():
+            return True
+        descriptor = client.fileno()  # its thread may close it meanwhile
+        return descriptor < 0 or bool(poll_now(descriptor, 0))  # a reset, or a unix socket that was closed
 
     def knows_who_is_gone(self) -> bool:
         """Return whether `is_gone` can tell a closed connection from a half-closed one."""
@@ -2480,7 +2483,6 @@ class Forwarder:
         self._failure: Optional[PlexctlError] = None  # the first of a session, while none is ready
         self._explanation: Optional[Outcome] = None  # see _explain
         self._demand = Demand(limit, minimum)
-        self._assumes_gone = False  # see assume_gone
 
     def __enter__(self) -> "Forwarder":
         return self
@@ -2493,7 +2495,7 @@ class Forwarder:
     def establish(self) -> MediatedSession:
         """Issue the first sessions, and return the first whose Node has reported its listener."""
         with self._changed:
-            self._start(0 if self._is_closing.is_set() else self._minimum)
+            self._start(self._minimum)
             self._changed.wait_for(lambda: self.first or self._is_closing.is_set())
             if self.first is None:
                 raise self.over or Cancelled("interrupted")
@@ -2537,24 +2539,25 @@ class Forwarder:
                 sessions = [self.first]
             return max(0.0, min((each.expires_on for each in sessions), default=0.0) - elapsed_seconds())
 
-    def assume_gone(self) -> None:
-        """COMMAND has ended: from now on take clients as gone where nobody can know."""
-        self._assumes_gone = True
+    def measure_delivery(self) -> Optional[Tuple[int, int, int]]:
+        """Return None once everything that clients sent before they closed has reached the Node.
 
-    def count_undelivered(self) -> int:
-        """Return how many bytes of the clients' the Node has not acknowledged yet."""
-        with self._changed:
-            legs = [each.relay.remote if each.relay else each.awaited for each in self._carriers]
-            return sum(leg.count_unsent() for leg in legs if leg)
-
-    def is_delivering(self) -> bool:
-        """Return whether something that clients sent before they closed is still on its way to the Node."""
+        Before that, what changes as long as something moves: bytes and connections that were handed on, and
+        the bytes that the Node has not acknowledged yet.
+        """
         with self._changed:
             # in this order: is_accepting is set before accept() and cleared after _give(), so that whoever is
             # accepted meanwhile is seen in one of the three places
-            return bool(self._count_waiting()) or self.listener.is_accepting or any(
-                each.awaited or (each.state == BUSY and each.client and self._is_gone(each.client))
+            is_under_way = self._count_waiting() or self.listener.is_accepting or any(
+                each.awaited or (each.state == BUSY and each.client and self.listener.is_gone(*each.client))
                 for each in self._carriers)
+            if not is_under_way:
+                return None
+            if not self.listener.knows_who_is_gone():  # a client that goes on must not keep us
+                return 0, 0, 0
+            legs = [each.relay.remote if each.relay else each.awaited for each in self._carriers]
+            counts = self.count()
+            return counts.up, counts.ended, sum(leg.count_unsent() for leg in legs if leg)
 
     def stop(self, seconds: float = CLOSE_SECONDS) -> None:
         """Stop listening and end every connection, with a reset unless it was over."""
@@ -2642,7 +2645,7 @@ class Forwarder:
             return True
         self._ledger.say(f"connection from {name_client(address)} to {session.endpoint}")
         # on_end only starts the question, so that a session that is over is found out soon
-        relay = Relay(Leg(sock), remote, buffers, lambda: self._is_gone(client),
+        relay = Relay(Leg(sock), remote, buffers, lambda: self.listener.is_gone(*client),
                       lambda: self._is_closing.is_set() or session.ask())
         with self._changed:
             # on a connection that is open: so the target can be reached
@@ -2702,9 +2705,8 @@ class Forwarder:
         """
         with self._changed:
             carrier.state = STUCK
-        if not self._assumes_gone:
-            self._warn_once("the Node has not ended a connection whose client is gone; its session is not "
-                            "used any more")
+        self._warn_once("the Node has not ended a connection whose client is gone; its session is not used "
+                        "any more")
         deadline = elapsed_seconds() + STUCK_SECONDS
         while elapsed_seconds() < deadline and not self._is_closing.wait(TICK_SECONDS):
             if carrier.awaited is not None and carrier.awaited.drain():
@@ -2740,11 +2742,6 @@ class Forwarder:
     def _warn_of_exhaustion(self, error: BaseException) -> None:
         self._warn_once(f"cannot accept connections for now: {show_error(error)}")
 
-    def _is_gone(self, client: Client) -> bool:
-        if self.listener.is_gone(*client):
-            return True
-        return self._assumes_gone and not self.listener.knows_who_is_gone()
-
     # The main thread
 
     def _issue_missing(self, now: float) -> None:
@@ -2755,7 +2752,7 @@ class Forwarder:
                 waiting = 0
             elif states.count(BUSY) >= self._demand.maximum:
                 self._warn_of_the_limit(waiting)
-            if not self._is_closing.is_set() and not self._is_time_up(now + 1):  # 1 s is the shortest TTL
+            if not self._is_time_up(now + 1):  # 1 s is the shortest TTL
                 self._start(self._demand.count_missing(now, waiting, states))
             free = [each for each in self._carriers if each.state == FREE]
             if self._demand.has_spare(now, len(free)):
@@ -2780,19 +2777,15 @@ class Forwarder:
     # With the lock held
 
     def _start(self, number: int) -> None:
-        """Start the threads of so many sessions."""
-        failure: Optional[PlexctlError] = None
-        for _ in range(number):
-            carrier = Carrier(MediatedSession(self._ledger, self._wait_seconds))
-            self._carriers.append(carrier)
+        """Start the threads of so many sessions, unless the run is ending."""
+        if self._is_closing.is_set():
+            return
+        carriers = [Carrier(MediatedSession(self._ledger, self._wait_seconds)) for _ in range(number)]
+        self._carriers += carriers
+        for carrier in carriers:
             if not start_thread(self._run, carrier):
-                self._carriers.remove(carrier)
-                self._demand.restrict(elapsed_seconds(), len(self._list_live()), RETRY_SECONDS)
-                failure = PlexctlError("cannot start a thread for a session (ulimit -u)")
-        if failure is not None and self.first is None and not self._carriers:
-            self._end(failure)
-        elif failure is not None:
-            self._warn_once(str(failure))
+                carrier.session.end(PlexctlError("cannot start a thread for a session (ulimit -u)"))
+                self._dismiss(carrier)
 
     def _count_waiting(self) -> int:
         return self.listener.count_waiting() + len(self._returned)
@@ -3583,17 +3576,15 @@ class Run:
 
     def deliver(self, forwarder: Forwarder) -> None:
         """Wait until what clients had sent before they left has arrived, as long as it moves."""
-        moved, give_up_on = (0, 0, 0), elapsed_seconds() + LEAVE_SECONDS
-        # where nobody can know who is gone, a client may go on for ever
-        limit = float("inf") if forwarder.listener.knows_who_is_gone() else give_up_on
-        forwarder.assume_gone()
-        while forwarder.over is None and elapsed_seconds() < min(give_up_on, limit):
-            if not forwarder.is_delivering():
+        measured: Optional[Tuple[int, int, int]] = (0, 0, 0)
+        give_up_on = elapsed_seconds() + LEAVE_SECONDS
+        forwarder.listener.takes_for_gone = True
+        while forwarder.over is None and elapsed_seconds() < give_up_on:
+            before, measured = measured, forwarder.measure_delivery()
+            if measured is None:
                 return
-            counts = forwarder.count()
-            moving = (counts.up, counts.ended, forwarder.count_undelivered())
-            if moving != moved:
-                moved, give_up_on = moving, elapsed_seconds() + LEAVE_SECONDS
+            if measured != before:
+                give_up_on = elapsed_seconds() + LEAVE_SECONDS
             self.foreground.wait(WAIT_SECONDS)
             forwarder.tick()
         reason = f": {forwarder.over}" if forwarder.over else ""
