@@ -1315,7 +1315,7 @@ TICK_SECONDS = 0.2  # a thread that waits looks around this often
 QUIET_SECONDS = 2.0  # of silence, see Relay
 GONE_POLL_SECONDS = 0.02  # between two looks whether a client that has ended its input is gone
 UNANSWERED_SECONDS = 120  # after which a path is dead
-DRAIN_READS = 1000  # at once, so that a Leg.drain ends
+DRAIN_READS = 1000  # at once, so that Leg._drain ends
 DRAIN_BYTES = 64 * 1024  # per read
 RESET_ON_CLOSE, END_ON_CLOSE = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)  # struct linger
 LEG_OPTIONS: List[Tuple[int, str, Any]] = [
@@ -1353,7 +1353,7 @@ class Leg:
         self.send = sock.send
         self.reads_at = self.writes_at = sock.fileno()  # for poll(2)
         self.has_reset = False  # the other end has reset it
-        self.discarded = 0  # bytes, by `drain`
+        self.discarded = 0  # bytes, by `await_end`
         self._is_linux_tcp = ON_LINUX and sock.family != socket.AF_UNIX
 
     def end(self) -> None:
@@ -1385,7 +1385,7 @@ class Leg:
         retransmits, probes, since_ack_ms = struct.unpack_from("=xxBB52xI", info)  # tcpi_last_ack_recv
         return bool(max(retransmits, probes) > 1 and since_ack_ms >= UNANSWERED_SECONDS * 1000)
 
-    def drain(self) -> bool:
+    def _drain(self) -> bool:
         """Discard what has come; return whether the other end has ended or reset the connection."""
         try:
             for _ in range(DRAIN_READS):
@@ -1406,7 +1406,7 @@ class Leg:
         """
         acknowledged_on = elapsed_seconds()
         while not is_stopped() and elapsed_seconds() - acknowledged_on < seconds:
-            if wait_for(self.reads_at, select.POLLIN, TICK_SECONDS) and self.drain():
+            if wait_for(self.reads_at, select.POLLIN, TICK_SECONDS) and self._drain():
                 return True
             if self.is_dead():
                 return True
@@ -1570,7 +1570,7 @@ class Flow:
                 self.sink.end()
 
     def check(self) -> None:
-        """Raise the error of a sink that has reset the connection; EPIPE: it has only ended it."""
+        """Raise the error of a sink that has reset the connection; EPIPE is no reset."""
         if self.refusal and self.refusal.errno != errno.EPIPE:
             self.sink.has_reset = True
             raise self.refusal
@@ -1587,6 +1587,11 @@ class Relay:
     - the client's: at once if it is gone, that is, has closed the connection (`is_gone`). If it still
       listens, it is passed on once nothing has moved for QUIET_SECONDS: earlier, the Node would cut the
       answer off.
+
+    So it is carried in up to three steps: `_carry`, while both sides are open; `_await_answer`, once the
+    client has ended its input; `_end_client`, once the Node has ended. A client that has closed the
+    connection before it had read everything is no reset on Linux: a write to it fails with EPIPE, and what
+    it had sent is still handed on.
 
     `on_end` is called before the client sees that the Node or we have ended the connection, unless the
     client's end came first. `stop`, from another thread, ends the connection with resets.
@@ -1627,13 +1632,12 @@ class Relay:
             self.error = error
             with contextlib.suppress(Exception):
                 self._settle()
-        up, down, is_broken = self.up, self.down, self.error is not None
-        # something of the client's is left, or it sends on and nobody takes it
+        up, down = self.up, self.down
+        # in order if it was told the end, and everything of its own was taken
         is_cut_off = bool(up.rest) or bool(up.refusal and not up.has_ended)
-        # in order if it was told the end and is not cut off: a reset destroys what it has yet to read
         self._client.close(reset=is_cut_off or not down.is_passed_on)
         if not self.is_awaited:
-            self.remote.close(reset=is_broken or not up.is_passed_on)
+            self.remote.close(reset=self.error is not None or not up.is_passed_on)
 
     def _carry(self) -> None:
         up, down = self.up, self.down
@@ -1692,18 +1696,14 @@ class Relay:
             self._check_client()
 
     def _check_client(self) -> None:
-        """Raise the error of a reset by the client.
-
-        On Linux that is EPIPE behind an end of input: it has closed the connection before it had read
-        everything. Then what it sent still counts.
-        """
+        """Raise the error of a reset by the client; EPIPE is none."""
         error = self._client.take_error()
         if error not in (0, errno.EPIPE):
             self._client.has_reset = True
             raise OSError(error, os.strerror(error))
 
     def _await_answer(self) -> None:
-        """Pass the client's end of input on once the target is quiet; return when one of both is gone."""
+        """Pass the client's end of input on once the target is quiet; return once one of both is gone."""
         up, down = self.up, self.down
         is_gone = self._is_gone()
         while not (is_gone or down.refusal or down.has_ended):
@@ -1764,6 +1764,7 @@ ASK_LIMIT_SECONDS = 5  # that somebody waits for the answer
 RECHECK_SECONDS = 60  # the reconcile period of a Node
 AHEAD_SECONDS = 1.0  # that a Node may close before the expiry, since its clock is ahead
 GONE_SECONDS = 30  # of refused dials, until a listener counts as gone
+REPLACE_SECONDS = 60  # a session that has lasted so long is replaced at the first of them
 CONNECTING = (errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK)
 
 
@@ -1773,10 +1774,6 @@ class SessionRevoked(SessionOver):
 
 class ListenerGone(SessionOver):
     """The Node has closed the session's listener, although the session is active."""
-
-
-class DialRefused(PlexctlError):
-    """Nothing listens at the endpoint, although the session is active."""
 
 
 class EndpointMissing(PlexctlError):
@@ -1798,7 +1795,8 @@ class Ledger:
         self._project_id = project_id
         self._changed = threading.Condition()  # guards what follows
         self._known: Dict[str, str] = {}  # by session_id in lower case: until when it lasts, in words
-        self._owed: Dict[str, bool] = {}  # by session_id; True: it is being revoked
+        self._owed: Set[str] = set()  # session_ids, until their revocation begins
+        self._revoking: Set[str] = set()
         self._issuing = 0
         self._unknown: List[PlexctlError] = []  # each may have left a session
         self._is_closed = False
@@ -1823,7 +1821,7 @@ class Ledger:
                 if session_id.lower() in self._known:
                     raise TransportError(f"{ISSUE}: the answer's session_id is that of an earlier session")
                 self._known[session_id.lower()] = "it expires"
-                self._owed[session_id] = False
+                self._owed.add(session_id)
                 issued.append(session_id)
 
         with self._changed:
@@ -1851,12 +1849,12 @@ class Ledger:
         """Ask for a session: see ControlPlane.get."""
         return self.plane.get(self._project_id, session_id, seconds)
 
-    def give_back(self, session_id: str) -> None:
-        """Revoke a session now, unless that has begun. Never raises."""
+    def give_back(self, session_id: str, still_works: bool = False) -> None:
+        """Revoke a session now, unless that has begun, or it `still_works` and is kept. Never raises."""
         with self._changed:
-            is_due = self._claim(session_id)
-        if is_due:
-            self._revoke(session_id)
+            due = set() if still_works and self._is_kept else self._claim({session_id})
+        for each in due:
+            self._revoke(each)
 
     def keep(self) -> None:
         """Leave the sessions to the operator: `leave` will not revoke them."""
@@ -1871,9 +1869,9 @@ class Ledger:
         self.plane.cancel.set()
         while elapsed_seconds() < deadline:
             with self._changed:
-                due = [] if self._is_kept else [each for each in self._owed if self._claim(each)]
+                due = set() if self._is_kept else self._claim(self._owed)
                 if not due:
-                    if not self._issuing and not any(self._owed.values()):
+                    if not self._issuing and not self._revoking:
                         return
                     self._changed.wait(min(TICK_SECONDS, max(0.0, deadline - elapsed_seconds())))
             for session_id in due:
@@ -1884,13 +1882,13 @@ class Ledger:
         """Return what is left to the operator, in words."""
         with self._changed:
             return [f"session {each} is kept until {self._known[each.lower()]}"
-                    for each, has_begun in self._owed.items() if self._is_kept and not has_begun]
+                    for each in self._owed if self._is_kept]
 
     def left_behind(self, raised: Optional[BaseException] = None) -> List[str]:
         """Return what `leave` could not revoke, except what the error `raised` says anyway."""
         with self._changed:
-            owed = [each for each, has_begun in self._owed.items() if has_begun or not self._is_kept]
-            self._owed.clear()
+            owed = self._revoking if self._is_kept else self._owed | self._revoking
+            self._owed, self._revoking = set(), set()
             lines = [f"session {each} is not revoked, it will expire on its own" for each in owed]
             lines += [f"session unknown: {each}" for each in self._unknown
                       if each is not raised and not each.is_told]
@@ -1898,12 +1896,12 @@ class Ledger:
                 lines.append("a session may have been issued, it will expire on its own")
             return lines
 
-    def _claim(self, session_id: str) -> bool:
-        """With the lock held: return whether the caller is to revoke it. True once."""
-        has_begun = self._owed.get(session_id, True)
-        if not has_begun:
-            self._owed[session_id] = True
-        return not has_begun
+    def _claim(self, session_ids: Set[str]) -> Set[str]:
+        """With the lock held: return those of them that the caller is to revoke. Each is returned once."""
+        due = session_ids & self._owed
+        self._owed -= due
+        self._revoking |= due
+        return due
 
     def _revoke(self, session_id: str) -> None:
         failure, deadline = "", elapsed_seconds() + LEAVE_SECONDS
@@ -1921,11 +1919,11 @@ class Ledger:
                 break
             time.sleep(wait)
         with self._changed:
-            is_untold = session_id in self._owed  # else left_behind has told it, and cleared that
+            is_untold = session_id in self._revoking  # else left_behind has told it, and cleared that
         if failure and is_untold:
             self.report(f"warning: session {session_id} is not revoked, it will expire on its own: {failure}")
         with self._changed:  # only now, since `leave` waits for this
-            self._owed.pop(session_id, None)
+            self._revoking.discard(session_id)
             self._changed.notify_all()
 
 
@@ -1936,7 +1934,7 @@ class MediatedSession:
     expiry and asks GetSession once a minute. `ask` does that in a thread of its own.
     """
 
-    def __init__(self, ledger: Ledger, wait_seconds: float = 90.0) -> None:
+    def __init__(self, ledger: Ledger, wait_seconds: float = 90.0, renew: bool = False) -> None:
         self.issued: Optional[IssuedSession] = None
         self.why: Optional[PlexctlError] = None  # what has ended the session
         self.endpoint: Optional[Endpoint] = None  # that the Node has reported last
@@ -1944,6 +1942,7 @@ class MediatedSession:
         self.ready_on = 0.0  # when the Node had reported the listener; 0: not yet
         self._ledger = ledger
         self._wait_seconds = wait_seconds
+        self._renew = renew  # it is to be replaced
         self._refused_since = 0.0
         self._recheck_on = float("inf")
         self._warned_left = float("inf")  # seconds
@@ -2027,17 +2026,16 @@ class MediatedSession:
         raise self.why or self._judge(failure, has_answer)
 
     def _judge(self, failure: OSError, has_answer: bool) -> PlexctlError:
-        """Return what a failed dial means; a listener that has refused for GONE_SECONDS ends the session."""
-        words = f"cannot connect to the listener endpoint {self.endpoint}: {show_error(failure)}"
-        if not has_answer or not isinstance(failure, ConnectionRefusedError):
-            return PlexctlError(words)
-        self._refused_since = self._refused_since or elapsed_seconds()
-        if elapsed_seconds() - self._refused_since < GONE_SECONDS:
-            return DialRefused(words)
-        gone = ListenerGone("the Node has closed the session's listener, and has opened no other one for "
-                            f"{GONE_SECONDS} s")
-        self.end(gone)
-        return gone
+        """Return what a failed dial means: that the listener is gone, once it has been refused for long."""
+        now = elapsed_seconds()
+        if has_answer and isinstance(failure, ConnectionRefusedError):
+            self._refused_since = self._refused_since or now
+            limit = 0 if self._renew and now - self.ready_on >= REPLACE_SECONDS else GONE_SECONDS
+            if now - self._refused_since >= limit:
+                gone = ListenerGone("the Node has closed the session's listener")
+                self.end(gone)
+                return gone
+        return PlexctlError(f"cannot connect to the listener endpoint {self.endpoint}: {show_error(failure)}")
 
     def _await_endpoint(self, tell: Callable[[str], object]) -> Endpoint:
         pause, deadline = POLL_MIN_SECONDS, elapsed_seconds() + self._wait_seconds
@@ -2142,7 +2140,6 @@ IDLE_SECONDS = 60  # after which a session that nobody needs is given back
 STUCK_SECONDS = 10  # that a Node may take to end a connection, before its session is given back
 LIMIT_SECONDS = 60  # after a session was refused, until one is asked for again
 RETRY_SECONDS = 5  # the same, after a failure that may pass
-REPLACE_SECONDS = 60  # a session that has lasted so long is replaced as soon as its listener is gone
 TCP_SYN_SENT, TCP_LISTEN = 2, 10
 SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, NETLINK_SOCK_DIAG = 20, 1, 4
 NOBODY = 0xFFFFFFFF  # no uid: (uid_t) -1
@@ -2230,7 +2227,7 @@ class Listener(socketserver.TCPServer):
     def __init__(self, local: LocalAddress, allow_other_users: bool, warn_once: Report) -> None:
         self.unidentified = 0  # connections not served, since their clients had closed them
         self.is_accepting = False  # `take` may have a client that its caller has yet to note
-        self.takes_for_gone = False  # for COMMAND's end; see is_gone
+        self.is_guessing = False  # who is gone, see `guess`
         self._path = local.path
         self._warn_once = warn_once
         self._identity: Optional[os.stat_result] = None  # of the unix socket's file
@@ -2287,19 +2284,18 @@ class Listener(socketserver.TCPServer):
         return max(1, int(struct.unpack_from("=I", info, 24)[0]))  # tcpi_unacked: of a listener, its backlog
 
     def is_gone(self, client: socket.socket, address: Any) -> bool:
-        """Return whether a client listens no more; `takes_for_gone` where nobody can know."""
+        """Return whether a client listens no more; without `guess` False where nobody can know."""
         if self._owners is not None:
             with contextlib.suppress(OSError):
                 return self._owners.find(address)[1]
             return False
-        if self.takes_for_gone and not self.knows_who_is_gone():
-            return True
         descriptor = client.fileno()  # its thread may close it meanwhile
-        return descriptor < 0 or bool(poll_now(descriptor, 0))  # a reset, or a unix socket that was closed
+        # poll() tells of a reset, and of a unix socket that was closed
+        return self.is_guessing or descriptor < 0 or bool(poll_now(descriptor, 0))
 
-    def knows_who_is_gone(self) -> bool:
-        """Return whether `is_gone` can tell a closed connection from a half-closed one."""
-        return bool(self._path) or self._owners is not None
+    def guess(self) -> None:
+        """COMMAND has ended: take all clients for gone where nobody can know."""
+        self.is_guessing = not self._path and self._owners is None
 
     def server_bind(self) -> None:
         """Bind it; a unix socket is 0600."""
@@ -2458,7 +2454,7 @@ class Forwarder:
     issues sessions for those who wait.
 
     One lock guards changes of what the threads share. Whoever accepts holds another one, the turn.
-    Locks are taken in this order: the turn, the Forwarder's, a MediatedSession's, the Ledger's.
+    Locks are taken in this order: the turn, the Forwarder's, a MediatedSession's, those of others.
     """
 
     def __init__(self, local: LocalAddress, ledger: Ledger, request: SessionRequest, limit: int = 4,
@@ -2553,7 +2549,7 @@ class Forwarder:
                 for each in self._carriers)
             if not is_under_way:
                 return None
-            if not self.listener.knows_who_is_gone():  # a client that goes on must not keep us
+            if self.listener.is_guessing:  # a client that goes on must not keep us
                 return 0, 0, 0
             legs = [each.relay.remote if each.relay else each.awaited for each in self._carriers]
             counts = self.count()
@@ -2664,14 +2660,10 @@ class Forwarder:
         return self._is_over(session) or not (relay.is_stuck or carrier.awaited)
 
     def _refuse(self, carrier: Carrier, client: Client, error: PlexctlError) -> None:
-        """Leave a client to another session, if there may be one; else reset it."""
-        session, now = carrier.session, elapsed_seconds()
+        """Leave a client to another session, if its own is over and there may be another; else reset it."""
         with self._changed:
-            if isinstance(error, DialRefused) and self._renew and now - session.ready_on >= REPLACE_SECONDS:
-                # so that the client goes to another one, below
-                session.end(SessionOver("the Node has closed the session's listener"))
             others = [each for each in self._list_live() if each is not carrier]
-            if session.why is not None and (self._renew or others) and not self._is_closing.is_set():
+            if carrier.session.why and (self._renew or others) and not self._is_closing.is_set():
                 self._returned.insert(0, client)
                 return
         client[0].close()
@@ -2688,9 +2680,10 @@ class Forwarder:
                          f"{show_bytes(relay.down.moved)} down")
         if error and (not isinstance(error, OSError) or error.errno in EXHAUSTED):  # not a peer's doing
             self._warn_once(f"a connection ended: {show_error(error)}")
-        is_explaining = self._explanation is not None and not self._explanation.done.is_set()
-        if relay.remote_ended_first and not relay.down.moved and not had_answer and not is_explaining:
-            self._explanation = Outcome(lambda: self._explain(carrier.session))
+        if relay.remote_ended_first and not relay.down.moved and not had_answer:
+            with self._changed:
+                if self._explanation is None or self._explanation.done.is_set():
+                    self._explanation = Outcome(lambda: self._explain(carrier.session), or_here=False)
 
     def _explain(self, session: MediatedSession) -> None:
         """Say why the Node has ended a connection without a byte: the session's end, or the target."""
@@ -2707,10 +2700,10 @@ class Forwarder:
             carrier.state = STUCK
         self._warn_once("the Node has not ended a connection whose client is gone; its session is not used "
                         "any more")
-        deadline = elapsed_seconds() + STUCK_SECONDS
-        while elapsed_seconds() < deadline and not self._is_closing.wait(TICK_SECONDS):
-            if carrier.awaited is not None and carrier.awaited.drain():
-                return
+        if carrier.awaited is not None:
+            carrier.awaited.await_end(STUCK_SECONDS, lambda: self._is_over(carrier.session))
+        else:
+            self._is_closing.wait(STUCK_SECONDS)
 
     def _dismiss(self, carrier: Carrier) -> None:
         """Do what follows from the end of a session, and revoke it."""
@@ -2721,8 +2714,7 @@ class Forwarder:
             self._changed.notify_all()
             if why is not None and not is_leaving:
                 self._follow(session, why)
-        if not (is_leaving and why is None):  # else it still works, and is for Ledger.leave
-            self._ledger.give_back(session.session_id)
+        self._ledger.give_back(session.session_id, still_works=is_leaving and why is None)
         with self._changed:
             self._carriers.remove(carrier)
             self._changed.notify_all()
@@ -2751,18 +2743,15 @@ class Forwarder:
             if not self._demand.is_overdue(now, waiting, states):
                 waiting = 0
             elif states.count(BUSY) >= self._demand.maximum:
-                self._warn_of_the_limit(waiting)
+                self._ledger.tell_once(
+                    f"warning: {show_count(waiting, 'connection')} must wait until one closes: each needs a "
+                    f"session (--max-sessions is {self._demand.maximum}; a connection pool must not be "
+                    "larger)", "limit")
             if not self._is_time_up(now + 1):  # 1 s is the shortest TTL
                 self._start(self._demand.count_missing(now, waiting, states))
             free = [each for each in self._carriers if each.state == FREE]
             if self._demand.has_spare(now, len(free)):
                 free[-1].is_spare = True
-
-    def _warn_of_the_limit(self, waiting: int) -> None:
-        wait = "connections wait" if waiting > 1 else "connection waits"
-        self._ledger.tell_once(
-            f"warning: {waiting} {wait} until one closes: each needs a session (--max-sessions is "
-            f"{self._demand.maximum}; a connection pool must not be larger)", "limit")
 
     def _reject_waiting(self) -> None:
         """Reset the connections that wait, since no session will come to take them."""
@@ -2780,7 +2769,8 @@ class Forwarder:
         """Start the threads of so many sessions, unless the run is ending."""
         if self._is_closing.is_set():
             return
-        carriers = [Carrier(MediatedSession(self._ledger, self._wait_seconds)) for _ in range(number)]
+        carriers = [Carrier(MediatedSession(self._ledger, self._wait_seconds, self._renew))
+                    for _ in range(number)]
         self._carriers += carriers
         for carrier in carriers:
             if not start_thread(self._run, carrier):
@@ -2805,7 +2795,7 @@ class Forwarder:
             if isinstance(why, ListenerGone) and now - session.ready_on < REPLACE_SECONDS:
                 # a Node that refuses everybody must not cost a session per attempt
                 self._demand.restrict(session.ready_on, others, REPLACE_SECONDS)
-        elif not others and (has_worked or is_refused or self.first is None):
+        elif not others and (has_worked or is_refused or not self._renew or self.first is None):
             self._end(self._failure or why)  # the last one
         elif self.first is None:  # another one may yet be the first
             self._failure = self._failure or why
@@ -3578,7 +3568,7 @@ class Run:
         """Wait until what clients had sent before they left has arrived, as long as it moves."""
         measured: Optional[Tuple[int, int, int]] = (0, 0, 0)
         give_up_on = elapsed_seconds() + LEAVE_SECONDS
-        forwarder.listener.takes_for_gone = True
+        forwarder.listener.guess()
         while forwarder.over is None and elapsed_seconds() < give_up_on:
             before, measured = measured, forwarder.measure_delivery()
             if measured is None:
