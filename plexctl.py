@@ -1569,7 +1569,7 @@ class Flow:
             with contextlib.suppress(OSError):  # its peer is gone
                 self.sink.end()
 
-    def check(self) -> None:
+    def raise_reset(self) -> None:
         """Raise the error of a sink that has reset the connection; EPIPE is no reset."""
         if self.refusal and self.refusal.errno != errno.EPIPE:
             self.sink.has_reset = True
@@ -1646,7 +1646,7 @@ class Relay:
                 self._move()
             else:
                 self._move_freely()
-            down.check()
+            down.raise_reset()
         if not down.has_ended:
             self._await_answer()
         # now the Node has ended, or the client is gone
@@ -1655,6 +1655,50 @@ class Relay:
         else:
             up.end()
             self.is_awaited = True
+
+    def _await_answer(self) -> None:
+        """Pass the client's end of input on once the target is quiet; return once one of both is gone."""
+        up, down = self.up, self.down
+        is_gone = self._is_gone()
+        while not (is_gone or down.refusal or down.has_ended):
+            moved = down.moved
+            self._move(GONE_POLL_SECONDS)
+            is_gone = down.moved == moved and self._is_gone()
+            if self._watch_quiet():
+                up.end()
+        if not down.has_ended:
+            self._check_client()
+            down.raise_reset()
+
+    def _end_client(self) -> None:
+        """The Node has ended the connection: pass that on, and let the client finish."""
+        up, down = self.up, self.down
+        up.raise_reset()  # if send() has seen a reset, this end is that reset
+        # a client that reads no more has ended it first
+        self.remote_ended_first = not (up.is_passed_on or down.refusal)
+        self.is_ending = True
+        if self.remote_ended_first:
+            self._on_end()
+        down.end()
+        # a client may keep its end open for ever, and the session is to carry the next one
+        while not (up.has_ended or self._watch_quiet()):
+            self._move()
+        if up.has_ended:
+            up.end()
+
+    def _settle(self) -> None:
+        """Do what a broken connection needs before its legs are closed."""
+        if self._client.has_reset:
+            # our reset will destroy what the Node has not taken
+            deadline = elapsed_seconds() + QUIET_SECONDS
+            while self.remote.count_unsent() and elapsed_seconds() < deadline and not self._is_stopped:
+                time.sleep(0.02)
+            self.is_stuck = self.remote.count_unsent() > 0
+        else:
+            self.remote_ended_first = self.remote_ended_first or self.remote.has_reset
+            if not self.down.is_passed_on:
+                self.is_ending = True
+                self._on_end()
 
     def _move_freely(self) -> None:
         """Move both ways, until one of them ends, or has to wait for its sink: what matters for speed."""
@@ -1702,36 +1746,6 @@ class Relay:
             self._client.has_reset = True
             raise OSError(error, os.strerror(error))
 
-    def _await_answer(self) -> None:
-        """Pass the client's end of input on once the target is quiet; return once one of both is gone."""
-        up, down = self.up, self.down
-        is_gone = self._is_gone()
-        while not (is_gone or down.refusal or down.has_ended):
-            moved = down.moved
-            self._move(GONE_POLL_SECONDS)
-            is_gone = down.moved == moved and self._is_gone()
-            if self._watch_quiet():
-                up.end()
-        if not down.has_ended:
-            self._check_client()
-            down.check()
-
-    def _end_client(self) -> None:
-        """The Node has ended the connection: pass that on, and let the client finish."""
-        up, down = self.up, self.down
-        up.check()  # if send() has seen a reset, this end is that reset
-        # a client that reads no more has ended it first
-        self.remote_ended_first = not (up.is_passed_on or down.refusal)
-        self.is_ending = True
-        if self.remote_ended_first:
-            self._on_end()
-        down.end()
-        # a client may keep its end open for ever, and the session is to carry the next one
-        while not (up.has_ended or self._watch_quiet()):
-            self._move()
-        if up.has_ended:
-            up.end()
-
     def _watch_quiet(self) -> bool:
         """Return whether nothing has moved for QUIET_SECONDS since the first call; call it in a loop."""
         counted = self.up.moved, self.down.moved
@@ -1741,20 +1755,6 @@ class Relay:
         if counted != self._counted or self.up.rest or self.down.rest or is_sending or is_receiving:
             self._counted, self._quiet_since = counted, elapsed_seconds()
         return elapsed_seconds() - self._quiet_since >= QUIET_SECONDS
-
-    def _settle(self) -> None:
-        """Do what a broken connection needs before its legs are closed."""
-        if self._client.has_reset:
-            # our reset will destroy what the Node has not taken
-            deadline = elapsed_seconds() + QUIET_SECONDS
-            while self.remote.count_unsent() and elapsed_seconds() < deadline and not self._is_stopped:
-                time.sleep(0.02)
-            self.is_stuck = self.remote.count_unsent() > 0
-        else:
-            self.remote_ended_first = self.remote_ended_first or self.remote.has_reset
-            if not self.down.is_passed_on:
-                self.is_ending = True
-                self._on_end()
 
 
 # -------------------------------------------------------------------------------------- sessions
@@ -2218,7 +2218,8 @@ class OwnerCheck:
 class Listener(socketserver.TCPServer):
     """Listens on the local address, and knows who may connect. The kernel's backlog is its queue.
 
-    It is bound when it is made (PlexctlError). `take` and `reject` accept clients: for one thread at a time.
+    socketserver binds it when it is made (PlexctlError), and closes it. `take` and `reject` accept clients:
+    for one thread at a time.
     """
 
     request_queue_size = BACKLOG_CONNECTIONS
@@ -2255,13 +2256,13 @@ class Listener(socketserver.TCPServer):
             return None
         self.is_accepting = True
         try:
-            request, address = self.get_request()
+            request, address = self.socket.accept()
         except OSError as error:  # it is gone again
             if error.errno in EXHAUSTED:
                 raise
             return None
         try:
-            if self.verify_request(request, address):
+            if self._may_be_served(request, address):
                 return request, address
         except Exception as error:
             self._warn_once(f"a connection was dropped after {show_error(error)}")
@@ -2321,7 +2322,7 @@ class Listener(socketserver.TCPServer):
             if mine and os.path.samestat(mine, os.lstat(self._path)):
                 os.unlink(self._path)
 
-    def verify_request(self, request: Any, client_address: Any) -> bool:
+    def _may_be_served(self, request: socket.socket, client_address: Any) -> bool:
         """Return whether a client may be served: its user is ours or root, and it has not left."""
         if not self._checks_owners or self._owners is None:
             has_left = self.is_gone(request, client_address)
@@ -2713,7 +2714,12 @@ class Forwarder:
             carrier.state = REVOKING
             self._changed.notify_all()
             if why is not None and not is_leaving:
-                self._follow(session, why)
+                if isinstance(why, SessionRevoked) or self._is_time_up(elapsed_seconds()):
+                    self._end(why)
+                elif session.ready_on:
+                    self._note_over(session, why)
+                else:
+                    self._note_failure(why)
         self._ledger.give_back(session.session_id, still_works=is_leaving and why is None)
         with self._changed:
             self._carriers.remove(carrier)
@@ -2783,26 +2789,30 @@ class Forwarder:
     def _list_live(self) -> List[Carrier]:
         return [each for each in self._carriers if each.state in LIVE]
 
-    def _follow(self, session: MediatedSession, why: PlexctlError) -> None:
-        """Do what follows for the run from the end of one session."""
-        now, others, tell = elapsed_seconds(), len(self._list_live()), self._ledger.tell_once
-        has_worked = session.ready_on > 0
-        is_refused = isinstance(why, ApiError) and why.status < 500 and not why.passing
-        if isinstance(why, SessionRevoked) or self._is_time_up(now):
+    def _note_over(self, session: MediatedSession, why: PlexctlError) -> None:
+        """A session that has worked is over: so is the run, unless there are others or may be another one."""
+        others = len(self._list_live())
+        if not (self._renew or others):
             self._end(why)
-        elif has_worked and (self._renew or others):
-            tell(f"{why}; the next connection gets a new one" if self._renew else str(why))
-            if isinstance(why, ListenerGone) and now - session.ready_on < REPLACE_SECONDS:
-                # a Node that refuses everybody must not cost a session per attempt
-                self._demand.restrict(session.ready_on, others, REPLACE_SECONDS)
-        elif not others and (has_worked or is_refused or not self._renew or self.first is None):
-            self._end(self._failure or why)  # the last one
-        elif self.first is None:  # another one may yet be the first
+            return
+        self._ledger.tell_once(f"{why}; the next connection gets a new one" if self._renew else str(why))
+        if isinstance(why, ListenerGone) and elapsed_seconds() - session.ready_on < REPLACE_SECONDS:
+            # a Node that refuses everybody must not cost a session per attempt
+            self._demand.restrict(session.ready_on, others, REPLACE_SECONDS)
+
+    def _note_failure(self, why: PlexctlError) -> None:
+        """A session could not be had: there are to be no more than now for a while, if there are any."""
+        others = len(self._list_live())
+        is_refused = isinstance(why, ApiError) and why.status < 500 and not why.passing
+        if self.first is None and others:  # which may yet be the first
             self._failure = self._failure or why
+        elif not others and (self.first is None or is_refused or not self._renew):
+            self._end(self._failure or why)
         else:
             has_no_room = is_refused or isinstance(why, EndpointMissing)
-            self._demand.restrict(now, others, LIMIT_SECONDS if has_no_room else RETRY_SECONDS)
-            why.is_told = tell(f"warning: no further session for now: {why}", type(why).__name__)
+            self._demand.restrict(elapsed_seconds(), others, LIMIT_SECONDS if has_no_room else RETRY_SECONDS)
+            why.is_told = self._ledger.tell_once(f"warning: no further session for now: {why}",
+                                                 type(why).__name__)
 
     def _end(self, why: PlexctlError) -> None:
         self.over = self.over or why

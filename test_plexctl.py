@@ -5240,6 +5240,12 @@ def test_a_session_that_is_revoked_amid_a_connection_ends_the_run_at_once(simula
         eventually(lambda: not simulation.plane.active())  # while a COMMAND goes on
 
 
+def test_a_session_that_is_revoked_before_its_node_has_a_listener_ends_the_run_too():
+    with relayed_to(late=[0, 60], renew=True) as running, dialled(running, 2, served=1):
+        running.plane.revoke(eventually(lambda: running.plane.issued[1:])[0])
+        assert running.why() == "the session was revoked (operator_request)"
+
+
 def test_a_session_that_is_revoked_while_nobody_uses_it_is_found_out_within_a_minute(simulation):
     with using_sessions(simulation.plane, renew=True, RECHECK_SECONDS=1) as running:
         simulation.plane.revoke(simulation.plane.issued[0])
