@@ -147,7 +147,7 @@ class CredentialsError(PlexctlError):
 class TransportError(PlexctlError):
     """The control plane gave no answer, or not one that can be used."""
 
-    was_sent = True  # the server may have had the request
+    may_be_done = True  # the server may have done what it was asked
 
 
 class ApiError(PlexctlError):
@@ -155,6 +155,7 @@ class ApiError(PlexctlError):
 
     status = 0  # of HTTP
     code = ""  # of the problem details
+    may_be_done = False
 
 
 class Cancelled(PlexctlError):
@@ -943,38 +944,18 @@ def parse_retry_after(text: Optional[str]) -> Optional[float]:
     return max(0.0, min(moment - time.time(), RETRY_AFTER_MAX_SECONDS)) if moment else None
 
 
-def may_have_issued(error: Union[TransportError, ApiError]) -> bool:
-    """Tell whether there may be a session after an IssueSession that has failed like this."""
-    if isinstance(error, TransportError):
-        return error.was_sent
-    # a server may fail after it has issued one, or a gateway lose the answer, but 501 and 503 did nothing; a
-    # success other than 201 may have issued one, too
-    has_failed = error.status >= 500 and error.status not in (501, 503)
-    return error.status < 300 or has_failed or error.code == "idempotent_replay"
-
-
-class Fields:
-    """The fields of one JSON object of an answer, each checked as it is taken."""
-
-    def __init__(self, operation: str, document: Any) -> None:
-        self._operation = operation
-        self._document = document if isinstance(document, dict) else {}
-
-    def get(self, name: str) -> Any:
-        """Return a field as it is, None if it is missing."""
-        return self._document.get(name)
-
-    def take(self, name: str, parse: Callable[[Any], Any], kind: type = str, optional: bool = False) -> Any:
-        """Return a field of this kind as parsed by `parse`, which raises ValueError."""
-        value, fault = self.get(name), "is missing, or of another type"
-        if optional and value is None:
-            return None
-        if isinstance(value, kind):
-            try:
-                return parse(value)
-            except ValueError as error:  # it says what the value must be, and does not show it
-                fault = str(error)
-        raise TransportError(f"{self._operation}: the answer's {name} {fault}")
+def take(operation: str, fields: Dict[str, Any], name: str, parse: Callable[[Any], Any],
+         kind: type = str, optional: bool = False) -> Any:
+    """Return a field of an answer as parsed by `parse`, which raises ValueError; it must be of this kind."""
+    value, fault = fields.get(name), "is missing, or of another type"
+    if optional and value is None:
+        return None
+    if isinstance(value, kind):
+        try:
+            return parse(value)
+        except ValueError as error:  # it says what the value must be, and does not show it
+            fault = str(error)
+    raise TransportError(f"{operation}: the answer's {name} {fault}")
 
 
 class ControlPlane:
@@ -1018,6 +999,7 @@ class ControlPlane:
             "idempotency_key": key}
         if request.ttl_seconds:
             body["requested_ttl_seconds"] = request.ttl_seconds
+        asked_on, may_exist = elapsed_seconds(), False
         noted: Set[str] = set()
 
         def note_id(session_id: str) -> None:
@@ -1025,16 +1007,16 @@ class ControlPlane:
                 noted.add(session_id.lower())
                 on_issued(session_id)
 
-        error: Union[TransportError, ApiError]
-        asked_on, may_exist = elapsed_seconds(), False
         for attempt in range(1, ISSUE_ATTEMPTS + 1):
+            exchange, fault = self._send(ISSUE, path, body)
             try:
-                issued = self._parse_issued(self._exchange(ISSUE, path, body, note_id=note_id), asked_on)
+                note_id(find_session_id(exchange))  # also of an answer that was cut off, or is no 201
+                issued = self._parse_issued(self._judge(exchange, fault), asked_on)
                 note_id(issued.session_id)  # JSON can also write it with escapes
                 return issued
             except (TransportError, ApiError) as failure:
-                error = failure
-            may_exist = may_exist or may_have_issued(error)
+                error: Union[TransportError, ApiError] = failure
+            may_exist = may_exist or error.may_be_done
             if not error.passing or attempt == ISSUE_ATTEMPTS or self.cancel.is_set():
                 break
             wait = error.retry_after_seconds
@@ -1052,19 +1034,19 @@ class ControlPlane:
 
     def get(self, project_id: str, session_id: str, seconds: float = EXCHANGE_SECONDS) -> Session:
         """Return the session as the control plane sees it now."""
-        answer = self._exchange(GET, f"/v1/projects/{project_id}/sessions/{session_id}", None, seconds)
-        return self._parse_session(self._parse_body(answer), session_id)
+        path = f"/v1/projects/{project_id}/sessions/{session_id}"
+        answer = self._judge(*self._send(GET, path, None, seconds))
+        return self._parse_session(GET, self._parse_body(answer), session_id)
 
     def revoke(self, project_id: str, session_id: str, seconds: float = EXCHANGE_SECONDS) -> None:
         """Revoke the session. One that is gone already (404, 409, 410) counts as revoked."""
-        self._exchange(REVOKE, f"/v1/projects/{project_id}/sessions/{session_id}/revoke",
-                       {"revoke_reason": "operator_request"}, seconds)
+        path = f"/v1/projects/{project_id}/sessions/{session_id}/revoke"
+        self._judge(*self._send(REVOKE, path, {"revoke_reason": "operator_request"}, seconds))
         self._session_tokens.pop(session_id, None)
 
-    def _exchange(self, operation: str, path: str, body: Optional[Dict[str, Any]],
-                  seconds: float = EXCHANGE_SECONDS,
-                  note_id: Callable[[str], None] = lambda session_id: None) -> Exchange:
-        """Return the answer; TransportError if there is none, ApiError for an unexpected status."""
+    def _send(self, operation: str, path: str, body: Optional[Dict[str, Any]],
+              seconds: float = EXCHANGE_SECONDS) -> Tuple[Exchange, str]:
+        """Perform an exchange; return it, and why there is no answer, "" if there is one."""
         request = urllib.request.Request(str(self.server) + path, headers={
             "Accept": "application/json, application/problem+json", "User-Agent": "plexctl/" + __version__})
         request.add_unredirected_header("Authorization", "Bearer " + self._token.reveal())
@@ -1073,21 +1055,12 @@ class ControlPlane:
             request.add_header("Content-Type", "application/json")
         exchange = Exchange(operation, self.server.host, self._context)
         began = elapsed_seconds()
-        performed = Outcome(lambda: exchange.perform(request, self._proxy))
-        fault = self._wait(exchange, performed, seconds)
-        note_id(find_session_id(exchange))  # an answer that was cut off, or is no 201, may name one as well
-        if fault:
-            # show_error's words. No attempt makes a certificate good; three bad log-ins lock an account
-            passing = not fault.startswith(("certificate", "TLS failed", "the proxy refused: 407"))
-            tried = "no complete answer from" if exchange.sent else "cannot connect to"
-            advice = " (--ca-file names another CA)" if re.search("issuer|self.signed", fault) else ""
-            raise TransportError(f"{operation}: {tried} {self._peer}: {fault}{advice}", passing=passing,
-                                 was_sent=exchange.sent)
-        self._said_silent = False
-        self._report(f"{request.get_method()} {path}: {exchange.status}, {elapsed_seconds() - began:.3f} s")
-        if exchange.status not in EXPECTED[operation]:
-            raise self._parse_problem(exchange)
-        return exchange
+        fault = self._wait(exchange, Outcome(lambda: exchange.perform(request, self._proxy)), seconds)
+        if not fault:
+            self._said_silent = False
+            took = elapsed_seconds() - began
+            self._report(f"{request.get_method()} {path}: {exchange.status}, {took:.3f} s")
+        return exchange, fault
 
     def _wait(self, exchange: Exchange, performed: Outcome, seconds: float) -> str:
         """Wait until the exchange is done, or give it up; return why there is no answer, "" if there is."""
@@ -1105,27 +1078,45 @@ class ControlPlane:
                 self._notice(f"still waiting for {self._peer} to answer {exchange.operation}")
         return str(performed.result())
 
+    def _judge(self, exchange: Exchange, fault: str) -> Exchange:
+        """Return the answer; TransportError if there is none, ApiError for an unexpected status."""
+        operation = exchange.operation
+        if fault:
+            # show_error's words. No attempt makes a certificate good; three bad log-ins lock an account
+            passing = not fault.startswith(("certificate", "TLS failed", "the proxy refused: 407"))
+            tried = "no complete answer from" if exchange.sent else "cannot connect to"
+            advice = " (--ca-file names another CA)" if re.search("issuer|self.signed", fault) else ""
+            raise TransportError(f"{operation}: {tried} {self._peer}: {fault}{advice}", passing=passing,
+                                 may_be_done=exchange.sent)
+        if exchange.status not in EXPECTED[operation]:
+            raise self._parse_problem(exchange)
+        return exchange
+
     def _parse_problem(self, answer: Exchange) -> ApiError:
         """Make the error of an unexpected status, with its problem details (RFC 9457) if it has any."""
         try:
             problem = self._parse_body(answer)
         except TransportError:
-            problem = Fields(answer.operation, None)
-        operation, status, code = answer.operation, answer.status, self._show(problem.get("code"))
-        title = self._show(problem.get("title")) or http.client.responses.get(status, "")
-        words = [operation, f"{status} {title}".strip(), self._show(problem.get("detail"))]
-        text = ": ".join(filter(None, words)) + (f" ({code})" if code else "")
+            problem = {}
+        shown = {name: self._show(problem[name]) for name in problem}
+        status, code, detail = answer.status, shown.get("code", ""), shown.get("detail")
+        title = shown.get("title") or http.client.responses.get(status, "")
+        text = f"{answer.operation}: {status} {title}".rstrip()
+        text += (f": {detail}" if detail else "") + (f" ({code})" if code else "")
         for name in ("reason", "relation_path", "correlation_id"):
-            shown = self._show(problem.get(name))
-            text += f"; {name.replace('_', ' ')} {shown}" if shown else ""
+            if shown.get(name):
+                text += f"; {name.replace('_', ' ')} {shown[name]}"
         retry_after = parse_retry_after(answer.headers.get("Retry-After"))
         is_rate_limit = status == 429 and retry_after is not None  # else it is the limit of sessions
         is_under_way = status == 409 and code == "idempotent_replay"  # the first request with this key
         passing = status in (502, 503, 504) or is_rate_limit or is_under_way or (
-            operation == REVOKE and (status == 429 or status >= 500))
+            answer.operation == REVOKE and (status == 429 or status >= 500))
+        # a server may fail once it has done it, or a gateway lose the answer, but 501 and 503 did nothing; a
+        # success other than 201 may have issued a session, too
+        may_be_done = status < 300 or is_under_way or (status >= 500 and status not in (501, 503))
         forbidden = EXIT_REBAC_DENIED if code == "rebac_denied" else EXIT_FORBIDDEN
         return ApiError(text + self._advise(answer, code, is_rate_limit), passing=passing, status=status,
-                        code=code, retry_after_seconds=retry_after,
+                        code=code, may_be_done=may_be_done, retry_after_seconds=retry_after,
                         exit_code={401: EXIT_CREDENTIALS, 403: forbidden}.get(status, EXIT_FAILURE))
 
     def _advise(self, answer: Exchange, code: str, is_rate_limit: bool) -> str:
@@ -1151,33 +1142,35 @@ class ControlPlane:
             advice += f"; re-authenticate{acr_values} and try again"
         return advice
 
-    def _parse_body(self, answer: Exchange) -> Fields:
+    def _parse_body(self, answer: Exchange) -> Dict[str, Any]:
+        """Return the JSON object of an answer; any other JSON counts as one without fields."""
         try:
-            return Fields(answer.operation, parse_json(bytes(answer.body)))
+            document = parse_json(bytes(answer.body))
         except ValueError:
             kinds = [f"{name} {self._show(answer.headers[name])}"
                      for name in ("Content-Type", "Content-Encoding") if name in answer.headers]
             raise TransportError(f"{answer.operation}: the answer is not the API's JSON "
                                  f"({', '.join(kinds) or 'no Content-Type'}); check --server") from None
+        return document if isinstance(document, dict) else {}
 
     def _parse_issued(self, answer: Exchange, asked_on: float) -> IssuedSession:
         fields = self._parse_body(answer)
-        session_id = fields.take("session_id", parse_session_id)
-        token = fields.take("token", matching("[!-~]{1,65536}", "printable ASCII", Secret))
+        session_id = take(ISSUE, fields, "session_id", parse_session_id)
+        token = take(ISSUE, fields, "token", matching("[!-~]{1,65536}", "printable ASCII", Secret))
         self._session_tokens[session_id] = token
-        expires = fields.take("expires_at", parse_time)
-        session = self._parse_session(Fields(ISSUE, fields.take("session", dict, kind=dict)), session_id)
+        expires = take(ISSUE, fields, "expires_at", parse_time)
+        session = self._parse_session(ISSUE, take(ISSUE, fields, "session", dict, kind=dict), session_id)
         issued_at = session.issued_at or parse_http_date(answer.headers.get("Date")) or time.time()
-        endpoint = fields.take("listener_endpoint", self._parse_endpoint, optional=True)
-        return IssuedSession(session_id, token, fields.get("expires_at"), expires - issued_at, asked_on,
+        endpoint = take(ISSUE, fields, "listener_endpoint", self._parse_endpoint, optional=True)
+        return IssuedSession(session_id, token, fields["expires_at"], expires - issued_at, asked_on,
                              session, endpoint or session.listener_endpoint)
 
-    def _parse_session(self, fields: Fields, session_id: str) -> Session:
-        fields.take("id", matching("(?i)" + session_id, "that of the session"))
-        fields.take("kind", one_of("tcp"))
-        return Session(session_id, fields.take("status", one_of("active", "revoked", "expired")),
-                       fields.take("issued_at", parse_time, optional=True) or 0.0,
-                       fields.take("listener_endpoint", self._parse_endpoint, optional=True),
+    def _parse_session(self, operation: str, fields: Dict[str, Any], session_id: str) -> Session:
+        take(operation, fields, "id", matching("(?i)" + session_id, "that of the session"))
+        take(operation, fields, "kind", one_of("tcp"))
+        return Session(session_id, take(operation, fields, "status", one_of("active", "revoked", "expired")),
+                       take(operation, fields, "issued_at", parse_time, optional=True) or 0.0,
+                       take(operation, fields, "listener_endpoint", self._parse_endpoint, optional=True),
                        self._show(fields.get("revoke_reason")))
 
     def _parse_endpoint(self, text: str) -> Endpoint:
