@@ -183,9 +183,7 @@ class Interrupted(Exception):
 ON_LINUX = sys.platform.startswith("linux")
 DATAGRAM_SECONDS = 2
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)  # no peer's doing
-# these go on while the machine sleeps: CLOCK_BOOTTIME of Linux (in the module time from 3.7 on),
-# CLOCK_MONOTONIC of macOS, and time.monotonic() of Windows
-CLOCK_BOOTTIME = 7
+CLOCK_BOOTTIME = 7  # of Linux; in the module time from 3.7 on
 _CLOCK = CLOCK_BOOTTIME if ON_LINUX else getattr(time, "CLOCK_MONOTONIC", None)
 
 
@@ -504,11 +502,8 @@ def show_seconds(seconds: float) -> str:
 ERROR_WORDS = (  # the first row that fits counts
     ((http.client.RemoteDisconnected, ssl.SSLEOFError, ssl.SSLZeroReturnError),
      "the server closed the connection"),
-    (http.client.LineTooLong, "a header is too long"),
     (http.client.IncompleteRead, "the answer was cut off"),
-    (http.client.BadStatusLine, "the answer is not HTTP"),
-    (http.client.UnknownProtocol, "the answer is not HTTP/1.1"),
-    (http.client.HTTPException, "too many headers"),  # which has no class of its own
+    (http.client.HTTPException, "the answer is not HTTP/1.1, or its headers are too long"),
     ((socket.timeout, TimeoutError), "timed out"))
 
 
@@ -624,14 +619,13 @@ def read_own_file(path: str, source: str, forbidden_bits: int = ALL_BITS, limit:
             is_file = stat.S_ISREG(status.st_mode)
             if not (is_file or at_stdin or stat.S_ISFIFO(status.st_mode)):
                 raise kind(f"{source}: must be a regular file or a pipe")
-            is_chosen = path == "-" or (at_stdin and not is_file)  # the caller knows what he redirects
-            if not is_chosen:
-                fault = find_file_fault(status, forbidden_bits)
-                if fault and source.startswith("--token-file"):
-                    fault += " (a mounted secret: --token-file - < FILE)"
-                if fault:
-                    raise CredentialsError(f"{source}: {fault}")
-            if path != "-" and is_file:  # "-" goes on where the caller has left it
+            is_redirected = path == "-" or (at_stdin and not is_file)  # and the caller knows what it is
+            fault = "" if is_redirected else find_file_fault(status, forbidden_bits)
+            if fault and source.startswith("--token-file"):
+                fault += " (a mounted secret: --token-file - < FILE)"
+            if fault:
+                raise CredentialsError(f"{source}: {fault}")
+            if is_file and path != "-":  # "-" goes on where the caller has left it
                 file.seek(0)
             if os.name == "posix":  # wait for what a pipe's writer has yet to send
                 os.set_blocking(file.fileno(), True)
@@ -657,8 +651,15 @@ def is_object(value: Any, **types: type) -> bool:
     return isinstance(value, dict) and all(isinstance(value[name], types.get(name, ())) for name in value)
 
 
-def read_profile(name: str, environ: Environ) -> Tuple[str, Optional[Secret]]:
-    """Read server and token of a profile, of the default one for ""; either may be missing."""
+class Profile(NamedTuple):
+    """What a profile of the config file holds; either may be missing."""
+
+    server: str = ""
+    token: Optional[Secret] = None
+
+
+def read_profile(name: str, environ: Environ) -> Profile:
+    """Read a profile of the config file, the default one for ""."""
     path = find_own_file("XDG_CONFIG_HOME", ".config", "config.json", environ)
     source = "config file " + escape(path)
     try:
@@ -670,21 +671,21 @@ def read_profile(name: str, environ: Environ) -> Tuple[str, Optional[Secret]]:
             raise
         if name:
             raise CredentialsError(f"--profile: there is no {source}; expected {CONFIG_SHAPE}") from None
-        return "", None
+        return Profile()
     profiles = document.get("profiles") if is_object(document, default=str, profiles=dict) else None
     if profiles is None or not all(is_object(entry, server=str, token=str) for entry in profiles.values()):
         raise CredentialsError(f"{source}: expected {CONFIG_SHAPE}")
     wanted = name or document.get("default")
     if not wanted:
-        return "", None
+        return Profile()
     if wanted not in profiles:
         flag, available = "--profile" if name else '"default"', escape(", ".join(sorted(profiles)))
         raise CredentialsError(f"{flag}: no profile{show_word(wanted)} in {source}; "
                                f"available: {available or 'none'}")
-    entry, token = profiles[wanted], None
-    if "token" in entry:
-        token = parse_token(entry["token"].encode("utf-8"), f"token of a profile in {source}")
-    return entry.get("server", ""), token
+    server, token = profiles[wanted].get("server", ""), profiles[wanted].get("token")
+    if token is None:
+        return Profile(server)
+    return Profile(server, parse_token(token.encode("utf-8"), f"token of a profile in {source}"))
 
 
 def check_server(text: str, source: str, allow_http: bool) -> Server:
@@ -702,31 +703,32 @@ def resolve_credentials(server_flag: Optional[str], profile_flag: Optional[str],
     A token that stands in a profile goes to that profile's own server and to no other.
     """
     url, variable = environ.get("PLEXSPHERE_URL"), environ.get("PLEXSPHERE_TOKEN", "")
-    named_server, named_token = read_profile(profile_flag, environ) if profile_flag else ("", None)
-    has_server, has_token = server_flag or named_server or url, token_file or named_token or variable
-    default_server, default_token = ("", None) if has_server and has_token else read_profile("", environ)
+    named = read_profile(profile_flag, environ) if profile_flag else Profile()
+    needs_default = not (server_flag or named.server or url) or not (token_file or named.token or variable)
+    default = read_profile("", environ) if needs_default else Profile()
 
-    servers = (("--server", server_flag), ("server of the profile", named_server), ("PLEXSPHERE_URL", url),
-               ("server of the default profile", default_server))
-    server_source, text = next((row for row in servers if row[1]), ("", None))
-    if not text:
+    for server_source, text in (("--server", server_flag), ("server of the profile", named.server),
+                                ("PLEXSPHERE_URL", url), ("server of the default profile", default.server)):
+        if text:
+            server = check_server(text, server_source, allow_http)
+            break
+    else:
         raise UsageError("no server: give --server, a profile, or PLEXSPHERE_URL")
-    server = check_server(text, server_source, allow_http)
 
     if token_file:
         is_path = token_file[:1] in "/.~-" or os.path.lexists(token_file)  # else it may be the token itself
         source = "--token-file" + (" " + escape(token_file) if is_path else show_word(token_file))
         return server, parse_token(read_own_file(token_file, source), source)
-    if variable and not named_token:
+    if variable and not named.token:
         return server, parse_token(variable.encode("utf-8", "surrogateescape"), "PLEXSPHERE_TOKEN")
-    owner, token = (named_server, named_token) if named_token else (default_server, default_token)
-    if not token:
+    owner = named if named.token else default
+    if not owner.token:
         raise CredentialsError("no credentials: give --token-file, a profile, or PLEXSPHERE_TOKEN")
     # the same scheme, host and port (RFC 6454, section 5)
-    if not owner or check_server(owner, "server of the profile", allow_http)[:3] != server[:3]:
+    if not owner.server or check_server(owner.server, "server of the profile", allow_http)[:3] != server[:3]:
         raise CredentialsError(f"the token of a profile goes only to that profile's own server, and "
                                f"{server_source} names another one; give --token-file for that")
-    return server, token
+    return server, owner.token
 
 
 # --------------------------------------------------------------------------------- control plane
@@ -1098,13 +1100,14 @@ class ControlPlane:
             problem = self._parse_body(answer)
         except TransportError:
             problem = {}
-        shown = {name: self._show(problem[name]) for name in problem}
-        status, code, detail = answer.status, shown.get("code", ""), shown.get("detail")
-        title = shown.get("title") or http.client.responses.get(status, "")
+        shown = {name: self._show(problem.get(name)) for name in (
+            "title", "detail", "code", "reason", "relation_path", "correlation_id")}
+        status, code = answer.status, shown["code"]
+        title = shown["title"] or http.client.responses.get(status, "")
         text = f"{answer.operation}: {status} {title}".rstrip()
-        text += (f": {detail}" if detail else "") + (f" ({code})" if code else "")
+        text += (f": {shown['detail']}" if shown["detail"] else "") + (f" ({code})" if code else "")
         for name in ("reason", "relation_path", "correlation_id"):
-            if shown.get(name):
+            if shown[name]:
                 text += f"; {name.replace('_', ' ')} {shown[name]}"
         retry_after = parse_retry_after(answer.headers.get("Retry-After"))
         is_rate_limit = status == 429 and retry_after is not None  # else it is the limit of sessions
