@@ -170,10 +170,7 @@ class Interrupted(Exception):
     """A signal that asks for the end; raised only where the main thread waits."""
 
     def __init__(self, signum: int) -> None:
-        try:
-            name = signal.Signals(signum).name
-        except ValueError:  # a real-time signal
-            name = f"signal {signum}"
+        name = next((each.name for each in signal.Signals if each == signum), f"signal {signum}")
         super().__init__("ended by " + name)
         self.signum = signum
 
@@ -647,8 +644,8 @@ def find_own_file(variable: str, below_home: str, name: str, environ: Environ) -
 
 def is_object(value: Any, **types: type) -> bool:
     """Tell whether this is a JSON object with only these fields, each of its type."""
-    # nothing is an instance of (): a field with another name
-    return isinstance(value, dict) and all(isinstance(value[name], types.get(name, ())) for name in value)
+    return isinstance(value, dict) and all(
+        name in types and isinstance(value[name], types[name]) for name in value)
 
 
 class Profile(NamedTuple):
@@ -733,8 +730,8 @@ def resolve_credentials(server_flag: Optional[str], profile_flag: Optional[str],
 
 # --------------------------------------------------------------------------------- control plane
 #
-# A call of ControlPlane makes one Exchange per attempt. That runs in a thread, with urllib's opener and a
-# PlaneConnection; the calling thread waits until it is done or its time is up, and judges the answer.
+# A call of ControlPlane makes one Exchange per attempt: _send performs it in a thread, with urllib's opener
+# and a PlaneConnection, and waits until it is done or its time is up. _judge raises what is wrong with it.
 
 ISSUE, GET, REVOKE = "IssueSession", "GetSession", "RevokeSession"
 SUCCESS = range(200, 300)
@@ -783,7 +780,7 @@ class SessionRequest(NamedTuple):
 
 
 class Exchange(urllib.request.AbstractHTTPHandler):
-    """One request and its answer: `status`, `headers`, `body`.
+    """One request and its answer: `status`, `headers`, `body`; or else the `fault`.
 
     `perform` runs in a thread of its own, so that whoever waits for it can give up: a time-out of
     urllib's is for each recv, and the look-up of a name has none. The opener has no other handlers than
@@ -799,6 +796,7 @@ class Exchange(urllib.request.AbstractHTTPHandler):
         self.status = 0
         self.headers: Any = {}  # email.message.Message
         self.body = bytearray()
+        self.fault = "not performed"  # why there is no answer; "": there is one
         self.sent = False  # the server may have the request
         self.is_given_up = False
         self.connection: Optional[PlaneConnection] = None
@@ -810,8 +808,8 @@ class Exchange(urllib.request.AbstractHTTPHandler):
     https_open = http_open
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
-    def perform(self, request: urllib.request.Request, proxy: str) -> str:
-        """Send the request, through a proxy or not; return why there is no answer, "" if there is one."""
+    def perform(self, request: urllib.request.Request, proxy: str) -> None:
+        """Send the request, through a proxy or not, and read the answer."""
         opener = urllib.request.OpenerDirector()
         opener.add_handler(self)
         if proxy:
@@ -822,8 +820,8 @@ class Exchange(urllib.request.AbstractHTTPHandler):
                 fault = self._read_body(response)
         except Exception as error:  # OSError, HTTPException, ValueError, RecursionError, MemoryError, ...
             fault = show_error(error)  # the error itself, its context too, would hold the request
-        # the status of an error is enough, even if its body could not be read
-        return "" if self.status and self.status not in SUCCESS else fault
+        if not self.is_given_up:  # the status of an error is enough, even if its body could not be read
+            self.fault = "" if self.status and self.status not in SUCCESS else fault
 
     def _read_body(self, response: Any) -> str:
         """Read the body in pieces; return what is wrong with it, "" if nothing is.
@@ -840,9 +838,9 @@ class Exchange(urllib.request.AbstractHTTPHandler):
                 return f"the answer is larger than {BODY_MAX_BYTES} bytes"
         return ""
 
-    def give_up(self) -> None:
+    def give_up(self, fault: str = "given up") -> None:
         """Make the thread end: amid the body at its next piece, else at once, once it is connected."""
-        self.is_given_up = True
+        self.is_given_up, self.fault = True, fault
         sock = self.connection and self.connection.sock
         if sock:
             with contextlib.suppress(OSError):  # it is not open any more
@@ -867,7 +865,7 @@ class PlaneConnection(http.client.HTTPConnection):
             self.sock = exchange.context.wrap_socket(self.sock, server_hostname=exchange.server_name,
                                                      do_handshake_on_connect=False)
             self.sock.do_handshake()
-        # in this order: either _exchange() sees `sent`, or this thread sees `is_given_up` and sends nothing
+        # in this order: either _judge() sees `sent`, or this thread sees `is_given_up` and sends nothing
         exchange.sent = True
         if exchange.is_given_up:
             raise TimeoutError
@@ -1010,10 +1008,11 @@ class ControlPlane:
                 on_issued(session_id)
 
         for attempt in range(1, ISSUE_ATTEMPTS + 1):
-            exchange, fault = self._send(ISSUE, path, body)
+            answer = self._send(ISSUE, path, body)
             try:
-                note_id(find_session_id(exchange))  # also of an answer that was cut off, or is no 201
-                issued = self._parse_issued(self._judge(exchange, fault), asked_on)
+                note_id(find_session_id(answer))  # also if it was cut off, or is no 201
+                self._judge(answer)
+                issued = self._parse_issued(answer, asked_on)
                 note_id(issued.session_id)  # JSON can also write it with escapes
                 return issued
             except (TransportError, ApiError) as failure:
@@ -1037,18 +1036,19 @@ class ControlPlane:
     def get(self, project_id: str, session_id: str, seconds: float = EXCHANGE_SECONDS) -> Session:
         """Return the session as the control plane sees it now."""
         path = f"/v1/projects/{project_id}/sessions/{session_id}"
-        answer = self._judge(*self._send(GET, path, None, seconds))
+        answer = self._send(GET, path, None, seconds)
+        self._judge(answer)
         return self._parse_session(GET, self._parse_body(answer), session_id)
 
     def revoke(self, project_id: str, session_id: str, seconds: float = EXCHANGE_SECONDS) -> None:
         """Revoke the session. One that is gone already (404, 409, 410) counts as revoked."""
         path = f"/v1/projects/{project_id}/sessions/{session_id}/revoke"
-        self._judge(*self._send(REVOKE, path, {"revoke_reason": "operator_request"}, seconds))
+        self._judge(self._send(REVOKE, path, {"revoke_reason": "operator_request"}, seconds))
         self._session_tokens.pop(session_id, None)
 
     def _send(self, operation: str, path: str, body: Optional[Dict[str, Any]],
-              seconds: float = EXCHANGE_SECONDS) -> Tuple[Exchange, str]:
-        """Perform an exchange; return it, and why there is no answer, "" if there is one."""
+              seconds: float = EXCHANGE_SECONDS) -> Exchange:
+        """Perform an exchange, but give it up when its time is up, or a GetSession when the run is ending."""
         request = urllib.request.Request(str(self.server) + path, headers={
             "Accept": "application/json, application/problem+json", "User-Agent": "plexctl/" + __version__})
         request.add_unredirected_header("Authorization", "Bearer " + self._token.reveal())
@@ -1057,42 +1057,36 @@ class ControlPlane:
             request.add_header("Content-Type", "application/json")
         exchange = Exchange(operation, self.server.host, self._context)
         began = elapsed_seconds()
-        fault = self._wait(exchange, Outcome(lambda: exchange.perform(request, self._proxy)), seconds)
-        if not fault:
+        performed = Outcome(lambda: exchange.perform(request, self._proxy))
+        while not performed.done.wait(CANCEL_POLL_SECONDS):
+            waited = elapsed_seconds() - began
+            if operation == GET and self.cancel.is_set():
+                exchange.give_up()
+                raise Cancelled(f"{operation}: given up, the run is ending")
+            if waited >= seconds:
+                exchange.give_up(f"timed out after {seconds:.3g} s")
+                break
+            if waited >= SILENT_SECONDS and not self._said_silent:  # once, until it answers
+                self._said_silent = True
+                self._notice(f"still waiting for {self._peer} to answer {operation}")
+        if not exchange.fault:
             self._said_silent = False
             took = elapsed_seconds() - began
             self._report(f"{request.get_method()} {path}: {exchange.status}, {took:.3f} s")
-        return exchange, fault
+        return exchange
 
-    def _wait(self, exchange: Exchange, performed: Outcome, seconds: float) -> str:
-        """Wait until the exchange is done, or give it up; return why there is no answer, "" if there is."""
-        began = elapsed_seconds()
-        while not performed.done.wait(CANCEL_POLL_SECONDS):
-            waited = elapsed_seconds() - began
-            if exchange.operation == GET and self.cancel.is_set():
-                exchange.give_up()
-                raise Cancelled(f"{exchange.operation}: given up, the run is ending")
-            if waited >= seconds:
-                exchange.give_up()
-                return f"timed out after {seconds:.3g} s"
-            if waited >= SILENT_SECONDS and not self._said_silent:  # once, until it answers
-                self._said_silent = True
-                self._notice(f"still waiting for {self._peer} to answer {exchange.operation}")
-        return str(performed.result())
-
-    def _judge(self, exchange: Exchange, fault: str) -> Exchange:
-        """Return the answer; TransportError if there is none, ApiError for an unexpected status."""
-        operation = exchange.operation
+    def _judge(self, answer: Exchange) -> None:
+        """Raise TransportError if there is no answer, ApiError for an unexpected status."""
+        operation, fault = answer.operation, answer.fault
         if fault:
             # show_error's words. No attempt makes a certificate good; three bad log-ins lock an account
             passing = not fault.startswith(("certificate", "TLS failed", "the proxy refused: 407"))
-            tried = "no complete answer from" if exchange.sent else "cannot connect to"
+            tried = "no complete answer from" if answer.sent else "cannot connect to"
             advice = " (--ca-file names another CA)" if re.search("issuer|self.signed", fault) else ""
             raise TransportError(f"{operation}: {tried} {self._peer}: {fault}{advice}", passing=passing,
-                                 may_be_done=exchange.sent)
-        if exchange.status not in EXPECTED[operation]:
-            raise self._parse_problem(exchange)
-        return exchange
+                                 may_be_done=answer.sent)
+        if answer.status not in EXPECTED[operation]:
+            raise self._parse_problem(answer)
 
     def _parse_problem(self, answer: Exchange) -> ApiError:
         """Make the error of an unexpected status, with its problem details (RFC 9457) if it has any."""
@@ -1276,12 +1270,12 @@ class AuditLog(logging.Handler):
             logger.removeHandler(self)
         if not self._has_written:
             raise PlexctlError(f"{self._source}: the record was not written: {fault}; the token is not shown")
+        month_to_second = time.ctime()[4:19]  # strftime would take the locale's names
+        line = f"<{SYSLOG_AUTHPRIV_INFO}>{month_to_second} plexctl[{os.getpid()}]: {message}"
+        syslog = next(filter(os.path.exists, SYSLOG_SOCKETS), None)
         try:
-            for path in filter(os.path.exists, SYSLOG_SOCKETS):
-                month_to_second = time.ctime()[4:19]  # strftime would take the locale's names
-                line = f"<{SYSLOG_AUTHPRIV_INFO}>{month_to_second} plexctl[{os.getpid()}]: {message}"
-                send_record(path, line.encode("ascii"))
-                break
+            if syslog:
+                send_record(syslog, line.encode("ascii"))
         except OSError as error:
             self._report("warning: syslog did not take the audit record, the file has it: "
                          + show_error(error))
