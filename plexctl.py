@@ -147,15 +147,12 @@ class CredentialsError(PlexctlError):
 class TransportError(PlexctlError):
     """The control plane gave no answer, or not one that can be used."""
 
-    may_be_done = True  # the server may have done what it was asked
-
 
 class ApiError(PlexctlError):
     """The control plane answered with an error, or with another success than it should."""
 
     status = 0  # of HTTP
     code = ""  # of the problem details
-    may_be_done = False
 
 
 class Cancelled(PlexctlError):
@@ -865,7 +862,7 @@ class PlaneConnection(http.client.HTTPConnection):
             self.sock = exchange.context.wrap_socket(self.sock, server_hostname=exchange.server_name,
                                                      do_handshake_on_connect=False)
             self.sock.do_handshake()
-        # in this order: either _judge() sees `sent`, or this thread sees `is_given_up` and sends nothing
+        # in this order: either _judge sees `sent`, or this thread sees `is_given_up` and sends nothing
         exchange.sent = True
         if exchange.is_given_up:
             raise TimeoutError
@@ -1016,8 +1013,8 @@ class ControlPlane:
                 note_id(issued.session_id)  # JSON can also write it with escapes
                 return issued
             except (TransportError, ApiError) as failure:
-                error: Union[TransportError, ApiError] = failure
-            may_exist = may_exist or error.may_be_done
+                error: PlexctlError = failure
+            may_exist = may_exist or error.may_exist or answer.status in SUCCESS
             if not error.passing or attempt == ISSUE_ATTEMPTS or self.cancel.is_set():
                 break
             wait = error.retry_after_seconds
@@ -1084,7 +1081,7 @@ class ControlPlane:
             tried = "no complete answer from" if answer.sent else "cannot connect to"
             advice = " (--ca-file names another CA)" if re.search("issuer|self.signed", fault) else ""
             raise TransportError(f"{operation}: {tried} {self._peer}: {fault}{advice}", passing=passing,
-                                 may_be_done=answer.sent)
+                                 may_exist=answer.sent and operation == ISSUE)
         if answer.status not in EXPECTED[operation]:
             raise self._parse_problem(answer)
 
@@ -1108,12 +1105,13 @@ class ControlPlane:
         is_under_way = status == 409 and code == "idempotent_replay"  # the first request with this key
         passing = status in (502, 503, 504) or is_rate_limit or is_under_way or (
             answer.operation == REVOKE and (status == 429 or status >= 500))
-        # a server may fail once it has done it, or a gateway lose the answer, but 501 and 503 did nothing; a
-        # success other than 201 may have issued a session, too
-        may_be_done = status < 300 or is_under_way or (status >= 500 and status not in (501, 503))
+        # a server may fail after it has issued a session, or a gateway lose the answer, but 501 and 503 did
+        # nothing; a success other than 201 may have issued one, too
+        may_exist = answer.operation == ISSUE and (
+            status < 300 or is_under_way or (status >= 500 and status not in (501, 503)))
         forbidden = EXIT_REBAC_DENIED if code == "rebac_denied" else EXIT_FORBIDDEN
         return ApiError(text + self._advise(answer, code, is_rate_limit), passing=passing, status=status,
-                        code=code, may_be_done=may_be_done, retry_after_seconds=retry_after,
+                        code=code, may_exist=may_exist, retry_after_seconds=retry_after,
                         exit_code={401: EXIT_CREDENTIALS, 403: forbidden}.get(status, EXIT_FAILURE))
 
     def _advise(self, answer: Exchange, code: str, is_rate_limit: bool) -> str:
