@@ -1116,7 +1116,7 @@ class ControlPlane:
 
     def _advise(self, answer: Exchange, code: str, is_rate_limit: bool) -> str:
         """Say what an operator can do about an error answer."""
-        status, advice = answer.status, ""
+        status = answer.status
         if status < 300:
             return "; the API does not answer like this, check --server"
         if status < 400:
@@ -1128,8 +1128,7 @@ class ControlPlane:
             return "; too many requests, try again later" if is_rate_limit else (
                 "; sessions count until they expire or are revoked, also those of print mode; "
                 "--max-sessions limits those of --proxy")
-        if status in (401, 403):
-            advice = "; the token is from " + self._token.source
+        advice = "; the token is from " + self._token.source if status in (401, 403) else ""
         if status == 401 and code == "step_up_required":
             challenge = " ".join(answer.headers.get_all("WWW-Authenticate", []))
             found = re.search(r'acr_values\s*=\s*("[^"]+"|[^\s",]+)', challenge)
@@ -3028,12 +3027,12 @@ class Messages:
                 line = line.rpartition(", ")[0] or line[:width]
             self._queue.put(line)
 
-    def flush(self, seconds: float = HURRY_SECONDS) -> None:
-        """Wipe the live line, and wait until everything is written, for so long at most."""
+    def flush(self) -> None:
+        """Wipe the live line, and wait until everything is written, for HURRY_SECONDS at most."""
         written = threading.Event()
         self._queue.put("")
         self._queue.put(written)
-        written.wait(seconds)
+        written.wait(HURRY_SECONDS)
 
     def close(self) -> None:
         """End the thread; what is reported later is lost."""
@@ -3236,7 +3235,7 @@ def parse_arguments(argv: Sequence[str]) -> Tuple[str, Any]:
         for word in argv[:end]:  # what argparse makes of -vq, -v= and -vx differs from version to version
             if re.match("-[hvq]+[^hvq]", word):
                 raise UsageError(describe_unknown(word))
-            words += ["-" + letter for letter in word[1:]] if re.fullmatch("-[hvq]{2,}", word) else [word]
+            words += ["-" + letter for letter in word[1:]] if re.fullmatch("-[hvq]+", word) else [word]
         options, others = parser.parse_known_args(words)
         has_command = COMMAND in others
         if has_command:
@@ -3532,7 +3531,7 @@ class Run:
             self.told = error
             error.is_told = True
             self.foreground.report(f"error: {error}")
-            self.foreground.messages.flush(HURRY_SECONDS)
+            self.foreground.messages.flush()
 
     def forward(self, program: str) -> int:
         """--proxy and -- COMMAND. The address is bound first: one in use costs no session."""
