@@ -147,8 +147,6 @@ class CredentialsError(PlexctlError):
 class TransportError(PlexctlError):
     """The control plane gave no answer, or not one that can be used."""
 
-    was_sent = True  # the server may have had the request
-
 
 class ApiError(PlexctlError):
     """The control plane answered with an error, or with another success than it should."""
@@ -169,10 +167,7 @@ class Interrupted(Exception):
     """A signal that asks for the end; raised only where the main thread waits."""
 
     def __init__(self, signum: int) -> None:
-        try:
-            name = signal.Signals(signum).name
-        except ValueError:  # a real-time signal
-            name = f"signal {signum}"
+        name = next((each.name for each in signal.Signals if each == signum), f"signal {signum}")
         super().__init__("ended by " + name)
         self.signum = signum
 
@@ -182,9 +177,7 @@ class Interrupted(Exception):
 ON_LINUX = sys.platform.startswith("linux")
 DATAGRAM_SECONDS = 2
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)  # no peer's doing
-# these go on while the machine sleeps: CLOCK_BOOTTIME of Linux (in the module time from 3.7 on),
-# CLOCK_MONOTONIC of macOS, and time.monotonic() of Windows
-CLOCK_BOOTTIME = 7
+CLOCK_BOOTTIME = 7  # of Linux; in the module time from 3.7 on
 _CLOCK = CLOCK_BOOTTIME if ON_LINUX else getattr(time, "CLOCK_MONOTONIC", None)
 
 
@@ -506,11 +499,8 @@ def show_seconds(seconds: float) -> str:
 ERROR_WORDS = (  # the first row that fits counts
     ((http.client.RemoteDisconnected, ssl.SSLEOFError, ssl.SSLZeroReturnError),
      "the server closed the connection"),
-    (http.client.LineTooLong, "a header is too long"),
     (http.client.IncompleteRead, "the answer was cut off"),
-    (http.client.BadStatusLine, "the answer is not HTTP"),
-    (http.client.UnknownProtocol, "the answer is not HTTP/1.1"),
-    (http.client.HTTPException, "too many headers"),  # which has no class of its own
+    (http.client.HTTPException, "the answer is not HTTP/1.1, or its headers are too long"),
     ((socket.timeout, TimeoutError), "timed out"))
 
 
@@ -626,14 +616,13 @@ def read_own_file(path: str, source: str, forbidden_bits: int = ALL_BITS, limit:
             is_file = stat.S_ISREG(status.st_mode)
             if not (is_file or at_stdin or stat.S_ISFIFO(status.st_mode)):
                 raise kind(f"{source}: must be a regular file or a pipe")
-            is_chosen = path == "-" or (at_stdin and not is_file)  # the caller knows what he redirects
-            if not is_chosen:
-                fault = find_file_fault(status, forbidden_bits)
-                if fault and source.startswith("--token-file"):
-                    fault += " (a mounted secret: --token-file - < FILE)"
-                if fault:
-                    raise CredentialsError(f"{source}: {fault}")
-            if path != "-" and is_file:  # "-" goes on where the caller has left it
+            is_redirected = path == "-" or (at_stdin and not is_file)  # and the caller knows what it is
+            fault = "" if is_redirected else find_file_fault(status, forbidden_bits)
+            if fault and source.startswith("--token-file"):
+                fault += " (a mounted secret: --token-file - < FILE)"
+            if fault:
+                raise CredentialsError(f"{source}: {fault}")
+            if is_file and path != "-":  # "-" goes on where the caller has left it
                 file.seek(0)
             if os.name == "posix":  # wait for what a pipe's writer has yet to send
                 os.set_blocking(file.fileno(), True)
@@ -655,12 +644,19 @@ def find_own_file(variable: str, below_home: str, name: str, environ: Environ) -
 
 def is_object(value: Any, **types: type) -> bool:
     """Tell whether this is a JSON object with only these fields, each of its type."""
-    # nothing is an instance of (): a field with another name
-    return isinstance(value, dict) and all(isinstance(value[name], types.get(name, ())) for name in value)
+    return isinstance(value, dict) and all(
+        name in types and isinstance(value[name], types[name]) for name in value)
 
 
-def read_profile(name: str, environ: Environ) -> Tuple[str, Optional[Secret]]:
-    """Read server and token of a profile, of the default one for ""; either may be missing."""
+class Profile(NamedTuple):
+    """What a profile of the config file holds; either may be missing."""
+
+    server: str = ""
+    token: Optional[Secret] = None
+
+
+def read_profile(name: str, environ: Environ) -> Profile:
+    """Read a profile of the config file, the default one for ""."""
     path = find_own_file("XDG_CONFIG_HOME", ".config", "config.json", environ)
     source = "config file " + escape(path)
     try:
@@ -672,21 +668,21 @@ def read_profile(name: str, environ: Environ) -> Tuple[str, Optional[Secret]]:
             raise
         if name:
             raise CredentialsError(f"--profile: there is no {source}; expected {CONFIG_SHAPE}") from None
-        return "", None
+        return Profile()
     profiles = document.get("profiles") if is_object(document, default=str, profiles=dict) else None
     if profiles is None or not all(is_object(entry, server=str, token=str) for entry in profiles.values()):
         raise CredentialsError(f"{source}: expected {CONFIG_SHAPE}")
     wanted = name or document.get("default")
     if not wanted:
-        return "", None
+        return Profile()
     if wanted not in profiles:
         flag, available = "--profile" if name else '"default"', escape(", ".join(sorted(profiles)))
         raise CredentialsError(f"{flag}: no profile{show_word(wanted)} in {source}; "
                                f"available: {available or 'none'}")
-    entry, token = profiles[wanted], None
-    if "token" in entry:
-        token = parse_token(entry["token"].encode("utf-8"), f"token of a profile in {source}")
-    return entry.get("server", ""), token
+    server, token = profiles[wanted].get("server", ""), profiles[wanted].get("token")
+    if token is None:
+        return Profile(server)
+    return Profile(server, parse_token(token.encode("utf-8"), f"token of a profile in {source}"))
 
 
 def check_server(text: str, source: str, allow_http: bool) -> Server:
@@ -704,37 +700,38 @@ def resolve_credentials(server_flag: Optional[str], profile_flag: Optional[str],
     A token that stands in a profile goes to that profile's own server and to no other.
     """
     url, variable = environ.get("PLEXSPHERE_URL"), environ.get("PLEXSPHERE_TOKEN", "")
-    named_server, named_token = read_profile(profile_flag, environ) if profile_flag else ("", None)
-    has_server, has_token = server_flag or named_server or url, token_file or named_token or variable
-    default_server, default_token = ("", None) if has_server and has_token else read_profile("", environ)
+    named = read_profile(profile_flag, environ) if profile_flag else Profile()
+    needs_default = not (server_flag or named.server or url) or not (token_file or named.token or variable)
+    default = read_profile("", environ) if needs_default else Profile()
 
-    servers = (("--server", server_flag), ("server of the profile", named_server), ("PLEXSPHERE_URL", url),
-               ("server of the default profile", default_server))
-    server_source, text = next((row for row in servers if row[1]), ("", None))
-    if not text:
+    for server_source, text in (("--server", server_flag), ("server of the profile", named.server),
+                                ("PLEXSPHERE_URL", url), ("server of the default profile", default.server)):
+        if text:
+            server = check_server(text, server_source, allow_http)
+            break
+    else:
         raise UsageError("no server: give --server, a profile, or PLEXSPHERE_URL")
-    server = check_server(text, server_source, allow_http)
 
     if token_file:
         is_path = token_file[:1] in "/.~-" or os.path.lexists(token_file)  # else it may be the token itself
         source = "--token-file" + (" " + escape(token_file) if is_path else show_word(token_file))
         return server, parse_token(read_own_file(token_file, source), source)
-    if variable and not named_token:
+    if variable and not named.token:
         return server, parse_token(variable.encode("utf-8", "surrogateescape"), "PLEXSPHERE_TOKEN")
-    owner, token = (named_server, named_token) if named_token else (default_server, default_token)
-    if not token:
+    owner = named if named.token else default
+    if not owner.token:
         raise CredentialsError("no credentials: give --token-file, a profile, or PLEXSPHERE_TOKEN")
     # the same scheme, host and port (RFC 6454, section 5)
-    if not owner or check_server(owner, "server of the profile", allow_http)[:3] != server[:3]:
+    if not owner.server or check_server(owner.server, "server of the profile", allow_http)[:3] != server[:3]:
         raise CredentialsError(f"the token of a profile goes only to that profile's own server, and "
                                f"{server_source} names another one; give --token-file for that")
-    return server, token
+    return server, owner.token
 
 
 # --------------------------------------------------------------------------------- control plane
 #
-# A call of ControlPlane makes one Exchange per attempt. That runs in a thread, with urllib's opener and a
-# PlaneConnection; the calling thread waits until it is done or its time is up, and judges the answer.
+# A call of ControlPlane makes one Exchange per attempt: _send performs it in a thread, with urllib's opener
+# and a PlaneConnection, and waits until it is done or its time is up. _judge raises what is wrong with it.
 
 ISSUE, GET, REVOKE = "IssueSession", "GetSession", "RevokeSession"
 SUCCESS = range(200, 300)
@@ -783,7 +780,7 @@ class SessionRequest(NamedTuple):
 
 
 class Exchange(urllib.request.AbstractHTTPHandler):
-    """One request and its answer: `status`, `headers`, `body`.
+    """One request and its answer: `status`, `headers`, `body`; or else the `fault`.
 
     `perform` runs in a thread of its own, so that whoever waits for it can give up: a time-out of
     urllib's is for each recv, and the look-up of a name has none. The opener has no other handlers than
@@ -799,6 +796,7 @@ class Exchange(urllib.request.AbstractHTTPHandler):
         self.status = 0
         self.headers: Any = {}  # email.message.Message
         self.body = bytearray()
+        self.fault = "not performed"  # why there is no answer; "": there is one
         self.sent = False  # the server may have the request
         self.is_given_up = False
         self.connection: Optional[PlaneConnection] = None
@@ -810,8 +808,8 @@ class Exchange(urllib.request.AbstractHTTPHandler):
     https_open = http_open
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
-    def perform(self, request: urllib.request.Request, proxy: str) -> str:
-        """Send the request, through a proxy or not; return why there is no answer, "" if there is one."""
+    def perform(self, request: urllib.request.Request, proxy: str) -> None:
+        """Send the request, through a proxy or not, and read the answer."""
         opener = urllib.request.OpenerDirector()
         opener.add_handler(self)
         if proxy:
@@ -822,8 +820,8 @@ class Exchange(urllib.request.AbstractHTTPHandler):
                 fault = self._read_body(response)
         except Exception as error:  # OSError, HTTPException, ValueError, RecursionError, MemoryError, ...
             fault = show_error(error)  # the error itself, its context too, would hold the request
-        # the status of an error is enough, even if its body could not be read
-        return "" if self.status and self.status not in SUCCESS else fault
+        if not self.is_given_up:  # the status of an error is enough, even if its body could not be read
+            self.fault = "" if self.status and self.status not in SUCCESS else fault
 
     def _read_body(self, response: Any) -> str:
         """Read the body in pieces; return what is wrong with it, "" if nothing is.
@@ -840,9 +838,9 @@ class Exchange(urllib.request.AbstractHTTPHandler):
                 return f"the answer is larger than {BODY_MAX_BYTES} bytes"
         return ""
 
-    def give_up(self) -> None:
+    def give_up(self, fault: str = "given up") -> None:
         """Make the thread end: amid the body at its next piece, else at once, once it is connected."""
-        self.is_given_up = True
+        self.is_given_up, self.fault = True, fault
         sock = self.connection and self.connection.sock
         if sock:
             with contextlib.suppress(OSError):  # it is not open any more
@@ -867,7 +865,7 @@ class PlaneConnection(http.client.HTTPConnection):
             self.sock = exchange.context.wrap_socket(self.sock, server_hostname=exchange.server_name,
                                                      do_handshake_on_connect=False)
             self.sock.do_handshake()
-        # in this order: either _exchange() sees `sent`, or this thread sees `is_given_up` and sends nothing
+        # in this order: either _judge sees `sent`, or this thread sees `is_given_up` and sends nothing
         exchange.sent = True
         if exchange.is_given_up:
             raise TimeoutError
@@ -946,38 +944,18 @@ def parse_retry_after(text: Optional[str]) -> Optional[float]:
     return max(0.0, min(moment - time.time(), RETRY_AFTER_MAX_SECONDS)) if moment else None
 
 
-def may_have_issued(error: Union[TransportError, ApiError]) -> bool:
-    """Tell whether there may be a session after an IssueSession that has failed like this."""
-    if isinstance(error, TransportError):
-        return error.was_sent
-    # a server may fail after it has issued one, or a gateway lose the answer, but 501 and 503 did nothing; a
-    # success other than 201 may have issued one, too
-    has_failed = error.status >= 500 and error.status not in (501, 503)
-    return error.status < 300 or has_failed or error.code == "idempotent_replay"
-
-
-class Fields:
-    """The fields of one JSON object of an answer, each checked as it is taken."""
-
-    def __init__(self, operation: str, document: Any) -> None:
-        self._operation = operation
-        self._document = document if isinstance(document, dict) else {}
-
-    def get(self, name: str) -> Any:
-        """Return a field as it is, None if it is missing."""
-        return self._document.get(name)
-
-    def take(self, name: str, parse: Callable[[Any], Any], kind: type = str, optional: bool = False) -> Any:
-        """Return a field of this kind as parsed by `parse`, which raises ValueError."""
-        value, fault = self.get(name), "is missing, or of another type"
-        if optional and value is None:
-            return None
-        if isinstance(value, kind):
-            try:
-                return parse(value)
-            except ValueError as error:  # it says what the value must be, and does not show it
-                fault = str(error)
-        raise TransportError(f"{self._operation}: the answer's {name} {fault}")
+def take(operation: str, fields: Dict[str, Any], name: str, parse: Callable[[Any], Any],
+         kind: type = str, optional: bool = False) -> Any:
+    """Return a field of an answer as parsed by `parse`, which raises ValueError; it must be of this kind."""
+    value, fault = fields.get(name), "is missing, or of another type"
+    if optional and value is None:
+        return None
+    if isinstance(value, kind):
+        try:
+            return parse(value)
+        except ValueError as error:  # it says what the value must be, and does not show it
+            fault = str(error)
+    raise TransportError(f"{operation}: the answer's {name} {fault}")
 
 
 class ControlPlane:
@@ -1021,6 +999,7 @@ class ControlPlane:
             "idempotency_key": key}
         if request.ttl_seconds:
             body["requested_ttl_seconds"] = request.ttl_seconds
+        asked_on, may_exist = elapsed_seconds(), False
         noted: Set[str] = set()
 
         def note_id(session_id: str) -> None:
@@ -1028,16 +1007,17 @@ class ControlPlane:
                 noted.add(session_id.lower())
                 on_issued(session_id)
 
-        error: Union[TransportError, ApiError]
-        asked_on, may_exist = elapsed_seconds(), False
         for attempt in range(1, ISSUE_ATTEMPTS + 1):
+            answer = self._send(ISSUE, path, body)
             try:
-                issued = self._parse_issued(self._exchange(ISSUE, path, body, note_id=note_id), asked_on)
+                note_id(find_session_id(answer))  # also if it was cut off, or is no 201
+                self._judge(answer)
+                issued = self._parse_issued(answer, asked_on)
                 note_id(issued.session_id)  # JSON can also write it with escapes
                 return issued
             except (TransportError, ApiError) as failure:
-                error = failure
-            may_exist = may_exist or may_have_issued(error)
+                error: PlexctlError = failure
+            may_exist = may_exist or error.may_exist or answer.status in SUCCESS
             if not error.passing or attempt == ISSUE_ATTEMPTS or self.cancel.is_set():
                 break
             wait = error.retry_after_seconds
@@ -1055,19 +1035,20 @@ class ControlPlane:
 
     def get(self, project_id: str, session_id: str, seconds: float = EXCHANGE_SECONDS) -> Session:
         """Return the session as the control plane sees it now."""
-        answer = self._exchange(GET, f"/v1/projects/{project_id}/sessions/{session_id}", None, seconds)
-        return self._parse_session(self._parse_body(answer), session_id)
+        path = f"/v1/projects/{project_id}/sessions/{session_id}"
+        answer = self._send(GET, path, None, seconds)
+        self._judge(answer)
+        return self._parse_session(GET, self._parse_body(answer), session_id)
 
     def revoke(self, project_id: str, session_id: str, seconds: float = EXCHANGE_SECONDS) -> None:
         """Revoke the session. One that is gone already (404, 409, 410) counts as revoked."""
-        self._exchange(REVOKE, f"/v1/projects/{project_id}/sessions/{session_id}/revoke",
-                       {"revoke_reason": "operator_request"}, seconds)
+        path = f"/v1/projects/{project_id}/sessions/{session_id}/revoke"
+        self._judge(self._send(REVOKE, path, {"revoke_reason": "operator_request"}, seconds))
         self._session_tokens.pop(session_id, None)
 
-    def _exchange(self, operation: str, path: str, body: Optional[Dict[str, Any]],
-                  seconds: float = EXCHANGE_SECONDS,
-                  note_id: Callable[[str], None] = lambda session_id: None) -> Exchange:
-        """Return the answer; TransportError if there is none, ApiError for an unexpected status."""
+    def _send(self, operation: str, path: str, body: Optional[Dict[str, Any]],
+              seconds: float = EXCHANGE_SECONDS) -> Exchange:
+        """Perform an exchange, but give it up when its time is up, or a GetSession when the run is ending."""
         request = urllib.request.Request(str(self.server) + path, headers={
             "Accept": "application/json, application/problem+json", "User-Agent": "plexctl/" + __version__})
         request.add_unredirected_header("Authorization", "Bearer " + self._token.reveal())
@@ -1077,63 +1058,68 @@ class ControlPlane:
         exchange = Exchange(operation, self.server.host, self._context)
         began = elapsed_seconds()
         performed = Outcome(lambda: exchange.perform(request, self._proxy))
-        fault = self._wait(exchange, performed, seconds)
-        note_id(find_session_id(exchange))  # an answer that was cut off, or is no 201, may name one as well
+        while not performed.done.wait(CANCEL_POLL_SECONDS):
+            waited = elapsed_seconds() - began
+            if operation == GET and self.cancel.is_set():
+                exchange.give_up()
+                raise Cancelled(f"{operation}: given up, the run is ending")
+            if waited >= seconds:
+                exchange.give_up(f"timed out after {seconds:.3g} s")
+                break
+            if waited >= SILENT_SECONDS and not self._said_silent:  # once, until it answers
+                self._said_silent = True
+                self._notice(f"still waiting for {self._peer} to answer {operation}")
+        if not exchange.fault:
+            self._said_silent = False
+            took = elapsed_seconds() - began
+            self._report(f"{request.get_method()} {path}: {exchange.status}, {took:.3f} s")
+        return exchange
+
+    def _judge(self, answer: Exchange) -> None:
+        """Raise TransportError if there is no answer, ApiError for an unexpected status."""
+        operation, fault = answer.operation, answer.fault
         if fault:
             # show_error's words. No attempt makes a certificate good; three bad log-ins lock an account
             passing = not fault.startswith(("certificate", "TLS failed", "the proxy refused: 407"))
-            tried = "no complete answer from" if exchange.sent else "cannot connect to"
+            tried = "no complete answer from" if answer.sent else "cannot connect to"
             advice = " (--ca-file names another CA)" if re.search("issuer|self.signed", fault) else ""
             raise TransportError(f"{operation}: {tried} {self._peer}: {fault}{advice}", passing=passing,
-                                 was_sent=exchange.sent)
-        self._said_silent = False
-        self._report(f"{request.get_method()} {path}: {exchange.status}, {elapsed_seconds() - began:.3f} s")
-        if exchange.status not in EXPECTED[operation]:
-            raise self._parse_problem(exchange)
-        return exchange
-
-    def _wait(self, exchange: Exchange, performed: Outcome, seconds: float) -> str:
-        """Wait until the exchange is done, or give it up; return why there is no answer, "" if there is."""
-        began = elapsed_seconds()
-        while not performed.done.wait(CANCEL_POLL_SECONDS):
-            waited = elapsed_seconds() - began
-            if exchange.operation == GET and self.cancel.is_set():
-                exchange.give_up()
-                raise Cancelled(f"{exchange.operation}: given up, the run is ending")
-            if waited >= seconds:
-                exchange.give_up()
-                return f"timed out after {seconds:.3g} s"
-            if waited >= SILENT_SECONDS and not self._said_silent:  # once, until it answers
-                self._said_silent = True
-                self._notice(f"still waiting for {self._peer} to answer {exchange.operation}")
-        return str(performed.result())
+                                 may_exist=answer.sent and operation == ISSUE)
+        if answer.status not in EXPECTED[operation]:
+            raise self._parse_problem(answer)
 
     def _parse_problem(self, answer: Exchange) -> ApiError:
         """Make the error of an unexpected status, with its problem details (RFC 9457) if it has any."""
         try:
             problem = self._parse_body(answer)
         except TransportError:
-            problem = Fields(answer.operation, None)
-        operation, status, code = answer.operation, answer.status, self._show(problem.get("code"))
-        title = self._show(problem.get("title")) or http.client.responses.get(status, "")
-        words = [operation, f"{status} {title}".strip(), self._show(problem.get("detail"))]
-        text = ": ".join(filter(None, words)) + (f" ({code})" if code else "")
+            problem = {}
+        shown = {name: self._show(problem.get(name)) for name in (
+            "title", "detail", "code", "reason", "relation_path", "correlation_id")}
+        status, code = answer.status, shown["code"]
+        title = shown["title"] or http.client.responses.get(status, "")
+        text = f"{answer.operation}: {status} {title}".rstrip()
+        text += (f": {shown['detail']}" if shown["detail"] else "") + (f" ({code})" if code else "")
         for name in ("reason", "relation_path", "correlation_id"):
-            shown = self._show(problem.get(name))
-            text += f"; {name.replace('_', ' ')} {shown}" if shown else ""
+            if shown[name]:
+                text += f"; {name.replace('_', ' ')} {shown[name]}"
         retry_after = parse_retry_after(answer.headers.get("Retry-After"))
         is_rate_limit = status == 429 and retry_after is not None  # else it is the limit of sessions
         is_under_way = status == 409 and code == "idempotent_replay"  # the first request with this key
         passing = status in (502, 503, 504) or is_rate_limit or is_under_way or (
-            operation == REVOKE and (status == 429 or status >= 500))
+            answer.operation == REVOKE and (status == 429 or status >= 500))
+        # a server may fail after it has issued a session, or a gateway lose the answer, but 501 and 503 did
+        # nothing; a success other than 201 may have issued one, too
+        may_exist = answer.operation == ISSUE and (
+            status < 300 or is_under_way or (status >= 500 and status not in (501, 503)))
         forbidden = EXIT_REBAC_DENIED if code == "rebac_denied" else EXIT_FORBIDDEN
         return ApiError(text + self._advise(answer, code, is_rate_limit), passing=passing, status=status,
-                        code=code, retry_after_seconds=retry_after,
+                        code=code, may_exist=may_exist, retry_after_seconds=retry_after,
                         exit_code={401: EXIT_CREDENTIALS, 403: forbidden}.get(status, EXIT_FAILURE))
 
     def _advise(self, answer: Exchange, code: str, is_rate_limit: bool) -> str:
         """Say what an operator can do about an error answer."""
-        status, advice = answer.status, ""
+        status = answer.status
         if status < 300:
             return "; the API does not answer like this, check --server"
         if status < 400:
@@ -1145,8 +1131,7 @@ class ControlPlane:
             return "; too many requests, try again later" if is_rate_limit else (
                 "; sessions count until they expire or are revoked, also those of print mode; "
                 "--max-sessions limits those of --proxy")
-        if status in (401, 403):
-            advice = "; the token is from " + self._token.source
+        advice = "; the token is from " + self._token.source if status in (401, 403) else ""
         if status == 401 and code == "step_up_required":
             challenge = " ".join(answer.headers.get_all("WWW-Authenticate", []))
             found = re.search(r'acr_values\s*=\s*("[^"]+"|[^\s",]+)', challenge)
@@ -1154,33 +1139,35 @@ class ControlPlane:
             advice += f"; re-authenticate{acr_values} and try again"
         return advice
 
-    def _parse_body(self, answer: Exchange) -> Fields:
+    def _parse_body(self, answer: Exchange) -> Dict[str, Any]:
+        """Return the JSON object of an answer; any other JSON counts as one without fields."""
         try:
-            return Fields(answer.operation, parse_json(bytes(answer.body)))
+            document = parse_json(bytes(answer.body))
         except ValueError:
             kinds = [f"{name} {self._show(answer.headers[name])}"
                      for name in ("Content-Type", "Content-Encoding") if name in answer.headers]
             raise TransportError(f"{answer.operation}: the answer is not the API's JSON "
                                  f"({', '.join(kinds) or 'no Content-Type'}); check --server") from None
+        return document if isinstance(document, dict) else {}
 
     def _parse_issued(self, answer: Exchange, asked_on: float) -> IssuedSession:
         fields = self._parse_body(answer)
-        session_id = fields.take("session_id", parse_session_id)
-        token = fields.take("token", matching("[!-~]{1,65536}", "printable ASCII", Secret))
+        session_id = take(ISSUE, fields, "session_id", parse_session_id)
+        token = take(ISSUE, fields, "token", matching("[!-~]{1,65536}", "printable ASCII", Secret))
         self._session_tokens[session_id] = token
-        expires = fields.take("expires_at", parse_time)
-        session = self._parse_session(Fields(ISSUE, fields.take("session", dict, kind=dict)), session_id)
+        expires = take(ISSUE, fields, "expires_at", parse_time)
+        session = self._parse_session(ISSUE, take(ISSUE, fields, "session", dict, kind=dict), session_id)
         issued_at = session.issued_at or parse_http_date(answer.headers.get("Date")) or time.time()
-        endpoint = fields.take("listener_endpoint", self._parse_endpoint, optional=True)
-        return IssuedSession(session_id, token, fields.get("expires_at"), expires - issued_at, asked_on,
+        endpoint = take(ISSUE, fields, "listener_endpoint", self._parse_endpoint, optional=True)
+        return IssuedSession(session_id, token, fields["expires_at"], expires - issued_at, asked_on,
                              session, endpoint or session.listener_endpoint)
 
-    def _parse_session(self, fields: Fields, session_id: str) -> Session:
-        fields.take("id", matching("(?i)" + session_id, "that of the session"))
-        fields.take("kind", one_of("tcp"))
-        return Session(session_id, fields.take("status", one_of("active", "revoked", "expired")),
-                       fields.take("issued_at", parse_time, optional=True) or 0.0,
-                       fields.take("listener_endpoint", self._parse_endpoint, optional=True),
+    def _parse_session(self, operation: str, fields: Dict[str, Any], session_id: str) -> Session:
+        take(operation, fields, "id", matching("(?i)" + session_id, "that of the session"))
+        take(operation, fields, "kind", one_of("tcp"))
+        return Session(session_id, take(operation, fields, "status", one_of("active", "revoked", "expired")),
+                       take(operation, fields, "issued_at", parse_time, optional=True) or 0.0,
+                       take(operation, fields, "listener_endpoint", self._parse_endpoint, optional=True),
                        self._show(fields.get("revoke_reason")))
 
     def _parse_endpoint(self, text: str) -> Endpoint:
@@ -1283,12 +1270,12 @@ class AuditLog(logging.Handler):
             logger.removeHandler(self)
         if not self._has_written:
             raise PlexctlError(f"{self._source}: the record was not written: {fault}; the token is not shown")
+        month_to_second = time.ctime()[4:19]  # strftime would take the locale's names
+        line = f"<{SYSLOG_AUTHPRIV_INFO}>{month_to_second} plexctl[{os.getpid()}]: {message}"
+        syslog = next(filter(os.path.exists, SYSLOG_SOCKETS), None)
         try:
-            for path in filter(os.path.exists, SYSLOG_SOCKETS):
-                month_to_second = time.ctime()[4:19]  # strftime would take the locale's names
-                line = f"<{SYSLOG_AUTHPRIV_INFO}>{month_to_second} plexctl[{os.getpid()}]: {message}"
-                send_record(path, line.encode("ascii"))
-                break
+            if syslog:
+                send_record(syslog, line.encode("ascii"))
         except OSError as error:
             self._report("warning: syslog did not take the audit record, the file has it: "
                          + show_error(error))
@@ -2945,12 +2932,12 @@ class Messages:
                 line = line.rpartition(", ")[0] or line[:width]
             self._queue.put(line)
 
-    def flush(self, seconds: float = HURRY_SECONDS) -> None:
-        """Wipe the live line, and wait until everything is written, for so long at most."""
+    def flush(self) -> None:
+        """Wipe the live line, and wait until everything is written, for HURRY_SECONDS at most."""
         written = threading.Event()
         self._queue.put("")
         self._queue.put(written)
-        written.wait(seconds)
+        written.wait(HURRY_SECONDS)
 
     def close(self) -> None:
         """End the thread; what is reported later is lost."""
@@ -3153,7 +3140,7 @@ def parse_arguments(argv: Sequence[str]) -> Tuple[str, Any]:
         for word in argv[:end]:  # what argparse makes of -vq, -v= and -vx differs from version to version
             if re.match("-[hvq]+[^hvq]", word):
                 raise UsageError(describe_unknown(word))
-            words += ["-" + letter for letter in word[1:]] if re.fullmatch("-[hvq]{2,}", word) else [word]
+            words += ["-" + letter for letter in word[1:]] if re.fullmatch("-[hvq]+", word) else [word]
         options, others = parser.parse_known_args(words)
         has_command = COMMAND in others
         if has_command:
@@ -3449,7 +3436,7 @@ class Run:
             self.told = error
             error.is_told = True
             self.foreground.report(f"error: {error}")
-            self.foreground.messages.flush(HURRY_SECONDS)
+            self.foreground.messages.flush()
 
     def forward(self, program: str) -> int:
         """--proxy and -- COMMAND. The address is bound first: one in use costs no session."""
