@@ -499,8 +499,10 @@ def show_seconds(seconds: float) -> str:
 ERROR_WORDS = (  # the first row that fits counts
     ((http.client.RemoteDisconnected, ssl.SSLEOFError, ssl.SSLZeroReturnError),
      "the server closed the connection"),
+    (http.client.LineTooLong, "a header is too long"),
     (http.client.IncompleteRead, "the answer was cut off"),
-    (http.client.HTTPException, "the answer is not HTTP/1.1, or its headers are too long"),
+    (http.client.BadStatusLine, "the answer is not HTTP"),
+    (http.client.HTTPException, "the answer is not HTTP/1.1, or has too many headers"),  # no class of its own
     ((socket.timeout, TimeoutError), "timed out"))
 
 

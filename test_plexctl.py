@@ -1803,8 +1803,9 @@ def test_a_byte_count_and_a_duration_are_shown_for_people(show, value, expected)
     (OSError("Bearer " + BEARER), "OSError"), (RecursionError(BEARER), "RecursionError"),
     (http.client.RemoteDisconnected(BEARER), "the server closed the connection"),
     (http.client.IncompleteRead(BEARER.encode()), "the answer was cut off"),
-    (http.client.LineTooLong(BEARER), "the answer is not HTTP/1.1, or its headers are too long"),
-    (http.client.HTTPException(BEARER), "the answer is not HTTP/1.1, or its headers are too long"),
+    (http.client.LineTooLong(BEARER), "a header is too long"),
+    (http.client.HTTPException(BEARER), "the answer is not HTTP/1.1, or has too many headers"),
+    (http.client.BadStatusLine(BEARER), "the answer is not HTTP"),
     (FileNotFoundError(2, "No such file or directory", "/" + BEARER), "No such file or directory")],
     ids=shown)
 def test_an_error_is_shown_without_what_it_was_given(error, expected):
