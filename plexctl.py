@@ -1342,7 +1342,7 @@ class Leg:
         self.send = sock.send
         self.reads_at = self.writes_at = sock.fileno()  # for poll(2)
         self.has_reset = False  # the other end has reset it
-        self.discarded = 0  # bytes, by `await_end`
+        self.discarded = 0  # bytes, by `await_end`; --stdio has to know
         self._is_linux_tcp = ON_LINUX and sock.family != socket.AF_UNIX
 
     def end(self) -> None:
@@ -1506,7 +1506,10 @@ def create_buffers() -> Buffers:
 
 
 class Flow:
-    """One direction of a connection: what `source` sends goes to `sink`."""
+    """One direction of a connection: what `source` sends goes to `sink`.
+
+    While something is left nothing is read: so nothing is left once it `has_ended`.
+    """
 
     def __init__(self, source: Any, sink: Any, buffer: memoryview) -> None:
         self.source = source
@@ -1559,7 +1562,7 @@ class Flow:
                 self.sink.end()
 
     def raise_reset(self) -> None:
-        """Raise the error of a sink that has reset the connection; EPIPE is no reset."""
+        """Raise the error of a write, if the sink has reset the connection."""
         if self.refusal and self.refusal.errno != errno.EPIPE:
             self.sink.has_reset = True
             raise self.refusal
@@ -1578,9 +1581,10 @@ class Relay:
       answer off.
 
     So it is carried in up to three steps: `_carry`, while both sides are open; `_await_answer`, once the
-    client has ended its input; `_end_client`, once the Node has ended. A client that has closed the
-    connection before it had read everything is no reset on Linux: a write to it fails with EPIPE, and what
-    it had sent is still handed on.
+    client has ended its input; `_end_client`, once the Node has ended.
+
+    A reset is found by a read, by a write (see Flow.raise_reset), or, of a client that is not read, by
+    `_check_client`. EPIPE is none: that peer has closed the connection before it had read everything.
 
     `on_end` is called before the client sees that the Node or we have ended the connection, unless the
     client's end came first. `stop`, from another thread, ends the connection with resets.
@@ -1622,9 +1626,9 @@ class Relay:
             with contextlib.suppress(Exception):
                 self._settle()
         up, down = self.up, self.down
-        # in order if it was told the end, and everything of its own was taken
-        is_cut_off = bool(up.rest) or bool(up.refusal and not up.has_ended)
-        self._client.close(reset=is_cut_off or not down.is_passed_on)
+        # in order only if it was told the end, and all that it has sent was taken
+        is_complete = down.is_passed_on and not up.rest and (up.has_ended or not up.refusal)
+        self._client.close(reset=not is_complete)
         if not self.is_awaited:
             self.remote.close(reset=self.error is not None or not up.is_passed_on)
 
@@ -1716,7 +1720,7 @@ class Relay:
         if self._is_stopped or not ready:
             self._check_legs()
         for descriptor, flow in waiting:
-            if descriptor in ready:
+            if descriptor in ready:  # perhaps for the other direction: then it does not move
                 flow.move()
 
     def _check_legs(self) -> None:
@@ -1729,7 +1733,7 @@ class Relay:
             self._check_client()
 
     def _check_client(self) -> None:
-        """Raise the error of a reset by the client; EPIPE is none."""
+        """Raise the error of a reset by the client."""
         error = self._client.take_error()
         if error not in (0, errno.EPIPE):
             self._client.has_reset = True
@@ -2120,15 +2124,9 @@ def connect_to(route: Tuple[int, Any], is_stopped: Callable[[], bool]) -> Leg:
         raise
 
 
-# ------------------------------------------------------------------------------------- forwarder
+# -------------------------------------------------------------------------------------- listener
 
 BACKLOG_CONNECTIONS = 4096  # the default of 5 makes bursts wait a second
-PAUSE_SECONDS = 0.5  # after an accept() that failed
-GRACE_SECONDS = 0.3  # a connection waits so long for a session to become free, before one is issued for it
-IDLE_SECONDS = 60  # after which a session that nobody needs is given back
-STUCK_SECONDS = 10  # that a Node may take to end a connection, before its session is given back
-LIMIT_SECONDS = 60  # after a session was refused, until one is asked for again
-RETRY_SECONDS = 5  # the same, after a failure that may pass
 TCP_SYN_SENT, TCP_LISTEN = 2, 10
 SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, NETLINK_SOCK_DIAG = 20, 1, 4
 NOBODY = 0xFFFFFFFF  # no uid: (uid_t) -1
@@ -2216,8 +2214,9 @@ class Listener(socketserver.TCPServer):
 
     def __init__(self, local: LocalAddress, allow_other_users: bool, warn_once: Report) -> None:
         self.unidentified = 0  # connections not served, since their clients had closed them
-        self.is_accepting = False  # `take` may have a client that its caller has yet to note
-        self.is_guessing = False  # who is gone, see `guess`
+        # `take` may have a client; whoever has noted it sets this back, so that nobody is missed in between
+        self.is_accepting = False
+        self.assumes_gone = False  # see `assume_gone`
         self._path = local.path
         self._warn_once = warn_once
         self._identity: Optional[os.stat_result] = None  # of the unix socket's file
@@ -2274,18 +2273,18 @@ class Listener(socketserver.TCPServer):
         return max(1, int(struct.unpack_from("=I", info, 24)[0]))  # tcpi_unacked: of a listener, its backlog
 
     def is_gone(self, client: socket.socket, address: Any) -> bool:
-        """Return whether a client listens no more; without `guess` False where nobody can know."""
+        """Return whether a client listens no more; without `assume_gone` False where nobody can know."""
         if self._owners is not None:
             with contextlib.suppress(OSError):
                 return self._owners.find(address)[1]
             return False
         descriptor = client.fileno()  # its thread may close it meanwhile
         # poll() tells of a reset, and of a unix socket that was closed
-        return self.is_guessing or descriptor < 0 or bool(poll_now(descriptor, 0))
+        return self.assumes_gone or descriptor < 0 or bool(poll_now(descriptor, 0))
 
-    def guess(self) -> None:
+    def assume_gone(self) -> None:
         """COMMAND has ended: take all clients for gone where nobody can know."""
-        self.is_guessing = not self._path and self._owners is None
+        self.assumes_gone = not self._path and self._owners is None
 
     def server_bind(self) -> None:
         """Bind it; a unix socket is 0600."""
@@ -2349,6 +2348,16 @@ class Listener(socketserver.TCPServer):
             self._warn_once("this host cannot tell whose a connection is: any local user can use the port")
 
 
+# ------------------------------------------------------------------------------------- forwarder
+
+PAUSE_SECONDS = 0.5  # after an accept() that failed
+GRACE_SECONDS = 0.3  # a connection waits so long for a session to become free, before one is issued for it
+IDLE_SECONDS = 60  # after which a session that nobody needs is given back
+STUCK_SECONDS = 10  # that a Node may take to end a connection, before its session is given back
+LIMIT_SECONDS = 60  # after a session was refused, until one is asked for again
+RETRY_SECONDS = 5  # the same, after a failure that may pass
+
+
 class Counts(NamedTuple):
     """Totals: connections `open`, `waiting` and `ended`; ready `sessions`; bytes `up` and `down`."""
 
@@ -2380,16 +2389,15 @@ class Demand:
         self.maximum = maximum
         self._minimum = minimum
         self._waiting_since = self._spare_since = elapsed_seconds()
-        self._restriction = (0.0, maximum, LIMIT_SECONDS)  # see `restrict`
+        self._granted, self._granted_on, self._step_seconds = maximum, 0.0, LIMIT_SECONDS  # see `restrict`
 
     def restrict(self, since: float, number: int, seconds: int) -> None:
         """There are no more sessions to be had than this number; one more each time `seconds` have passed."""
-        self._restriction = (since, number, seconds)
+        self._granted, self._granted_on, self._step_seconds = number, since, seconds
 
     def limit(self, now: float) -> int:
         """Return how many sessions there may be now."""
-        since, number, seconds = self._restriction
-        return min(self.maximum, number + int((now - since) / seconds))
+        return min(self.maximum, self._granted + int((now - self._granted_on) / self._step_seconds))
 
     def is_overdue(self, now: float, waiting: int, states: List[str]) -> bool:
         """Return whether connections have waited for GRACE_SECONDS; it keeps the time: call it often."""
@@ -2466,6 +2474,7 @@ class Forwarder:
         self._carriers: List[Carrier] = []
         self._returned: List[Client] = []  # accepted for a session that was over: they go to another one
         self._ended = Counts()
+        self._has_been_stuck = False  # a session has, which is not the end of the run
         self._failure: Optional[PlexctlError] = None  # the first of a session, while none is ready
         self._explanation: Optional[Outcome] = None  # see _explain
         self._demand = Demand(limit, minimum)
@@ -2492,7 +2501,7 @@ class Forwarder:
         now = elapsed_seconds()
         with self._changed:
             if self._is_time_up(now):
-                self._end(SessionOver("the session expired"))
+                self._end_run(SessionOver("the session expired"))
             for each in self._carriers:
                 if each.session.is_over() and each.relay:
                     each.relay.stop()
@@ -2532,14 +2541,13 @@ class Forwarder:
         the bytes that the Node has not acknowledged yet.
         """
         with self._changed:
-            # in this order: is_accepting is set before accept() and cleared after _give(), so that whoever is
-            # accepted meanwhile is seen in one of the three places
+            # in this order, see Listener.is_accepting
             is_under_way = self._count_waiting() or self.listener.is_accepting or any(
                 each.awaited or (each.state == BUSY and each.client and self.listener.is_gone(*each.client))
                 for each in self._carriers)
             if not is_under_way:
                 return None
-            if self.listener.is_guessing:  # a client that goes on must not keep us
+            if self.listener.assumes_gone:  # a client that goes on must not keep us
                 return 0, 0, 0
             legs = [each.relay.remote if each.relay else each.awaited for each in self._carriers]
             counts = self.count()
@@ -2571,11 +2579,11 @@ class Forwarder:
             tell = self._ledger.say if self.first else self._ledger.tell_once  # one wait is announced
             session.open(self._next_request(), tell)
             with self._changed:
-                self.first = self.first or session
+                self.first, self._failure = self.first or session, None
                 self._changed.notify_all()
-            while not (carrier.is_spare or self._is_over(session)):
+            while not (carrier.is_spare or self._must_leave(session)):
                 client = self._take(carrier)
-                if client is not None and not self._serve(carrier, buffers, client):
+                if client is not None and self._serve(carrier, buffers, client):
                     self._leave_stuck(carrier)
                     break
         except PlexctlError as error:
@@ -2593,7 +2601,7 @@ class Forwarder:
         left = max(1, int(self.first.expires_on - elapsed_seconds()))
         return self._request._replace(ttl_seconds=min(self._request.ttl_seconds or left, left))
 
-    def _is_over(self, session: MediatedSession) -> bool:
+    def _must_leave(self, session: MediatedSession) -> bool:
         return self._is_closing.is_set() or session.is_over()
 
     def _take(self, carrier: Carrier) -> Optional[Client]:
@@ -2622,13 +2630,13 @@ class Forwarder:
             return client
 
     def _serve(self, carrier: Carrier, buffers: Buffers, client: Client) -> bool:
-        """Carry one connection, from the dial to the Node's end; False if the Node does not end it."""
+        """Carry one connection, from the dial to the Node's end; True if the Node does not end it."""
         session, (sock, address) = carrier.session, client
         try:
             remote = session.dial(self._is_closing.is_set)
         except PlexctlError as error:
             self._refuse(carrier, client, error)
-            return True
+            return False
         self._ledger.say(f"connection from {name_client(address)} to {session.endpoint}")
         # on_end only starts the question, so that a session that is over is found out soon
         relay = Relay(Leg(sock), remote, buffers, lambda: self.listener.is_gone(*client),
@@ -2642,12 +2650,11 @@ class Forwarder:
         relay.carry()
         if relay.is_awaited:
             carrier.awaited = remote
-        self._note_end(carrier, relay, had_answer)
-        if relay.is_awaited and remote.await_end(QUIET_SECONDS, lambda: self._is_over(session)):
+        self._note_connection_end(carrier, relay, had_answer)
+        if relay.is_awaited and remote.await_end(QUIET_SECONDS, lambda: self._must_leave(session)):
             carrier.awaited = None
             remote.close(reset=False)
-        # where the session is over, _dismiss closes what is awaited, after the revocation
-        return self._is_over(session) or not (relay.is_stuck or carrier.awaited)
+        return not self._must_leave(session) and (relay.is_stuck or carrier.awaited is not None)
 
     def _refuse(self, carrier: Carrier, client: Client, error: PlexctlError) -> None:
         """Leave a client to another session, if its own is over and there may be another; else reset it."""
@@ -2659,11 +2666,11 @@ class Forwarder:
         client[0].close()
         if not isinstance(error, (SessionOver, Cancelled)):
             self._ledger.tell_once(f"warning: a connection was not served: {error}", "not served")
-        self._count_end(carrier, 0, 0)
+        self._count_connection(carrier, 0, 0)
 
-    def _note_end(self, carrier: Carrier, relay: Relay, had_answer: bool) -> None:
+    def _note_connection_end(self, carrier: Carrier, relay: Relay, had_answer: bool) -> None:
         """Count a connection that was carried, and say what there is to say about it."""
-        self._count_end(carrier, relay.up.moved, relay.down.moved)
+        self._count_connection(carrier, relay.up.moved, relay.down.moved)
         error = None if self._is_closing.is_set() or carrier.session.why else relay.error
         reason = f" ({show_error(error)})" if error else ""
         self._ledger.say(f"connection closed{reason}: {show_bytes(relay.up.moved)} up, "
@@ -2687,36 +2694,36 @@ class Forwarder:
         Whether it has ended a connection that was reset cannot be seen. So the session is not used again.
         """
         with self._changed:
-            carrier.state = STUCK
+            carrier.state, self._has_been_stuck = STUCK, True
         self._warn_once("the Node has not ended a connection whose client is gone; its session is not used "
                         "any more")
         if carrier.awaited is not None:
-            carrier.awaited.await_end(STUCK_SECONDS, lambda: self._is_over(carrier.session))
+            carrier.awaited.await_end(STUCK_SECONDS, lambda: self._must_leave(carrier.session))
         else:
             self._is_closing.wait(STUCK_SECONDS)
 
     def _dismiss(self, carrier: Carrier) -> None:
         """Do what follows from the end of a session, and revoke it."""
         session = carrier.session
+        if carrier.awaited is not None:
+            carrier.awaited.close(reset=False)
         with self._changed:
             why, is_leaving = session.why, self._is_closing.is_set()
-            carrier.state = REVOKING
+            carrier.state, carrier.awaited = REVOKING, None
             self._changed.notify_all()
             if why is not None and not is_leaving:
                 if isinstance(why, SessionRevoked) or self._is_time_up(elapsed_seconds()):
-                    self._end(why)
+                    self._end_run(why)
                 elif session.ready_on:
-                    self._note_over(session, why)
+                    self._note_session_end(session, why)
                 else:
-                    self._note_failure(why)
+                    self._note_issue_failure(why)
         self._ledger.give_back(session.session_id, still_works=is_leaving and why is None)
         with self._changed:
             self._carriers.remove(carrier)
             self._changed.notify_all()
-        if carrier.awaited is not None:
-            carrier.awaited.close(reset=False)
 
-    def _count_end(self, carrier: Carrier, up: int, down: int) -> None:
+    def _count_connection(self, carrier: Carrier, up: int, down: int) -> None:
         with self._changed:
             carrier.relay = None
             ended = self._ended
@@ -2770,7 +2777,7 @@ class Forwarder:
         for carrier in carriers:
             if not start_thread(self._run, carrier):
                 carrier.session.end(PlexctlError("cannot start a thread for a session (ulimit -u)"))
-                self._dismiss(carrier)
+                self._dismiss(carrier)  # without an exchange: it has no session yet
 
     def _count_waiting(self) -> int:
         return self.listener.count_waiting() + len(self._returned)
@@ -2778,32 +2785,32 @@ class Forwarder:
     def _list_live(self) -> List[Carrier]:
         return [each for each in self._carriers if each.state in LIVE]
 
-    def _note_over(self, session: MediatedSession, why: PlexctlError) -> None:
+    def _note_session_end(self, session: MediatedSession, why: PlexctlError) -> None:
         """A session that has worked is over: so is the run, unless there are others or may be another one."""
         others = len(self._list_live())
         if not (self._renew or others):
-            self._end(why)
+            self._end_run(why)
             return
         self._ledger.tell_once(f"{why}; the next connection gets a new one" if self._renew else str(why))
         if isinstance(why, ListenerGone) and elapsed_seconds() - session.ready_on < REPLACE_SECONDS:
             # a Node that refuses everybody must not cost a session per attempt
             self._demand.restrict(session.ready_on, others, REPLACE_SECONDS)
 
-    def _note_failure(self, why: PlexctlError) -> None:
+    def _note_issue_failure(self, why: PlexctlError) -> None:
         """A session could not be had: there are to be no more than now for a while, if there are any."""
         others = len(self._list_live())
         is_refused = isinstance(why, ApiError) and why.status < 500 and not why.passing
         if self.first is None and others:  # which may yet be the first
             self._failure = self._failure or why
-        elif not others and (self.first is None or is_refused or not self._renew):
-            self._end(self._failure or why)
+        elif not others and (self.first is None or is_refused or not (self._renew or self._has_been_stuck)):
+            self._end_run(self._failure or why)
         else:
             has_no_room = is_refused or isinstance(why, EndpointMissing)
             self._demand.restrict(elapsed_seconds(), others, LIMIT_SECONDS if has_no_room else RETRY_SECONDS)
             why.is_told = self._ledger.tell_once(f"warning: no further session for now: {why}",
                                                  type(why).__name__)
 
-    def _end(self, why: PlexctlError) -> None:
+    def _end_run(self, why: PlexctlError) -> None:
         self.over = self.over or why
         self._stop_carrying()
 
@@ -3422,8 +3429,7 @@ class Run:
             except Interrupted as interrupted:
                 if not relay.is_ending:
                     raise
-                limit = QUIET_SECONDS + 1 if relay.down.is_passed_on else ASK_LIMIT_SECONDS
-                signalled, give_up_on = interrupted, min(give_up_on, elapsed_seconds() + limit)
+                signalled, give_up_on = interrupted, min(give_up_on, elapsed_seconds() + ASK_LIMIT_SECONDS)
         carried.result()
 
     def explain_end(self, session: MediatedSession, relay: Relay) -> None:
@@ -3567,7 +3573,7 @@ class Run:
         """Wait until what clients had sent before they left has arrived, as long as it moves."""
         measured: Optional[Tuple[int, int, int]] = (0, 0, 0)
         give_up_on = elapsed_seconds() + LEAVE_SECONDS
-        forwarder.listener.guess()
+        forwarder.listener.assume_gone()
         while forwarder.over is None and elapsed_seconds() < give_up_on:
             before, measured = measured, forwarder.measure_delivery()
             if measured is None:

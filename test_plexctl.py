@@ -5478,6 +5478,21 @@ def test_a_renewal_that_the_server_refuses_ends_it(simulation, name, code):
         assert asked(simulation.plane, "issue") == 2
 
 
+def test_what_failed_at_the_start_is_no_reason_of_a_later_end(simulation):
+    go, full = threading.Event(), problem("session_limit_exceeded")
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, \
+            using_sessions(simulation.plane, establish=False, minimum=2, renew=True) as running:
+        simulation.plane.script("issue", full, hold(go), full, problem("forbidden"))
+        establishing = pool.submit(running.forwarder.establish)
+        eventually(lambda: running.forwarder._failure)
+        go.set()
+        assert establishing.result(15) and eventually(lambda: running.said("no further session for now"))
+        expire(running)
+        eventually(lambda: not running.count().sessions)
+        assert knock(running.address) == ("reset", b"")
+        assert running.why() and running.forwarder.over.exit_code == 4
+
+
 @pytest.mark.parametrize("what, words", [
     ("server", "for now"), ("rate limit", "for now"), ("thread", "cannot start a thread")])
 def test_a_renewal_that_fails_for_now_fails_alone(simulation, what, words):
