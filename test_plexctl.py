@@ -1004,20 +1004,9 @@ def clean_environment(more=None):
     return dict({"PATH": os.environ.get("PATH", os.defpath), "HOME": "/nonexistent"}, **(more or {}))
 
 
-def plexctl_command(args, python=sys.executable, python_flags=()):
+def plexctl_command(args, python=sys.executable):
     """The command line of plexctl.py in an isolated interpreter."""
-    return [python, "-I", *python_flags, PLEXCTL] + [str(arg) for arg in args]
-
-
-def run_plexctl(args, *, env=None, **popen):
-    """Run plexctl.py to its end; the result has text (bytes with encoding=None, errors=None)."""
-    options = dict(encoding="utf-8", errors="replace", stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                   timeout=60, **{} if "input" in popen else {"stdin": subprocess.DEVNULL})
-    options.update(popen)
-    result = subprocess.run(plexctl_command(args), env=clean_environment(env), **options)
-    for stream, text in (("out", result.stdout), ("err", result.stderr)):
-        SEEN.append((stream, text.decode("latin-1") if isinstance(text, bytes) else text or ""))
-    return result
+    return [python, "-I", PLEXCTL] + [str(arg) for arg in args]
 
 
 SEEN = []  # (stream, text) of every process, for the tests to look for secrets in
@@ -1094,9 +1083,9 @@ class Process(Watched, subprocess.Popen):
                 stream.close()
 
 
-def start_plexctl(args, *, python_flags=(), env=None, **popen):
+def start_plexctl(args, *, env=None, **popen):
     """Start plexctl.py and return the Process; stdin is empty unless given."""
-    return Process(plexctl_command(args, python_flags=python_flags), env=clean_environment(env), **popen)
+    return Process(plexctl_command(args), env=clean_environment(env), **popen)
 
 
 def dial(address, seconds=20):
@@ -1428,6 +1417,51 @@ def forward_to(cli, plane, *more, **environ):
     return cli(forward_args(plane, *more), plane.environment(**environ))
 
 
+def run_words(words, env=None, encoding="utf-8", **popen):
+    """Run a command line to its end, in an environment of exactly `env`; its Result."""
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60,
+                   **{} if "input" in popen else {"stdin": subprocess.DEVNULL})
+    options.update(popen)
+    done = subprocess.run([str(word) for word in words], env=env, **options)
+    out, err = [(data or b"").decode(encoding, "replace") for data in (done.stdout, done.stderr)]
+    SEEN.extend([("out", out), ("err", err)])
+    return Result(done.returncode, out, err)
+
+
+def invocation(at, flags, within=(), python=sys.executable, program=(PLEXCTL,), env=(), **popen):
+    """tcp-forward with these flags, at a control plane or that of a simulation, as a process: its words, and
+    options of Popen; `program` is what the interpreter runs, `within` the command that runs it."""
+    plane = getattr(at, "plane", at)
+    return ([*within, python, "-I", *program, *forward_args(plane, *flags)],
+            dict(env=clean_environment(plane.environment(**dict(env))), **popen))
+
+
+def run(at, *flags, **how):
+    """An invocation() to its end; the Result."""
+    words, popen = invocation(at, flags, **how)
+    return run_words(words, **popen)
+
+
+def start(at, *flags, **how):
+    """An invocation() as a Process."""
+    words, popen = invocation(at, flags, **how)
+    return Process(words, **popen)
+
+
+def redirected(redirections):
+    """What a command runs within, for a shell's redirections, such as `>&-`."""
+    return ["sh", "-c", 'exec "$@" ' + redirections, "sh"]
+
+
+def prepared(statements):
+    """plexctl.py as the program of an interpreter that has executed these statements before."""
+    return ["-B", "-S", "-c", "import sys; sys.path.insert(0, %r)\n%s\nimport plexctl\nplexctl.run()" % (
+        HERE, statements)]
+
+
+NO_TOKEN = {"PLEXSPHERE_TOKEN": ""}  # as if it were not there
+
+
 # ---- tests: the simulator's Node -----------------------------------------------------------------
 
 @contextlib.contextmanager
@@ -1637,28 +1671,17 @@ def flags_with(flag, *values):
     return kept + [word for value in values for word in (flag, value)]
 
 
-def run_words(words, env=None, **popen):
-    """Run a command line to its end, as run_plexctl does, in an environment of exactly `env`."""
-    options = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=20)
-    options.update(popen)
-    done = subprocess.run([str(word) for word in words], env=env, **options)
-    out, err = [(data or b"").decode("utf-8", "replace") for data in (done.stdout, done.stderr)]
-    SEEN.extend([("out", out), ("err", err)])
-    return Result(done.returncode, out, err)
-
-
-def run_redirected(redirections, args, env, **popen):
-    """Run plexctl.py with a shell's redirections, such as `>&-`."""
-    words = ["sh", "-c", 'exec "$@" ' + redirections, "sh", sys.executable, "-I", PLEXCTL]
-    return run_words(words + list(args), clean_environment(env), **popen)
-
-
 def find_pythons():
-    """This interpreter, and the oldest that plexctl is for, where there is one."""
     found = glob.glob(os.path.expanduser("~/.pyenv/versions/3.6.*/bin/python3.6"))
     found += [path for path in ("/usr/bin/python3.6", "/usr/local/bin/python3.6") if os.path.exists(path)]
     oldest = [pytest.param(path, marks=pytest.mark.once) for path in found[:1]]
     return [sys.executable] + oldest * (sys.version_info[:2] != (3, 6))
+
+
+@pytest.fixture(params=find_pythons(), ids=os.path.basename)
+def python(request):
+    """This interpreter, and the oldest that plexctl is for, where there is one."""
+    return request.param
 
 
 # ---- tests: values ------------------------------------------------------------------------------
@@ -2010,8 +2033,7 @@ def link_to(target):
 def test_a_token_file_that_is_no_file_exits_3_and_does_not_block(lone_plane, tmp_path, make, word):
     path = str(tmp_path / "token")
     make(path)
-    result = run_redirected("", forward_args(lone_plane, "--token-file", path), {"PLEXSPHERE_TOKEN": BEARER})
-    failed(result, 3, "--token-file " + path, word)
+    failed(run(lone_plane, "--token-file", path), 3, "--token-file " + path, word)
     assert lone_plane.requests == []
 
 
@@ -2046,8 +2068,7 @@ def test_a_token_file_cannot_be_swapped_between_the_check_and_the_use(tmp_path):
 def test_a_token_comes_from_standard_input_by_any_name_and_however_slow(lone_plane, make, blocks, name):
     its, ours = make()
     os.set_blocking(its.fileno(), blocks)
-    words = plexctl_command(forward_args(lone_plane, "--token-file", name))
-    with its, ours, Process(words, env=clean_environment(), stdin=its) as process:
+    with its, ours, start(lone_plane, "--token-file", name, env=NO_TOKEN, stdin=its) as process:
         for piece in (BEARER[:9], BEARER[9:] + "\r\n"):
             os.write(ours.fileno(), piece.encode())
             time.sleep(0.5)
@@ -2063,7 +2084,7 @@ def test_a_standard_input_without_a_token_or_that_stdio_reads_is_an_error(
         lone_plane, tmp_path, redirection, more, status, fault):
     path = write_private(tmp_path / "token", BEARER)
     args = [word.replace("T", path) for word in ["--token-file", "-"] + more]
-    result = run_redirected(redirection.replace("T", path), forward_args(lone_plane, *args), {})
+    result = run(lone_plane, *args, within=redirected(redirection.replace("T", path)), env=NO_TOKEN)
     failed(result, status, "--token-file", fault)
     assert lone_plane.requests == []
 
@@ -2090,15 +2111,14 @@ def test_a_file_that_is_descriptor_0_is_judged_by_its_mode_and_read_from_its_beg
     path = write_private(tmp_path / "token", BEARER, mode)
     with open(path) as stdin:
         stdin.seek(0, os.SEEK_END)
-        result = run_redirected("", forward_args(lone_plane, "--token-file", path), {}, stdin=stdin)
+        result = run(lone_plane, "--token-file", path, env=NO_TOKEN, stdin=stdin)
     assert result.status == status and len(lone_plane.issued) == (not status)
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
 def test_a_token_comes_from_a_process_substitution_however_slow(lone_plane):
     script = 'exec "$@" --token-file <(sleep 0.3; printf "%s\\n" "$OF_THE_TEST")'
-    words = ["bash", "-c", script, "bash", sys.executable, "-I", PLEXCTL] + forward_args(lone_plane)
-    result = run_words(words, clean_environment({"OF_THE_TEST": BEARER}))
+    result = run(lone_plane, within=["bash", "-c", script, "bash"], env=dict(NO_TOKEN, OF_THE_TEST=BEARER))
     assert (result.status, result.err) == (0, "") and len(lone_plane.issued) == 1
 
 
@@ -2166,7 +2186,6 @@ def test_help_goes_to_stdout_and_exits_0(cli, args):
     assert result.out.partition("\nexamples")[2].count("plexctl tcp-forward $TARGET") == 4
 
 
-@pytest.mark.parametrize("python", find_pythons(), ids=os.path.basename)
 def test_however_it_is_started_it_tells_its_version(python, tmp_path):
     (tmp_path / "link").symlink_to(PLEXCTL)
     (tmp_path / "app").mkdir()
@@ -2329,7 +2348,6 @@ def test_an_address_that_is_not_ours_costs_no_session(cli, lone_plane):
     assert lone_plane.requests == []
 
 
-@pytest.mark.parametrize("python", find_pythons(), ids=os.path.basename)
 @pytest.mark.parametrize("locale", [
     {"LANG": "C", "LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"},
     {"PYTHONIOENCODING": "utf-16"}], ids=shown)
@@ -2356,7 +2374,7 @@ def test_a_document_is_printed_or_its_session_is_revoked(lone_plane, redirection
     os.close(reader)
     with open(writer, "wb", 0) as broken:
         shell, stdout = ("", broken) if "pipe" in redirections else (redirections, subprocess.PIPE)
-        result = run_redirected(shell, forward_args(lone_plane), lone_plane.environment(), stdout=stdout)
+        result = run(lone_plane, within=redirected(shell), stdout=stdout)
     assert result.status == (not printed)
     if printed:
         assert [parse_document(result.out, "text")["session_id"]] == lone_plane.active() == lone_plane.issued
@@ -2372,7 +2390,7 @@ def test_a_document_is_printed_or_its_session_is_revoked(lone_plane, redirection
     (["tcp-forward"] + REQUIRED_FLAGS, "2>&-", 2),
     (["tcp-forward", "--server", "https://localhost:1"] + REQUIRED_FLAGS, "2>/dev/full", 3)], ids=shown)
 def test_the_exit_status_is_never_120(args, redirections, status):
-    result = run_redirected(redirections, args, {})
+    result = run_words(redirected(redirections) + plexctl_command(args), clean_environment())
     assert (result.status, result.out) == (status, "") and "Exception ignored" not in result.err
     if "2>" not in redirections:
         one_error_line(result, "standard output")
@@ -2525,10 +2543,9 @@ def test_a_syslog_that_takes_nothing_is_a_warning_in_time(cli, lone_plane, tmp_p
 @pytest.mark.parametrize("limit", [150, 101], ids=["cut short", "full"])
 def test_an_audit_record_on_a_full_disk_reveals_nothing(lone_plane, tmp_path, limit, raises):
     log = write_private(tmp_path / "audit.log", "x" * 100 + "\n")
-    result = run_prepared(
-        "import logging; logging.raiseExceptions = %r" % raises, forward_args(lone_plane, "--reveal-secrets"),
-        env=lone_plane.environment(PLEXCTL_AUDIT_LOG=log),
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    result = run(lone_plane, "--reveal-secrets", env={"PLEXCTL_AUDIT_LOG": log},
+                 program=prepared("import logging; logging.raiseExceptions = %r" % raises),
+                 preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     failed(result, 1, "audit log " + log)
     assert os.path.getsize(log) == limit
     revoked_once(lone_plane)
@@ -2546,8 +2563,7 @@ def test_a_record_that_is_lost_reveals_nothing(lone_plane, tmp_path, statement):
     log = str(tmp_path / "audit.log")
     lone_plane.script("issue", step)
     statements = "import logging; audit = logging.getLogger('plexctl.audit'); " + statement
-    result = run_prepared(statements, forward_args(lone_plane, "--reveal-secrets"),
-                          env=lone_plane.environment(PLEXCTL_AUDIT_LOG=log))
+    result = run(lone_plane, "--reveal-secrets", program=prepared(statements), env={"PLEXCTL_AUDIT_LOG": log})
     failed(result, 1, "audit log " + log)
     revoked_once(lone_plane)
 
@@ -2555,8 +2571,8 @@ def test_a_record_that_is_lost_reveals_nothing(lone_plane, tmp_path, statement):
 @FULL
 @pytest.mark.parametrize("redirections", ["2>&-", "2>/dev/full", "2>&- >&-"])
 def test_a_stderr_that_takes_no_token_comes_after_the_record_and_revokes(lone_plane, tmp_path, redirections):
-    environ = lone_plane.environment(PLEXCTL_AUDIT_LOG=str(tmp_path / "audit.log"))
-    result = run_redirected(redirections, forward_args(lone_plane, "--reveal-secrets"), environ)
+    result = run(lone_plane, "--reveal-secrets", within=redirected(redirections),
+                 env={"PLEXCTL_AUDIT_LOG": str(tmp_path / "audit.log")})
     assert (result.status, result.out) == (1, "")
     revoked_once(lone_plane)
     assert [each["session_id"] for each in read_records(tmp_path / "audit.log")] == lone_plane.issued
@@ -2576,24 +2592,21 @@ def lone_copy():
     shutil.rmtree(folder)
 
 
-def becoming(uid, threads=None):
-    """A preexec_fn: another user, perhaps one who may have no more than so many threads."""
+BECOMES_OTHERS = pytest.mark.skipif(not ROOT or not LINUX or not os.path.exists("/usr/bin/python3"),
+                                    reason="needs root and the system's Python")
+
+
+def becoming(uid, folder, threads=None):
+    """How to run the copy in a folder as another user, perhaps with no more than so many threads."""
     def become():
         os.setgroups([])
         os.setgid(uid)
         if threads is not None:
             resource.setrlimit(resource.RLIMIT_NPROC, (threads, threads))
         os.setuid(uid)
-    return become
+    return dict(preexec_fn=become, python="/usr/bin/python3", program=[folder + "/plexctl.py"], cwd="/")
 
 
-def run_prepared(statements, args, python=sys.executable, env=None, **popen):
-    """Run plexctl.py in an interpreter that has executed these statements before."""
-    program = "import sys; sys.path.insert(0, %r)\n%s\nimport plexctl\nplexctl.run()" % (HERE, statements)
-    return run_words([python, "-I", "-B", "-S", "-c", program] + args, clean_environment(env), **popen)
-
-
-@pytest.mark.parametrize("python", find_pythons(), ids=os.path.basename)
 def test_the_file_alone_works_without_a_home(lone_plane, lone_copy, python):
     words = [python, "-I", "-S", "plexctl.py"] + forward_args(lone_plane)
     result = run_words(words, {"PLEXSPHERE_TOKEN": BEARER}, cwd=lone_copy)
@@ -2603,22 +2616,19 @@ def test_the_file_alone_works_without_a_home(lone_plane, lone_copy, python):
 
 @pytest.mark.once
 @pytest.mark.reveals
-@pytest.mark.skipif(not ROOT or not os.path.exists("/usr/bin/python3"),
-                    reason="needs root and the system's Python")
+@BECOMES_OTHERS
 @pytest.mark.parametrize("uid, user", [(65534, "nobody"), (54321, "54321")])
 def test_another_user_may_use_it(lone_plane, lone_copy, uid, user):
-    def run(*more, **environ):
-        words = ["/usr/bin/python3", "-I", os.path.join(lone_copy, "plexctl.py")]
-        return run_words(words + forward_args(lone_plane, *more), lone_plane.environment(**environ),
-                         preexec_fn=becoming(uid), cwd="/")
-    result = run()
+    def reveal(log):
+        return run(lone_plane, "--reveal-secrets", env={"PLEXCTL_AUDIT_LOG": log}, **becoming(uid, lone_copy))
+    result = run(lone_plane, **becoming(uid, lone_copy))
     assert (result.status, result.err) == (0, "") and parse_document(result.out, "text")
     with tempfile.TemporaryDirectory() as folder:
         os.chown(folder, uid, uid)
-        assert run("--reveal-secrets", PLEXCTL_AUDIT_LOG=folder + "/audit.log").status == 0
+        assert reveal(folder + "/audit.log").status == 0
         record, = read_records(folder + "/audit.log")
     assert record["uid"] == uid and (record["user"] == user or uid == 65534)
-    failed(run("--reveal-secrets", PLEXCTL_AUDIT_LOG=lone_copy + "/audit.log"), 1, "audit log")
+    failed(reveal(lone_copy + "/audit.log"), 1, "audit log")
     assert len(lone_plane.issued) == 2
 
 
@@ -2627,12 +2637,10 @@ def test_it_works_without_proc(lone_plane):
     hide = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh"]
     if run_words(hide + ["true"]).status:
         pytest.skip("no mount namespaces here")
-    words = hide + [sys.executable, "-I", PLEXCTL] + forward_args(lone_plane)
-    result = run_words(words, clean_environment(lone_plane.environment()))
+    result = run(lone_plane, within=hide)
     assert (result.status, result.err) == (0, "") and parse_document(result.out, "text")
 
 
-@pytest.mark.parametrize("python", find_pythons(), ids=os.path.basename)
 def test_importing_it_does_nothing_but_define_and_takes_the_standard_library_alone(python):
     with open(PLEXCTL, encoding="utf-8") as stream:
         tree = ast.parse(stream.read())
@@ -2647,33 +2655,29 @@ def test_importing_it_does_nothing_but_define_and_takes_the_standard_library_alo
     assert result == Result(0, "1 []\n", "")
 
 
-MISSING = """
-class Missing:
+ON_IMPORT = """
+class Finder:
     def find_spec(self, name, path=None, target=None):
-        if name == %r:
-            raise ModuleNotFoundError("No module named %%r" %% name, name=name)
-sys.meta_path.insert(0, Missing())"""
+        if name == %r: %s
+sys.meta_path.insert(0, Finder())"""
+MISSING = "raise ModuleNotFoundError('No module named ' + name, name=name)"
 
 
-@pytest.mark.parametrize("python", find_pythons(), ids=os.path.basename)
 @pytest.mark.parametrize("statements, words", [
-    (MISSING % module, ["this Python lacks the module %s (" % module, "install"]) for module in (
+    (ON_IMPORT % (module, MISSING), ["this Python lacks the module %s (" % module, "install"]) for module in (
         "_ssl", "ssl", "urllib.request", "json", "email", "hashlib", "logging")] + [
     # as where re/__init__.py cannot be read: the folder is a package all the same, and an empty one
     ("import types; sys.modules['re'] = types.ModuleType('re')",
      ["cannot load Python's standard library: AttributeError"])], ids=shown)
 def test_a_library_that_lacks_a_module_or_is_damaged_is_an_error_in_one_line(python, statements, words):
-    failed(run_prepared(statements, ["--help"], python), 1, *words)
+    failed(run_words([python, "-I", *prepared(statements), "--help"], clean_environment()), 1, *words)
 
 
-@pytest.mark.parametrize("python", find_pythons(), ids=os.path.basename)
 def test_a_digest_that_is_missing_does_not_put_a_traceback_on_stderr(lone_plane, python):
-    result = run_prepared("sys.modules.update(_hashlib=None, _md5=None)", forward_args(lone_plane), python,
-                          lone_plane.environment())
+    result = run(lone_plane, python=python, program=prepared("sys.modules.update(_hashlib=None, _md5=None)"))
     assert (result.status, result.err) == (0, "")
 
 
-@pytest.mark.parametrize("python", find_pythons(), ids=os.path.basename)
 @pytest.mark.parametrize("script, cwd", [
     ("T/x/plexctl.py", "/"), ("plexctl.py", "T/x"), ("T/x/link.py", "/")],
     ids=["by its path", "from its directory", "through a link"])
@@ -2698,7 +2702,6 @@ def test_a_module_beside_the_file_is_not_loaded(lone_plane, tmp_path, python, sc
 
 
 @pytest.mark.skipif(not LINUX, reason="a library that is found by PYTHONHOME")
-@pytest.mark.parametrize("python", find_pythons(), ids=os.path.basename)
 def test_a_library_that_is_moved_away_does_not_disturb_a_running_proxy(simulation, python, tmp_path):
     """Once it is ready nothing is imported any more: Python may be upgraded meanwhile."""
     prefix = run_words([python, "-c", "import sys; print(sys.base_prefix)"], clean_environment()).out.strip()
@@ -2722,18 +2725,15 @@ def test_a_library_that_is_moved_away_does_not_disturb_a_running_proxy(simulatio
 
 
 @pytest.mark.once
-@pytest.mark.skipif(not ROOT or not LINUX or not os.path.exists("/usr/bin/python3"),
-                    reason="needs root and the system's Python")
+@BECOMES_OTHERS
 @pytest.mark.parametrize("kinder", [False, True], ids=["real Node", "kinder Node"])
 def test_a_proxy_with_too_few_threads_serves_resets_or_says_why_it_does_not_start(lone_copy, kinder):
     uid = 40000 + os.getpid() % 10000 + 10000 * kinder  # the limit counts all that a user runs
     ends = []
     with Simulation(kinder=kinder) as simulation:
-        words = ["/usr/bin/python3", "-I", os.path.join(lone_copy, "plexctl.py")] + forward_args(
-            simulation.plane, "--proxy", "--output", "json")
         for limit in range(1, 12):
-            with Process(words, env=simulation.plane.environment(), preexec_fn=becoming(uid, limit),
-                         cwd="/") as process:
+            with start(simulation, "--proxy", "--output", "json",
+                       **becoming(uid, lone_copy, limit)) as process:
                 process.wait_for(lambda: process.out or process.poll() is not None, 20)
                 if process.out:
                     answer = b""
@@ -5523,23 +5523,6 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 BAD_WORDS = ("Traceback", "Exception ignored", "Fatal Python", "error: internal error")
 
 
-def start(simulation, *flags, **popen):
-    """plexctl tcp-forward with these flags, as a Process."""
-    env = simulation.plane.environment(**popen.pop("env", {}))
-    return start_plexctl(forward_args(simulation.plane, *flags), env=env, **popen)
-
-
-def run_command(simulation, *command, **popen):
-    """plexctl tcp-forward -- COMMAND, to its end."""
-    env = simulation.plane.environment(**popen.pop("env", {}))
-    return run_plexctl(forward_args(simulation.plane, "--", *command), env=env, **popen)
-
-
-def run_python(simulation, program, *arguments, **popen):
-    """The same with a COMMAND in Python."""
-    return run_command(simulation, sys.executable, "-c", program, *arguments, **popen)
-
-
 def proxy_address(process):
     """The address in the readiness document (text)."""
     return parse_document(process.ready(2), "text")["local_addr"]
@@ -5570,8 +5553,9 @@ def has_no_bad_word(text):
 
 def error_of(result):
     """The one error line among the lines of stderr."""
-    errors = [line for line in result.stderr.splitlines() if line.startswith("plexctl: error: ")]
-    assert len(errors) == 1 and has_no_bad_word(result.stderr), result.stderr
+    err = result.err if isinstance(result, Result) else result.stderr
+    errors = [line for line in err.splitlines() if line.startswith("plexctl: error: ")]
+    assert len(errors) == 1 and has_no_bad_word(err), err
     return errors[0]
 
 
@@ -5754,7 +5738,7 @@ def test_a_signal_that_is_ignored_at_the_start_stays_ignored(simulation, signum)
 @pytest.mark.parametrize("signum", SIGNALS)
 def test_a_signal_right_at_the_start_leaves_no_traceback(simulation, signum):
     for delay_ms in (0, 3, 7, 12, 18, 25, 35, 50, 80, 120, 180):
-        with start(simulation, "--proxy", python_flags=["-v"]) as process:
+        with start(simulation, "--proxy", program=["-v", PLEXCTL]) as process:
             if signum == signal.SIGINT:  # while Python starts and compiles, its own handler tells of it
                 process.wait_for_output("import 'gettext'")  # argparse needs it: plexctl has begun
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -5803,11 +5787,9 @@ def test_a_terminal_that_takes_a_part_of_a_line_does_not_keep_it_from_revoking(s
 
 @pytest.mark.parametrize("signum", SIGNALS)
 def test_a_signal_right_before_the_end_does_not_belie_what_was_done(simulation, signum):
-    program = ("import os, sys; sys.path.insert(0, %r); import plexctl; end = os._exit\n"
-               "os._exit = lambda status: (os.kill(os.getpid(), %d), end(status))\n"
-               "plexctl.run()" % (HERE, signum))
-    result = run_words([sys.executable, "-I", "-B", "-c", program] + forward_args(simulation.plane),
-                       clean_environment(simulation.plane.environment()))
+    result = run(simulation, program=prepared(
+        "import os; end = os._exit\n"
+        "os._exit = lambda status: (os.kill(os.getpid(), %d), end(status))" % signum))
     assert (result.status, result.err) == (0, "")
     assert simulation.plane.issued and not asked(simulation.plane, "revoke")
 
@@ -5816,7 +5798,7 @@ def test_a_signal_right_before_the_end_does_not_belie_what_was_done(simulation, 
 def test_a_session_that_may_exist_is_told_of_after_a_signal_too(lone_plane, mode):
     go = threading.Event()
     lone_plane.script("issue", lambda *request: go.wait(20) and drop(*request))
-    with start_plexctl(forward_args(lone_plane, *mode), env=lone_plane.environment()) as process:
+    with start(lone_plane, *mode) as process:
         lone_plane.wait_for(lambda: lone_plane.requests)
         process.send_signal(signal.SIGTERM)
         time.sleep(0.3)  # it stops listening to the answer
@@ -5826,24 +5808,15 @@ def test_a_session_that_may_exist_is_told_of_after_a_signal_too(lone_plane, mode
 
 
 @pytest.mark.skipif(not LINUX, reason="watches /proc")
-@pytest.mark.parametrize("python", find_pythons(), ids=os.path.basename)
 @pytest.mark.parametrize("module", ["argparse", "collections", "socket", "threading"])
 def test_ctrl_c_before_the_handlers_stand_has_its_default_action(simulation, python, module):
     """A KeyboardInterrupt amid an import may be lost in a weak reference's callback."""
-    program = """
-import os, pkgutil, runpy, sys, time
-class Slow:
-    def find_spec(self, name, path=None, target=None):
-        if name == %r:
-            os.write(2, b"importing")
-            time.sleep(60)
-sys.meta_path.insert(0, Slow())
+    slowly = "import os, pkgutil, runpy, sys, time" + ON_IMPORT % (
+        module, "os.write(2, b'importing'); time.sleep(60)") + """
 sys.modules.pop(%r, None)
-runpy.run_path(%r, run_name="__main__")
-""" % (module, module, PLEXCTL)
-    words = [python, "-B", "-S", "-c", program] + forward_args(simulation.plane)
-    with Process(words, env=clean_environment(simulation.plane.environment()),
-                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) as process:
+runpy.run_path(%r, run_name="__main__")""" % (module, PLEXCTL)
+    with start(simulation, python=python, program=prepared(slowly),
+               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) as process:
         process.wait_for_output("importing")
         assert not signal_mask(process.pid, "SigCgt") >> signal.SIGINT - 1 & 1
         process.send_signal(signal.SIGINT)
@@ -5874,9 +5847,7 @@ def test_it_waits_with_descriptors_beyond_what_select_takes(simulation):
         for _ in range(1100):
             os.set_inheritable(os.open(os.devnull, os.O_RDONLY), True)
 
-    words = plexctl_command(forward_args(simulation.plane), sys.executable)
-    result = run_words(words, clean_environment(simulation.plane.environment()), preexec_fn=take_1100,
-                       close_fds=False)
+    result = run(simulation, preexec_fn=take_1100, close_fds=False)
     assert (result.status, result.err) == (0, "")
 
 
@@ -5913,14 +5884,14 @@ def test_a_process_ends_with_the_published_exit_code(
         plane.endpoint_on = "never"
     in_use = str(simulation.target.address[1])
     flags = [flag.replace("IN_USE", in_use).replace("FIFO", fifo) for flag in flags]
-    result = run_plexctl(forward_args(plane, *flags), env=plane.environment())
-    assert result.returncode == status, result.stderr
+    result = run(plane, *flags)
+    assert result.status == status, result.err
     if status:
-        assert words in error_of(result) and result.stdout == ""
+        assert words in error_of(result) and result.out == ""
         revoked_once(plane, sessions)
     else:
-        assert parse_document(result.stdout, "text")["session_id"] == plane.issued[0]
-        assert result.stderr == "" and not asked(plane, "revoke")
+        assert parse_document(result.out, "text")["session_id"] == plane.issued[0]
+        assert result.err == "" and not asked(plane, "revoke")
     if not sessions and not answers:
         assert plane.requests == []
 
@@ -5933,9 +5904,9 @@ def test_a_process_ends_with_the_published_exit_code(
 def test_the_exit_status_is_that_of_command(simulation, end, status, ignored):
     program = ("import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL);"
                "print(signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL, flush=True);" + end)
-    result = run_python(simulation, program, preexec_fn=lambda: [
+    result = run(simulation, "--", sys.executable, "-c", program, preexec_fn=lambda: [
         signal.signal(signum, signal.SIG_IGN) for signum in ignored])
-    assert (result.returncode, result.stdout) == (status, "True\n") and "error" not in result.stderr, result
+    assert (result.status, result.out) == (status, "True\n") and "error" not in result.err, result
     revoked_once(simulation.plane)
 
 
@@ -5959,32 +5930,27 @@ def test_too_few_descriptors_are_an_error_in_one_line_that_leaves_nothing(simula
     for limit in range(6, 40):
         flags = {"print": [], "stdio": ["--stdio"],
                  "command": ["--local-addr", "unix:%s" % path] * (limit % 2) + ["--", "true"]}[mode]
-        result = run_plexctl(forward_args(plane, *flags), env=plane.environment(),
-                             preexec_fn=with_descriptors(limit))
-        assert not path.exists() and "any local user" not in result.stderr
-        if result.returncode == 0:
+        result = run(plane, *flags, preexec_fn=with_descriptors(limit))
+        assert not path.exists() and "any local user" not in result.err
+        if result.status == 0:
             assert len(plane.active()) == (mode == "print")
             return
-        if not glibc_has_aborted(simulation, result.stderr):
-            assert result.returncode in (1, 126) and error_of(result), (limit, result.stderr)
+        if not glibc_has_aborted(simulation, result.err):
+            assert result.status in (1, 126) and error_of(result), (limit, result.err)
             assert plane.active() == []
     raise AssertionError("not even with 39 descriptors")
 
 
 @pytest.mark.once
-@pytest.mark.skipif(not ROOT or not LINUX or not os.path.exists("/usr/bin/python3"),
-                    reason="needs root and the system's Python")
+@BECOMES_OTHERS
 @pytest.mark.parametrize("flags", [[], ["--stdio"], ["--", "true"]], ids=shown)
 def test_too_few_threads_are_an_error_that_leaves_no_session(simulation, lone_copy, flags):
     uid = 50000 + os.getpid() % 10000  # the limit counts all that a user runs
-    words = ["/usr/bin/python3", "-I", os.path.join(lone_copy, "plexctl.py")] + forward_args(
-        simulation.plane, *flags)
     for limit in range(1, 30):
-        result = run_words(words, simulation.plane.environment(), preexec_fn=becoming(uid, limit), cwd="/")
+        result = run(simulation, *flags, **becoming(uid, lone_copy, limit))
         if result.status == 0:
             break
-        assert result.status in (1, 126) and "Traceback" not in result.err, (limit, result.err)
-        assert result.err.count("plexctl: error: ") == 1, (limit, result.err)
+        assert result.status in (1, 126) and error_of(result), (limit, result.err)
         assert simulation.plane.active() == [], (limit, result.err)
     assert result.status == 0, result.err
 
@@ -6008,9 +5974,7 @@ def test_no_path_ends_in_120(mode, redirections, within):
     if within and (not ROOT or not shutil.which("unshare") or run_words(within + ["true"]).status):
         pytest.skip("no mount namespaces here")
     with Simulation(source(10), ttl=1 if mode == "proxy" else 1800) as simulation:  # its end is the proxy's
-        words = within + ["sh", "-c", 'exec "$@" ' + redirections, "sh"] + plexctl_command(
-            forward_args(simulation.plane, "-v", *MODES[mode]), sys.executable)
-        result = run_words(words, clean_environment(simulation.plane.environment()))
+        result = run(simulation, "-v", *MODES[mode], within=within + redirected(redirections))
         has_output = not re.search("(?<!2)>", redirections)
         wanted = {"proxy": 1, "COMMAND": 0}.get(mode, 0 if has_output else 1)
         assert result.status == wanted, (result, simulation.plane.describe())
@@ -6107,11 +6071,10 @@ def test_command_is_told_where_the_port_is_and_no_secret(simulation, tmp_path, l
     program = "import json, os, sys; print(json.dumps([sys.stdin.read(), sys.argv[1:], dict(os.environ)]))"
     command = [sys.executable, "-c", program, "{host}", "{addr},{addr}", "{other}{}", "PLEXCTL"]
     command += [] if local == "unix:" else ["a{port}b"]
-    env = simulation.plane.environment(MARK="kept", http_proxy="http://proxy.example:3128", **proxies)
-    args = forward_args(simulation.plane, *flags, "--", *command)
-    result = run_plexctl(args, env=env, input="typed\n" * 20000)
-    assert result.returncode == 0 and "0 connections, 0 B up, 0 B down" in result.stderr, result.stderr
-    typed, arguments, environment = json.loads(result.stdout)
+    result = run(simulation, *flags, "--", *command, input=b"typed\n" * 20000,
+                 env=dict(MARK="kept", http_proxy="http://proxy.example:3128", **proxies))
+    assert result.status == 0 and "0 connections, 0 B up, 0 B down" in result.err, result.err
+    typed, arguments, environment = json.loads(result.out)
     assert typed == "typed\n" * 20000
     host, port, addr = [environment["PLEXCTL_LOCAL_" + name] for name in ("HOST", "PORT", "ADDR")]
     if local == "unix:":
@@ -6168,8 +6131,8 @@ def test_what_command_sent_just_before_its_end_arrives(size, pause_seconds, each
             simulation.plane.node, simulation.plane.endpoint = None, "%s:%d" % target.address
         # a client that is gone before it is accepted has no owner any more, and would be turned away
         flags = more + ["--allow-other-users", "--", sys.executable, "-c", SEND_AND_VANISH, size]
-        result = run_plexctl(forward_args(simulation.plane, *flags), env=simulation.plane.environment())
-        assert result.returncode == 0, result.stderr
+        result = run(simulation, *flags)
+        assert result.status == 0, result.err
         target.wait_for(lambda: target.ends)
         assert (len(received), target.ends) == (size, ["eof"])
         assert received == pattern(size)
@@ -6191,16 +6154,13 @@ def test_who_goes_on_sending_where_nobody_can_say_whose_it_is_does_not_keep_it(s
     revoked_once(simulation.plane)
 
 
-@pytest.mark.skipif(not ROOT or not os.path.exists("/usr/bin/python3"),
-                    reason="needs root and the system's Python")
+@BECOMES_OTHERS
 def test_a_unix_socket_that_cannot_be_removed_costs_command_no_status(simulation, lone_copy):
     uid = 60000 + os.getpid() % 5000
     with tempfile.TemporaryDirectory(prefix="plexctl-test-") as folder:
         os.chown(folder, uid, uid)
-        words = ["/usr/bin/python3", "-I", "plexctl.py"] + forward_args(
-            simulation.plane, "--local-addr", "unix:%s/socket" % folder,
-            "--", "/bin/sh", "-c", "chmod 500 %s; exit 7" % folder)
-        result = run_words(words, simulation.plane.environment(), preexec_fn=becoming(uid), cwd=lone_copy)
+        result = run(simulation, "--local-addr", "unix:%s/socket" % folder, "--", "/bin/sh", "-c",
+                     "chmod 500 %s; exit 7" % folder, **becoming(uid, lone_copy))
         assert result.status == 7, result.err
     revoked_once(simulation.plane)
 
@@ -6279,9 +6239,8 @@ def test_every_connection_that_waits_at_command_s_end_is_served():
                             "    with socket.create_connection(('127.0.0.1', {port})) as client:\n"
                             "        client.sendall(bytes(100))")
     with Simulation(serve, one_at_a_time=False) as simulation:
-        args = ["--allow-other-users", "--", sys.executable, "-c", program]
-        result = run_plexctl(forward_args(simulation.plane, *args), env=simulation.plane.environment())
-        assert result.returncode == 0, result.stderr
+        result = run(simulation, "--allow-other-users", "--", sys.executable, "-c", program)
+        assert result.status == 0, result.err
         simulation.target.wait_for(lambda: len(simulation.target.ends) == 300)
         assert lengths == [100] * 300
 
@@ -6290,13 +6249,11 @@ def test_every_connection_that_waits_at_command_s_end_is_served():
 @pytest.mark.parametrize("token_file", ["-", "/dev/stdin", "/dev/fd/0", "{path}"])
 def test_a_token_on_standard_input_is_not_handed_to_command(simulation, tmp_path, token_file):
     path = write_private(tmp_path / "token", simulation.plane.bearer)
-    environ = simulation.plane.environment()
-    del environ["PLEXSPHERE_TOKEN"]
     program = "import os, sys; os.lseek(0, 0, 0); sys.stdout.write(sys.stdin.read())"
     with open(path) as stream:
-        args = ["--token-file", token_file.format(path=path), "--", sys.executable, "-c", program]
-        result = run_plexctl(forward_args(simulation.plane, *args), env=environ, stdin=stream)
-    assert (result.returncode, result.stdout) == (0, "")
+        result = run(simulation, "--token-file", token_file.format(path=path), "--", sys.executable, "-c",
+                     program, env=NO_TOKEN, stdin=stream)
+    assert (result.status, result.out) == (0, "")
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="POSIX signals")
@@ -6345,9 +6302,8 @@ def test_signals_that_were_handed_on_do_not_count_once_command_has_ended(simulat
 # ---- tests: stdio --------------------------------------------------------------------------------
 
 def stdio(simulation, *flags, **popen):
-    """plexctl --stdio to its end, with bytes."""
-    return run_plexctl(forward_args(simulation.plane, "--stdio", *flags), env=simulation.plane.environment(),
-                       encoding=None, errors=None, **popen)
+    """plexctl --stdio to its end; a character of its Result is a byte."""
+    return run(simulation, "--stdio", *flags, encoding="latin-1", **popen)
 
 
 @contextlib.contextmanager
@@ -6381,16 +6337,16 @@ def test_stdio_carries_bytes_both_ways_at_once(size, kinder):
     data = pattern(size)
     with Simulation(echo_of(size) if size else echo, kinder=kinder) as simulation:
         result = stdio(simulation, input=data)
-        assert (result.returncode, len(result.stdout), result.stderr) == (0, size, b"")
-        assert result.stdout == data
+        assert (result.status, len(result.out), result.err) == (0, size, "")
+        assert result.out == data.decode("latin-1")
         revoked_once(simulation.plane)
 
 
 def test_stdio_is_silent_but_for_errors_and_verbose_says_the_rest(simulation):
     simulation.target.serve = echo_of(5)
     simulation.plane.endpoint_on, simulation.plane.reads_before_endpoint = "read", 1
-    assert stdio(simulation, input=b"hello").stderr == b""
-    text = stdio(simulation, "-v", input=b"hello").stderr.decode()
+    assert stdio(simulation, input=b"hello").err == ""
+    text = stdio(simulation, "-v", input=b"hello").err
     session = simulation.plane.sessions[1]
     assert "GET %s/%s: 200" % (SESSIONS_PATH, session.id) in text
     for words in ("waiting for the Node to report its listener",
@@ -6514,8 +6470,7 @@ def start(thread):
     really_start(thread)
 really_start, threading.Thread.start = threading.Thread.start, start
 """
-    result = run_prepared(statements, forward_args(simulation.plane, "--stdio"),
-                          env=simulation.plane.environment(), stdin=make_pipe()[0], timeout=20)
+    result = run(simulation, "--stdio", program=prepared(statements), stdin=make_pipe()[0])
     failed(result, 1, "cannot start a thread")
     revoked_once(simulation.plane)
 
@@ -6803,8 +6758,8 @@ def test_quiet_leaves_errors_alone(simulation, terminal):
         assert visit("127.0.0.1:" + address.rsplit(":", 1)[1])
     assert screen.read() == ""
     simulation.plane.script("issue", problem("forbidden"))
-    result = run_plexctl(forward_args(simulation.plane, "-q"), env=simulation.plane.environment())
-    assert result.returncode == 4 and result.stderr == error_of(result) + "\n"
+    result = run(simulation, "-q")
+    assert result.status == 4 and result.err == error_of(result) + "\n"
 
 
 @pytest.mark.parametrize("columns", [40, 80])
@@ -6951,31 +6906,25 @@ def test_systemd_is_told_when_the_port_listens_and_when_it_ends(simulation, tmp_
             assert bound.recv(99) == b"STOPPING=1"
             ends_by(process, signal.SIGTERM)
         assert not select.select([bound], [], [], 0)[0]
-        assert run_python(simulation, "pass", env={"NOTIFY_SOCKET": name}).returncode == 0
+        assert run(simulation, "--", "true", env={"NOTIFY_SOCKET": name}).status == 0
         assert [bound.recv(99), bound.recv(99)] == [b"READY=1", b"STOPPING=1"]  # with COMMAND too
 
 
 @pytest.mark.skipif(not LINUX, reason="systemd")
 @pytest.mark.parametrize("flags", [["--proxy", "--ttl-seconds", 1], ["--", "true"]], ids=["proxy", "COMMAND"])
 def test_a_notify_socket_where_nobody_listens_is_one_warning(simulation, tmp_path, flags):
-    result = run_plexctl(forward_args(simulation.plane, *flags),
-                         env=simulation.plane.environment(NOTIFY_SOCKET=str(tmp_path / "gone")))
-    assert result.returncode == (flags[0] == "--proxy")  # its session is over
-    lines = [line for line in result.stderr.splitlines() if "NOTIFY_SOCKET" in line]
-    assert len(lines) == 1 and lines[0].startswith("plexctl: warning: NOTIFY_SOCKET: "), result.stderr
+    result = run(simulation, *flags, env={"NOTIFY_SOCKET": str(tmp_path / "gone")})
+    assert result.status == (flags[0] == "--proxy")  # its session is over
+    lines = [line for line in result.err.splitlines() if "NOTIFY_SOCKET" in line]
+    assert len(lines) == 1 and lines[0].startswith("plexctl: warning: NOTIFY_SOCKET: "), result.err
 
 
 @READS_PROC
 def test_the_descriptors_that_were_closed_lead_nowhere(simulation):
-    command = ["sh", "-c", 'exec "$@" <&- 2>&-', "sh"] + plexctl_command(
-        forward_args(simulation.plane, "--proxy"), sys.executable)
-    with Process(command, env=clean_environment(simulation.plane.environment())) as process:
-        assert visit(proxy_address(process))
+    with running_proxy(simulation, within=redirected("<&- 2>&-")) as (process, address):
+        assert visit(address)
         for fd in (0, 2):
             assert os.readlink("/proc/%d/fd/%d" % (process.pid, fd)) == "/dev/null"
-        process.send_signal(signal.SIGTERM)
-        ends_by(process, signal.SIGTERM)
-    revoked_once(simulation.plane)
 
 
 # ---- tests: what the Node's agent and others found -----------------------------------------------
@@ -7185,7 +7134,7 @@ def test_a_half_close_is_passed_on_once_the_target_is_quiet_and_a_late_answer_ar
     quiet, answer = [], b"....." + LATE_ANSWER
     with Simulation(serve, kinder=True) as simulation:
         if way == "stdio":
-            assert stdio(simulation, input=b"?").stdout == answer
+            assert stdio(simulation, input=b"?").out == answer.decode()
         else:
             flags = ["--local-addr", "unix:%s" % (tmp_path / "s")] if way == "unix" else []
             with running_proxy(simulation, *flags) as (_, address), \
@@ -7209,10 +7158,9 @@ if os.WIFSTOPPED(status):
     sys.exit(99)
 sys.exit(os.WEXITSTATUS(status))
 """
-    command = plexctl_command(forward_args(simulation.plane, "--proxy", "--ttl-seconds", "2"), sys.executable)
     screen = terminal(200)
-    with Process([sys.executable, "-c", program] + command, **screen.controlling(),
-                 env=clean_environment(simulation.plane.environment())) as process:
+    with start(simulation, "--proxy", "--ttl-seconds", 2, within=[sys.executable, "-c", program],
+               **screen.controlling()) as process:
         assert process.finish().returncode == 1, screen.read()  # not 99
     assert "127.0.0.1" in screen.read() and "the session expired" in screen.read()
 
@@ -7317,12 +7265,9 @@ def directory_of(name):
 
 def run_program(*command, **popen):
     """A client program to its end, which has to be a success; its stdout in bytes."""
-    if "input" not in popen:
-        popen.setdefault("stdin", subprocess.DEVNULL)
-    result = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            timeout=60, **popen)
-    assert result.returncode == 0, (command, result.stdout[-2000:], result.stderr)
-    return result.stdout
+    result = run_words(command, encoding="latin-1", **popen)
+    assert result.status == 0, (command, result.out[-2000:], result.err)
+    return result.out.encode("latin-1")
 
 
 @contextlib.contextmanager
@@ -7374,11 +7319,10 @@ def test_psql_through_the_proxy_and_as_command(postgres):
         notices = "do $$ begin for i in 1..3 loop perform pg_sleep(0.1); end loop; end $$; select 'done'"
         assert run_program(*client, "-c", notices) == b"done\n"
     assert sum(postgres.node.connections.values()) == 4
-    result = run_command(postgres, *psql_to("{host}", "{port}", "-c", of_server))
-    assert (result.returncode, result.stdout) == (0, hashes), result.stderr
+    result = run(postgres, "--", *psql_to("{host}", "{port}", "-c", of_server))
+    assert (result.status, result.out) == (0, hashes), result.err
     client = psql_to("{host}", "{port}", "-v", "ON_ERROR_STOP=1", "-f", "-")
-    failed = run_command(postgres, *client, input="nonsense;")
-    assert failed.returncode == 3, failed.stderr  # psql's own
+    assert run(postgres, "--", *client, input=b"nonsense;").status == 3  # psql's own
     revoked_once(postgres.plane, 3)
 
 
@@ -7410,8 +7354,8 @@ def test_redis_cli_through_the_proxy_and_as_command(far, tmp_path):
             assert b"errors: 0, replies: 50000" in told
             numbers = b"".join(b"%d\n" % number for number in range(50000))
             assert run_program(client, "-p", local, "lrange", "list", "0", "-1") == numbers
-        result = run_command(far, client, "-h", "{host}", "-p", "{port}", "llen", "list")
-        assert (result.returncode, result.stdout) == (0, "50000\n"), result.stderr
+        result = run(far, "--", client, "-h", "{host}", "-p", "{port}", "llen", "list")
+        assert (result.status, result.out) == (0, "50000\n"), result.err
         benchmark, = need("redis-benchmark")
         with proxy_port(far, sessions=2 + 4) as local:
             told = run_program(benchmark, "-p", local, "-c", "4", "-n", 400, "-q",
@@ -7520,7 +7464,7 @@ def ssh_options(far, tmp_path):
 
 def proxy_command(simulation):
     """The option of ssh that takes the way through plexctl --stdio."""
-    command = plexctl_command(forward_args(simulation.plane, "--stdio"), sys.executable)
+    command = plexctl_command(forward_args(simulation.plane, "--stdio"))
     return ["-o", "ProxyCommand=" + " ".join(map(shlex.quote, command))]
 
 
@@ -7622,8 +7566,8 @@ def web_server(far, tmp_path):
 def test_curl_as_command_goes_to_no_proxy(far, web_server):
     (web_server / "page").write_text("here")
     curl = need("curl") + ["-sS", "--fail", "http://{addr}/page"]
-    result = run_command(far, *curl, env={"http_proxy": "http://127.0.0.1:%d" % quiet_port()})
-    assert (result.returncode, result.stdout) == (0, "here"), result.stderr
+    result = run(far, "--", *curl, env={"http_proxy": "http://127.0.0.1:%d" % quiet_port()})
+    assert (result.status, result.out) == (0, "here"), result.err
 
 
 @pytest.mark.realworld
