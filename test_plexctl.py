@@ -3381,16 +3381,15 @@ def test_a_server_that_cannot_be_trusted_gets_nothing_and_one_try(
         assert len(begun) == 1, "it was tried %d times" % len(begun)
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "garbage", "directory", "a key alone", "NUL"])
-def test_a_ca_file_that_cannot_be_used_is_a_usage_error(cli, tls_plane, tls_files, tmp_path, kind):
-    path = tmp_path / "ca.pem"
-    if kind == "directory":
-        path.mkdir()
-    elif kind != "missing":
-        path.write_text({"garbage": "-----BEGIN CERTIFICATE-----\nx\n", "empty": ""}.get(kind, "x"))
-    key = os.path.join(os.path.dirname(tls_files.ca), "server.key")
-    name = {"a key alone": key, "NUL": "a\0b"}.get(kind, str(path))
-    failed(forward_to(cli, tls_plane, "--ca-file", name), 2, "--ca-file")
+@pytest.mark.parametrize("make", [
+    lambda path: None, os.mkdir, *[functools.partial(write_private, content=content) for content in (
+        "", "-----BEGIN CERTIFICATE-----\nx\n", "-----BEGIN EC KEY-----\neA==\n-----END EC KEY-----\n")]],
+    ids=["missing", "directory", "empty", "garbage", "a key alone"])
+def test_a_ca_file_that_cannot_be_used_is_a_usage_error(cli, tls_plane, tmp_path, make):
+    path = str(tmp_path / "ca.pem")
+    make(path)
+    for each in (path, path + "\0"):
+        failed(forward_to(cli, tls_plane, "--ca-file", each), 2, "--ca-file")
     assert tls_plane.requests == []
 
 
