@@ -1078,10 +1078,6 @@ class Process(Watched, subprocess.Popen):
                 stream.close()
 
 
-def start_plexctl(args, *, env=None, **popen):
-    return Process(plexctl_command(args), env=clean_environment(env), **popen)
-
-
 def dial(address, seconds=20):
     """Connect to host:port (brackets for IPv6); calls on the socket time out after that."""
     host, port = address.rsplit(":", 1)
@@ -1138,7 +1134,7 @@ def run_shown(plane, *args, status=0, meanwhile=lambda process: None, **environ)
     args = ["tcp-forward"] + REQUIRED_FLAGS + list(args)
     line = " ".join(shlex.quote(arg) for arg in ["plexctl"] + args)
     say("$ " + line.replace(" ".join(REQUIRED_FLAGS), FLAGS_TO_PASTE).replace(sys.executable, "python3"))
-    with start_plexctl(args, env=plane.environment(**environ)) as process:
+    with Process(plexctl_command(args), env=clean_environment(plane.environment(**environ))) as process:
         meanwhile(process)
         result = process.finish(60)
     for line in result.stdout.splitlines():
@@ -5473,14 +5469,11 @@ def recording(received, pause_seconds=0.0, each_seconds=0.0):
 STATES = {  # what is to be seen then
     "issuing": lambda at: at.plane.requests,
     "waiting for the Node": lambda at: asked(at.plane, "get"),
-    "reading --token-file": lambda at: not unread(at.reader.fileno()),
-    "reading --ca-file": lambda at: not unread(at.reader.fileno()),
-    "reading stdin": lambda at: not unread(at.reader.fileno()),
-    "idle": lambda at: at.process.out,
-    "4 carried and 20 waiting": lambda at: at.process.out,
+    **dict.fromkeys(("reading --token-file", "reading --ca-file", "reading stdin"),
+                    lambda at: not unread(at.reader.fileno())),
+    **dict.fromkeys(("idle", "4 carried and 20 waiting"), lambda at: at.process.out),
     "stdio": lambda at: "hello" in at.process.out,
-    "stdout full": lambda at: at.plane.issued,
-    "stderr full": lambda at: at.plane.issued,
+    **dict.fromkeys(("stdout full", "stderr full"), lambda at: at.plane.issued),
     "revealing, stderr full": lambda at: at.log.exists() and at.log.read_text(),
 }
 OTHER_SIGNALS = (3, 10, 12, 14, 16, 24, 26, 27, 29, 30, 34, 50, 64) if LINUX else ()  # SIGQUIT to SIGRTMAX
@@ -7495,8 +7488,8 @@ def test_the_picture_of_the_terminal_is_what_a_run_prints(simulation, terminal):
         changing = r"[0-9a-f-]{36}|20[0-9TZ:-]{18}|(?<![0-9.])[0-9.]+:[0-9]{5}|^[0-9]+m[0-9]+s"
         return [re.sub(changing, "#", row) for row in rows if row]
     args = shlex.split(command.replace("$PROJECT", PROJECT_ID).replace("$RESOURCE", RESOURCE_ID))
-    screen = terminal(80)
-    with start_plexctl(args[1:], env=simulation.plane.environment(), **screen.controlling()) as process:
+    screen, env = terminal(80), clean_environment(simulation.plane.environment())
+    with Process(plexctl_command(args[1:]), env=env, **screen.controlling()) as process:
         eventually(lambda: b" open, " in screen.seen)
         with dial(re.search(r"LOCAL_ADDR +(\S+)", screen.read()).group(1)) as client:
             assert talk(client, bytes(1 << 20))
