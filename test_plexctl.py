@@ -5891,7 +5891,7 @@ def test_where_both_first_sessions_fail_one_failure_is_the_error(
 @pytest.mark.skipif(not LINUX, reason="counts descriptors")
 @pytest.mark.parametrize("what, kinder", [("descriptors", False)] + [
     pytest.param("threads", kinder, marks=[pytest.mark.once, BECOMES_OTHERS]) for kinder in (False, True)])
-def test_a_proxy_with_too_few_of_them_serves_refuses_in_one_line_or_does_not_start(lone_copy, what, kinder):
+def test_a_proxy_with_too_few_descriptors_or_threads_serves_or_says_why_not(lone_copy, what, kinder):
     limits, data = (8, 9, 10, 11, 12, 13, 16, 20, 28, 32, 33, 34, 36, 40), pattern(4 << 20)
     with Simulation(echo_of(len(data)), kinder=kinder) as simulation:  # the target ends first, not a client
         for limit in limits if what == "descriptors" else range(1, 12):
