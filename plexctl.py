@@ -2745,10 +2745,10 @@ class Forwarder:
             if not self._demand.is_overdue(now, waiting, states):
                 waiting = 0
             elif states.count(BUSY) >= self._demand.maximum:
+                wait = "connections wait" if waiting > 1 else "connection waits"
                 self._ledger.tell_once(
-                    f"warning: {show_count(waiting, 'connection')} must wait until one closes: each needs a "
-                    f"session (--max-sessions is {self._demand.maximum}; a connection pool must not be "
-                    "larger)", "limit")
+                    f"warning: {waiting} {wait} until one closes: each needs a session (--max-sessions is "
+                    f"{self._demand.maximum}; a connection pool must not be larger)", "limit")
             if not self._is_time_up(now + 1):  # 1 s is the shortest TTL
                 self._start(self._demand.count_missing(now, waiting, states))
             free = [each for each in self._carriers if each.state == FREE]
