@@ -1518,7 +1518,8 @@ class Flow:
         self.rest = buffer[:0]  # read, and not handed on yet
         self.has_ended = False  # the source has ended its input
         self.is_passed_on = False  # and the sink was told so
-        self.refusal: Optional[OSError] = None  # why the sink takes nothing any more; what comes is dropped
+        # why the sink takes nothing any more (EPIPE: it has closed; else it has reset); what comes is dropped
+        self.refusal: Optional[OSError] = None
         self._buffer = buffer
         self._recv_into = source.recv_into
         self._send = sink.send
@@ -1583,8 +1584,8 @@ class Relay:
     So it is carried in up to three steps: `_carry`, while both sides are open; `_await_answer`, once the
     client has ended its input; `_end_client`, once the Node has ended.
 
-    A reset is found by a read, by a write (see Flow.raise_reset), or, of a client that is not read, by
-    `_check_client`. EPIPE is none: that peer has closed the connection before it had read everything.
+    A reset is found by a read, by a write (see Flow.refusal), or, of a client that is not read, by
+    `_check_client`.
 
     `on_end` is called before the client sees that the Node or we have ended the connection, unless the
     client's end came first. `stop`, from another thread, ends the connection with resets.
@@ -1626,8 +1627,8 @@ class Relay:
             with contextlib.suppress(Exception):
                 self._settle()
         up, down = self.up, self.down
-        # in order only if it was told the end, and all that it has sent was taken
-        is_complete = down.is_passed_on and not up.rest and (up.has_ended or not up.refusal)
+        # in order only if it was told the end, and it has ended as well, or all that it has sent was taken
+        is_complete = down.is_passed_on and (up.has_ended or not (up.rest or up.refusal))
         self._client.close(reset=not is_complete)
         if not self.is_awaited:
             self.remote.close(reset=self.error is not None or not up.is_passed_on)
@@ -1735,7 +1736,7 @@ class Relay:
     def _check_client(self) -> None:
         """Raise the error of a reset by the client."""
         error = self._client.take_error()
-        if error not in (0, errno.EPIPE):
+        if error not in (0, errno.EPIPE):  # EPIPE: it has closed before it had read everything
             self._client.has_reset = True
             raise OSError(error, os.strerror(error))
 
@@ -1939,10 +1940,10 @@ class MediatedSession:
         self._refused_since = 0.0
         self._recheck_on = float("inf")
         self._warned_left = float("inf")  # seconds
+        self._asked_on = 0.0  # when the last question ended; its thread sets this
         self._lock = threading.Lock()  # guards what follows, and how `why` and `endpoint` change
         self._route: Any = None  # family and address of the endpoint
-        self._question: Optional[Outcome] = None  # the last one that was asked
-        self._asked_on = 0.0  # when that ended
+        self._question: Optional[Outcome] = None  # the last one
 
     @property
     def session_id(self) -> str:
@@ -2214,7 +2215,7 @@ class Listener(socketserver.TCPServer):
 
     def __init__(self, local: LocalAddress, allow_other_users: bool, warn_once: Report) -> None:
         self.unidentified = 0  # connections not served, since their clients had closed them
-        # `take` may have a client; whoever has noted it sets this back, so that nobody is missed in between
+        # True from before accept() until Forwarder._take has noted the client, see measure_delivery
         self.is_accepting = False
         self.assumes_gone = False  # see `assume_gone`
         self._path = local.path
@@ -2389,7 +2390,8 @@ class Demand:
         self.maximum = maximum
         self._minimum = minimum
         self._waiting_since = self._spare_since = elapsed_seconds()
-        self._granted, self._granted_on, self._step_seconds = maximum, 0.0, LIMIT_SECONDS  # see `restrict`
+        # how many were to be had, since when, and after how long one more may be
+        self._granted, self._granted_on, self._step_seconds = maximum, 0.0, LIMIT_SECONDS
 
     def restrict(self, since: float, number: int, seconds: int) -> None:
         """There are no more sessions to be had than this number; one more each time `seconds` have passed."""
@@ -2475,7 +2477,7 @@ class Forwarder:
         self._returned: List[Client] = []  # accepted for a session that was over: they go to another one
         self._ended = Counts()
         self._has_been_stuck = False  # a session has, which is not the end of the run
-        self._failure: Optional[PlexctlError] = None  # the first of a session, while none is ready
+        self._first_failure: Optional[PlexctlError] = None  # of a session, while none is ready
         self._explanation: Optional[Outcome] = None  # see _explain
         self._demand = Demand(limit, minimum)
 
@@ -2541,7 +2543,7 @@ class Forwarder:
         the bytes that the Node has not acknowledged yet.
         """
         with self._changed:
-            # in this order, see Listener.is_accepting
+            # in the order that a client takes, so that it is seen at least once
             is_under_way = self._count_waiting() or self.listener.is_accepting or any(
                 each.awaited or (each.state == BUSY and each.client and self.listener.is_gone(*each.client))
                 for each in self._carriers)
@@ -2579,7 +2581,7 @@ class Forwarder:
             tell = self._ledger.say if self.first else self._ledger.tell_once  # one wait is announced
             session.open(self._next_request(), tell)
             with self._changed:
-                self.first, self._failure = self.first or session, None
+                self.first, self._first_failure = self.first or session, None
                 self._changed.notify_all()
             while not (carrier.is_spare or self._must_leave(session)):
                 client = self._take(carrier)
@@ -2648,7 +2650,7 @@ class Forwarder:
             if self._is_closing.is_set():
                 relay.stop()
         relay.carry()
-        if relay.is_awaited:
+        if relay.is_awaited:  # set before the relay goes: measure_delivery has to see one of both
             carrier.awaited = remote
         self._note_connection_end(carrier, relay, had_answer)
         if relay.is_awaited and remote.await_end(QUIET_SECONDS, lambda: self._must_leave(session)):
@@ -2801,9 +2803,9 @@ class Forwarder:
         others = len(self._list_live())
         is_refused = isinstance(why, ApiError) and why.status < 500 and not why.passing
         if self.first is None and others:  # which may yet be the first
-            self._failure = self._failure or why
+            self._first_failure = self._first_failure or why
         elif not others and (self.first is None or is_refused or not (self._renew or self._has_been_stuck)):
-            self._end_run(self._failure or why)
+            self._end_run(self._first_failure or why)
         else:
             has_no_room = is_refused or isinstance(why, EndpointMissing)
             self._demand.restrict(elapsed_seconds(), others, LIMIT_SECONDS if has_no_room else RETRY_SECONDS)
@@ -3394,7 +3396,7 @@ class Run:
         carried = Outcome(carry, or_here=False)
         try:
             self.wait_for_relay(session, relay, carried)
-            # its reader has left before it had everything; ssh does not wait for an end either
+            # stdout's reader has left: an error if no answer came, or some of it was not read
             if relay.is_awaited and (not relay.down.moved or relay.down.rest or remote.discarded):
                 unread = PlexctlError("cannot write to standard output: nobody reads it")
         finally:

@@ -5349,7 +5349,7 @@ def test_what_failed_at_the_start_is_no_reason_of_a_later_end(simulation):
             using_sessions(simulation.plane, establish=False, minimum=2, renew=True) as running:
         simulation.plane.script("issue", full, hold(go), full, problem("forbidden"))
         establishing = pool.submit(running.forwarder.establish)
-        eventually(lambda: running.forwarder._failure)
+        eventually(lambda: running.forwarder._first_failure)
         go.set()
         assert establishing.result(15) and eventually(lambda: running.said("no further session for now"))
         expire(running)
