@@ -1302,7 +1302,7 @@ class AuditLog(logging.Handler):
 BUFFER_BYTES = 768 * 1024  # takes memory only as far as it is used
 TICK_SECONDS = 0.2  # a thread that waits looks around this often
 QUIET_SECONDS = 2.0  # of silence, see Relay
-GONE_POLL_SECONDS = 0.02  # between two looks whether a client that has ended its input is gone
+GONE_POLL_SECONDS = 0.05  # between two looks whether a client that has ended its input is gone
 UNANSWERED_SECONDS = 120  # after which a path is dead
 DRAIN_READS = 1000  # at once, so that Leg._drain ends
 DRAIN_BYTES = 64 * 1024  # per read
@@ -1986,18 +1986,23 @@ class MediatedSession:
                 self._warned_left = threshold
                 self._ledger.report(f"warning: {show_seconds(left + 0.5)} of the session are left")
 
-    def ask(self, seconds: float = 0.0, at_once: bool = False) -> bool:
+    def ask(self, seconds: float = 0.0, is_fresh: bool = False) -> bool:
         """Ask GetSession in a thread, and wait for it so long; return whether there is an answer.
 
-        One is asked at a time, and, unless `at_once`, in ASK_SECONDS: in between the last answer counts.
+        One is asked at a time, and one in ASK_SECONDS: in between the last answer counts. With `is_fresh` the
+        answer is newer than this call: no pause is kept, and a question under way is waited for first.
         """
+        deadline = elapsed_seconds() + seconds
+        if is_fresh and self._question is not None:
+            self._question.done.wait(seconds)
         with self._lock:
             question = self._question
             may_ask = question is None or (
-                question.done.is_set() and (at_once or elapsed_seconds() - self._asked_on >= ASK_SECONDS))
+                question.done.is_set() and (is_fresh or elapsed_seconds() - self._asked_on >= ASK_SECONDS))
             if may_ask and self.why is None:
                 question = self._question = Outcome(self._ask, or_here=False)
-        return question is not None and question.done.wait(seconds) and bool(question.value)
+        left = max(0.0, deadline - elapsed_seconds())
+        return question is not None and question.done.wait(left) and bool(question.value)
 
     def dial(self, is_stopped: Callable[[], bool]) -> Leg:
         """Connect to the listener; PlexctlError says why that fails. A new endpoint is tried once."""
@@ -2314,7 +2319,7 @@ class Listener(socketserver.TCPServer):
     def _may_be_served(self, request: socket.socket, client_address: Any) -> bool:
         """Return whether a client may be served: its user is ours or root, and it has not left."""
         if not self._checks_owners or self._owners is None:
-            has_left = self.is_gone(request, client_address)
+            has_left = not self.assumes_gone and self.is_gone(request, client_address)
             with contextlib.suppress(OSError):  # one that has sent something before is served
                 has_left = has_left and not request.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
             return not has_left
@@ -2802,12 +2807,14 @@ class Forwarder:
         """A session could not be had: there are to be no more than now for a while, if there are any."""
         others = len(self._list_live())
         is_refused = isinstance(why, ApiError) and why.status < 500 and not why.passing
+        # a server may yet count one that is stuck, and have room once that is given back
+        is_final = is_refused and not any(each.state == STUCK for each in self._carriers)
         if self.first is None and others:  # which may yet be the first
             self._first_failure = self._first_failure or why
-        elif not others and (self.first is None or is_refused or not (self._renew or self._has_been_stuck)):
+        elif not others and (self.first is None or is_final or not (self._renew or self._has_been_stuck)):
             self._end_run(self._first_failure or why)
         else:
-            has_no_room = is_refused or isinstance(why, EndpointMissing)
+            has_no_room = others and (is_refused or isinstance(why, EndpointMissing))
             self._demand.restrict(elapsed_seconds(), others, LIMIT_SECONDS if has_no_room else RETRY_SECONDS)
             why.is_told = self._ledger.tell_once(f"warning: no further session for now: {why}",
                                                  type(why).__name__)
@@ -3436,7 +3443,7 @@ class Run:
 
     def explain_end(self, session: MediatedSession, relay: Relay) -> None:
         """Report why the connection of --stdio ended, before the client sees that: ssh hangs up then."""
-        session.ask(ASK_LIMIT_SECONDS, at_once=True)
+        session.ask(ASK_LIMIT_SECONDS, is_fresh=True)
         if self.ledger.plane.cancel.is_set():  # we have ended it
             return
         error = session.why or describe_failure(relay)

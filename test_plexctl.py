@@ -5218,7 +5218,26 @@ def test_an_answer_from_before_a_revocation_does_not_count_where_a_fresh_one_is_
         assert session.ask(5) and session.why is None
         simulation.plane.revoke(simulation.plane.issued[0])
         assert session.ask(5) and session.why is None  # asked a moment ago
-        assert session.ask(5, at_once=True) and isinstance(session.why, plexctl.SessionRevoked)
+        assert session.ask(5, is_fresh=True) and isinstance(session.why, plexctl.SessionRevoked)
+
+
+def test_an_answer_that_is_under_way_at_a_revocation_does_not_count_either(simulation):
+    def answer_late(handler, plane):
+        answer = plane.decide(handler.seen)
+        go.wait(20)
+        handler.wfile.write(handler.render(answer))
+
+    go = threading.Event()
+    with using_sessions(simulation.plane) as running, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        session = running.forwarder.first
+        simulation.plane.script("get", answer_late)
+        session.ask()
+        eventually(lambda: asked(simulation.plane, "get"))
+        simulation.plane.revoke(session.session_id)
+        fresh = pool.submit(session.ask, 10, is_fresh=True)
+        let_pass(0.5)
+        go.set()
+        assert fresh.result(15) and isinstance(session.why, plexctl.SessionRevoked)
 
 
 def test_with_renew_a_listener_that_the_node_has_closed_gives_way_to_a_new_session(simulation):
@@ -5356,6 +5375,41 @@ def test_what_failed_at_the_start_is_no_reason_of_a_later_end(simulation):
         eventually(lambda: not running.count().sessions)
         assert knock(running.address) == ("reset", b"")
         assert running.why() and running.forwarder.over.exit_code == 4
+
+
+@pytest.mark.parametrize("what", ["a failure that may pass", "no room for another one", "no thread"])
+def test_a_session_that_is_stuck_is_not_the_end_of_the_run(what):
+    def is_served():
+        with contextlib.suppress(OSError), dial(running.address) as client:
+            client.sendall(b"e")
+            chat(client, 1)
+            return True
+
+    go = threading.Event()
+    serve = on_request(e=echo, s=lambda *_: go.wait(30))
+    with relayed_to(serve, session_limit=1 if "room" in what else None, RETRY_SECONDS=0.5,
+                    STUCK_SECONDS=2) as running:
+        client = dial(running.address)
+        client.sendall(b"s")
+        fill(client)
+        reset_close(client)
+        eventually(lambda: running.said("not used any more"))
+        if "may pass" in what:
+            running.plane.script("issue", *[reset] * 3)
+        with no_more_threads() if "thread" in what else contextlib.ExitStack(), dial(running.address):
+            eventually(lambda: running.said("no further session for now"))
+        eventually(is_served, 20)
+        assert running.forwarder.over is None and len(running.lines) == 2
+        go.set()
+
+
+def test_a_renewal_whose_node_is_late_is_soon_tried_again():
+    with relayed_to(renew=True, wait_seconds=0.5, late=[0, 60, 0], RETRY_SECONDS=0.5) as running:
+        expire(running)
+        eventually(lambda: not running.count().sessions)
+        with dial(running.address):
+            eventually(lambda: running.said("no further session for now: the Node reported no listener"))
+        eventually(lambda: attempt(running.address), 20)
 
 
 @pytest.mark.parametrize("what, words", [
