@@ -1332,8 +1332,16 @@ def is_connected(sock: socket.socket) -> bool:
         return False
 
 
+class PeerReset(ConnectionError):
+    """The other end of `leg` has reset the connection."""
+
+    def __init__(self, leg: Any, error_number: Optional[int]) -> None:
+        super().__init__(error_number, os.strerror(error_number or errno.ECONNRESET))
+        self.leg = leg
+
+
 class Leg:
-    """One end of a connection: a non-blocking socket that closes with a reset unless told otherwise."""
+    """One end of a connection: a non-blocking socket; TCP closes with a reset unless told otherwise."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -1341,7 +1349,6 @@ class Leg:
         self.recv_into = sock.recv_into
         self.send = sock.send
         self.reads_at = self.writes_at = sock.fileno()  # for poll(2)
-        self.has_reset = False  # the other end has reset it
         self.discarded = 0  # bytes, by `await_end`; --stdio has to know
         self._is_linux_tcp = ON_LINUX and sock.family != socket.AF_UNIX
 
@@ -1421,7 +1428,6 @@ class StandardStreams:
 
     def __init__(self) -> None:
         self.reads_at, self.writes_at = 0, 1
-        self.has_reset = False
         self.error: Optional[PlexctlError] = None  # why standard output did not get everything
         # poll(2) promises room for so many bytes
         self._at_once = 128 if os.isatty(1) else select.PIPE_BUF
@@ -1525,7 +1531,7 @@ class Flow:
         self._send = sink.send
 
     def move(self) -> bool:
-        """Read once, unless something is left, and hand it on; OSError if the source has reset.
+        """Read once, unless something is left, and hand it on; PeerReset by the source.
 
         Return False if something is left, the sink refuses it, or the source has ended.
         """
@@ -1536,8 +1542,9 @@ class Flow:
             except BlockingIOError:
                 return True
             except OSError as error:
-                self.source.has_reset = error.errno not in EXHAUSTED
-                raise
+                if error.errno in EXHAUSTED:
+                    raise
+                raise PeerReset(self.source, error.errno) from error
             self.has_ended = not count
             if self.has_ended or self.refusal:
                 return False
@@ -1555,18 +1562,17 @@ class Flow:
         self.rest = piece[sent:]
         return not self.rest
 
-    def end(self) -> None:
+    def pass_end_on(self) -> None:
         """Tell the sink, once, that the source has ended its input."""
         if not self.is_passed_on:
             self.is_passed_on = True
             with contextlib.suppress(OSError):  # its peer is gone
                 self.sink.end()
 
-    def raise_reset(self) -> None:
-        """Raise the error of a write, if the sink has reset the connection."""
+    def check_sink(self) -> None:
+        """Raise PeerReset if a write has found that the sink has reset; EPIPE is no reset."""
         if self.refusal and self.refusal.errno != errno.EPIPE:
-            self.sink.has_reset = True
-            raise self.refusal
+            raise PeerReset(self.sink, self.refusal.errno)
 
 
 class Relay:
@@ -1576,7 +1582,7 @@ class Relay:
     reset by one side becomes a reset for the other. The Node ends both directions as soon as it reads
     the end of either, so an end of input is passed on as follows:
 
-    - the Node's: at once. A client that then sends nothing for QUIET_SECONDS is let go.
+    - the Node's: at once. A client of which nothing is handed on for QUIET_SECONDS is then let go.
     - the client's: at once if it is gone, that is, has closed the connection (`is_gone`). If it still
       listens, it is passed on once nothing has moved for QUIET_SECONDS: earlier, the Node would cut the
       answer off.
@@ -1584,8 +1590,8 @@ class Relay:
     So it is carried in up to three steps: `_carry`, while both sides are open; `_await_answer`, once the
     client has ended its input; `_end_client`, once the Node has ended.
 
-    A reset is found by a read, by a write (see Flow.refusal), or, of a client that is not read, by
-    `_check_client`.
+    A reset is PeerReset: found by a read, by a write (see Flow.refusal), or, of a client that is not read,
+    by `_check_client`.
 
     `on_end` is called before the client sees that the Node or we have ended the connection, unless the
     client's end came first. `stop`, from another thread, ends the connection with resets.
@@ -1625,7 +1631,7 @@ class Relay:
         except Exception as error:
             self.error = error
             with contextlib.suppress(Exception):
-                self._settle()
+                self._settle(error)
         up, down = self.up, self.down
         # in order only if it was told the end, and it has ended as well, or all that it has sent was taken
         is_complete = down.is_passed_on and (up.has_ended or not (up.rest or up.refusal))
@@ -1640,14 +1646,15 @@ class Relay:
                 self._move()
             else:
                 self._move_freely()
-            down.raise_reset()
+            # only the client: after a reset by the Node, what it had sent is still to be read
+            down.check_sink()
         if not down.has_ended:
             self._await_answer()
         # now the Node has ended, or the client is gone
         if down.has_ended:
             self._end_client()
         else:
-            up.end()
+            up.pass_end_on()
             self.is_awaited = True
 
     def _await_answer(self) -> None:
@@ -1659,37 +1666,38 @@ class Relay:
             self._move(GONE_POLL_SECONDS)
             is_gone = down.moved == moved and self._is_gone()
             if self._watch_quiet():
-                up.end()
+                up.pass_end_on()
         if not down.has_ended:
             self._check_client()
-            down.raise_reset()
+            down.check_sink()
 
     def _end_client(self) -> None:
         """The Node has ended the connection: pass that on, and let the client finish."""
         up, down = self.up, self.down
-        up.raise_reset()  # if send() has seen a reset, this end is that reset
+        up.check_sink()  # then the end that was read is that of a reset
         # a client that reads no more has ended it first
         self.remote_ended_first = not (up.is_passed_on or down.refusal)
         self.is_ending = True
         if self.remote_ended_first:
             self._on_end()
-        down.end()
+        down.pass_end_on()
         # a client may keep its end open for ever, and the session is to carry the next one
         while not (up.has_ended or self._watch_quiet()):
             self._move()
         if up.has_ended:
-            up.end()
+            up.pass_end_on()
 
-    def _settle(self) -> None:
+    def _settle(self, error: Exception) -> None:
         """Do what a broken connection needs before its legs are closed."""
-        if self._client.has_reset:
+        reset_by = getattr(error, "leg", None)
+        if reset_by is self._client:
             # our reset will destroy what the Node has not taken
             deadline = elapsed_seconds() + QUIET_SECONDS
             while self.remote.count_unsent() and elapsed_seconds() < deadline and not self._is_stopped:
                 time.sleep(0.02)
             self.is_stuck = self.remote.count_unsent() > 0
         else:
-            self.remote_ended_first = self.remote_ended_first or self.remote.has_reset
+            self.remote_ended_first = self.remote_ended_first or reset_by is self.remote
             if not self.down.is_passed_on:
                 self.is_ending = True
                 self._on_end()
@@ -1734,11 +1742,10 @@ class Relay:
             self._check_client()
 
     def _check_client(self) -> None:
-        """Raise the error of a reset by the client."""
+        """Raise PeerReset if the client has reset."""
         error = self._client.take_error()
         if error not in (0, errno.EPIPE):  # EPIPE: it has closed before it had read everything
-            self._client.has_reset = True
-            raise OSError(error, os.strerror(error))
+            raise PeerReset(self._client, error)
 
     def _watch_quiet(self) -> bool:
         """Return whether nothing has moved for QUIET_SECONDS since the first call; call it in a loop."""
@@ -2475,7 +2482,7 @@ class Forwarder:
         self.listener = Listener(local, allow_other_users, self._warn_once)
         self.local = self.listener.local
         self._turn = threading.Lock()
-        # guards what follows, `over`, `first`, and the state, client and relay of the carriers
+        # reentrant; guards what follows, `over`, `first`, and the state, client and relay of the carriers
         self._changed = threading.Condition()
         self._is_closing = threading.Event()  # nothing is carried any more: `over`, or `stop` was called
         self._carriers: List[Carrier] = []
@@ -2661,7 +2668,8 @@ class Forwarder:
         if relay.is_awaited and remote.await_end(QUIET_SECONDS, lambda: self._must_leave(session)):
             carrier.awaited = None
             remote.close(reset=False)
-        return not self._must_leave(session) and (relay.is_stuck or carrier.awaited is not None)
+        is_stuck = relay.is_stuck or carrier.awaited is not None
+        return is_stuck and not self._must_leave(session)
 
     def _refuse(self, carrier: Carrier, client: Client, error: PlexctlError) -> None:
         """Leave a client to another session, if its own is over and there may be another; else reset it."""
@@ -2698,7 +2706,7 @@ class Forwarder:
     def _leave_stuck(self, carrier: Carrier) -> None:
         """Give the Node STUCK_SECONDS to pass on what it has; the revocation that follows cuts it off.
 
-        Whether it has ended a connection that was reset cannot be seen. So the session is not used again.
+        The session is not used again: it cannot be seen when the Node has ended a connection that was reset.
         """
         with self._changed:
             carrier.state, self._has_been_stuck = STUCK, True
@@ -2804,7 +2812,11 @@ class Forwarder:
             self._demand.restrict(session.ready_on, others, REPLACE_SECONDS)
 
     def _note_issue_failure(self, why: PlexctlError) -> None:
-        """A session could not be had: there are to be no more than now for a while, if there are any."""
+        """A session could not be had, of which there are to be no more than now for a while.
+
+        The last of the first sessions ends the run. So does the last of all, unless another one may yet be
+        had: with `renew`, or after the end of one that was stuck.
+        """
         others = len(self._list_live())
         is_refused = isinstance(why, ApiError) and why.status < 500 and not why.passing
         # a server may yet count one that is stuck, and have room once that is given back
