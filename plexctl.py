@@ -1524,7 +1524,7 @@ class Flow:
         self.rest = buffer[:0]  # read, and not handed on yet
         self.has_ended = False  # the source has ended its input
         self.is_passed_on = False  # and the sink was told so
-        # why the sink takes nothing any more (EPIPE: it has closed; else it has reset); what comes is dropped
+        # why the sink takes nothing any more (EPIPE: see Relay); what comes is dropped
         self.refusal: Optional[OSError] = None
         self._buffer = buffer
         self._recv_into = source.recv_into
@@ -1591,10 +1591,11 @@ class Relay:
     client has ended its input; `_end_client`, once the Node has ended.
 
     A reset is PeerReset: found by a read, by a write (see Flow.refusal), or, of a client that is not read,
-    by `_check_client`.
+    by `_check_client`. Linux reports one that follows an end of input as EPIPE. That counts as an end: the
+    client has closed the connection before it had read everything, and what it had sent is handed on.
 
     `on_end` is called before the client sees that the Node or we have ended the connection, unless the
-    client's end came first. `stop`, from another thread, ends the connection with resets.
+    client's end came first and the Node did not reset. `stop`, from another thread, ends it with resets.
 
     Afterwards the client is closed, and so is `remote`, unless `is_awaited`.
     """
@@ -1605,7 +1606,8 @@ class Relay:
         self.down = Flow(remote, client, buffers[1])
         self.remote = remote
         self.error: Optional[Exception] = None  # what has broken the connection
-        self.remote_ended_first = False  # the Node has ended it before the client's end was passed on
+        # the Node has ended it before the client's end was passed on, or has reset it
+        self.remote_ended_first = False
         self.is_ending = False  # the client is about to see an end
         self.is_awaited = False  # the client is gone; `remote` is open until the Node has ended it as well
         self.is_stuck = False  # the client has reset it, and the Node does not take what was sent
@@ -1633,7 +1635,7 @@ class Relay:
             with contextlib.suppress(Exception):
                 self._settle(error)
         up, down = self.up, self.down
-        # in order only if it was told the end, and it has ended as well, or all that it has sent was taken
+        # in order if it was told the end, and nothing of its own is lost: it has ended, or all was taken
         is_complete = down.is_passed_on and (up.has_ended or not (up.rest or up.refusal))
         self._client.close(reset=not is_complete)
         if not self.is_awaited:
@@ -1646,7 +1648,7 @@ class Relay:
                 self._move()
             else:
                 self._move_freely()
-            # only the client: after a reset by the Node, what it had sent is still to be read
+            # a reset by the Node is left to _end_client: what it had sent is still to be read
             down.check_sink()
         if not down.has_ended:
             self._await_answer()
@@ -1744,7 +1746,7 @@ class Relay:
     def _check_client(self) -> None:
         """Raise PeerReset if the client has reset."""
         error = self._client.take_error()
-        if error not in (0, errno.EPIPE):  # EPIPE: it has closed before it had read everything
+        if error not in (0, errno.EPIPE):
             raise PeerReset(self._client, error)
 
     def _watch_quiet(self) -> bool:
@@ -2656,13 +2658,13 @@ class Forwarder:
         relay = Relay(Leg(sock), remote, buffers, lambda: self.listener.is_gone(*client),
                       lambda: self._is_closing.is_set() or session.ask())
         with self._changed:
-            # on a connection that is open: so the target can be reached
+            # another connection has had an answer: so the target can be reached, and nothing is explained
             had_answer = any(each.relay and each.relay.down.moved for each in self._carriers)
             carrier.relay = relay
             if self._is_closing.is_set():
                 relay.stop()
         relay.carry()
-        if relay.is_awaited:  # set before the relay goes: measure_delivery has to see one of both
+        if relay.is_awaited:  # before carrier.relay is cleared: measure_delivery has to see one of both
             carrier.awaited = remote
         self._note_connection_end(carrier, relay, had_answer)
         if relay.is_awaited and remote.await_end(QUIET_SECONDS, lambda: self._must_leave(session)):
