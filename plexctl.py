@@ -2872,6 +2872,7 @@ WAIT_SECONDS = 0.05  # between two looks of the main thread: a signal's handler 
 REDRAW_SECONDS = 1.0  # of the live line
 TICKING_SECONDS = 0.1  # between two looks after the sessions
 STATUS_SECONDS = 60
+HANGUP = getattr(signal, "SIGHUP", 0)  # Windows has none
 DOCUMENT_MAX_CHARACTERS = 3000  # of a path or a host, each of whose characters may need ten
 COLUMNS = ("local_addr", "listener_endpoint", "target", "session_id", "expires_at")
 
@@ -3043,13 +3044,14 @@ class Foreground:
     def finish(self, function: Callable[[], None], seconds: float, slow: str = "") -> None:
         """Run what must still be done, for `seconds` at most; a further signal leaves HURRY_SECONDS.
 
+        But not a hangup, which ssh sends when it has seen the end of --stdio.
         `slow` is reported on a terminal if it takes longer than a second.
         """
         began = elapsed_seconds()
         deadline = began + seconds
         outcome = Outcome(function)
         while not outcome.done.wait(WAIT_SECONDS) and elapsed_seconds() < deadline:
-            if self.signals:
+            if any(signum != HANGUP for signum in self.signals):
                 deadline = min(deadline, elapsed_seconds() + HURRY_SECONDS)
             if slow and self.messages.is_terminal and elapsed_seconds() - began > 1:
                 self.report(slow)

@@ -6536,7 +6536,7 @@ def test_stdio_says_why_it_ended_and_exits_1(make_pipe, why, words, stdin):
 
 
 @pytest.mark.parametrize("flags", [["--stdio"], ["--", "true"]], ids=["stdio", "COMMAND"])
-@pytest.mark.parametrize("signum", SIGNALS)
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_after_the_end_cuts_a_hanging_revocation_short_and_is_no_accident(simulation, flags, signum):
     simulation.target.serve = source(10)
     simulation.plane.script("revoke", hold(60))
@@ -6547,6 +6547,17 @@ def test_a_signal_after_the_end_cuts_a_hanging_revocation_short_and_is_no_accide
     assert result.returncode in (0, -signum if flags != ["--stdio"] else 0), process.describe()
     assert "session %s is not revoked" % simulation.plane.issued[0] in result.stderr
     assert has_no_bad_word(result.stderr) and (flags != ["--stdio"] or result.stderr.count("\n") == 1)
+
+
+def test_ssh_s_hangup_after_the_end_leaves_the_revocation_its_time(simulation):
+    simulation.target.serve = source(10)
+    simulation.plane.script("revoke", hold(2.5))
+    with start(simulation, "--stdio") as process:  # stdin has ended
+        simulation.plane.wait_for(lambda: asked(simulation.plane, "revoke"))
+        process.send_signal(signal.SIGHUP)
+        result = process.finish(15)
+    assert (result.returncode, result.stderr) == (0, "")
+    revoked_once(simulation.plane)
 
 
 def test_the_last_minutes_are_warned_of_where_somebody_wants_to_know(simulation, make_pipe):
