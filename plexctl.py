@@ -1848,6 +1848,11 @@ class Ledger:
                 self._issuing -= 1
                 self._changed.notify_all()
 
+    def has_issued(self) -> bool:
+        """Return whether there has been a session."""
+        with self._changed:
+            return bool(self._known)
+
     def get(self, session_id: str, seconds: float) -> Session:
         """Ask for a session: see ControlPlane.get."""
         return self.plane.get(self._project_id, session_id, seconds)
@@ -3358,7 +3363,8 @@ class Run:
     def establish(self, issue: Callable[[], MediatedSession]) -> MediatedSession:
         """Return the first session; reveal its token if that is wanted."""
         session: MediatedSession = self.foreground.call(
-            issue, lambda: f"waiting for the Node: {show_seconds(elapsed_seconds() - self.began)}")
+            issue, lambda: f"waiting for the {'Node' if self.ledger.has_issued() else 'control plane'}: "
+            + show_seconds(elapsed_seconds() - self.began))
         audit, issued = self.audit, session.issued
         if audit is not None and issued is not None:
             self.foreground.call(lambda: audit.record(self.ledger.plane.server, self.request, issued))
