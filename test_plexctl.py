@@ -7605,7 +7605,7 @@ def test_the_table_of_options_is_that_of_the_help_and_no_other_flag_is_named():
         assert not default or (default.group(1) or default.group(2)) in table[flag][1], flag
     assert set(table) == {flag for flag, _, _ in in_help} and len(table) > 20
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", readme()))
-    assert named - set(table) == {"--now"}  # of systemctl
+    assert named - set(table) == {"--now", "--target"}  # of systemctl, of the simulator
 
 
 @pytest.fixture(params=["bash", "zsh", "fish"])
