@@ -1050,7 +1050,7 @@ class ControlPlane:
 
     def _send(self, operation: str, path: str, body: Optional[Dict[str, Any]],
               seconds: float = EXCHANGE_SECONDS) -> Exchange:
-        """Perform an exchange, but give it up when its time is up, or a GetSession when the run is ending."""
+        """Perform an exchange; give it up when its time is up, a GetSession also when the run is ending."""
         request = urllib.request.Request(str(self.server) + path, headers={
             "Accept": "application/json, application/problem+json", "User-Agent": "plexctl/" + __version__})
         request.add_unredirected_header("Authorization", "Bearer " + self._token.reveal())
@@ -1582,12 +1582,12 @@ class Relay:
     reset by one side becomes a reset for the other. The Node ends both directions as soon as it reads
     the end of either, so an end of input is passed on as follows:
 
-    - the Node's: at once. A client of which nothing is handed on for QUIET_SECONDS is then let go.
+    - the Node's: at once. The client is then let go once nothing of its has been handed on for QUIET_SECONDS.
     - the client's: at once if it is gone, that is, has closed the connection (`is_gone`). If it still
       listens, it is passed on once nothing has moved for QUIET_SECONDS: earlier, the Node would cut the
       answer off.
 
-    So it is carried in up to three steps: `_carry`, while both sides are open; `_await_answer`, once the
+    So a connection has up to three steps: `_carry`, while both sides are open; `_await_answer`, once the
     client has ended its input; `_end_client`, once the Node has ended.
 
     A reset is PeerReset: found by a read, by a write (see Flow.refusal), or, of a client that is not read,
@@ -1660,7 +1660,7 @@ class Relay:
             self.is_awaited = True
 
     def _await_answer(self) -> None:
-        """Pass the client's end of input on once the target is quiet; return once one of both is gone."""
+        """Pass the client's end of input on once the target is quiet; return once either is gone."""
         up, down = self.up, self.down
         is_gone = self._is_gone()
         while not (is_gone or down.refusal or down.has_ended):
@@ -1676,7 +1676,7 @@ class Relay:
     def _end_client(self) -> None:
         """The Node has ended the connection: pass that on, and let the client finish."""
         up, down = self.up, self.down
-        up.check_sink()  # then the end that was read is that of a reset
+        up.check_sink()  # if it raises, the end that was read is that of a reset
         # a client that reads no more has ended it first
         self.remote_ended_first = not (up.is_passed_on or down.refusal)
         self.is_ending = True
@@ -2409,7 +2409,7 @@ class Demand:
         self.maximum = maximum
         self._minimum = minimum
         self._waiting_since = self._spare_since = elapsed_seconds()
-        # how many were to be had, since when, and after how long one more may be
+        # how many were to be had, since when, and after how long one more may be asked for
         self._granted, self._granted_on, self._step_seconds = maximum, 0.0, LIMIT_SECONDS
 
     def restrict(self, since: float, number: int, seconds: int) -> None:
@@ -2669,7 +2669,7 @@ class Forwarder:
             if self._is_closing.is_set():
                 relay.stop()
         relay.carry()
-        if relay.is_awaited:  # before carrier.relay is cleared: measure_delivery has to see one of both
+        if relay.is_awaited:  # before carrier.relay is cleared: measure_delivery has to see one of them
             carrier.awaited = remote
         self._note_connection_end(carrier, relay, had_answer)
         if relay.is_awaited and remote.await_end(QUIET_SECONDS, lambda: self._must_leave(session)):
@@ -2819,10 +2819,10 @@ class Forwarder:
             self._demand.restrict(session.ready_on, others, REPLACE_SECONDS)
 
     def _note_issue_failure(self, why: PlexctlError) -> None:
-        """A session could not be had, of which there are to be no more than now for a while.
+        """A session could not be had: for a while there are to be no more than now.
 
-        The last of the first sessions ends the run. So does the last of all, unless another one may yet be
-        had: with `renew`, or after the end of one that was stuck.
+        If it was the last of the first sessions the run is over. So it is if no session is left, unless
+        another one may yet be had: with `renew`, or after the end of one that was stuck.
         """
         others = len(self._list_live())
         is_refused = isinstance(why, ApiError) and why.status < 500 and not why.passing
@@ -3049,7 +3049,7 @@ class Foreground:
     def finish(self, function: Callable[[], None], seconds: float, slow: str = "") -> None:
         """Run what must still be done, for `seconds` at most; a further signal leaves HURRY_SECONDS.
 
-        But not a hangup, which ssh sends when it has seen the end of --stdio.
+        A hangup does not: ssh sends one as soon as it has seen the end of --stdio.
         `slow` is reported on a terminal if it takes longer than a second.
         """
         began = elapsed_seconds()
