@@ -2948,10 +2948,10 @@ class Messages:
     terminal) delays nothing else.
     """
 
-    def __init__(self, stream: Any, live: bool, quiet: bool) -> None:
+    def __init__(self, stream: Any, mode: str, quiet: bool) -> None:
         self.stream = stream
-        self.is_terminal = terminal_width(stream) > 0
-        self._is_live = live and self.is_terminal and not quiet
+        self.is_terminal = mode != "--stdio" and terminal_width(stream) > 0  # and not in raw mode, by ssh
+        self._is_live = self.is_terminal and mode != "-- COMMAND" and not quiet
         self._is_quiet = quiet
         self._queue: Any = queue.Queue()  # lines, the live line (without a line end), events; None: the end
         if not start_thread(self._write):
@@ -2964,11 +2964,15 @@ class Messages:
 
     def show(self, line: str) -> None:
         """Draw the live line, cut to the terminal, if we are in the foreground and nothing else waits."""
-        if self._is_live and self._queue.empty() and not self._is_in_background():
-            width = max(0, terminal_width(self.stream) - 3)  # the echo of Ctrl-C stands behind it
-            while len(line) > width:
-                line = line.rpartition(", ")[0] or line[:width]
-            self._queue.put(line)
+        if not self._is_live or not self._queue.empty():
+            return
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # no job control, as on Windows
+            if os.tcgetpgrp(self.stream.fileno()) != os.getpgrp():  # `plexctl ... &`
+                return
+        width = max(0, terminal_width(self.stream) - 3)  # the echo of Ctrl-C stands behind it
+        while len(line) > width:
+            line = line.rpartition(", ")[0] or line[:width]
+        self._queue.put(line)
 
     def flush(self) -> None:
         """Wipe the live line, and wait until everything is written, for HURRY_SECONDS at most."""
@@ -2980,13 +2984,6 @@ class Messages:
     def close(self) -> None:
         """End the thread; what is reported later is lost."""
         self._queue.put(None)
-
-    def _is_in_background(self) -> bool:
-        """Return whether the terminal is another process group's now (`plexctl ... &`)."""
-        try:
-            return os.tcgetpgrp(self.stream.fileno()) != os.getpgrp()
-        except (OSError, ValueError):
-            return False
 
     def _write(self) -> None:
         shown = 0  # characters of the live line that stand there
@@ -3683,7 +3680,7 @@ def perform(argv: Sequence[str], environ: Environ, ends_process: bool = False) -
         if prints:
             write_all(sys.stdout, prints, "standard output")
             return EXIT_OK, 0
-        messages = Messages(sys.stderr, options.mode in ("print", "--proxy"), options.quiet)
+        messages = Messages(sys.stderr, options.mode, options.quiet)
         foreground = Foreground(messages)
         handlers = handle_signals(foreground.handle)
         return Run(options, environ, foreground, sys.stdout, core_limit).execute(), 0

@@ -6711,13 +6711,16 @@ def test_ctrl_c_leaves_nothing_of_the_live_line_and_no_row_of_its_own(simulation
     assert "^C" in text and "^C" not in "".join(rows) and "open, " not in "".join(rows), rows
 
 
-@pytest.mark.parametrize("flags", [[], ["--proxy"]], ids=["print", "proxy"])
+@pytest.mark.parametrize("flags, program", [
+    ([], [PLEXCTL]), (["--proxy"], [PLEXCTL]), ([], prepared("import os; del os.tcgetpgrp, os.getpgrp"))],
+    ids=["print", "proxy", "print on Windows"])
 def test_waiting_for_the_node_counts_the_seconds_in_one_line_and_print_mode_says_that_nothing_listens(
-        simulation, terminal, flags):
+        simulation, terminal, flags, program):
     simulation.plane.endpoint_on, simulation.plane.reads_before_endpoint = "read", 3
     simulation.plane.script("issue", hold(1.5))
     screen = terminal(200)
-    with start(simulation, *flags, stdin=screen.slave, stdout=screen.slave, stderr=screen.slave) as process:
+    with start(simulation, *flags, program=program, stdin=screen.slave, stdout=screen.slave,
+               stderr=screen.slave) as process:
         process.wait_for(lambda: b"LOCAL_ADDR" in screen.seen)
         if flags:
             process.send_signal(signal.SIGTERM)
@@ -6810,6 +6813,7 @@ def test_the_live_line_says_no_time_left_where_there_is_no_session(simulation, t
 def test_a_terminal_that_is_somebody_else_s_has_no_live_line(simulation, terminal, flags):
     simulation.target.serve = echo_of(5)
     simulation.plane.endpoint_on, simulation.plane.reads_before_endpoint = "read", 2
+    simulation.plane.script("revoke", hold(1.5))
     screen = terminal(200)
     with start(simulation, *flags, stdin=subprocess.PIPE, stderr=screen.slave) as process:
         process.stdin.write(b"hello")
