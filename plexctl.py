@@ -581,14 +581,14 @@ def show_word(word: str) -> str:
     return "" if may_be_token and not os.path.isdir(os.path.dirname(word)) else f" '{escape(word)}'"
 
 
-def find_file_fault(status: os.stat_result, forbidden_bits: int) -> str:
+def find_file_fault(path: str, status: os.stat_result, forbidden_bits: int) -> str:
     """Say why a file is not safe: it must be ours or root's, without these permission bits. "" if it is."""
     if os.name != "posix":
         return ""
     if status.st_uid not in (os.geteuid(), 0):
         return f"is owned by uid {status.st_uid}, must be yours or root's"
     mode = stat.S_IMODE(status.st_mode)
-    advice = "chmod go-w" if forbidden_bits == WRITE_BITS else "chmod 600"
+    advice = ("chmod go-w " if forbidden_bits == WRITE_BITS else "chmod 600 ") + escape(path)
     return f"permissions {mode:04o} are too open; run {advice}" if mode & forbidden_bits else ""
 
 
@@ -619,7 +619,7 @@ def read_own_file(path: str, source: str, forbidden_bits: int = ALL_BITS, limit:
             if not (is_file or at_stdin or stat.S_ISFIFO(status.st_mode)):
                 raise kind(f"{source}: must be a regular file or a pipe")
             is_redirected = path == "-" or (at_stdin and not is_file)  # and the caller knows what it is
-            fault = "" if is_redirected else find_file_fault(status, forbidden_bits)
+            fault = "" if is_redirected else find_file_fault(path, status, forbidden_bits)
             if fault and source.startswith("--token-file"):
                 fault += " (a mounted secret: --token-file - < FILE)"
             if fault:
@@ -1224,7 +1224,7 @@ class AuditLog(logging.Handler):
                 os.makedirs(os.path.dirname(path), exist_ok=True)
             self._descriptor = os.open(path, flags, 0o600)
             status = os.fstat(self._descriptor)
-            fault = find_file_fault(status, WRITE_BITS)
+            fault = find_file_fault(path, status, WRITE_BITS)
             if not stat.S_ISREG(status.st_mode):  # a device might keep nothing
                 fault = "must be a regular file"
         except (OSError, ValueError) as error:
@@ -3229,7 +3229,7 @@ def describe_unknown(flag: str) -> str:
         return (f"several words in one argument{name}: $TARGET must not be quoted, and zsh and fish do not "
                 "split it")
     if len(flag) < 3 or flag[:2] != "--":
-        return "unknown flag " + escape(flag[:2]) + ("..." if flag[2:] else "")
+        return "unknown flag " + escape(flag[:2]) + ("...; short flags take no value" if flag[2:] else "")
     return f"unknown flag {escape(flag, 40)}{suggest(flag, FLAG_NAMES)}"
 
 

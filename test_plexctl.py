@@ -1937,10 +1937,11 @@ def test_a_config_or_token_file_that_others_may_use_exits_3(cli, lone_plane, tmp
     if owner:
         os.chown(path, owner, 0)
         os.chown(str(tmp_path / ".config" / "plexctl" / "config.json"), owner, 0)
-    fault = "owned by uid 65534" if owner else "permissions %04o are too open; run chmod 600" % mode
+    fault = "owned by uid 65534" if owner else "permissions %04o are too open; run chmod 600 /" % mode
     failed(cli(["tcp-forward"] + REQUIRED_FLAGS, environ), 3, "config.json", fault)
     for each in (path, path + ".link"):
-        failed(forward_to(cli, lone_plane, "--token-file", each), 3, "--token-file " + each, fault)
+        failed(forward_to(cli, lone_plane, "--token-file", each), 3, "--token-file " + each,
+               fault.replace(" /", " " + each))
     assert lone_plane.requests == []
 
 
@@ -2185,7 +2186,8 @@ USAGE_ERRORS += [(["tcp-forward"] + REQUIRED_FLAGS + words, flag) for words, fla
     (["--profile", "--yes"], "--profile: needs a value; is a variable empty?"),
     (["--host=-v"], "--host: needs a value; is a variable empty?"),
     (["--token-file", ""], "--token-file: needs a value; is a variable empty?"),
-    (["-=--yes"], "-"), (["-vx"], "-v..."), (["-q="], "-q..."), (["tcp-forward"], "argument"),
+    (["-=--yes"], "-"), (["-vx"], "-v..."), (["-q="], "-q..."),
+    (["-v=true"], "-v...; short flags take no value"), (["tcp-forward"], "argument"),
     (["--x y"], "several words"),
     ([" ".join(REQUIRED_FLAGS)], "several words in one argument (--project-id ...)"),
     (["psql", "-h", "x"], "unexpected argument 'psql'; put -- before the command to run"),
