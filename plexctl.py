@@ -3129,6 +3129,7 @@ FLAGS: Dict[str, List[Tuple[str, Any, str]]] = {  # by group: flag, parser of it
         ("-h --help", None, "print this help")]}
 FLAG_ROWS = [row for rows in FLAGS.values() for row in rows]
 FLAG_NAMES = [word for flag, _, _ in FLAG_ROWS for word in flag.split() if word[0] == "-"]
+VALUE_PARSERS = {flag.split()[0]: parse for flag, parse, _ in FLAG_ROWS if parse is not None}
 
 
 class Parser(argparse.ArgumentParser):
@@ -3154,15 +3155,14 @@ def create_parser() -> Parser:
     for title, rows in FLAGS.items():
         group = parser.add_argument_group(title)
         for flag, parse, text in rows:
+            *names, last = flag.split()
             if parse is not None:
-                name, metavar = flag.split()
-                group.add_argument(name, metavar=metavar, action="append", help=text)
+                group.add_argument(*names, metavar=last, action="append", help=text)
             else:
-                names = flag.split()
-                group.add_argument(*names, action="store_true", help=text)
+                group.add_argument(*names, last, action="store_true", help=text)
                 for value in ("true", "false"):
-                    group.add_argument(f"{names[-1]}={value}", action="store_" + value,
-                                       dest=attribute_of(names[-1]), help=argparse.SUPPRESS)
+                    group.add_argument(f"{last}={value}", action="store_" + value, dest=attribute_of(last),
+                                       help=argparse.SUPPRESS)
     parser.set_defaults(ttl_seconds=["0"], wait_seconds=["90"], output=["text"])
     return parser
 
@@ -3207,18 +3207,15 @@ def convert_values(options: argparse.Namespace) -> None:
     missing = [flag for flag in REQUIRED if getattr(options, attribute_of(flag)) is None]
     if missing:
         raise UsageError(f"missing arguments: {', '.join(missing)}")
-    for flag, parse, _ in FLAG_ROWS:
-        if parse is None:
-            continue
-        name = flag.split()[0]
-        for value in getattr(options, attribute_of(name)) or []:
+    for flag, parse in VALUE_PARSERS.items():
+        for value in getattr(options, attribute_of(flag)) or []:
             # the next flag, as --host=-v; argparse makes --port=-- an empty list, up to 3.12
             if not value or re.match("-[^0-9]", value):
-                raise UsageError(f"{name}: needs a value; is a variable empty?")
+                raise UsageError(f"{flag}: needs a value; is a variable empty?")
             try:
-                setattr(options, attribute_of(name), parse(value))
+                setattr(options, attribute_of(flag), parse(value))
             except ValueError as error:
-                raise UsageError(f"{name}: {error}") from None
+                raise UsageError(f"{flag}: {error}") from None
 
 
 def describe_unknown(flag: str) -> str:
