@@ -2950,7 +2950,7 @@ class Messages:
 
     def __init__(self, stream: Any, mode: str, quiet: bool) -> None:
         self.stream = stream
-        self.is_terminal = mode != "--stdio" and terminal_width(stream) > 0  # and not in raw mode, by ssh
+        self.is_terminal = mode != "--stdio" and terminal_width(stream) > 0  # ssh's may be in raw mode
         self._is_live = self.is_terminal and mode != "-- COMMAND" and not quiet
         self._is_quiet = quiet
         self._queue: Any = queue.Queue()  # lines, the live line (without a line end), events; None: the end
