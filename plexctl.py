@@ -3254,12 +3254,11 @@ def check_together(options: argparse.Namespace) -> None:
     if modes and os.name != "posix":
         raise UsageError(f"{modes[0]} needs Linux or macOS; on Windows, use WSL")
     options.mode = modes[0] if modes else "print"
-    if options.mode in ("print", "--stdio"):
-        useless = given("--max-sessions", "--min-sessions", "--renew", "--allow-other-users")
-        if local and (local.path or options.stdio):
-            useless.append("--local-addr unix:" if local.path else "--local-addr")
-        if useless:
-            raise UsageError(f"{useless[0]} needs --proxy or -- COMMAND")
+    listening_flags = given("--max-sessions", "--min-sessions", "--renew", "--allow-other-users")
+    if local and (local.path or options.stdio):
+        listening_flags.append("--local-addr unix:" if local.path else "--local-addr")
+    if listening_flags and options.mode in ("print", "--stdio"):
+        raise UsageError(f"{listening_flags[0]} needs --proxy or -- COMMAND")
     if options.keep_session and not modes:
         raise UsageError("--keep-session needs --proxy, --stdio or -- COMMAND")
     for flag in given("--token-file", "--ca-file"):
