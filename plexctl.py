@@ -537,13 +537,13 @@ CA_FILE_MAX_BYTES = 16 * 1024 * 1024
 OPEN_AT_ONCE = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
 ALL_BITS, WRITE_BITS = 0o077, 0o022  # of the group and of others
 TOKEN_FAULTS = (  # the first that matches at the beginning counts
-    (rb"\Z", "is empty"),
-    (rb"\xef\xbb\xbf|\xff\xfe|\xfe\xff", "starts with a byte-order mark; save it as plain ASCII"),
-    (rb"(?i)bearer ", 'starts with "Bearer "; give the token alone'),
-    (rb".*[\r\n]", "contains a line break"),
-    (rb".*[ \t]", "contains a space"),
-    (rb".*[^!-~]", "contains a character that is not printable ASCII"),
-    (rb".{8193}", "is longer than 8192 characters"))
+    (r"\Z", "is empty"),
+    ("\ufeff|\udcff\udcfe|\udcfe\udcff", "starts with a byte-order mark; save it as plain ASCII"),
+    (r"(?i)bearer ", 'starts with "Bearer "; give the token alone'),
+    (r".*[\r\n]", "contains a line break"),
+    (r".*[ \t]", "contains a space"),
+    (r".*[^!-~]", "contains a character that is not printable ASCII"),
+    (r".{8193}", "is longer than 8192 characters"))
 
 
 class Secret:
@@ -566,13 +566,13 @@ class Secret:
         raise TypeError("a Secret is not pickled or copied")
 
 
-def parse_token(raw: bytes, source: str) -> Secret:
-    """Parse a bearer token. One line end is dropped; CredentialsError says what is wrong with the rest."""
-    raw = raw[:-2] if raw.endswith(b"\r\n") else raw[:-1] if raw.endswith(b"\n") else raw
+def check_token(token: Secret) -> Secret:
+    """Return a bearer token without its line end; CredentialsError says what is wrong with the rest."""
+    text = re.sub(r"\r?\n\Z", "", token.reveal())
     for pattern, fault in TOKEN_FAULTS:
-        if re.match(pattern, raw, re.DOTALL):
-            raise CredentialsError(f"{source}: the token {fault}")
-    return Secret(raw.decode("ascii"), source)
+        if re.match(pattern, text, re.DOTALL):
+            raise CredentialsError(f"{token.source}: the token {fault}")
+    return Secret(text, token.source)
 
 
 def show_word(word: str) -> str:
@@ -650,41 +650,49 @@ def is_object(value: Any, **types: type) -> bool:
         name in types and isinstance(value[name], types[name]) for name in value)
 
 
-class Profile(NamedTuple):
-    """What a profile of the config file holds; either may be missing."""
+class Source(NamedTuple):
+    """A place that may have a server, or a token as it was found, or both."""
 
+    name: str = ""  # of the server, for messages
     server: str = ""
     token: Optional[Secret] = None
+    is_profile: bool = False  # its token goes to its own server only
 
 
-def read_profile(name: str, environ: Environ) -> Profile:
+def read_token_file(path: str) -> Secret:
+    """Read --token-file; a message names it, unless it may be the token itself."""
+    is_path = path[:1] in "/.~-" or os.path.lexists(path)
+    source = "--token-file" + (" " + escape(path) if is_path else show_word(path))
+    return Secret(read_own_file(path, source).decode("utf-8", "surrogateescape"), source)
+
+
+def read_profile(name: str, environ: Environ) -> Source:
     """Read a profile of the config file, the default one for ""."""
     path = find_own_file("XDG_CONFIG_HOME", ".config", "config.json", environ)
-    source = "config file " + escape(path)
+    file = "config file " + escape(path)
     try:
-        document = parse_json(read_own_file(path, source))
+        document = parse_json(read_own_file(path, file))
     except ValueError:
         document = None
     except CredentialsError as error:
         if not isinstance(error.__cause__, (FileNotFoundError, NotADirectoryError)):
             raise
         if name:
-            raise CredentialsError(f"--profile: there is no {source}; expected {CONFIG_SHAPE}") from None
-        return Profile()
+            raise CredentialsError(f"--profile: there is no {file}; expected {CONFIG_SHAPE}") from None
+        return Source()
     profiles = document.get("profiles") if is_object(document, default=str, profiles=dict) else None
     if profiles is None or not all(is_object(entry, server=str, token=str) for entry in profiles.values()):
-        raise CredentialsError(f"{source}: expected {CONFIG_SHAPE}")
+        raise CredentialsError(f"{file}: expected {CONFIG_SHAPE}")
     wanted = name or document.get("default")
     if not wanted:
-        return Profile()
+        return Source()
     if wanted not in profiles:
         flag, available = "--profile" if name else '"default"', escape(", ".join(sorted(profiles)))
-        raise CredentialsError(f"{flag}: no profile{show_word(wanted)} in {source}; "
+        raise CredentialsError(f"{flag}: no profile{show_word(wanted)} in {file}; "
                                f"available: {available or 'none'}")
     server, token = profiles[wanted].get("server", ""), profiles[wanted].get("token")
-    if token is None:
-        return Profile(server)
-    return Profile(server, parse_token(token.encode("utf-8"), f"token of a profile in {source}"))
+    return Source("server of the profile" if name else "server of the default profile", server,
+                  None if token is None else Secret(token, f"token of a profile in {file}"), is_profile=True)
 
 
 def check_server(text: str, source: str, allow_http: bool) -> Server:
@@ -699,34 +707,28 @@ def resolve_credentials(server_flag: Optional[str], profile_flag: Optional[str],
                         allow_http: bool, environ: Environ) -> Tuple[Server, Secret]:
     """Find server and bearer token, each in: its flag, --profile, the environment, the default profile.
 
-    A token that stands in a profile goes to that profile's own server and to no other.
+    A token that stands in a profile goes to that profile's own server and to no other. ControlPlane checks
+    what the token consists of.
     """
-    url, variable = environ.get("PLEXSPHERE_URL"), environ.get("PLEXSPHERE_TOKEN", "")
-    named = read_profile(profile_flag, environ) if profile_flag else Profile()
-    needs_default = not (server_flag or named.server or url) or not (token_file or named.token or variable)
-    default = read_profile("", environ) if needs_default else Profile()
-
-    for server_source, text in (("--server", server_flag), ("server of the profile", named.server),
-                                ("PLEXSPHERE_URL", url), ("server of the default profile", default.server)):
-        if text:
-            server = check_server(text, server_source, allow_http)
-            break
-    else:
+    variable = environ.get("PLEXSPHERE_TOKEN")
+    sources = [
+        Source("--server", server_flag or "", read_token_file(token_file) if token_file else None),
+        read_profile(profile_flag, environ) if profile_flag else Source(),
+        Source("PLEXSPHERE_URL", environ.get("PLEXSPHERE_URL", ""),
+               Secret(variable, "PLEXSPHERE_TOKEN") if variable else None)]
+    if not any(each.server for each in sources) or not any(each.token for each in sources):
+        sources.append(read_profile("", environ))
+    place = next((each for each in sources if each.server), Source())
+    owner = next((each for each in sources if each.token), Source())
+    if not place.server:
         raise UsageError("no server: give --server, a profile, or PLEXSPHERE_URL")
-
-    if token_file:
-        is_path = token_file[:1] in "/.~-" or os.path.lexists(token_file)  # else it may be the token itself
-        source = "--token-file" + (" " + escape(token_file) if is_path else show_word(token_file))
-        return server, parse_token(read_own_file(token_file, source), source)
-    if variable and not named.token:
-        return server, parse_token(variable.encode("utf-8", "surrogateescape"), "PLEXSPHERE_TOKEN")
-    owner = named if named.token else default
+    server = check_server(place.server, place.name, allow_http)
     if not owner.token:
         raise CredentialsError("no credentials: give --token-file, a profile, or PLEXSPHERE_TOKEN")
-    # the same scheme, host and port (RFC 6454, section 5)
-    if not owner.server or check_server(owner.server, "server of the profile", allow_http)[:3] != server[:3]:
-        raise CredentialsError(f"the token of a profile goes only to that profile's own server, and "
-                               f"{server_source} names another one; give --token-file for that")
+    if owner.is_profile:  # the same scheme, host and port (RFC 6454, section 5)
+        if not owner.server or check_server(owner.server, owner.name, allow_http)[:3] != server[:3]:
+            raise CredentialsError("the token of a profile goes only to that profile's own server, and "
+                                   f"{place.name} names another one; give --token-file for that")
     return server, owner.token
 
 
@@ -975,7 +977,7 @@ class ControlPlane:
                  report: Report = lambda line: None, notice: Report = lambda line: None) -> None:
         self.server = server
         self.cancel = cancel or threading.Event()
-        self._token = parse_token(token.reveal().encode("utf-8", "surrogateescape"), token.source)
+        self._token = check_token(token)
         self._session_tokens: Dict[str, Secret] = {}  # by session_id, until it is revoked
         self._report = report
         self._notice = notice

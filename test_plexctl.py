@@ -1846,7 +1846,7 @@ def test_the_first_server_and_the_first_token_found_win(tmp_path, server, profil
     """A token file comes before every other token: where none is expected, there is one."""
     token_file = ""
     if expected != 3 and " " not in expected:
-        token_file, expected = write_private(tmp_path / "token", "psk_file\n"), expected + " psk_file"
+        token_file, expected = write_private(tmp_path / "token", "psk_file"), expected + " psk_file"
     assert resolve(tmp_path, server, profile, token_file, environ) == expected
 
 
