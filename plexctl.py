@@ -298,14 +298,7 @@ def matching(pattern: str, what: str, convert: Callable[[str], Any] = str) -> Ca
     return parse
 
 
-def one_of(*words: str) -> Callable[[str], Any]:
-    """Return a parser that accepts these words (of letters, digits and hyphens)."""
-    return matching("|".join(words), "one of " + ", ".join(words))
-
-
-UUID_WORDS = "a UUID of 8-4-4-4-12 hexadecimal digits"
-parse_uuid = matching(UUID_PATTERN, UUID_WORDS, str.lower)
-parse_session_id = matching(UUID_PATTERN, UUID_WORDS)  # which goes back as the server wrote it
+parse_uuid = matching(UUID_PATTERN, "a UUID of 8-4-4-4-12 hexadecimal digits", str.lower)
 parse_seconds = matching(r"[0-9]{1,9}(\.[0-9]{1,9})?", "a number of seconds, 0 or more", float)
 
 
@@ -329,8 +322,8 @@ def parse_target_host(text: str) -> str:
 
 def parse_address(host: str) -> Union[ipaddress.IPv4Address, ipaddress.IPv6Address, None]:
     """Parse an IP address literal, an IPv4-mapped one as IPv4; return None for anything else."""
-    # ipaddress takes 010.0.0.1 up to 3.9.4, which is octal for connect()
-    if not re.fullmatch("[0-9a-fA-F:.]+", host) or re.search(r"\b0[0-9]+\.|\.0[0-9]", host):
+    # ipaddress takes ::1%lo, and up to 3.9.4 also 010.0.0.1, which is octal for connect()
+    if re.search(r"[^0-9a-fA-F:.]|\b0[0-9]+\.|\.0[0-9]", host):
         return None
     try:
         address = ipaddress.ip_address(host)
@@ -1156,7 +1149,8 @@ class ControlPlane:
 
     def _parse_issued(self, answer: Exchange, asked_on: float) -> IssuedSession:
         fields = self._parse_body(answer)
-        session_id = take(ISSUE, fields, "session_id", parse_session_id)
+        take(ISSUE, fields, "session_id", parse_uuid)
+        session_id = fields["session_id"]  # which goes back as the server wrote it
         token = take(ISSUE, fields, "token", matching("[!-~]{1,65536}", "printable ASCII", Secret))
         self._session_tokens[session_id] = token
         expires = take(ISSUE, fields, "expires_at", parse_time)
@@ -1168,8 +1162,9 @@ class ControlPlane:
 
     def _parse_session(self, operation: str, fields: Dict[str, Any], session_id: str) -> Session:
         take(operation, fields, "id", matching("(?i)" + session_id, "that of the session"))
-        take(operation, fields, "kind", one_of("tcp"))
-        return Session(session_id, take(operation, fields, "status", one_of("active", "revoked", "expired")),
+        take(operation, fields, "kind", matching("tcp", "tcp"))
+        status = matching("active|revoked|expired", "active, revoked or expired")
+        return Session(session_id, take(operation, fields, "status", status),
                        take(operation, fields, "issued_at", parse_time, optional=True) or 0.0,
                        take(operation, fields, "listener_endpoint", self._parse_endpoint, optional=True),
                        self._show(fields.get("revoke_reason")))
@@ -3122,7 +3117,7 @@ FLAGS: Dict[str, List[Tuple[str, Any, str]]] = {  # by group: flag, parser of it
          "bearer token file, mode 0600; - is stdin (or PLEXSPHERE_TOKEN, or a profile)"),
         ("--ca-file PATH", str, "CA bundle to use instead of the system's"),
         ("--allow-http", None, "allow a plain-http server that is not loopback"),
-        ("--output FORMAT", one_of("text", "json", "yaml"), "text (default), json or yaml"),
+        ("--output FORMAT", matching("text|json|yaml", "text, json or yaml"), "text (default), json or yaml"),
         ("--reveal-secrets", None, "print the session token to stderr, and record that"),
         ("-v --verbose", None, "log requests and connections to stderr"),
         ("-q --quiet", None, "print errors only on stderr"),
