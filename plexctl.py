@@ -733,6 +733,8 @@ def resolve_credentials(server_flag: Optional[str], profile_flag: Optional[str],
 ISSUE, GET, REVOKE = "IssueSession", "GetSession", "RevokeSession"
 SUCCESS = range(200, 300)
 EXPECTED = {ISSUE: {201}, GET: {200}, REVOKE: {*SUCCESS, 404, 409, 410}}  # one that is gone counts as revoked
+# a server may fail after it has issued a session, or a gateway lose the answer, but 501 and 503 did nothing
+NONE_ISSUED = {*range(300, 500), 501, 503}
 ISSUE_ATTEMPTS = 3
 JITTER_SECONDS = 0.2
 RETRY_AFTER_MAX_SECONDS = 5
@@ -793,9 +795,8 @@ class Exchange(urllib.request.AbstractHTTPHandler):
         self.status = 0
         self.headers: Any = {}  # email.message.Message
         self.body = bytearray()
-        self.fault = "not performed"  # why there is no answer; "": there is one
+        self.fault = ""  # why there is no answer, or none is waited for any more
         self.sent = False  # the server may have the request
-        self.is_given_up = False
         self.connection: Optional[PlaneConnection] = None
 
     def http_open(self, request: urllib.request.Request) -> Any:
@@ -817,8 +818,8 @@ class Exchange(urllib.request.AbstractHTTPHandler):
                 fault = self._read_body(response)
         except Exception as error:  # OSError, HTTPException, ValueError, RecursionError, MemoryError, ...
             fault = show_error(error)  # the error itself, its context too, would hold the request
-        if not self.is_given_up:  # the status of an error is enough, even if its body could not be read
-            self.fault = "" if self.status and self.status not in SUCCESS else fault
+        if not self.status or self.status in SUCCESS:  # of an error the status is enough
+            self.fault = self.fault or fault
 
     def _read_body(self, response: Any) -> str:
         """Read the body in pieces; return what is wrong with it, "" if nothing is.
@@ -826,7 +827,7 @@ class Exchange(urllib.request.AbstractHTTPHandler):
         A chunk of size -1 would make read() read without limit, and read() does not notice an early end.
         """
         length = response.length  # None: in chunks, or until the connection ends
-        while len(self.body) != length and not self.is_given_up:
+        while len(self.body) != length and not self.fault:
             piece = response.read1(BODY_MAX_BYTES)
             if not piece:
                 return "the answer was cut off" if length else ""
@@ -837,7 +838,7 @@ class Exchange(urllib.request.AbstractHTTPHandler):
 
     def give_up(self, fault: str = "given up") -> None:
         """Make the thread end: amid the body at its next piece, else at once, once it is connected."""
-        self.is_given_up, self.fault = True, fault
+        self.fault = fault
         sock = self.connection and self.connection.sock
         if sock:
             with contextlib.suppress(OSError):  # it is not open any more
@@ -862,9 +863,9 @@ class PlaneConnection(http.client.HTTPConnection):
             self.sock = exchange.context.wrap_socket(self.sock, server_hostname=exchange.server_name,
                                                      do_handshake_on_connect=False)
             self.sock.do_handshake()
-        # in this order: either _judge sees `sent`, or this thread sees `is_given_up` and sends nothing
+        # in this order: either _judge sees `sent`, or this thread sees that it was given up and sends nothing
         exchange.sent = True
-        if exchange.is_given_up:
+        if exchange.fault:
             raise TimeoutError
         self.sock.settimeout(EXCHANGE_SECONDS)
 
@@ -875,7 +876,7 @@ def find_session_id(answer: Exchange) -> str:
     if raw.startswith(b"\x1f\x8b"):  # gzip, which nobody asked for
         with contextlib.suppress(zlib.error):
             raw = zlib.decompressobj(16 + zlib.MAX_WBITS).decompress(raw, BODY_MAX_BYTES)
-    text = raw.decode("utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8", "replace")
+    text = raw.replace(b"\0", b"").decode("latin-1")  # what is ASCII in UTF-8, UTF-16 and UTF-32
     for name in ("session_id", "id"):  # of IssuedSession, and of the Session in it
         found = re.search(rf'"{name}"\s*:\s*"({UUID_PATTERN})"', text)
         if found:
@@ -1014,8 +1015,9 @@ class ControlPlane:
                 return issued
             except (TransportError, ApiError) as failure:
                 error: PlexctlError = failure
-            may_exist = may_exist or error.may_exist or answer.status in SUCCESS
-            if not error.passing or attempt == ISSUE_ATTEMPTS or self.cancel.is_set():
+            is_under_way = answer.status == 409 and error.passing  # the first request with this key
+            may_exist = may_exist or is_under_way or (answer.sent and answer.status not in NONE_ISSUED)
+            if not error.passing or attempt == ISSUE_ATTEMPTS:
                 break
             wait = error.retry_after_seconds
             if wait is None:
@@ -1047,8 +1049,8 @@ class ControlPlane:
               seconds: float = EXCHANGE_SECONDS) -> Exchange:
         """Perform an exchange; give it up when its time is up, a GetSession also when the run is ending."""
         request = urllib.request.Request(str(self.server) + path, headers={
-            "Accept": "application/json, application/problem+json", "User-Agent": "plexctl/" + __version__})
-        request.add_unredirected_header("Authorization", "Bearer " + self._token.reveal())
+            "Accept": "application/json, application/problem+json", "User-Agent": "plexctl/" + __version__,
+            "Authorization": "Bearer " + self._token.reveal()})
         if body is not None:  # and then it is a POST
             request.data = json.dumps(body).encode("ascii")
             request.add_header("Content-Type", "application/json")
@@ -1080,8 +1082,7 @@ class ControlPlane:
             passing = not fault.startswith(("certificate", "TLS failed", "the proxy refused: 407"))
             tried = "no complete answer from" if answer.sent else "cannot connect to"
             advice = " (--ca-file names another CA)" if re.search("issuer|self.signed", fault) else ""
-            raise TransportError(f"{operation}: {tried} {self._peer}: {fault}{advice}", passing=passing,
-                                 may_exist=answer.sent and operation == ISSUE)
+            raise TransportError(f"{operation}: {tried} {self._peer}: {fault}{advice}", passing=passing)
         if answer.status not in EXPECTED[operation]:
             raise self._parse_problem(answer)
 
@@ -1091,27 +1092,22 @@ class ControlPlane:
             problem = self._parse_body(answer)
         except TransportError:
             problem = {}
-        shown = {name: self._show(problem.get(name)) for name in (
-            "title", "detail", "code", "reason", "relation_path", "correlation_id")}
-        status, code = answer.status, shown["code"]
-        title = shown["title"] or http.client.responses.get(status, "")
-        text = f"{answer.operation}: {status} {title}".rstrip()
-        text += (f": {shown['detail']}" if shown["detail"] else "") + (f" ({code})" if code else "")
+        status = answer.status
+        title, detail, code = (self._show(problem.get(name)) for name in ("title", "detail", "code"))
+        text = f"{answer.operation}: {status} {title or http.client.responses.get(status, '')}".rstrip()
+        text += (f": {detail}" if detail else "") + (f" ({code})" if code else "")
         for name in ("reason", "relation_path", "correlation_id"):
-            if shown[name]:
-                text += f"; {name.replace('_', ' ')} {shown[name]}"
+            value = self._show(problem.get(name))
+            if value:
+                text += f"; {name.replace('_', ' ')} {value}"
         retry_after = parse_retry_after(answer.headers.get("Retry-After"))
         is_rate_limit = status == 429 and retry_after is not None  # else it is the limit of sessions
         is_under_way = status == 409 and code == "idempotent_replay"  # the first request with this key
         passing = status in (502, 503, 504) or is_rate_limit or is_under_way or (
             answer.operation == REVOKE and (status == 429 or status >= 500))
-        # a server may fail after it has issued a session, or a gateway lose the answer, but 501 and 503 did
-        # nothing; a success other than 201 may have issued one, too
-        may_exist = answer.operation == ISSUE and (
-            status < 300 or is_under_way or (status >= 500 and status not in (501, 503)))
         forbidden = EXIT_REBAC_DENIED if code == "rebac_denied" else EXIT_FORBIDDEN
         return ApiError(text + self._advise(answer, code, is_rate_limit), passing=passing, status=status,
-                        code=code, may_exist=may_exist, retry_after_seconds=retry_after,
+                        code=code, retry_after_seconds=retry_after,
                         exit_code={401: EXIT_CREDENTIALS, 403: forbidden}.get(status, EXIT_FAILURE))
 
     def _advise(self, answer: Exchange, code: str, is_rate_limit: bool) -> str:
