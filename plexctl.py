@@ -402,12 +402,10 @@ def parse_local_address(text: str) -> LocalAddress:
         if path[:1] != "/" or not path.isprintable() or len(os.fsencode(path)) > SOCKET_PATH_MAX_BYTES:
             raise ValueError(f"must be unix: and an absolute path of at most {SOCKET_PATH_MAX_BYTES} bytes")
         return LocalAddress("", 0, path)
-    try:
+    with contextlib.suppress(ValueError):
         host, port = parse_endpoint(re.sub("(?i)^localhost:", "127.0.0.1:", text), lowest_port=0)
         if parse_address(host):
             return LocalAddress(host, port)
-    except ValueError:
-        pass
     raise ValueError("must be ADDRESS:PORT, such as 127.0.0.1:15432, or unix:/path; ADDRESS is an IP address "
                      "or localhost")
 
@@ -460,14 +458,12 @@ def parse_json(raw: bytes) -> Any:
             raise ValueError("duplicate key")
         return fields
 
-    try:
+    with contextlib.suppress(ValueError, RecursionError, MemoryError):
         # Python 3.6 needs 15 s for an int of 1 MiB; as a float it is infinite, which allow_nan=False refuses
         document = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_int=float)
         json.dumps(document, ensure_ascii=False, allow_nan=False).encode("utf-8")
         return document
-    except (ValueError, RecursionError, MemoryError):
-        pass  # raised below: the context of an exception would hold the text
-    raise ValueError("not valid JSON")
+    raise ValueError("not valid JSON")  # not above: the context of an exception would hold the text
 
 
 def show_count(count: int, noun: str) -> str:
@@ -1017,7 +1013,7 @@ class ControlPlane:
                 error: PlexctlError = failure
             is_under_way = answer.status == 409 and error.passing  # the first request with this key
             may_exist = may_exist or is_under_way or (answer.sent and answer.status not in NONE_ISSUED)
-            if not error.passing or attempt == ISSUE_ATTEMPTS:
+            if not error.passing or attempt == ISSUE_ATTEMPTS or self.cancel.is_set():
                 break
             wait = error.retry_after_seconds
             if wait is None:
@@ -1207,9 +1203,7 @@ class AuditLog(logging.Handler):
         self._has_written = False
         given = environ.get("PLEXCTL_AUDIT_LOG", "")
         path = given or find_own_file("XDG_STATE_HOME", ".local/state", "audit.log", environ)
-        if not path:
-            raise PlexctlError("audit log: no home directory for it (PLEXCTL_AUDIT_LOG names a file)")
-        self._source = "audit log " + escape(path)
+        self._source = "audit log " + (escape(path) or "without a home directory")
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | OPEN_AT_ONCE
         umask = os.umask(0o077)  # from 3.7 on the mode of os.makedirs is that of the last directory alone
         try:
@@ -1217,9 +1211,8 @@ class AuditLog(logging.Handler):
                 os.makedirs(os.path.dirname(path), exist_ok=True)
             self._descriptor = os.open(path, flags, 0o600)
             status = os.fstat(self._descriptor)
-            fault = find_file_fault(path, status, WRITE_BITS)
-            if not stat.S_ISREG(status.st_mode):  # a device might keep nothing
-                fault = "must be a regular file"
+            is_file = stat.S_ISREG(status.st_mode)  # a device might keep nothing
+            fault = find_file_fault(path, status, WRITE_BITS) if is_file else "must be a regular file"
         except (OSError, ValueError) as error:
             fault = "cannot be opened: " + show_error(error)
         finally:
@@ -1280,7 +1273,7 @@ class AuditLog(logging.Handler):
         line = (record.getMessage() + "\n").encode("ascii")
         size = os.lseek(self._descriptor, 0, os.SEEK_END)
         os.lseek(self._descriptor, max(0, size - 1), os.SEEK_SET)
-        if size and os.read(self._descriptor, 1) != b"\n":
+        if os.read(self._descriptor, 1) not in (b"", b"\n"):
             line = b"\n" + line  # behind what a full disk cut short
         if os.write(self._descriptor, line) != len(line):
             raise OSError(errno.ENOSPC, "short write")
