@@ -1772,7 +1772,7 @@ class EndpointMissing(PlexctlError):
 class Ledger:
     """Issues sessions, and owes each of them one revocation, from the moment its id is known.
 
-    It is revoked by `give_back`, or at the end of the run by `leave`, unless `keep` was called before.
+    It is revoked by `give_back`, or at the end of the run by `leave`, unless it is kept by then (`is_kept`).
     Safe to use from several threads. `report` takes lines for people, `say` what only -v shows.
     """
 
@@ -1781,15 +1781,15 @@ class Ledger:
         self.plane = plane
         self.report = report
         self.say = say
+        self.is_kept = False  # what is owed is left to the operator
         self._project_id = project_id
         self._changed = threading.Condition()  # guards what follows
-        self._known: Dict[str, str] = {}  # by session_id in lower case: until when it lasts, in words
-        self._owed: Set[str] = set()  # session_ids, until their revocation begins
+        self._known: Set[str] = set()  # every session_id, in lower case
+        self._owed: Dict[str, str] = {}  # by session_id, until its revocation begins: when it expires
         self._revoking: Set[str] = set()
         self._issuing = 0
         self._unknown: List[PlexctlError] = []  # each may have left a session
         self._is_closed = False
-        self._is_kept = False
         self._told: Set[str] = set()
 
     def tell_once(self, line: str, subject: str = "") -> bool:
@@ -1802,15 +1802,15 @@ class Ledger:
         return is_new
 
     def issue(self, request: SessionRequest) -> IssuedSession:
-        """Issue a session: see ControlPlane.issue. One that comes with a bad answer is given back."""
+        """Issue a session: see ControlPlane.issue. What comes with a bad answer or too late is given back."""
         issued: List[str] = []
 
         def owe(session_id: str) -> None:
             with self._changed:
                 if session_id.lower() in self._known:
                     raise TransportError(f"{ISSUE}: the answer's session_id is that of an earlier session")
-                self._known[session_id.lower()] = "it expires"
-                self._owed.add(session_id)
+                self._known.add(session_id.lower())
+                self._owed[session_id] = "it expires"
                 issued.append(session_id)
 
         with self._changed:
@@ -1820,19 +1820,21 @@ class Ledger:
         try:
             session = self.plane.issue(request, owe)
             with self._changed:
-                self._known[session.session_id.lower()] = session.expires_at
+                if self._is_closed:
+                    raise Cancelled("interrupted")
+                self._owed[session.session_id] = session.expires_at
+                self._issuing -= 1
             return session
-        except PlexctlError as error:
-            if error.may_exist:
-                with self._changed:
-                    self._unknown.append(error)
-            for session_id in issued:
-                self.give_back(session_id)
-            raise
-        finally:
+        except BaseException as error:
             with self._changed:
+                if isinstance(error, PlexctlError) and error.may_exist:
+                    self._unknown.append(error)
+                due = self._claim(issued)
                 self._issuing -= 1
                 self._changed.notify_all()
+            for session_id in due:
+                self._revoke(session_id)
+            raise
 
     def has_issued(self) -> bool:
         """Return whether there has been a session."""
@@ -1843,58 +1845,47 @@ class Ledger:
         """Ask for a session: see ControlPlane.get."""
         return self.plane.get(self._project_id, session_id, seconds)
 
-    def give_back(self, session_id: str, still_works: bool = False) -> None:
-        """Revoke a session now, unless that has begun, or it `still_works` and is kept. Never raises."""
+    def give_back(self, session_id: str) -> None:
+        """Revoke a session now, unless that has begun. Never raises."""
         with self._changed:
-            due = set() if still_works and self._is_kept else self._claim({session_id})
+            due = self._claim([session_id])
         for each in due:
             self._revoke(each)
 
-    def keep(self) -> None:
-        """Leave the sessions to the operator: `leave` will not revoke them."""
-        with self._changed:
-            self._is_kept = True
-
     def leave(self, seconds: float = LEAVE_SECONDS) -> None:
-        """Issue nothing more, and revoke what is owed, also what is just being issued."""
+        """Issue nothing more, and revoke what is owed; `issue` does so with what comes from now on."""
         deadline = elapsed_seconds() + seconds
         with self._changed:
             self._is_closed = True
+            due = [] if self.is_kept else self._claim(list(self._owed))
         self.plane.cancel.set()
-        while elapsed_seconds() < deadline:
-            with self._changed:
-                due = set() if self._is_kept else self._claim(self._owed)
-                if not due:
-                    if not self._issuing and not self._revoking:
-                        return
-                    self._changed.wait(min(TICK_SECONDS, max(0.0, deadline - elapsed_seconds())))
-            for session_id in due:
-                if not start_thread(self._revoke, session_id):
-                    self._revoke(session_id)
+        for session_id in due:
+            if not start_thread(self._revoke, session_id):
+                self._revoke(session_id)
+        with self._changed:
+            self._changed.wait_for(lambda: not (self._issuing or self._revoking),
+                                   max(0.0, deadline - elapsed_seconds()))
 
     def list_kept(self) -> List[str]:
-        """Return what is left to the operator, in words."""
+        """Return what `leave` has left to the operator, in words."""
         with self._changed:
-            return [f"session {each} is kept until {self._known[each.lower()]}"
-                    for each in self._owed if self._is_kept]
+            return [f"session {each} is kept until {expires_at}" for each, expires_at in self._owed.items()]
 
     def left_behind(self, raised: Optional[BaseException] = None) -> List[str]:
         """Return what `leave` could not revoke, except what the error `raised` says anyway."""
         with self._changed:
-            owed = self._revoking if self._is_kept else self._owed | self._revoking
-            self._owed, self._revoking = set(), set()
-            lines = [f"session {each} is not revoked, it will expire on its own" for each in owed]
+            lines = [f"session {each} is not revoked, it will expire on its own" for each in self._revoking]
+            self._revoking.clear()
             lines += [f"session unknown: {each}" for each in self._unknown
                       if each is not raised and not each.is_told]
             if self._issuing:
                 lines.append("a session may have been issued, it will expire on its own")
             return lines
 
-    def _claim(self, session_ids: Set[str]) -> Set[str]:
+    def _claim(self, session_ids: List[str]) -> List[str]:
         """With the lock held: return those of them that the caller is to revoke. Each is returned once."""
-        due = session_ids & self._owed
-        self._owed -= due
-        self._revoking |= due
+        due = [each for each in session_ids if self._owed.pop(each, "")]
+        self._revoking.update(due)
         return due
 
     def _revoke(self, session_id: str) -> None:
@@ -1907,14 +1898,11 @@ class Ledger:
                 break
             except Exception as error:
                 failure = show_error(error)
-                passing = getattr(error, "passing", False)
                 wait = getattr(error, "retry_after_seconds", None) or POLL_MIN_SECONDS
-            if not passing or elapsed_seconds() + wait > deadline:
-                break
+                if not getattr(error, "passing", False) or elapsed_seconds() + wait > deadline:
+                    break
             time.sleep(wait)
-        with self._changed:
-            is_untold = session_id in self._revoking  # else left_behind has told it, and cleared that
-        if failure and is_untold:
+        if failure and session_id in self._revoking:  # else left_behind has told it, and cleared that
             self.report(f"warning: session {session_id} is not revoked, it will expire on its own: {failure}")
         with self._changed:  # only now, since `leave` waits for this
             self._revoking.discard(session_id)
@@ -2726,7 +2714,8 @@ class Forwarder:
                     self._note_session_end(session, why)
                 else:
                     self._note_issue_failure(why)
-        self._ledger.give_back(session.session_id, still_works=is_leaving and why is None)
+        if why is not None or not (is_leaving and self._ledger.is_kept):
+            self._ledger.give_back(session.session_id)
         with self._changed:
             self._carriers.remove(carrier)
             self._changed.notify_all()
@@ -3351,7 +3340,7 @@ class Run:
                                   f"PLEXCTL_SESSION_TOKEN={issued.token.reveal()}\n",
                                   self.foreground.messages.stream, "standard error")
         if self.options.keep_session:
-            self.ledger.keep()
+            self.ledger.is_kept = True
         return session
 
     def issue_one(self) -> MediatedSession:
@@ -3381,7 +3370,7 @@ class Run:
                 raise PlexctlError(f"--local-addr {local}: cannot be bound: {show_error(error)}") from error
         session = self.establish(self.issue_one)
         self.print_document(local, session)
-        self.ledger.keep()
+        self.ledger.is_kept = True
         if self.foreground.messages.is_terminal and session.issued:
             self.report(f"nothing listens on {local}: connect to {session.endpoint}, or use --proxy to "
                         f"listen; the session stays until {session.issued.expires_at}")
