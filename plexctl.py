@@ -1912,12 +1912,13 @@ class Ledger:
 class MediatedSession:
     """One session, from its issue to the reason of its end.
 
-    `open` issues it and waits for its listener, `dial` connects to that. `is_over`, called often, notes the
-    expiry and asks GetSession once a minute. `ask` does that in a thread of its own.
+    `open` issues it and waits for its listener, `dial` connects to that. `is_over`, called often, keeps the
+    time, and asks GetSession once a minute. `look` asks at once, `ask` in a thread of its own.
     """
 
     def __init__(self, ledger: Ledger, wait_seconds: float = 90.0, renew: bool = False) -> None:
         self.issued: Optional[IssuedSession] = None
+        self.session_id = ""  # as the server wrote it; "" before the session is issued
         self.why: Optional[PlexctlError] = None  # what has ended the session
         self.endpoint: Optional[Endpoint] = None  # that the Node has reported last
         self.expires_on = float("inf")  # elapsed_seconds()
@@ -1925,28 +1926,24 @@ class MediatedSession:
         self._ledger = ledger
         self._wait_seconds = wait_seconds
         self._renew = renew  # it is to be replaced
-        self._refused_since = 0.0
-        self._recheck_on = float("inf")
-        self._warned_left = float("inf")  # seconds
-        self._asked_on = 0.0  # when the last question ended; its thread sets this
-        self._lock = threading.Lock()  # guards what follows, and how `why` and `endpoint` change
         self._route: Any = None  # family and address of the endpoint
+        self._refused_since = 0.0
+        self._lock = threading.Lock()  # guards what follows, and how `why` changes
+        self._asked_on = float("inf")  # when GetSession was asked last; it is not while we wait for the Node
         self._question: Optional[Outcome] = None  # the last one
 
-    @property
-    def session_id(self) -> str:
-        """The id as the server wrote it; "" before the session is issued."""
-        return self.issued.session_id if self.issued else ""
-
-    def open(self, request: SessionRequest, tell: Callable[[str], object]) -> None:
+    def open(self, request: SessionRequest) -> None:
         """Issue the session, and wait until the Node has reported its listener; PlexctlError."""
         issued = self.issued = self._ledger.issue(request)
+        self.session_id = issued.session_id
         self.expires_on = issued.issued_on + issued.lifetime_seconds
         if issued.session.status != "active" or issued.lifetime_seconds <= 0:
             raise SessionOver("the session was over when it arrived")
-        self._set_endpoint(issued.listener_endpoint or self._await_endpoint(tell))
-        self.ready_on = elapsed_seconds()
-        self._recheck_on = self.ready_on + RECHECK_SECONDS
+        if issued.listener_endpoint:
+            self._set_endpoint(issued.listener_endpoint)
+        else:
+            self._await_endpoint()
+        self.ready_on = self._asked_on = elapsed_seconds()
         self._ledger.say(f"session {self.session_id}: listener endpoint {self.endpoint}, "
                          f"expires at {issued.expires_at}")
 
@@ -1956,47 +1953,48 @@ class MediatedSession:
             self.why = self.why or why
 
     def is_over(self) -> bool:
-        """Return whether it carries no more. Call it often: it keeps the time, and asks once a minute."""
+        """Return whether it carries no more. Call it often: it notes the expiry, and warns before it."""
         now = elapsed_seconds()
-        if now >= self.expires_on:
+        left, lifetime = self.expires_on - now, self.issued.lifetime_seconds if self.issued else 0.0
+        if left <= 0:
             self.end(SessionOver("the session expired"))
-        elif now >= self._recheck_on:
-            self._recheck_on = now + RECHECK_SECONDS
+        elif now - self._asked_on >= RECHECK_SECONDS:
             self.ask()
+        passed = [seconds for seconds in WARN_LEFT_SECONDS if left <= seconds < lifetime]
+        if passed and self.why is None and not self._renew:
+            self._ledger.tell_once(f"warning: {show_seconds(left + 0.5)} of the session are left",
+                                   f"{min(passed)} s left")
         return self.why is not None
 
-    def warn_of_its_end(self) -> None:
-        """Report when WARN_LEFT_SECONDS are left. Call it often."""
-        left = self.expires_on - elapsed_seconds()
-        lifetime = self.issued.lifetime_seconds if self.issued else 0.0
-        for threshold in reversed(WARN_LEFT_SECONDS):
-            if 0 < left <= threshold < min(lifetime, self._warned_left):
-                self._warned_left = threshold
-                self._ledger.report(f"warning: {show_seconds(left + 0.5)} of the session are left")
+    def ask(self, seconds: float = 0.0) -> bool:
+        """Have a thread `look`, and wait for it so long; return whether there is an answer.
 
-    def ask(self, seconds: float = 0.0, is_fresh: bool = False) -> bool:
-        """Ask GetSession in a thread, and wait for it so long; return whether there is an answer.
-
-        One is asked at a time, and one in ASK_SECONDS: in between the last answer counts. With `is_fresh` the
-        answer is newer than this call: no pause is kept, and a question under way is waited for first.
+        One question is asked at a time, and one in ASK_SECONDS: in between the last answer counts.
         """
-        deadline = elapsed_seconds() + seconds
-        if is_fresh and self._question is not None:
-            self._question.done.wait(seconds)
         with self._lock:
-            question = self._question
-            may_ask = question is None or (
-                question.done.is_set() and (is_fresh or elapsed_seconds() - self._asked_on >= ASK_SECONDS))
+            question, now = self._question, elapsed_seconds()
+            may_ask = question is None or (question.done.is_set() and now - self._asked_on >= ASK_SECONDS)
             if may_ask and self.why is None:
-                question = self._question = Outcome(self._ask, or_here=False)
-        left = max(0.0, deadline - elapsed_seconds())
-        return question is not None and question.done.wait(left) and bool(question.value)
+                self._asked_on = now
+                question = self._question = Outcome(self.look, or_here=False)
+        return question is not None and question.done.wait(seconds) and bool(question.value)
+
+    def look(self, seconds: float = EXCHANGE_SECONDS) -> bool:
+        """Ask GetSession, and do what its answer asks for; return whether there was one."""
+        try:
+            self._update(seconds)
+            return True
+        except PlexctlError as error:
+            if isinstance(error, ApiError) and error.status in (404, 410):
+                self.end(SessionRevoked("the session is gone"))
+            elif not isinstance(error, Cancelled):
+                self._ledger.tell_once(f"warning: {show_error(error)}", GET)
+            return False
 
     def dial(self, is_stopped: Callable[[], bool]) -> Leg:
         """Connect to the listener; PlexctlError says why that fails. A new endpoint is tried once."""
         for _ in range(2):
-            with self._lock:
-                route = self._route
+            route = self._route
             try:
                 leg = connect_to(route, lambda: self.is_over() or is_stopped())
                 self._refused_since = 0.0
@@ -2006,9 +2004,8 @@ class MediatedSession:
             if is_stopped():
                 raise Cancelled("interrupted")
             has_answer = self.ask(ASK_LIMIT_SECONDS)
-            with self._lock:
-                if self.why is not None or self._route == route:
-                    break
+            if self.why is not None or self._route == route:
+                break
         # no new endpoint, or the new one failed, too
         raise self.why or self._judge(failure, has_answer)
 
@@ -2024,26 +2021,26 @@ class MediatedSession:
                 return gone
         return PlexctlError(f"cannot connect to the listener endpoint {self.endpoint}: {show_error(failure)}")
 
-    def _await_endpoint(self, tell: Callable[[str], object]) -> Endpoint:
+    def _await_endpoint(self) -> None:
+        """Ask GetSession until the Node has reported the listener; PlexctlError if it does not in time."""
         pause, deadline = POLL_MIN_SECONDS, elapsed_seconds() + self._wait_seconds
         failure: Optional[PlexctlError] = None
         has_answer = False
         limit = show_seconds(self._wait_seconds)
         if self._wait_seconds:
-            tell(f"waiting for the Node to report its listener (up to {limit})")
+            self._ledger.tell_once(f"waiting for the Node to report its listener (up to {limit})")
         while elapsed_seconds() < deadline:
             try:
-                left = max(1.0, deadline - elapsed_seconds())
-                session = self._ledger.get(self.session_id, min(EXCHANGE_SECONDS, left))
+                self._update(min(EXCHANGE_SECONDS, max(1.0, deadline - elapsed_seconds())))
                 has_answer = True
-                if session.status != "active":
-                    raise describe_end(session)
-                if session.listener_endpoint:
-                    return session.listener_endpoint
             except (TransportError, ApiError) as error:
                 if not error.passing:
                     raise
                 failure = error
+            if self.why is not None:
+                raise self.why
+            if self.endpoint is not None:
+                return
             if self._ledger.plane.cancel.wait(max(0.0, min(pause, deadline - elapsed_seconds()))):
                 raise Cancelled("interrupted")
             pause = min(pause * 1.5, POLL_MAX_SECONDS)
@@ -2052,6 +2049,21 @@ class MediatedSession:
         raise EndpointMissing(
             f"the Node reported no listener endpoint within {limit} (--wait-seconds); check that the Node is "
             "online and has fewer than 10 sessions (those of print mode count until they expire)")
+
+    def _update(self, seconds: float) -> None:
+        """Ask GetSession, and do what its answer asks for; PlexctlError."""
+        session = self._ledger.get(self.session_id, seconds)
+        reason = f" ({session.revoke_reason})" if session.revoke_reason else ""
+        if session.status == "revoked" and session.revoke_reason not in ("ttl_expired", "idle_timeout"):
+            self.end(SessionRevoked("the session was revoked" + reason))
+        elif session.status != "active":
+            self.end(SessionOver("the session expired" + reason))
+        elif self.ready_on and elapsed_seconds() >= self.expires_on - AHEAD_SECONDS:
+            self.end(SessionOver("the session expired"))
+        elif session.listener_endpoint and session.listener_endpoint != self.endpoint:
+            if self.ready_on:
+                self._ledger.say(f"the Node reports a new listener endpoint: {session.listener_endpoint}")
+            self._set_endpoint(session.listener_endpoint)
 
     def _set_endpoint(self, endpoint: Endpoint) -> None:
         """Look the endpoint's name up, and check the address that it leads to."""
@@ -2062,59 +2074,26 @@ class MediatedSession:
         family, _, _, _, address = found[0]
         if not is_dialable(str(address[0]), is_loopback(self._ledger.plane.server.host)):
             raise PlexctlError(f"listener endpoint {endpoint}: leads to {address[0]}, which is refused")
-        with self._lock:
-            self.endpoint, self._route, self._refused_since = endpoint, (family, address), 0.0
-
-    def _ask(self) -> bool:
-        """Do what GetSession's answer asks for; return whether there was one."""
-        try:
-            session = self._ledger.get(self.session_id, EXCHANGE_SECONDS)
-            if session.status != "active":
-                self.end(describe_end(session))
-            elif elapsed_seconds() >= self.expires_on - AHEAD_SECONDS:
-                self.end(SessionOver("the session expired"))
-            elif session.listener_endpoint not in (None, self.endpoint):
-                self._ledger.say(f"the Node reports a new listener endpoint: {session.listener_endpoint}")
-                self._set_endpoint(session.listener_endpoint)
-            return True
-        except Cancelled:
-            return False
-        except Exception as error:
-            if isinstance(error, ApiError) and error.status in (404, 410):
-                self.end(SessionRevoked("the session is gone"))
-            else:
-                self._ledger.tell_once(f"warning: {show_error(error)}", GET)
-            return False
-        finally:
-            self._asked_on = elapsed_seconds()
-
-
-def describe_end(session: Session) -> SessionOver:
-    """Return why a session is no longer active."""
-    reason = f" ({session.revoke_reason})" if session.revoke_reason else ""
-    if session.status == "revoked" and session.revoke_reason not in ("ttl_expired", "idle_timeout"):
-        return SessionRevoked("the session was revoked" + reason)
-    return SessionOver("the session expired" + reason)
+        self.endpoint, self._route, self._refused_since = endpoint, (family, address), 0.0
 
 
 def connect_to(route: Tuple[int, Any], is_stopped: Callable[[], bool]) -> Leg:
     """Connect to (family, address); OSError in time, or once it `is_stopped`."""
     family, address = route
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    leg = Leg(socket.socket(family, socket.SOCK_STREAM))
     try:
-        set_leg_options(sock)
-        leg = Leg(sock)
-        error, deadline = sock.connect_ex(address), elapsed_seconds() + CONNECT_SECONDS
-        while error in CONNECTING and elapsed_seconds() < deadline and not is_stopped():
-            if wait_for(leg.writes_at, select.POLLOUT, TICK_SECONDS):
+        set_leg_options(leg.sock)
+        error, deadline = leg.sock.connect_ex(address), elapsed_seconds() + CONNECT_SECONDS
+        while error in CONNECTING:
+            if elapsed_seconds() >= deadline or is_stopped():
+                error = errno.ETIMEDOUT
+            elif wait_for(leg.writes_at, select.POLLOUT, TICK_SECONDS):
                 error = leg.take_error()
-        if error in CONNECTING:
-            error = errno.ETIMEDOUT
         if error:
             raise OSError(error, os.strerror(error))
         return leg
     except BaseException:
-        sock.close()
+        leg.close()
         raise
 
 
@@ -2508,8 +2487,6 @@ class Forwarder:
                 self._issue_missing(now)
         except (OSError, MemoryError) as error:  # which ends nothing that works
             self._warn_of_exhaustion(error)
-        if self.first is not None and not self._renew:
-            self.first.warn_of_its_end()
 
     def count(self) -> Counts:
         """Return the totals so far."""
@@ -2571,8 +2548,7 @@ class Forwarder:
         session = carrier.session
         try:
             buffers = create_buffers()
-            tell = self._ledger.say if self.first else self._ledger.tell_once  # one wait is announced
-            session.open(self._next_request(), tell)
+            session.open(self._next_request())
             with self._changed:
                 self.first, self._first_failure = self.first or session, None
                 self._changed.notify_all()
@@ -3346,7 +3322,7 @@ class Run:
     def issue_one(self) -> MediatedSession:
         """Issue the one session of print mode or --stdio."""
         session = MediatedSession(self.ledger, self.options.wait_seconds)
-        session.open(self.request, self.ledger.tell_once)
+        session.open(self.request)
         return session
 
     def print_document(self, local: LocalAddress, session: MediatedSession) -> None:
@@ -3419,8 +3395,6 @@ class Run:
         while not carried.done.is_set():
             if session.is_over():
                 relay.stop()
-            if self.options.verbose:
-                session.warn_of_its_end()
             if signalled is not None and elapsed_seconds() >= give_up_on:
                 raise signalled
             try:
@@ -3433,7 +3407,8 @@ class Run:
 
     def explain_end(self, session: MediatedSession, relay: Relay) -> None:
         """Report why the connection of --stdio ended, before the client sees that: ssh hangs up then."""
-        session.ask(ASK_LIMIT_SECONDS, is_fresh=True)
+        if session.why is None:
+            session.look(ASK_LIMIT_SECONDS)  # not ask(): the last answer may be older than the end
         if self.ledger.plane.cancel.is_set():  # we have ended it
             return
         error = session.why or describe_failure(relay)
