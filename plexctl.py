@@ -2104,6 +2104,7 @@ TCP_SYN_SENT, TCP_LISTEN = 2, 10
 SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, NETLINK_SOCK_DIAG = 20, 1, 4
 NOBODY = 0xFFFFFFFF  # no uid: (uid_t) -1
 OVERFLOW_UID = 65534  # in a user namespace, any uid that it does not know
+LOOPBACK_INDEX = 1  # of the device lo, in every network namespace
 
 
 class OwnerCheck:
@@ -2122,11 +2123,8 @@ class OwnerCheck:
         try:
             self._netlink.connect((0, 0))
             self._netlink.setblocking(False)
-            os.close(os.dup(self._netlink.fileno()))  # EMFILE, which if_nametoindex would hide
-            # without an index the kernel does not find sockets that are bound to a device
-            self._device = socket.if_nametoindex("lo")
             nobody = "0.0.0.0" if family == socket.AF_INET else "::"  # noqa: S104
-            if self._ask(local, (nobody, 0), is_listener=True)[0] != os.geteuid():
+            if self._ask(local, (nobody, 0))[1] != os.geteuid():  # of our own listener
                 raise OSError(errno.EOPNOTSUPP, "no answer")
         except BaseException:
             self.close()
@@ -2137,14 +2135,14 @@ class OwnerCheck:
 
         OSError if the kernel does not answer. Older kernels say of a closed socket that it is root's.
         """
-        uid, inode = self._ask(client, self._local)
-        if not inode and not uid:
-            uid = NOBODY
+        state, uid, inode = self._ask(client, self._local)
+        # where it finds no connection, the kernel answers with a listener on the client's port
+        if state in (TCP_LISTEN, TCP_SYN_SENT) or not (uid or inode):
+            return NOBODY, True
         return uid, not inode
 
-    def _ask(self, source: Tuple[Any, ...], destination: Tuple[Any, ...],
-             is_listener: bool = False) -> Tuple[int, int]:
-        """Return uid and inode of a socket, of a connection unless `is_listener`; (NOBODY, 0) for none."""
+    def _ask(self, source: Tuple[Any, ...], destination: Tuple[Any, ...]) -> Tuple[int, int, int]:
+        """Return state, uid and inode of a socket; uid NOBODY and inode 0 if there is none."""
         ports = struct.pack(">HH", source[1], destination[1])
         with self._lock:
             self._sequence = self._sequence + 1 & 0xFFFFFFFF
@@ -2153,7 +2151,7 @@ class OwnerCheck:
                 "=IHHIIBBBBI4s16s16sIII", 72, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, self._sequence, 0,
                 self._family, socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF, ports,
                 socket.inet_pton(self._family, source[0]), socket.inet_pton(self._family, destination[0]),
-                self._device, 0xFFFFFFFF, 0xFFFFFFFF))
+                LOOPBACK_INDEX, 0xFFFFFFFF, 0xFFFFFFFF))  # without it those bound to a device are not found
             sequence = -1
             while sequence != self._sequence:  # a late answer to an earlier question is nobody's
                 answer = self._netlink.recv(4096)
@@ -2162,13 +2160,10 @@ class OwnerCheck:
             error = -struct.unpack_from("=i", answer, 16)[0]
             if error != errno.ENOENT:  # there is no such socket
                 raise OSError(error, os.strerror(error))
-            return NOBODY, 0
-        # inet_diag_msg behind the nlmsghdr: family, state, timer, retrans, ports. Where it finds no
-        # connection, the kernel answers with a listener on the source's port
-        state, found_ports = struct.unpack_from("=xBxx4s", answer, 16)
-        if found_ports != ports or (not is_listener and state in (TCP_LISTEN, TCP_SYN_SENT)):
-            return NOBODY, 0
-        return struct.unpack_from("=II", answer, 80)
+            return 0, NOBODY, 0
+        # inet_diag_msg behind the nlmsghdr: family, state, timer, retrans, ports, ..., uid, inode
+        state, found_ports, uid, inode = struct.unpack_from("=xBxx4s56xII", answer, 16)
+        return (state, uid, inode) if found_ports == ports else (0, NOBODY, 0)
 
     def close(self) -> None:
         """Close the netlink socket."""
@@ -2186,11 +2181,10 @@ class Listener(socketserver.TCPServer):
     allow_reuse_address = True
 
     def __init__(self, local: LocalAddress, allow_other_users: bool, warn_once: Report) -> None:
+        self.local = local  # with the port that it has got
         self.unidentified = 0  # connections not served, since their clients had closed them
-        # True from before accept() until Forwarder._take has noted the client, see measure_delivery
-        self.is_accepting = False
         self.assumes_gone = False  # see `assume_gone`
-        self._path = local.path
+        self._allows_other_users = allow_other_users
         self._warn_once = warn_once
         self._identity: Optional[os.stat_result] = None  # of the unix socket's file
         self._owners: Optional[OwnerCheck] = None  # also with allow_other_users, for `is_gone`
@@ -2204,18 +2198,12 @@ class Listener(socketserver.TCPServer):
             if local.path and isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
                 reason = "a file exists there (a socket left by a killed run? remove it)"
             raise PlexctlError(f"--local-addr {escape(str(local))}: cannot listen: {reason}") from error
-        self.local = local if local.path else LocalAddress(local.host, self.server_address[1])
-        if not local.path:
-            self._set_up_owner_check(allow_other_users)
 
     def take(self) -> Optional[Tuple[socket.socket, Any]]:
-        """Accept a client that comes within TICK_SECONDS; None if none does, or it may not be served.
+        """Accept a client; None if there is none, or it may not be served.
 
         OSError if there are no descriptors or memory. (handle_request() makes a selector each time.)
         """
-        if not wait_for(self.fileno(), select.POLLIN, TICK_SECONDS):
-            return None
-        self.is_accepting = True
         try:
             request, address = self.socket.accept()
         except OSError as error:  # it is gone again
@@ -2226,7 +2214,7 @@ class Listener(socketserver.TCPServer):
             if self._may_be_served(request, address):
                 return request, address
         except Exception as error:
-            self._warn_once(f"a connection was dropped after {show_error(error)}")
+            self._warn_once(f"a connection was rejected, its owner could not be checked: {show_error(error)}")
         request.close()  # with a reset
         return None
 
@@ -2240,7 +2228,7 @@ class Listener(socketserver.TCPServer):
         """Return how many connections wait; 1 for any number of them where the kernel does not tell."""
         if self.fileno() < 0 or not poll_now(self.fileno(), select.POLLIN):
             return 0
-        if self._path or not ON_LINUX:
+        if self.local.path or not ON_LINUX:
             return 1
         info = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28)
         return max(1, int(struct.unpack_from("=I", info, 24)[0]))  # tcpi_unacked: of a listener, its backlog
@@ -2257,21 +2245,41 @@ class Listener(socketserver.TCPServer):
 
     def assume_gone(self) -> None:
         """COMMAND has ended: take all clients for gone where nobody can know."""
-        self.assumes_gone = not self._path and self._owners is None
+        self.assumes_gone = not self.local.path and self._owners is None
 
     def server_bind(self) -> None:
         """Bind it; a unix socket is 0600."""
         self.socket.setblocking(False)
-        if not self._path:
+        if self.local.path:
+            mask = os.umask(0o177)
+            try:
+                super().server_bind()
+            finally:
+                os.umask(mask)
+            self._identity = os.lstat(self.local.path)
+        else:
             set_leg_options(self.socket)
             super().server_bind()
+            self.local = LocalAddress(self.local.host, self.server_address[1])
+
+    def server_activate(self) -> None:
+        """Listen, and find out whether the kernel can tell who connects; warn if other users can."""
+        super().server_activate()
+        if self.local.path:
             return
-        mask = os.umask(0o177)
+        if not is_loopback(self.local.host):
+            if not self._allows_other_users:
+                self._warn_once(f"{self.local} is not a loopback address: any user, here and elsewhere, can "
+                                "use the port")
+            return
         try:
-            super().server_bind()
-        finally:
-            os.umask(mask)
-        self._identity = os.lstat(self._path)
+            self._owners = OwnerCheck(self.address_family, (self.local.host, self.local.port))
+            self._checks_owners = not self._allows_other_users and os.geteuid() != OVERFLOW_UID
+        except (OSError, AttributeError) as error:
+            if getattr(error, "errno", None) in EXHAUSTED:
+                raise
+        if not self._checks_owners and not self._allows_other_users:
+            self._warn_once("this host cannot tell whose a connection is: any local user can use the port")
 
     def server_close(self) -> None:
         """Close it, which resets who waits; remove a unix socket, if it is still ours."""
@@ -2280,21 +2288,17 @@ class Listener(socketserver.TCPServer):
             self._owners.close()
         mine, self._identity = self._identity, None
         with contextlib.suppress(OSError):  # it is gone, or its directory is not ours any more
-            if mine and os.path.samestat(mine, os.lstat(self._path)):
-                os.unlink(self._path)
+            if mine and os.path.samestat(mine, os.lstat(self.local.path)):
+                os.unlink(self.local.path)
 
     def _may_be_served(self, request: socket.socket, client_address: Any) -> bool:
         """Return whether a client may be served: its user is ours or root, and it has not left."""
         if not self._checks_owners or self._owners is None:
-            has_left = not self.assumes_gone and self.is_gone(request, client_address)
             with contextlib.suppress(OSError):  # one that has sent something before is served
-                has_left = has_left and not request.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-            return not has_left
-        try:
-            uid = self._owners.find(client_address)[0]
-        except OSError as error:
-            self._warn_once(f"a connection was rejected, its owner could not be checked: {show_error(error)}")
-            return False
+                if request.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                    return True
+            return self.assumes_gone or not self.is_gone(request, client_address)
+        uid = self._owners.find(client_address)[0]
         # behind a reset, the address may be another one's by now
         if uid == NOBODY or not is_connected(request):
             self.unidentified += 1
@@ -2303,22 +2307,6 @@ class Listener(socketserver.TCPServer):
             self._warn_once(f"rejected connections of uid {uid} (--allow-other-users lets other users in)")
             return False
         return True
-
-    def _set_up_owner_check(self, allow_other_users: bool) -> None:
-        if not is_loopback(self.local.host):
-            if not allow_other_users:
-                self._warn_once(f"{self.local} is not a loopback address: any user, here and elsewhere, can "
-                                "use the port")
-            return
-        try:
-            self._owners = OwnerCheck(self.address_family, (self.local.host, self.local.port))
-            self._checks_owners = not allow_other_users and os.geteuid() != OVERFLOW_UID
-        except (OSError, AttributeError) as error:
-            if getattr(error, "errno", None) in EXHAUSTED:
-                self.server_close()
-                raise PlexctlError(f"cannot carry connections: {show_error(error)}") from error
-        if not self._checks_owners and not allow_other_users:
-            self._warn_once("this host cannot tell whose a connection is: any local user can use the port")
 
 
 # ------------------------------------------------------------------------------------- forwarder
@@ -2513,8 +2501,7 @@ class Forwarder:
         the bytes that the Node has not acknowledged yet.
         """
         with self._changed:
-            # in the order that a client takes, so that it is seen at least once
-            is_under_way = self._count_waiting() or self.listener.is_accepting or any(
+            is_under_way = self._count_waiting() or any(
                 each.awaited or (each.state == BUSY and each.client and self.listener.is_gone(*each.client))
                 for each in self._carriers)
             if not is_under_way:
@@ -2584,14 +2571,16 @@ class Forwarder:
         if not self._turn.acquire(timeout=TICK_SECONDS):
             return None
         try:
-            client = self.listener.take()
-            return self._give(carrier, client) if client is not None else None
+            if not wait_for(self.listener.fileno(), select.POLLIN, TICK_SECONDS):
+                return None
+            with self._changed:  # so that measure_delivery sees it in the backlog, or here
+                client = self.listener.take()
+                return self._give(carrier, client) if client is not None else None
         except OSError as error:
             self._warn_of_exhaustion(error)
             self._is_closing.wait(PAUSE_SECONDS)
             return None
         finally:
-            self.listener.is_accepting = False
             self._turn.release()
 
     def _give(self, carrier: Carrier, client: Client) -> Client:
