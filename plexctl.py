@@ -2110,25 +2110,17 @@ LOOPBACK_INDEX = 1  # of the device lo, in every network namespace
 class OwnerCheck:
     """Asks the kernel which user holds the other end of a loopback connection.
 
-    sock_diag(7), inet_diag: one netlink request with the exact addresses, about 10 microseconds.
-    OSError from the constructor if the host cannot answer. Usable from several threads.
+    sock_diag(7), inet_diag: one netlink request with the exact addresses, about 15 microseconds. It has a
+    socket of its own, so that an answer to another question cannot be taken for this one's. OSError from
+    the constructor if the host cannot answer.
     """
 
     def __init__(self, family: int, local: Tuple[str, int]) -> None:
         self._family = family
         self._local = local
-        self._sequence = 0
-        self._lock = threading.Lock()
-        self._netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG)
-        try:
-            self._netlink.connect((0, 0))
-            self._netlink.setblocking(False)
-            nobody = "0.0.0.0" if family == socket.AF_INET else "::"  # noqa: S104
-            if self._ask(local, (nobody, 0))[1] != os.geteuid():  # of our own listener
-                raise OSError(errno.EOPNOTSUPP, "no answer")
-        except BaseException:
-            self.close()
-            raise
+        nobody = "0.0.0.0" if family == socket.AF_INET else "::"  # noqa: S104
+        if self._ask(local, (nobody, 0))[1] != os.geteuid():  # of our own listener
+            raise OSError(errno.EOPNOTSUPP, "no answer")
 
     def find(self, client: Tuple[Any, ...]) -> Tuple[int, bool]:
         """Return the uid that holds the client's socket (NOBODY: unknown), and whether it was closed.
@@ -2144,18 +2136,17 @@ class OwnerCheck:
     def _ask(self, source: Tuple[Any, ...], destination: Tuple[Any, ...]) -> Tuple[int, int, int]:
         """Return state, uid and inode of a socket; uid NOBODY and inode 0 if there is none."""
         ports = struct.pack(">HH", source[1], destination[1])
-        with self._lock:
-            self._sequence = self._sequence + 1 & 0xFFFFFFFF
-            # nlmsghdr, inet_diag_req_v2, and in it inet_diag_sockid
-            self._netlink.send(struct.pack(
-                "=IHHIIBBBBI4s16s16sIII", 72, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, self._sequence, 0,
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as netlink:
+            netlink.connect((0, 0))
+            # nlmsghdr, inet_diag_req_v2, and in it inet_diag_sockid; without the index of lo the kernel does
+            # not find sockets that are bound to a device
+            netlink.send(struct.pack(
+                "=IHHIIBBBBI4s16s16sIII", 72, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, 0, 0,
                 self._family, socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF, ports,
                 socket.inet_pton(self._family, source[0]), socket.inet_pton(self._family, destination[0]),
-                LOOPBACK_INDEX, 0xFFFFFFFF, 0xFFFFFFFF))  # without it those bound to a device are not found
-            sequence = -1
-            while sequence != self._sequence:  # a late answer to an earlier question is nobody's
-                answer = self._netlink.recv(4096)
-                kind, _, sequence = struct.unpack_from("=HHI", answer, 4)
+                LOOPBACK_INDEX, 0xFFFFFFFF, 0xFFFFFFFF))
+            answer = netlink.recv(4096, socket.MSG_DONTWAIT)  # it is there by now
+        kind, = struct.unpack_from("=H", answer, 4)
         if kind != SOCK_DIAG_BY_FAMILY or len(answer) < 88:
             error = -struct.unpack_from("=i", answer, 16)[0]
             if error != errno.ENOENT:  # there is no such socket
@@ -2164,10 +2155,6 @@ class OwnerCheck:
         # inet_diag_msg behind the nlmsghdr: family, state, timer, retrans, ports, ..., uid, inode
         state, found_ports, uid, inode = struct.unpack_from("=xBxx4s56xII", answer, 16)
         return (state, uid, inode) if found_ports == ports else (0, NOBODY, 0)
-
-    def close(self) -> None:
-        """Close the netlink socket."""
-        self._netlink.close()
 
 
 class Listener(socketserver.TCPServer):
@@ -2284,8 +2271,6 @@ class Listener(socketserver.TCPServer):
     def server_close(self) -> None:
         """Close it, which resets who waits; remove a unix socket, if it is still ours."""
         super().server_close()
-        if self._owners is not None:
-            self._owners.close()
         mine, self._identity = self._identity, None
         with contextlib.suppress(OSError):  # it is gone, or its directory is not ours any more
             if mine and os.path.samestat(mine, os.lstat(self.local.path)):
