@@ -1772,17 +1772,17 @@ class EndpointMissing(PlexctlError):
 class Ledger:
     """Issues sessions, and owes each of them one revocation, from the moment its id is known.
 
-    It is revoked by `give_back`, or at the end of the run by `leave`, unless it is kept by then (`is_kept`).
+    It is revoked by `give_back`, or at the end of the run by `leave`, unless `is_kept` was set before.
     Safe to use from several threads. `report` takes lines for people, `say` what only -v shows.
     """
 
     def __init__(self, plane: ControlPlane, project_id: str, report: Report,
                  say: Report = lambda line: None) -> None:
         self.plane = plane
+        self.project_id = project_id
         self.report = report
         self.say = say
         self.is_kept = False  # what is owed is left to the operator
-        self._project_id = project_id
         self._changed = threading.Condition()  # guards what follows
         self._known: Set[str] = set()  # every session_id, in lower case
         self._owed: Dict[str, str] = {}  # by session_id, until its revocation begins: when it expires
@@ -1841,10 +1841,6 @@ class Ledger:
         with self._changed:
             return bool(self._known)
 
-    def get(self, session_id: str, seconds: float) -> Session:
-        """Ask for a session: see ControlPlane.get."""
-        return self.plane.get(self._project_id, session_id, seconds)
-
     def give_back(self, session_id: str) -> None:
         """Revoke a session now, unless that has begun. Never raises."""
         with self._changed:
@@ -1864,7 +1860,7 @@ class Ledger:
                 self._revoke(session_id)
         with self._changed:
             self._changed.wait_for(lambda: not (self._issuing or self._revoking),
-                                   max(0.0, deadline - elapsed_seconds()))
+                                   deadline - elapsed_seconds())
 
     def list_kept(self) -> List[str]:
         """Return what `leave` has left to the operator, in words."""
@@ -1892,7 +1888,7 @@ class Ledger:
         failure, deadline = "", elapsed_seconds() + LEAVE_SECONDS
         while True:
             try:
-                self.plane.revoke(self._project_id, session_id, max(0.5, deadline - elapsed_seconds()))
+                self.plane.revoke(self.project_id, session_id, max(0.5, deadline - elapsed_seconds()))
                 self.say(f"session {session_id} released")
                 failure = ""
                 break
@@ -2007,19 +2003,14 @@ class MediatedSession:
             if self.why is not None or self._route == route:
                 break
         # no new endpoint, or the new one failed, too
-        raise self.why or self._judge(failure, has_answer)
-
-    def _judge(self, failure: OSError, has_answer: bool) -> PlexctlError:
-        """Return what a failed dial means: that the listener is gone, once it has been refused for long."""
-        now = elapsed_seconds()
         if has_answer and isinstance(failure, ConnectionRefusedError):
+            now = elapsed_seconds()
             self._refused_since = self._refused_since or now
             limit = 0 if self._renew and now - self.ready_on >= REPLACE_SECONDS else GONE_SECONDS
             if now - self._refused_since >= limit:
-                gone = ListenerGone("the Node has closed the session's listener")
-                self.end(gone)
-                return gone
-        return PlexctlError(f"cannot connect to the listener endpoint {self.endpoint}: {show_error(failure)}")
+                self.end(ListenerGone("the Node has closed the session's listener"))
+        raise self.why or PlexctlError(
+            f"cannot connect to the listener endpoint {self.endpoint}: {show_error(failure)}")
 
     def _await_endpoint(self) -> None:
         """Ask GetSession until the Node has reported the listener; PlexctlError if it does not in time."""
@@ -2041,7 +2032,7 @@ class MediatedSession:
                 raise self.why
             if self.endpoint is not None:
                 return
-            if self._ledger.plane.cancel.wait(max(0.0, min(pause, deadline - elapsed_seconds()))):
+            if self._ledger.plane.cancel.wait(min(pause, deadline - elapsed_seconds())):
                 raise Cancelled("interrupted")
             pause = min(pause * 1.5, POLL_MAX_SECONDS)
         if failure is not None and not has_answer:
@@ -2052,7 +2043,7 @@ class MediatedSession:
 
     def _update(self, seconds: float) -> None:
         """Ask GetSession, and do what its answer asks for; PlexctlError."""
-        session = self._ledger.get(self.session_id, seconds)
+        session = self._ledger.plane.get(self._ledger.project_id, self.session_id, seconds)
         reason = f" ({session.revoke_reason})" if session.revoke_reason else ""
         if session.status == "revoked" and session.revoke_reason not in ("ttl_expired", "idle_timeout"):
             self.end(SessionRevoked("the session was revoked" + reason))

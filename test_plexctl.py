@@ -5442,6 +5442,24 @@ def test_leave_does_not_wait_for_ever(simulation):
         go.set()
 
 
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_a_session_that_comes_after_the_end_is_revoked(lone_plane, is_kept):
+    go = threading.Event()
+    lone_plane.script("issue", hold(go))
+    ledger = plexctl.Ledger(create_client(lone_plane, lone_plane.bearer), PROJECT_ID, pytest.fail)
+    ledger.is_kept = is_kept
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        issuing = pool.submit(ledger.issue, session_request())
+        lone_plane.wait_for(lambda: lone_plane.requests)
+        ledger.leave(0.1)
+        assert ledger.left_behind() == ["a session may have been issued, it will expire on its own"]
+        go.set()
+        with pytest.raises(plexctl.Cancelled):
+            issuing.result(15)
+    assert lone_plane.revoked == lone_plane.issued != []
+    assert ledger.left_behind() == ledger.list_kept() == []
+
+
 def test_every_session_of_a_busy_run_is_revoked_once_and_once_only(simulation):
     with using_sessions(simulation.plane, minimum=2, limit=8) as running, dialled(running, 6):
         assert len(simulation.plane.issued) == 6
