@@ -1820,9 +1820,9 @@ class Ledger:
         try:
             session = self.plane.issue(request, owe)
             with self._changed:
-                if self._is_closed:
+                if self._is_closed:  # too late for `leave` to see it
                     raise Cancelled("interrupted")
-                self._owed[session.session_id] = session.expires_at
+                self._owed[issued[-1]] = session.expires_at
                 self._issuing -= 1
             return session
         except BaseException as error:

@@ -5228,23 +5228,6 @@ def test_an_answer_from_before_a_revocation_does_not_count_where_a_fresh_one_is_
         assert session.look() and isinstance(session.why, plexctl.SessionRevoked)
 
 
-def test_an_answer_that_is_under_way_at_a_revocation_does_not_count_either(simulation):
-    def answer_late(handler, plane):
-        answer = plane.decide(handler.seen)
-        go.wait(20)
-        handler.wfile.write(handler.render(answer))
-
-    go = threading.Event()
-    with using_sessions(simulation.plane) as running:
-        session = running.forwarder.first
-        simulation.plane.script("get", answer_late)
-        session.ask()
-        eventually(lambda: asked(simulation.plane, "get"))
-        simulation.plane.revoke(session.session_id)
-        assert session.look() and isinstance(session.why, plexctl.SessionRevoked)
-        go.set()
-
-
 def test_with_renew_a_listener_that_the_node_has_closed_gives_way_to_a_new_session(simulation):
     """Its own cap: the connection goes to the new session."""
     with using_sessions(simulation.plane, renew=True, REPLACE_SECONDS=0) as running:
