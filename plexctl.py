@@ -1405,22 +1405,18 @@ class Leg:
 
 
 class StandardStreams:
-    """Descriptors 0 and 1 as the client's leg: pipes, files, a terminal, or one socket (inetd, socat).
+    """Descriptors 0 and 1 as the client's leg: pipes, files or a terminal.
 
     Their file status flags stay as they are, since they may be somebody's terminal: a blocking
     descriptor gets no more than poll(2) says that it takes. Unlike a Leg's, a write that fails raises
     PlexctlError, which ends the connection at once.
     """
 
+    reads_at, writes_at = 0, 1
+
     def __init__(self) -> None:
-        self.reads_at, self.writes_at = 0, 1
-        self.error: Optional[PlexctlError] = None  # why standard output did not get everything
         # poll(2) promises room for so many bytes
         self._at_once = 128 if os.isatty(1) else select.PIPE_BUF
-        self._socket: Optional[socket.socket] = None
-        if stat.S_ISSOCK(os.fstat(1).st_mode):  # fromfd() of anything else leaks its duplicate
-            self._socket = socket.fromfd(1, socket.AF_INET, socket.SOCK_STREAM)
-            self._set_linger(RESET_ON_CLOSE)
 
     def recv_into(self, buffer: memoryview) -> int:
         """Read standard input; return 0 at its end."""
@@ -1437,24 +1433,17 @@ class StandardStreams:
     def send(self, piece: memoryview) -> int:
         """Write to standard output as much as it takes; PlexctlError if that fails."""
         try:
-            if self._socket is not None:
-                return self._socket.send(piece, socket.MSG_DONTWAIT)
             if not poll_now(1, select.POLLOUT):
                 raise BlockingIOError
             return os.write(1, piece[:self._at_once])
         except BlockingIOError:
             raise
         except OSError as error:
-            self.error = PlexctlError(f"cannot write to standard output: {show_error(error)}")
-            raise self.error from error
-
-    def is_gone(self) -> bool:
-        """Return whether nobody reads standard output any more."""
-        return bool(poll_now(1, 0) & (select.POLLERR | select.POLLHUP))
+            raise PlexctlError(f"cannot write to standard output: {show_error(error)}") from error
 
     def take_error(self) -> int:
-        """Return the error number of a reset that no call has reported yet; 0 for none."""
-        return self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if self._socket is not None else 0
+        """Return 0: only a read can find a reset."""
+        return 0
 
     def count_unsent(self) -> int:
         """Return 0: nobody can know."""
@@ -1466,27 +1455,31 @@ class StandardStreams:
 
     def end(self) -> None:
         """Let the reader see the end."""
-        if self._socket is not None:
-            self._socket.shutdown(socket.SHUT_WR)
-        self._let_go(1)
+        let_go(1)
 
     def close(self, reset: bool = True) -> None:
-        """Let go of both descriptors; a socket is closed with a reset or in order."""
-        if self._socket is not None:
-            self._set_linger(RESET_ON_CLOSE if reset else END_ON_CLOSE)
-            self._socket.close()
-        self._let_go(1)
-        self._let_go(0)
+        """Let go of both descriptors."""
+        let_go(1)
+        let_go(0)
 
-    def _set_linger(self, option: bytes) -> None:
-        if self._socket is not None:
-            with contextlib.suppress(OSError):  # the peer is gone
-                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, option)
 
-    def _let_go(self, descriptor: int) -> None:
-        nowhere = open_nowhere(os.O_RDWR)
-        os.dup2(nowhere, descriptor)  # the number stays taken, or the next file would get it
-        os.close(nowhere)
+def let_go(descriptor: int) -> None:
+    """Close a descriptor whose number stays taken, or the next file would get it."""
+    nowhere = open_nowhere(os.O_RDWR)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
+def open_standard_streams() -> Any:
+    """Return descriptors 0 and 1 as the client's leg: a Leg if both are one socket (inetd, socat)."""
+    if not stat.S_ISSOCK(os.fstat(0).st_mode) or not os.path.samestat(os.fstat(0), os.fstat(1)):
+        return StandardStreams()
+    # AF_UNIX, of whatever family it is: so nothing is asked that only TCP knows
+    sock = socket.fromfd(0, socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+    let_go(0)
+    let_go(1)
+    return Leg(sock)
 
 
 Buffers = Tuple[memoryview, memoryview]
@@ -3321,8 +3314,9 @@ class Run:
         """--stdio: carry one connection over descriptors 0 and 1."""
         session = self.establish(self.issue_one)
         remote = self.foreground.call(lambda: session.dial(self.ledger.plane.cancel.is_set))
-        streams, began, unread = StandardStreams(), elapsed_seconds(), None
-        relay = Relay(streams, remote, create_buffers(), streams.is_gone,
+        client, began, unread = open_standard_streams(), elapsed_seconds(), None
+        relay = Relay(client, remote, create_buffers(),
+                      lambda: bool(poll_now(client.writes_at, 0)),  # nobody reads standard output any more
                       lambda: self.explain_end(session, relay))
 
         def carry() -> None:
@@ -3335,7 +3329,8 @@ class Run:
         try:
             self.wait_for_relay(session, relay, carried)
             # stdout's reader has left: an error if no answer came, or some of it was not read
-            if relay.is_awaited and (not relay.down.moved or relay.down.rest or remote.discarded):
+            if relay.is_awaited and (
+                    not relay.down.moved or relay.down.refusal or relay.down.rest or remote.discarded):
                 unread = PlexctlError("cannot write to standard output: nobody reads it")
         finally:
             if not carried.done.is_set():  # a signal; where this is a library, the thread must not go on
@@ -3344,7 +3339,7 @@ class Run:
                 carried.done.wait(HURRY_SECONDS)
             counts = Counts(ended=1, up=relay.up.moved, down=relay.down.moved)
             self.say(describe_total(counts, began, "connection closed"))
-        error = self.told or streams.error or session.why or unread or describe_failure(relay)
+        error = self.told or session.why or unread or describe_failure(relay)
         if error is not None:
             raise error
         return EXIT_OK
