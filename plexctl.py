@@ -3282,57 +3282,46 @@ class Run:
 
     def carry_stdio(self) -> int:
         """--stdio: carry one connection over descriptors 0 and 1."""
-        session = self.establish(self.issue_one)
-        remote = self.foreground.call(lambda: session.dial(self.ledger.plane.cancel.is_set))
-        client, began, unread = open_standard_streams(), elapsed_seconds(), None
-        relay = Relay(client, remote, create_buffers(),
-                      lambda: bool(poll_now(client.writes_at, 0)),  # nobody reads standard output any more
+        session, cancel = self.establish(self.issue_one), self.ledger.plane.cancel
+        remote = self.foreground.call(lambda: session.dial(cancel.is_set))
+        client, began = open_standard_streams(), elapsed_seconds()
+        relay = Relay(client, remote, create_buffers(), lambda: bool(poll_now(client.writes_at, 0)),
                       lambda: self.explain_end(session, relay))
 
         def carry() -> None:
             relay.carry()
             if relay.is_awaited:  # what was sent is still on its way
-                relay.await_end(STUCK_SECONDS,
-                                lambda: session.is_over() or self.ledger.plane.cancel.is_set())
+                relay.await_end(STUCK_SECONDS, lambda: session.is_over() or cancel.is_set())
                 remote.close(reset=False)
 
         carried = Outcome(carry, or_here=False)
         try:
             self.wait_for_relay(session, relay, carried)
-            # stdout's reader has left: an error if no answer came, or some of it was not read
-            if relay.is_awaited and (not relay.down.moved or relay.down.rest or relay.down.dropped):
-                unread = PlexctlError("cannot write to standard output: nobody reads it")
         finally:
             if not carried.done.is_set():  # a signal; where this is a library, the thread must not go on
-                self.ledger.plane.cancel.set()
+                cancel.set()
                 relay.stop()
                 carried.done.wait(HURRY_SECONDS)
             counts = Counts(ended=1, up=relay.up.moved, down=relay.down.moved)
             self.say(describe_total(counts, began, "connection closed"))
-        error = self.told or session.why or unread or describe_failure(relay)
+        error = self.told or session.why or describe_failure(relay)
         if error is not None:
             raise error
         return EXIT_OK
 
     def wait_for_relay(self, session: MediatedSession, relay: Relay, carried: Outcome) -> None:
-        """Wait for the end of --stdio's connection, or raise a signal as Interrupted.
-
-        ssh hangs up as soon as it has seen the end. So once that is under way a signal does not decide the
-        status, and only limits the rest to a few seconds.
-        """
-        signalled: Optional[Interrupted] = None
-        give_up_on = float("inf")
+        """Wait for the end of --stdio's connection, or raise a signal as Interrupted."""
         while not carried.done.is_set():
             if session.is_over():
                 relay.stop()
-            if signalled is not None and elapsed_seconds() >= give_up_on:
-                raise signalled
             try:
                 self.foreground.wait(TICKING_SECONDS, carried.done)
-            except Interrupted as interrupted:
-                if not (relay.down.has_ended or relay.error):
+            except Interrupted:
+                # ssh hangs up as soon as it has seen the end: so once that is under way, the signal does not
+                # decide the status, and only limits the rest to a few seconds
+                is_ending = relay.down.has_ended or relay.error is not None
+                if not (is_ending and carried.done.wait(ASK_LIMIT_SECONDS)):
                     raise
-                signalled, give_up_on = interrupted, min(give_up_on, elapsed_seconds() + ASK_LIMIT_SECONDS)
         carried.result()
 
     def explain_end(self, session: MediatedSession, relay: Relay) -> None:
@@ -3492,7 +3481,9 @@ class Run:
 
 
 def describe_failure(relay: Relay) -> Optional[PlexctlError]:
-    """Return what has broken a connection, if anything."""
+    """Return what has broken a connection of --stdio, if anything."""
+    if relay.is_awaited and (not relay.down.moved or relay.down.rest or relay.down.dropped):
+        return PlexctlError("cannot write to standard output: nobody reads it")
     if relay.error is None or isinstance(relay.error, PlexctlError):
         return relay.error
     return PlexctlError(f"the connection ended: {show_error(relay.error)}")
