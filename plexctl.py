@@ -1325,8 +1325,12 @@ class PeerReset(ConnectionError):
         self.leg = leg
 
 
-def check_refusal(leg: Any) -> None:
-    """Raise PeerReset if a write has found that the other end of `leg` has reset; EPIPE is no reset."""
+def check_reset(leg: Any) -> None:
+    """Raise PeerReset if the other end of `leg` has reset, which a write has found, or nobody yet.
+
+    EPIPE is no reset, see Relay.
+    """
+    leg.refusal = leg.refusal or leg.take_error()
     if leg.refusal not in (0, errno.EPIPE):
         raise PeerReset(leg, leg.refusal)
 
@@ -1340,7 +1344,7 @@ class Leg:
         self.recv_into = sock.recv_into
         self.send = sock.send
         self.reads_at = self.writes_at = sock.fileno()  # for poll(2)
-        self.refusal = 0  # the error number of a write that failed: it takes nothing any more
+        self.refusal = 0  # why it takes nothing any more: the error number of a write; 0: it does
         self._is_linux_tcp = ON_LINUX and sock.family != socket.AF_UNIX
 
     def end(self) -> None:
@@ -1398,14 +1402,9 @@ class StandardStreams:
     def recv_into(self, buffer: memoryview) -> int:
         """Read standard input; return 0 at its end."""
         try:
-            piece = os.read(0, len(buffer))
-        except OSError as error:
-            # it was closed at the start (open_nowhere), or the terminal is gone
-            if error.errno == errno.EISDIR or (error.errno == errno.EIO and os.isatty(0)):
-                return 0
-            raise
-        buffer[:len(piece)] = piece
-        return len(piece)
+            return os.readv(0, [buffer])
+        except IsADirectoryError:  # it was closed at the start, see open_nowhere
+            return 0
 
     def send(self, piece: memoryview) -> int:
         """Write to standard output as much as it takes; PlexctlError if that fails."""
@@ -1500,7 +1499,8 @@ class Flow:
                     raise
                 raise PeerReset(self.source, error.errno) from error
             if not count:
-                check_refusal(self.source)  # if it raises, this is the end of a reset
+                if self.source.refusal:
+                    check_reset(self.source)  # if it raises, a reset has ended the input
                 self.has_ended, self.waits_for = True, NOTHING
                 return
             piece = self._buffer[:count]
@@ -1543,7 +1543,7 @@ class Relay:
     client has ended its input; `_end_client`, once the Node has ended.
 
     A reset by one side becomes a reset for the other. It is PeerReset, found by a read, by a write
-    (see Leg.refusal), or, of a client that is not read, by `_check_client`. If a write has found that the
+    (see Leg.refusal), or, of a client that is not read, by `check_reset`. If a write has found that the
     Node has reset, what it had sent before is read first. Linux reports a reset that follows an end of
     input as EPIPE. That counts as an end: the client has closed the connection before it had read
     everything, and what it had sent is handed on.
@@ -1613,7 +1613,7 @@ class Relay:
         while not (up.has_ended or down.has_ended):
             self._move()
             if self._client.refusal:
-                check_refusal(self._client)
+                check_reset(self._client)
         if not down.has_ended:
             self._await_answer()
         # now the Node has ended, or the client is gone
@@ -1631,7 +1631,7 @@ class Relay:
             if self._is_quiet(self.remote):
                 self.up.pass_end_on()
         if not self.down.has_ended:
-            self._check_client()
+            check_reset(self._client)
 
     def _end_client(self) -> None:
         """The Node has ended the connection: pass that on, and let the client finish."""
@@ -1678,8 +1678,8 @@ class Relay:
         self._waits_for = self.up.waits_for, self.down.waits_for
         masks: Dict[int, int] = {}  # by descriptor
         for descriptor, mask in self._waits_for:
-            masks[descriptor] = masks.get(descriptor, 0) | mask
-        masks.pop(NOTHING[0], None)
+            if mask:
+                masks[descriptor] = masks.get(descriptor, 0) | mask
         self._poller = select.poll()
         for descriptor, mask in masks.items():
             self._poller.register(descriptor, mask)
@@ -1690,13 +1690,7 @@ class Relay:
             raise ConnectionAbortedError(errno.ECONNABORTED, os.strerror(errno.ECONNABORTED))
         if self._client.is_dead() or self.remote.is_dead():
             raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
-        if self.up.rest:
-            self._check_client()
-
-    def _check_client(self) -> None:
-        """Raise PeerReset if the client has reset."""
-        self._client.refusal = self._client.refusal or self._client.take_error()
-        check_refusal(self._client)
+        check_reset(self._client)
 
     def _is_quiet(self, receiver: Any) -> bool:
         """Return whether nothing has moved for QUIET_SECONDS since the first call; call it in a loop.
