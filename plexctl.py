@@ -1326,10 +1326,7 @@ class PeerReset(ConnectionError):
 
 
 def check_reset(leg: Any) -> None:
-    """Raise PeerReset if the other end of `leg` has reset, which a write has found, or nobody yet.
-
-    EPIPE is no reset, see Relay.
-    """
+    """Raise PeerReset for a reset by the other end of `leg` that no read has found; EPIPE is none."""
     leg.refusal = leg.refusal or leg.take_error()
     if leg.refusal not in (0, errno.EPIPE):
         raise PeerReset(leg, leg.refusal)
@@ -1542,11 +1539,11 @@ class Relay:
     So a connection has up to three steps: `_carry`, while both sides are open; `_await_answer`, once the
     client has ended its input; `_end_client`, once the Node has ended.
 
-    A reset by one side becomes a reset for the other. It is PeerReset, found by a read, by a write
-    (see Leg.refusal), or, of a client that is not read, by `check_reset`. If a write has found that the
-    Node has reset, what it had sent before is read first. Linux reports a reset that follows an end of
-    input as EPIPE. That counts as an end: the client has closed the connection before it had read
-    everything, and what it had sent is handed on.
+    A reset by one side becomes a reset for the other. A read raises it as PeerReset. A write that fails is
+    noted (Leg.refusal), and check_reset raises it: the client's at once, the Node's when what it had sent
+    before is read. `_check_legs` finds that of a client that is not read. Linux reports a reset that
+    follows an end of input as EPIPE. That counts as an end: the client has closed the connection before
+    it had read everything, and what it had sent is handed on.
 
     `on_end` is called before the client sees that the Node or we have ended the connection, unless the
     client's end came first and the Node did not reset. `stop`, from another thread, ends it with resets.
@@ -1593,9 +1590,9 @@ class Relay:
             self.remote.close(reset=self.error is not None or not up.has_ended)
 
     def await_end(self, seconds: float, is_stopped: Callable[[], bool]) -> bool:
-        """Wait for the Node to end what `is_awaited` (or for its path to be dead); drop what still comes.
+        """Once the client is gone: wait for the Node to end the connection as well (or for a dead path).
 
-        False if it `is_stopped`, or `seconds` after everything was acknowledged.
+        What still comes is dropped. False if it `is_stopped`, or `seconds` after everything was acknowledged.
         """
         acknowledged_on = elapsed_seconds()
         with contextlib.suppress(PeerReset):
