@@ -1595,7 +1595,7 @@ class Relay:
         What still comes is dropped. False if it `is_stopped`, or `seconds` after everything was acknowledged.
         """
         acknowledged_on = elapsed_seconds()
-        with contextlib.suppress(PeerReset):
+        try:
             while not (self.down.has_ended or self.remote.is_dead()):
                 if is_stopped() or elapsed_seconds() - acknowledged_on >= seconds:
                     return False
@@ -1603,6 +1603,8 @@ class Relay:
                     self.down.move()
                 if self.remote.count_unsent():
                     acknowledged_on = elapsed_seconds()
+        except OSError as error:  # want of memory is no end
+            return isinstance(error, PeerReset)
         return True
 
     def _carry(self) -> None:
@@ -1859,6 +1861,32 @@ class Ledger:
             self._changed.notify_all()
 
 
+class Dial:
+    """A connection to (family, address) that is being made: the constructor starts it, `finish` waits."""
+
+    def __init__(self, route: Tuple[int, Any]) -> None:
+        self.route = route
+        self._leg = Leg(socket.socket(route[0], socket.SOCK_STREAM))
+        set_leg_options(self._leg.sock)
+        self._error = self._leg.sock.connect_ex(route[1])
+
+    def finish(self, is_stopped: Callable[[], bool]) -> Leg:
+        """Return the Leg; OSError if that fails, or not in time, or once it `is_stopped`."""
+        error, deadline = self._error, elapsed_seconds() + CONNECT_SECONDS
+        try:
+            while error in CONNECTING:
+                if elapsed_seconds() >= deadline or is_stopped():
+                    error = errno.ETIMEDOUT
+                elif wait_for(self._leg.writes_at, select.POLLOUT, TICK_SECONDS):
+                    error = self._leg.take_error()
+            if error:
+                raise OSError(error, os.strerror(error))
+            return self._leg
+        except BaseException:
+            self._leg.close()
+            raise
+
+
 class MediatedSession:
     """One session, from its issue to the reason of its end.
 
@@ -1877,6 +1905,7 @@ class MediatedSession:
         self._wait_seconds = wait_seconds
         self._renew = renew  # it is to be replaced
         self._route: Any = None  # family and address of the endpoint
+        self._started: Optional[Dial] = None
         self._refused_since = 0.0
         self._lock = threading.Lock()  # guards what follows, and how `why` changes
         self._asked_on = float("inf")  # when GetSession was asked last; it is not while we wait for the Node
@@ -1941,12 +1970,18 @@ class MediatedSession:
                 self._ledger.tell_once(f"warning: {show_error(error)}", GET)
             return False
 
+    def start_dial(self) -> None:
+        """Start to connect to the listener; `dial` waits for that, and says what fails."""
+        with contextlib.suppress(OSError):  # no descriptors: dial() tries again
+            self._started = Dial(self._route)
+
     def dial(self, is_stopped: Callable[[], bool]) -> Leg:
         """Connect to the listener; PlexctlError says why that fails. A new endpoint is tried once."""
         for _ in range(2):
-            route = self._route
+            started, self._started = self._started, None
+            route = started.route if started else self._route
             try:
-                leg = connect_to(route, lambda: self.is_over() or is_stopped())
+                leg = (started or Dial(route)).finish(lambda: self.is_over() or is_stopped())
                 self._refused_since = 0.0
                 return leg
             except OSError as error:
@@ -2022,26 +2057,6 @@ class MediatedSession:
         self.endpoint, self._route, self._refused_since = endpoint, (family, address), 0.0
 
 
-def connect_to(route: Tuple[int, Any], is_stopped: Callable[[], bool]) -> Leg:
-    """Connect to (family, address); OSError in time, or once it `is_stopped`."""
-    family, address = route
-    leg = Leg(socket.socket(family, socket.SOCK_STREAM))
-    try:
-        set_leg_options(leg.sock)
-        error, deadline = leg.sock.connect_ex(address), elapsed_seconds() + CONNECT_SECONDS
-        while error in CONNECTING:
-            if elapsed_seconds() >= deadline or is_stopped():
-                error = errno.ETIMEDOUT
-            elif wait_for(leg.writes_at, select.POLLOUT, TICK_SECONDS):
-                error = leg.take_error()
-        if error:
-            raise OSError(error, os.strerror(error))
-        return leg
-    except BaseException:
-        leg.close()
-        raise
-
-
 # -------------------------------------------------------------------------------------- listener
 
 BACKLOG_CONNECTIONS = 4096  # the default of 5 makes bursts wait a second
@@ -2105,8 +2120,8 @@ class OwnerCheck:
 class Listener(socketserver.TCPServer):
     """Listens on the local address, and knows who may connect. The kernel's backlog is its queue.
 
-    socketserver binds it when it is made (PlexctlError), and closes it. `take` and `reject` accept clients:
-    for one thread at a time.
+    socketserver binds it when it is made (PlexctlError), and closes it. `take` and `reject` are for one
+    thread at a time.
     """
 
     request_queue_size = BACKLOG_CONNECTIONS
@@ -2132,13 +2147,13 @@ class Listener(socketserver.TCPServer):
             raise PlexctlError(f"--local-addr {escape(str(local))}: cannot listen: {reason}") from error
 
     def take(self) -> Optional[Tuple[socket.socket, Any]]:
-        """Accept a client; None if there is none, or it may not be served.
+        """Accept a client that is here; None if none is, or it may not be served.
 
         OSError if there are no descriptors or memory. (handle_request() makes a selector each time.)
         """
         try:
             request, address = self.socket.accept()
-        except OSError as error:  # it is gone again
+        except OSError as error:  # none, or it is gone again
             if error.errno in EXHAUSTED:
                 raise
             return None
@@ -2265,56 +2280,10 @@ OPENING = "opening"  # issues it, and waits for its listener
 FREE = "free"  # waits for a client
 BUSY = "busy"  # dials, carries, or waits for the Node to end what it has carried
 STUCK = "stuck"  # the Node does not end it
-REVOKING = "revoking"
-LIVE = (OPENING, FREE, BUSY)
+REVOKING = "revoking"  # or about to
+READY = (FREE, BUSY)
+LIVE = (OPENING, FREE, BUSY)  # connections may yet come to it
 Client = Tuple[socket.socket, Any]  # and its address
-
-
-class Demand:
-    """Decides how many sessions there are to be. It is called with the Forwarder's lock held.
-
-    `states` are those of the carriers. While one is free, nothing is issued for a connection.
-    """
-
-    def __init__(self, maximum: int, minimum: int) -> None:
-        self.maximum = maximum
-        self._minimum = minimum
-        self._waiting_since = self._spare_since = elapsed_seconds()
-        # how many were to be had, since when, and after how long one more may be asked for
-        self._granted, self._granted_on, self._step_seconds = maximum, 0.0, LIMIT_SECONDS
-
-    def restrict(self, since: float, number: int, seconds: int) -> None:
-        """There are no more sessions to be had than this number; one more each time `seconds` have passed."""
-        self._granted, self._granted_on, self._step_seconds = number, since, seconds
-
-    def limit(self, now: float) -> int:
-        """Return how many sessions there may be now."""
-        return min(self.maximum, self._granted + int((now - self._granted_on) / self._step_seconds))
-
-    def is_overdue(self, now: float, waiting: int, states: List[str]) -> bool:
-        """Return whether connections have waited for GRACE_SECONDS; it keeps the time: call it often."""
-        if not waiting or FREE in states:
-            self._waiting_since = now
-            return False
-        return not any(state in LIVE for state in states) or now - self._waiting_since >= GRACE_SECONDS
-
-    def count_missing(self, now: float, waiting: int, states: List[str]) -> int:
-        """Return how many sessions to issue now: for connections that wait, and to have the minimum ready."""
-        live = [state for state in states if state in LIVE]
-        # the server may yet count one that is being revoked, and refuse the only one that is asked for
-        if REVOKING in states and not live:
-            return 0
-        wanted = 0 if FREE in states else waiting - states.count(OPENING)
-        # a minimum of 1 is not refilled before a connection comes
-        missing = self._minimum - len(live) if self._minimum > 1 else 0
-        return max(0, min(max(wanted, missing), self.limit(now) - len(states)))
-
-    def has_spare(self, now: float, free: int) -> bool:
-        """Return whether more than the minimum have been free for IDLE_SECONDS; then start to count anew."""
-        is_spare = free > self._minimum and now - self._spare_since >= IDLE_SECONDS
-        if is_spare or free <= self._minimum:
-            self._spare_since = now
-        return is_spare
 
 
 class Carrier:
@@ -2323,10 +2292,8 @@ class Carrier:
     def __init__(self, session: MediatedSession) -> None:
         self.session = session
         self.state = OPENING
-        self.client: Optional[Client] = None  # since it was accepted
-        self.relay: Optional[Relay] = None  # while it carries
-        self.awaited: Optional[Relay] = None  # what the Node has yet to end, since the client is gone
-        self.is_spare = False  # it is to be given back
+        self.client: Optional[Client] = None  # from its accept() to its end
+        self.relay: Optional[Relay] = None  # from the dial until the Node has ended the connection, too
 
 
 class Forwarder:
@@ -2343,7 +2310,7 @@ class Forwarder:
     connection to its end. It is free again when the Node has ended that as well. Where none is free `tick`
     issues sessions for those who wait.
 
-    One lock guards changes of what the threads share. Whoever accepts holds another one, the turn.
+    One lock guards changes of what the threads share. Whoever takes a client holds another one, the turn.
     Locks are taken in this order: the turn, the Forwarder's, a MediatedSession's, those of others.
     """
 
@@ -2354,6 +2321,7 @@ class Forwarder:
         self.first: Optional[MediatedSession] = None  # that was ready
         self._ledger = ledger
         self._request = request
+        self._limit = limit
         self._minimum = minimum
         self._renew = renew
         self._wait_seconds = wait_seconds
@@ -2369,7 +2337,8 @@ class Forwarder:
         self._has_been_stuck = False  # a session has, which is not the end of the run
         self._first_failure: Optional[PlexctlError] = None  # of a session, while none is ready
         self._explanation: Optional[Outcome] = None  # see _explain
-        self._demand = Demand(limit, minimum)
+        self._waiting_since = self._spare_since = elapsed_seconds()  # see _adjust
+        self._restrict(limit, 0.0, LIMIT_SECONDS)  # that is, not at all
 
     def __enter__(self) -> "Forwarder":
         return self
@@ -2394,68 +2363,60 @@ class Forwarder:
         with self._changed:
             if self._is_time_up(now):
                 self._end_run(SessionOver("the session expired"))
-            for each in self._carriers:
-                if each.session.is_over() and each.relay:
-                    each.relay.stop()
-            nobody_can_serve = self.over or (not self._list_live() and self._demand.limit(now) < 1)
-        try:
-            if nobody_can_serve:
-                self._reject_waiting()
-            elif self.first is not None:
-                self._issue_missing(now)
-        except (OSError, MemoryError) as error:  # which ends nothing that works
-            self._warn_of_exhaustion(error)
+            self._stop_relays()
+            try:
+                if self.over or not (self._count_live() or self._count_available(now)):
+                    self._reject_waiting()
+                elif self.first is not None:
+                    self._adjust(now)
+            except (OSError, MemoryError) as error:  # which ends nothing that works
+                self._warn_of_exhaustion(error)
 
     def count(self) -> Counts:
         """Return the totals so far."""
         with self._changed:
-            relays = [each.relay for each in self._carriers if each.relay]
+            relays = self._list_open()
             return self._ended._replace(
                 open=len(relays), waiting=self._count_waiting(),
-                sessions=sum(each.state in (FREE, BUSY) for each in self._carriers),
+                sessions=sum(each.state in READY for each in self._carriers),
                 up=self._ended.up + sum(relay.up.moved for relay in relays),
                 down=self._ended.down + sum(relay.down.moved for relay in relays))
 
     def seconds_left(self) -> float:
-        """Return how long it is until the sessions run out; with `renew`, until the first of them does."""
+        """Return how long it is until the first of the sessions expires; 0.0 if there is none."""
         with self._changed:
-            sessions = [each.session for each in self._carriers if each.state in (FREE, BUSY)]
-            if self.first is not None and not self._renew:
-                sessions = [self.first]
-            return max(0.0, min((each.expires_on for each in sessions), default=0.0) - elapsed_seconds())
+            ends = [each.session.expires_on for each in self._carriers if each.state in READY]
+            return max(0.0, min(ends, default=0.0) - elapsed_seconds())
 
-    def measure_delivery(self) -> Optional[Tuple[int, int, int]]:
+    def measure_delivery(self) -> Optional[int]:
         """Return None once everything that clients sent before they closed has reached the Node.
 
-        Before that, what changes as long as something moves: bytes and connections that were handed on, and
-        the bytes that the Node has not acknowledged yet.
+        Before that, what changes as long as something moves: the number of bytes that the Node has
+        acknowledged, and of connections that have ended.
         """
         with self._changed:
-            is_under_way = self._count_waiting() or any(
-                each.awaited or (each.state == BUSY and each.client and self.listener.is_gone(*each.client))
-                for each in self._carriers)
-            if not is_under_way:
+            counts, clients = self.count(), [each.client for each in self._carriers if each.client]
+            relays = [each.relay for each in self._carriers if each.relay]
+            if not (counts.waiting or any(relay.is_awaited for relay in relays)
+                    or any(self.listener.is_gone(*client) for client in clients)):
                 return None
             if self.listener.assumes_gone:  # a client that goes on must not keep us
-                return 0, 0, 0
-            relays = [each.relay or each.awaited for each in self._carriers]
-            counts = self.count()
-            return counts.up, counts.ended, sum(relay.remote.count_unsent() for relay in relays if relay)
+                return 0
+            return counts.up + counts.ended - sum(relay.remote.count_unsent() for relay in relays)
 
     def stop(self, seconds: float = CLOSE_SECONDS) -> None:
         """Stop listening and end every connection, with a reset unless it was over."""
         deadline = elapsed_seconds() + seconds
         with self._changed:
-            self._stop_carrying()
+            self._is_closing.set()
+            self._changed.notify_all()
+            self._stop_relays()
             self._ledger.plane.cancel.set()
-        has_turn = self._turn.acquire(timeout=seconds)  # then nobody waits at the listener
-        self.listener.server_close()
-        if has_turn:
-            self._turn.release()
-        with self._changed:
-            self._changed.wait_for(lambda: not any(each.state == BUSY for each in self._carriers),
+            self._reject_waiting()
+            self.listener.server_close()
+            # the port is in use as long as a thread waits for a client
+            self._changed.wait_for(lambda: not any(each.state in READY for each in self._carriers),
                                    max(0.0, deadline - elapsed_seconds()))
-            self._close_returned()
         if self._explanation is not None:
             self._explanation.done.wait(max(0.0, deadline - elapsed_seconds()))
 
@@ -2468,12 +2429,13 @@ class Forwarder:
             session.open(self._next_request())
             with self._changed:
                 self.first, self._first_failure = self.first or session, None
+                carrier.state = FREE
                 self._changed.notify_all()
-            while not (carrier.is_spare or self._must_leave(session)):
+            while carrier.state == FREE and not self._must_leave(session):
                 client = self._take(carrier)
-                if client is not None and self._serve(carrier, buffers, client):
-                    self._leave_stuck(carrier)
-                    break
+                if client is not None and self._serve(carrier, client, buffers):
+                    with self._changed:
+                        carrier.state = FREE
         except PlexctlError as error:
             session.end(error)
         except Exception as error:  # no memory or descriptors, or a defect
@@ -2493,19 +2455,22 @@ class Forwarder:
         return self._is_closing.is_set() or session.is_over()
 
     def _take(self, carrier: Carrier) -> Optional[Client]:
-        """Take the client that is next, if one comes in time."""
-        with self._changed:
-            carrier.client, carrier.state = None, FREE
-            if self._returned:
-                return self._give(carrier, self._returned.pop(0))
+        """Take the client that is next, if one comes in time, and start to dial for it.
+
+        One thread at a time: side by side they would spend most of it on passing Python's own lock around.
+        """
         if not self._turn.acquire(timeout=TICK_SECONDS):
             return None
         try:
-            if not wait_for(self.listener.fileno(), select.POLLIN, TICK_SECONDS):
-                return None
-            with self._changed:  # so that measure_delivery sees it in the backlog, or here
-                client = self.listener.take()
-                return self._give(carrier, client) if client is not None else None
+            if not self._returned:
+                wait_for(self.listener.fileno(), select.POLLIN, TICK_SECONDS)
+            with self._changed:  # for measure_delivery: a client waits, or has a carrier
+                client = self._returned.pop(0) if self._returned else self.listener.take()
+                if client is not None:  # also for a session that tick() has found spare meanwhile
+                    carrier.client, carrier.state = client, BUSY
+            if client is not None:
+                carrier.session.start_dial()
+            return client
         except OSError as error:
             self._warn_of_exhaustion(error)
             self._is_closing.wait(PAUSE_SECONDS)
@@ -2513,53 +2478,64 @@ class Forwarder:
         finally:
             self._turn.release()
 
-    def _give(self, carrier: Carrier, client: Client) -> Client:
-        with self._changed:
-            carrier.client, carrier.state = client, BUSY
-            carrier.is_spare = False  # tick() may have marked it meanwhile
-            return client
-
-    def _serve(self, carrier: Carrier, buffers: Buffers, client: Client) -> bool:
-        """Carry one connection, from the dial to the Node's end; True if the Node does not end it."""
-        session, (sock, address) = carrier.session, client
+    def _serve(self, carrier: Carrier, client: Client, buffers: Buffers) -> bool:
+        """Carry one connection; return whether the Node has ended it, so that the session is free again."""
+        session = carrier.session
+        name = "a local process" if self.local.path else join_host_port(*client[1][:2])
         try:
             remote = session.dial(self._is_closing.is_set)
         except PlexctlError as error:
             self._refuse(carrier, client, error)
-            return False
-        self._ledger.say(f"connection from {name_client(address)} to {session.endpoint}")
-        # on_end only starts the question, so that a session that is over is found out soon
-        relay = Relay(Leg(sock), remote, buffers, lambda: self.listener.is_gone(*client),
-                      lambda: self._is_closing.is_set() or session.ask())
-        with self._changed:
-            # another connection has had an answer: so the target can be reached, and nothing is explained
-            had_answer = any(each.relay and each.relay.down.moved for each in self._carriers)
-            carrier.relay = relay
-            if self._is_closing.is_set():
-                relay.stop()
-        relay.carry()
-        if relay.is_awaited:  # before carrier.relay is cleared: measure_delivery has to see one of them
-            carrier.awaited = relay
-        self._note_connection_end(carrier, relay, had_answer)
-        if relay.is_awaited and relay.await_end(QUIET_SECONDS, lambda: self._must_leave(session)):
-            carrier.awaited = None
-            remote.close(reset=False)
-        is_stuck = relay.is_stuck or carrier.awaited is not None
-        return is_stuck and not self._must_leave(session)
+            return True
+        self._ledger.say(f"connection from {name} to {session.endpoint}")
+        relay = Relay(Leg(client[0]), remote, buffers, lambda: self.listener.is_gone(*client),
+                      lambda: self._ask_about_end(session, relay))
+        try:
+            with self._changed:
+                carrier.relay = relay
+                if self._is_closing.is_set():
+                    relay.stop()
+            relay.carry()
+            self._note_connection_end(carrier, relay)
+            return self._await_end(carrier, relay)
+        finally:
+            if relay.is_awaited:  # else the relay has closed it
+                remote.close(reset=False)
+            with self._changed:
+                carrier.relay = None
 
     def _refuse(self, carrier: Carrier, client: Client, error: PlexctlError) -> None:
         """Leave a client to another session, if its own is over and there may be another; else reset it."""
         with self._changed:
-            others = [each for each in self._list_live() if each is not carrier]
-            if carrier.session.why and (self._renew or others) and not self._is_closing.is_set():
+            may_be_served = self._renew or self._count_live() > 1
+            if carrier.session.why and may_be_served and not self._is_closing.is_set():
                 self._returned.insert(0, client)
+                carrier.client = None
                 return
         client[0].close()
         if not isinstance(error, (SessionOver, Cancelled)):
             self._ledger.tell_once(f"warning: a connection was not served: {error}", "not served")
         self._count_connection(carrier, 0, 0)
 
-    def _note_connection_end(self, carrier: Carrier, relay: Relay, had_answer: bool) -> None:
+    def _ask_about_end(self, session: MediatedSession, relay: Relay) -> None:
+        """Have it found out, beside the work, why a connection is ending: is its session over?"""
+        if self._is_closing.is_set():
+            return
+        session.ask()
+        with self._changed:
+            # that of another connection counts, too: psql's cancel request gets none
+            has_answer = any(each.down.moved for each in self._list_open())
+            is_explaining = self._explanation is not None and not self._explanation.done.is_set()
+            if relay.remote_ended_first and not has_answer and not is_explaining:
+                self._explanation = Outcome(lambda: self._explain(session), or_here=False)
+
+    def _explain(self, session: MediatedSession) -> None:
+        """Say that the target cannot be reached, unless the session is over."""
+        session.ask(ASK_LIMIT_SECONDS)
+        if session.why is None and self.over is None:
+            self._warn_once(describe_unreachable(self._request))
+
+    def _note_connection_end(self, carrier: Carrier, relay: Relay) -> None:
         """Count a connection that was carried, and say what there is to say about it."""
         self._count_connection(carrier, relay.up.moved, relay.down.moved)
         error = None if self._is_closing.is_set() or carrier.session.why else relay.error
@@ -2568,58 +2544,48 @@ class Forwarder:
                          f"{show_bytes(relay.down.moved)} down")
         if error and (not isinstance(error, OSError) or error.errno in EXHAUSTED):  # not a peer's doing
             self._warn_once(f"a connection ended: {show_error(error)}")
-        if relay.remote_ended_first and not relay.down.moved and not had_answer:
-            with self._changed:
-                if self._explanation is None or self._explanation.done.is_set():
-                    self._explanation = Outcome(lambda: self._explain(carrier.session), or_here=False)
 
-    def _explain(self, session: MediatedSession) -> None:
-        """Say why the Node has ended a connection without a byte: the session's end, or the target."""
-        session.ask(ASK_LIMIT_SECONDS)
-        if session.why is None and self.over is None:
-            self._warn_once(describe_unreachable(self._request))
+    def _count_connection(self, carrier: Carrier, up: int, down: int) -> None:
+        with self._changed:
+            carrier.client = None
+            ended = self._ended
+            self._ended = ended._replace(ended=ended.ended + 1, up=ended.up + up, down=ended.down + down)
 
-    def _leave_stuck(self, carrier: Carrier) -> None:
-        """Give the Node STUCK_SECONDS to pass on what it has; the revocation that follows cuts it off.
+    def _await_end(self, carrier: Carrier, relay: Relay) -> bool:
+        """Wait for the Node to end a connection whose client is gone; False if it does not: it is stuck.
 
-        The session is not used again: it cannot be seen when the Node has ended a connection that was reset.
+        Then the Node has STUCK_SECONDS to pass on what it has; the revocation that follows cuts it off. The
+        session is not used again, since nobody sees when the Node has ended a connection that was reset.
         """
+        def must_leave() -> bool:
+            return self._must_leave(carrier.session)
+
+        has_ended = not relay.is_awaited or relay.await_end(QUIET_SECONDS, must_leave)
+        if (has_ended and not relay.is_stuck) or must_leave():
+            return True
         with self._changed:
             carrier.state, self._has_been_stuck = STUCK, True
         self._warn_once("the Node has not ended a connection whose client is gone; its session is not used "
                         "any more")
-        if carrier.awaited is not None:
-            carrier.awaited.await_end(STUCK_SECONDS, lambda: self._must_leave(carrier.session))
+        if relay.is_awaited:
+            relay.await_end(STUCK_SECONDS, must_leave)
         else:
             self._is_closing.wait(STUCK_SECONDS)
+        return False
 
     def _dismiss(self, carrier: Carrier) -> None:
         """Do what follows from the end of a session, and revoke it."""
         session = carrier.session
-        if carrier.awaited is not None:
-            carrier.awaited.remote.close(reset=False)
         with self._changed:
             why, is_leaving = session.why, self._is_closing.is_set()
-            carrier.state, carrier.awaited = REVOKING, None
+            carrier.state = REVOKING
             self._changed.notify_all()
             if why is not None and not is_leaving:
-                if isinstance(why, SessionRevoked) or self._is_time_up(elapsed_seconds()):
-                    self._end_run(why)
-                elif session.ready_on:
-                    self._note_session_end(session, why)
-                else:
-                    self._note_issue_failure(why)
+                self._judge_end(session, why)
         if why is not None or not (is_leaving and self._ledger.is_kept):
             self._ledger.give_back(session.session_id)
         with self._changed:
             self._carriers.remove(carrier)
-            self._changed.notify_all()
-
-    def _count_connection(self, carrier: Carrier, up: int, down: int) -> None:
-        with self._changed:
-            carrier.relay = None
-            ended = self._ended
-            self._ended = ended._replace(ended=ended.ended + 1, up=ended.up + up, down=ended.down + down)
             self._changed.notify_all()
 
     def _warn_once(self, text: str) -> None:
@@ -2628,36 +2594,39 @@ class Forwarder:
     def _warn_of_exhaustion(self, error: BaseException) -> None:
         self._warn_once(f"cannot accept connections for now: {show_error(error)}")
 
-    # The main thread
+    # With the lock held
 
-    def _issue_missing(self, now: float) -> None:
-        """Issue the sessions that are missing, and mark one as spare if it is not needed."""
-        with self._changed:
-            states, waiting = [each.state for each in self._carriers], self._count_waiting()
-            if not self._demand.is_overdue(now, waiting, states):
-                waiting = 0
-            elif states.count(BUSY) >= self._demand.maximum:
-                wait = "connections wait" if waiting > 1 else "connection waits"
-                self._ledger.tell_once(
-                    f"warning: {waiting} {wait} until one closes: each needs a session (--max-sessions is "
-                    f"{self._demand.maximum}; a connection pool must not be larger)", "limit")
-            if not self._is_time_up(now + 1):  # 1 s is the shortest TTL
-                self._start(self._demand.count_missing(now, waiting, states))
-            free = [each for each in self._carriers if each.state == FREE]
-            if self._demand.has_spare(now, len(free)):
-                free[-1].is_spare = True
+    def _adjust(self, now: float) -> None:
+        """Issue sessions for connections that wait, and to have the minimum ready; give a spare one back."""
+        waiting, live = self._count_waiting(), self._count_live()
+        states = [each.state for each in self._carriers]
+        free = [each for each in self._carriers if each.state == FREE]
+        if free or not waiting:
+            self._waiting_since = now
+        is_overdue = waiting and (not live or now - self._waiting_since >= GRACE_SECONDS)
+        if is_overdue and states.count(BUSY) >= self._limit:
+            wait = "connections wait" if waiting > 1 else "connection waits"
+            self._ledger.tell_once(
+                f"warning: {waiting} {wait} until one closes: each needs a session (--max-sessions is "
+                f"{self._limit}; a connection pool must not be larger)", "limit")
+        missing = waiting - states.count(OPENING) if is_overdue else 0
+        if self._minimum > 1:  # else the next one is issued for a connection
+            missing = max(missing, self._minimum - live)
+        # the server may yet count one that is being revoked, and refuse the only one that is asked for
+        is_too_early = REVOKING in states and not live
+        if not is_too_early and not self._is_time_up(now + 1):  # 1 s is the shortest TTL
+            self._start(min(missing, self._count_available(now) - len(states)))
+        if len(free) <= self._minimum:
+            self._spare_since = now
+        elif now - self._spare_since >= IDLE_SECONDS:
+            free[-1].state, self._spare_since = REVOKING, now
 
     def _reject_waiting(self) -> None:
         """Reset the connections that wait, since no session will come to take them."""
-        with self._changed:
-            self._close_returned()
-        if self._turn.acquire(timeout=TICK_SECONDS):
-            try:
-                self.listener.reject()
-            finally:
-                self._turn.release()
-
-    # With the lock held
+        while self._returned:
+            self._returned.pop()[0].close()
+        with contextlib.suppress(OSError, MemoryError):  # it is called again
+            self.listener.reject()
 
     def _start(self, number: int) -> None:
         """Start the threads of so many sessions, unless the run is ending."""
@@ -2671,67 +2640,62 @@ class Forwarder:
                 carrier.session.end(PlexctlError("cannot start a thread for a session (ulimit -u)"))
                 self._dismiss(carrier)  # without an exchange: it has no session yet
 
+    def _restrict(self, number: int, since: float, seconds: int) -> None:
+        """There are no more sessions to be had than this number; one more each time `seconds` have passed."""
+        self._available, self._available_since, self._step_seconds = number, since, seconds
+
+    def _count_available(self, now: float) -> int:
+        return min(self._limit, self._available + int((now - self._available_since) / self._step_seconds))
+
     def _count_waiting(self) -> int:
         return self.listener.count_waiting() + len(self._returned)
 
-    def _list_live(self) -> List[Carrier]:
-        return [each for each in self._carriers if each.state in LIVE]
+    def _list_open(self) -> List[Relay]:
+        """Return the relays of those connections whose clients have not ended them."""
+        return [each.relay for each in self._carriers if each.client and each.relay]
 
-    def _note_session_end(self, session: MediatedSession, why: PlexctlError) -> None:
-        """A session that has worked is over: so is the run, unless there are others or may be another one."""
-        others = len(self._list_live())
-        if not (self._renew or others):
-            self._end_run(why)
-            return
-        self._ledger.tell_once(f"{why}; the next connection gets a new one" if self._renew else str(why))
-        if isinstance(why, ListenerGone) and elapsed_seconds() - session.ready_on < REPLACE_SECONDS:
-            # a Node that refuses everybody must not cost a session per attempt
-            self._demand.restrict(session.ready_on, others, REPLACE_SECONDS)
+    def _count_live(self) -> int:
+        return sum(each.state in LIVE for each in self._carriers)
 
-    def _note_issue_failure(self, why: PlexctlError) -> None:
-        """A session could not be had: for a while there are to be no more than now.
-
-        If it was the last of the first sessions the run is over. So it is if no session is left, unless
-        another one may yet be had: with `renew`, or after the end of one that was stuck.
-        """
-        others = len(self._list_live())
+    def _judge_end(self, session: MediatedSession, why: PlexctlError) -> None:
+        """Decide what it means for the run that a session is over, or could not be had."""
+        others = self._count_live()
+        has_worked = session.ready_on > 0
         is_refused = isinstance(why, ApiError) and why.status < 500 and not why.passing
         # a server may yet count one that is stuck, and have room once that is given back
         is_final = is_refused and not any(each.state == STUCK for each in self._carriers)
-        if self.first is None and others:  # which may yet be the first
-            self._first_failure = self._first_failure or why
-        elif not others and (self.first is None or is_final or not (self._renew or self._has_been_stuck)):
+        may_come = self._renew or (self._has_been_stuck and not has_worked)  # another one, when it is needed
+        if isinstance(why, SessionRevoked) or self._is_time_up(elapsed_seconds()):
+            self._end_run(why)
+        elif not others and (self.first is None or is_final or not may_come):
             self._end_run(self._first_failure or why)
+        elif self.first is None:  # one of the others may yet be the first
+            self._first_failure = self._first_failure or why
+        elif has_worked:
+            self._ledger.tell_once(f"{why}; the next connection gets a new one" if self._renew else str(why))
+            if isinstance(why, ListenerGone) and elapsed_seconds() - session.ready_on < REPLACE_SECONDS:
+                # a Node that refuses everybody must not cost a session per attempt
+                self._restrict(others, session.ready_on, REPLACE_SECONDS)
         else:
             has_no_room = others and (is_refused or isinstance(why, EndpointMissing))
-            self._demand.restrict(elapsed_seconds(), others, LIMIT_SECONDS if has_no_room else RETRY_SECONDS)
+            self._restrict(others, elapsed_seconds(), LIMIT_SECONDS if has_no_room else RETRY_SECONDS)
             why.is_told = self._ledger.tell_once(f"warning: no further session for now: {why}",
                                                  type(why).__name__)
 
     def _end_run(self, why: PlexctlError) -> None:
         self.over = self.over or why
-        self._stop_carrying()
-
-    def _stop_carrying(self) -> None:
         self._is_closing.set()
-        for each in self._carriers:
-            if each.relay:
-                each.relay.stop()
         self._changed.notify_all()
+
+    def _stop_relays(self) -> None:
+        """End the connections of sessions that are over, or all of them once the run is ending."""
+        for each in self._carriers:
+            if each.relay and self._must_leave(each.session):
+                each.relay.stop()
 
     def _is_time_up(self, now: float) -> bool:
         """Return whether the time of the first session is up, which without `renew` is that of the run."""
         return not self._renew and self.first is not None and now >= self.first.expires_on
-
-    def _close_returned(self) -> None:
-        for client, _ in self._returned:
-            client.close()
-        del self._returned[:]
-
-
-def name_client(address: Any) -> str:
-    """Return a client's address for people."""
-    return join_host_port(*address[:2]) if isinstance(address, tuple) else "a local process"
 
 
 def describe_unreachable(request: SessionRequest) -> str:
@@ -3362,18 +3326,18 @@ class Run:
 
     def watch(self, forwarder: Forwarder) -> NoReturn:
         """Look after the forwarder until something ends it, and raise that."""
-        told, tell_on = "", 0.0
-        while True:
-            words, now = self.describe_now(forwarder), elapsed_seconds()
-            self.foreground.messages.show(words)
-            if words != told and now >= tell_on:
-                told, tell_on = words, now + STATUS_SECONDS
-                self.tell_systemd("STATUS=" + words)
-            while elapsed_seconds() < now + REDRAW_SECONDS:
-                self.foreground.wait(TICKING_SECONDS)
-                forwarder.tick()
-                if forwarder.over is not None:
-                    raise forwarder.over
+        told, tell_on, show_on = "", 0.0, 0.0
+        while forwarder.over is None:
+            now = elapsed_seconds()
+            if now >= show_on:
+                words, show_on = self.describe_now(forwarder), now + REDRAW_SECONDS
+                self.foreground.messages.show(words)
+                if words != told and now >= tell_on:
+                    told, tell_on = words, now + STATUS_SECONDS
+                    self.tell_systemd("STATUS=" + words)
+            self.foreground.wait(TICKING_SECONDS)
+            forwarder.tick()
+        raise forwarder.over
 
     def describe_now(self, forwarder: Forwarder) -> str:
         """Return the live line, what matters most first."""
@@ -3455,7 +3419,7 @@ class Run:
 
     def deliver(self, forwarder: Forwarder) -> None:
         """Wait until what clients had sent before they left has arrived, as long as it moves."""
-        measured: Optional[Tuple[int, int, int]] = (0, 0, 0)
+        measured: Optional[int] = 0
         give_up_on = elapsed_seconds() + LEAVE_SECONDS
         forwarder.listener.assume_gone()
         while forwarder.over is None and elapsed_seconds() < give_up_on:

@@ -5078,6 +5078,23 @@ def test_a_target_that_ends_without_an_answer_is_told_of_once_but_not_beside_ano
         assert "(--host and --port are as the Node sees them)" in warning
 
 
+def test_a_connection_that_never_had_an_answer_is_no_sign_of_that_beside_one_that_came_later():
+    """Browsers connect in advance, and the target ends what stays idle."""
+    go = threading.Event()
+    with relayed_to(on_request(e=echo, w=lambda *_: go.wait(20))) as running, dial(running.address) as idle:
+        idle.sendall(b"w")
+        eventually(lambda: running.target.accepted == 1)
+        with dial(running.address) as client:
+            client.sendall(b"e")
+            chat(client, 1)
+            go.set()
+            assert how_it_ends(idle) == ("eof", b"")
+            idle.close()
+            eventually(lambda: running.count().ended == 1)
+        settled(running, 2)
+        assert running.lines == []
+
+
 def test_a_client_that_leaves_at_once_is_no_sign_of_an_unreachable_target(simulation):
     with using_sessions(simulation.plane) as running:
         for _ in range(5):
@@ -5252,12 +5269,13 @@ def test_a_node_that_refuses_everybody_costs_no_session_per_attempt():
         assert len(running.said("the Node has closed")) == len(running.lines) == 1
 
 
-def test_after_a_refusal_one_more_session_is_asked_for_after_each_pause():
-    demand, now = plexctl.Demand(4, 1), 1000.0
-    for _ in range(3):  # at once
-        demand.restrict(now, 0, 60)
-    seconds = (0, 59, 60, 119, 120, 300)
-    assert [demand.count_missing(now + each, 4, []) for each in seconds] == [0, 0, 1, 1, 2, 4]
+def test_after_a_refusal_one_more_session_is_asked_for_after_each_pause(simulation):
+    with using_sessions(simulation.plane, establish=False, limit=4) as running:
+        for _ in range(3):  # at once
+            running.forwarder._restrict(0, 1000.0, 60)
+        seconds = (0, 59, 60, 119, 120, 300)
+        available = [running.forwarder._count_available(1000.0 + each) for each in seconds]
+        assert available == [0, 0, 1, 1, 2, 4]
 
 
 def test_a_session_runs_out_by_the_server_s_clock_and_not_by_ours():
