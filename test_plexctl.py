@@ -7163,6 +7163,24 @@ def test_a_session_that_still_sends_is_not_free_and_loses_nothing(monkeypatch):
         assert heard == [("eof", data)]
 
 
+@pytest.mark.skipif(not LINUX, reason="SIOCOUTQ")
+def test_what_was_sent_is_under_way_until_the_node_has_acknowledged_it():
+    """COMMAND's end waits for that, as long as it moves."""
+    def read_late(connection, _target):
+        assert go.wait(30)
+        heard.append(how_it_ends(connection))
+
+    heard, go, data = [], threading.Event(), pattern(256 * 1024)
+    with relayed_to(read_late, direct=True) as running:
+        with dial(running.address) as client:
+            client.sendall(data)
+        eventually(lambda: running.count().ended == 1)  # so all was handed on
+        assert running.forwarder.measure_delivery() < len(data)
+        go.set()
+        eventually(lambda: heard and running.forwarder.measure_delivery() is None)
+    assert heard == [("eof", data)]
+
+
 def test_a_signal_ends_stdio_behind_the_target_s_end_too(make_pipe):
     def half_close(connection, target):
         connection.sendall(b"hello")
