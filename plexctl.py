@@ -1744,7 +1744,7 @@ class Ledger:
         self._owed: Dict[str, str] = {}  # by session_id, until its revocation begins: when it expires
         self._revoking: Set[str] = set()
         self._issuing = 0
-        self._unknown: List[PlexctlError] = []  # each may have left a session
+        self._unknown: Dict[str, PlexctlError] = {}  # by text; each may have left a session
         self._is_closed = False
         self._told: Set[str] = set()
 
@@ -1784,7 +1784,7 @@ class Ledger:
         except BaseException as error:
             with self._changed:
                 if isinstance(error, PlexctlError) and error.may_exist:
-                    self._unknown.append(error)
+                    self._unknown.setdefault(str(error), error)
                 due = self._claim(issued)
                 self._issuing -= 1
                 self._changed.notify_all()
@@ -1828,7 +1828,7 @@ class Ledger:
         with self._changed:
             lines = [f"session {each} is not revoked, it will expire on its own" for each in self._revoking]
             self._revoking.clear()
-            lines += [f"session unknown: {each}" for each in self._unknown
+            lines += [f"session unknown: {each}" for each in self._unknown.values()
                       if each is not raised and not each.is_told]
             if self._issuing:
                 lines.append("a session may have been issued, it will expire on its own")

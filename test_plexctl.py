@@ -4943,6 +4943,10 @@ def test_a_session_that_may_exist_is_told_of_also_where_another_one_is_there():
         running.plane.script("issue", *[lose_one_of_them] * 4)
         pool.submit(running.forwarder.establish)
         eventually(lambda: running.ledger._unknown)
+        for _ in range(2):  # once, however often it happens
+            running.plane.script("issue", *[PASSING["502"]] * 3)
+            with pytest.raises(plexctl.ApiError):
+                running.ledger.issue(session_request())
         running.forwarder.stop()
         running.ledger.leave()
         line, = running.ledger.left_behind()
