@@ -1084,11 +1084,9 @@ class ControlPlane:
 
     def _parse_problem(self, answer: Exchange) -> ApiError:
         """Make the error of an unexpected status, with its problem details (RFC 9457) if it has any."""
-        try:
+        status, problem = answer.status, {}
+        with contextlib.suppress(TransportError):
             problem = self._parse_body(answer)
-        except TransportError:
-            problem = {}
-        status = answer.status
         title, detail, code = (self._show(problem.get(name)) for name in ("title", "detail", "code"))
         text = f"{answer.operation}: {status} {title or http.client.responses.get(status, '')}".rstrip()
         text += (f": {detail}" if detail else "") + (f" ({code})" if code else "")

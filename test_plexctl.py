@@ -1833,6 +1833,7 @@ def resolve(home, server, profile, token_file, environ):
 @pytest.mark.parametrize("server, profile, environ, expected", [
     ("https://flag.example", "side", BOTH, "flag.example"), ("", "side", BOTH, "side.example"),
     ("https://flag.example", "", BOTH, "flag.example"), ("", "address", BOTH, "address.example"),
+    ("https://flag.example", "", {"PLEXSPHERE_URL": "no URL", "PLEXSPHERE_TOKEN": "x y"}, "flag.example"),
     ("", "token", BOTH, "url.example"), ("", "empty", BOTH, "url.example"), ("", "", BOTH, "url.example"),
     ("", "", TOKEN, "main.example"), ("", "empty", TOKEN, "main.example"), ("", "", {}, "main.example"),
     ("", "", dict(TOKEN, PLEXSPHERE_URL=""), "main.example"),
