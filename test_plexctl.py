@@ -3108,6 +3108,20 @@ def test_a_tls_handshake_that_takes_too_long_is_given_up_on_and_nothing_is_sent(
         assert plane.requests == []
 
 
+def test_a_look_up_of_the_name_that_hangs_is_given_up_on_and_nothing_is_sent_later(lone_plane, monkeypatch):
+    def getaddrinfo(*arguments, **options):
+        is_told.wait(10)
+        return real(*arguments, **options)
+
+    is_told, real = threading.Event(), socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    with lasts(0.4, 4), pytest.raises(plexctl.TransportError, match="cannot connect to .*: timed out after"):
+        create_client(lone_plane).get(PROJECT_ID, OTHER_ID, 0.5)
+    is_told.set()
+    assert_nothing_remains(lone_plane._listener)
+    assert lone_plane.requests == []
+
+
 @pytest.mark.parametrize("operation, issued, revoked", [("get", 1, 0), ("issue", 2, 0), ("revoke", 1, 1)])
 def test_a_question_under_way_is_given_up_on_when_the_run_ends_and_nothing_else(
         lone_plane, operation, issued, revoked):
