@@ -7184,11 +7184,12 @@ def test_what_was_sent_is_under_way_until_the_node_has_acknowledged_it():
         assert go.wait(30)
         heard.append(how_it_ends(connection))
 
-    heard, go, data = [], threading.Event(), pattern(256 * 1024)
+    heard, go, data = [], threading.Event(), pattern(100 * 1024)
     with relayed_to(read_late, direct=True) as running:
         with dial(running.address) as client:
             client.sendall(data)
-        eventually(lambda: running.count().ended == 1)  # so all was handed on
+            eventually(lambda: running.count().up == len(data))
+        eventually(lambda: running.count().ended == 1)
         assert running.forwarder.measure_delivery() < len(data)
         go.set()
         eventually(lambda: heard and running.forwarder.measure_delivery() is None)
