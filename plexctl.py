@@ -1288,7 +1288,6 @@ TICK_SECONDS = 0.2  # a thread that waits looks around this often
 QUIET_SECONDS = 2.0  # of silence, see Relay
 GONE_POLL_SECONDS = 0.05  # between two looks whether a client that has ended its input is gone
 UNANSWERED_SECONDS = 120  # after which a path is dead
-NOTHING = (-1, 0)  # no descriptor, and no event of poll(2)
 RESET_ON_CLOSE, END_ON_CLOSE = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)  # struct linger
 LEG_OPTIONS: List[Tuple[int, str, Any]] = [
     (socket.IPPROTO_TCP, "TCP_NODELAY", 1),  # a request in two writes costs 44 ms without it
@@ -1475,20 +1474,22 @@ class Flow:
         self.rest = buffer[:0]  # read, and not handed on yet
         self.has_ended = False  # the source has ended its input
         self.is_passed_on = False  # and the sink was told so
-        self.waits_for = self._readable = (source.reads_at, select.POLLIN)  # for poll(2)
-        self._writable = (sink.writes_at, select.POLLOUT)
         self._buffer = buffer
         self._recv_into = source.recv_into
         self._send = sink.send
 
-    def move(self) -> None:
-        """Read once, unless something is left, and hand it on; PeerReset by the source."""
+    def move(self) -> bool:
+        """Read once, unless something is left, and hand it on; PeerReset by the source.
+
+        Return whether it waits for another event from now on: see `waits_for`.
+        """
         piece = self.rest
-        if not piece:
+        is_left = len(piece) > 0
+        if not is_left:
             try:
                 count = self._recv_into(self._buffer)
             except BlockingIOError:
-                return
+                return False
             except OSError as error:
                 if error.errno in EXHAUSTED:
                     raise
@@ -1496,13 +1497,13 @@ class Flow:
             if not count:
                 if self.source.refusal:
                     check_reset(self.source)  # if it raises, a reset has ended the input
-                self.has_ended, self.waits_for = True, NOTHING
-                return
+                self.has_ended = True
+                return True
             piece = self._buffer[:count]
         if self.sink.refusal:
             self.dropped += len(piece)
-            self.rest, self.waits_for = piece[:0], self._readable
-            return
+            self.rest = piece[:0]
+            return is_left
         try:
             sent = self._send(piece)
         except BlockingIOError:
@@ -1513,7 +1514,13 @@ class Flow:
             self.sink.refusal, sent = error.errno, 0  # the next call drops it
         self.moved += sent
         self.rest = piece[sent:]
-        self.waits_for = self._writable if self.rest else self._readable
+        return is_left or sent < len(piece)
+
+    def waits_for(self) -> Tuple[int, int]:
+        """Return the descriptor and the event of poll(2) that it waits for."""
+        if self.rest:
+            return self.sink.writes_at, select.POLLOUT
+        return self.source.reads_at, select.POLLIN
 
     def pass_end_on(self) -> None:
         """Tell the sink, once, that the source has ended its input."""
@@ -1565,7 +1572,8 @@ class Relay:
         self._is_stopped = False  # the one thing here that another thread sets
         self._counted = (-1, -1)  # bytes moved when _is_quiet looked last
         self._quiet_since = 0.0
-        self._waits_for: Any = None  # what _poller waits for
+        self._waits_anew = True  # _wait_anew is to be called
+        self._waiting: Dict[int, List[Flow]] = {}  # by descriptor
         self._poller = select.poll()
 
     def stop(self) -> None:
@@ -1657,29 +1665,26 @@ class Relay:
 
     def _move(self, seconds: float = TICK_SECONDS) -> None:
         """Wait for a direction that can move, so long at most, and move each that can once."""
-        up, down = self.up, self.down
-        if (up.waits_for, down.waits_for) != self._waits_for:
+        if self._waits_anew:
             self._wait_anew()
         ready = self._poller.poll(seconds * 1000)
         if self._is_stopped or not ready:
             self._check_legs()
         for descriptor, _ in ready:
-            # both may wait for the same one: then the one that cannot move does nothing
-            if descriptor == up.waits_for[0]:
-                up.move()
-            if descriptor == down.waits_for[0]:
-                down.move()
+            for flow in self._waiting[descriptor]:
+                if flow.move():
+                    self._waits_anew = True
 
     def _wait_anew(self) -> None:
         """Have poll(2) wait for what the two directions wait for now."""
-        self._waits_for = self.up.waits_for, self.down.waits_for
-        masks: Dict[int, int] = {}  # by descriptor
-        for descriptor, mask in self._waits_for:
-            if mask:
+        self._poller, self._waiting, self._waits_anew = select.poll(), {}, False
+        masks: Dict[int, int] = {}  # by descriptor: both may wait for the same one; who cannot move does not
+        for flow in (self.up, self.down):
+            if not flow.has_ended:
+                descriptor, mask = flow.waits_for()
                 masks[descriptor] = masks.get(descriptor, 0) | mask
-        self._poller = select.poll()
-        for descriptor, mask in masks.items():
-            self._poller.register(descriptor, mask)
+                self._poller.register(descriptor, masks[descriptor])
+                self._waiting.setdefault(descriptor, []).append(flow)
 
     def _check_legs(self) -> None:
         """Raise if the connection is to end, its path is dead, or a client that is not read has reset it."""
