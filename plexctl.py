@@ -2477,7 +2477,7 @@ class Forwarder:
     def _take(self, carrier: Carrier) -> Optional[Client]:
         """Take the client that is next, if one comes in time, and start to dial for it.
 
-        One thread at a time: side by side they would spend most of it on passing Python's own lock around.
+        One thread at a time: several that did so side by side would mostly wait for Python's own lock.
         """
         if not self._turn.acquire(timeout=TICK_SECONDS):
             return None

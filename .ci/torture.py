@@ -41,7 +41,8 @@ DEADLINE_SECONDS = 60  # niced beside a load, a start alone may take 20
 NO_DESCRIPTORS = ("EMFILE", "ENFILE", "ENOMEM")
 NO_MEMORY, FILE_ERRORS = ("EAGAIN", "ENOMEM"), ("EMFILE", "ENOMEM", "EACCES", "EIO")
 CAN_FAIL = {
-    "openat": FILE_ERRORS, "open": FILE_ERRORS, "read": ("EIO",), "write": ("EIO", "ENOSPC", "EPIPE"),
+    "openat": FILE_ERRORS, "open": FILE_ERRORS, "read": ("EIO",), "readv": ("EIO",),
+    "write": ("EIO", "ENOSPC", "EPIPE"),
     "newfstatat": ("EIO",), "fstat": ("EIO", "ENOMEM"), "stat": ("EIO", "ENOMEM"), "lstat": ("EIO", "ENOMEM"),
     "statx": ("EIO", "ENOMEM"), "lseek": ("EIO",), "close": ("EIO",), "getdents64": ("EIO", "ENOMEM"),
     "readlink": ("EIO",), "access": ("EACCES",), "fsync": ("EIO", "ENOSPC"), "ioctl": ("EIO",),
@@ -238,7 +239,7 @@ class Injector:
             self._seen += 1
             if self._seen == self.ordinal:
                 self.hit = self._describe(tid, args)
-                self.descriptor = args[0] if self.name in ("write", "read", "close") else None
+                self.descriptor = args[0] if self.name in ("write", "read", "readv", "close") else None
                 if self.name in TRANSFERS and self.is_lost and not self._lose_peer(process, args[0]):
                     self.hit += ", which is no TCP socket's: let be"
                     return go_on
