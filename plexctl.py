@@ -10,7 +10,8 @@ session at the end.
 
 Exit codes: 0 success; 1 transport or API failure, no listener endpoint, forwarder error, session over;
 2 usage; 3 credentials; 4 forbidden; 77 ReBAC denial; with -- COMMAND its status, 128 + n if signal n ended
-it. A signal that ends plexctl does so once the session is revoked, and the shell sees that signal.
+it, 126 if it cannot be executed, 127 if there is none. A signal that ends plexctl does so once the session
+is revoked, and the shell sees that signal.
 
 One file, standard library only, Python 3.6 to 3.15. Read it from the top: a section uses those above it.
 
@@ -19,9 +20,10 @@ the end of either. So each open connection needs a session, which takes the next
 ended the last.
 
 Secrets. The bearer token comes from a file, standard input or the environment. From there on it is a Secret,
-which only the section control plane reveals, to send it. COMMAND gets neither that variable nor that standard
-input, but runs as the same user and could read the file, or our environment in /proc. The session token is
-shown with --reveal-secrets alone, by Run.establish, after the section audit has recorded that.
+which check_token and the section control plane alone reveal: to check it, and to send it. COMMAND gets
+neither that variable nor that standard input, but runs as the same user and could read the file, or our
+environment in /proc. The session token is shown with --reveal-secrets alone, by Run.establish, after the
+section audit has recorded that.
 
 Threads. The main thread waits for signals and calls Forwarder.tick, which issues further sessions. Each
 session has a thread that accepts, dials and carries its connections; with --stdio a single thread carries the
@@ -593,8 +595,9 @@ def read_own_file(path: str, source: str, forbidden_bits: int = ALL_BITS, limit:
                   kind: Type[PlexctlError] = CredentialsError) -> bytes:
     """Read a file on which others have none of the `forbidden_bits`; "-" is standard input, unchecked.
 
-    It is judged once it is open, so that nothing can be swapped in between. The file that is
-    descriptor 0, by whatever name, is read there, or --stdio or COMMAND could read it once more.
+    It is judged once it is open, so that nothing can be swapped in between. What descriptor 0 is, by
+    whatever name, is read there, or --stdio or COMMAND could read it once more: a file from its beginning,
+    like any other; a pipe, a terminal or a socket unchecked, since the shell has opened it.
     Raises CredentialsError for a file that is not safe, `kind` for one that cannot be read.
     """
     at_stdin = is_standard_input(path)
@@ -607,8 +610,8 @@ def read_own_file(path: str, source: str, forbidden_bits: int = ALL_BITS, limit:
             is_file = stat.S_ISREG(status.st_mode)
             if not (is_file or at_stdin or stat.S_ISFIFO(status.st_mode)):
                 raise kind(f"{source}: must be a regular file or a pipe")
-            is_redirected = path == "-" or (at_stdin and not is_file)  # and the caller knows what it is
-            fault = "" if is_redirected else find_file_fault(path, status, forbidden_bits)
+            is_unchecked = path == "-" or (at_stdin and not is_file)
+            fault = "" if is_unchecked else find_file_fault(path, status, forbidden_bits)
             if fault and source.startswith("--token-file"):
                 fault += " (a mounted secret: --token-file - < FILE)"
             if fault:
@@ -814,7 +817,7 @@ class Exchange(urllib.request.AbstractHTTPHandler):
                 fault = self._read_body(response)
         except Exception as error:  # OSError, HTTPException, ValueError, RecursionError, MemoryError, ...
             fault = show_error(error)  # the error itself, its context too, would hold the request
-        if not self.status or self.status in SUCCESS:  # of an error the status is enough
+        if not self.status or self.status in SUCCESS:  # an error that is cut off still has its status
             self.fault = self.fault or fault
 
     def _read_body(self, response: Any) -> str:
@@ -955,7 +958,7 @@ def take(operation: str, fields: Dict[str, Any], name: str, parse: Callable[[Any
 class ControlPlane:
     """IssueSession, GetSession and RevokeSession of one server.
 
-    Safe to use from several threads. Every call ends within its limit and raises PlexctlError:
+    Safe to use from several threads. Every call ends within its limit, and raises nothing but PlexctlError:
     UsageError for what was given here, TransportError for no or a malformed answer, ApiError for an
     error answer. `cancel` ends pauses and further attempts, and gives up a GetSession at once
     (Cancelled), but not the others, whose outcome matters. `report` takes a line per exchange, never
@@ -1139,8 +1142,8 @@ class ControlPlane:
 
     def _parse_issued(self, answer: Exchange, asked_on: float) -> IssuedSession:
         fields = self._parse_body(answer)
-        take(ISSUE, fields, "session_id", parse_uuid)
-        session_id = fields["session_id"]  # which goes back as the server wrote it
+        take(ISSUE, fields, "session_id", parse_uuid)  # to check it: it goes back as the server wrote it
+        session_id = fields["session_id"]
         token = take(ISSUE, fields, "token", matching("[!-~]{1,65536}", "printable ASCII", Secret))
         self._session_tokens[session_id] = token
         expires = take(ISSUE, fields, "expires_at", parse_time)
@@ -1169,7 +1172,7 @@ class ControlPlane:
 
     def _conceal(self, text: str) -> str:
         """Remove the tokens from a text: a server may repeat what it was sent, in upper or lower case."""
-        for secret in [self._token, *self._session_tokens.values()]:
+        for secret in [self._token, *self._session_tokens.copy().values()]:  # other threads change it
             if len(secret.reveal()) >= FINDABLE_CHARACTERS:
                 text = re.sub(re.escape(secret.reveal()), "(secret)", text, flags=re.IGNORECASE)
         return text
@@ -1481,7 +1484,7 @@ class Flow:
     def move(self) -> bool:
         """Read once, unless something is left, and hand it on; PeerReset by the source.
 
-        Return whether it waits for another event from now on: see `waits_for`.
+        Return whether the event that it `waits_for` is another one from now on.
         """
         piece = self.rest
         is_left = len(piece) > 0
@@ -1544,11 +1547,15 @@ class Relay:
     So a connection has up to three steps: `_carry`, while both sides are open; `_await_answer`, once the
     client has ended its input; `_end_client`, once the Node has ended.
 
-    A reset by one side becomes a reset for the other. A read raises it as PeerReset. A write that fails is
-    noted (Leg.refusal), and check_reset raises it: the client's at once, the Node's when what it had sent
-    before is read. `_check_legs` finds that of a client that is not read. Linux reports a reset that
-    follows an end of input as EPIPE. That counts as an end: the client has closed the connection before
-    it had read everything, and what it had sent is handed on.
+    A reset by one side, PeerReset, becomes a reset for the other. It is found
+
+    - by a read, which raises it;
+    - by a write, which notes it (Leg.refusal): the client's is raised at once, the Node's when what it had
+      sent before is read (check_reset);
+    - by `_check_legs`, where a client is not read.
+
+    Linux reports a reset behind an end of input as EPIPE. That counts as an end: the client has closed
+    the connection before it had read everything, and what it had sent is handed on.
 
     `on_end` is called before the client sees that the Node or we have ended the connection, unless the
     client's end came first and the Node did not reset. `stop`, from another thread, ends it with resets.
@@ -1626,7 +1633,7 @@ class Relay:
             self._end_client()
         else:
             up.pass_end_on()
-            self._client.refusal = errno.EPIPE
+            self._client.refusal = errno.EPIPE  # what the Node still sends is dropped
             self.is_awaited = True
 
     def _await_answer(self) -> None:
@@ -1653,12 +1660,12 @@ class Relay:
         """Do what a broken connection needs before its legs are closed."""
         reset_by = getattr(error, "leg", None)
         if reset_by is self._client:
-            # our reset will destroy what the Node has not taken
+            # let the Node take what it can: our reset will destroy the rest
             deadline = elapsed_seconds() + QUIET_SECONDS
             while self.remote.count_unsent() and elapsed_seconds() < deadline and not self._is_stopped:
                 time.sleep(0.02)
             self.is_stuck = self.remote.count_unsent() > 0
-        else:
+        else:  # the Node has reset, or we end it: report that before the client sees it
             self.remote_ended_first = self.remote_ended_first or reset_by is self.remote
             if not self.down.is_passed_on:
                 self._on_end()
@@ -1678,7 +1685,7 @@ class Relay:
     def _wait_anew(self) -> None:
         """Have poll(2) wait for what the two directions wait for now."""
         self._poller, self._waiting, self._waits_anew = select.poll(), {}, False
-        masks: Dict[int, int] = {}  # by descriptor: both may wait for the same one; who cannot move does not
+        masks: Dict[int, int] = {}  # by descriptor: both may wait for one, and a move too early does no harm
         for flow in (self.up, self.down):
             if not flow.has_ended:
                 descriptor, mask = flow.waits_for()
@@ -1695,7 +1702,7 @@ class Relay:
         check_reset(self._client)
 
     def _is_quiet(self, receiver: Any) -> bool:
-        """Return whether nothing has moved for QUIET_SECONDS since the first call; call it in a loop.
+        """Return whether nothing has moved for QUIET_SECONDS, from the first call on; call it in a loop.
 
         What was sent to `receiver`, a leg, and is still on its way counts as moving.
         """
@@ -1782,7 +1789,7 @@ class Ledger:
                 if self._is_closed:  # too late for `leave` to see it
                     raise Cancelled("interrupted")
                 self._owed[issued[-1]] = session.expires_at
-                self._issuing -= 1
+                self._issuing -= 1  # nobody waits for that: `leave` has not begun
             return session
         except BaseException as error:
             with self._changed:
@@ -1827,7 +1834,10 @@ class Ledger:
             return [f"session {each} is kept until {expires_at}" for each, expires_at in self._owed.items()]
 
     def left_behind(self, raised: Optional[BaseException] = None) -> List[str]:
-        """Return what `leave` could not revoke, except what the error `raised` says anyway."""
+        """Return what `leave` could not revoke, except what the error `raised` says anyway.
+
+        A revocation that is still under way tells nothing more.
+        """
         with self._changed:
             lines = [f"session {each} is not revoked, it will expire on its own" for each in self._revoking]
             self._revoking.clear()
@@ -1857,7 +1867,7 @@ class Ledger:
                 if not getattr(error, "passing", False) or elapsed_seconds() + wait > deadline:
                     break
             time.sleep(wait)
-        if failure and session_id in self._revoking:  # else left_behind has told it, and cleared that
+        if failure and session_id in self._revoking:  # else left_behind has told it
             self.report(f"warning: session {session_id} is not revoked, it will expire on its own: {failure}")
         with self._changed:  # only now, since `leave` waits for this
             self._revoking.discard(session_id)
@@ -1911,7 +1921,7 @@ class MediatedSession:
         self._started: Optional[Dial] = None
         self._refused_since = 0.0
         self._lock = threading.Lock()  # guards what follows, and how `why` changes
-        self._asked_on = float("inf")  # when GetSession was asked last; it is not while we wait for the Node
+        self._asked_on = float("inf")  # when it was asked last; not before the listener is ready
         self._question: Optional[Outcome] = None  # the last one
 
     def open(self, request: SessionRequest) -> None:
@@ -1962,7 +1972,7 @@ class MediatedSession:
         return question is not None and question.done.wait(seconds) and bool(question.value)
 
     def look(self, seconds: float = EXCHANGE_SECONDS) -> bool:
-        """Ask GetSession, and do what its answer asks for; return whether there was one."""
+        """Ask GetSession, and do what its answer asks for (`_update`); return whether there was one."""
         try:
             self._update(seconds)
             return True
@@ -1998,8 +2008,8 @@ class MediatedSession:
         if has_answer and isinstance(failure, ConnectionRefusedError):
             now = elapsed_seconds()
             self._refused_since = self._refused_since or now
-            limit = 0 if self._renew and now - self.ready_on >= REPLACE_SECONDS else GONE_SECONDS
-            if now - self._refused_since >= limit:
+            patience = 0 if self._renew and now - self.ready_on >= REPLACE_SECONDS else GONE_SECONDS
+            if now - self._refused_since >= patience:
                 self.end(ListenerGone("the Node has closed the session's listener"))
         raise self.why or PlexctlError(
             f"cannot connect to the listener endpoint {self.endpoint}: {show_error(failure)}")
@@ -2096,10 +2106,11 @@ class OwnerCheck:
     def find(self, client: Tuple[Any, ...]) -> Tuple[int, bool]:
         """Return the uid that holds the client's socket (NOBODY: unknown), and whether it was closed.
 
-        OSError if the kernel does not answer. Older kernels say of a closed socket that it is root's.
+        OSError if the kernel does not answer.
         """
         state, uid, inode = self._ask(client, self._local)
-        # where it finds no connection, the kernel answers with a listener on the client's port
+        # where it finds no connection, the kernel answers with a listener on the client's port; a closed
+        # socket is root's, without an inode, on older kernels
         if state in (TCP_LISTEN, TCP_SYN_SENT) or not (uid or inode):
             return NOBODY, True
         return uid, not inode
@@ -2136,8 +2147,7 @@ class OwnerCheck:
 class Listener(socketserver.TCPServer):
     """Listens on the local address, and knows who may connect. The kernel's backlog is its queue.
 
-    socketserver binds it when it is made (PlexctlError), and closes it. `take` and `reject` are for one
-    thread at a time.
+    socketserver binds it when it is made (PlexctlError), and closes it. `take` is for one thread at a time.
     """
 
     request_queue_size = BACKLOG_CONNECTIONS
@@ -2319,7 +2329,8 @@ class Forwarder:
 
     The address is bound when the object is made (PlexctlError). `establish` issues the first sessions and
     waits for one of them. From then on `tick` has to be called several times a second, until `over` says
-    what has ended all of them. `stop` ends every connection; revoking is for Ledger.leave.
+    what has ended all of them. `stop` ends every connection. Each session's thread revokes its own;
+    Ledger.leave revokes the rest.
 
     There are at most `limit` sessions at once; `minimum` of them are kept ready. With `renew` one that has
     run out is replaced.
@@ -2410,8 +2421,8 @@ class Forwarder:
     def measure_delivery(self) -> Optional[int]:
         """Return None once everything that clients sent before they closed has reached the Node.
 
-        Before that, what changes as long as something moves: the number of bytes that the Node has
-        acknowledged, and of connections that have ended.
+        Before that, a number that changes as long as something moves: of bytes that the Node has
+        acknowledged, and of connections that have ended. Always 0 where nobody knows who has closed.
         """
         with self._changed:
             counts, clients = self.count(), [each.client for each in self._carriers if each.client]
@@ -2420,7 +2431,7 @@ class Forwarder:
             if not (counts.waiting or self._is_taking or any(self.listener.is_gone(*each) for each in clients)
                     or any(relay.is_awaited for relay in relays)):
                 return None
-            if self.listener.assumes_gone:  # a client that goes on must not keep us
+            if self.listener.assumes_gone:
                 return 0
             return counts.up + counts.ended - sum(relay.remote.count_unsent() for relay in relays)
 
@@ -2546,7 +2557,7 @@ class Forwarder:
             return
         session.ask()
         with self._changed:
-            # that of another connection counts, too: psql's cancel request gets none
+            # if any connection has one, the target works: psql's cancel request gets none
             has_answer = any(each.down.moved for each in self._list_open())
             is_explaining = self._explanation is not None and not self._explanation.done.is_set()
             if relay.remote_ended_first and not has_answer and not is_explaining:
@@ -2575,7 +2586,7 @@ class Forwarder:
             self._ended = ended._replace(ended=ended.ended + 1, up=ended.up + up, down=ended.down + down)
 
     def _await_end(self, carrier: Carrier, relay: Relay) -> bool:
-        """Wait for the Node to end a connection whose client is gone; False if it does not: it is stuck.
+        """Wait for the Node to end a connection whose client is gone. False only if the session is stuck.
 
         Then the Node has STUCK_SECONDS to pass on what it has; the revocation that follows cuts it off. The
         session is not used again, since nobody sees when the Node has ended a connection that was reset.
@@ -2633,11 +2644,11 @@ class Forwarder:
                 f"warning: {waiting} {wait} until one closes: each needs a session (--max-sessions is "
                 f"{self._limit}; a connection pool must not be larger)", "limit")
         missing = waiting - states.count(OPENING) if is_overdue else 0
-        if self._minimum > 1:  # else the next one is issued for a connection
+        if self._minimum > 1:  # a single one is issued when a connection comes
             missing = max(missing, self._minimum - live)
-        # the server may yet count one that is being revoked, and refuse the only one that is asked for
-        is_too_early = REVOKING in states and not live
-        if not is_too_early and not self._is_time_up(now + 1):  # 1 s is the shortest TTL
+        # wait for a revocation: the server may yet count that session, and refuse the only one asked for
+        must_wait = REVOKING in states and not live
+        if not must_wait and not self._is_time_up(now + 1):  # 1 s is the shortest TTL
             self._start(min(missing, self._count_available(now) - len(states)))
         if len(free) <= self._minimum:
             self._spare_since = now
@@ -2681,7 +2692,14 @@ class Forwarder:
         return sum(each.state in LIVE for each in self._carriers)
 
     def _judge_end(self, session: MediatedSession, why: PlexctlError) -> None:
-        """Decide what it means for the run that a session is over, or could not be had."""
+        """Decide what it means for the run that a session is over, or could not be had. In this order:
+
+        - it was revoked, or the time of the run is up: the run ends
+        - it was the last one, and none may come: the run ends
+        - none has been ready yet, but another one may be: remember why
+        - it has worked: the next connection gets another one, not at once if its Node closed it early
+        - it could not be had: for a while there are no more than now
+        """
         others = self._count_live()
         has_worked = session.ready_on > 0
         is_refused = isinstance(why, ApiError) and why.status < 500 and not why.passing
@@ -3382,11 +3400,11 @@ class Run:
     def run_command(self, program: str, forwarder: Forwarder) -> int:
         """-- COMMAND: Ctrl-C and Ctrl-\\ of the terminal are its own, other signals are handed on."""
         foreground = self.foreground
+        foreground.messages.flush()  # before anything that COMMAND says
         foreground.wait(0)
         foreground.ignored = (signal.SIGINT, signal.SIGQUIT)
         foreground.passed_on = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
         try:
-            foreground.messages.flush()  # before anything that COMMAND says
             child = self.start_command(program, forwarder.local)
             self.wait_for_command(child, forwarder)
         finally:
