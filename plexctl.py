@@ -704,17 +704,19 @@ def resolve_credentials(server_flag: Optional[str], profile_flag: Optional[str],
     """
     variable = environ.get("PLEXSPHERE_TOKEN")
     sources = [
-        Source("--server", server_flag or "", read_token_file(token_file) if token_file else None),
+        Source("--server", server_flag or ""),
         read_profile(profile_flag, environ) if profile_flag else Source(),
         Source("PLEXSPHERE_URL", environ.get("PLEXSPHERE_URL", ""),
                Secret(variable, "PLEXSPHERE_TOKEN") if variable else None)]
-    if not any(each.server for each in sources) or not any(each.token for each in sources):
+    if not any(each.server for each in sources) or not (token_file or any(each.token for each in sources)):
         sources.append(read_profile("", environ))
     place = next((each for each in sources if each.server), Source())
     owner = next((each for each in sources if each.token), Source())
     if not place.server:
         raise UsageError("no server: give --server, a profile, or PLEXSPHERE_URL")
     server = check_server(place.server, place.name, allow_http)
+    if token_file:
+        return server, read_token_file(token_file)
     if not owner.token:
         raise CredentialsError("no credentials: give --token-file, a profile, or PLEXSPHERE_TOKEN")
     if owner.is_profile:  # the same scheme, host and port (RFC 6454, section 5)
@@ -778,7 +780,7 @@ class SessionRequest(NamedTuple):
 
 
 class Exchange(urllib.request.AbstractHTTPHandler):
-    """One request and its answer: `status`, `headers`, `body`; or else the `fault`.
+    """One request and its answer: `status`, `headers`, `body`, and `fault`; and urllib's handler for it.
 
     `perform` runs in a thread of its own, so that whoever waits for it can give up: a time-out of
     urllib's is for each recv, and the look-up of a name has none. The opener has no other handlers than
@@ -794,14 +796,14 @@ class Exchange(urllib.request.AbstractHTTPHandler):
         self.status = 0
         self.headers: Any = {}  # email.message.Message
         self.body = bytearray()
-        self.fault = ""  # why there is no answer, or none is waited for any more
+        self.fault = ""  # why there is no whole answer, or none is waited for any more
         self.sent = False  # the server may have the request
         self.connection: Optional[PlaneConnection] = None
 
+    # OpenerDirector finds a handler's methods by their names
     def http_open(self, request: urllib.request.Request) -> Any:
         return self.do_open(PlaneConnection, request, exchange=self)  # type: ignore[arg-type]
 
-    # OpenerDirector finds a handler's methods by these names
     https_open = http_open
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
@@ -817,8 +819,7 @@ class Exchange(urllib.request.AbstractHTTPHandler):
                 fault = self._read_body(response)
         except Exception as error:  # OSError, HTTPException, ValueError, RecursionError, MemoryError, ...
             fault = show_error(error)  # the error itself, its context too, would hold the request
-        if not self.status or self.status in SUCCESS:  # an error that is cut off still has its status
-            self.fault = self.fault or fault
+        self.fault = self.fault or fault
 
     def _read_body(self, response: Any) -> str:
         """Read the body in pieces; return what is wrong with it, "" if nothing is.
@@ -836,7 +837,7 @@ class Exchange(urllib.request.AbstractHTTPHandler):
         return ""
 
     def give_up(self, fault: str = "given up") -> None:
-        """Make the thread end: amid the body at its next piece, else at once, once it is connected."""
+        """Make the thread end: at once if connected; amid the body, which urllib reads, at its next piece."""
         self.fault = fault
         sock = self.connection and self.connection.sock
         if sock:
@@ -1014,7 +1015,7 @@ class ControlPlane:
                 return issued
             except (TransportError, ApiError) as failure:
                 error: PlexctlError = failure
-            is_under_way = answer.status == 409 and error.passing  # the first request with this key
+            is_under_way = answer.status == 409 and error.passing  # the first request with this key: it may
             may_exist = may_exist or is_under_way or (answer.sent and answer.status not in NONE_ISSUED)
             if not error.passing or attempt == ISSUE_ATTEMPTS or self.cancel.is_set():
                 break
@@ -1067,7 +1068,7 @@ class ControlPlane:
             if waited >= SILENT_SECONDS and not self._said_silent:  # once, until it answers
                 self._said_silent = True
                 self._notice(f"still waiting for {self._peer} to answer {operation}")
-        if not exchange.fault:
+        if exchange.status:
             self._said_silent = False
             took = elapsed_seconds() - began
             self._report(f"{request.get_method()} {path}: {exchange.status}, {took:.3f} s")
@@ -1076,7 +1077,7 @@ class ControlPlane:
     def _judge(self, answer: Exchange) -> None:
         """Raise TransportError if there is no answer, ApiError for an unexpected status."""
         operation, fault = answer.operation, answer.fault
-        if fault:
+        if fault and (not answer.status or answer.status in SUCCESS):  # of an error the status is enough
             # show_error's words. No attempt makes a certificate good; three bad log-ins lock an account
             passing = not fault.startswith(("certificate", "TLS failed", "the proxy refused: 407"))
             tried = "no complete answer from" if answer.sent else "cannot connect to"
@@ -1325,7 +1326,7 @@ class PeerReset(ConnectionError):
         self.leg = leg
 
 
-def check_reset(leg: Any) -> None:
+def raise_reset(leg: Any) -> None:
     """Raise PeerReset for a reset by the other end of `leg` that no read has found; EPIPE is none."""
     leg.refusal = leg.refusal or leg.take_error()
     if leg.refusal not in (0, errno.EPIPE):
@@ -1341,7 +1342,7 @@ class Leg:
         self.recv_into = sock.recv_into
         self.send = sock.send
         self.reads_at = self.writes_at = sock.fileno()  # for poll(2)
-        self.refusal = 0  # why it takes nothing any more: the error number of a write; 0: it does
+        self.refusal = 0  # why it takes nothing any more: the error number of a write; 0: it takes more
         self._is_linux_tcp = ON_LINUX and sock.family != socket.AF_UNIX
 
     def end(self) -> None:
@@ -1428,31 +1429,49 @@ class StandardStreams:
 
     def end(self) -> None:
         """Let the reader see the end."""
-        let_go(1)
+        self._let_go(1)
 
     def close(self, reset: bool = True) -> None:
         """Let go of both descriptors."""
-        let_go(1)
-        let_go(0)
+        self._let_go(1)
+        self._let_go(0)
+
+    def _let_go(self, descriptor: int) -> None:
+        nowhere = open_nowhere(os.O_RDWR)
+        os.dup2(nowhere, descriptor)  # the number stays taken, or the next file would get it
+        os.close(nowhere)
 
 
-def let_go(descriptor: int) -> None:
-    """Close a descriptor whose number stays taken, or the next file would get it."""
-    nowhere = open_nowhere(os.O_RDWR)
-    os.dup2(nowhere, descriptor)
-    os.close(nowhere)
+class StandardSocket(StandardStreams):
+    """The same where descriptor 1 is a socket (inetd, socat): a reset arrives as a reset."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        # AF_UNIX, of whatever family it is: send() and so on do not ask
+        self._sock = socket.fromfd(1, socket.AF_UNIX, socket.SOCK_STREAM)
+        self._set_linger(RESET_ON_CLOSE)
 
-def open_standard_streams() -> Any:
-    """Return descriptors 0 and 1 as the client's leg: a Leg if both are one socket (inetd, socat)."""
-    if not stat.S_ISSOCK(os.fstat(0).st_mode) or not os.path.samestat(os.fstat(0), os.fstat(1)):
-        return StandardStreams()
-    # AF_UNIX, of whatever family it is: so nothing is asked that only TCP knows
-    sock = socket.fromfd(0, socket.AF_UNIX, socket.SOCK_STREAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
-    let_go(0)
-    let_go(1)
-    return Leg(sock)
+    def send(self, piece: memoryview) -> int:
+        """Send as much as it takes."""
+        return self._sock.send(piece, socket.MSG_DONTWAIT)
+
+    def take_error(self) -> int:
+        """Return the error number of a reset that no call has reported yet; 0 for none."""
+        return self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+
+    def end(self) -> None:
+        """Send the end of input (half-close)."""
+        self._sock.shutdown(socket.SHUT_WR)
+
+    def close(self, reset: bool = True) -> None:
+        """Close it, with a reset for the peer or in order."""
+        self._set_linger(RESET_ON_CLOSE if reset else END_ON_CLOSE)
+        self._sock.close()
+        super().close()
+
+    def _set_linger(self, option: bytes) -> None:
+        with contextlib.suppress(OSError):  # macOS, once the peer is gone
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, option)
 
 
 Buffers = Tuple[memoryview, memoryview]
@@ -1499,7 +1518,7 @@ class Flow:
                 raise PeerReset(self.source, error.errno) from error
             if not count:
                 if self.source.refusal:
-                    check_reset(self.source)  # if it raises, a reset has ended the input
+                    raise_reset(self.source)  # if it raises, a reset has ended the input
                 self.has_ended = True
                 return True
             piece = self._buffer[:count]
@@ -1517,7 +1536,7 @@ class Flow:
             self.sink.refusal, sent = error.errno, 0  # the next call drops it
         self.moved += sent
         self.rest = piece[sent:]
-        return is_left or sent < len(piece)
+        return is_left != (len(self.rest) > 0)
 
     def waits_for(self) -> Tuple[int, int]:
         """Return the descriptor and the event of poll(2) that it waits for."""
@@ -1539,7 +1558,8 @@ class Relay:
     What one side sends is handed on at once; while the other side takes nothing, no more is read. The Node
     ends both directions as soon as it reads the end of either, so an end of input is passed on as follows:
 
-    - the Node's: at once. The client is then let go once nothing of its has been handed on for QUIET_SECONDS.
+    - the Node's: at once. The client is let go once nothing that it sends has been handed on for
+      QUIET_SECONDS.
     - the client's: at once if it is gone, that is, has closed the connection (`is_gone`). If it still
       listens, it is passed on once nothing has moved for QUIET_SECONDS: earlier, the Node would cut the
       answer off.
@@ -1551,7 +1571,7 @@ class Relay:
 
     - by a read, which raises it;
     - by a write, which notes it (Leg.refusal): the client's is raised at once, the Node's when what it had
-      sent before is read (check_reset);
+      sent before is read (raise_reset);
     - by `_check_legs`, where a client is not read.
 
     Linux reports a reset behind an end of input as EPIPE. That counts as an end: the client has closed
@@ -1596,7 +1616,7 @@ class Relay:
             self.error = error
             with contextlib.suppress(Exception):
                 self._settle(error)
-        # in order if it was told the end, and nothing of its own is lost: it has ended, or all was taken
+        # in order if it was told the end, and has ended itself or lost nothing
         is_complete = down.is_passed_on and (up.has_ended or not (up.rest or self.remote.refusal))
         self._client.close(reset=not is_complete)
         if not self.is_awaited:
@@ -1625,7 +1645,7 @@ class Relay:
         while not (up.has_ended or down.has_ended):
             self._move()
             if self._client.refusal:
-                check_reset(self._client)
+                raise_reset(self._client)
         if not down.has_ended:
             self._await_answer()
         # now the Node has ended, or the client is gone
@@ -1643,7 +1663,7 @@ class Relay:
             if self._is_quiet(self.remote):
                 self.up.pass_end_on()
         if not self.down.has_ended:
-            check_reset(self._client)
+            raise_reset(self._client)
 
     def _end_client(self) -> None:
         """The Node has ended the connection: pass that on, and let the client finish."""
@@ -1699,7 +1719,7 @@ class Relay:
             raise ConnectionAbortedError(errno.ECONNABORTED, os.strerror(errno.ECONNABORTED))
         if self._client.is_dead() or self.remote.is_dead():
             raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
-        check_reset(self._client)
+        raise_reset(self._client)
 
     def _is_quiet(self, receiver: Any) -> bool:
         """Return whether nothing has moved for QUIET_SECONDS, from the first call on; call it in a loop.
@@ -1882,6 +1902,8 @@ class Dial:
         self._leg = Leg(socket.socket(route[0], socket.SOCK_STREAM))
         set_leg_options(self._leg.sock)
         self._error = self._leg.sock.connect_ex(route[1])
+        if self._error in CONNECTING and poll_now(self._leg.writes_at, select.POLLOUT):  # as on loopback
+            self._error = self._leg.take_error()
 
     def finish(self, is_stopped: Callable[[], bool]) -> Leg:
         """Return the Leg; OSError if that fails, or not in time, or once it `is_stopped`."""
@@ -1990,7 +2012,7 @@ class MediatedSession:
 
     def dial(self, is_stopped: Callable[[], bool]) -> Leg:
         """Connect to the listener; PlexctlError says why that fails. A new endpoint is tried once."""
-        for _ in range(2):
+        for _ in range(2):  # that of a new endpoint, too
             started, self._started = self._started, None
             route = started.route if started else self._route
             try:
@@ -2172,7 +2194,7 @@ class Listener(socketserver.TCPServer):
                 reason = "a file exists there (a socket left by a killed run? remove it)"
             raise PlexctlError(f"--local-addr {escape(str(local))}: cannot listen: {reason}") from error
 
-    def take(self) -> Optional[Tuple[socket.socket, Any]]:
+    def take(self) -> Optional[Tuple[Leg, Any]]:
         """Accept a client that is here; None if none is, or it may not be served.
 
         OSError if there are no descriptors or memory. (handle_request() makes a selector each time.)
@@ -2185,9 +2207,11 @@ class Listener(socketserver.TCPServer):
             return None
         try:
             if self._may_be_served(request, address):
-                return request, address
+                return Leg(request), address
         except Exception as error:
-            self._warn_once(f"a connection was rejected, its owner could not be checked: {show_error(error)}")
+            reason = show_error(error)
+            if self.fileno() >= 0:  # else stop() has closed it meanwhile
+                self._warn_once(f"a connection was rejected, its owner could not be checked: {reason}")
         request.close()  # with a reset
         return None
 
@@ -2270,6 +2294,7 @@ class Listener(socketserver.TCPServer):
             with contextlib.suppress(OSError):  # one that has sent something before is served
                 if request.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
                     return True
+            # with assumes_gone everybody would be
             return self.assumes_gone or not self.is_gone(request, client_address)
         uid = self._owners.find(client_address)[0]
         # behind a reset, the address may be another one's by now
@@ -2311,7 +2336,7 @@ STUCK = "stuck"  # the Node does not end it
 REVOKING = "revoking"  # or about to
 READY = (FREE, BUSY)
 LIVE = (OPENING, FREE, BUSY)  # connections may yet come to it
-Client = Tuple[socket.socket, Any]  # and its address
+Client = Tuple[Leg, Any]  # and its address
 
 
 class Carrier:
@@ -2364,6 +2389,7 @@ class Forwarder:
         self._carriers: List[Carrier] = []
         self._returned: List[Client] = []  # accepted for a session that was over: they go to another one
         self._ended = Counts()
+        self._answered_on = 0.0  # when a connection that had an answer has ended last
         self._has_been_stuck = False  # a session has, which is not the end of the run
         self._first_failure: Optional[PlexctlError] = None  # of a session, while none is ready
         self._explanation: Optional[Outcome] = None  # see _explain
@@ -2427,8 +2453,8 @@ class Forwarder:
         with self._changed:
             counts, clients = self.count(), [each.client for each in self._carriers if each.client]
             relays = [each.relay for each in self._carriers if each.relay]
-            # in the order that a client takes, so that it is seen at least once
-            if not (counts.waiting or self._is_taking or any(self.listener.is_gone(*each) for each in clients)
+            # in the order that a client takes, from the backlog on, so that it is seen at least once
+            if not (counts.waiting or self._is_taking or any(self._is_gone(each) for each in clients)
                     or any(relay.is_awaited for relay in relays)):
                 return None
             if self.listener.assumes_gone:
@@ -2482,6 +2508,9 @@ class Forwarder:
         left = max(1, int(self.first.expires_on - elapsed_seconds()))
         return self._request._replace(ttl_seconds=min(self._request.ttl_seconds or left, left))
 
+    def _is_gone(self, client: Client) -> bool:
+        return self.listener.is_gone(client[0].sock, client[1])
+
     def _must_leave(self, session: MediatedSession) -> bool:
         return self._is_closing.is_set() or session.is_over()
 
@@ -2493,8 +2522,8 @@ class Forwarder:
         if not self._turn.acquire(timeout=TICK_SECONDS):
             return None
         try:
-            if not self._returned:
-                wait_for(self.listener.fileno(), select.POLLIN, TICK_SECONDS)
+            if not (self._returned or wait_for(self.listener.fileno(), select.POLLIN, TICK_SECONDS)):
+                return None
             with self._changed:
                 self._is_taking = True
                 client = self._returned.pop(0) if self._returned else None
@@ -2522,8 +2551,9 @@ class Forwarder:
             self._refuse(carrier, client, error)
             return True
         self._ledger.say(f"connection from {name} to {session.endpoint}")
-        relay = Relay(Leg(client[0]), remote, buffers, lambda: self.listener.is_gone(*client),
-                      lambda: self._ask_about_end(session, relay))
+        began = elapsed_seconds()
+        relay = Relay(client[0], remote, buffers, lambda: self._is_gone(client),
+                      lambda: self._ask_about_end(session, relay, began))
         try:
             with self._changed:
                 carrier.relay = relay
@@ -2551,14 +2581,14 @@ class Forwarder:
             self._ledger.tell_once(f"warning: a connection was not served: {error}", "not served")
         self._count_connection(carrier, 0, 0)
 
-    def _ask_about_end(self, session: MediatedSession, relay: Relay) -> None:
+    def _ask_about_end(self, session: MediatedSession, relay: Relay, began: float) -> None:
         """Have it found out, beside the work, why a connection is ending: is its session over?"""
         if self._is_closing.is_set():
             return
         session.ask()
         with self._changed:
-            # if any connection has one, the target works: psql's cancel request gets none
-            has_answer = any(each.down.moved for each in self._list_open())
+            # if any connection has had one meanwhile the target works: psql's cancel request gets none
+            has_answer = self._answered_on >= began or any(each.down.moved for each in self._list_open())
             is_explaining = self._explanation is not None and not self._explanation.done.is_set()
             if relay.remote_ended_first and not has_answer and not is_explaining:
                 self._explanation = Outcome(lambda: self._explain(session), or_here=False)
@@ -2582,6 +2612,8 @@ class Forwarder:
     def _count_connection(self, carrier: Carrier, up: int, down: int) -> None:
         with self._changed:
             carrier.client = None
+            if down:
+                self._answered_on = elapsed_seconds()
             ended = self._ended
             self._ended = ended._replace(ended=ended.ended + 1, up=ended.up + up, down=ended.down + down)
 
@@ -2675,7 +2707,7 @@ class Forwarder:
                 self._dismiss(carrier)  # without an exchange: it has no session yet
 
     def _restrict(self, number: int, since: float, seconds: int) -> None:
-        """There are no more sessions to be had than this number; one more each time `seconds` have passed."""
+        """Allow so many sessions from `since` on, and one more each time `seconds` have passed."""
         self._available, self._available_since, self._step_seconds = number, since, seconds
 
     def _count_available(self, now: float) -> int:
@@ -2705,7 +2737,7 @@ class Forwarder:
         is_refused = isinstance(why, ApiError) and why.status < 500 and not why.passing
         # a server may yet count one that is stuck, and have room once that is given back
         is_final = is_refused and not any(each.state == STUCK for each in self._carriers)
-        may_come = self._renew or (self._has_been_stuck and not has_worked)  # another one, when it is needed
+        may_come = self._renew or (self._has_been_stuck and not has_worked)  # in place of the stuck one
         if isinstance(why, SessionRevoked) or self._is_time_up(elapsed_seconds()):
             self._end_run(why)
         elif not others and (self.first is None or is_final or not may_come):
@@ -3280,7 +3312,8 @@ class Run:
         """--stdio: carry one connection over descriptors 0 and 1."""
         session, cancel = self.establish(self.issue_one), self.ledger.plane.cancel
         remote = self.foreground.call(lambda: session.dial(cancel.is_set))
-        client, began = open_standard_streams(), elapsed_seconds()
+        client = StandardSocket() if stat.S_ISSOCK(os.fstat(1).st_mode) else StandardStreams()
+        began = elapsed_seconds()
         relay = Relay(client, remote, create_buffers(), lambda: bool(poll_now(client.writes_at, 0)),
                       lambda: self.explain_end(session, relay))
 
@@ -3323,7 +3356,8 @@ class Run:
     def explain_end(self, session: MediatedSession, relay: Relay) -> None:
         """Report why the connection of --stdio ended, before the client sees that: ssh hangs up then."""
         if session.why is None:
-            session.look(ASK_LIMIT_SECONDS)  # not ask(): the last answer may be older than the end
+            # not ask(): its answer may be older than the end; in a thread: the look-up of a name may hang
+            Outcome(lambda: session.look(ASK_LIMIT_SECONDS), or_here=False).done.wait(ASK_LIMIT_SECONDS)
         if self.ledger.plane.cancel.is_set():  # we have ended it
             return
         error = session.why or describe_failure(relay)

@@ -5092,6 +5092,22 @@ def test_a_target_that_ends_without_an_answer_is_told_of_once_but_not_beside_ano
         assert "(--host and --port are as the Node sees them)" in warning
 
 
+def test_a_connection_without_an_answer_is_no_sign_of_that_beside_one_that_has_had_one_and_left():
+    go = threading.Event()
+    with relayed_to(on_request(e=echo, w=lambda *_: go.wait(20))) as running:
+        with dial(running.address) as client, dial(running.address) as idle:
+            client.sendall(b"e")
+            chat(client, 1)
+            idle.sendall(b"w")
+            eventually(lambda: running.target.accepted == 2)
+            client.close()
+            eventually(lambda: running.count().ended == 1)
+            go.set()
+            assert how_it_ends(idle) == ("eof", b"")
+        settled(running, 2)
+        assert running.lines == []
+
+
 def test_a_connection_that_never_had_an_answer_is_no_sign_of_that_beside_one_that_came_later():
     """Browsers connect in advance, and the target ends what stays idle."""
     go = threading.Event()
@@ -6388,6 +6404,16 @@ def test_a_client_with_one_socket_for_both_that_leaves_amid_the_answer_is_an_err
             far.close()
             result = process.finish()
         assert result.returncode == 1 and error_of(result)
+        revoked_once(simulation.plane)
+
+
+def test_a_stream_that_is_cut_off_is_reset_also_where_stdout_alone_is_a_socket():
+    with Simulation(source(64 * MIB)) as simulation:
+        with socket_stdio(simulation, "stdout") as (process, far):
+            read_exactly(far, MIB)
+            process.send_signal(signal.SIGTERM)
+            assert how_it_ends(far)[0] == "reset"
+            ends_by(process, signal.SIGTERM)
         revoked_once(simulation.plane)
 
 
