@@ -1909,6 +1909,8 @@ class Dial:
         """Return the Leg; OSError if that fails, or not in time, or once it `is_stopped`."""
         error, deadline = self._error, elapsed_seconds() + CONNECT_SECONDS
         try:
+            if is_stopped():  # also if it is connected: nothing was sent yet
+                error = errno.ETIMEDOUT
             while error in CONNECTING:
                 if elapsed_seconds() >= deadline or is_stopped():
                     error = errno.ETIMEDOUT

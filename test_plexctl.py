@@ -5334,6 +5334,15 @@ def test_at_its_expiry_a_connection_is_reset_within_two_seconds(simulation):
         assert len(simulation.plane.issued) == 2 and simulation.plane.revoked == simulation.plane.issued[:1]
 
 
+def test_a_dial_that_is_done_at_once_does_not_hide_the_session_s_end(simulation):
+    with using_sessions(simulation.plane, renew=True) as running:
+        session = running.forwarder.first
+        session.start_dial()
+        expire(running)
+        with pytest.raises(plexctl.SessionOver):
+            session.dial(lambda: False)
+
+
 def test_many_at_the_moment_of_renewal_are_all_served(simulation):
     with using_sessions(simulation.plane, renew=True, limit=8) as running:
         simulation.plane.script("issue", hold(0.3))
