@@ -809,11 +809,11 @@ class Exchange(urllib.request.AbstractHTTPHandler):
 
     def perform(self, request: urllib.request.Request, proxy: str) -> None:
         """Send the request, through a proxy or not, and read the answer."""
-        opener = urllib.request.OpenerDirector()
-        opener.add_handler(self)
-        if proxy:
-            opener.add_handler(urllib.request.ProxyHandler({"https": proxy}))
         try:
+            opener = urllib.request.OpenerDirector()
+            opener.add_handler(self)
+            if proxy:
+                opener.add_handler(urllib.request.ProxyHandler({"https": proxy}))
             with opener.open(request, timeout=CONNECT_SECONDS) as response:
                 self.status, self.headers = response.status, response.headers
                 fault = self._read_body(response)
@@ -1015,7 +1015,7 @@ class ControlPlane:
                 return issued
             except (TransportError, ApiError) as failure:
                 error: PlexctlError = failure
-            is_under_way = answer.status == 409 and error.passing  # the first request with this key: it may
+            is_under_way = answer.status == 409 and error.passing  # by the first request with this key
             may_exist = may_exist or is_under_way or (answer.sent and answer.status not in NONE_ISSUED)
             if not error.passing or attempt == ISSUE_ATTEMPTS or self.cancel.is_set():
                 break
@@ -1100,7 +1100,7 @@ class ControlPlane:
                 text += f"; {name.replace('_', ' ')} {value}"
         retry_after = parse_retry_after(answer.headers.get("Retry-After"))
         is_rate_limit = status == 429 and retry_after is not None  # else it is the limit of sessions
-        is_under_way = status == 409 and code == "idempotent_replay"  # the first request with this key
+        is_under_way = status == 409 and code == "idempotent_replay"  # by the first request with this key
         passing = status in (502, 503, 504) or is_rate_limit or is_under_way or (
             answer.operation == REVOKE and (status == 429 or status >= 500))
         forbidden = EXIT_REBAC_DENIED if code == "rebac_denied" else EXIT_FORBIDDEN
@@ -1887,7 +1887,9 @@ class Ledger:
                 if not getattr(error, "passing", False) or elapsed_seconds() + wait > deadline:
                     break
             time.sleep(wait)
-        if failure and session_id in self._revoking:  # else left_behind has told it
+        with self._changed:
+            is_told = session_id not in self._revoking  # by left_behind
+        if failure and not is_told:
             self.report(f"warning: session {session_id} is not revoked, it will expire on its own: {failure}")
         with self._changed:  # only now, since `leave` waits for this
             self._revoking.discard(session_id)
@@ -1927,8 +1929,8 @@ class Dial:
 class MediatedSession:
     """One session, from its issue to the reason of its end.
 
-    `open` issues it and waits for its listener, `dial` connects to that. `is_over`, called often, keeps the
-    time, and asks GetSession once a minute. `look` asks at once, `ask` in a thread of its own.
+    `open` issues it and waits for its listener, `dial` connects to that. `is_over`, called often, notes the
+    expiry, warns before it, and asks GetSession once a minute. `look` asks at once, `ask` in a thread.
     """
 
     def __init__(self, ledger: Ledger, wait_seconds: float = 90.0, renew: bool = False) -> None:
@@ -1944,7 +1946,7 @@ class MediatedSession:
         self._route: Any = None  # family and address of the endpoint
         self._started: Optional[Dial] = None
         self._refused_since = 0.0
-        self._lock = threading.Lock()  # guards what follows, and how `why` changes
+        self._lock = threading.Lock()  # guards changes of `why` and of what follows
         self._asked_on = float("inf")  # when it was asked last; not before the listener is ready
         self._question: Optional[Outcome] = None  # the last one
 
@@ -1969,7 +1971,7 @@ class MediatedSession:
             self.why = self.why or why
 
     def is_over(self) -> bool:
-        """Return whether it carries no more. Call it often: it notes the expiry, and warns before it."""
+        """Return whether it carries no more. Call it often: it keeps the time, see the class."""
         now = elapsed_seconds()
         left, lifetime = self.expires_on - now, self.issued.lifetime_seconds if self.issued else 0.0
         if left <= 0:
@@ -2014,7 +2016,7 @@ class MediatedSession:
 
     def dial(self, is_stopped: Callable[[], bool]) -> Leg:
         """Connect to the listener; PlexctlError says why that fails. A new endpoint is tried once."""
-        for _ in range(2):  # that of a new endpoint, too
+        for _ in range(2):  # once more if there is a new one
             started, self._started = self._started, None
             route = started.route if started else self._route
             try:
@@ -2199,7 +2201,7 @@ class Listener(socketserver.TCPServer):
     def take(self) -> Optional[Tuple[Leg, Any]]:
         """Accept a client that is here; None if none is, or it may not be served.
 
-        OSError if there are no descriptors or memory. (handle_request() makes a selector each time.)
+        OSError if there are no descriptors or memory. Not handle_request(): that makes a selector each time.
         """
         try:
             request, address = self.socket.accept()
@@ -2296,7 +2298,7 @@ class Listener(socketserver.TCPServer):
             with contextlib.suppress(OSError):  # one that has sent something before is served
                 if request.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
                     return True
-            # with assumes_gone everybody would be
+            # after assume_gone() is_gone() says so of everybody
             return self.assumes_gone or not self.is_gone(request, client_address)
         uid = self._owners.find(client_address)[0]
         # behind a reset, the address may be another one's by now
@@ -2338,7 +2340,7 @@ STUCK = "stuck"  # the Node does not end it
 REVOKING = "revoking"  # or about to
 READY = (FREE, BUSY)
 LIVE = (OPENING, FREE, BUSY)  # connections may yet come to it
-Client = Tuple[Leg, Any]  # and its address
+Client = Tuple[Leg, Any]  # the other is its address
 
 
 class Carrier:

@@ -3085,6 +3085,13 @@ def test_an_exchange_ends_in_time_and_nothing_remains_of_it(lone_plane, short_li
     assert_nothing_remains(lone_plane._listener)
 
 
+def test_an_error_whose_body_does_not_end_in_time_counts_by_its_status(lone_plane):
+    lone_plane.script("get", drip_body)
+    with lasts(0.4, 10), pytest.raises(plexctl.ApiError) as raised:
+        create_client(lone_plane).get(PROJECT_ID, OTHER_ID, 0.5)
+    assert raised.value.status == 404
+
+
 @pytest.mark.parametrize("drips, connect_seconds, seconds", [(b"", 0.5, 5), (b"\x16\x03\x03\x40", 10, 0.5),
                                                              (b"", 10, 0.5)],
                          ids=["silent", "drips", "late"])
@@ -5117,6 +5124,7 @@ def test_a_connection_that_never_had_an_answer_is_no_sign_of_that_beside_one_tha
         with dial(running.address) as client:
             client.sendall(b"e")
             chat(client, 1)
+            eventually(lambda: running.count().down)
             go.set()
             assert how_it_ends(idle) == ("eof", b"")
             idle.close()
@@ -5273,6 +5281,23 @@ def test_an_answer_from_before_a_revocation_does_not_count_where_a_fresh_one_is_
         simulation.plane.revoke(simulation.plane.issued[0])
         assert session.ask(5) and session.why is None  # asked a moment ago
         assert session.look() and isinstance(session.why, plexctl.SessionRevoked)
+
+
+def test_an_answer_that_is_under_way_at_a_revocation_does_not_count_either(simulation):
+    def answer_late(handler, plane):
+        answer = plane.decide(handler.seen)
+        go.wait(20)
+        handler.wfile.write(handler.render(answer))
+
+    go = threading.Event()
+    with using_sessions(simulation.plane) as running:
+        session = running.forwarder.first
+        simulation.plane.script("get", answer_late)
+        session.ask()
+        eventually(lambda: asked(simulation.plane, "get"))
+        simulation.plane.revoke(session.session_id)
+        assert session.look() and isinstance(session.why, plexctl.SessionRevoked)
+        go.set()
 
 
 def test_with_renew_a_listener_that_the_node_has_closed_gives_way_to_a_new_session(simulation):
