@@ -1578,13 +1578,15 @@ class Relay:
     the connection before it had read everything, and what it had sent is handed on.
 
     `on_end` is called before the client sees that the Node or we have ended the connection, unless the
-    client's end came first and the Node did not reset. `stop`, from another thread, ends it with resets.
+    client's end came first and the Node did not reset. `pace` is called before each wait, and returns how
+    long that may last. `stop`, from another thread, ends it with resets.
 
     Afterwards the client is closed, and so is `remote`, unless `is_awaited`: then see `await_end`.
     """
 
     def __init__(self, client: Any, remote: Leg, buffers: Buffers, is_gone: Callable[[], bool],
-                 on_end: Callable[[], object]) -> None:
+                 on_end: Callable[[], object],
+                 pace: Callable[[float], float] = lambda seconds: seconds) -> None:
         self.up = Flow(client, remote, buffers[0])
         self.down = Flow(remote, client, buffers[1])
         self.remote = remote
@@ -1596,6 +1598,7 @@ class Relay:
         self._client = client
         self._is_gone = is_gone
         self._on_end = on_end
+        self._pace = pace
         self._is_stopped = False  # the one thing here that another thread sets
         self._counted = (-1, -1)  # bytes moved when _is_quiet looked last
         self._quiet_since = 0.0
@@ -1632,7 +1635,7 @@ class Relay:
             while not (self.down.has_ended or self.remote.is_dead()):
                 if is_stopped() or elapsed_seconds() - acknowledged_on >= seconds:
                     return False
-                if wait_for(self.remote.reads_at, select.POLLIN, TICK_SECONDS):
+                if wait_for(self.remote.reads_at, select.POLLIN, self._pace(TICK_SECONDS)):
                     self.down.move()
                 if self.remote.count_unsent():
                     acknowledged_on = elapsed_seconds()
@@ -1683,7 +1686,7 @@ class Relay:
             # let the Node take what it can: our reset will destroy the rest
             deadline = elapsed_seconds() + QUIET_SECONDS
             while self.remote.count_unsent() and elapsed_seconds() < deadline and not self._is_stopped:
-                time.sleep(0.02)
+                time.sleep(self._pace(0.02))
             self.is_stuck = self.remote.count_unsent() > 0
         else:  # the Node has reset, or we end it: report that before the client sees it
             self.remote_ended_first = self.remote_ended_first or reset_by is self.remote
@@ -1694,7 +1697,7 @@ class Relay:
         """Wait for a direction that can move, so long at most, and move each that can once."""
         if self._waits_anew:
             self._wait_anew()
-        ready = self._poller.poll(seconds * 1000)
+        ready = self._poller.poll(self._pace(seconds) * 1000)
         if self._is_stopped or not ready:
             self._check_legs()
         for descriptor, _ in ready:
@@ -1903,13 +1906,13 @@ class Dial:
         self.route = route
         self._leg = Leg(socket.socket(route[0], socket.SOCK_STREAM))
         set_leg_options(self._leg.sock)
-        self._error = self._leg.sock.connect_ex(route[1])
-        if self._error in CONNECTING and poll_now(self._leg.writes_at, select.POLLOUT):  # as on loopback
-            self._error = self._leg.take_error()
+        self.error = self._leg.sock.connect_ex(route[1])  # 0 once it is connected
+        if self.error in CONNECTING and poll_now(self._leg.writes_at, select.POLLOUT):  # as on loopback
+            self.error = self._leg.take_error()
 
     def finish(self, is_stopped: Callable[[], bool]) -> Leg:
         """Return the Leg; OSError if that fails, or not in time, or once it `is_stopped`."""
-        error, deadline = self._error, elapsed_seconds() + CONNECT_SECONDS
+        error, deadline = self.error, elapsed_seconds() + CONNECT_SECONDS
         try:
             if is_stopped():  # also if it is connected: nothing was sent yet
                 error = errno.ETIMEDOUT
@@ -2009,10 +2012,11 @@ class MediatedSession:
                 self._ledger.tell_once(f"warning: {show_error(error)}", GET)
             return False
 
-    def start_dial(self) -> None:
-        """Start to connect to the listener; `dial` waits for that, and says what fails."""
+    def start_dial(self) -> bool:
+        """Start to connect to the listener; `dial` says what fails. Return whether it need not wait."""
         with contextlib.suppress(OSError):  # no descriptors: dial() tries again
             self._started = Dial(self._route)
+        return self._started is not None and self._started.error == 0
 
     def dial(self, is_stopped: Callable[[], bool]) -> Leg:
         """Connect to the listener; PlexctlError says why that fails. A new endpoint is tried once."""
@@ -2314,6 +2318,7 @@ class Listener(socketserver.TCPServer):
 # ------------------------------------------------------------------------------------- forwarder
 
 PAUSE_SECONDS = 0.5  # after an accept() that failed
+SHORT_SECONDS = 0.002  # a connection lasts so long, until its thread passes the turn on
 GRACE_SECONDS = 0.3  # a connection waits so long for a session to become free, before one is issued for it
 IDLE_SECONDS = 60  # after which a session that nobody needs is given back
 STUCK_SECONDS = 10  # that a Node may take to end a connection, before its session is given back
@@ -2351,6 +2356,9 @@ class Carrier:
         self.state = OPENING
         self.client: Optional[Client] = None  # from its accept() to its end
         self.relay: Optional[Relay] = None  # from the dial until the Node has ended the connection, too
+        # for its own thread
+        self.has_turn = False
+        self.taken_on = 0.0  # when it took the client
 
 
 class Forwarder:
@@ -2386,19 +2394,20 @@ class Forwarder:
         self.listener = Listener(local, allow_other_users, self._warn_once)
         self.local = self.listener.local
         self._turn = threading.Lock()
-        self._is_taking = False  # from before a client leaves the backlog until it is a carrier's
         # reentrant; guards what follows, `over`, `first`, and the state, client and relay of the carriers
         self._changed = threading.Condition()
         self._is_closing = threading.Event()  # nothing is carried any more: `over`, or `stop` was called
         self._carriers: List[Carrier] = []
+        self._is_taking = False  # from before a client leaves the backlog until it is a carrier's
         self._returned: List[Client] = []  # accepted for a session that was over: they go to another one
         self._ended = Counts()
         self._answered_on = 0.0  # when a connection that had an answer has ended last
         self._has_been_stuck = False  # a session has, which is not the end of the run
         self._first_failure: Optional[PlexctlError] = None  # of a session, while none is ready
         self._explanation: Optional[Outcome] = None  # see _explain
-        self._waiting_since = self._spare_since = elapsed_seconds()  # see _adjust
-        self._restrict(limit, 0.0, LIMIT_SECONDS)  # that is, not at all
+        self._waiting_since = elapsed_seconds()  # connections, while no session has been free
+        self._spare_since = elapsed_seconds()  # sessions, more of them than the minimum
+        self._available, self._available_since, self._step_seconds = limit, 0.0, 1  # see _restrict
 
     def __enter__(self) -> "Forwarder":
         return self
@@ -2428,7 +2437,8 @@ class Forwarder:
                 if self.over or not (self._count_live() or self._count_available(now)):
                     self._reject_waiting()
                 elif self.first is not None:
-                    self._adjust(now)
+                    self._issue_missing(now)
+                    self._give_spare_back(now)
             except (OSError, MemoryError) as error:  # which ends nothing that works
                 self._warn_of_exhaustion(error)
 
@@ -2503,6 +2513,7 @@ class Forwarder:
             if not self._is_closing.is_set():  # else the listener was closed meanwhile
                 session.end(PlexctlError(f"a session was given up after {show_error(error)}"))
         finally:
+            self._pass_turn_on(carrier)
             self._dismiss(carrier)
 
     def _next_request(self) -> SessionRequest:
@@ -2521,28 +2532,44 @@ class Forwarder:
     def _take(self, carrier: Carrier) -> Optional[Client]:
         """Take the client that is next, if one comes in time, and start to dial for it.
 
-        One thread at a time: several that did so side by side would mostly wait for Python's own lock.
+        Only the thread that has the turn does so. It keeps the turn until it has to wait for the Node (see
+        `_pace`), since threads that run side by side mostly wait for Python's own lock.
         """
-        if not self._turn.acquire(timeout=TICK_SECONDS):
+        carrier.has_turn = carrier.has_turn or self._turn.acquire(timeout=TICK_SECONDS)
+        if not carrier.has_turn:
             return None
+        client: Optional[Client] = None
         try:
-            if not (self._returned or wait_for(self.listener.fileno(), select.POLLIN, TICK_SECONDS)):
-                return None
-            with self._changed:
-                self._is_taking = True
-                client = self._returned.pop(0) if self._returned else None
-            client = client or self.listener.take()
-            if client is not None:
-                with self._changed:  # also for a session that tick() has found spare meanwhile
-                    carrier.client, carrier.state = client, BUSY
-                carrier.session.start_dial()
-            return client
+            if self._returned or wait_for(self.listener.fileno(), select.POLLIN, TICK_SECONDS):
+                with self._changed:
+                    self._is_taking = True
+                    client = self._returned.pop(0) if self._returned else None
+                client = client or self.listener.take()
         except OSError as error:
             self._warn_of_exhaustion(error)
             self._is_closing.wait(PAUSE_SECONDS)
-            return None
         finally:
-            self._is_taking = False
+            with self._changed:
+                self._is_taking = False
+                if client is not None:  # also for a session that tick() has found spare meanwhile
+                    carrier.client, carrier.state = client, BUSY
+        if client is not None:
+            carrier.taken_on = elapsed_seconds()
+            if not carrier.session.start_dial():
+                self._pass_turn_on(carrier)
+        return client
+
+    def _pace(self, carrier: Carrier, seconds: float) -> float:
+        """Return how long its thread may wait now. It keeps the turn through a short connection."""
+        if carrier.has_turn:
+            if elapsed_seconds() - carrier.taken_on < SHORT_SECONDS:
+                return SHORT_SECONDS
+            self._pass_turn_on(carrier)
+        return seconds
+
+    def _pass_turn_on(self, carrier: Carrier) -> None:
+        if carrier.has_turn:
+            carrier.has_turn = False
             self._turn.release()
 
     def _serve(self, carrier: Carrier, client: Client, buffers: Buffers) -> bool:
@@ -2555,9 +2582,9 @@ class Forwarder:
             self._refuse(carrier, client, error)
             return True
         self._ledger.say(f"connection from {name} to {session.endpoint}")
-        began = elapsed_seconds()
         relay = Relay(client[0], remote, buffers, lambda: self._is_gone(client),
-                      lambda: self._ask_about_end(session, relay, began))
+                      lambda: self._ask_about_end(carrier, relay),
+                      lambda seconds: self._pace(carrier, seconds))
         try:
             with self._changed:
                 carrier.relay = relay
@@ -2585,17 +2612,18 @@ class Forwarder:
             self._ledger.tell_once(f"warning: a connection was not served: {error}", "not served")
         self._count_connection(carrier, 0, 0)
 
-    def _ask_about_end(self, session: MediatedSession, relay: Relay, began: float) -> None:
+    def _ask_about_end(self, carrier: Carrier, relay: Relay) -> None:
         """Have it found out, beside the work, why a connection is ending: is its session over?"""
         if self._is_closing.is_set():
             return
-        session.ask()
+        carrier.session.ask()
         with self._changed:
             # if any connection has had one meanwhile the target works: psql's cancel request gets none
-            has_answer = self._answered_on >= began or any(each.down.moved for each in self._list_open())
+            has_answer = (self._answered_on >= carrier.taken_on
+                          or any(each.down.moved for each in self._list_open()))
             is_explaining = self._explanation is not None and not self._explanation.done.is_set()
             if relay.remote_ended_first and not has_answer and not is_explaining:
-                self._explanation = Outcome(lambda: self._explain(session), or_here=False)
+                self._explanation = Outcome(lambda: self._explain(carrier.session), or_here=False)
 
     def _explain(self, session: MediatedSession) -> None:
         """Say that the target cannot be reached, unless the session is over."""
@@ -2633,6 +2661,7 @@ class Forwarder:
         has_ended = not relay.is_awaited or relay.await_end(QUIET_SECONDS, must_leave)
         if (has_ended and not relay.is_stuck) or must_leave():
             return True
+        self._pass_turn_on(carrier)
         with self._changed:
             carrier.state, self._has_been_stuck = STUCK, True
         self._warn_once("the Node has not ended a connection whose client is gone; its session is not used "
@@ -2666,12 +2695,11 @@ class Forwarder:
 
     # With the lock held
 
-    def _adjust(self, now: float) -> None:
-        """Issue sessions for connections that wait, and to have the minimum ready; give a spare one back."""
+    def _issue_missing(self, now: float) -> None:
+        """Issue sessions for connections that have waited long enough, and to have the minimum ready."""
         waiting, live = self._count_waiting(), self._count_live()
         states = [each.state for each in self._carriers]
-        free = [each for each in self._carriers if each.state == FREE]
-        if free or not waiting:
+        if FREE in states or not waiting:
             self._waiting_since = now
         is_overdue = waiting and (not live or now - self._waiting_since >= GRACE_SECONDS)
         if is_overdue and states.count(BUSY) >= self._limit:
@@ -2686,6 +2714,10 @@ class Forwarder:
         must_wait = REVOKING in states and not live
         if not must_wait and not self._is_time_up(now + 1):  # 1 s is the shortest TTL
             self._start(min(missing, self._count_available(now) - len(states)))
+
+    def _give_spare_back(self, now: float) -> None:
+        """End one session if for IDLE_SECONDS more than the minimum have been free."""
+        free = [each for each in self._carriers if each.state == FREE]
         if len(free) <= self._minimum:
             self._spare_since = now
         elif now - self._spare_since >= IDLE_SECONDS:
@@ -2728,36 +2760,41 @@ class Forwarder:
         return sum(each.state in LIVE for each in self._carriers)
 
     def _judge_end(self, session: MediatedSession, why: PlexctlError) -> None:
-        """Decide what it means for the run that a session is over, or could not be had. In this order:
-
-        - it was revoked, or the time of the run is up: the run ends
-        - it was the last one, and none may come: the run ends
-        - none has been ready yet, but another one may be: remember why
-        - it has worked: the next connection gets another one, not at once if its Node closed it early
-        - it could not be had: for a while there are no more than now
-        """
+        """Decide what it means for the run that a session is over, or could not be had."""
         others = self._count_live()
-        has_worked = session.ready_on > 0
+        if isinstance(why, SessionRevoked) or self._is_time_up(elapsed_seconds()):
+            self._end_run(why)
+        elif session.ready_on:
+            self._judge_over(session, why, others)
+        elif self.first is not None:
+            self._judge_missing(why, others)
+        else:  # none has been ready, but another one may yet be
+            self._first_failure = self._first_failure or why
+            if not others:
+                self._end_run(self._first_failure)
+
+    def _judge_over(self, session: MediatedSession, why: PlexctlError, others: int) -> None:
+        """A session that has worked is over: with `renew` the next connection gets a new one."""
+        if not (others or self._renew):
+            self._end_run(why)
+            return
+        self._ledger.tell_once(f"{why}; the next connection gets a new one" if self._renew else str(why))
+        if isinstance(why, ListenerGone) and elapsed_seconds() - session.ready_on < REPLACE_SECONDS:
+            # a Node that refuses everybody must not cost a session per attempt
+            self._restrict(others, session.ready_on, REPLACE_SECONDS)
+
+    def _judge_missing(self, why: PlexctlError, others: int) -> None:
+        """A further session could not be had: do without for a while, unless none can be had any more."""
         is_refused = isinstance(why, ApiError) and why.status < 500 and not why.passing
         # a server may yet count one that is stuck, and have room once that is given back
         is_final = is_refused and not any(each.state == STUCK for each in self._carriers)
-        may_come = self._renew or (self._has_been_stuck and not has_worked)  # in place of the stuck one
-        if isinstance(why, SessionRevoked) or self._is_time_up(elapsed_seconds()):
+        if not others and (is_final or not (self._renew or self._has_been_stuck)):
             self._end_run(why)
-        elif not others and (self.first is None or is_final or not may_come):
-            self._end_run(self._first_failure or why)
-        elif self.first is None:  # one of the others may yet be the first
-            self._first_failure = self._first_failure or why
-        elif has_worked:
-            self._ledger.tell_once(f"{why}; the next connection gets a new one" if self._renew else str(why))
-            if isinstance(why, ListenerGone) and elapsed_seconds() - session.ready_on < REPLACE_SECONDS:
-                # a Node that refuses everybody must not cost a session per attempt
-                self._restrict(others, session.ready_on, REPLACE_SECONDS)
-        else:
-            has_no_room = others and (is_refused or isinstance(why, EndpointMissing))
-            self._restrict(others, elapsed_seconds(), LIMIT_SECONDS if has_no_room else RETRY_SECONDS)
-            why.is_told = self._ledger.tell_once(f"warning: no further session for now: {why}",
-                                                 type(why).__name__)
+            return
+        has_no_room = others and (is_refused or isinstance(why, EndpointMissing))
+        self._restrict(others, elapsed_seconds(), LIMIT_SECONDS if has_no_room else RETRY_SECONDS)
+        why.is_told = self._ledger.tell_once(f"warning: no further session for now: {why}",
+                                             type(why).__name__)
 
     def _end_run(self, why: PlexctlError) -> None:
         self.over = self.over or why
