@@ -72,6 +72,7 @@ try:
     import struct
     import threading
     import time
+    import traceback
     import urllib.error
     import urllib.request
     import zlib
@@ -2458,22 +2459,21 @@ class Forwarder:
             ends = [each.session.expires_on for each in self._carriers if each.state in READY]
             return max(0.0, min(ends, default=0.0) - elapsed_seconds())
 
-    def measure_delivery(self) -> Optional[int]:
-        """Return None once everything that clients sent before they closed has reached the Node.
-
-        Before that, a number that changes as long as something moves: of bytes that the Node has
-        acknowledged, and of connections that have ended. Always 0 where nobody knows who has closed.
-        """
+    def is_delivered(self) -> bool:
+        """Return whether everything that clients sent before they closed has reached the Node."""
         with self._changed:
-            counts, clients = self.count(), [each.client for each in self._carriers if each.client]
-            relays = [each.relay for each in self._carriers if each.relay]
-            # in the order that a client takes, from the backlog on, so that it is seen at least once
-            if not (counts.waiting or self._is_taking or any(self._is_gone(each) for each in clients)
-                    or any(relay.is_awaited for relay in relays)):
-                return None
-            if self.listener.assumes_gone:
-                return 0
-            return counts.up + counts.ended - sum(relay.remote.count_unsent() for relay in relays)
+            # in the order in which a client moves on, so that none is missed: it is in the backlog, taken, a
+            # carrier's, and once it is closed a relay has what it sent
+            return not (self._count_waiting() or self._is_taking
+                        or any(self._is_gone(each.client) for each in self._carriers if each.client)
+                        or any(each.relay.is_awaited for each in self._carriers if each.relay))
+
+    def count_delivered(self) -> int:
+        """Return a number that changes as long as something that clients sent is delivered."""
+        with self._changed:
+            counts = self.count()
+            unacknowledged = sum(each.relay.remote.count_unsent() for each in self._carriers if each.relay)
+            return counts.up + counts.ended - unacknowledged
 
     def stop(self, seconds: float = CLOSE_SECONDS) -> None:
         """Stop listening and end every connection, with a reset unless it was over."""
@@ -3535,14 +3535,14 @@ class Run:
 
     def deliver(self, forwarder: Forwarder) -> None:
         """Wait until what clients had sent before they left has arrived, as long as it moves."""
-        measured: Optional[int] = 0
-        give_up_on = elapsed_seconds() + LEAVE_SECONDS
+        count, give_up_on = 0, elapsed_seconds() + LEAVE_SECONDS
         forwarder.listener.assume_gone()
         while forwarder.over is None and elapsed_seconds() < give_up_on:
-            before, measured = measured, forwarder.measure_delivery()
-            if measured is None:
+            if forwarder.is_delivered():
                 return
-            if measured != before:
+            before, count = count, forwarder.count_delivered()
+            # where nobody knows who has left, those who stay could send for ever
+            if count != before and not forwarder.listener.assumes_gone:
                 give_up_on = elapsed_seconds() + LEAVE_SECONDS
             self.foreground.wait(WAIT_SECONDS)
             forwarder.tick()
@@ -3604,7 +3604,9 @@ def as_error(error: Exception) -> PlexctlError:
     if isinstance(error, (OSError, MemoryError)):
         return PlexctlError(f"the system refuses: {show_error(error)}")
     # a defect; its text may hold what it was given
-    return PlexctlError(f"internal error, please report it (with -v): {show_error(error)}")
+    lines = [line for frame, line in traceback.walk_tb(error.__traceback__)
+             if frame.f_code.co_filename == perform.__code__.co_filename]
+    return PlexctlError(f"internal error in line {lines[-1]}, please report it: {show_error(error)}")
 
 
 def perform(argv: Sequence[str], environ: Environ, ends_process: bool = False) -> Tuple[int, int]:

@@ -6045,6 +6045,15 @@ def test_where_both_first_sessions_fail_the_first_failure_is_the_error(simulatio
     assert result.returncode == 77 and "insufficient_relation" in error_of(result), result.stderr
 
 
+def test_a_defect_is_told_with_its_line_and_nothing_that_it_was_given(cli, lone_plane, monkeypatch):
+    def defect(*_arguments):
+        raise KeyError(BEARER)
+    monkeypatch.setattr(plexctl.ControlPlane, "issue", defect)
+    result = forward_to(cli, lone_plane)
+    failed(result, 1, "please report it: KeyError")
+    assert re.search("internal error in line [1-9][0-9]*,", result.err)
+
+
 @pytest.mark.skipif(not LINUX, reason="counts descriptors")
 @pytest.mark.parametrize("what, kinder", [("descriptors", False)] + [
     pytest.param("threads", kinder, marks=[pytest.mark.once, BECOMES_OTHERS]) for kinder in (False, True)])
@@ -7250,9 +7259,10 @@ def test_what_was_sent_is_under_way_until_the_node_has_acknowledged_it():
             client.sendall(data)
             eventually(lambda: running.count().up == len(data))
         eventually(lambda: running.count().ended == 1)
-        assert running.forwarder.measure_delivery() < len(data)
+        assert not running.forwarder.is_delivered()
+        assert running.forwarder.count_delivered() < len(data)
         go.set()
-        eventually(lambda: heard and running.forwarder.measure_delivery() is None)
+        eventually(lambda: heard and running.forwarder.is_delivered())
     assert heard == [("eof", data)]
 
 
