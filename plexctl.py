@@ -1337,9 +1337,10 @@ def raise_reset(leg: Any) -> None:
 class Leg:
     """One end of a connection: a non-blocking socket; TCP closes with a reset unless told otherwise."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, address: Any = None) -> None:
         sock.setblocking(False)
         self.sock = sock
+        self.address = address  # of a client
         self.recv_into = sock.recv_into
         self.send = sock.send
         self.reads_at = self.writes_at = sock.fileno()  # for poll(2)
@@ -2203,7 +2204,7 @@ class Listener(socketserver.TCPServer):
                 reason = "a file exists there (a socket left by a killed run? remove it)"
             raise PlexctlError(f"--local-addr {escape(str(local))}: cannot listen: {reason}") from error
 
-    def take(self) -> Optional[Tuple[Leg, Any]]:
+    def take(self) -> Optional[Leg]:
         """Accept a client that is here; None if none is, or it may not be served.
 
         OSError if there are no descriptors or memory. Not handle_request(): that makes a selector each time.
@@ -2215,8 +2216,9 @@ class Listener(socketserver.TCPServer):
                 raise
             return None
         try:
-            if self._may_be_served(request, address):
-                return Leg(request), address
+            client = Leg(request, address)
+            if self._may_be_served(client):
+                return client
         except Exception as error:
             reason = show_error(error)
             if self.fileno() >= 0:  # else stop() has closed it meanwhile
@@ -2239,13 +2241,13 @@ class Listener(socketserver.TCPServer):
         info = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28)
         return max(1, int(struct.unpack_from("=I", info, 24)[0]))  # tcpi_unacked: of a listener, its backlog
 
-    def is_gone(self, client: socket.socket, address: Any) -> bool:
+    def is_gone(self, client: Leg) -> bool:
         """Return whether a client listens no more; without `assume_gone` False where nobody can know."""
         if self._owners is not None:
             with contextlib.suppress(OSError):
-                return self._owners.find(address)[1]
+                return self._owners.find(client.address)[1]
             return False
-        descriptor = client.fileno()  # its thread may close it meanwhile
+        descriptor = client.sock.fileno()  # its thread may close it meanwhile
         # poll() tells of a reset, and of a unix socket that was closed
         return self.assumes_gone or descriptor < 0 or bool(poll_now(descriptor, 0))
 
@@ -2297,17 +2299,17 @@ class Listener(socketserver.TCPServer):
             if mine and os.path.samestat(mine, os.lstat(self.local.path)):
                 os.unlink(self.local.path)
 
-    def _may_be_served(self, request: socket.socket, client_address: Any) -> bool:
+    def _may_be_served(self, client: Leg) -> bool:
         """Return whether a client may be served: its user is ours or root, and it has not left."""
         if not self._checks_owners or self._owners is None:
             with contextlib.suppress(OSError):  # one that has sent something before is served
-                if request.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                if client.sock.recv(1, socket.MSG_PEEK):
                     return True
             # after assume_gone() is_gone() says so of everybody
-            return self.assumes_gone or not self.is_gone(request, client_address)
-        uid = self._owners.find(client_address)[0]
+            return self.assumes_gone or not self.is_gone(client)
+        uid = self._owners.find(client.address)[0]
         # behind a reset, the address may be another one's by now
-        if uid == NOBODY or not is_connected(request):
+        if uid == NOBODY or not is_connected(client.sock):
             self.unidentified += 1
             return False
         if uid not in (0, os.geteuid()):
@@ -2338,28 +2340,168 @@ class Counts(NamedTuple):
     down: int = 0
 
 
-# what a session's thread does
-OPENING = "opening"  # issues it, and waits for its listener
+# what a Carrier does
+OPENING = "opening"  # issues its session, and waits for the listener
 FREE = "free"  # waits for a client
 BUSY = "busy"  # dials, carries, or waits for the Node to end what it has carried
 STUCK = "stuck"  # the Node does not end it
 REVOKING = "revoking"  # or about to
 READY = (FREE, BUSY)
 LIVE = (OPENING, FREE, BUSY)  # connections may yet come to it
-Client = Tuple[Leg, Any]  # the other is its address
 
 
 class Carrier:
-    """One of a Forwarder's sessions, and what its thread does now."""
+    """One session of a Forwarder and its thread, which executes `run`.
 
-    def __init__(self, session: MediatedSession) -> None:
-        self.session = session
+    It issues the session, and takes clients as long as that lasts: accepts one, dials, carries the connection
+    to its end, and is free again when the Node has ended that as well. At last it revokes the session.
+
+    Only the thread that has the turn takes a client. It keeps the turn until it has to wait for the Node,
+    since threads that run side by side mostly wait for Python's own lock.
+    """
+
+    def __init__(self, forwarder: "Forwarder") -> None:
+        self.session = MediatedSession(forwarder.ledger, forwarder.wait_seconds, forwarder.renew)
+        self.taken_on = 0.0  # when it took the last client
+        # forwarder.lock guards changes of these
         self.state = OPENING
-        self.client: Optional[Client] = None  # from its accept() to its end
+        self.client: Optional[Leg] = None  # from its accept() to its end
         self.relay: Optional[Relay] = None  # from the dial until the Node has ended the connection, too
-        # for its own thread
-        self.has_turn = False
-        self.taken_on = 0.0  # when it took the client
+        self._forwarder = forwarder
+        self._has_turn = False
+
+    def run(self) -> None:
+        """Do all that the class says; never raises."""
+        session, forwarder = self.session, self._forwarder
+        try:
+            buffers = create_buffers()
+            session.open(forwarder.next_request())
+            forwarder.note_ready(self)
+            while self.state == FREE and not self.must_leave():
+                client = self._take()
+                if client is not None and self._serve(client, buffers):
+                    with forwarder.lock:
+                        self.state = FREE
+        except PlexctlError as error:
+            session.end(error)
+        except Exception as error:  # no memory or descriptors, or a defect
+            if not forwarder.is_closing.is_set():  # else the listener was closed meanwhile
+                session.end(PlexctlError(f"a session was given up after {show_error(error)}"))
+        finally:
+            self._pass_turn_on()
+            forwarder.dismiss(self)
+
+    def must_leave(self) -> bool:
+        """Return whether its session is over, or the whole run."""
+        return self._forwarder.is_closing.is_set() or self.session.is_over()
+
+    def _take(self) -> Optional[Leg]:
+        """Take the client that is next, if one comes in time, and start to dial for it."""
+        forwarder = self._forwarder
+        self._has_turn = self._has_turn or forwarder.turn.acquire(timeout=TICK_SECONDS)
+        if not self._has_turn:
+            return None
+        client: Optional[Leg] = None
+        try:
+            if forwarder.returned or wait_for(forwarder.listener.fileno(), select.POLLIN, TICK_SECONDS):
+                with forwarder.lock:
+                    forwarder.is_taking = True
+                    client = forwarder.returned.pop(0) if forwarder.returned else None
+                client = client or forwarder.listener.take()
+        except OSError as error:
+            forwarder.warn_of_exhaustion(error)
+            forwarder.is_closing.wait(PAUSE_SECONDS)
+        finally:
+            with forwarder.lock:
+                forwarder.is_taking = False
+                if client is not None:  # also for a session that tick() has found spare meanwhile
+                    self.client, self.state = client, BUSY
+        if client is not None:
+            self.taken_on = elapsed_seconds()
+            if not self.session.start_dial():
+                self._pass_turn_on()
+        return client
+
+    def _pass_turn_on(self) -> None:
+        if self._has_turn:
+            self._has_turn = False
+            self._forwarder.turn.release()
+
+    def _pace(self, seconds: float) -> float:
+        """Return how long the thread may wait; pass the turn on once a connection lasts."""
+        if self._has_turn:
+            if elapsed_seconds() - self.taken_on < SHORT_SECONDS:
+                return SHORT_SECONDS
+            self._pass_turn_on()
+        return seconds
+
+    def _serve(self, client: Leg, buffers: Buffers) -> bool:
+        """Carry one connection; return whether the Node has ended it, so that the session is free again."""
+        forwarder = self._forwarder
+        try:
+            remote = self.session.dial(forwarder.is_closing.is_set)
+        except PlexctlError as error:
+            self._refuse(client, error)
+            return True
+        name = "a local process" if forwarder.local.path else join_host_port(*client.address[:2])
+        forwarder.ledger.say(f"connection from {name} to {self.session.endpoint}")
+        relay = Relay(client, remote, buffers, lambda: forwarder.listener.is_gone(client),
+                      lambda: forwarder.ask_about_end(self, relay), self._pace)
+        try:
+            with forwarder.lock:
+                self.relay = relay
+                if forwarder.is_closing.is_set():
+                    relay.stop()
+            relay.carry()
+            forwarder.count_connection(self, relay.up.moved, relay.down.moved)
+            self._tell_end(relay)
+            return self._await_end(relay)
+        finally:
+            if relay.is_awaited:  # else the relay has closed it
+                remote.close(reset=False)
+            with forwarder.lock:
+                self.relay = None
+
+    def _refuse(self, client: Leg, error: PlexctlError) -> None:
+        """Leave a client to another session, if this one is over and there may be another; else reset it."""
+        forwarder = self._forwarder
+        if self.session.why and forwarder.take_back(self):
+            return
+        client.close()
+        if not isinstance(error, (SessionOver, Cancelled)):
+            forwarder.ledger.tell_once(f"warning: a connection was not served: {error}", "not served")
+        forwarder.count_connection(self, 0, 0)
+
+    def _tell_end(self, relay: Relay) -> None:
+        """Say what there is to say about a connection that was carried."""
+        forwarder = self._forwarder
+        error = None if forwarder.is_closing.is_set() or self.session.why else relay.error
+        reason = f" ({show_error(error)})" if error else ""
+        forwarder.ledger.say(f"connection closed{reason}: {show_bytes(relay.up.moved)} up, "
+                             f"{show_bytes(relay.down.moved)} down")
+        if error and (not isinstance(error, OSError) or error.errno in EXHAUSTED):  # not a peer's doing
+            forwarder.warn_once(f"a connection ended: {show_error(error)}")
+
+    def _await_end(self, relay: Relay) -> bool:
+        """Wait for the Node to end a connection whose client is gone. False only if the session is stuck.
+
+        Then the Node has STUCK_SECONDS to pass on what it has; the revocation that follows cuts it off. The
+        session is not used again, since nobody sees when the Node has ended a connection that was reset.
+        """
+        forwarder = self._forwarder
+        has_ended = not relay.is_awaited or relay.await_end(QUIET_SECONDS, self.must_leave)
+        if (has_ended and not relay.is_stuck) or self.must_leave():
+            return True
+        self._pass_turn_on()
+        with forwarder.lock:
+            self.state, forwarder.has_been_stuck = STUCK, True
+        forwarder.warn_once("the Node has not ended a connection whose client is gone; its session is not "
+                            "used any more")
+        if relay.is_awaited:
+            relay.await_end(STUCK_SECONDS, self.must_leave)
+        else:
+            forwarder.is_closing.wait(STUCK_SECONDS)
+        return False
 
 
 class Forwarder:
@@ -2371,13 +2513,8 @@ class Forwarder:
     Ledger.leave revokes the rest.
 
     There are at most `limit` sessions at once; `minimum` of them are kept ready. With `renew` one that has
-    run out is replaced.
+    run out is replaced. Each has a Carrier. Where none is free `tick` issues sessions for those who wait.
 
-    Each session has a thread. While the session is free its thread accepts a client, dials, and carries the
-    connection to its end. It is free again when the Node has ended that as well. Where none is free `tick`
-    issues sessions for those who wait.
-
-    One lock guards changes of what the threads share. Whoever takes a client holds another one, the turn.
     Locks are taken in this order: the turn, the Forwarder's, a MediatedSession's, those of others.
     """
 
@@ -2386,24 +2523,25 @@ class Forwarder:
                  allow_other_users: bool = False) -> None:
         self.over: Optional[PlexctlError] = None
         self.first: Optional[MediatedSession] = None  # that was ready
-        self._ledger = ledger
+        # the rest without an underscore is for the carriers
+        self.ledger = ledger
+        self.listener = Listener(local, allow_other_users, self.warn_once)
+        self.local = self.listener.local
+        self.renew = renew
+        self.wait_seconds = wait_seconds
+        self.turn = threading.Lock()
+        self.is_closing = threading.Event()  # nothing is carried any more: `over`, or `stop` was called
+        # reentrant; guards what follows, `over`, `first`, and the state, client and relay of the carriers
+        self.lock = threading.Condition()
+        self.is_taking = False  # from before a client leaves the backlog until it is a carrier's
+        self.returned: List[Leg] = []  # clients of a session that was over: they go to another one
+        self.has_been_stuck = False  # a session has, which is not the end of the run
         self._request = request
         self._limit = limit
         self._minimum = minimum
-        self._renew = renew
-        self._wait_seconds = wait_seconds
-        self.listener = Listener(local, allow_other_users, self._warn_once)
-        self.local = self.listener.local
-        self._turn = threading.Lock()
-        # reentrant; guards what follows, `over`, `first`, and the state, client and relay of the carriers
-        self._changed = threading.Condition()
-        self._is_closing = threading.Event()  # nothing is carried any more: `over`, or `stop` was called
         self._carriers: List[Carrier] = []
-        self._is_taking = False  # from before a client leaves the backlog until it is a carrier's
-        self._returned: List[Client] = []  # accepted for a session that was over: they go to another one
         self._ended = Counts()
         self._answered_on = 0.0  # when a connection that had an answer has ended last
-        self._has_been_stuck = False  # a session has, which is not the end of the run
         self._first_failure: Optional[PlexctlError] = None  # of a session, while none is ready
         self._explanation: Optional[Outcome] = None  # see _explain
         self._waiting_since = elapsed_seconds()  # connections, while no session has been free
@@ -2420,9 +2558,9 @@ class Forwarder:
 
     def establish(self) -> MediatedSession:
         """Issue the first sessions, and return the first whose Node has reported its listener."""
-        with self._changed:
+        with self.lock:
             self._start(self._minimum)
-            self._changed.wait_for(lambda: self.first or self._is_closing.is_set())
+            self.lock.wait_for(lambda: self.first or self.is_closing.is_set())
             if self.first is None:
                 raise self.over or Cancelled("interrupted")
             return self.first
@@ -2430,7 +2568,7 @@ class Forwarder:
     def tick(self) -> None:
         """See to it that there are as many sessions as are needed, and keep the time."""
         now = elapsed_seconds()
-        with self._changed:
+        with self.lock:
             if self._is_time_up(now):
                 self._end_run(SessionOver("the session expired"))
             self._stop_relays()
@@ -2441,11 +2579,11 @@ class Forwarder:
                     self._issue_missing(now)
                     self._give_spare_back(now)
             except (OSError, MemoryError) as error:  # which ends nothing that works
-                self._warn_of_exhaustion(error)
+                self.warn_of_exhaustion(error)
 
     def count(self) -> Counts:
         """Return the totals so far."""
-        with self._changed:
+        with self.lock:
             relays = self._list_open()
             return self._ended._replace(
                 open=len(relays), waiting=self._count_waiting(),
@@ -2455,22 +2593,22 @@ class Forwarder:
 
     def seconds_left(self) -> float:
         """Return how long it is until the first of the sessions expires; 0.0 if there is none."""
-        with self._changed:
+        with self.lock:
             ends = [each.session.expires_on for each in self._carriers if each.state in READY]
             return max(0.0, min(ends, default=0.0) - elapsed_seconds())
 
     def is_delivered(self) -> bool:
         """Return whether everything that clients sent before they closed has reached the Node."""
-        with self._changed:
+        with self.lock:
             # in the order in which a client moves on, so that none is missed: it is in the backlog, taken, a
             # carrier's, and once it is closed a relay has what it sent
-            return not (self._count_waiting() or self._is_taking
-                        or any(self._is_gone(each.client) for each in self._carriers if each.client)
+            return not (self._count_waiting() or self.is_taking
+                        or any(self.listener.is_gone(each.client) for each in self._carriers if each.client)
                         or any(each.relay.is_awaited for each in self._carriers if each.relay))
 
     def count_delivered(self) -> int:
         """Return a number that changes as long as something that clients sent is delivered."""
-        with self._changed:
+        with self.lock:
             counts = self.count()
             unacknowledged = sum(each.relay.remote.count_unsent() for each in self._carriers if each.relay)
             return counts.up + counts.ended - unacknowledged
@@ -2478,146 +2616,61 @@ class Forwarder:
     def stop(self, seconds: float = CLOSE_SECONDS) -> None:
         """Stop listening and end every connection, with a reset unless it was over."""
         deadline = elapsed_seconds() + seconds
-        with self._changed:
-            self._is_closing.set()
-            self._changed.notify_all()
+        with self.lock:
+            self.is_closing.set()
+            self.lock.notify_all()
             self._stop_relays()
-            self._ledger.plane.cancel.set()
+            self.ledger.plane.cancel.set()
             self._reject_waiting()
             self.listener.server_close()
             # the port is in use as long as a thread waits for a client
-            self._changed.wait_for(lambda: not any(each.state in READY for each in self._carriers),
-                                   max(0.0, deadline - elapsed_seconds()))
+            self.lock.wait_for(lambda: not any(each.state in READY for each in self._carriers),
+                               max(0.0, deadline - elapsed_seconds()))
         if self._explanation is not None:
             self._explanation.done.wait(max(0.0, deadline - elapsed_seconds()))
 
-    # The thread of a session
+    # For the carriers
 
-    def _run(self, carrier: Carrier) -> None:
-        session = carrier.session
-        try:
-            buffers = create_buffers()
-            session.open(self._next_request())
-            with self._changed:
-                self.first, self._first_failure = self.first or session, None
-                carrier.state = FREE
-                self._changed.notify_all()
-            while carrier.state == FREE and not self._must_leave(session):
-                client = self._take(carrier)
-                if client is not None and self._serve(carrier, client, buffers):
-                    with self._changed:
-                        carrier.state = FREE
-        except PlexctlError as error:
-            session.end(error)
-        except Exception as error:  # no memory or descriptors, or a defect
-            if not self._is_closing.is_set():  # else the listener was closed meanwhile
-                session.end(PlexctlError(f"a session was given up after {show_error(error)}"))
-        finally:
-            self._pass_turn_on(carrier)
-            self._dismiss(carrier)
-
-    def _next_request(self) -> SessionRequest:
+    def next_request(self) -> SessionRequest:
         """Return what to ask for: without `renew`, no more time than the first session has left."""
-        if self._renew or self.first is None:
+        if self.renew or self.first is None:
             return self._request
         left = max(1, int(self.first.expires_on - elapsed_seconds()))
         return self._request._replace(ttl_seconds=min(self._request.ttl_seconds or left, left))
 
-    def _is_gone(self, client: Client) -> bool:
-        return self.listener.is_gone(client[0].sock, client[1])
+    def note_ready(self, carrier: Carrier) -> None:
+        """Note that a session's Node has reported its listener."""
+        with self.lock:
+            self.first, self._first_failure = self.first or carrier.session, None
+            carrier.state = FREE
+            self.lock.notify_all()
 
-    def _must_leave(self, session: MediatedSession) -> bool:
-        return self._is_closing.is_set() or session.is_over()
-
-    def _take(self, carrier: Carrier) -> Optional[Client]:
-        """Take the client that is next, if one comes in time, and start to dial for it.
-
-        Only the thread that has the turn does so. It keeps the turn until it has to wait for the Node (see
-        `_pace`), since threads that run side by side mostly wait for Python's own lock.
-        """
-        carrier.has_turn = carrier.has_turn or self._turn.acquire(timeout=TICK_SECONDS)
-        if not carrier.has_turn:
-            return None
-        client: Optional[Client] = None
-        try:
-            if self._returned or wait_for(self.listener.fileno(), select.POLLIN, TICK_SECONDS):
-                with self._changed:
-                    self._is_taking = True
-                    client = self._returned.pop(0) if self._returned else None
-                client = client or self.listener.take()
-        except OSError as error:
-            self._warn_of_exhaustion(error)
-            self._is_closing.wait(PAUSE_SECONDS)
-        finally:
-            with self._changed:
-                self._is_taking = False
-                if client is not None:  # also for a session that tick() has found spare meanwhile
-                    carrier.client, carrier.state = client, BUSY
-        if client is not None:
-            carrier.taken_on = elapsed_seconds()
-            if not carrier.session.start_dial():
-                self._pass_turn_on(carrier)
-        return client
-
-    def _pace(self, carrier: Carrier, seconds: float) -> float:
-        """Return how long its thread may wait now. It keeps the turn through a short connection."""
-        if carrier.has_turn:
-            if elapsed_seconds() - carrier.taken_on < SHORT_SECONDS:
-                return SHORT_SECONDS
-            self._pass_turn_on(carrier)
-        return seconds
-
-    def _pass_turn_on(self, carrier: Carrier) -> None:
-        if carrier.has_turn:
-            carrier.has_turn = False
-            self._turn.release()
-
-    def _serve(self, carrier: Carrier, client: Client, buffers: Buffers) -> bool:
-        """Carry one connection; return whether the Node has ended it, so that the session is free again."""
-        session = carrier.session
-        name = "a local process" if self.local.path else join_host_port(*client[1][:2])
-        try:
-            remote = session.dial(self._is_closing.is_set)
-        except PlexctlError as error:
-            self._refuse(carrier, client, error)
+    def take_back(self, carrier: Carrier) -> bool:
+        """Take a carrier's client back for another session; False if there will be none."""
+        with self.lock:
+            if self.is_closing.is_set() or carrier.client is None:
+                return False
+            if not (self.renew or self._count_live() > 1):
+                return False
+            self.returned.insert(0, carrier.client)
+            carrier.client = None
             return True
-        self._ledger.say(f"connection from {name} to {session.endpoint}")
-        relay = Relay(client[0], remote, buffers, lambda: self._is_gone(client),
-                      lambda: self._ask_about_end(carrier, relay),
-                      lambda seconds: self._pace(carrier, seconds))
-        try:
-            with self._changed:
-                carrier.relay = relay
-                if self._is_closing.is_set():
-                    relay.stop()
-            relay.carry()
-            self._note_connection_end(carrier, relay)
-            return self._await_end(carrier, relay)
-        finally:
-            if relay.is_awaited:  # else the relay has closed it
-                remote.close(reset=False)
-            with self._changed:
-                carrier.relay = None
 
-    def _refuse(self, carrier: Carrier, client: Client, error: PlexctlError) -> None:
-        """Leave a client to another session, if its own is over and there may be another; else reset it."""
-        with self._changed:
-            may_be_served = self._renew or self._count_live() > 1
-            if carrier.session.why and may_be_served and not self._is_closing.is_set():
-                self._returned.insert(0, client)
-                carrier.client = None
-                return
-        client[0].close()
-        if not isinstance(error, (SessionOver, Cancelled)):
-            self._ledger.tell_once(f"warning: a connection was not served: {error}", "not served")
-        self._count_connection(carrier, 0, 0)
+    def count_connection(self, carrier: Carrier, up: int, down: int) -> None:
+        """Count a connection that has ended, with the bytes that it has carried."""
+        with self.lock:
+            carrier.client = None
+            if down:
+                self._answered_on = elapsed_seconds()
+            ended = self._ended
+            self._ended = ended._replace(ended=ended.ended + 1, up=ended.up + up, down=ended.down + down)
 
-    def _ask_about_end(self, carrier: Carrier, relay: Relay) -> None:
+    def ask_about_end(self, carrier: Carrier, relay: Relay) -> None:
         """Have it found out, beside the work, why a connection is ending: is its session over?"""
-        if self._is_closing.is_set():
+        if self.is_closing.is_set():
             return
         carrier.session.ask()
-        with self._changed:
+        with self.lock:
             # if any connection has had one meanwhile the target works: psql's cancel request gets none
             has_answer = (self._answered_on >= carrier.taken_on
                           or any(each.down.moved for each in self._list_open()))
@@ -2625,73 +2678,34 @@ class Forwarder:
             if relay.remote_ended_first and not has_answer and not is_explaining:
                 self._explanation = Outcome(lambda: self._explain(carrier.session), or_here=False)
 
+    def dismiss(self, carrier: Carrier) -> None:
+        """Do what follows from the end of a session, and revoke it."""
+        session = carrier.session
+        with self.lock:
+            why, is_leaving = session.why, self.is_closing.is_set()
+            carrier.state = REVOKING
+            self.lock.notify_all()
+            if why is not None and not is_leaving:
+                self._judge_end(session, why)
+        if why is not None or not (is_leaving and self.ledger.is_kept):
+            self.ledger.give_back(session.session_id)
+        with self.lock:
+            self._carriers.remove(carrier)
+            self.lock.notify_all()
+
+    def warn_once(self, text: str) -> None:
+        """Warn of something once in a run."""
+        self.ledger.tell_once("warning: " + text, text.partition(" (")[0])  # details may differ
+
+    def warn_of_exhaustion(self, error: BaseException) -> None:
+        """Warn that there are no descriptors or no memory."""
+        self.warn_once(f"cannot accept connections for now: {show_error(error)}")
+
     def _explain(self, session: MediatedSession) -> None:
         """Say that the target cannot be reached, unless the session is over."""
         session.ask(ASK_LIMIT_SECONDS)
         if session.why is None and self.over is None:
-            self._warn_once(describe_unreachable(self._request))
-
-    def _note_connection_end(self, carrier: Carrier, relay: Relay) -> None:
-        """Count a connection that was carried, and say what there is to say about it."""
-        self._count_connection(carrier, relay.up.moved, relay.down.moved)
-        error = None if self._is_closing.is_set() or carrier.session.why else relay.error
-        reason = f" ({show_error(error)})" if error else ""
-        self._ledger.say(f"connection closed{reason}: {show_bytes(relay.up.moved)} up, "
-                         f"{show_bytes(relay.down.moved)} down")
-        if error and (not isinstance(error, OSError) or error.errno in EXHAUSTED):  # not a peer's doing
-            self._warn_once(f"a connection ended: {show_error(error)}")
-
-    def _count_connection(self, carrier: Carrier, up: int, down: int) -> None:
-        with self._changed:
-            carrier.client = None
-            if down:
-                self._answered_on = elapsed_seconds()
-            ended = self._ended
-            self._ended = ended._replace(ended=ended.ended + 1, up=ended.up + up, down=ended.down + down)
-
-    def _await_end(self, carrier: Carrier, relay: Relay) -> bool:
-        """Wait for the Node to end a connection whose client is gone. False only if the session is stuck.
-
-        Then the Node has STUCK_SECONDS to pass on what it has; the revocation that follows cuts it off. The
-        session is not used again, since nobody sees when the Node has ended a connection that was reset.
-        """
-        def must_leave() -> bool:
-            return self._must_leave(carrier.session)
-
-        has_ended = not relay.is_awaited or relay.await_end(QUIET_SECONDS, must_leave)
-        if (has_ended and not relay.is_stuck) or must_leave():
-            return True
-        self._pass_turn_on(carrier)
-        with self._changed:
-            carrier.state, self._has_been_stuck = STUCK, True
-        self._warn_once("the Node has not ended a connection whose client is gone; its session is not used "
-                        "any more")
-        if relay.is_awaited:
-            relay.await_end(STUCK_SECONDS, must_leave)
-        else:
-            self._is_closing.wait(STUCK_SECONDS)
-        return False
-
-    def _dismiss(self, carrier: Carrier) -> None:
-        """Do what follows from the end of a session, and revoke it."""
-        session = carrier.session
-        with self._changed:
-            why, is_leaving = session.why, self._is_closing.is_set()
-            carrier.state = REVOKING
-            self._changed.notify_all()
-            if why is not None and not is_leaving:
-                self._judge_end(session, why)
-        if why is not None or not (is_leaving and self._ledger.is_kept):
-            self._ledger.give_back(session.session_id)
-        with self._changed:
-            self._carriers.remove(carrier)
-            self._changed.notify_all()
-
-    def _warn_once(self, text: str) -> None:
-        self._ledger.tell_once("warning: " + text, text.partition(" (")[0])  # details may differ
-
-    def _warn_of_exhaustion(self, error: BaseException) -> None:
-        self._warn_once(f"cannot accept connections for now: {show_error(error)}")
+            self.warn_once(describe_unreachable(self._request))
 
     # With the lock held
 
@@ -2704,7 +2718,7 @@ class Forwarder:
         is_overdue = waiting and (not live or now - self._waiting_since >= GRACE_SECONDS)
         if is_overdue and states.count(BUSY) >= self._limit:
             wait = "connections wait" if waiting > 1 else "connection waits"
-            self._ledger.tell_once(
+            self.ledger.tell_once(
                 f"warning: {waiting} {wait} until one closes: each needs a session (--max-sessions is "
                 f"{self._limit}; a connection pool must not be larger)", "limit")
         missing = waiting - states.count(OPENING) if is_overdue else 0
@@ -2725,22 +2739,21 @@ class Forwarder:
 
     def _reject_waiting(self) -> None:
         """Reset the connections that wait, since no session will come to take them."""
-        while self._returned:
-            self._returned.pop()[0].close()
+        while self.returned:
+            self.returned.pop().close()
         with contextlib.suppress(OSError, MemoryError):  # it is called again
             self.listener.reject()
 
     def _start(self, number: int) -> None:
         """Start the threads of so many sessions, unless the run is ending."""
-        if self._is_closing.is_set():
+        if self.is_closing.is_set():
             return
-        carriers = [Carrier(MediatedSession(self._ledger, self._wait_seconds, self._renew))
-                    for _ in range(number)]
+        carriers = [Carrier(self) for _ in range(number)]
         self._carriers += carriers
         for carrier in carriers:
-            if not start_thread(self._run, carrier):
+            if not start_thread(carrier.run):
                 carrier.session.end(PlexctlError("cannot start a thread for a session (ulimit -u)"))
-                self._dismiss(carrier)  # without an exchange: it has no session yet
+                self.dismiss(carrier)  # without an exchange: it has no session yet
 
     def _restrict(self, number: int, since: float, seconds: int) -> None:
         """Allow so many sessions from `since` on, and one more each time `seconds` have passed."""
@@ -2750,7 +2763,7 @@ class Forwarder:
         return min(self._limit, self._available + int((now - self._available_since) / self._step_seconds))
 
     def _count_waiting(self) -> int:
-        return self.listener.count_waiting() + len(self._returned)
+        return self.listener.count_waiting() + len(self.returned)
 
     def _list_open(self) -> List[Relay]:
         """Return the relays of those connections whose clients have not ended them."""
@@ -2775,10 +2788,10 @@ class Forwarder:
 
     def _judge_over(self, session: MediatedSession, why: PlexctlError, others: int) -> None:
         """A session that has worked is over: with `renew` the next connection gets a new one."""
-        if not (others or self._renew):
+        if not (others or self.renew):
             self._end_run(why)
             return
-        self._ledger.tell_once(f"{why}; the next connection gets a new one" if self._renew else str(why))
+        self.ledger.tell_once(f"{why}; the next connection gets a new one" if self.renew else str(why))
         if isinstance(why, ListenerGone) and elapsed_seconds() - session.ready_on < REPLACE_SECONDS:
             # a Node that refuses everybody must not cost a session per attempt
             self._restrict(others, session.ready_on, REPLACE_SECONDS)
@@ -2788,28 +2801,28 @@ class Forwarder:
         is_refused = isinstance(why, ApiError) and why.status < 500 and not why.passing
         # a server may yet count one that is stuck, and have room once that is given back
         is_final = is_refused and not any(each.state == STUCK for each in self._carriers)
-        if not others and (is_final or not (self._renew or self._has_been_stuck)):
+        if not others and (is_final or not (self.renew or self.has_been_stuck)):
             self._end_run(why)
             return
         has_no_room = others and (is_refused or isinstance(why, EndpointMissing))
         self._restrict(others, elapsed_seconds(), LIMIT_SECONDS if has_no_room else RETRY_SECONDS)
-        why.is_told = self._ledger.tell_once(f"warning: no further session for now: {why}",
+        why.is_told = self.ledger.tell_once(f"warning: no further session for now: {why}",
                                              type(why).__name__)
 
     def _end_run(self, why: PlexctlError) -> None:
         self.over = self.over or why
-        self._is_closing.set()
-        self._changed.notify_all()
+        self.is_closing.set()
+        self.lock.notify_all()
 
     def _stop_relays(self) -> None:
         """End the connections of sessions that are over, or all of them once the run is ending."""
         for each in self._carriers:
-            if each.relay and self._must_leave(each.session):
+            if each.relay and each.must_leave():
                 each.relay.stop()
 
     def _is_time_up(self, now: float) -> bool:
         """Return whether the time of the first session is up, which without `renew` is that of the run."""
-        return not self._renew and self.first is not None and now >= self.first.expires_on
+        return not self.renew and self.first is not None and now >= self.first.expires_on
 
 
 def describe_unreachable(request: SessionRequest) -> str:

@@ -14,7 +14,7 @@ sys.path.insert(0, HERE)
 
 import plexctl
 
-TELL = ("tell_once", "_warn_once", "_notice", "fail")  # functions that are given a message
+TELL = ("tell_once", "_warn_once", "warn_once", "_notice", "fail")  # functions that are given a message
 REPORT = ("report", "_report")  # these are given other lines as well
 UNSEEN = ("parse_json", "unique", "bounded", "parse_time")  # what these raise never gets as far as stderr
 
