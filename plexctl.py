@@ -2492,7 +2492,6 @@ class Carrier:
         has_ended = not relay.is_awaited or relay.await_end(QUIET_SECONDS, self.must_leave)
         if (has_ended and not relay.is_stuck) or self.must_leave():
             return True
-        self._pass_turn_on()
         with forwarder.lock:
             self.state, forwarder.has_been_stuck = STUCK, True
         forwarder.warn_once("the Node has not ended a connection whose client is gone; its session is not "
