@@ -2729,12 +2729,12 @@ class Forwarder:
             self._start(min(missing, self._count_available(now) - len(states)))
 
     def _give_spare_back(self, now: float) -> None:
-        """End one session if for IDLE_SECONDS more than the minimum have been free."""
+        """End the session that was used least lately, if more than the minimum were free for IDLE_SECONDS."""
         free = [each for each in self._carriers if each.state == FREE]
         if len(free) <= self._minimum:
             self._spare_since = now
         elif now - self._spare_since >= IDLE_SECONDS:
-            free[-1].state, self._spare_since = REVOKING, now
+            min(free, key=lambda each: each.taken_on).state, self._spare_since = REVOKING, now
 
     def _reject_waiting(self) -> None:
         """Reset the connections that wait, since no session will come to take them."""
@@ -2776,14 +2776,14 @@ class Forwarder:
         others = self._count_live()
         if isinstance(why, SessionRevoked) or self._is_time_up(elapsed_seconds()):
             self._end_run(why)
-        elif session.ready_on:
-            self._judge_over(session, why, others)
-        elif self.first is not None:
-            self._judge_missing(why, others)
-        else:  # none has been ready, but another one may yet be
+        elif self.first is None:  # none has been ready, but another one may yet be
             self._first_failure = self._first_failure or why
             if not others:
                 self._end_run(self._first_failure)
+        elif session.ready_on:
+            self._judge_over(session, why, others)
+        else:
+            self._judge_missing(why, others)
 
     def _judge_over(self, session: MediatedSession, why: PlexctlError, others: int) -> None:
         """A session that has worked is over: with `renew` the next connection gets a new one."""

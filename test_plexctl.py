@@ -5010,6 +5010,7 @@ def test_what_is_idle_above_the_minimum_is_given_back(simulation, minimum):
                 chat(clients[0], 1)
         with dialled(running, 4):
             pass
+        eventually(lambda: visit(running.address) and running.count().sessions <= minimum + 1)
         eventually(lambda: running.count().sessions == minimum)
         let_pass(1)
         assert running.count().sessions == len(simulation.plane.active()) == minimum
@@ -5430,6 +5431,15 @@ def test_a_renewal_that_the_server_refuses_ends_it(simulation, name, code):
         assert knock(running.address) == ("reset", b"")
         assert running.why() and running.forwarder.over.exit_code == code
         assert asked(simulation.plane, "issue") == 2
+
+
+def test_a_first_session_that_fails_when_it_is_ready_ends_the_run(simulation):
+    def fail(_line):
+        raise MemoryError
+    with using_sessions(simulation.plane, establish=False, renew=True) as running:
+        running.ledger.say = fail
+        with concurrent.futures.ThreadPoolExecutor(1) as pool, pytest.raises(plexctl.PlexctlError):
+            pool.submit(running.forwarder.establish).result(15)
 
 
 def test_what_failed_at_the_start_is_no_reason_of_a_later_end(simulation):
