@@ -211,35 +211,9 @@ def source(size, seed=0):
     return lambda connection, _target: connection.sendall(data)
 
 
-def sink_answer(data):
-    """What `sink` answers to these bytes: their count in 8 bytes, then their SHA-256."""
-    return struct.pack(">Q", len(data)) + hashlib.sha256(data).digest()
-
-
 def sink(connection, _target):
-    """Read to the end of input, then answer."""
-    connection.sendall(sink_answer(b"".join(chunks(connection))))
-
-
-LATE_ANSWER = b"what was asked for, long after the question ended"
-
-
-def late_answer(event):
-    """A service that reads to the end of input, waits for the event, then sends LATE_ANSWER."""
-    def serve(connection, _target):
-        for _ in chunks(connection):
-            pass
-        event.wait(60)
-        connection.sendall(LATE_ANSWER)
-    return serve
-
-
-def resetter(after_bytes):
-    """A service that reads so many bytes, then resets the connection; `ends` does not list it."""
-    def serve(connection, _target):
-        connection.recv(after_bytes, socket.MSG_WAITALL)
-        reset_close(connection)
-    return serve
+    """Read to the end of input, then answer with the SHA-256 of it all."""
+    connection.sendall(hashlib.sha256(b"".join(chunks(connection))).digest())
 
 
 def reset_close(connection):
@@ -403,7 +377,6 @@ class Node(Watched):
     delay: seconds that the way from plexctl takes, in each direction
     late: seconds until a session has its listener and its endpoint is reported; a list has one number for
         each session in turn, the last one for all further ones
-    cap: seconds after which listener and connections are closed, though the session is active
     early: seconds that its clock is ahead of the control plane's: it closes so long before the expiry
     dial_seconds: when a dial that neither succeeds nor fails is given up
     max_sessions: how many have a listener at once
@@ -411,14 +384,14 @@ class Node(Watched):
     What it saw: `connections` (accepted, by session), `most` (served at once, by session), `waits`."""
 
     def __init__(self, target_address, *, kinder=False, one_at_a_time=None, half_close=None, delay=0, late=0,
-                 cap=float("inf"), early=0.5, dial_seconds=float("inf"), max_sessions=10):
+                 early=0.5, dial_seconds=float("inf"), max_sessions=10):
         super().__init__()
         self.target_address = target_address
         self.one_at_a_time = not kinder if one_at_a_time is None else one_at_a_time
         self.half_close = kinder if half_close is None else half_close
         self.resets = kinder
-        self.delay, self.late, self.max_sessions = delay, late, max_sessions
-        self.cap, self.early, self.dial_seconds = cap, early, dial_seconds
+        self.delay, self.late, self.early = delay, late, early
+        self.dial_seconds, self.max_sessions = dial_seconds, max_sessions
         self.connections, self.most, self.waits = collections.Counter(), collections.Counter(), []
         self.listeners = collections.OrderedDict()
 
@@ -480,7 +453,6 @@ class SessionListener:
             if self.node.has_room() and not self._closing.is_set():
                 self._socket = listening_socket()
                 self._socket.setblocking(False)
-                self._ends = min(self._ends, time.monotonic() + self.node.cap)
                 self.endpoint = "%s:%d" % self._socket.getsockname()
 
     def is_open(self):
@@ -999,9 +971,9 @@ def clean_environment(more=None):
     return dict({"PATH": os.environ.get("PATH", os.defpath), "HOME": "/nonexistent"}, **(more or {}))
 
 
-def plexctl_command(args, python=sys.executable):
+def plexctl_command(args):
     """The command line of plexctl.py in an isolated interpreter."""
-    return [python, "-I", PLEXCTL] + [str(arg) for arg in args]
+    return [sys.executable, "-I", PLEXCTL] + [str(arg) for arg in args]
 
 
 SEEN = []  # (stream, text) of every process, for the tests to look for secrets in
@@ -1084,18 +1056,26 @@ def dial(address, seconds=20):
     return socket.create_connection((host.strip("[]"), int(port)), seconds)
 
 
-def exchange(address, data=b"", seconds=20):
-    """Connect, send data and a half-close, meanwhile read to the end of input; what came back."""
-    with dial(address, seconds) as connection:
-        def send():
-            with contextlib.suppress(OSError):
-                connection.sendall(data)
+@contextlib.contextmanager
+def while_sending(connection, data, and_end=False):
+    """It is sent by a thread meanwhile, and perhaps a half-close behind it."""
+    def send():
+        with contextlib.suppress(OSError):
+            connection.sendall(data)
+            if and_end:
                 connection.shutdown(socket.SHUT_WR)
-        sender = threading.Thread(target=send, daemon=True)
-        sender.start()
-        received = b"".join(chunks(connection))
-        sender.join(seconds)
-        return received
+
+    sender = threading.Thread(target=send, daemon=True)
+    sender.start()
+    yield
+    sender.join(20)
+    assert not sender.is_alive()
+
+
+def exchange(address, data=b""):
+    """Connect, send data and a half-close, meanwhile read to the end of input; what came back."""
+    with dial(address) as connection, while_sending(connection, data, and_end=True):
+        return b"".join(chunks(connection))
 
 
 def parse_document(text, output):
@@ -1318,7 +1298,7 @@ import pytest  # the demonstration must not need it
 import plexctl
 
 LINUX = sys.platform.startswith("linux")
-ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
+ROOT = os.geteuid() == 0
 
 
 class Result(NamedTuple):
@@ -1342,6 +1322,19 @@ def no_secret_on_any_stream(request, monkeypatch):
         assert BEARER not in text, "the bearer token is on " + stream
         if not reveals or stream != "err":
             assert SESSION_TOKEN_MARK not in text, "a session token is on " + stream
+
+
+FORWARDED = []  # the control plane of every process that forwards, for the tests to look for sessions
+
+
+@pytest.fixture(autouse=True)
+def no_session_is_left():
+    """Every test: a process that forwarded has revoked each session that was issued, and just once."""
+    del FORWARDED[:]
+    yield
+    for plane in FORWARDED:
+        assert plane.active() == [] and plane.revocations() == collections.Counter(plane.issued), \
+            plane.describe()
 
 
 @pytest.fixture
@@ -1412,6 +1405,8 @@ def invocation(at, flags, within=(), python=sys.executable, program=(PLEXCTL,), 
     """tcp-forward with these flags, at a control plane or that of a simulation, as a process: its words, and
     options of Popen; `program` is what the interpreter runs, `within` the command that runs it."""
     plane = getattr(at, "plane", at)
+    if {"--proxy", "--stdio", "--"}.intersection(flags) and "--keep-session" not in flags:
+        FORWARDED.append(plane)
     return ([*within, python, "-I", *program, *forward_args(plane, *flags)],
             dict(env=clean_environment(plane.environment(**dict(env))), **popen))
 
@@ -1488,7 +1483,7 @@ def test_the_second_connection_waits_until_the_node_has_served_the_first():
 
 @pytest.mark.parametrize("delay", [0, 0.02])
 def test_either_end_of_input_ends_both_directions_at_the_node(delay):
-    with node_to(late_answer(threading.Event()), delay=delay) as (_, _, endpoint), dial(endpoint) as client:
+    with node_to(sink, delay=delay) as (_, _, endpoint), dial(endpoint) as client:
         client.sendall(b"question")
         client.shutdown(socket.SHUT_WR)
         assert client.recv(1) == b""  # nobody waits for the answer
@@ -1504,59 +1499,32 @@ def test_either_end_of_input_ends_both_directions_at_the_node(delay):
 @pytest.mark.parametrize("leave", [socket.socket.close, reset_close], ids=["ends", "resets"])
 @pytest.mark.parametrize("where", ["a write", "a dial"])
 def test_the_node_is_deaf_to_a_client_that_leaves_during(where, leave):
-    def serve(connection, target):
-        takes.wait(20)
-        echo(connection, target)
-
-    takes = threading.Event()
-    with node_to(serve, dial_seconds=3) as (node, target, endpoint), dial_that_hangs() as hanging:
+    with node_to(silent) as (node, _, endpoint), dial_that_hangs() as hanging:
         if where == "a dial":
             node.target_address = hanging.getsockname()
-        with dial(endpoint) as client, dial(endpoint) as following:
-            following.sendall(b"x")
+        with dial(endpoint) as client:
             if where == "a write":
                 fill(client)
             node.wait_for(lambda: node.busy("first"))
             leave(client)
             let_pass(0.5)
-            assert node.busy("first") and node.connections == {"first": 1}
-            assert node.listeners["first"].somebody_waits()
-            node.target_address = target.address
-            takes.set()
-            assert following.recv(1) == b"x"
+            assert node.busy("first")
 
 
 @pytest.mark.parametrize("how, options", [
-    ("given up", dict(dial_seconds=0.5)), ("cap", dict(cap=0.5)), ("closed", {}), ("refused", {})], ids=str)
-def test_a_dial_that_hangs_or_is_refused_ends_with_a_plain_end(how, options):
-    with node_to(echo, **options) as (node, _, endpoint), dial_that_hangs() as hanging:
-        node.target_address = ("127.0.0.1", 1) if how == "refused" else hanging.getsockname()
-        with dial(endpoint) as client:
-            if how == "closed":
-                node.wait_for(lambda: node.busy("first"))
-                node.close("first")
-            assert client.recv(1) == b""
-            node.wait_for(lambda: can_be_dialled(endpoint) == (how in ("given up", "refused")))
-
-
-@pytest.mark.parametrize("how, options", [
-    ("cap", dict(cap=0.5)), ("expiry", dict(ttl=0.5, early=0)), ("its own clock", dict(ttl=30, early=29.5)),
-    ("revocation", {}), ("restart", {})], ids=str)
-def test_the_node_closes_listener_and_connection(how, options):
+    ("expiry", dict(ttl=0.5, early=0)), ("its own clock", dict(ttl=30, early=29.5)), ("revocation", {})],
+    ids=str)
+def test_the_node_closes_listener_and_connection_with_a_plain_end(how, options):
     with Simulation(**options) as simulation:
-        plane, node = simulation.plane, simulation.node
-        session_id = issued_by(plane)
-        endpoint = node.endpoint(session_id)
+        plane, session_id = simulation.plane, issued_by(simulation.plane)
+        endpoint = simulation.node.endpoint(session_id)
         with dial(endpoint) as client:
             assert talk(client)
             if how == "revocation":
                 plane.revoke(session_id)
-            elif how == "restart":
-                node.restart()
             assert client.recv(1) == b""  # looks complete
-        node.wait_for(lambda: not can_be_dialled(endpoint))
-        assert (session_id in plane.active()) == (how not in ("expiry", "revocation"))
-        assert (node.endpoint(session_id) != endpoint) == (how == "restart")
+        simulation.node.wait_for(lambda: not can_be_dialled(endpoint))
+        assert (session_id in plane.active()) == (how == "its own clock")
 
 
 def test_a_delay_is_one_of_time_and_not_of_bandwidth():
@@ -1643,19 +1611,6 @@ def flags_with(flag, *values):
     pairs = zip(REQUIRED_FLAGS[::2], REQUIRED_FLAGS[1::2])
     kept = [word for pair in pairs if pair[0] != flag for word in pair]
     return kept + [word for value in values for word in (flag, value)]
-
-
-def find_pythons():
-    found = glob.glob(os.path.expanduser("~/.pyenv/versions/3.6.*/bin/python3.6"))
-    found += [path for path in ("/usr/bin/python3.6", "/usr/local/bin/python3.6") if os.path.exists(path)]
-    oldest = [pytest.param(path, marks=pytest.mark.once) for path in found[:1]]
-    return [sys.executable] + oldest * (sys.version_info[:2] != (3, 6))
-
-
-@pytest.fixture(params=find_pythons(), ids=os.path.basename)
-def python(request):
-    """This interpreter, and the oldest that plexctl is for, where there is one."""
-    return request.param
 
 
 # ---- tests: values ------------------------------------------------------------------------------
@@ -2146,7 +2101,7 @@ def test_help_goes_to_stdout_and_exits_0(cli, args):
     assert result.out.partition("\nexamples")[2].count("plexctl tcp-forward $TARGET") == 4
 
 
-def test_however_it_is_started_it_tells_its_version(python, tmp_path):
+def test_however_it_is_started_it_tells_its_version(tmp_path):
     (tmp_path / "link").symlink_to(PLEXCTL)
     (tmp_path / "app").mkdir()
     shutil.copy(PLEXCTL, str(tmp_path / "app"))
@@ -2157,7 +2112,7 @@ def test_however_it_is_started_it_tells_its_version(python, tmp_path):
     for words in ([PLEXCTL], ["link"], ["-m", "plexctl"], ["-"], ["app.pyz"], ["main.pyz"]):
         for isolated, command in (([], []), (["-I"], ["tcp-forward"]))[:1 + ("-m" not in words)]:
             with open(PLEXCTL, "rb") as program:
-                result = run_words([python, "-B"] + isolated + words + command + ["--version"],
+                result = run_words([sys.executable, "-B"] + isolated + words + command + ["--version"],
                                    clean_environment(), stdin=program,
                                    cwd=str(tmp_path / "app" if "-m" in words else tmp_path))
             assert result == Result(0, "plexctl %s\n" % plexctl.__version__, ""), result
@@ -2284,17 +2239,11 @@ def test_the_document_has_exactly_the_published_form(cli, lone_plane, host, show
 
 @pytest.mark.parametrize("local_addr", ["127.0.0.1:0", "[::1]:0"])
 def test_port_0_is_resolved_to_a_port_that_is_free(cli, lone_plane, local_addr):
-    host, family = local_addr[:-2].strip("[]"), socket.AF_INET6 if "[" in local_addr else socket.AF_INET
-    with socket.socket(family) as probe:
-        try:
-            probe.bind((host, 0))
-        except OSError:
-            pytest.skip("no such address here")
     result = forward_to(cli, lone_plane, "--local-addr", local_addr)
     printed, port = parse_document(result.out, "text")["local_addr"].rsplit(":", 1)
     assert printed == local_addr[:-2] and 0 < int(port) < 65536
-    with socket.socket(family) as sock:
-        sock.bind((host, int(port)))
+    with socket.socket(socket.AF_INET6 if "[" in local_addr else socket.AF_INET) as sock:
+        sock.bind((printed.strip("[]"), int(port)))
 
 
 def test_print_mode_dials_nothing_and_revokes_nothing(cli, simulation):
@@ -2312,9 +2261,9 @@ def test_an_address_that_is_not_ours_costs_no_session(cli, lone_plane):
 @pytest.mark.parametrize("locale", [
     {"LANG": "C", "LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"},
     {"PYTHONIOENCODING": "utf-16"}], ids=shown)
-def test_every_stream_is_ascii_whatever_the_locale(lone_plane, python, locale):
+def test_every_stream_is_ascii_whatever_the_locale(lone_plane, locale):
     environ = clean_environment(lone_plane.environment(**locale))
-    words = [python, PLEXCTL, "tcp-forward"] + REQUIRED_FLAGS
+    words = [sys.executable, PLEXCTL, "tcp-forward"] + REQUIRED_FLAGS
     result = run_words(words, environ)
     assert (result.status, result.err) == (0, "") and parse_document(result.out, "text")
     lone_plane.script("issue", problem("internal", detail="na\xefve \u202e\x1b[2J"))
@@ -2525,8 +2474,8 @@ def becoming(uid, folder, threads=None):
     return dict(preexec_fn=become, python="/usr/bin/python3", program=[folder + "/plexctl.py"], cwd="/")
 
 
-def test_the_file_alone_works_without_a_home(lone_plane, lone_copy, python):
-    words = [python, "-I", "-S", "plexctl.py"] + forward_args(lone_plane)
+def test_the_file_alone_works_without_a_home(lone_plane, lone_copy):
+    words = [sys.executable, "-I", "-S", "plexctl.py"] + forward_args(lone_plane)
     result = run_words(words, {"PLEXSPHERE_TOKEN": BEARER}, cwd=lone_copy)
     assert (result.status, result.err) == (0, "") and parse_document(result.out, "text")
     assert os.listdir(lone_copy) == ["plexctl.py"]
@@ -2559,7 +2508,7 @@ def test_it_works_without_proc(lone_plane):
     assert (result.status, result.err) == (0, "") and parse_document(result.out, "text")
 
 
-def test_importing_it_does_nothing_but_define_and_takes_the_standard_library_alone(python):
+def test_importing_it_does_nothing_but_define_and_takes_the_standard_library_alone():
     with open(PLEXCTL, encoding="utf-8") as stream:
         tree = ast.parse(stream.read())
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
@@ -2569,7 +2518,7 @@ def test_importing_it_does_nothing_but_define_and_takes_the_standard_library_alo
     program = ("import sys; sys.path.insert(0, %r); import plexctl, importlib, logging, threading\n"
                "print(threading.active_count(), logging.root.handlers)\n"
                "for name in %r: importlib.import_module(name)" % (HERE, sorted(names)))
-    result = run_words([python, "-I", "-B", "-S", "-c", program], clean_environment())
+    result = run_words([sys.executable, "-I", "-B", "-S", "-c", program], clean_environment())
     assert result == Result(0, "1 []\n", "")
 
 
@@ -2587,19 +2536,19 @@ MISSING = "raise ModuleNotFoundError('No module named ' + name, name=name)"
     # as where re/__init__.py cannot be read: the folder is a package all the same, and an empty one
     ("import types; sys.modules['re'] = types.ModuleType('re')",
      ["cannot load Python's standard library: AttributeError"])], ids=shown)
-def test_a_library_that_lacks_a_module_or_is_damaged_is_an_error_in_one_line(python, statements, words):
-    failed(run_words([python, "-I", *prepared(statements), "--help"], clean_environment()), 1, *words)
+def test_a_library_that_lacks_a_module_or_is_damaged_is_an_error_in_one_line(statements, words):
+    failed(run_words([sys.executable, "-I", *prepared(statements), "--help"], clean_environment()), 1, *words)
 
 
-def test_a_digest_that_is_missing_does_not_put_a_traceback_on_stderr(lone_plane, python):
-    result = run(lone_plane, python=python, program=prepared("sys.modules.update(_hashlib=None, _md5=None)"))
+def test_a_digest_that_is_missing_does_not_put_a_traceback_on_stderr(lone_plane):
+    result = run(lone_plane, program=prepared("sys.modules.update(_hashlib=None, _md5=None)"))
     assert (result.status, result.err) == (0, "")
 
 
 @pytest.mark.parametrize("script, cwd", [
     ("T/x/plexctl.py", "/"), ("plexctl.py", "T/x"), ("T/x/link.py", "/")],
     ids=["by its path", "from its directory", "through a link"])
-def test_a_module_beside_the_file_is_not_loaded(lone_plane, tmp_path, python, script, cwd):
+def test_a_module_beside_the_file_is_not_loaded(lone_plane, tmp_path, script, cwd):
     """As in /tmp, where another user may put one."""
     script, cwd = script.replace("T", str(tmp_path)), cwd.replace("T", str(tmp_path))
     folder = tmp_path / "x"
@@ -2613,21 +2562,20 @@ def test_a_module_beside_the_file_is_not_loaded(lone_plane, tmp_path, python, sc
                                              % str(tmp_path / ("loaded_" + name)))
     environ = clean_environment(lone_plane.environment())
     for more, status in (["--", "true"], 0), (["--prot", "5"], 2), (["--help"], 0):
-        result = run_words([python, script] + forward_args(lone_plane, *more), environ, cwd=cwd)
+        result = run_words([sys.executable, script] + forward_args(lone_plane, *more), environ, cwd=cwd)
         assert result.status == status and "Traceback" not in result.err, result.err
     assert os.listdir(str(tmp_path)) == ["x"]
     revoked_once(lone_plane)
 
 
 @pytest.mark.skipif(not LINUX, reason="a library that is found by PYTHONHOME")
-def test_a_library_that_is_moved_away_does_not_disturb_a_running_proxy(simulation, python, tmp_path):
+def test_a_library_that_is_moved_away_does_not_disturb_a_running_proxy(simulation, tmp_path):
     """Once it is ready nothing is imported any more: Python may be upgraded meanwhile."""
-    prefix = run_words([python, "-c", "import sys; print(sys.base_prefix)"], clean_environment()).out.strip()
-    os.symlink(os.path.join(prefix, "lib"), str(tmp_path / "lib"))
+    os.symlink(os.path.join(sys.base_prefix, "lib"), str(tmp_path / "lib"))
     environ = clean_environment(simulation.plane.environment(
         PYTHONHOME=str(tmp_path), PYTHONDONTWRITEBYTECODE="1"))
-    words = [os.path.realpath(python), PLEXCTL] + forward_args(simulation.plane, "--proxy", "--renew", "-v")
-    with Process(words, env=environ) as process:
+    words = [os.path.realpath(sys.executable), PLEXCTL]
+    with Process(words + forward_args(simulation.plane, "--proxy", "--renew", "-v"), env=environ) as process:
         address = proxy_address(process)
         os.rename(str(tmp_path / "lib"), str(tmp_path / "moved"))
         with contextlib.ExitStack() as stack:
@@ -3777,14 +3725,21 @@ def all_at_once(serve):
             yield client, lambda: process.send_signal(signal.SIGCONT)
 
 
+def dial_with(address, *options, port=0):
+    """Connect with these socket options from the start, and perhaps from a port of our choice."""
+    host, number = address.rsplit(":", 1)
+    client = socket.socket()
+    client.settimeout(20)
+    for name, value in options:
+        client.setsockopt(socket.SOL_SOCKET, name, value)
+    client.bind((host, port))
+    client.connect((host, int(number)))
+    return client
+
+
 def small_window(address):
     """Connect with a receive buffer as small as it gets; the far side is soon stuck."""
-    host, port = address.rsplit(":", 1)
-    client = socket.socket()
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    client.settimeout(20)
-    client.connect((host, int(port)))
-    return client
+    return dial_with(address, (socket.SO_RCVBUF, 4096))
 
 
 def read_exactly(connection, size):
@@ -3825,20 +3780,6 @@ def on_request(**services):
         if first:
             services[first](connection, target)
     return serve
-
-
-@contextlib.contextmanager
-def while_sending(connection, data):
-    """It is sent by a thread meanwhile."""
-    def send():
-        with contextlib.suppress(OSError):
-            connection.sendall(data)
-
-    sender = threading.Thread(target=send, daemon=True)
-    sender.start()
-    yield
-    sender.join(20)
-    assert not sender.is_alive()
 
 
 def talk(connection, data=b"ping"):
@@ -3900,7 +3841,7 @@ def test_256_mebibytes_go_each_way_at_once(way):
 def test_half_closes_and_all_that_goes_before_them_arrive(kinder):
     with relayed_to(sink, **kinder) as running:
         for size in (0, 1, 5 * MIB):
-            assert exchange(running.address, pattern(size)) == sink_answer(pattern(size))
+            assert exchange(running.address, pattern(size)) == hashlib.sha256(pattern(size)).digest()
         eventually(lambda: running.target.ends == ["eof"] * 3)
         assert (running.count().up, running.lines) == (5 * MIB + 1, [])
 
@@ -4122,10 +4063,11 @@ def test_a_session_whose_node_resets_right_after_the_client_did_is_not_stuck():
 
 
 def break_off(after_bytes, send):
-    """A service that sends so much, reads so much, and resets."""
-    def serve(connection, target):
+    """A service that sends so much, reads so much, and resets; `ends` does not list it."""
+    def serve(connection, _target):
         connection.sendall(bytes(send))
-        resetter(after_bytes)(connection, target)
+        connection.recv(after_bytes, socket.MSG_WAITALL)
+        reset_close(connection)
     return serve
 
 
@@ -4191,13 +4133,13 @@ def test_last_words_before_a_reset_arrive_and_the_reset_too(words, half_close):
         assert how_it_ends(client) == ("reset", words)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
 def test_a_process_that_is_killed_resets_both_ends():
     with Simulation(source(64 * MIB), kinder=True) as simulation, start(simulation, "--proxy") as process:
         with dial(proxy_address(process)) as client:
             read_exactly(client, MIB)
             process.kill()
             process.finish()
+            del FORWARDED[:]  # it could not revoke
             assert how_it_ends(client)[0] == "reset"
             simulation.target.wait_for(lambda: simulation.target.ends == ["reset"])
 
@@ -4227,7 +4169,6 @@ def test_want_of_memory_is_neither_an_end_nor_a_reset_of_the_other_side():
 
 # ---- tests: forwarder ----------------------------------------------------------------------------
 
-UNIX = pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="no unix sockets")
 READS_PROC = pytest.mark.skipif(not LINUX, reason="reads /proc")
 
 
@@ -4267,11 +4208,6 @@ def test_nothing_is_dialled_but_for_a_connection(simulation):
 
 
 def test_an_ipv6_address_can_be_listened_on():
-    try:
-        with socket.socket(socket.AF_INET6) as probe:
-            probe.bind(("::1", 0))
-    except OSError:
-        pytest.skip("no IPv6")
     with relayed_to(local="[::1]:0") as running:
         assert re.match(r"\[::1\]:[1-9][0-9]*\Z", running.address)
         assert visit(running.address) and running.lines == []  # nor that nobody can tell whose it is
@@ -4287,7 +4223,6 @@ def dial_unix(path, name=""):
     return client
 
 
-@UNIX
 def test_a_unix_socket_is_ours_alone_and_goes_at_the_end(tmp_path, way):
     path, umask = str(tmp_path / "s"), os.umask(0o027)
     names = ["", str(tmp_path / "client")] + ["\0plexctl test %d" % os.getpid()] * LINUX
@@ -4305,7 +4240,6 @@ def test_a_unix_socket_is_ours_alone_and_goes_at_the_end(tmp_path, way):
         os.umask(umask)
 
 
-@UNIX
 @pytest.mark.parametrize("kind", ["file", "socket", "dangling link"])
 def test_an_existing_file_is_neither_overwritten_nor_removed(tmp_path, kind):
     path = str(tmp_path / "s")
@@ -4322,7 +4256,6 @@ def test_an_existing_file_is_neither_overwritten_nor_removed(tmp_path, kind):
     assert os.lstat(path) == before and os.listdir(str(tmp_path)) == ["s"]
 
 
-@UNIX
 def test_a_unix_socket_that_is_no_longer_ours_stays(tmp_path):
     path, second = str(tmp_path / "s"), str(tmp_path / "other")
     with socket.socket(socket.AF_UNIX) as other:
@@ -4332,7 +4265,6 @@ def test_a_unix_socket_that_is_no_longer_ours_stays(tmp_path):
         assert os.path.exists(path)
 
 
-@UNIX
 def test_stopping_twice_does_not_remove_the_next_one_s_unix_socket(tmp_path):
     path = str(tmp_path / "s")
     with relayed_to(local="unix:" + path) as running:
@@ -4344,7 +4276,6 @@ def test_stopping_twice_does_not_remove_the_next_one_s_unix_socket(tmp_path):
                 assert talk(client)
 
 
-@UNIX
 @pytest.mark.skipif(not LINUX, reason="how the kernel tells of it")
 def test_a_unix_client_that_hangs_up_or_gets_stuck_holds_nothing_up(tmp_path):
     """A hang-up that nobody acts on is reported for ever, at the cost of a whole core."""
@@ -4361,7 +4292,6 @@ def test_a_unix_client_that_hangs_up_or_gets_stuck_holds_nothing_up(tmp_path):
             how_it_ends(second)  # else it hangs
 
 
-@UNIX
 @pytest.mark.skipif(not LINUX, reason="how the kernel tells of it")
 def test_a_unix_client_that_reads_no_more_and_stays_is_let_go_when_the_node_has_ended(tmp_path):
     path = str(tmp_path / "s")
@@ -4527,7 +4457,6 @@ def test_a_look_at_the_backlog_that_fails_ends_nothing_that_works(simulation, mo
 
 
 @READS_PROC
-@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="no prlimit")
 def test_an_accept_that_fails_is_told_once_and_tried_again(simulation):
     def cpu_seconds():
         with open("/proc/%d/stat" % process.pid) as stream:
@@ -4621,19 +4550,6 @@ def service_on(port):
         yield
 
 
-def connect_from(address, port=0, device=b""):
-    """A connection of ours from a port or a device of our choice."""
-    host, number = address.rsplit(":", 1)
-    client = socket.socket()
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    client.settimeout(20)
-    if device:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device)
-    client.bind((host, port))
-    client.connect((host, int(number)))
-    return client
-
-
 @NEEDS_A_STRANGER
 @pytest.mark.parametrize("local", ["127.0.0.1:0", "[::1]:0"])
 def test_another_user_is_turned_away_and_we_are_not(local):
@@ -4703,7 +4619,8 @@ print("", flush=True)
         if owner == "listens":
             stack.enter_context(service_on(port))
             socket.create_connection(("127.0.0.1", port), 10).close()
-        client = stack.enter_context(connect_from(running.address, port if owner == "connects" else 0))
+        client = stack.enter_context(dial_with(running.address, (socket.SO_REUSEADDR, 1),
+                                               port=port if owner == "connects" else 0))
         running.forwarder.establish()
         assert talk(client, b"good")
         assert running.forwarder.listener.unidentified == 1 and running.lines == []
@@ -4722,7 +4639,7 @@ with connect(int(sys.argv[3]), b"lo") as client:
             stranger(is_bound_to_lo, running.address, port), service_on(port):
         running.forwarder.establish()
         eventually(lambda: running.said("rejected", "uid 65534"))
-        with connect_from(running.address, device=b"lo") as client:  # ours may be bound to it as well
+        with dial_with(running.address, (socket.SO_BINDTODEVICE, b"lo")) as client:  # ours may be, as well
             assert talk(client, b"good")
         assert bytes(heard) == b"good" and len(running.lines) == 1
 
@@ -4787,7 +4704,7 @@ def test_one_that_has_gone_before_it_could_be_asked_for_is_not_served_and_told_o
 @pytest.mark.skipif(not (LINUX and shutil.which("unshare") and subprocess.call(
     ["unshare", "-U", "true"], stderr=subprocess.DEVNULL) == 0), reason="no user namespaces")
 def test_where_our_uid_is_the_one_of_every_stranger_that_is_announced(simulation):
-    command = ["unshare", "-U"] + plexctl_command(forward_args(simulation.plane, "--proxy"), sys.executable)
+    command = ["unshare", "-U"] + plexctl_command(forward_args(simulation.plane, "--proxy"))
     with Process(command, env=clean_environment(simulation.plane.environment())) as process:
         assert visit(proxy_address(process))
         assert process.err.count("warning: this host cannot tell whose a connection is") == 1
@@ -4821,11 +4738,6 @@ def dialled(running, count, served=None):
         yield clients
 
 
-def never_two_at_once(running):
-    """No listener of the Node had a second connection, served or in its backlog."""
-    return set(running.node.most.values()) <= {1} and running.node.waits == []
-
-
 def let_pass(seconds):
     """Time in which something is not to happen."""
     began = time.monotonic()
@@ -4844,7 +4756,8 @@ def test_four_connections_have_four_sessions_which_the_next_four_use_again(simul
             with dialled(running, 4):
                 assert sorted(simulation.node.busy(each) for each in simulation.plane.issued) == [1] * 4
             settled(running, 4 * number)
-        assert len(simulation.plane.issued) == 4 and running.lines == [] and never_two_at_once(running)
+        assert len(simulation.plane.issued) == 4 and running.lines == []
+        assert simulation.node.waits == []  # never two connections at one listener
 
 
 def test_sequential_use_needs_one_session_and_never_waits_for_the_node_or_the_server():
@@ -4874,7 +4787,7 @@ def test_eight_at_once_ask_for_seven_at_once(simulation):
         go.set()
         for client in clients:
             chat(client, 1)
-        assert len(simulation.plane.issued) == 8 and never_two_at_once(running) and running.lines == []
+        assert len(simulation.plane.issued) == 8 and simulation.node.waits == running.lines == []
 
 
 @pytest.mark.parametrize("delay, rounds", [(0, 40), (0.02, 15)])
@@ -4891,7 +4804,7 @@ def test_a_listener_that_has_a_connection_is_not_dialled_long_before_its_end(del
         assert all(wait.served and wait.seconds < 2 for wait in running.node.waits), running.node.waits
 
 
-@pytest.fixture(params=["tcp", "tcp of all users", pytest.param("unix", marks=UNIX)])
+@pytest.fixture(params=["tcp", "tcp of all users", "unix"])
 def kind(request, tmp_path):
     """Options of relayed_to() for a local address, and what connects to it."""
     path = str(tmp_path / "s")
@@ -5566,7 +5479,6 @@ def running_proxy(simulation, *flags, **popen):
         yield process, proxy_address(process)
         process.send_signal(signal.SIGTERM)
         ends_by(process, signal.SIGTERM, 10)
-    revoked_once(simulation.plane, len(simulation.plane.issued))
 
 
 def has_no_bad_word(text):
@@ -5717,6 +5629,7 @@ def test_a_second_signal_does_not_wait_for_a_server_that_hangs_and_names_what_is
     plane = simulation.plane
     with start(simulation, "--proxy") as process, contextlib.ExitStack() as stack:
         address = proxy_address(process)
+        del FORWARDED[:]  # the server hangs
         plane.script("revoke", hold(60))
         if when == "while another one is issued":
             plane.script("issue", hold(30))
@@ -5752,7 +5665,6 @@ def test_a_signal_that_is_ignored_at_the_start_stays_ignored(simulation, signum)
         assert visit(address)
         process.send_signal(other)
         ends_by(process, other)
-    revoked_once(simulation.plane)
 
 
 @pytest.mark.skipif(not LINUX, reason="watches /proc")
@@ -5766,7 +5678,6 @@ def test_a_signal_right_at_the_start_leaves_no_traceback(simulation, signum):
                 process.wait(delay_ms / 1000)
             process.send_signal(signum)
             ends_by(process, signum)
-    revoked_once(simulation.plane, len(simulation.plane.issued))
 
 
 @pytest.mark.parametrize("state", ["idle", "stdio"])
@@ -5803,7 +5714,6 @@ def test_a_terminal_that_takes_a_part_of_a_line_does_not_keep_it_from_revoking(s
             eventually(is_full, 60)
             process.send_signal(signal.SIGTERM)
             ends_by(process, signal.SIGTERM, 5)
-    revoked_once(simulation.plane)
 
 
 @pytest.mark.parametrize("signum", SIGNALS)
@@ -5830,13 +5740,13 @@ def test_a_session_that_may_exist_is_told_of_after_a_signal_too(lone_plane, mode
 
 @pytest.mark.skipif(not LINUX, reason="watches /proc")
 @pytest.mark.parametrize("module", ["argparse", "collections", "socket", "threading"])
-def test_ctrl_c_before_the_handlers_stand_has_its_default_action(simulation, python, module):
+def test_ctrl_c_before_the_handlers_stand_has_its_default_action(simulation, module):
     """A KeyboardInterrupt amid an import may be lost in a weak reference's callback."""
     slowly = "import os, pkgutil, runpy, sys, time" + ON_IMPORT % (
         module, "os.write(2, b'importing'); time.sleep(60)") + """
 sys.modules.pop(%r, None)
 runpy.run_path(%r, run_name="__main__")""" % (module, PLEXCTL)
-    with start(simulation, python=python, program=prepared(slowly),
+    with start(simulation, program=prepared(slowly),
                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) as process:
         process.wait_for_output("importing")
         assert not signal_mask(process.pid, "SigCgt") >> signal.SIGINT - 1 & 1
@@ -5927,7 +5837,6 @@ def test_the_exit_status_is_that_of_command(simulation, end, status, ignored):
     result = run(simulation, "--", sys.executable, "-c", program, preexec_fn=lambda: [
         signal.signal(signum, signal.SIG_IGN) for signum in ignored])
     assert (result.status, result.out) == (status, "True\n") and "error" not in result.err, result
-    revoked_once(simulation.plane)
 
 
 def limited(what, limit, folder):
@@ -5942,6 +5851,7 @@ def glibc_has_aborted(simulation, stderr):
     found = sys.version_info < (3, 9) and "libgcc_s.so.1 must be installed" in stderr
     for session_id in simulation.plane.active() if found else ():
         simulation.plane.revoke(session_id)
+        del FORWARDED[:]  # it could not
     return found
 
 
@@ -6099,7 +6009,6 @@ def test_command_is_told_where_the_port_is_and_no_secret(simulation, tmp_path, l
             assert {host, *",".join(proxies.values()).split(",")} - {""} <= set(names), environment
     assert arguments == [host, "%s,%s" % (addr, addr), "{other}{}", "PLEXCTL"] + ["a%sb" % port] * bool(port)
     assert "PLEXSPHERE_TOKEN" not in environment and environment["MARK"] == "kept"
-    revoked_once(simulation.plane)
 
 
 @pytest.mark.skipif(not LINUX, reason="reads /proc")
@@ -6122,7 +6031,6 @@ def test_command_has_the_limits_that_there_were_and_none_of_our_descriptors(simu
         eventually(lambda: core_limits() == ("1", "8192"))  # once COMMAND is started
         process.stdin.close()
         process.finish()
-    revoked_once(simulation.plane)
 
 
 SEND_AND_VANISH = ("import hashlib, os, socket, sys; size = int(sys.argv[1]);"
@@ -6148,7 +6056,6 @@ def test_what_command_sent_just_before_its_end_arrives(size, pause_seconds, each
         target.wait_for(lambda: target.ends)
         assert (len(received), target.ends) == (size, ["eof"])
         assert received == pattern(size)
-        revoked_once(simulation.plane)
 
 
 def test_who_goes_on_sending_where_nobody_can_say_whose_it_is_does_not_keep_it(simulation):
@@ -6163,7 +6070,6 @@ def test_who_goes_on_sending_where_nobody_can_say_whose_it_is_does_not_keep_it(s
             raise AssertionError("it is kept")
         assert process.finish().returncode == 1, process.describe()  # read found the end
         assert "COMMAND has ended, and what it sent may not have arrived" in process.err
-    revoked_once(simulation.plane)
 
 
 @BECOMES_OTHERS
@@ -6174,7 +6080,6 @@ def test_a_unix_socket_that_cannot_be_removed_costs_command_no_status(simulation
         result = run(simulation, "--local-addr", "unix:%s/socket" % folder, "--", "/bin/sh", "-c",
                      "chmod 500 %s; exit 7" % folder, **becoming(uid, lone_copy))
         assert result.status == 7, result.err
-    revoked_once(simulation.plane)
 
 
 def test_connections_that_still_wait_when_command_has_ended_are_told_of(simulation, tmp_path):
@@ -6188,7 +6093,6 @@ def test_connections_that_still_wait_when_command_has_ended_are_told_of(simulati
                sys.executable, "-c", program, stdin=subprocess.PIPE) as process:
         assert process.finish(40).returncode == 0
         assert "COMMAND has ended, and what it sent may not have arrived" in process.err, process.err
-    revoked_once(simulation.plane, len(simulation.plane.issued))
 
 
 def test_what_outlives_command_does_not_keep_the_proxy(simulation):
@@ -6201,7 +6105,6 @@ def test_what_outlives_command_does_not_keep_the_proxy(simulation):
     with start(simulation, *flags) as process:
         simulation.target.wait_for(lambda: simulation.target.accepted)
         assert process.finish(8).returncode == 0, process.describe()
-    revoked_once(simulation.plane)
 
 
 @READS_PROC
@@ -6215,7 +6118,6 @@ def test_a_signal_ends_the_wait_for_a_slow_target_after_command():
             eventually(lambda: not os.path.exists("/proc/%d" % command_pid))
             process.send_signal(signal.SIGTERM)
             assert process.finish(4).returncode in (0, 128 + signal.SIGTERM, -signal.SIGTERM)
-        revoked_once(simulation.plane)
 
 
 @pytest.mark.parametrize("signum, status", [(signum, 5) for signum in SIGNALS] + [
@@ -6238,7 +6140,6 @@ def test_a_signal_is_handed_on_to_command_and_those_of_the_terminal_are_its_own(
         assert process.finish(5).returncode == status, process.describe()
     text = screen.read()
     assert "interrupted" not in text and "COMMAND ended" in text
-    revoked_once(simulation.plane)
 
 
 @pytest.mark.skipif(not LINUX, reason="a backlog of a thousand")
@@ -6295,7 +6196,6 @@ while True:
         result = process.finish()
     assert [int(line) for line in result.stdout.split()][1:] == signals + [signal.SIGTERM]
     assert has_no_bad_word(result.stderr) and "plexctl: error" not in result.stderr
-    revoked_once(simulation.plane)
 
 
 def test_signals_that_were_handed_on_do_not_count_once_command_has_ended(simulation):
@@ -6308,7 +6208,6 @@ def test_signals_that_were_handed_on_do_not_count_once_command_has_ended(simulat
         simulation.plane.wait_for(lambda: simulation.plane.revocations())
         process.send_signal(signal.SIGTERM)
         assert process.finish().returncode == 0
-    revoked_once(simulation.plane)
 
 
 # ---- tests: stdio --------------------------------------------------------------------------------
@@ -6351,7 +6250,6 @@ def test_stdio_carries_bytes_both_ways_at_once(size, kinder):
         result = stdio(simulation, input=data)
         assert (result.status, len(result.out), result.err) == (0, size, "")
         assert result.out == data.decode("latin-1")
-        revoked_once(simulation.plane)
 
 
 def test_stdio_is_silent_but_for_errors_and_verbose_says_the_rest(simulation):
@@ -6427,7 +6325,6 @@ def test_a_client_with_one_socket_for_both_sees_the_target_s_end_and_may_go_on(g
             far.close()
             assert process.finish().returncode == 0, process.describe()
         assert heard == b"and more"
-        revoked_once(simulation.plane)
 
 
 @pytest.mark.parametrize("giver", ["inetd", "socat"])
@@ -6438,7 +6335,6 @@ def test_a_client_with_one_socket_for_both_that_leaves_amid_the_answer_is_an_err
             far.close()
             result = process.finish()
         assert result.returncode == 1 and error_of(result)
-        revoked_once(simulation.plane)
 
 
 def test_a_stream_that_is_cut_off_is_reset_also_where_stdout_alone_is_a_socket():
@@ -6448,7 +6344,6 @@ def test_a_stream_that_is_cut_off_is_reset_also_where_stdout_alone_is_a_socket()
             process.send_signal(signal.SIGTERM)
             assert how_it_ends(far)[0] == "reset"
             ends_by(process, signal.SIGTERM)
-        revoked_once(simulation.plane)
 
 
 @pytest.mark.parametrize("kinder, hangs_up", [(False, False), (True, False), (False, True)],
@@ -6463,7 +6358,6 @@ def test_a_server_that_ends_first_loses_none_of_its_bytes_and_is_no_error(make_p
             to_stdin.close()
             result = process.finish()
         assert (result.returncode, result.stderr) == (0, "")
-        revoked_once(simulation.plane)
 
 
 @pytest.mark.parametrize("size, stdin", [(20 * MIB, "stays open"), (5, "has ended"), (MIB, "has ended")])
@@ -6480,7 +6374,6 @@ def test_a_stdout_closed_by_its_reader_is_an_error(make_pipe, size, stdin):
                 out_reader.close()
             result = process.finish()
         assert result.returncode == 1 and "standard output" in error_of(result), process.describe()
-        revoked_once(simulation.plane)
 
 
 def test_stdio_ends_with_its_session_although_the_node_takes_nothing(make_pipe):
@@ -6505,14 +6398,14 @@ really_start, threading.Thread.start = threading.Thread.start, start
 """
     result = run(simulation, "--stdio", program=prepared(statements), stdin=make_pipe()[0])
     failed(result, 1, "cannot start a thread")
-    revoked_once(simulation.plane)
 
 
 @pytest.mark.parametrize("way", ["pipes", "a socket"])
 def test_a_reset_by_the_target_is_an_error_of_stdio_and_on_a_socket_a_reset(make_pipe, way):
-    def answer_and_reset(connection, target):
+    def answer_and_reset(connection, _target):
         connection.sendall(connection.recv(5))
-        resetter(1)(connection, target)
+        connection.recv(1)
+        reset_close(connection)
 
     with Simulation(answer_and_reset, kinder=True) as simulation:  # a Node of today makes an end of it
         if way == "pipes":
@@ -6528,7 +6421,6 @@ def test_a_reset_by_the_target_is_an_error_of_stdio_and_on_a_socket_a_reset(make
                 assert how_it_ends(far) == ("reset", b"")
                 result = process.finish()
         assert result.returncode == 1 and "connection ended" in error_of(result)
-        revoked_once(simulation.plane)
 
 
 def test_a_reset_on_the_socket_of_stdio_is_noticed_while_the_target_takes_nothing(kinder):
@@ -6538,7 +6430,6 @@ def test_a_reset_on_the_socket_of_stdio_is_noticed_while_the_target_takes_nothin
             reset_close(far)
             result = process.finish()
         assert result.returncode == 1 and "connection ended" in error_of(result)
-        revoked_once(simulation.plane)
 
 
 @pytest.mark.parametrize("blocking", [True, False], ids=["blocking", "non-blocking"])
@@ -6575,7 +6466,6 @@ def test_stdio_on_a_terminal_leaves_it_as_it_was(terminal):
         assert (termios.tcgetattr(screen.slave), fcntl.fcntl(screen.slave, fcntl.F_GETFL)) == before
         text = screen.read()
         assert pattern(10).decode("latin-1") in text.replace("\r\n", "\n") and "\x1b[" not in text
-        revoked_once(simulation.plane)
 
 
 @pytest.mark.skipif(not LINUX, reason="reads /proc")
@@ -6587,11 +6477,13 @@ def test_stdio_has_no_local_port_and_the_proxy_has_one(simulation, make_pipe):
         opened = map(os.readlink, glob.glob("/proc/%d/fd/*" % pid))
         return [listening[name] for name in opened if name in listening]
 
-    with piped_stdio(simulation, make_pipe) as (process, _, _):
+    with piped_stdio(simulation, make_pipe) as (process, to_stdin, _):
         simulation.target.wait_for(lambda: simulation.target.accepted)
         assert listening_ports(process.pid) == []
-    with start(simulation, "--proxy") as process:
-        assert proxy_address(process) == "127.0.0.1:%d" % listening_ports(process.pid)[0]
+        to_stdin.close()
+        process.finish()
+    with running_proxy(simulation) as (process, address):
+        assert address == "127.0.0.1:%d" % listening_ports(process.pid)[0]
 
 
 def test_a_reader_that_pauses_does_not_keep_stdio_from_sending(make_pipe):
@@ -6614,7 +6506,6 @@ def test_a_reader_that_pauses_does_not_keep_stdio_from_sending(make_pipe):
         eventually(lambda: heard == [b"question"])
         process.send_signal(signal.SIGTERM)
         process.finish()
-    revoked_once(simulation.plane)
 
 
 @pytest.mark.parametrize("why, words, stdin", [
@@ -6652,6 +6543,7 @@ def test_a_signal_after_the_end_cuts_a_hanging_revocation_short_and_is_no_accide
         simulation.plane.wait_for(lambda: asked(simulation.plane, "revoke"))
         process.send_signal(signum)
         result = process.finish(8)
+    del FORWARDED[:]  # the server hangs
     assert result.returncode in (0, -signum if flags != ["--stdio"] else 0), process.describe()
     assert "session %s is not revoked" % simulation.plane.issued[0] in result.stderr
     assert has_no_bad_word(result.stderr) and (flags != ["--stdio"] or result.stderr.count("\n") == 1)
@@ -6665,7 +6557,6 @@ def test_ssh_s_hangup_after_the_end_leaves_the_revocation_its_time(simulation):
         process.send_signal(signal.SIGHUP)
         result = process.finish(15)
     assert (result.returncode, result.stderr) == (0, "")
-    revoked_once(simulation.plane)
 
 
 def test_the_last_minutes_are_warned_of_where_somebody_wants_to_know(simulation, make_pipe):
@@ -6784,7 +6675,7 @@ def test_the_live_line_is_one_line_cut_to_the_terminal_among_few_others(simulati
 
 def test_the_live_line_follows_the_width_of_the_terminal(simulation, terminal):
     screen = terminal(200)
-    with start(simulation, "--proxy", stderr=screen.slave) as process:
+    with running_proxy(simulation, stderr=screen.slave) as (process, _):
         process.wait_for(lambda: b" -> " in screen.seen)
         drawn = len(rows_of(screen.read(), 200)[-1])
         screen.resize(30)  # the terminal wraps the old line: all its rows have to go
@@ -6908,8 +6799,7 @@ def test_the_live_line_counts_who_waits_and_is_wiped_before_any_other_line(simul
 
 def test_the_live_line_says_no_time_left_where_there_is_no_session(simulation, terminal):
     screen = terminal(200)
-    with start(simulation, "--proxy", "--renew", "--ttl-seconds", 4, stderr=screen.slave) as process:
-        address = proxy_address(process)
+    with running_proxy(simulation, "--renew", "--ttl-seconds", 4, stderr=screen.slave) as (process, address):
         process.wait_for(lambda: re.search(rb"s left, 0 open, 0 waiting, 0 ended, 1 session, ", screen.seen))
         process.wait_for(lambda: re.search(rb"\x1b\[J0 open, 0 waiting, 0 ended, 0 sessions, ", screen.seen))
         assert visit(address)  # and the next connection has a session again
@@ -7014,7 +6904,6 @@ def test_a_target_that_the_node_gives_up_on_is_named_however_late(make_pipe, way
             assert process.finish(40).returncode == (1 if way == "stdio" else -signal.SIGTERM)
         said = [line for line in process.err.splitlines() if "--host" in line]
         assert len(said) == 1 and all(word in said[0] for word in ("--port", HOST, str(PORT))), said
-    revoked_once(simulation.plane)
 
 
 def test_the_port_of_a_session_that_is_over_stays_bound_while_command_goes_on(simulation):
@@ -7145,6 +7034,7 @@ def test_eight_sessions_are_revoked_at_a_gateway_that_is_in_trouble(simulation, 
         plane.script("revoke", *[PASS] * 4, *[trouble] * 12)
         process.send_signal(signal.SIGTERM)
         assert "warning" not in ends_by(process, signal.SIGTERM, 12).stderr
+    del FORWARDED[:]  # some were asked for several times
     assert plane.active() == [] and sorted(plane.revoked) == sorted(plane.issued)
 
 
@@ -7168,7 +7058,7 @@ def test_nothing_is_sent_to_a_node_that_has_not_ended_the_connection_before():
         assert len(simulation.plane.issued) == 1
 
 
-@pytest.mark.parametrize("way", ["tcp", pytest.param("unix", marks=UNIX), "stdio"])
+@pytest.mark.parametrize("way", ["tcp", "unix", "stdio"])
 def test_a_half_close_is_passed_on_once_the_target_is_quiet_and_a_late_answer_arrives(tmp_path, way):
     def serve(connection, target):
         for _ in range(5):
@@ -7178,9 +7068,9 @@ def test_a_half_close_is_passed_on_once_the_target_is_quiet_and_a_late_answer_ar
         read_to_the_end(connection, target)
         quiet.append(time.monotonic())
         let_pass(2.5)  # longer than anything that ends a connection
-        connection.sendall(LATE_ANSWER)
+        connection.sendall(b"late answer")
 
-    quiet, answer = [], b"....." + LATE_ANSWER
+    quiet, answer = [], b".....late answer"
     with Simulation(serve, kinder=True) as simulation:
         if way == "stdio":
             assert stdio(simulation, input=b"?").out == answer.decode()
@@ -7268,7 +7158,6 @@ def test_a_signal_ends_stdio_behind_the_target_s_end_too(make_pipe):
         let_pass(0.5)
         process.send_signal(signal.SIGTERM)
         ends_by(process, signal.SIGTERM, 10)
-        revoked_once(simulation.plane)
 
 
 @pytest.mark.parametrize("flags", [["--proxy"], ["--stdio"]], ids=["proxy", "stdio"])
@@ -7478,7 +7367,6 @@ def test_ctrl_c_cancels_a_query_and_the_client_goes_on(far, terminal, request, w
         screen.type(b"\\q\n")
         assert process.finish().returncode == 0
     assert "nothing came back" not in screen.read()
-    revoked_once(far.plane, len(far.plane.issued))
     assert len(far.plane.issued) <= 2
 
 
