@@ -227,12 +227,6 @@ def silent(_connection, target):
     target.closing.wait()
 
 
-def stream(connection, target):
-    """Send for ever, and read nothing."""
-    while not target.closing.is_set():
-        connection.sendall(bytes(1 << 16))
-
-
 @contextlib.contextmanager
 def dial_that_hangs():
     """A listener whose backlog is full: a dial to it neither succeeds nor fails, its SYNs are dropped."""
@@ -461,9 +455,6 @@ class SessionListener:
 
     def seconds_left(self):
         return self._ends - time.monotonic()
-
-    def somebody_waits(self):
-        return bool(wait_for_sockets({self._socket: READS}, 0))
 
     def _over(self):
         return self._closing.is_set() or time.monotonic() >= self._ends
@@ -1474,7 +1465,7 @@ def test_the_second_connection_waits_until_the_node_has_served_the_first():
     with node_to(echo) as (node, target, endpoint), dial(endpoint) as first, dial(endpoint) as second:
         assert talk(first)
         second.sendall(b"2")
-        node.wait_for(lambda: node.listeners["first"].somebody_waits())
+        let_pass(0.5)
         assert (node.busy("first"), target.accepted) == (1, 1)
         first.close()
         assert second.recv(1) == b"2"
@@ -1491,7 +1482,7 @@ def test_either_end_of_input_ends_both_directions_at_the_node(delay):
     with node_to(source(1 << 20), delay=delay) as (_, target, endpoint), dial(endpoint) as client:
         assert b"".join(chunks(client)) == pattern(1 << 20)
         target.wait_for(lambda: target.ends == ["eof"])  # though the client has not ended anything
-    with node_to(stream) as (node, _, endpoint), dial(endpoint) as client:
+    with node_to(source(1 << 26)) as (node, _, endpoint), dial(endpoint) as client:
         fill(client)
         client.close()
         node.wait_for(lambda: not node.busy("first"))
@@ -2855,10 +2846,8 @@ def test_a_lost_answer_is_asked_for_again_after_growing_pauses(cli, lone_plane, 
 
 
 def test_a_refused_connection_is_tried_again_and_leaves_no_doubt_about_a_session(cli):
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        url = "http://127.0.0.1:%d" % unused.getsockname()[1]
-        result = cli(["tcp-forward", "-v", "--server", url] + REQUIRED_FLAGS, {"PLEXSPHERE_TOKEN": BEARER})
+    url = "http://127.0.0.1:%d" % quiet_port()
+    result = cli(["tcp-forward", "-v", "--server", url] + REQUIRED_FLAGS, {"PLEXSPHERE_TOKEN": BEARER})
     assert result.err.count("trying again") == 2
     assert failed(result, 1, alone=False) == (
         "plexctl: error: IssueSession: cannot connect to %s: Connection refused (after 3 attempts)" % url)
@@ -2908,7 +2897,6 @@ ERRORS = {  # answer, exit code, how the line ends
             "; sessions count until they expire or are revoked, also those of print mode; "
             "--max-sessions limits those of --proxy"),
     "html": (Answer(403, raw=b"<html>"), 4, ": 403 Forbidden" + FROM),
-    "list": (Answer(403, ["rebac_denied"]), 4, ": 403 Forbidden" + FROM),
     "types": (Answer(403, {"code": 77, "title": {}, "relation_path": [5]}), 4, ": 403 Forbidden" + FROM),
     "only a code": (Answer(403, {"code": "rebac_denied"}), 77, ": 403 Forbidden (rebac_denied)" + FROM),
     "not utf-8": (Answer(401, raw=b"\xff\xfe"), 3, ": 401 Unauthorized" + FROM),
@@ -3387,30 +3375,18 @@ def test_tls_1_2_is_the_least():
 
 @pytest.fixture
 def tunnels():
-    """An HTTP proxy: `url`; `heads` of its requests, `carried` bytes; `to`, where CONNECT leads."""
-    def serve(connection, _listener):
-        def back():
-            for data in chunks(upstream):
-                connection.sendall(data)
-            hang_up(connection, socket.SHUT_WR)
-
+    """An HTTP proxy: `url`; `heads` of its requests; `to`, where CONNECT leads."""
+    def serve(connection, listener):
         head = b""
         while not head.endswith(b"\r\n\r\n") and not head.endswith(b"end"):
             head += connection.recv(1) or b"end"
         proxy.heads.append(head.decode("latin-1"))
         connection.sendall(proxy.answer)
-        if not head.startswith(b"CONNECT ") or b" 200 " not in proxy.answer:
-            return
-        with dial(proxy.to or head.split()[1].decode()) as upstream:
-            thread = threading.Thread(target=back, daemon=True)
-            thread.start()
-            for data in chunks(connection):
-                proxy.carried += data
-                upstream.sendall(data)
-            hang_up(upstream)
-            thread.join(10)
+        if head.startswith(b"CONNECT ") and b" 200 " in proxy.answer:
+            with dial(proxy.to or head.split()[1].decode()) as upstream:
+                carry(connection, upstream, 0, True, lambda: listener.closed)
     listener = Listener(serve)
-    proxy = types.SimpleNamespace(heads=[], carried=b"", to=None, answer=b"HTTP/1.1 200 OK\r\n\r\n",
+    proxy = types.SimpleNamespace(heads=[], to=None, answer=b"HTTP/1.1 200 OK\r\n\r\n",
                                   url="http://127.0.0.1:%d" % listener.address[1])
     yield proxy
     listener.close()
@@ -3428,10 +3404,10 @@ def test_an_https_server_is_reached_through_the_proxy_which_gets_its_own_credent
     assert head.startswith("CONNECT %s HTTP/1." % tls_plane.url.split("//")[1])
     basic = "Basic " + base64.b64encode(b"me:hunter@2").decode()
     assert re.findall(r"(?im)^.*authorization.*: (.*)\r$", head) == [basic] * ("@" in before)
+    assert BEARER not in head
     request, = tls_plane.requests
     assert request.headers["Proxy-Authorization"] is None
     assert request.headers.get_all("Authorization") == ["Bearer " + BEARER]
-    assert tunnels.carried and BEARER.encode() not in tunnels.carried
 
 
 @pytest.mark.parametrize("exempt", ["127.0.0.1", "*", "a.example,127.0.0.1", "a.example, 127.0.0.1:{port}"])
@@ -3469,11 +3445,8 @@ def test_a_proxy_that_does_not_serve_is_named_and_a_bad_log_in_tried_once(
         cli, tls_plane, tls_files, tunnels, down, word):
     """Three bad ones lock an account."""
     tunnels.answer = b"HTTP/1.1 407 \x1b[2JProxy Authentication Required\r\nContent-Length: 0\r\n\r\n"
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        proxy = "me:hunter2@" + (
-            "127.0.0.1:%d" % closed.getsockname()[1] if down else tunnels.url.split("//")[1])
-        result = forward_to(cli, tls_plane, "--ca-file", tls_files.ca, HTTPS_PROXY=proxy)
+    proxy = "me:hunter2@" + ("127.0.0.1:%d" % quiet_port() if down else tunnels.url.split("//")[1])
+    result = forward_to(cli, tls_plane, "--ca-file", tls_files.ca, HTTPS_PROXY=proxy)
     line = failed(result, 1, "cannot connect to %s through HTTPS_PROXY: " % tls_plane.url, word)
     assert "hunter2" not in line and len(tunnels.heads) == (not down) and tls_plane.requests == []
 
@@ -3602,8 +3575,6 @@ def test_one_client_serves_several_threads_at_once(lone_plane):
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(8)))
     assert len(set(lone_plane.issued)) == 40 and sorted(lone_plane.issued) == sorted(lone_plane.revoked)
-    bodies = [request.body for request in lone_plane.requests if request.operation == "issue"]
-    assert len({body["idempotency_key"] for body in bodies}) == 40
     assert_nothing_remains(lone_plane._listener)
 
 
@@ -4004,16 +3975,10 @@ def test_an_end_of_input_waits_for_what_is_still_on_its_way():
         assert how_it_ends(client) == ("eof", b"answer")
 
 
-def read_to_the_end(connection, _target):
-    """A service that says nothing."""
-    for _ in chunks(connection):
-        pass
-
-
 @pytest.mark.parametrize("when", list(CLIENT_RESETS))
 def test_a_client_that_resets_is_no_clean_end_for_the_target_and_harms_nobody(kinder, when):
     go = threading.Event()
-    serve = on_request(e=echo, d=source(64 * MIB), u=read_to_the_end, s=after(go, read_to_the_end))
+    serve = on_request(e=echo, d=source(64 * MIB), u=sink, s=after(go, sink))
     with relayed_to(serve, limit=8, **kinder) as running, dial(running.address) as other:
         other.sendall(b"e")
         chat(other, 3)
@@ -5051,11 +5016,10 @@ def test_a_node_that_comes_back_elsewhere_is_found_again(simulation):
 
 
 def test_a_new_endpoint_is_tried_once_and_one_that_leads_nowhere_does_no_harm():
-    with relayed_to(direct=True, establish=False, ASK_SECONDS=0) as running, socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
+    with relayed_to(direct=True, establish=False, ASK_SECONDS=0) as running:
         good, running.plane.endpoint = running.plane.endpoint, "127.0.0.1:9"
         running.forwarder.establish()
-        for endpoint, asks in (("127.0.0.1:%d" % closed.getsockname()[1], 2), ("nowhere.invalid:80", 1)):
+        for endpoint, asks in (("127.0.0.1:%d" % quiet_port(), 2), ("nowhere.invalid:80", 1)):
             before, running.plane.endpoint = asked(running.plane, "get"), endpoint
             assert knock(running.address) == ("reset", b"")
             assert asked(running.plane, "get") - before == asks
@@ -5171,7 +5135,8 @@ def test_a_node_that_refuses_everybody_costs_no_session_per_attempt():
 
 def test_nor_does_one_that_refuses_after_each_connection(simulation):
     began = time.monotonic()
-    with using_sessions(simulation.plane, renew=True, REPLACE_SECONDS=2) as running:
+    with using_sessions(simulation.plane, renew=True, ASK_SECONDS=0, GONE_SECONDS=0,
+                        REPLACE_SECONDS=2) as running:
         while time.monotonic() < began + 5:
             attempt(running.address)
             for each in [each for each in simulation.plane.issued if simulation.node.connections[each]]:
@@ -5409,7 +5374,7 @@ def revoked_once(plane, sessions=1):
 
 @contextlib.contextmanager
 def running_proxy(simulation, *flags, **popen):
-    """(process, address) of a proxy; it ends by SIGTERM, and has then revoked each session just once."""
+    """(process, address) of a proxy, which ends by SIGTERM."""
     with start(simulation, "--proxy", *flags, **popen) as process:
         yield process, proxy_address(process)
         process.send_signal(signal.SIGTERM)
@@ -5982,7 +5947,7 @@ def test_what_command_sent_just_before_its_end_arrives(size, pause_seconds, each
 
 
 def test_who_goes_on_sending_where_nobody_can_say_whose_it_is_does_not_keep_it(simulation):
-    simulation.target.serve = read_to_the_end
+    simulation.target.serve = sink
     with start(simulation, "--local-addr", "0.0.0.0:0", "--", "/bin/sh", "-c",
                "echo $PLEXCTL_LOCAL_PORT; read line", stdin=subprocess.PIPE) as process:
         with dial("127.0.0.1:" + process.ready(), 30) as client, contextlib.suppress(ConnectionError):
@@ -6677,11 +6642,9 @@ def test_off_a_terminal_there_are_plain_lines_of_connections_and_sessions_whatev
               r"2 connections, 2\.9 KiB up, 2\.9 KiB down, \d+s: ended by SIGTERM"]
     found = [line[9:] for line in lines if "connection" in line]
     assert re.match("\n".join(shapes) + r"\Z", "\n".join(found)), found
-    for words in ("waiting for the Node to report its listener", "session %s released" % session.id,
-                  "session %s: listener endpoint %s, expires at %s" % (
-                      session.id, session.endpoint, session.expires_at),
-                  "POST %s: 201, " % SESSIONS_PATH):
-        assert len([line for line in lines if words in line]) == 1, lines
+    assert all(process.err.count(words) == 1 for words in (
+        "waiting for the Node to report its listener", "session %s: listener" % session.id,
+        "session %s released" % session.id, "POST %s: 201, " % SESSIONS_PATH)), lines
 
 
 @pytest.mark.parametrize("flags", [[], ["--proxy"]], ids=["print", "proxy"])
@@ -6872,10 +6835,9 @@ def test_a_node_that_does_not_end_costs_no_threads_and_is_dialled_no_further(nod
 
 
 @pytest.mark.parametrize("why", ["refused", "the Node is full", "the Node is late"])
-def test_a_limit_that_was_learned_is_forgotten(monkeypatch, why):
-    monkeypatch.setattr(plexctl, "LIMIT_SECONDS", 2)
+def test_a_limit_that_was_learned_is_forgotten(why):
     options = {"the Node is full": dict(max_sessions=1), "the Node is late": dict(late=[0, 1e6, 0])}
-    with relayed_to(wait_seconds=1, **options.get(why, {})) as running:
+    with relayed_to(wait_seconds=1, LIMIT_SECONDS=2, **options.get(why, {})) as running:
         running.plane.script("issue", *[problem("session_limit_exceeded")] * (why == "refused"))
         with dialled(running, 1) as (first,), dial(running.address) as second:
             eventually(lambda: running.said("warning: no further session"))
@@ -6900,15 +6862,14 @@ def test_a_getsession_that_hangs_delays_no_connection(simulation):
 
 @pytest.mark.skipif(not LINUX, reason="TCP_INFO")
 @pytest.mark.parametrize("way", ["up", "down"])
-def test_a_path_that_dies_under_unacknowledged_data_is_noticed(monkeypatch, way):
+def test_a_path_that_dies_under_unacknowledged_data_is_noticed(way):
     def serve(connection, _target):
         connection.sendall(connection.recv(1))
         peers.append(connection)
         ends.append(how_it_ends(connection)[0])
 
-    monkeypatch.setattr(plexctl, "UNANSWERED_SECONDS", 1)
     ends, peers = [], []
-    with relayed_to(serve, direct=True) as running, dial(running.address) as client:
+    with relayed_to(serve, direct=True, UNANSWERED_SECONDS=1) as running, dial(running.address) as client:
         client.sendall(b"x")
         assert client.recv(1) == b"x"
         target = eventually(lambda: peers)[0]
@@ -6965,7 +6926,7 @@ def test_a_half_close_is_passed_on_once_the_target_is_quiet_and_a_late_answer_ar
             connection.sendall(b".")
             let_pass(0.5)
         quiet.append(time.monotonic())
-        read_to_the_end(connection, target)
+        recording(bytearray())(connection, target)
         quiet.append(time.monotonic())
         let_pass(2.5)  # longer than anything that ends a connection
         connection.sendall(b"late answer")
@@ -7005,21 +6966,16 @@ sys.exit(os.WEXITSTATUS(status))
 
 
 @pytest.mark.skipif(not LINUX, reason="how much its kernel takes")
-def test_a_session_that_still_sends_is_not_free_and_loses_nothing(monkeypatch):
+def test_a_session_that_still_sends_is_not_free_and_loses_nothing():
     """Its client has closed, and its target does not read yet."""
-    def read_late(connection, target):
-        if connection.recv(1, socket.MSG_PEEK) == b"e":
-            return echo(connection, target)
-        assert go.wait(30)
-        return heard.append(how_it_ends(connection))
-
-    monkeypatch.setattr(plexctl, "IDLE_SECONDS", 0.3)
-    heard, go, data = [], threading.Event(), b"x" + pattern(6 * MIB)
-    with relayed_to(read_late, direct=True) as running:
+    heard, go, data = [], threading.Event(), pattern(6 * MIB)
+    serve = on_request(e=echo, u=after(go, lambda connection, _: heard.append(how_it_ends(connection))))
+    with relayed_to(serve, direct=True, IDLE_SECONDS=0.3) as running:
         with dial(running.address) as client:
-            client.sendall(data)
+            client.sendall(b"u" + data)
         with dial(running.address) as client:
-            assert talk(client, b"echo")  # by another session
+            client.sendall(b"e")
+            assert talk(client)  # by another session
         let_pass(2)
         assert len(running.plane.issued) == 2 and running.plane.revoked == []  # one is free, not two
         go.set()
@@ -7215,11 +7171,6 @@ def test_redis_cli_through_the_proxy_and_as_command(far, tmp_path):
             assert run_program(client, "-p", local, "lrange", "list", "0", "-1") == numbers
         result = run(far, "--", client, "-h", "{host}", "-p", "{port}", "llen", "list")
         assert (result.status, result.out) == (0, "50000\n"), result.err
-        benchmark, = need("redis-benchmark")
-        with proxy_port(far, sessions=2 + 4) as local:
-            told = run_program(benchmark, "-p", local, "-c", "4", "-n", 400, "-q",
-                               "-t", "set,get,incr").decode()
-        assert re.findall(r"(\w+): [0-9.]+ requests per second", told) == ["SET", "GET", "INCR"]
 
 
 def mariadb_to(host, port, *more):
@@ -7311,35 +7262,24 @@ def proxy_command(simulation):
 
 @pytest.mark.realworld
 @pytest.mark.parametrize("way", ["proxy", "ProxyCommand"])
-@pytest.mark.parametrize("program", ["ssh", "scp", "rsync", "git"])
+@pytest.mark.parametrize("program", ["ssh", "scp"])
 def test_what_goes_through_ssh(far, ssh_options, tmp_path, way, program):
     def run(*words, **popen):
         env = dict(os.environ, HOME=str(tmp_path), **far.plane.environment())
         return run_program(*words, env=env, cwd=str(tmp_path), **popen)
 
     data = pattern(8 << 20)
-    (tmp_path / "data").write_bytes(data)
     with contextlib.ExitStack() as stack:
         ssh = need("ssh") + ssh_options + (
             ["-o", "Port=" + stack.enter_context(proxy_port(far))] if way == "proxy" else proxy_command(far))
-        shell = " ".join(map(shlex.quote, ssh))
         if program == "ssh":
             assert run(*ssh, "127.0.0.1", "cat", input=data) == data
             assert run(*ssh, "127.0.0.1", "echo hello; echo lost >&2") == b"hello\n"
-        elif program == "git":
-            url = "127.0.0.1:%s" % (tmp_path / "bare")
-            git = need("git") + ["-c", "core.sshCommand=" + shell, "-c", "user.name=x",
-                                 "-c", "user.email=x@example.com"]
-            for words in (["init", "-q", "--bare", "bare"], ["init", "-q", "."], ["add", "data"],
-                          ["commit", "-qm", "x"], ["push", "-q", url, "HEAD:refs/heads/main"],
-                          ["clone", "-q", "-b", "main", url, "clone"]):
-                run(*git, *words)
-            assert (tmp_path / "clone" / "data").read_bytes() == data
         else:
+            (tmp_path / "data").write_bytes(data)
             there = "127.0.0.1:%s" % (tmp_path / "copied")
-            copy = need("scp") + ssh[1:] if program == "scp" else need("rsync") + ["-e", shell]
-            run(*copy, "data", there)
-            run(*copy, there, "back")
+            run(*need("scp"), *ssh[1:], "data", there)
+            run(*need("scp"), *ssh[1:], there, "back")
             assert (tmp_path / "back").read_bytes() == data
         assert sum(far.node.connections.values()) == 2
     if way == "ProxyCommand":
