@@ -3653,13 +3653,12 @@ def using_sessions(plane, local="127.0.0.1:0", establish=True, allow_other_users
 @contextlib.contextmanager
 def relayed_to(serve=echo, direct=False, **options):
     """A Simulation and using_sessions() on it, with the options of both; `direct`: no Node in between."""
-    mine = ("local", "establish", "allow_other_users", "ttl_seconds", "limit", "minimum", "renew",
-            "wait_seconds", "verbose")
-    own = {name: options.pop(name) for name in list(options) if name in mine or name.isupper()}
-    with Simulation(serve, **options) as simulation:
+    names = {*Node.__init__.__kwdefaults__, *ControlPlane.__init__.__kwdefaults__}
+    of_simulation = {name: options.pop(name) for name in list(options) if name in names}
+    with Simulation(serve, **of_simulation) as simulation:
         if direct:
             leave_out_the_node(simulation)
-        with using_sessions(simulation.plane, **own) as running:
+        with using_sessions(simulation.plane, **options) as running:
             running.target = simulation.target
             yield running
 
@@ -3744,6 +3743,15 @@ def knock(address):
 def after(event, serve):
     """A service that does nothing until an event is set."""
     return lambda connection, target: event.wait(30) and serve(connection, target)
+
+
+def half_closing(words, serve):
+    """A service that says some words, ends its output, and only then serves."""
+    def half_close_and_serve(connection, target):
+        connection.sendall(words)
+        connection.shutdown(socket.SHUT_WR)
+        serve(connection, target)
+    return half_close_and_serve
 
 
 def recorder(heard):
@@ -3869,13 +3877,8 @@ def test_a_reset_behind_an_end_costs_nothing_of_what_came_before(monkeypatch, wa
 
 def test_a_client_may_go_on_after_the_server_has_ended(kinder):
     heard = []
-
-    def end_first(connection, _target):
-        connection.sendall(b"goodbye")
-        connection.shutdown(socket.SHUT_WR)
-        heard.extend(how_it_ends(connection))
-
-    with relayed_to(end_first, QUIET_SECONDS=2, **kinder) as running, dial(running.address) as client:
+    serve = half_closing(b"goodbye", lambda connection, _: heard.extend(how_it_ends(connection)))
+    with relayed_to(serve, QUIET_SECONDS=2, **kinder) as running, dial(running.address) as client:
         assert how_it_ends(client) == ("eof", b"goodbye")
         client.sendall(pattern(MIB))
         client.shutdown(socket.SHUT_WR)
@@ -5697,7 +5700,6 @@ EXIT_CODES = [  # id, status, flags, answers to IssueSession, sessions issued, w
     ("rebac", 77, ["--stdio"], [problem("rebac_denied")], 0, "insufficient_relation"),
     ("not executable", 126, ["--", PLEXCTL], [], 0, PLEXCTL),
     ("a directory", 126, ["--", HERE], [], 0, HERE),
-    ("a FIFO", 126, ["--", "FIFO"], [], 0, "fifo"),
     ("not found", 127, ["--", "no-such-command-anywhere"], [], 0, "no-such-command-anywhere"),
     ("not found by path", 127, ["--", "/nonexistent/command"], [], 0, "/nonexistent/command"),
 ]
@@ -5706,15 +5708,12 @@ EXIT_CODES = [  # id, status, flags, answers to IssueSession, sessions issued, w
 @pytest.mark.parametrize("name, status, flags, answers, sessions, words", EXIT_CODES,
                          ids=[row[0] for row in EXIT_CODES])
 def test_a_process_ends_with_the_published_exit_code(
-        simulation, tmp_path, name, status, flags, answers, sessions, words):
-    plane, fifo = simulation.plane, str(tmp_path / "fifo")
-    os.mkfifo(fifo, 0o700)
+        simulation, name, status, flags, answers, sessions, words):
+    plane, in_use = simulation.plane, str(simulation.target.address[1])
     plane.script("issue", *answers)
     if name == "no endpoint":
         plane.endpoint_on = "never"
-    in_use = str(simulation.target.address[1])
-    flags = [flag.replace("IN_USE", in_use).replace("FIFO", fifo) for flag in flags]
-    result = run(plane, *flags)
+    result = run(plane, *[flag.replace("IN_USE", in_use) for flag in flags])
     assert result.status == status, result.err
     if status:
         assert words in error_of(result) and result.out == ""
@@ -6200,13 +6199,8 @@ def test_a_client_with_one_socket_for_all_gets_the_error_too(simulation):
 
 @pytest.mark.parametrize("giver", ["inetd", "socat"])
 def test_a_client_with_one_socket_for_both_sees_the_target_s_end_and_may_go_on(giver):
-    def serve(connection, target):
-        connection.sendall(b"goodbye")
-        connection.shutdown(socket.SHUT_WR)
-        recording(heard)(connection, target)
-
     heard = bytearray()
-    with Simulation(serve, kinder=True) as simulation:
+    with Simulation(half_closing(b"goodbye", recording(heard)), kinder=True) as simulation:
         with socket_stdio(simulation, "stdin", "stdout", giver=giver) as (process, far):
             assert b"".join(chunks(far)) == b"goodbye"
             far.sendall(b"and more")
@@ -7000,12 +6994,8 @@ def test_what_was_sent_is_under_way_until_the_node_has_acknowledged_it():
 
 
 def test_a_signal_ends_stdio_behind_the_target_s_end_too(make_pipe):
-    def half_close(connection, target):
-        connection.sendall(b"hello")
-        connection.shutdown(socket.SHUT_WR)
-        target.closing.wait()
-
-    with Simulation(half_close, kinder=True) as simulation, open("/dev/zero", "rb") as zeros, \
+    with Simulation(half_closing(b"hello", silent), kinder=True) as simulation, \
+            open("/dev/zero", "rb") as zeros, \
             start(simulation, "--stdio", stdin=zeros, stdout=make_pipe()[1]) as process:
         simulation.target.wait_for(lambda: simulation.target.accepted)
         let_pass(0.5)
