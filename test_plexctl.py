@@ -5136,7 +5136,7 @@ def test_a_node_that_refuses_everybody_costs_no_session_per_attempt():
         assert len(running.said("the Node has closed")) == len(running.lines) == 1
 
 
-def test_nor_does_one_that_refuses_after_each_connection(simulation):
+def test_a_node_that_refuses_after_each_connection_costs_few_sessions_with_renew(simulation):
     began = time.monotonic()
     with using_sessions(simulation.plane, renew=True, ASK_SECONDS=0, GONE_SECONDS=0,
                         REPLACE_SECONDS=2) as running:
@@ -5750,7 +5750,7 @@ def glibc_has_aborted(simulation, stderr):
     found = sys.version_info < (3, 9) and "libgcc_s.so.1 must be installed" in stderr
     for session_id in simulation.plane.active() if found else ():
         simulation.plane.revoke(session_id)
-        del FORWARDED[:]  # it could not
+        del FORWARDED[:]  # plexctl could not
     return found
 
 
