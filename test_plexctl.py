@@ -135,9 +135,10 @@ class Listener:
             hang_up(connection)
 
 
-def listening_socket():
+def listening_socket(port=0):
     sock = socket.socket()
-    sock.bind(("127.0.0.1", 0))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind(("127.0.0.1", port))
     sock.listen(1024)
     return sock
 
@@ -211,35 +212,9 @@ def source(size, seed=0):
     return lambda connection, _target: connection.sendall(data)
 
 
-def sink_answer(data):
-    """What `sink` answers to these bytes: their count in 8 bytes, then their SHA-256."""
-    return struct.pack(">Q", len(data)) + hashlib.sha256(data).digest()
-
-
 def sink(connection, _target):
-    """Read to the end of input, then answer."""
-    connection.sendall(sink_answer(b"".join(chunks(connection))))
-
-
-LATE_ANSWER = b"what was asked for, long after the question ended"
-
-
-def late_answer(event):
-    """A service that reads to the end of input, waits for the event, then sends LATE_ANSWER."""
-    def serve(connection, _target):
-        for _ in chunks(connection):
-            pass
-        event.wait(60)
-        connection.sendall(LATE_ANSWER)
-    return serve
-
-
-def resetter(after_bytes):
-    """A service that reads so many bytes, then resets the connection; `ends` does not list it."""
-    def serve(connection, _target):
-        connection.recv(after_bytes, socket.MSG_WAITALL)
-        reset_close(connection)
-    return serve
+    """Read to the end of input, then answer with the SHA-256 of it all."""
+    connection.sendall(hashlib.sha256(b"".join(chunks(connection))).digest())
 
 
 def reset_close(connection):
@@ -250,12 +225,6 @@ def reset_close(connection):
 def silent(_connection, target):
     """Accept, and neither read nor write, until the target is closed."""
     target.closing.wait()
-
-
-def stream(connection, target):
-    """Send for ever, and read nothing."""
-    while not target.closing.is_set():
-        connection.sendall(bytes(1 << 16))
 
 
 @contextlib.contextmanager
@@ -403,7 +372,6 @@ class Node(Watched):
     delay: seconds that the way from plexctl takes, in each direction
     late: seconds until a session has its listener and its endpoint is reported; a list has one number for
         each session in turn, the last one for all further ones
-    cap: seconds after which listener and connections are closed, though the session is active
     early: seconds that its clock is ahead of the control plane's: it closes so long before the expiry
     dial_seconds: when a dial that neither succeeds nor fails is given up
     max_sessions: how many have a listener at once
@@ -411,14 +379,14 @@ class Node(Watched):
     What it saw: `connections` (accepted, by session), `most` (served at once, by session), `waits`."""
 
     def __init__(self, target_address, *, kinder=False, one_at_a_time=None, half_close=None, delay=0, late=0,
-                 cap=float("inf"), early=0.5, dial_seconds=float("inf"), max_sessions=10):
+                 early=0.5, dial_seconds=float("inf"), max_sessions=10):
         super().__init__()
         self.target_address = target_address
         self.one_at_a_time = not kinder if one_at_a_time is None else one_at_a_time
         self.half_close = kinder if half_close is None else half_close
         self.resets = kinder
-        self.delay, self.late, self.max_sessions = delay, late, max_sessions
-        self.cap, self.early, self.dial_seconds = cap, early, dial_seconds
+        self.delay, self.late, self.early = delay, late, early
+        self.dial_seconds, self.max_sessions = dial_seconds, max_sessions
         self.connections, self.most, self.waits = collections.Counter(), collections.Counter(), []
         self.listeners = collections.OrderedDict()
 
@@ -480,7 +448,6 @@ class SessionListener:
             if self.node.has_room() and not self._closing.is_set():
                 self._socket = listening_socket()
                 self._socket.setblocking(False)
-                self._ends = min(self._ends, time.monotonic() + self.node.cap)
                 self.endpoint = "%s:%d" % self._socket.getsockname()
 
     def is_open(self):
@@ -488,9 +455,6 @@ class SessionListener:
 
     def seconds_left(self):
         return self._ends - time.monotonic()
-
-    def somebody_waits(self):
-        return bool(wait_for_sockets({self._socket: READS}, 0))
 
     def _over(self):
         return self._closing.is_set() or time.monotonic() >= self._ends
@@ -999,9 +963,9 @@ def clean_environment(more=None):
     return dict({"PATH": os.environ.get("PATH", os.defpath), "HOME": "/nonexistent"}, **(more or {}))
 
 
-def plexctl_command(args, python=sys.executable):
+def plexctl_command(args):
     """The command line of plexctl.py in an isolated interpreter."""
-    return [python, "-I", PLEXCTL] + [str(arg) for arg in args]
+    return [sys.executable, "-I", PLEXCTL] + [str(arg) for arg in args]
 
 
 SEEN = []  # (stream, text) of every process, for the tests to look for secrets in
@@ -1084,18 +1048,26 @@ def dial(address, seconds=20):
     return socket.create_connection((host.strip("[]"), int(port)), seconds)
 
 
-def exchange(address, data=b"", seconds=20):
-    """Connect, send data and a half-close, meanwhile read to the end of input; what came back."""
-    with dial(address, seconds) as connection:
-        def send():
-            with contextlib.suppress(OSError):
-                connection.sendall(data)
+@contextlib.contextmanager
+def while_sending(connection, data, and_end=False):
+    """It is sent by a thread meanwhile, and perhaps a half-close behind it."""
+    def send():
+        with contextlib.suppress(OSError):
+            connection.sendall(data)
+            if and_end:
                 connection.shutdown(socket.SHUT_WR)
-        sender = threading.Thread(target=send, daemon=True)
-        sender.start()
-        received = b"".join(chunks(connection))
-        sender.join(seconds)
-        return received
+
+    sender = threading.Thread(target=send, daemon=True)
+    sender.start()
+    yield
+    sender.join(20)
+    assert not sender.is_alive()
+
+
+def exchange(address, data=b""):
+    """Connect, send data and a half-close, meanwhile read to the end of input; what came back."""
+    with dial(address) as connection, while_sending(connection, data, and_end=True):
+        return b"".join(chunks(connection))
 
 
 def parse_document(text, output):
@@ -1318,7 +1290,7 @@ import pytest  # the demonstration must not need it
 import plexctl
 
 LINUX = sys.platform.startswith("linux")
-ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
+ROOT = os.geteuid() == 0
 
 
 class Result(NamedTuple):
@@ -1342,6 +1314,19 @@ def no_secret_on_any_stream(request, monkeypatch):
         assert BEARER not in text, "the bearer token is on " + stream
         if not reveals or stream != "err":
             assert SESSION_TOKEN_MARK not in text, "a session token is on " + stream
+
+
+FORWARDED = []  # the control plane of every process that forwards, for the tests to look for sessions
+
+
+@pytest.fixture(autouse=True)
+def no_session_is_left():
+    """Every test: a process that forwarded has revoked each session that was issued, and just once."""
+    del FORWARDED[:]
+    yield
+    for plane in FORWARDED:
+        assert plane.active() == [] and plane.revocations() == collections.Counter(plane.issued), \
+            plane.describe()
 
 
 @pytest.fixture
@@ -1412,6 +1397,8 @@ def invocation(at, flags, within=(), python=sys.executable, program=(PLEXCTL,), 
     """tcp-forward with these flags, at a control plane or that of a simulation, as a process: its words, and
     options of Popen; `program` is what the interpreter runs, `within` the command that runs it."""
     plane = getattr(at, "plane", at)
+    if {"--proxy", "--stdio", "--"}.intersection(flags) and "--keep-session" not in flags:
+        FORWARDED.append(plane)
     return ([*within, python, "-I", *program, *forward_args(plane, *flags)],
             dict(env=clean_environment(plane.environment(**dict(env))), **popen))
 
@@ -1478,7 +1465,7 @@ def test_the_second_connection_waits_until_the_node_has_served_the_first():
     with node_to(echo) as (node, target, endpoint), dial(endpoint) as first, dial(endpoint) as second:
         assert talk(first)
         second.sendall(b"2")
-        node.wait_for(lambda: node.listeners["first"].somebody_waits())
+        let_pass(0.5)
         assert (node.busy("first"), target.accepted) == (1, 1)
         first.close()
         assert second.recv(1) == b"2"
@@ -1488,14 +1475,14 @@ def test_the_second_connection_waits_until_the_node_has_served_the_first():
 
 @pytest.mark.parametrize("delay", [0, 0.02])
 def test_either_end_of_input_ends_both_directions_at_the_node(delay):
-    with node_to(late_answer(threading.Event()), delay=delay) as (_, _, endpoint), dial(endpoint) as client:
+    with node_to(sink, delay=delay) as (_, _, endpoint), dial(endpoint) as client:
         client.sendall(b"question")
         client.shutdown(socket.SHUT_WR)
         assert client.recv(1) == b""  # nobody waits for the answer
     with node_to(source(1 << 20), delay=delay) as (_, target, endpoint), dial(endpoint) as client:
         assert b"".join(chunks(client)) == pattern(1 << 20)
         target.wait_for(lambda: target.ends == ["eof"])  # though the client has not ended anything
-    with node_to(stream) as (node, _, endpoint), dial(endpoint) as client:
+    with node_to(source(1 << 26)) as (node, _, endpoint), dial(endpoint) as client:
         fill(client)
         client.close()
         node.wait_for(lambda: not node.busy("first"))
@@ -1504,59 +1491,32 @@ def test_either_end_of_input_ends_both_directions_at_the_node(delay):
 @pytest.mark.parametrize("leave", [socket.socket.close, reset_close], ids=["ends", "resets"])
 @pytest.mark.parametrize("where", ["a write", "a dial"])
 def test_the_node_is_deaf_to_a_client_that_leaves_during(where, leave):
-    def serve(connection, target):
-        takes.wait(20)
-        echo(connection, target)
-
-    takes = threading.Event()
-    with node_to(serve, dial_seconds=3) as (node, target, endpoint), dial_that_hangs() as hanging:
+    with node_to(silent) as (node, _, endpoint), dial_that_hangs() as hanging:
         if where == "a dial":
             node.target_address = hanging.getsockname()
-        with dial(endpoint) as client, dial(endpoint) as following:
-            following.sendall(b"x")
+        with dial(endpoint) as client:
             if where == "a write":
                 fill(client)
             node.wait_for(lambda: node.busy("first"))
             leave(client)
             let_pass(0.5)
-            assert node.busy("first") and node.connections == {"first": 1}
-            assert node.listeners["first"].somebody_waits()
-            node.target_address = target.address
-            takes.set()
-            assert following.recv(1) == b"x"
+            assert node.busy("first")
 
 
 @pytest.mark.parametrize("how, options", [
-    ("given up", dict(dial_seconds=0.5)), ("cap", dict(cap=0.5)), ("closed", {}), ("refused", {})], ids=str)
-def test_a_dial_that_hangs_or_is_refused_ends_with_a_plain_end(how, options):
-    with node_to(echo, **options) as (node, _, endpoint), dial_that_hangs() as hanging:
-        node.target_address = ("127.0.0.1", 1) if how == "refused" else hanging.getsockname()
-        with dial(endpoint) as client:
-            if how == "closed":
-                node.wait_for(lambda: node.busy("first"))
-                node.close("first")
-            assert client.recv(1) == b""
-            node.wait_for(lambda: can_be_dialled(endpoint) == (how in ("given up", "refused")))
-
-
-@pytest.mark.parametrize("how, options", [
-    ("cap", dict(cap=0.5)), ("expiry", dict(ttl=0.5, early=0)), ("its own clock", dict(ttl=30, early=29.5)),
-    ("revocation", {}), ("restart", {})], ids=str)
-def test_the_node_closes_listener_and_connection(how, options):
+    ("expiry", dict(ttl=0.5, early=0)), ("its own clock", dict(ttl=30, early=29.5)), ("revocation", {})],
+    ids=str)
+def test_the_node_closes_listener_and_connection_with_a_plain_end(how, options):
     with Simulation(**options) as simulation:
-        plane, node = simulation.plane, simulation.node
-        session_id = issued_by(plane)
-        endpoint = node.endpoint(session_id)
+        plane, session_id = simulation.plane, issued_by(simulation.plane)
+        endpoint = simulation.node.endpoint(session_id)
         with dial(endpoint) as client:
             assert talk(client)
             if how == "revocation":
                 plane.revoke(session_id)
-            elif how == "restart":
-                node.restart()
             assert client.recv(1) == b""  # looks complete
-        node.wait_for(lambda: not can_be_dialled(endpoint))
-        assert (session_id in plane.active()) == (how not in ("expiry", "revocation"))
-        assert (node.endpoint(session_id) != endpoint) == (how == "restart")
+        simulation.node.wait_for(lambda: not can_be_dialled(endpoint))
+        assert (session_id in plane.active()) == (how == "its own clock")
 
 
 def test_a_delay_is_one_of_time_and_not_of_bandwidth():
@@ -1643,19 +1603,6 @@ def flags_with(flag, *values):
     pairs = zip(REQUIRED_FLAGS[::2], REQUIRED_FLAGS[1::2])
     kept = [word for pair in pairs if pair[0] != flag for word in pair]
     return kept + [word for value in values for word in (flag, value)]
-
-
-def find_pythons():
-    found = glob.glob(os.path.expanduser("~/.pyenv/versions/3.6.*/bin/python3.6"))
-    found += [path for path in ("/usr/bin/python3.6", "/usr/local/bin/python3.6") if os.path.exists(path)]
-    oldest = [pytest.param(path, marks=pytest.mark.once) for path in found[:1]]
-    return [sys.executable] + oldest * (sys.version_info[:2] != (3, 6))
-
-
-@pytest.fixture(params=find_pythons(), ids=os.path.basename)
-def python(request):
-    """This interpreter, and the oldest that plexctl is for, where there is one."""
-    return request.param
 
 
 # ---- tests: values ------------------------------------------------------------------------------
@@ -2100,16 +2047,14 @@ def test_a_message_names_the_token_file_unless_it_may_be_the_token_itself(cli, l
         "--server https://b --profile b --token-file c --ca-file d tcp-forward",
         "--server a --token-file a tcp-forward --server https://b --profile b --token-file c --ca-file d"]),
     (dict(output="json"), [
-        "--output json tcp-forward", "tcp-forward --output json", "--output=yaml tcp-forward --output json",
-        "tcp-forward --output yaml --output=json"]),
+        "--output=yaml tcp-forward --output json", "tcp-forward --output yaml --output=json"]),
     (dict(yes=True, allow_http=False), ["--yes --allow-http tcp-forward --yes=true --allow-http=false"]),
     (dict(reveal_secrets=True), [
         "tcp-forward --reveal-secrets", "--reveal-secrets tcp-forward", "tcp-forward --reveal-secrets=true",
         "--reveal-secrets=false tcp-forward --reveal-secrets"]),
     (dict(reveal_secrets=False), [
-        "tcp-forward", "--reveal-secrets tcp-forward --reveal-secrets=false",
-        "--reveal-secrets=true tcp-forward --reveal-secrets=false", "--reveal-secrets=false tcp-forward",
-        "tcp-forward --reveal-secrets --reveal-secrets=false"]),
+        "tcp-forward", "--reveal-secrets=true tcp-forward --reveal-secrets=false",
+        "--reveal-secrets=false tcp-forward", "tcp-forward --reveal-secrets --reveal-secrets=false"]),
     (dict(verbose=True, quiet=False), ["-v tcp-forward", "tcp-forward -v", "-vv tcp-forward -vvv",
                                        "--verbose tcp-forward -v"]),
     (dict(verbose=False, quiet=True), ["tcp-forward -q", "--quiet tcp-forward"]),
@@ -2146,7 +2091,7 @@ def test_help_goes_to_stdout_and_exits_0(cli, args):
     assert result.out.partition("\nexamples")[2].count("plexctl tcp-forward $TARGET") == 4
 
 
-def test_however_it_is_started_it_tells_its_version(python, tmp_path):
+def test_however_it_is_started_it_tells_its_version(tmp_path):
     (tmp_path / "link").symlink_to(PLEXCTL)
     (tmp_path / "app").mkdir()
     shutil.copy(PLEXCTL, str(tmp_path / "app"))
@@ -2157,7 +2102,7 @@ def test_however_it_is_started_it_tells_its_version(python, tmp_path):
     for words in ([PLEXCTL], ["link"], ["-m", "plexctl"], ["-"], ["app.pyz"], ["main.pyz"]):
         for isolated, command in (([], []), (["-I"], ["tcp-forward"]))[:1 + ("-m" not in words)]:
             with open(PLEXCTL, "rb") as program:
-                result = run_words([python, "-B"] + isolated + words + command + ["--version"],
+                result = run_words([sys.executable, "-B"] + isolated + words + command + ["--version"],
                                    clean_environment(), stdin=program,
                                    cwd=str(tmp_path / "app" if "-m" in words else tmp_path))
             assert result == Result(0, "plexctl %s\n" % plexctl.__version__, ""), result
@@ -2284,17 +2229,11 @@ def test_the_document_has_exactly_the_published_form(cli, lone_plane, host, show
 
 @pytest.mark.parametrize("local_addr", ["127.0.0.1:0", "[::1]:0"])
 def test_port_0_is_resolved_to_a_port_that_is_free(cli, lone_plane, local_addr):
-    host, family = local_addr[:-2].strip("[]"), socket.AF_INET6 if "[" in local_addr else socket.AF_INET
-    with socket.socket(family) as probe:
-        try:
-            probe.bind((host, 0))
-        except OSError:
-            pytest.skip("no such address here")
     result = forward_to(cli, lone_plane, "--local-addr", local_addr)
     printed, port = parse_document(result.out, "text")["local_addr"].rsplit(":", 1)
     assert printed == local_addr[:-2] and 0 < int(port) < 65536
-    with socket.socket(family) as sock:
-        sock.bind((host, int(port)))
+    with socket.socket(socket.AF_INET6 if "[" in local_addr else socket.AF_INET) as sock:
+        sock.bind((printed.strip("[]"), int(port)))
 
 
 def test_print_mode_dials_nothing_and_revokes_nothing(cli, simulation):
@@ -2312,9 +2251,9 @@ def test_an_address_that_is_not_ours_costs_no_session(cli, lone_plane):
 @pytest.mark.parametrize("locale", [
     {"LANG": "C", "LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"},
     {"PYTHONIOENCODING": "utf-16"}], ids=shown)
-def test_every_stream_is_ascii_whatever_the_locale(lone_plane, python, locale):
+def test_every_stream_is_ascii_whatever_the_locale(lone_plane, locale):
     environ = clean_environment(lone_plane.environment(**locale))
-    words = [python, PLEXCTL, "tcp-forward"] + REQUIRED_FLAGS
+    words = [sys.executable, PLEXCTL, "tcp-forward"] + REQUIRED_FLAGS
     result = run_words(words, environ)
     assert (result.status, result.err) == (0, "") and parse_document(result.out, "text")
     lone_plane.script("issue", problem("internal", detail="na\xefve \u202e\x1b[2J"))
@@ -2525,8 +2464,8 @@ def becoming(uid, folder, threads=None):
     return dict(preexec_fn=become, python="/usr/bin/python3", program=[folder + "/plexctl.py"], cwd="/")
 
 
-def test_the_file_alone_works_without_a_home(lone_plane, lone_copy, python):
-    words = [python, "-I", "-S", "plexctl.py"] + forward_args(lone_plane)
+def test_the_file_alone_works_without_a_home(lone_plane, lone_copy):
+    words = [sys.executable, "-I", "-S", "plexctl.py"] + forward_args(lone_plane)
     result = run_words(words, {"PLEXSPHERE_TOKEN": BEARER}, cwd=lone_copy)
     assert (result.status, result.err) == (0, "") and parse_document(result.out, "text")
     assert os.listdir(lone_copy) == ["plexctl.py"]
@@ -2559,7 +2498,7 @@ def test_it_works_without_proc(lone_plane):
     assert (result.status, result.err) == (0, "") and parse_document(result.out, "text")
 
 
-def test_importing_it_does_nothing_but_define_and_takes_the_standard_library_alone(python):
+def test_importing_it_does_nothing_but_define_and_takes_the_standard_library_alone():
     with open(PLEXCTL, encoding="utf-8") as stream:
         tree = ast.parse(stream.read())
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
@@ -2569,7 +2508,7 @@ def test_importing_it_does_nothing_but_define_and_takes_the_standard_library_alo
     program = ("import sys; sys.path.insert(0, %r); import plexctl, importlib, logging, threading\n"
                "print(threading.active_count(), logging.root.handlers)\n"
                "for name in %r: importlib.import_module(name)" % (HERE, sorted(names)))
-    result = run_words([python, "-I", "-B", "-S", "-c", program], clean_environment())
+    result = run_words([sys.executable, "-I", "-B", "-S", "-c", program], clean_environment())
     assert result == Result(0, "1 []\n", "")
 
 
@@ -2587,19 +2526,19 @@ MISSING = "raise ModuleNotFoundError('No module named ' + name, name=name)"
     # as where re/__init__.py cannot be read: the folder is a package all the same, and an empty one
     ("import types; sys.modules['re'] = types.ModuleType('re')",
      ["cannot load Python's standard library: AttributeError"])], ids=shown)
-def test_a_library_that_lacks_a_module_or_is_damaged_is_an_error_in_one_line(python, statements, words):
-    failed(run_words([python, "-I", *prepared(statements), "--help"], clean_environment()), 1, *words)
+def test_a_library_that_lacks_a_module_or_is_damaged_is_an_error_in_one_line(statements, words):
+    failed(run_words([sys.executable, "-I", *prepared(statements), "--help"], clean_environment()), 1, *words)
 
 
-def test_a_digest_that_is_missing_does_not_put_a_traceback_on_stderr(lone_plane, python):
-    result = run(lone_plane, python=python, program=prepared("sys.modules.update(_hashlib=None, _md5=None)"))
+def test_a_digest_that_is_missing_does_not_put_a_traceback_on_stderr(lone_plane):
+    result = run(lone_plane, program=prepared("sys.modules.update(_hashlib=None, _md5=None)"))
     assert (result.status, result.err) == (0, "")
 
 
 @pytest.mark.parametrize("script, cwd", [
     ("T/x/plexctl.py", "/"), ("plexctl.py", "T/x"), ("T/x/link.py", "/")],
     ids=["by its path", "from its directory", "through a link"])
-def test_a_module_beside_the_file_is_not_loaded(lone_plane, tmp_path, python, script, cwd):
+def test_a_module_beside_the_file_is_not_loaded(lone_plane, tmp_path, script, cwd):
     """As in /tmp, where another user may put one."""
     script, cwd = script.replace("T", str(tmp_path)), cwd.replace("T", str(tmp_path))
     folder = tmp_path / "x"
@@ -2613,21 +2552,20 @@ def test_a_module_beside_the_file_is_not_loaded(lone_plane, tmp_path, python, sc
                                              % str(tmp_path / ("loaded_" + name)))
     environ = clean_environment(lone_plane.environment())
     for more, status in (["--", "true"], 0), (["--prot", "5"], 2), (["--help"], 0):
-        result = run_words([python, script] + forward_args(lone_plane, *more), environ, cwd=cwd)
+        result = run_words([sys.executable, script] + forward_args(lone_plane, *more), environ, cwd=cwd)
         assert result.status == status and "Traceback" not in result.err, result.err
     assert os.listdir(str(tmp_path)) == ["x"]
     revoked_once(lone_plane)
 
 
 @pytest.mark.skipif(not LINUX, reason="a library that is found by PYTHONHOME")
-def test_a_library_that_is_moved_away_does_not_disturb_a_running_proxy(simulation, python, tmp_path):
+def test_a_library_that_is_moved_away_does_not_disturb_a_running_proxy(simulation, tmp_path):
     """Once it is ready nothing is imported any more: Python may be upgraded meanwhile."""
-    prefix = run_words([python, "-c", "import sys; print(sys.base_prefix)"], clean_environment()).out.strip()
-    os.symlink(os.path.join(prefix, "lib"), str(tmp_path / "lib"))
+    os.symlink(os.path.join(sys.base_prefix, "lib"), str(tmp_path / "lib"))
     environ = clean_environment(simulation.plane.environment(
         PYTHONHOME=str(tmp_path), PYTHONDONTWRITEBYTECODE="1"))
-    words = [os.path.realpath(python), PLEXCTL] + forward_args(simulation.plane, "--proxy", "--renew", "-v")
-    with Process(words, env=environ) as process:
+    words = [os.path.realpath(sys.executable), PLEXCTL]
+    with Process(words + forward_args(simulation.plane, "--proxy", "--renew", "-v"), env=environ) as process:
         address = proxy_address(process)
         os.rename(str(tmp_path / "lib"), str(tmp_path / "moved"))
         with contextlib.ExitStack() as stack:
@@ -2853,12 +2791,10 @@ FINAL_READS = {
     "revoked": (with_field(("status",), "revoked"), 1, "the session was revoked"),
     "expired": (with_field(("status",), "expired"), 1, "the session expired"),
     "401": (problem("unauthenticated"), 3, "GetSession: 401"),
-    "step-up": (problem("step_up_required"), 3, "GetSession: 401", STEP_UP_ACR),
     "403": (problem("forbidden"), 4, "GetSession: 403"),
     "rebac": (problem("rebac_denied"), 77, "GetSession: 403", "project:p#operator"),
     "404": (problem("resource_not_found"), 1, "GetSession: 404"),
     "429": (problem("session_limit_exceeded"), 1, "GetSession: 429"),
-    "500": (problem("internal"), 1, "GetSession: 500"),
     "redirect": (redirect("/v1/projects"), 1, "GetSession: 302"),
     "truncated": (Answer(200, raw=b"{"), 1, "GetSession", "JSON"),
     "a list": (Answer(200, []), 1, "GetSession", "id"),
@@ -2910,10 +2846,8 @@ def test_a_lost_answer_is_asked_for_again_after_growing_pauses(cli, lone_plane, 
 
 
 def test_a_refused_connection_is_tried_again_and_leaves_no_doubt_about_a_session(cli):
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        url = "http://127.0.0.1:%d" % unused.getsockname()[1]
-        result = cli(["tcp-forward", "-v", "--server", url] + REQUIRED_FLAGS, {"PLEXSPHERE_TOKEN": BEARER})
+    url = "http://127.0.0.1:%d" % quiet_port()
+    result = cli(["tcp-forward", "-v", "--server", url] + REQUIRED_FLAGS, {"PLEXSPHERE_TOKEN": BEARER})
     assert result.err.count("trying again") == 2
     assert failed(result, 1, alone=False) == (
         "plexctl: error: IssueSession: cannot connect to %s: Connection refused (after 3 attempts)" % url)
@@ -2963,7 +2897,6 @@ ERRORS = {  # answer, exit code, how the line ends
             "; sessions count until they expire or are revoked, also those of print mode; "
             "--max-sessions limits those of --proxy"),
     "html": (Answer(403, raw=b"<html>"), 4, ": 403 Forbidden" + FROM),
-    "list": (Answer(403, ["rebac_denied"]), 4, ": 403 Forbidden" + FROM),
     "types": (Answer(403, {"code": 77, "title": {}, "relation_path": [5]}), 4, ": 403 Forbidden" + FROM),
     "only a code": (Answer(403, {"code": "rebac_denied"}), 77, ": 403 Forbidden (rebac_denied)" + FROM),
     "not utf-8": (Answer(401, raw=b"\xff\xfe"), 3, ": 401 Unauthorized" + FROM),
@@ -3442,30 +3375,18 @@ def test_tls_1_2_is_the_least():
 
 @pytest.fixture
 def tunnels():
-    """An HTTP proxy: `url`; `heads` of its requests, `carried` bytes; `to`, where CONNECT leads."""
-    def serve(connection, _listener):
-        def back():
-            for data in chunks(upstream):
-                connection.sendall(data)
-            hang_up(connection, socket.SHUT_WR)
-
+    """An HTTP proxy: `url`; `heads` of its requests; `to`, where CONNECT leads."""
+    def serve(connection, listener):
         head = b""
         while not head.endswith(b"\r\n\r\n") and not head.endswith(b"end"):
             head += connection.recv(1) or b"end"
         proxy.heads.append(head.decode("latin-1"))
         connection.sendall(proxy.answer)
-        if not head.startswith(b"CONNECT ") or b" 200 " not in proxy.answer:
-            return
-        with dial(proxy.to or head.split()[1].decode()) as upstream:
-            thread = threading.Thread(target=back, daemon=True)
-            thread.start()
-            for data in chunks(connection):
-                proxy.carried += data
-                upstream.sendall(data)
-            hang_up(upstream)
-            thread.join(10)
+        if head.startswith(b"CONNECT ") and b" 200 " in proxy.answer:
+            with dial(proxy.to or head.split()[1].decode()) as upstream:
+                carry(connection, upstream, 0, True, lambda: listener.closed)
     listener = Listener(serve)
-    proxy = types.SimpleNamespace(heads=[], carried=b"", to=None, answer=b"HTTP/1.1 200 OK\r\n\r\n",
+    proxy = types.SimpleNamespace(heads=[], to=None, answer=b"HTTP/1.1 200 OK\r\n\r\n",
                                   url="http://127.0.0.1:%d" % listener.address[1])
     yield proxy
     listener.close()
@@ -3483,10 +3404,10 @@ def test_an_https_server_is_reached_through_the_proxy_which_gets_its_own_credent
     assert head.startswith("CONNECT %s HTTP/1." % tls_plane.url.split("//")[1])
     basic = "Basic " + base64.b64encode(b"me:hunter@2").decode()
     assert re.findall(r"(?im)^.*authorization.*: (.*)\r$", head) == [basic] * ("@" in before)
+    assert BEARER not in head
     request, = tls_plane.requests
     assert request.headers["Proxy-Authorization"] is None
     assert request.headers.get_all("Authorization") == ["Bearer " + BEARER]
-    assert tunnels.carried and BEARER.encode() not in tunnels.carried
 
 
 @pytest.mark.parametrize("exempt", ["127.0.0.1", "*", "a.example,127.0.0.1", "a.example, 127.0.0.1:{port}"])
@@ -3524,11 +3445,8 @@ def test_a_proxy_that_does_not_serve_is_named_and_a_bad_log_in_tried_once(
         cli, tls_plane, tls_files, tunnels, down, word):
     """Three bad ones lock an account."""
     tunnels.answer = b"HTTP/1.1 407 \x1b[2JProxy Authentication Required\r\nContent-Length: 0\r\n\r\n"
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        proxy = "me:hunter2@" + (
-            "127.0.0.1:%d" % closed.getsockname()[1] if down else tunnels.url.split("//")[1])
-        result = forward_to(cli, tls_plane, "--ca-file", tls_files.ca, HTTPS_PROXY=proxy)
+    proxy = "me:hunter2@" + ("127.0.0.1:%d" % quiet_port() if down else tunnels.url.split("//")[1])
+    result = forward_to(cli, tls_plane, "--ca-file", tls_files.ca, HTTPS_PROXY=proxy)
     line = failed(result, 1, "cannot connect to %s through HTTPS_PROXY: " % tls_plane.url, word)
     assert "hunter2" not in line and len(tunnels.heads) == (not down) and tls_plane.requests == []
 
@@ -3657,8 +3575,6 @@ def test_one_client_serves_several_threads_at_once(lone_plane):
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(8)))
     assert len(set(lone_plane.issued)) == 40 and sorted(lone_plane.issued) == sorted(lone_plane.revoked)
-    bodies = [request.body for request in lone_plane.requests if request.operation == "issue"]
-    assert len({body["idempotency_key"] for body in bodies}) == 40
     assert_nothing_remains(lone_plane._listener)
 
 
@@ -3737,13 +3653,12 @@ def using_sessions(plane, local="127.0.0.1:0", establish=True, allow_other_users
 @contextlib.contextmanager
 def relayed_to(serve=echo, direct=False, **options):
     """A Simulation and using_sessions() on it, with the options of both; `direct`: no Node in between."""
-    mine = ("local", "establish", "allow_other_users", "ttl_seconds", "limit", "minimum", "renew",
-            "wait_seconds", "verbose")
-    own = {name: options.pop(name) for name in list(options) if name in mine or name.isupper()}
-    with Simulation(serve, **options) as simulation:
+    names = {*Node.__init__.__kwdefaults__, *ControlPlane.__init__.__kwdefaults__}
+    of_simulation = {name: options.pop(name) for name in list(options) if name in names}
+    with Simulation(serve, **of_simulation) as simulation:
         if direct:
             leave_out_the_node(simulation)
-        with using_sessions(simulation.plane, **own) as running:
+        with using_sessions(simulation.plane, **options) as running:
             running.target = simulation.target
             yield running
 
@@ -3777,14 +3692,21 @@ def all_at_once(serve):
             yield client, lambda: process.send_signal(signal.SIGCONT)
 
 
+def dial_with(address, *options, port=0):
+    """Connect with these socket options from the start, and perhaps from a port of our choice."""
+    host, number = address.rsplit(":", 1)
+    client = socket.socket()
+    client.settimeout(20)
+    for name, value in options:
+        client.setsockopt(socket.SOL_SOCKET, name, value)
+    client.bind((host, port))
+    client.connect((host, int(number)))
+    return client
+
+
 def small_window(address):
     """Connect with a receive buffer as small as it gets; the far side is soon stuck."""
-    host, port = address.rsplit(":", 1)
-    client = socket.socket()
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    client.settimeout(20)
-    client.connect((host, int(port)))
-    return client
+    return dial_with(address, (socket.SO_RCVBUF, 4096))
 
 
 def read_exactly(connection, size):
@@ -3818,6 +3740,29 @@ def knock(address):
         return "reset", b""
 
 
+def after(event, serve):
+    """A service that does nothing until an event is set."""
+    return lambda connection, target: event.wait(30) and serve(connection, target)
+
+
+def half_closing(words, serve):
+    """A service that says some words, ends its output, and only then serves."""
+    def half_close_and_serve(connection, target):
+        connection.sendall(words)
+        connection.shutdown(socket.SHUT_WR)
+        serve(connection, target)
+    return half_close_and_serve
+
+
+def recorder(heard):
+    """An echo that adds what comes to a bytearray."""
+    def serve(connection, _target):
+        for data in chunks(connection):
+            heard.extend(data)
+            connection.sendall(data)
+    return serve
+
+
 def on_request(**services):
     """A service for each first byte that a client may send."""
     def serve(connection, target):
@@ -3825,20 +3770,6 @@ def on_request(**services):
         if first:
             services[first](connection, target)
     return serve
-
-
-@contextlib.contextmanager
-def while_sending(connection, data):
-    """It is sent by a thread meanwhile."""
-    def send():
-        with contextlib.suppress(OSError):
-            connection.sendall(data)
-
-    sender = threading.Thread(target=send, daemon=True)
-    sender.start()
-    yield
-    sender.join(20)
-    assert not sender.is_alive()
 
 
 def talk(connection, data=b"ping"):
@@ -3900,7 +3831,7 @@ def test_256_mebibytes_go_each_way_at_once(way):
 def test_half_closes_and_all_that_goes_before_them_arrive(kinder):
     with relayed_to(sink, **kinder) as running:
         for size in (0, 1, 5 * MIB):
-            assert exchange(running.address, pattern(size)) == sink_answer(pattern(size))
+            assert exchange(running.address, pattern(size)) == hashlib.sha256(pattern(size)).digest()
         eventually(lambda: running.target.ends == ["eof"] * 3)
         assert (running.count().up, running.lines) == (5 * MIB + 1, [])
 
@@ -3946,13 +3877,8 @@ def test_a_reset_behind_an_end_costs_nothing_of_what_came_before(monkeypatch, wa
 
 def test_a_client_may_go_on_after_the_server_has_ended(kinder):
     heard = []
-
-    def end_first(connection, _target):
-        connection.sendall(b"goodbye")
-        connection.shutdown(socket.SHUT_WR)
-        heard.extend(how_it_ends(connection))
-
-    with relayed_to(end_first, QUIET_SECONDS=2, **kinder) as running, dial(running.address) as client:
+    serve = half_closing(b"goodbye", lambda connection, _: heard.extend(how_it_ends(connection)))
+    with relayed_to(serve, QUIET_SECONDS=2, **kinder) as running, dial(running.address) as client:
         assert how_it_ends(client) == ("eof", b"goodbye")
         client.sendall(pattern(MIB))
         client.shutdown(socket.SHUT_WR)
@@ -3963,32 +3889,26 @@ def test_a_client_may_go_on_after_the_server_has_ended(kinder):
 
 @pytest.mark.parametrize("half_close", [False, True], ids=["", "has ended its input"])
 def test_a_slow_reader_slows_the_server_and_loses_nothing_when_that_ends_first(way, half_close):
-    """Nor is it taken for a quiet target."""
+    """Nor is it taken for a quiet target, or for a path that has died."""
     size = 24 * MIB
-    with relayed_to(source(size), QUIET_SECONDS=0.5, **way) as running, \
+    with relayed_to(source(size), QUIET_SECONDS=0.5, UNANSWERED_SECONDS=1, **way) as running, \
             small_window(running.address) as client:
         if half_close:
             client.shutdown(socket.SHUT_WR)
-        assert standstill(lambda: running.count().down, still=1.5) < size
+        assert standstill(lambda: running.count().down, still=4) < size
         assert how_it_ends(client) == ("eof", pattern(size))
         client.close()
         eventually(lambda: running.target.ends)  # a reset, if it was let go before it has closed
 
 
 def test_a_slow_target_slows_the_client_and_gets_all(way):
-    go, heard, data = threading.Event(), [], pattern(64 * MIB)  # more than all kernels on the way take
-
-    def read_late(connection, _target):
-        go.wait(20)
-        heard.append(read_exactly(connection, len(data)))
-        connection.sendall(b"done")
-
-    with relayed_to(read_late, **way) as running, dial(running.address) as client:
+    go, heard, data = threading.Event(), bytearray(), pattern(64 * MIB)  # more than the kernels take
+    with relayed_to(after(go, recorder(heard)), **way) as running, dial(running.address) as client:
         with while_sending(client, data):
             assert standstill(lambda: running.count().up) < len(data)
             go.set()
-            assert read_exactly(client, 4) == b"done"
-        assert heard == [data]
+            assert read_exactly(client, len(data)) == data
+        assert heard == data
 
 
 @pytest.mark.skipif(not LINUX, reason="reads /proc")
@@ -4058,20 +3978,10 @@ def test_an_end_of_input_waits_for_what_is_still_on_its_way():
         assert how_it_ends(client) == ("eof", b"answer")
 
 
-def read_to_the_end(connection, _target):
-    """A service that says nothing."""
-    for _ in chunks(connection):
-        pass
-
-
 @pytest.mark.parametrize("when", list(CLIENT_RESETS))
 def test_a_client_that_resets_is_no_clean_end_for_the_target_and_harms_nobody(kinder, when):
-    def read_late(connection, target):
-        go.wait(30)
-        read_to_the_end(connection, target)
-
     go = threading.Event()
-    serve = on_request(e=echo, d=source(64 * MIB), u=read_to_the_end, s=read_late)
+    serve = on_request(e=echo, d=source(64 * MIB), u=sink, s=after(go, sink))
     with relayed_to(serve, limit=8, **kinder) as running, dial(running.address) as other:
         other.sendall(b"e")
         chat(other, 3)
@@ -4102,12 +4012,9 @@ def test_what_is_complete_is_not_reset_by_the_end_of_the_run(kinder):
 
 def test_a_session_whose_node_resets_right_after_the_client_did_is_not_stuck():
     """The kernel goes on counting as unacknowledged what it had sent before the reset."""
-    def reset_when_told(connection, _target):
-        told.wait(20)
-        reset_close(connection)
-
     told = threading.Event()
-    with relayed_to(on_request(r=reset_when_told, e=echo), limit=1) as running:
+    serve = on_request(r=after(told, lambda connection, _: reset_close(connection)), e=echo)
+    with relayed_to(serve, limit=1) as running:
         client = dial(running.address)
         client.sendall(b"r")
         fill(client)
@@ -4122,10 +4029,11 @@ def test_a_session_whose_node_resets_right_after_the_client_did_is_not_stuck():
 
 
 def break_off(after_bytes, send):
-    """A service that sends so much, reads so much, and resets."""
-    def serve(connection, target):
+    """A service that sends so much, reads so much, and resets; `ends` does not list it."""
+    def serve(connection, _target):
         connection.sendall(bytes(send))
-        resetter(after_bytes)(connection, target)
+        connection.recv(after_bytes, socket.MSG_WAITALL)
+        reset_close(connection)
     return serve
 
 
@@ -4191,13 +4099,13 @@ def test_last_words_before_a_reset_arrive_and_the_reset_too(words, half_close):
         assert how_it_ends(client) == ("reset", words)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
 def test_a_process_that_is_killed_resets_both_ends():
     with Simulation(source(64 * MIB), kinder=True) as simulation, start(simulation, "--proxy") as process:
         with dial(proxy_address(process)) as client:
             read_exactly(client, MIB)
             process.kill()
             process.finish()
+            del FORWARDED[:]  # it could not revoke
             assert how_it_ends(client)[0] == "reset"
             simulation.target.wait_for(lambda: simulation.target.ends == ["reset"])
 
@@ -4227,7 +4135,6 @@ def test_want_of_memory_is_neither_an_end_nor_a_reset_of_the_other_side():
 
 # ---- tests: forwarder ----------------------------------------------------------------------------
 
-UNIX = pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="no unix sockets")
 READS_PROC = pytest.mark.skipif(not LINUX, reason="reads /proc")
 
 
@@ -4238,24 +4145,12 @@ def descriptors():
 
 
 @contextlib.contextmanager
-def cheap_collections():
-    """gc.collect() passes over what is there already; else each takes as long as everything else here."""
-    gc.collect()
-    getattr(gc, "freeze", gc.collect)()  # 3.6 has none
-    try:
-        yield
-    finally:
-        getattr(gc, "unfreeze", gc.collect)()
-
-
-@contextlib.contextmanager
 def nothing_left():
     """What runs inside leaves neither a thread nor a descriptor."""
-    with cheap_collections():
-        threads, before = set(threading.enumerate()), descriptors()
-        yield
-        eventually(lambda: set(threading.enumerate()) <= threads, state=threading.enumerate)
-        eventually(lambda: descriptors() <= before, state=lambda: "%d, %d before" % (descriptors(), before))
+    threads, before = set(threading.enumerate()), descriptors()
+    yield
+    eventually(lambda: set(threading.enumerate()) <= threads, state=threading.enumerate)
+    eventually(lambda: descriptors() <= before, state=lambda: "%d, %d before" % (descriptors(), before))
 
 
 def test_nothing_is_dialled_but_for_a_connection(simulation):
@@ -4267,11 +4162,6 @@ def test_nothing_is_dialled_but_for_a_connection(simulation):
 
 
 def test_an_ipv6_address_can_be_listened_on():
-    try:
-        with socket.socket(socket.AF_INET6) as probe:
-            probe.bind(("::1", 0))
-    except OSError:
-        pytest.skip("no IPv6")
     with relayed_to(local="[::1]:0") as running:
         assert re.match(r"\[::1\]:[1-9][0-9]*\Z", running.address)
         assert visit(running.address) and running.lines == []  # nor that nobody can tell whose it is
@@ -4287,7 +4177,6 @@ def dial_unix(path, name=""):
     return client
 
 
-@UNIX
 def test_a_unix_socket_is_ours_alone_and_goes_at_the_end(tmp_path, way):
     path, umask = str(tmp_path / "s"), os.umask(0o027)
     names = ["", str(tmp_path / "client")] + ["\0plexctl test %d" % os.getpid()] * LINUX
@@ -4305,7 +4194,6 @@ def test_a_unix_socket_is_ours_alone_and_goes_at_the_end(tmp_path, way):
         os.umask(umask)
 
 
-@UNIX
 @pytest.mark.parametrize("kind", ["file", "socket", "dangling link"])
 def test_an_existing_file_is_neither_overwritten_nor_removed(tmp_path, kind):
     path = str(tmp_path / "s")
@@ -4322,7 +4210,6 @@ def test_an_existing_file_is_neither_overwritten_nor_removed(tmp_path, kind):
     assert os.lstat(path) == before and os.listdir(str(tmp_path)) == ["s"]
 
 
-@UNIX
 def test_a_unix_socket_that_is_no_longer_ours_stays(tmp_path):
     path, second = str(tmp_path / "s"), str(tmp_path / "other")
     with socket.socket(socket.AF_UNIX) as other:
@@ -4332,19 +4219,15 @@ def test_a_unix_socket_that_is_no_longer_ours_stays(tmp_path):
         assert os.path.exists(path)
 
 
-@UNIX
 def test_stopping_twice_does_not_remove_the_next_one_s_unix_socket(tmp_path):
     path = str(tmp_path / "s")
     with relayed_to(local="unix:" + path) as running:
         running.forwarder.stop()
-        assert not os.path.lexists(path)
         with relayed_to(local="unix:" + path):  # may well get the same inode
             running.forwarder.stop()
-            with dial_unix(path) as client:
-                assert talk(client)
+            assert os.path.exists(path)
 
 
-@UNIX
 @pytest.mark.skipif(not LINUX, reason="how the kernel tells of it")
 def test_a_unix_client_that_hangs_up_or_gets_stuck_holds_nothing_up(tmp_path):
     """A hang-up that nobody acts on is reported for ever, at the cost of a whole core."""
@@ -4361,7 +4244,6 @@ def test_a_unix_client_that_hangs_up_or_gets_stuck_holds_nothing_up(tmp_path):
             how_it_ends(second)  # else it hangs
 
 
-@UNIX
 @pytest.mark.skipif(not LINUX, reason="how the kernel tells of it")
 def test_a_unix_client_that_reads_no_more_and_stays_is_let_go_when_the_node_has_ended(tmp_path):
     path = str(tmp_path / "s")
@@ -4430,8 +4312,7 @@ def test_five_thousand_short_connections_leave_nothing():
     def state():
         return threading.active_count(), descriptors()
 
-    with cheap_collections(), relayed_to(echo_of(1)) as running, \
-            concurrent.futures.ThreadPoolExecutor(4) as pool:
+    with relayed_to(echo_of(1)) as running, concurrent.futures.ThreadPoolExecutor(4) as pool:
         with dialled(running, 4, served=0) as clients:
             for client in clients:
                 assert talk(client, b"x")
@@ -4445,7 +4326,7 @@ def test_five_thousand_short_connections_leave_nothing():
                    state=lambda: (state(), before))
         assert resident_bytes() - memory < 8 * MIB
         assert running.lines == running.said("--max-sessions")  # a busy machine may let one wait for a while
-        assert set(running.node.most.values()) == {1} and len(running.plane.issued) == 4
+        assert len(running.plane.issued) == 4
 
 
 @READS_PROC
@@ -4476,7 +4357,6 @@ def test_two_hundred_clients_wait_in_turn_and_cost_neither_thread_nor_descriptor
         eventually(lambda: running.count().ended == 201)
         assert order == [b"%03d" % number for number in range(200)]
         assert len(running.said("--max-sessions")) == len(running.lines) == 1
-        assert set(running.node.most.values()) == {1}
 
 
 def attempt(address):
@@ -4527,7 +4407,6 @@ def test_a_look_at_the_backlog_that_fails_ends_nothing_that_works(simulation, mo
 
 
 @READS_PROC
-@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="no prlimit")
 def test_an_accept_that_fails_is_told_once_and_tried_again(simulation):
     def cpu_seconds():
         with open("/proc/%d/stat" % process.pid) as stream:
@@ -4591,15 +4470,6 @@ def stranger(program, address, *arguments):
         yield process
 
 
-def recorder(heard):
-    """An echo that adds what comes to a bytearray."""
-    def serve(connection, _target):
-        for data in chunks(connection):
-            heard.extend(data)
-            connection.sendall(data)
-    return serve
-
-
 def quiet_port():
     """A port outside of those that the kernel hands out, so that it stays free; another process that runs
     these tests takes another one."""
@@ -4609,29 +4479,6 @@ def quiet_port():
             probe.bind(("127.0.0.1", port))
             return port
     raise AssertionError("no port is free")
-
-
-@contextlib.contextmanager
-def service_on(port):
-    """A service of ours that listens there."""
-    with socket.socket() as service:
-        service.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        service.bind(("127.0.0.1", port))
-        service.listen(1)
-        yield
-
-
-def connect_from(address, port=0, device=b""):
-    """A connection of ours from a port or a device of our choice."""
-    host, number = address.rsplit(":", 1)
-    client = socket.socket()
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    client.settimeout(20)
-    if device:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device)
-    client.bind((host, port))
-    client.connect((host, int(number)))
-    return client
 
 
 @NEEDS_A_STRANGER
@@ -4701,9 +4548,10 @@ print("", flush=True)
     with relayed_to(recorder(heard), establish=False) as running, contextlib.ExitStack() as stack:
         stack.enter_context(stranger(leaves_a_payload, running.address, port))
         if owner == "listens":
-            stack.enter_context(service_on(port))
+            stack.enter_context(listening_socket(port))  # a service of ours
             socket.create_connection(("127.0.0.1", port), 10).close()
-        client = stack.enter_context(connect_from(running.address, port if owner == "connects" else 0))
+        client = stack.enter_context(dial_with(running.address, (socket.SO_REUSEADDR, 1),
+                                               port=port if owner == "connects" else 0))
         running.forwarder.establish()
         assert talk(client, b"good")
         assert running.forwarder.listener.unidentified == 1 and running.lines == []
@@ -4719,10 +4567,10 @@ with connect(int(sys.argv[3]), b"lo") as client:
     sys.stdin.read()
 """
     with relayed_to(recorder(heard), establish=False) as running, \
-            stranger(is_bound_to_lo, running.address, port), service_on(port):
+            stranger(is_bound_to_lo, running.address, port), listening_socket(port):  # a service of ours
         running.forwarder.establish()
         eventually(lambda: running.said("rejected", "uid 65534"))
-        with connect_from(running.address, device=b"lo") as client:  # ours may be bound to it as well
+        with dial_with(running.address, (socket.SO_BINDTODEVICE, b"lo")) as client:  # ours may be, as well
             assert talk(client, b"good")
         assert bytes(heard) == b"good" and len(running.lines) == 1
 
@@ -4787,7 +4635,7 @@ def test_one_that_has_gone_before_it_could_be_asked_for_is_not_served_and_told_o
 @pytest.mark.skipif(not (LINUX and shutil.which("unshare") and subprocess.call(
     ["unshare", "-U", "true"], stderr=subprocess.DEVNULL) == 0), reason="no user namespaces")
 def test_where_our_uid_is_the_one_of_every_stranger_that_is_announced(simulation):
-    command = ["unshare", "-U"] + plexctl_command(forward_args(simulation.plane, "--proxy"), sys.executable)
+    command = ["unshare", "-U"] + plexctl_command(forward_args(simulation.plane, "--proxy"))
     with Process(command, env=clean_environment(simulation.plane.environment())) as process:
         assert visit(proxy_address(process))
         assert process.err.count("warning: this host cannot tell whose a connection is") == 1
@@ -4821,11 +4669,6 @@ def dialled(running, count, served=None):
         yield clients
 
 
-def never_two_at_once(running):
-    """No listener of the Node had a second connection, served or in its backlog."""
-    return set(running.node.most.values()) <= {1} and running.node.waits == []
-
-
 def let_pass(seconds):
     """Time in which something is not to happen."""
     began = time.monotonic()
@@ -4844,7 +4687,8 @@ def test_four_connections_have_four_sessions_which_the_next_four_use_again(simul
             with dialled(running, 4):
                 assert sorted(simulation.node.busy(each) for each in simulation.plane.issued) == [1] * 4
             settled(running, 4 * number)
-        assert len(simulation.plane.issued) == 4 and running.lines == [] and never_two_at_once(running)
+        assert len(simulation.plane.issued) == 4 and running.lines == []
+        assert simulation.node.waits == []  # never two connections at one listener
 
 
 def test_sequential_use_needs_one_session_and_never_waits_for_the_node_or_the_server():
@@ -4874,7 +4718,7 @@ def test_eight_at_once_ask_for_seven_at_once(simulation):
         go.set()
         for client in clients:
             chat(client, 1)
-        assert len(simulation.plane.issued) == 8 and never_two_at_once(running) and running.lines == []
+        assert len(simulation.plane.issued) == 8 and simulation.node.waits == running.lines == []
 
 
 @pytest.mark.parametrize("delay, rounds", [(0, 40), (0.02, 15)])
@@ -4891,7 +4735,7 @@ def test_a_listener_that_has_a_connection_is_not_dialled_long_before_its_end(del
         assert all(wait.served and wait.seconds < 2 for wait in running.node.waits), running.node.waits
 
 
-@pytest.fixture(params=["tcp", "tcp of all users", pytest.param("unix", marks=UNIX)])
+@pytest.fixture(params=["tcp", "tcp of all users", "unix"])
 def kind(request, tmp_path):
     """Options of relayed_to() for a local address, and what connects to it."""
     path = str(tmp_path / "s")
@@ -4945,23 +4789,10 @@ def test_sessions_that_are_refused_altogether_are_told_of_once_and_who_waits_is_
         assert how_it_ends(client) == ("reset", b"") and running.lines == []
 
 
-def test_a_session_that_may_exist_is_told_of_also_where_another_one_is_there():
-    def lose_one_of_them(handler, _plane):
-        key = handler.seen.body["idempotency_key"]
-        keys.append(key)
-        if key == keys[0]:
-            handler.wfile.write(handler.render(PASSING["502"]))
-        else:
-            handler.answer_really()
-
-    keys = []
-    with concurrent.futures.ThreadPoolExecutor(1) as pool, \
-            relayed_to(late=60, establish=False, minimum=2) as running:
-        running.plane.script("issue", *[lose_one_of_them] * 4)
-        pool.submit(running.forwarder.establish)
-        eventually(lambda: running.ledger._unknown)
+def test_a_session_that_may_exist_is_told_of_also_where_another_one_is_there(simulation):
+    with using_sessions(simulation.plane) as running:
         for _ in range(2):  # once, however often it happens
-            running.plane.script("issue", *[PASSING["502"]] * 3)
+            simulation.plane.script("issue", *[PASSING["502"]] * 3)
             with pytest.raises(plexctl.ApiError):
                 running.ledger.issue(session_request())
         running.forwarder.stop()
@@ -5100,36 +4931,25 @@ def test_a_target_that_ends_without_an_answer_is_told_of_once_but_not_beside_ano
         assert "(--host and --port are as the Node sees them)" in warning
 
 
-def test_a_connection_without_an_answer_is_no_sign_of_that_beside_one_that_has_had_one_and_left():
-    go = threading.Event()
-    with relayed_to(on_request(e=echo, w=lambda *_: go.wait(20))) as running:
-        with dial(running.address) as client, dial(running.address) as idle:
-            client.sendall(b"e")
-            chat(client, 1)
-            idle.sendall(b"w")
-            eventually(lambda: running.target.accepted == 2)
-            client.close()
-            eventually(lambda: running.count().ended == 1)
-            go.set()
-            assert how_it_ends(idle) == ("eof", b"")
-        settled(running, 2)
-        assert running.lines == []
-
-
-def test_a_connection_that_never_had_an_answer_is_no_sign_of_that_beside_one_that_came_later():
+@pytest.mark.parametrize("ends_first", ["the one with an answer", "the one without"])
+def test_a_connection_without_an_answer_is_no_sign_of_that_beside_one_that_has_had_one(ends_first):
     """Browsers connect in advance, and the target ends what stays idle."""
     go = threading.Event()
-    with relayed_to(on_request(e=echo, w=lambda *_: go.wait(20))) as running, dial(running.address) as idle:
-        idle.sendall(b"w")
-        eventually(lambda: running.target.accepted == 1)
-        with dial(running.address) as client:
-            client.sendall(b"e")
-            chat(client, 1)
-            eventually(lambda: running.count().down)
-            go.set()
-            assert how_it_ends(idle) == ("eof", b"")
-            idle.close()
-            eventually(lambda: running.count().ended == 1)
+    with relayed_to(on_request(e=echo, w=lambda *_: go.wait(20))) as running:
+        with dial(running.address) as idle:
+            idle.sendall(b"w")
+            eventually(lambda: running.target.accepted == 1)
+            with dial(running.address) as client:
+                client.sendall(b"e")
+                chat(client, 1)
+                eventually(lambda: running.count().down)
+                if ends_first == "the one with an answer":
+                    client.close()
+                    eventually(lambda: running.count().ended == 1)
+                go.set()
+                assert how_it_ends(idle) == ("eof", b"")
+                idle.close()
+                eventually(lambda: running.count().ended)
         settled(running, 2)
         assert running.lines == []
 
@@ -5200,11 +5020,10 @@ def test_a_node_that_comes_back_elsewhere_is_found_again(simulation):
 
 
 def test_a_new_endpoint_is_tried_once_and_one_that_leads_nowhere_does_no_harm():
-    with relayed_to(direct=True, establish=False, ASK_SECONDS=0) as running, socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
+    with relayed_to(direct=True, establish=False, ASK_SECONDS=0) as running:
         good, running.plane.endpoint = running.plane.endpoint, "127.0.0.1:9"
         running.forwarder.establish()
-        for endpoint, asks in (("127.0.0.1:%d" % closed.getsockname()[1], 2), ("nowhere.invalid:80", 1)):
+        for endpoint, asks in (("127.0.0.1:%d" % quiet_port(), 2), ("nowhere.invalid:80", 1)):
             before, running.plane.endpoint = asked(running.plane, "get"), endpoint
             assert knock(running.address) == ("reset", b"")
             assert asked(running.plane, "get") - before == asks
@@ -5275,26 +5094,19 @@ def test_a_new_endpoint_ends_the_time_for_which_dials_were_refused():
         assert running.forwarder.first.why is None
 
 
-def test_an_answer_from_before_a_revocation_does_not_count_where_a_fresh_one_is_wanted(simulation):
-    with using_sessions(simulation.plane) as running:
-        session = running.forwarder.first
-        assert session.ask(5) and session.why is None
-        simulation.plane.revoke(simulation.plane.issued[0])
-        assert session.ask(5) and session.why is None  # asked a moment ago
-        assert session.look() and isinstance(session.why, plexctl.SessionRevoked)
-
-
-def test_an_answer_that_is_under_way_at_a_revocation_does_not_count_either(simulation):
-    def answer_late(handler, plane):
+@pytest.mark.parametrize("when", ["from before", "under way at"])
+def test_an_answer_that_is_older_than_a_revocation_does_not_count_where_a_fresh_one_is_wanted(
+        simulation, when):
+    def answer(handler, plane):
         answer = plane.decide(handler.seen)
-        go.wait(20)
+        go.wait(20 if when == "under way at" else 0)
         handler.wfile.write(handler.render(answer))
 
     go = threading.Event()
     with using_sessions(simulation.plane) as running:
         session = running.forwarder.first
-        simulation.plane.script("get", answer_late)
-        session.ask()
+        simulation.plane.script("get", answer)
+        assert session.ask(5 if when == "from before" else 0) == (when == "from before")
         eventually(lambda: asked(simulation.plane, "get"))
         simulation.plane.revoke(session.session_id)
         assert session.look() and isinstance(session.why, plexctl.SessionRevoked)
@@ -5323,6 +5135,17 @@ def test_a_node_that_refuses_everybody_costs_no_session_per_attempt():
         assert len(plane.issued) <= 1 + (time.monotonic() - began) / 2
         eventually(lambda: knock(running.address) and len(plane.issued) >= 3)
         assert len(running.said("the Node has closed")) == len(running.lines) == 1
+
+
+def test_a_node_that_refuses_after_each_connection_costs_few_sessions_with_renew(simulation):
+    began = time.monotonic()
+    with using_sessions(simulation.plane, renew=True, ASK_SECONDS=0, GONE_SECONDS=0,
+                        REPLACE_SECONDS=2) as running:
+        while time.monotonic() < began + 5:
+            attempt(running.address)
+            for each in [each for each in simulation.plane.issued if simulation.node.connections[each]]:
+                simulation.node.refuse(each)
+        assert len(simulation.plane.issued) <= 1 + (time.monotonic() - began) / 2
 
 
 def test_after_a_refusal_one_more_session_is_asked_for_after_each_pause(simulation):
@@ -5482,27 +5305,20 @@ def test_a_session_that_is_stuck_is_not_the_end_of_the_run(what):
         go.set()
 
 
-def test_a_renewal_whose_node_is_late_is_soon_tried_again():
-    with relayed_to(renew=True, wait_seconds=0.5, late=[0, 60, 0], RETRY_SECONDS=0.5) as running:
-        expire(running)
-        eventually(lambda: not running.count().sessions)
-        with dial(running.address):
-            eventually(lambda: running.said("no further session for now: the Node reported no listener"))
-        eventually(lambda: attempt(running.address), 20)
-
-
 @pytest.mark.parametrize("what, words", [
-    ("server", "for now"), ("rate limit", "for now"), ("thread", "cannot start a thread")])
-def test_a_renewal_that_fails_for_now_fails_alone(simulation, what, words):
+    ("server", "for now"), ("rate limit", "for now"), ("thread", "cannot start a thread"),
+    ("late Node", "no further session for now: the Node reported no listener")])
+def test_a_renewal_that_fails_for_now_fails_alone(what, words):
     answers = {"server": reset, "rate limit": problem("session_limit_exceeded", headers=AT_ONCE)}
-    with using_sessions(simulation.plane, renew=True, RETRY_SECONDS=1) as running:
+    with relayed_to(renew=True, RETRY_SECONDS=1, wait_seconds=0.5,
+                    late=[0, 60, 0] if what == "late Node" else 0) as running:
         if what in answers:
-            simulation.plane.script("issue", *[answers[what]] * 3)
+            running.plane.script("issue", *[answers[what]] * 3)
         with no_more_threads() if what == "thread" else contextlib.ExitStack():
             expire(running)
             eventually(lambda: not running.count().sessions)
             assert knock(running.address) == ("reset", b"")
-        eventually(lambda: attempt(running.address))
+        eventually(lambda: attempt(running.address), 20)
         assert running.forwarder.over is None
         eventually(lambda: len(running.said(words)) == 1)
 
@@ -5571,12 +5387,11 @@ def revoked_once(plane, sessions=1):
 
 @contextlib.contextmanager
 def running_proxy(simulation, *flags, **popen):
-    """(process, address) of a proxy; it ends by SIGTERM, and has then revoked each session just once."""
+    """(process, address) of a proxy, which ends by SIGTERM."""
     with start(simulation, "--proxy", *flags, **popen) as process:
         yield process, proxy_address(process)
         process.send_signal(signal.SIGTERM)
         ends_by(process, signal.SIGTERM, 10)
-    revoked_once(simulation.plane, len(simulation.plane.issued))
 
 
 def has_no_bad_word(text):
@@ -5727,6 +5542,7 @@ def test_a_second_signal_does_not_wait_for_a_server_that_hangs_and_names_what_is
     plane = simulation.plane
     with start(simulation, "--proxy") as process, contextlib.ExitStack() as stack:
         address = proxy_address(process)
+        del FORWARDED[:]  # the server hangs
         plane.script("revoke", hold(60))
         if when == "while another one is issued":
             plane.script("issue", hold(30))
@@ -5762,7 +5578,6 @@ def test_a_signal_that_is_ignored_at_the_start_stays_ignored(simulation, signum)
         assert visit(address)
         process.send_signal(other)
         ends_by(process, other)
-    revoked_once(simulation.plane)
 
 
 @pytest.mark.skipif(not LINUX, reason="watches /proc")
@@ -5776,7 +5591,6 @@ def test_a_signal_right_at_the_start_leaves_no_traceback(simulation, signum):
                 process.wait(delay_ms / 1000)
             process.send_signal(signum)
             ends_by(process, signum)
-    revoked_once(simulation.plane, len(simulation.plane.issued))
 
 
 @pytest.mark.parametrize("state", ["idle", "stdio"])
@@ -5813,7 +5627,6 @@ def test_a_terminal_that_takes_a_part_of_a_line_does_not_keep_it_from_revoking(s
             eventually(is_full, 60)
             process.send_signal(signal.SIGTERM)
             ends_by(process, signal.SIGTERM, 5)
-    revoked_once(simulation.plane)
 
 
 @pytest.mark.parametrize("signum", SIGNALS)
@@ -5840,13 +5653,13 @@ def test_a_session_that_may_exist_is_told_of_after_a_signal_too(lone_plane, mode
 
 @pytest.mark.skipif(not LINUX, reason="watches /proc")
 @pytest.mark.parametrize("module", ["argparse", "collections", "socket", "threading"])
-def test_ctrl_c_before_the_handlers_stand_has_its_default_action(simulation, python, module):
+def test_ctrl_c_before_the_handlers_stand_has_its_default_action(simulation, module):
     """A KeyboardInterrupt amid an import may be lost in a weak reference's callback."""
     slowly = "import os, pkgutil, runpy, sys, time" + ON_IMPORT % (
         module, "os.write(2, b'importing'); time.sleep(60)") + """
 sys.modules.pop(%r, None)
 runpy.run_path(%r, run_name="__main__")""" % (module, PLEXCTL)
-    with start(simulation, python=python, program=prepared(slowly),
+    with start(simulation, program=prepared(slowly),
                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) as process:
         process.wait_for_output("importing")
         assert not signal_mask(process.pid, "SigCgt") >> signal.SIGINT - 1 & 1
@@ -5897,7 +5710,6 @@ EXIT_CODES = [  # id, status, flags, answers to IssueSession, sessions issued, w
     ("rebac", 77, ["--stdio"], [problem("rebac_denied")], 0, "insufficient_relation"),
     ("not executable", 126, ["--", PLEXCTL], [], 0, PLEXCTL),
     ("a directory", 126, ["--", HERE], [], 0, HERE),
-    ("a FIFO", 126, ["--", "FIFO"], [], 0, "fifo"),
     ("not found", 127, ["--", "no-such-command-anywhere"], [], 0, "no-such-command-anywhere"),
     ("not found by path", 127, ["--", "/nonexistent/command"], [], 0, "/nonexistent/command"),
 ]
@@ -5906,15 +5718,12 @@ EXIT_CODES = [  # id, status, flags, answers to IssueSession, sessions issued, w
 @pytest.mark.parametrize("name, status, flags, answers, sessions, words", EXIT_CODES,
                          ids=[row[0] for row in EXIT_CODES])
 def test_a_process_ends_with_the_published_exit_code(
-        simulation, tmp_path, name, status, flags, answers, sessions, words):
-    plane, fifo = simulation.plane, str(tmp_path / "fifo")
-    os.mkfifo(fifo, 0o700)
+        simulation, name, status, flags, answers, sessions, words):
+    plane, in_use = simulation.plane, str(simulation.target.address[1])
     plane.script("issue", *answers)
     if name == "no endpoint":
         plane.endpoint_on = "never"
-    in_use = str(simulation.target.address[1])
-    flags = [flag.replace("IN_USE", in_use).replace("FIFO", fifo) for flag in flags]
-    result = run(plane, *flags)
+    result = run(plane, *[flag.replace("IN_USE", in_use) for flag in flags])
     assert result.status == status, result.err
     if status:
         assert words in error_of(result) and result.out == ""
@@ -5937,7 +5746,6 @@ def test_the_exit_status_is_that_of_command(simulation, end, status, ignored):
     result = run(simulation, "--", sys.executable, "-c", program, preexec_fn=lambda: [
         signal.signal(signum, signal.SIG_IGN) for signum in ignored])
     assert (result.status, result.out) == (status, "True\n") and "error" not in result.err, result
-    revoked_once(simulation.plane)
 
 
 def limited(what, limit, folder):
@@ -5952,6 +5760,7 @@ def glibc_has_aborted(simulation, stderr):
     found = sys.version_info < (3, 9) and "libgcc_s.so.1 must be installed" in stderr
     for session_id in simulation.plane.active() if found else ():
         simulation.plane.revoke(session_id)
+        del FORWARDED[:]  # plexctl could not
     return found
 
 
@@ -6032,27 +5841,15 @@ def test_a_reason_is_said_once_in_a_run_and_has_its_exit_code(simulation, words,
         result = process.finish()
     assert result.returncode == status and words in error_of(result)
     assert result.stderr.count(words) == result.stderr.count("plexctl: 1 connection, ") == 1, result.stderr
-    assert simulation.plane.revocations() == {simulation.plane.issued[0]: 1}
 
 
 def test_where_both_first_sessions_fail_the_first_failure_is_the_error(simulation):
     """One is refused, the other has no listener."""
-    def answer(handler, plane):
-        keys.append(handler.seen.body["idempotency_key"])
-        given = problem("rebac_denied")
-        if len(keys) > 1:
-            go.wait(20)
-            given = plane.decide(handler.seen)
-        handler.wfile.write(handler.render(given))
-
-    keys, go = [], threading.Event()
-    simulation.plane.endpoint_on = "never"
-    simulation.plane.script("issue", answer, answer)
-    with start(simulation, "--proxy", "-v", "--min-sessions", 2, "--wait-seconds", 2) as process:
-        process.wait_for_output("sessions: 403")
-        go.set()
-        result = process.finish()
-    assert result.returncode == 77 and "insufficient_relation" in error_of(result), result.stderr
+    simulation.node.late = 60
+    simulation.plane.script("issue", problem("rebac_denied"))
+    result = run(simulation, "--proxy", "--min-sessions", 2, "--wait-seconds", 2)
+    assert result.status == 77 and "insufficient_relation" in error_of(result), result
+    assert len(simulation.plane.issued) == 1
 
 
 def test_a_defect_is_told_with_its_line_and_nothing_that_it_was_given(cli, lone_plane, monkeypatch):
@@ -6118,7 +5915,6 @@ def test_command_is_told_where_the_port_is_and_no_secret(simulation, tmp_path, l
             assert {host, *",".join(proxies.values()).split(",")} - {""} <= set(names), environment
     assert arguments == [host, "%s,%s" % (addr, addr), "{other}{}", "PLEXCTL"] + ["a%sb" % port] * bool(port)
     assert "PLEXSPHERE_TOKEN" not in environment and environment["MARK"] == "kept"
-    revoked_once(simulation.plane)
 
 
 @pytest.mark.skipif(not LINUX, reason="reads /proc")
@@ -6141,7 +5937,6 @@ def test_command_has_the_limits_that_there_were_and_none_of_our_descriptors(simu
         eventually(lambda: core_limits() == ("1", "8192"))  # once COMMAND is started
         process.stdin.close()
         process.finish()
-    revoked_once(simulation.plane)
 
 
 SEND_AND_VANISH = ("import hashlib, os, socket, sys; size = int(sys.argv[1]);"
@@ -6167,11 +5962,10 @@ def test_what_command_sent_just_before_its_end_arrives(size, pause_seconds, each
         target.wait_for(lambda: target.ends)
         assert (len(received), target.ends) == (size, ["eof"])
         assert received == pattern(size)
-        revoked_once(simulation.plane)
 
 
 def test_who_goes_on_sending_where_nobody_can_say_whose_it_is_does_not_keep_it(simulation):
-    simulation.target.serve = read_to_the_end
+    simulation.target.serve = sink
     with start(simulation, "--local-addr", "0.0.0.0:0", "--", "/bin/sh", "-c",
                "echo $PLEXCTL_LOCAL_PORT; read line", stdin=subprocess.PIPE) as process:
         with dial("127.0.0.1:" + process.ready(), 30) as client, contextlib.suppress(ConnectionError):
@@ -6182,7 +5976,6 @@ def test_who_goes_on_sending_where_nobody_can_say_whose_it_is_does_not_keep_it(s
             raise AssertionError("it is kept")
         assert process.finish().returncode == 1, process.describe()  # read found the end
         assert "COMMAND has ended, and what it sent may not have arrived" in process.err
-    revoked_once(simulation.plane)
 
 
 @BECOMES_OTHERS
@@ -6193,7 +5986,6 @@ def test_a_unix_socket_that_cannot_be_removed_costs_command_no_status(simulation
         result = run(simulation, "--local-addr", "unix:%s/socket" % folder, "--", "/bin/sh", "-c",
                      "chmod 500 %s; exit 7" % folder, **becoming(uid, lone_copy))
         assert result.status == 7, result.err
-    revoked_once(simulation.plane)
 
 
 def test_connections_that_still_wait_when_command_has_ended_are_told_of(simulation, tmp_path):
@@ -6207,7 +5999,6 @@ def test_connections_that_still_wait_when_command_has_ended_are_told_of(simulati
                sys.executable, "-c", program, stdin=subprocess.PIPE) as process:
         assert process.finish(40).returncode == 0
         assert "COMMAND has ended, and what it sent may not have arrived" in process.err, process.err
-    revoked_once(simulation.plane, len(simulation.plane.issued))
 
 
 def test_what_outlives_command_does_not_keep_the_proxy(simulation):
@@ -6220,7 +6011,6 @@ def test_what_outlives_command_does_not_keep_the_proxy(simulation):
     with start(simulation, *flags) as process:
         simulation.target.wait_for(lambda: simulation.target.accepted)
         assert process.finish(8).returncode == 0, process.describe()
-    revoked_once(simulation.plane)
 
 
 @READS_PROC
@@ -6234,7 +6024,6 @@ def test_a_signal_ends_the_wait_for_a_slow_target_after_command():
             eventually(lambda: not os.path.exists("/proc/%d" % command_pid))
             process.send_signal(signal.SIGTERM)
             assert process.finish(4).returncode in (0, 128 + signal.SIGTERM, -signal.SIGTERM)
-        revoked_once(simulation.plane)
 
 
 @pytest.mark.parametrize("signum, status", [(signum, 5) for signum in SIGNALS] + [
@@ -6257,7 +6046,6 @@ def test_a_signal_is_handed_on_to_command_and_those_of_the_terminal_are_its_own(
         assert process.finish(5).returncode == status, process.describe()
     text = screen.read()
     assert "interrupted" not in text and "COMMAND ended" in text
-    revoked_once(simulation.plane)
 
 
 @pytest.mark.skipif(not LINUX, reason="a backlog of a thousand")
@@ -6314,7 +6102,6 @@ while True:
         result = process.finish()
     assert [int(line) for line in result.stdout.split()][1:] == signals + [signal.SIGTERM]
     assert has_no_bad_word(result.stderr) and "plexctl: error" not in result.stderr
-    revoked_once(simulation.plane)
 
 
 def test_signals_that_were_handed_on_do_not_count_once_command_has_ended(simulation):
@@ -6327,7 +6114,6 @@ def test_signals_that_were_handed_on_do_not_count_once_command_has_ended(simulat
         simulation.plane.wait_for(lambda: simulation.plane.revocations())
         process.send_signal(signal.SIGTERM)
         assert process.finish().returncode == 0
-    revoked_once(simulation.plane)
 
 
 # ---- tests: stdio --------------------------------------------------------------------------------
@@ -6370,7 +6156,6 @@ def test_stdio_carries_bytes_both_ways_at_once(size, kinder):
         result = stdio(simulation, input=data)
         assert (result.status, len(result.out), result.err) == (0, size, "")
         assert result.out == data.decode("latin-1")
-        revoked_once(simulation.plane)
 
 
 def test_stdio_is_silent_but_for_errors_and_verbose_says_the_rest(simulation):
@@ -6433,20 +6218,14 @@ def test_a_client_with_one_socket_for_all_gets_the_error_too(simulation):
 
 @pytest.mark.parametrize("giver", ["inetd", "socat"])
 def test_a_client_with_one_socket_for_both_sees_the_target_s_end_and_may_go_on(giver):
-    def serve(connection, target):
-        connection.sendall(b"goodbye")
-        connection.shutdown(socket.SHUT_WR)
-        recording(heard)(connection, target)
-
     heard = bytearray()
-    with Simulation(serve, kinder=True) as simulation:
+    with Simulation(half_closing(b"goodbye", recording(heard)), kinder=True) as simulation:
         with socket_stdio(simulation, "stdin", "stdout", giver=giver) as (process, far):
             assert b"".join(chunks(far)) == b"goodbye"
             far.sendall(b"and more")
             far.close()
             assert process.finish().returncode == 0, process.describe()
         assert heard == b"and more"
-        revoked_once(simulation.plane)
 
 
 @pytest.mark.parametrize("giver", ["inetd", "socat"])
@@ -6457,7 +6236,6 @@ def test_a_client_with_one_socket_for_both_that_leaves_amid_the_answer_is_an_err
             far.close()
             result = process.finish()
         assert result.returncode == 1 and error_of(result)
-        revoked_once(simulation.plane)
 
 
 def test_a_stream_that_is_cut_off_is_reset_also_where_stdout_alone_is_a_socket():
@@ -6467,7 +6245,6 @@ def test_a_stream_that_is_cut_off_is_reset_also_where_stdout_alone_is_a_socket()
             process.send_signal(signal.SIGTERM)
             assert how_it_ends(far)[0] == "reset"
             ends_by(process, signal.SIGTERM)
-        revoked_once(simulation.plane)
 
 
 @pytest.mark.parametrize("kinder, hangs_up", [(False, False), (True, False), (False, True)],
@@ -6482,7 +6259,6 @@ def test_a_server_that_ends_first_loses_none_of_its_bytes_and_is_no_error(make_p
             to_stdin.close()
             result = process.finish()
         assert (result.returncode, result.stderr) == (0, "")
-        revoked_once(simulation.plane)
 
 
 @pytest.mark.parametrize("size, stdin", [(20 * MIB, "stays open"), (5, "has ended"), (MIB, "has ended")])
@@ -6499,7 +6275,6 @@ def test_a_stdout_closed_by_its_reader_is_an_error(make_pipe, size, stdin):
                 out_reader.close()
             result = process.finish()
         assert result.returncode == 1 and "standard output" in error_of(result), process.describe()
-        revoked_once(simulation.plane)
 
 
 def test_stdio_ends_with_its_session_although_the_node_takes_nothing(make_pipe):
@@ -6524,14 +6299,14 @@ really_start, threading.Thread.start = threading.Thread.start, start
 """
     result = run(simulation, "--stdio", program=prepared(statements), stdin=make_pipe()[0])
     failed(result, 1, "cannot start a thread")
-    revoked_once(simulation.plane)
 
 
 @pytest.mark.parametrize("way", ["pipes", "a socket"])
 def test_a_reset_by_the_target_is_an_error_of_stdio_and_on_a_socket_a_reset(make_pipe, way):
-    def answer_and_reset(connection, target):
+    def answer_and_reset(connection, _target):
         connection.sendall(connection.recv(5))
-        resetter(1)(connection, target)
+        connection.recv(1)
+        reset_close(connection)
 
     with Simulation(answer_and_reset, kinder=True) as simulation:  # a Node of today makes an end of it
         if way == "pipes":
@@ -6547,7 +6322,6 @@ def test_a_reset_by_the_target_is_an_error_of_stdio_and_on_a_socket_a_reset(make
                 assert how_it_ends(far) == ("reset", b"")
                 result = process.finish()
         assert result.returncode == 1 and "connection ended" in error_of(result)
-        revoked_once(simulation.plane)
 
 
 def test_a_reset_on_the_socket_of_stdio_is_noticed_while_the_target_takes_nothing(kinder):
@@ -6557,7 +6331,6 @@ def test_a_reset_on_the_socket_of_stdio_is_noticed_while_the_target_takes_nothin
             reset_close(far)
             result = process.finish()
         assert result.returncode == 1 and "connection ended" in error_of(result)
-        revoked_once(simulation.plane)
 
 
 @pytest.mark.parametrize("blocking", [True, False], ids=["blocking", "non-blocking"])
@@ -6594,7 +6367,6 @@ def test_stdio_on_a_terminal_leaves_it_as_it_was(terminal):
         assert (termios.tcgetattr(screen.slave), fcntl.fcntl(screen.slave, fcntl.F_GETFL)) == before
         text = screen.read()
         assert pattern(10).decode("latin-1") in text.replace("\r\n", "\n") and "\x1b[" not in text
-        revoked_once(simulation.plane)
 
 
 @pytest.mark.skipif(not LINUX, reason="reads /proc")
@@ -6606,11 +6378,13 @@ def test_stdio_has_no_local_port_and_the_proxy_has_one(simulation, make_pipe):
         opened = map(os.readlink, glob.glob("/proc/%d/fd/*" % pid))
         return [listening[name] for name in opened if name in listening]
 
-    with piped_stdio(simulation, make_pipe) as (process, _, _):
+    with piped_stdio(simulation, make_pipe) as (process, to_stdin, _):
         simulation.target.wait_for(lambda: simulation.target.accepted)
         assert listening_ports(process.pid) == []
-    with start(simulation, "--proxy") as process:
-        assert proxy_address(process) == "127.0.0.1:%d" % listening_ports(process.pid)[0]
+        to_stdin.close()
+        process.finish()
+    with running_proxy(simulation) as (process, address):
+        assert address == "127.0.0.1:%d" % listening_ports(process.pid)[0]
 
 
 def test_a_reader_that_pauses_does_not_keep_stdio_from_sending(make_pipe):
@@ -6633,7 +6407,6 @@ def test_a_reader_that_pauses_does_not_keep_stdio_from_sending(make_pipe):
         eventually(lambda: heard == [b"question"])
         process.send_signal(signal.SIGTERM)
         process.finish()
-    revoked_once(simulation.plane)
 
 
 @pytest.mark.parametrize("why, words, stdin", [
@@ -6659,7 +6432,6 @@ def test_stdio_says_why_it_ended_and_exits_1(make_pipe, why, words, stdin):
             result = process.finish()
     assert result.returncode == 1 and words in error_of(result), process.describe()
     assert result.stderr.count("\n") == 1
-    assert simulation.plane.revocations() == {simulation.plane.issued[0]: 1}
 
 
 @pytest.mark.parametrize("flags", [["--stdio"], ["--", "true"]], ids=["stdio", "COMMAND"])
@@ -6671,6 +6443,7 @@ def test_a_signal_after_the_end_cuts_a_hanging_revocation_short_and_is_no_accide
         simulation.plane.wait_for(lambda: asked(simulation.plane, "revoke"))
         process.send_signal(signum)
         result = process.finish(8)
+    del FORWARDED[:]  # the server hangs
     assert result.returncode in (0, -signum if flags != ["--stdio"] else 0), process.describe()
     assert "session %s is not revoked" % simulation.plane.issued[0] in result.stderr
     assert has_no_bad_word(result.stderr) and (flags != ["--stdio"] or result.stderr.count("\n") == 1)
@@ -6684,7 +6457,6 @@ def test_ssh_s_hangup_after_the_end_leaves_the_revocation_its_time(simulation):
         process.send_signal(signal.SIGHUP)
         result = process.finish(15)
     assert (result.returncode, result.stderr) == (0, "")
-    revoked_once(simulation.plane)
 
 
 def test_the_last_minutes_are_warned_of_where_somebody_wants_to_know(simulation, make_pipe):
@@ -6803,7 +6575,7 @@ def test_the_live_line_is_one_line_cut_to_the_terminal_among_few_others(simulati
 
 def test_the_live_line_follows_the_width_of_the_terminal(simulation, terminal):
     screen = terminal(200)
-    with start(simulation, "--proxy", stderr=screen.slave) as process:
+    with running_proxy(simulation, stderr=screen.slave) as (process, _):
         process.wait_for(lambda: b" -> " in screen.seen)
         drawn = len(rows_of(screen.read(), 200)[-1])
         screen.resize(30)  # the terminal wraps the old line: all its rows have to go
@@ -6883,11 +6655,9 @@ def test_off_a_terminal_there_are_plain_lines_of_connections_and_sessions_whatev
               r"2 connections, 2\.9 KiB up, 2\.9 KiB down, \d+s: ended by SIGTERM"]
     found = [line[9:] for line in lines if "connection" in line]
     assert re.match("\n".join(shapes) + r"\Z", "\n".join(found)), found
-    for words in ("waiting for the Node to report its listener", "session %s released" % session.id,
-                  "session %s: listener endpoint %s, expires at %s" % (
-                      session.id, session.endpoint, session.expires_at),
-                  "POST %s: 201, " % SESSIONS_PATH):
-        assert len([line for line in lines if words in line]) == 1, lines
+    assert all(process.err.count(words) == 1 for words in (
+        "waiting for the Node to report its listener", "session %s: listener" % session.id,
+        "session %s released" % session.id, "POST %s: 201, " % SESSIONS_PATH)), lines
 
 
 @pytest.mark.parametrize("flags", [[], ["--proxy"]], ids=["print", "proxy"])
@@ -6927,8 +6697,7 @@ def test_the_live_line_counts_who_waits_and_is_wiped_before_any_other_line(simul
 
 def test_the_live_line_says_no_time_left_where_there_is_no_session(simulation, terminal):
     screen = terminal(200)
-    with start(simulation, "--proxy", "--renew", "--ttl-seconds", 4, stderr=screen.slave) as process:
-        address = proxy_address(process)
+    with running_proxy(simulation, "--renew", "--ttl-seconds", 4, stderr=screen.slave) as (process, address):
         process.wait_for(lambda: re.search(rb"s left, 0 open, 0 waiting, 0 ended, 1 session, ", screen.seen))
         process.wait_for(lambda: re.search(rb"\x1b\[J0 open, 0 waiting, 0 ended, 0 sessions, ", screen.seen))
         assert visit(address)  # and the next connection has a session again
@@ -6952,7 +6721,6 @@ def test_a_terminal_that_is_somebody_else_s_has_no_live_line(simulation, termina
 
 
 # ---- tests: readiness ----------------------------------------------------------------------------
-
 
 @pytest.mark.skipif(not LINUX, reason="abstract sockets, systemd")
 @pytest.mark.parametrize("kind", ["path", "abstract"])
@@ -7033,7 +6801,6 @@ def test_a_target_that_the_node_gives_up_on_is_named_however_late(make_pipe, way
             assert process.finish(40).returncode == (1 if way == "stdio" else -signal.SIGTERM)
         said = [line for line in process.err.splitlines() if "--host" in line]
         assert len(said) == 1 and all(word in said[0] for word in ("--port", HOST, str(PORT))), said
-    revoked_once(simulation.plane)
 
 
 def test_the_port_of_a_session_that_is_over_stays_bound_while_command_goes_on(simulation):
@@ -7048,16 +6815,6 @@ def test_the_port_of_a_session_that_is_over_stays_bound_while_command_goes_on(si
             assert knock("%s:%d" % address) == ("reset", b"")
         process.stdin.close()
         assert process.finish().returncode == 7 and process.err.count("expired") == 1
-
-
-def test_a_node_that_refuses_after_each_connection_costs_few_sessions_with_renew(simulation):
-    with running_proxy(simulation, "--renew") as (_, address):
-        ends = time.monotonic() + 8
-        while time.monotonic() < ends:
-            attempt(address)
-            for each in [each for each in simulation.plane.issued if simulation.node.connections[each]]:
-                simulation.node.refuse(each)
-        assert len(simulation.plane.issued) <= 5
 
 
 @READS_PROC
@@ -7091,10 +6848,9 @@ def test_a_node_that_does_not_end_costs_no_threads_and_is_dialled_no_further(nod
 
 
 @pytest.mark.parametrize("why", ["refused", "the Node is full", "the Node is late"])
-def test_a_limit_that_was_learned_is_forgotten(monkeypatch, why):
-    monkeypatch.setattr(plexctl, "LIMIT_SECONDS", 2)
+def test_a_limit_that_was_learned_is_forgotten(why):
     options = {"the Node is full": dict(max_sessions=1), "the Node is late": dict(late=[0, 1e6, 0])}
-    with relayed_to(wait_seconds=1, **options.get(why, {})) as running:
+    with relayed_to(wait_seconds=1, LIMIT_SECONDS=2, **options.get(why, {})) as running:
         running.plane.script("issue", *[problem("session_limit_exceeded")] * (why == "refused"))
         with dialled(running, 1) as (first,), dial(running.address) as second:
             eventually(lambda: running.said("warning: no further session"))
@@ -7119,15 +6875,14 @@ def test_a_getsession_that_hangs_delays_no_connection(simulation):
 
 @pytest.mark.skipif(not LINUX, reason="TCP_INFO")
 @pytest.mark.parametrize("way", ["up", "down"])
-def test_a_path_that_dies_under_unacknowledged_data_is_noticed(monkeypatch, way):
+def test_a_path_that_dies_under_unacknowledged_data_is_noticed(way):
     def serve(connection, _target):
         connection.sendall(connection.recv(1))
         peers.append(connection)
         ends.append(how_it_ends(connection)[0])
 
-    monkeypatch.setattr(plexctl, "UNANSWERED_SECONDS", 1)
     ends, peers = [], []
-    with relayed_to(serve, direct=True) as running, dial(running.address) as client:
+    with relayed_to(serve, direct=True, UNANSWERED_SECONDS=1) as running, dial(running.address) as client:
         client.sendall(b"x")
         assert client.recv(1) == b"x"
         target = eventually(lambda: peers)[0]
@@ -7142,16 +6897,6 @@ def test_a_path_that_dies_under_unacknowledged_data_is_noticed(monkeypatch, way)
             eventually(lambda: ends == ["reset"])
 
 
-@pytest.mark.skipif(not LINUX, reason="TCP_INFO")
-def test_a_reader_that_makes_a_pause_is_no_path_that_has_died(monkeypatch):
-    """With TCP_USER_TIMEOUT it would be: Linux counts the probes that are answered, too."""
-    monkeypatch.setattr(plexctl, "UNANSWERED_SECONDS", 1)
-    with relayed_to(source(24 * MIB)) as running, small_window(running.address) as client:
-        standstill(lambda: running.count().down)
-        let_pass(4)
-        assert how_it_ends(client) == ("eof", pattern(24 * MIB))
-
-
 @pytest.mark.parametrize("trouble", [
     problem("session_limit_exceeded", headers=[("Retry-After", "1")]), problem("session_limit_exceeded"),
     problem("internal"), problem("signing_unavailable"), Answer(502), Answer(504), drop],
@@ -7164,6 +6909,7 @@ def test_eight_sessions_are_revoked_at_a_gateway_that_is_in_trouble(simulation, 
         plane.script("revoke", *[PASS] * 4, *[trouble] * 12)
         process.send_signal(signal.SIGTERM)
         assert "warning" not in ends_by(process, signal.SIGTERM, 12).stderr
+    del FORWARDED[:]  # some were asked for several times
     assert plane.active() == [] and sorted(plane.revoked) == sorted(plane.issued)
 
 
@@ -7173,33 +6919,32 @@ def test_nothing_is_sent_to_a_node_that_has_not_ended_the_connection_before():
         go.wait(20)
 
     heard, go = [], threading.Event()
-    with Simulation(serve, one_at_a_time=False, half_close=True) as simulation, \
-            running_proxy(simulation, "--max-sessions", 1) as (_, address):
-        with dial(address) as first:
+    with relayed_to(serve, limit=1, one_at_a_time=False, half_close=True) as running:
+        with dial(running.address) as first:
             first.sendall(b"1")
             eventually(lambda: heard == [b"1"])
-        with dial(address) as second:
+        with dial(running.address) as second:
             second.sendall(b"2")
             let_pass(1)
             assert heard == [b"1"]
             go.set()
             eventually(lambda: b"2" in heard)
-        assert len(simulation.plane.issued) == 1
+        assert len(running.plane.issued) == 1
 
 
-@pytest.mark.parametrize("way", ["tcp", pytest.param("unix", marks=UNIX), "stdio"])
+@pytest.mark.parametrize("way", ["tcp", "unix", "stdio"])
 def test_a_half_close_is_passed_on_once_the_target_is_quiet_and_a_late_answer_arrives(tmp_path, way):
     def serve(connection, target):
         for _ in range(5):
             connection.sendall(b".")
             let_pass(0.5)
         quiet.append(time.monotonic())
-        read_to_the_end(connection, target)
+        recording(bytearray())(connection, target)
         quiet.append(time.monotonic())
         let_pass(2.5)  # longer than anything that ends a connection
-        connection.sendall(LATE_ANSWER)
+        connection.sendall(b"late answer")
 
-    quiet, answer = [], b"....." + LATE_ANSWER
+    quiet, answer = [], b".....late answer"
     with Simulation(serve, kinder=True) as simulation:
         if way == "stdio":
             assert stdio(simulation, input=b"?").out == answer.decode()
@@ -7234,21 +6979,16 @@ sys.exit(os.WEXITSTATUS(status))
 
 
 @pytest.mark.skipif(not LINUX, reason="how much its kernel takes")
-def test_a_session_that_still_sends_is_not_free_and_loses_nothing(monkeypatch):
+def test_a_session_that_still_sends_is_not_free_and_loses_nothing():
     """Its client has closed, and its target does not read yet."""
-    def read_late(connection, target):
-        if connection.recv(1, socket.MSG_PEEK) == b"e":
-            return echo(connection, target)
-        assert go.wait(30)
-        return heard.append(how_it_ends(connection))
-
-    monkeypatch.setattr(plexctl, "IDLE_SECONDS", 0.3)
-    heard, go, data = [], threading.Event(), b"x" + pattern(6 * MIB)
-    with relayed_to(read_late, direct=True) as running:
+    heard, go, data = [], threading.Event(), pattern(6 * MIB)
+    serve = on_request(e=echo, u=after(go, lambda connection, _: heard.append(how_it_ends(connection))))
+    with relayed_to(serve, direct=True, IDLE_SECONDS=0.3) as running:
         with dial(running.address) as client:
-            client.sendall(data)
+            client.sendall(b"u" + data)
         with dial(running.address) as client:
-            assert talk(client, b"echo")  # by another session
+            client.sendall(b"e")
+            assert talk(client)  # by another session
         let_pass(2)
         assert len(running.plane.issued) == 2 and running.plane.revoked == []  # one is free, not two
         go.set()
@@ -7259,12 +6999,9 @@ def test_a_session_that_still_sends_is_not_free_and_loses_nothing(monkeypatch):
 @pytest.mark.skipif(not LINUX, reason="SIOCOUTQ")
 def test_what_was_sent_is_under_way_until_the_node_has_acknowledged_it():
     """COMMAND's end waits for that, as long as it moves."""
-    def read_late(connection, _target):
-        assert go.wait(30)
-        heard.append(how_it_ends(connection))
-
     heard, go, data = [], threading.Event(), pattern(100 * 1024)
-    with relayed_to(read_late, direct=True) as running:
+    with relayed_to(after(go, lambda connection, _: heard.append(how_it_ends(connection))),
+                    direct=True) as running:
         with dial(running.address) as client:
             client.sendall(data)
             eventually(lambda: running.count().up == len(data))
@@ -7277,18 +7014,13 @@ def test_what_was_sent_is_under_way_until_the_node_has_acknowledged_it():
 
 
 def test_a_signal_ends_stdio_behind_the_target_s_end_too(make_pipe):
-    def half_close(connection, target):
-        connection.sendall(b"hello")
-        connection.shutdown(socket.SHUT_WR)
-        target.closing.wait()
-
-    with Simulation(half_close, kinder=True) as simulation, open("/dev/zero", "rb") as zeros, \
+    with Simulation(half_closing(b"hello", silent), kinder=True) as simulation, \
+            open("/dev/zero", "rb") as zeros, \
             start(simulation, "--stdio", stdin=zeros, stdout=make_pipe()[1]) as process:
         simulation.target.wait_for(lambda: simulation.target.accepted)
         let_pass(0.5)
         process.send_signal(signal.SIGTERM)
         ends_by(process, signal.SIGTERM, 10)
-        revoked_once(simulation.plane)
 
 
 @pytest.mark.parametrize("flags", [["--proxy"], ["--stdio"]], ids=["proxy", "stdio"])
@@ -7498,7 +7230,6 @@ def test_ctrl_c_cancels_a_query_and_the_client_goes_on(far, terminal, request, w
         screen.type(b"\\q\n")
         assert process.finish().returncode == 0
     assert "nothing came back" not in screen.read()
-    revoked_once(far.plane, len(far.plane.issued))
     assert len(far.plane.issued) <= 2
 
 
@@ -7656,7 +7387,6 @@ def test_curl_downloads_several_files_at_once_byte_for_byte(far, web_server, fil
 
 
 # ---- tests: README and packaging ------------------------------------------------------------------
-
 
 def page(name="README.md"):
     with open(os.path.join(HERE, name), encoding="utf-8") as file:
