@@ -598,7 +598,7 @@ def read_own_file(path: str, source: str, forbidden_bits: int = ALL_BITS, limit:
 
     It is judged once it is open, so that nothing can be swapped in between. What descriptor 0 is, by
     whatever name, is read there, or --stdio or COMMAND could read it once more: a file from its beginning,
-    like any other; a pipe, a terminal or a socket unchecked, since the shell has opened it.
+    like any other; a pipe, a terminal or a socket unchecked.
     Raises CredentialsError for a file that is not safe, `kind` for one that cannot be read.
     """
     at_stdin = is_standard_input(path)
@@ -609,10 +609,12 @@ def read_own_file(path: str, source: str, forbidden_bits: int = ALL_BITS, limit:
                   opener=lambda name, flags: os.open(name, flags | OPEN_AT_ONCE)) as file:
             status = os.fstat(file.fileno())
             is_file = stat.S_ISREG(status.st_mode)
-            if not (is_file or at_stdin or stat.S_ISFIFO(status.st_mode)):
+            if path == "-" or (at_stdin and not is_file):  # the shell has opened it
+                fault = ""
+            elif is_file or stat.S_ISFIFO(status.st_mode):
+                fault = find_file_fault(path, status, forbidden_bits)
+            else:
                 raise kind(f"{source}: must be a regular file or a pipe")
-            is_unchecked = path == "-" or (at_stdin and not is_file)
-            fault = "" if is_unchecked else find_file_fault(path, status, forbidden_bits)
             if fault and source.startswith("--token-file"):
                 fault += " (a mounted secret: --token-file - < FILE)"
             if fault:
