@@ -1779,7 +1779,7 @@ class Ledger:
         self._changed = threading.Condition()  # guards what follows
         self._known: Set[str] = set()  # every session_id, in lower case
         self._owed: Dict[str, str] = {}  # by session_id, until its revocation begins: when it expires
-        self._revoking: Set[str] = set()
+        self._revoking: Set[str] = set()  # until that has ended, or `settle` has told of it
         self._issuing = 0
         self._unknown: Dict[str, PlexctlError] = {}  # by text; each may have left a session
         self._is_closed = False
@@ -1860,10 +1860,10 @@ class Ledger:
         with self._changed:
             return [f"session {each} is kept until {expires_at}" for each, expires_at in self._owed.items()]
 
-    def left_behind(self, raised: Optional[BaseException] = None) -> List[str]:
-        """Return what `leave` could not revoke, except what the error `raised` says anyway.
+    def settle(self, raised: Optional[BaseException] = None) -> List[str]:
+        """Return what `leave` could not revoke in time, except what the error `raised` says anyway.
 
-        A revocation that is still under way tells nothing more.
+        A revocation that is still under way reports nothing from now on.
         """
         with self._changed:
             lines = [f"session {each} is not revoked, it will expire on its own" for each in self._revoking]
@@ -1881,23 +1881,23 @@ class Ledger:
         return due
 
     def _revoke(self, session_id: str) -> None:
-        failure, deadline = "", elapsed_seconds() + LEAVE_SECONDS
+        """Revoke a session that was claimed; say that it was, or why it was not."""
+        deadline = elapsed_seconds() + LEAVE_SECONDS
         while True:
             try:
                 self.plane.revoke(self.project_id, session_id, max(0.5, deadline - elapsed_seconds()))
                 self.say(f"session {session_id} released")
-                failure = ""
                 break
             except Exception as error:
-                failure = show_error(error)
                 wait = getattr(error, "retry_after_seconds", None) or POLL_MIN_SECONDS
                 if not getattr(error, "passing", False) or elapsed_seconds() + wait > deadline:
+                    with self._changed:
+                        is_told = session_id not in self._revoking  # by `settle`
+                    if not is_told:
+                        self.report(f"warning: session {session_id} is not revoked, it will expire on its "
+                                    f"own: {show_error(error)}")
                     break
             time.sleep(wait)
-        with self._changed:
-            is_told = session_id not in self._revoking  # by left_behind
-        if failure and not is_told:
-            self.report(f"warning: session {session_id} is not revoked, it will expire on its own: {failure}")
         with self._changed:  # only now, since `leave` waits for this
             self._revoking.discard(session_id)
             self._changed.notify_all()
@@ -1936,8 +1936,8 @@ class Dial:
 class MediatedSession:
     """One session, from its issue to the reason of its end.
 
-    `open` issues it and waits for its listener, `dial` connects to that. `is_over`, called often, notes the
-    expiry, warns before it, and asks GetSession once a minute. `look` asks at once, `ask` in a thread.
+    `open` issues it and waits for its listener, `dial` connects to that. Call `watch` often meanwhile: it
+    warns before the expiry, and asks GetSession once a minute.
     """
 
     def __init__(self, ledger: Ledger, wait_seconds: float = 90.0, renew: bool = False) -> None:
@@ -1978,39 +1978,46 @@ class MediatedSession:
             self.why = self.why or why
 
     def is_over(self) -> bool:
-        """Return whether it carries no more. Call it often: it keeps the time, see the class."""
-        now = elapsed_seconds()
-        left, lifetime = self.expires_on - now, self.issued.lifetime_seconds if self.issued else 0.0
-        if left <= 0:
+        """Return whether it is over, at the latest since its time is up."""
+        if elapsed_seconds() >= self.expires_on:
             self.end(SessionOver("the session expired"))
-        elif now - self._asked_on >= RECHECK_SECONDS:
-            self.ask()
-        passed = [seconds for seconds in WARN_LEFT_SECONDS if left <= seconds < lifetime]
-        if passed and self.why is None and not self._renew:
-            self._ledger.tell_once(f"warning: {show_seconds(left + 0.5)} of the session are left",
-                                   f"{min(passed)} s left")
         return self.why is not None
 
-    def ask(self, seconds: float = 0.0) -> bool:
-        """Have a thread `look`, and wait for it so long; return whether there is an answer.
+    def watch(self) -> None:
+        """Ask GetSession if that is due, and warn before the session expires; nothing before it is ready."""
+        if self.issued is None or not self.ready_on or self.is_over():
+            return
+        now = elapsed_seconds()
+        if now - self._asked_on >= RECHECK_SECONDS:
+            self.ask()
+        left, lifetime = self.expires_on - now, self.issued.lifetime_seconds
+        passed = [seconds for seconds in WARN_LEFT_SECONDS if left <= seconds < lifetime]
+        if passed and not self._renew:
+            self._ledger.tell_once(f"warning: {show_seconds(left + 0.5)} of the session are left",
+                                   f"{min(passed)} s left")
 
-        One question is asked at a time, and one in ASK_SECONDS: in between the last answer counts.
+    def ask(self, seconds: float = 0.0, afresh: bool = False) -> bool:
+        """Have a thread ask GetSession, and wait for it so long; return whether there is an answer.
+
+        One question is asked at a time, and one in ASK_SECONDS: in between the last answer counts. With
+        `afresh` only the answer to a question that is asked now.
         """
         with self._lock:
             question, now = self._question, elapsed_seconds()
-            may_ask = question is None or (question.done.is_set() and now - self._asked_on >= ASK_SECONDS)
+            may_ask = afresh or question is None or (
+                question.done.is_set() and now - self._asked_on >= ASK_SECONDS)
             if may_ask and self.why is None:
                 self._asked_on = now
-                question = self._question = Outcome(self.look, or_here=False)
+                question = self._question = Outcome(self._ask, or_here=False)
         return question is not None and question.done.wait(seconds) and bool(question.value)
 
-    def look(self, seconds: float = EXCHANGE_SECONDS) -> bool:
-        """Ask GetSession, and do what its answer asks for (`_update`); return whether there was one."""
+    def _ask(self) -> bool:
+        """Ask GetSession, and warn if that fails; return whether there was an answer."""
         try:
-            self._update(seconds)
+            self._update(EXCHANGE_SECONDS)
             return True
         except PlexctlError as error:
-            if isinstance(error, ApiError) and error.status in (404, 410):
+            if isinstance(error, ApiError) and error.status in (404, 410) and error.code:  # no gateway's 404
                 self.end(SessionRevoked("the session is gone"))
             elif not isinstance(error, Cancelled):
                 self._ledger.tell_once(f"warning: {show_error(error)}", GET)
@@ -2035,7 +2042,7 @@ class MediatedSession:
                 failure = error
             if is_stopped():
                 raise Cancelled("interrupted")
-            has_answer = self.ask(ASK_LIMIT_SECONDS)
+            has_answer = not self.is_over() and self.ask(ASK_LIMIT_SECONDS)
             if self.why is not None or self._route == route:
                 break
         # no new endpoint, or the new one failed, too
@@ -2572,6 +2579,8 @@ class Forwarder:
         with self.lock:
             if self._is_time_up(now):
                 self._end_run(SessionOver("the session expired"))
+            for each in self._carriers:
+                each.session.watch()
             self._stop_relays()
             try:
                 if self.over or not (self._count_live() or self._count_available(now)):
@@ -3310,7 +3319,7 @@ class Run:
             if options.keep_session:
                 for words in self.ledger.list_kept():
                     self.report(words)
-            for words in self.ledger.left_behind(sys.exc_info()[1]):
+            for words in self.ledger.settle(sys.exc_info()[1]):
                 foreground.report("warning: " + words)
             if self.audit is not None:  # not before: an interrupted record may still be on its way
                 self.audit.close()
@@ -3396,6 +3405,7 @@ class Run:
     def wait_for_relay(self, session: MediatedSession, relay: Relay, carried: Outcome) -> None:
         """Wait for the end of --stdio's connection, or raise a signal as Interrupted."""
         while not carried.done.is_set():
+            session.watch()
             if session.is_over():
                 relay.stop()
             try:
@@ -3411,8 +3421,7 @@ class Run:
     def explain_end(self, session: MediatedSession, relay: Relay) -> None:
         """Report why the connection of --stdio ended, before the client sees that: ssh hangs up then."""
         if session.why is None:
-            # not ask(): its answer may be older than the end; in a thread: the look-up of a name may hang
-            Outcome(lambda: session.look(ASK_LIMIT_SECONDS), or_here=False).done.wait(ASK_LIMIT_SECONDS)
+            session.ask(ASK_LIMIT_SECONDS, afresh=True)  # an answer from before the end says nothing
         if self.ledger.plane.cancel.is_set():  # we have ended it
             return
         error = session.why or describe_failure(relay)

@@ -3646,7 +3646,7 @@ def using_sessions(plane, local="127.0.0.1:0", establish=True, allow_other_users
             forwarder.stop()
             ledger.leave(8)
     eventually(lambda: not forwarder._carriers, state=lambda: forwarder._carriers)
-    assert ledger.left_behind() == [] and not [line for line in lines if "given up" in line], lines
+    assert ledger.settle() == [] and not [line for line in lines if "given up" in line], lines
     assert plane.revocations() == collections.Counter(plane.issued), lines
 
 
@@ -4797,7 +4797,7 @@ def test_a_session_that_may_exist_is_told_of_also_where_another_one_is_there(sim
                 running.ledger.issue(session_request())
         running.forwarder.stop()
         running.ledger.leave()
-        line, = running.ledger.left_behind()
+        line, = running.ledger.settle()
         assert line.startswith("session unknown: ") and MAY_EXIST in line
         running.ledger._unknown.clear()
 
@@ -5009,6 +5009,14 @@ def test_a_session_that_is_gone_ends_the_run(simulation):
         assert "the session is gone" in running.why()
 
 
+def test_a_gateway_that_knows_no_session_ends_no_run(simulation):
+    simulation.plane.script("get", Answer(404, raw=b"<html>"))
+    with using_sessions(simulation.plane) as running:
+        assert not running.forwarder.first.ask(5)
+        assert visit(running.address) and running.forwarder.over is None
+        assert len(running.said("warning: GetSession: 404")) == len(running.lines) == 1
+
+
 def test_a_node_that_comes_back_elsewhere_is_found_again(simulation):
     with using_sessions(simulation.plane, verbose=True, ASK_SECONDS=0) as running:
         for number in (1, 2):
@@ -5109,7 +5117,21 @@ def test_an_answer_that_is_older_than_a_revocation_does_not_count_where_a_fresh_
         assert session.ask(5 if when == "from before" else 0) == (when == "from before")
         eventually(lambda: asked(simulation.plane, "get"))
         simulation.plane.revoke(session.session_id)
-        assert session.look() and isinstance(session.why, plexctl.SessionRevoked)
+        assert session.ask(5, afresh=True) and isinstance(session.why, plexctl.SessionRevoked)
+        go.set()
+
+
+def test_a_dial_of_a_session_that_is_over_waits_for_no_answer(simulation):
+    go = threading.Event()
+    with using_sessions(simulation.plane, ASK_SECONDS=0) as running:
+        session = running.forwarder.first
+        simulation.plane.script("get", hold(go))
+        session.ask()
+        eventually(lambda: asked(simulation.plane, "get"))
+        session.end(plexctl.SessionOver("enough"))
+        with lasts(0, 2), pytest.raises(plexctl.SessionOver, match="enough"):
+            session.dial(lambda: False)
+        assert asked(simulation.plane, "get") == 1
         go.set()
 
 
@@ -5329,7 +5351,7 @@ def test_leave_does_not_wait_for_ever(simulation):
         simulation.plane.script("revoke", hold(go))
         with lasts(0.4, 3):
             running.ledger.leave(0.5)
-        assert [words for words in running.ledger.left_behind() if simulation.plane.issued[0] in words]
+        assert [words for words in running.ledger.settle() if simulation.plane.issued[0] in words]
         go.set()
 
 
@@ -5343,12 +5365,12 @@ def test_a_session_that_comes_after_the_end_is_revoked(lone_plane, is_kept):
         issuing = pool.submit(ledger.issue, session_request())
         lone_plane.wait_for(lambda: lone_plane.requests)
         ledger.leave(0.1)
-        assert ledger.left_behind() == ["a session may have been issued, it will expire on its own"]
+        assert ledger.settle() == ["a session may have been issued, it will expire on its own"]
         go.set()
         with pytest.raises(plexctl.Cancelled):
             issuing.result(15)
     assert lone_plane.revoked == lone_plane.issued != []
-    assert ledger.left_behind() == ledger.list_kept() == []
+    assert ledger.settle() == ledger.list_kept() == []
 
 
 def test_every_session_of_a_busy_run_is_revoked_once_and_once_only(simulation):
