@@ -1309,6 +1309,12 @@ def set_leg_options(sock: socket.socket) -> None:
             sock.setsockopt(level, getattr(socket, name), value)
 
 
+def set_linger(sock: socket.socket, option: bytes) -> None:
+    """Set whether close() resets the connection (RESET_ON_CLOSE) or ends it in order (END_ON_CLOSE)."""
+    with contextlib.suppress(OSError):  # macOS, once both directions have ended
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, option)
+
+
 def is_connected(sock: socket.socket) -> bool:
     """Return False after a reset, even if its error was read before."""
     try:
@@ -1377,17 +1383,16 @@ class Leg:
     def close(self, reset: bool = True) -> None:
         """Close it, with a reset for the peer or in order."""
         if not reset:
-            with contextlib.suppress(OSError):  # macOS, once both directions have ended
-                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, END_ON_CLOSE)
+            set_linger(self.sock, END_ON_CLOSE)
         self.sock.close()
 
 
 class StandardStreams:
-    """Descriptors 0 and 1 as the client's leg: pipes, files or a terminal.
+    """Descriptors 0 and 1 as the client's leg: pipes, files, a terminal, or a socket (inetd, socat).
 
     Their file status flags stay as they are, since they may be somebody's terminal: a blocking
-    descriptor gets no more than poll(2) says that it takes. Unlike a Leg's, a write that fails raises
-    PlexctlError, which ends the connection at once.
+    descriptor gets no more than it takes at once. A write that fails raises PlexctlError, which ends the
+    connection at once; on a socket it raises OSError, like a Leg's, and a reset arrives as a reset.
     """
 
     reads_at, writes_at = 0, 1
@@ -1396,6 +1401,11 @@ class StandardStreams:
     def __init__(self) -> None:
         # poll(2) promises room for so many bytes
         self._at_once = 128 if os.isatty(1) else select.PIPE_BUF
+        self._sock: Optional[socket.socket] = None  # descriptor 1, if it is a socket
+        if stat.S_ISSOCK(os.fstat(1).st_mode):
+            # AF_UNIX, of whatever family it is: send() and so on do not ask
+            self._sock = socket.fromfd(1, socket.AF_UNIX, socket.SOCK_STREAM)
+            set_linger(self._sock, RESET_ON_CLOSE)
 
     def recv_into(self, buffer: memoryview) -> int:
         """Read standard input; return 0 at its end."""
@@ -1405,7 +1415,9 @@ class StandardStreams:
             return 0
 
     def send(self, piece: memoryview) -> int:
-        """Write to standard output as much as it takes; PlexctlError if that fails."""
+        """Write to standard output as much as it takes."""
+        if self._sock is not None:
+            return self._sock.send(piece, socket.MSG_DONTWAIT)
         try:
             if not poll_now(1, select.POLLOUT):
                 raise BlockingIOError
@@ -1416,8 +1428,8 @@ class StandardStreams:
             raise PlexctlError(f"cannot write to standard output: {show_error(error)}") from error
 
     def take_error(self) -> int:
-        """Return 0: only a read can find a reset."""
-        return 0
+        """Return the error number of a reset that no call has reported yet; 0 for none."""
+        return 0 if self._sock is None else self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
 
     def count_unsent(self) -> int:
         """Return 0: nobody can know."""
@@ -1429,10 +1441,16 @@ class StandardStreams:
 
     def end(self) -> None:
         """Let the reader see the end."""
-        self._let_go(1)
+        if self._sock is not None:
+            self._sock.shutdown(socket.SHUT_WR)
+        else:
+            self._let_go(1)
 
     def close(self, reset: bool = True) -> None:
-        """Let go of both descriptors."""
+        """Let go of both descriptors; a socket is closed with a reset or in order."""
+        if self._sock is not None:
+            set_linger(self._sock, RESET_ON_CLOSE if reset else END_ON_CLOSE)
+            self._sock.close()
         self._let_go(1)
         self._let_go(0)
 
@@ -1440,38 +1458,6 @@ class StandardStreams:
         nowhere = open_nowhere(os.O_RDWR)
         os.dup2(nowhere, descriptor)  # the number stays taken, or the next file would get it
         os.close(nowhere)
-
-
-class StandardSocket(StandardStreams):
-    """The same where descriptor 1 is a socket (inetd, socat): a reset arrives as a reset."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        # AF_UNIX, of whatever family it is: send() and so on do not ask
-        self._sock = socket.fromfd(1, socket.AF_UNIX, socket.SOCK_STREAM)
-        self._set_linger(RESET_ON_CLOSE)
-
-    def send(self, piece: memoryview) -> int:
-        """Send as much as it takes."""
-        return self._sock.send(piece, socket.MSG_DONTWAIT)
-
-    def take_error(self) -> int:
-        """Return the error number of a reset that no call has reported yet; 0 for none."""
-        return self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-
-    def end(self) -> None:
-        """Send the end of input (half-close)."""
-        self._sock.shutdown(socket.SHUT_WR)
-
-    def close(self, reset: bool = True) -> None:
-        """Close it, with a reset for the peer or in order."""
-        self._set_linger(RESET_ON_CLOSE if reset else END_ON_CLOSE)
-        self._sock.close()
-        super().close()
-
-    def _set_linger(self, option: bytes) -> None:
-        with contextlib.suppress(OSError):  # macOS, once the peer is gone
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, option)
 
 
 Buffers = Tuple[memoryview, memoryview]
@@ -3316,7 +3302,7 @@ class Run:
         """--stdio: carry one connection over descriptors 0 and 1."""
         session, cancel = self.establish(self.issue_one), self.ledger.plane.cancel
         remote = self.foreground.call(lambda: session.dial(cancel.is_set))
-        client = StandardSocket() if stat.S_ISSOCK(os.fstat(1).st_mode) else StandardStreams()
+        client = StandardStreams()
         began = elapsed_seconds()
         relay = Relay(client, remote, create_buffers(), lambda: bool(poll_now(client.writes_at, 0)),
                       lambda: self.explain_end(session, relay))
