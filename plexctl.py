@@ -1332,13 +1332,6 @@ class PeerReset(ConnectionError):
         self.leg = leg
 
 
-def raise_reset(leg: Any) -> None:
-    """Raise PeerReset for a reset by the other end of `leg` that no read has found; EPIPE is none."""
-    leg.refusal = leg.refusal or leg.take_error()
-    if leg.refusal not in (0, errno.EPIPE):
-        raise PeerReset(leg, leg.refusal)
-
-
 class Leg:
     """One end of a connection: a non-blocking socket; TCP closes with a reset unless told otherwise."""
 
@@ -1348,7 +1341,6 @@ class Leg:
         self.recv_into = sock.recv_into
         self.send = sock.send
         self.reads_at = self.writes_at = sock.fileno()  # for poll(2)
-        self.refusal = 0  # why it takes nothing any more: the error number of a write; 0: it takes more
         self._is_linux_tcp = ON_LINUX and sock.family != socket.AF_UNIX
 
     def end(self) -> None:
@@ -1396,7 +1388,6 @@ class StandardStreams:
     """
 
     reads_at, writes_at = 0, 1
-    refusal = 0
 
     def __init__(self) -> None:
         # poll(2) promises room for so many bytes
@@ -1478,10 +1469,12 @@ class Flow:
         self.source = source
         self.sink = sink
         self.moved = 0  # bytes that were handed on
-        self.dropped = 0  # bytes that were not, since the sink took nothing any more
         self.rest = buffer[:0]  # read, and not handed on yet
+        self.dropped = 0  # bytes that were read, and never handed on
         self.has_ended = False  # the source has ended its input
         self.is_passed_on = False  # and the sink was told so
+        self.is_refused = False  # the sink takes nothing any more: what is read is dropped
+        self.sink_reset: Optional[PeerReset] = None  # why, if that is a reset; the Relay raises it
         self._buffer = buffer
         self._recv_into = source.recv_into
         self._send = sink.send
@@ -1489,11 +1482,11 @@ class Flow:
     def move(self) -> bool:
         """Read once, unless something is left, and hand it on; PeerReset by the source.
 
-        Return whether the event that it `waits_for` is another one from now on.
+        Return True if the event that it `waits_for` is another one from now on.
         """
         piece = self.rest
-        is_left = len(piece) > 0
-        if not is_left:
+        was_left = len(piece) > 0
+        if not was_left:
             try:
                 count = self._recv_into(self._buffer)
             except BlockingIOError:
@@ -1503,15 +1496,13 @@ class Flow:
                     raise
                 raise PeerReset(self.source, error.errno) from error
             if not count:
-                if self.source.refusal:
-                    raise_reset(self.source)  # if it raises, a reset has ended the input
                 self.has_ended = True
                 return True
             piece = self._buffer[:count]
-        if self.sink.refusal:
+        if self.is_refused:
             self.dropped += len(piece)
             self.rest = piece[:0]
-            return is_left
+            return was_left
         try:
             sent = self._send(piece)
         except BlockingIOError:
@@ -1519,16 +1510,31 @@ class Flow:
         except OSError as error:
             if error.errno in EXHAUSTED:
                 raise
-            self.sink.refusal, sent = error.errno, 0  # the next call drops it
+            self.note_refusal(error.errno)
+            sent = 0  # the next call drops it
         self.moved += sent
         self.rest = piece[sent:]
-        return is_left != (len(self.rest) > 0)
+        return was_left != (len(self.rest) > 0)
 
     def waits_for(self) -> Tuple[int, int]:
         """Return the descriptor and the event of poll(2) that it waits for."""
         if self.rest:
             return self.sink.writes_at, select.POLLOUT
         return self.source.reads_at, select.POLLIN
+
+    def count_undelivered(self) -> int:
+        """Return how many bytes were read and not handed on."""
+        return len(self.rest) + self.dropped
+
+    def note_refusal(self, error_number: Optional[int]) -> None:
+        """Note that the sink takes nothing any more, and why, by the error number of the kernel.
+
+        EPIPE: it had ended its input, and has closed the connection before it had read everything. That
+        counts as an end. Anything else is a reset.
+        """
+        self.is_refused = True
+        if error_number != errno.EPIPE:
+            self.sink_reset = PeerReset(self.sink, error_number)
 
     def pass_end_on(self) -> None:
         """Tell the sink, once, that the source has ended its input."""
@@ -1539,77 +1545,72 @@ class Flow:
 
 
 class Relay:
-    """Carries one connection, both directions, in the thread that calls `carry`.
+    """Carries one connection between a client and the Node (`remote`), in the thread that calls `carry`.
 
-    What one side sends is handed on at once; while the other side takes nothing, no more is read. The Node
-    ends both directions as soon as it reads the end of either, so an end of input is passed on as follows:
+    What one side sends is handed on at once; while the other side takes nothing, no more is read. There are
+    up to three steps:
 
-    - the Node's: at once. The client is let go once nothing that it sends has been handed on for
-      QUIET_SECONDS.
-    - the client's: at once if it is gone, that is, has closed the connection (`is_gone`). If it still
-      listens, it is passed on once nothing has moved for QUIET_SECONDS: earlier, the Node would cut the
-      answer off.
+    1. `_carry_both`, while both sides are open.
+    2. `_await_answer`, once the client has ended its input. The Node ends both directions as soon as it reads
+       the end of either, and would cut the answer off. So the end is passed on only when nothing has moved
+       for QUIET_SECONDS.
+    3. `_end_client`, once the Node has ended the connection: the client may go on until nothing has moved for
+       QUIET_SECONDS. Or `_end_remote`, once the client is gone (`is_gone`), that is, has closed it.
 
-    So a connection has up to three steps: `_carry`, while both sides are open; `_await_answer`, once the
-    client has ended its input; `_end_client`, once the Node has ended.
+    what happens                    on_end      the client sees            the Node sees
+    the Node ends the connection    True (1)    an end                     -
+    the client is gone              -           -                          an end; see `await_end`
+    the client resets it            -           -                          a reset, once it took what it can
+    the Node resets it              True        a reset, behind the rest   -
+    `stop`, a dead path, an error   False       a reset (2)                a reset
 
-    A reset by one side, PeerReset, becomes a reset for the other. It is found
-
-    - by a read, which raises it;
-    - by a write, which notes it (Leg.refusal): the client's is raised at once, the Node's when what it had
-      sent before is read (raise_reset);
-    - by `_check_legs`, where a client is not read.
-
-    Linux reports a reset behind an end of input as EPIPE. That counts as an end: the client has closed
-    the connection before it had read everything, and what it had sent is handed on.
-
-    `on_end` is called before the client sees that the Node or we have ended the connection, unless the
-    client's end came first and the Node did not reset. `stop`, from another thread, ends it with resets.
-
-    Afterwards the client is closed, and so is `remote`, unless `is_awaited`: then see `await_end`.
+    on_end(by_node) is called before the client sees that. (1) But not if the client has ended it first.
+    (2) If the client has seen the Node's end already, on_end is not called, and it is closed as after that.
     """
 
     def __init__(self, client: Any, remote: Leg, buffers: Buffers, is_gone: Callable[[], bool],
-                 on_end: Callable[[], object]) -> None:
+                 on_end: Callable[[bool], object]) -> None:
         self.up = Flow(client, remote, buffers[0])
         self.down = Flow(remote, client, buffers[1])
         self.remote = remote
         self.error: Optional[Exception] = None  # what has broken the connection
-        # the Node has ended it before the client's end was passed on, or has reset it
-        self.remote_ended_first = False
-        self.is_awaited = False  # the client is gone; `remote` is open until the Node has ended it as well
-        self.is_stuck = False  # the client has reset it, and the Node does not take what was sent
+        self.is_awaited = False  # the client is gone, and the Node has yet to end the connection
+        self.is_stuck = False  # the client has reset it, and the Node did not take all that was sent
         self._client = client
         self._is_gone = is_gone
         self._on_end = on_end
         self._is_stopped = False  # the one thing here that another thread sets
-        self._counted = (-1, -1)  # bytes moved when _is_quiet looked last
+        self._counted = (-1, -1)  # bytes moved, when _is_quiet was called last; -1: not yet
         self._quiet_since = 0.0
-        self._waits_anew = True  # _wait_anew is to be called
+        self._poller: Any = None  # None: what the directions wait for has changed
         self._waiting: Dict[int, List[Flow]] = {}  # by descriptor
-        self._poller = select.poll()
 
     def stop(self) -> None:
-        """Have the connection end soon, with resets."""
+        """Have the connection end soon, with resets; called by another thread."""
         self._is_stopped = True
 
     def carry(self) -> None:
         """Return once the connection is over for the client. Whatever fails ends this connection alone."""
-        up, down = self.up, self.down
         try:
-            self._carry()
+            self._carry_both()
+            if not self.down.has_ended:
+                self._await_answer()
+            if self.down.has_ended:
+                self._end_client()
+            else:
+                self._end_remote()
         except Exception as error:
             self.error = error
+            reset_by = error.leg if isinstance(error, PeerReset) else None
             with contextlib.suppress(Exception):
-                self._settle(error)
-        # in order if it was told the end, and has ended itself or lost nothing
-        is_complete = down.is_passed_on and (up.has_ended or not (up.rest or self.remote.refusal))
-        self._client.close(reset=not is_complete)
-        if not self.is_awaited:
-            self.remote.close(reset=self.error is not None or not up.has_ended)
+                if reset_by is self._client:
+                    self._await_delivery()
+                elif not self.down.is_passed_on:
+                    self._on_end(reset_by is self.remote)
+        self._close()
 
     def await_end(self, seconds: float, is_stopped: Callable[[], bool]) -> bool:
-        """Once the client is gone: wait for the Node to end the connection as well (or for a dead path).
+        """If it `is_awaited`: wait for that end (or for a dead path). The caller closes `remote` afterwards.
 
         What still comes is dropped. False if it `is_stopped`, or `seconds` after everything was acknowledged.
         """
@@ -1626,71 +1627,72 @@ class Relay:
             return isinstance(error, PeerReset)
         return True
 
-    def _carry(self) -> None:
+    # The steps of carry
+
+    def _carry_both(self) -> None:
+        """Hand on what both sides send, until one of them ends."""
         up, down = self.up, self.down
         while not (up.has_ended or down.has_ended):
             self._move()
-            if self._client.refusal:
-                raise_reset(self._client)
-        if not down.has_ended:
-            self._await_answer()
-        # now the Node has ended, or the client is gone
-        if down.has_ended:
-            self._end_client()
-        else:
-            up.pass_end_on()
-            self._client.refusal = errno.EPIPE  # what the Node still sends is dropped
-            self.is_awaited = True
+            if down.sink_reset:
+                raise down.sink_reset
 
     def _await_answer(self) -> None:
         """Pass the client's end of input on once the target is quiet; return once either is gone."""
-        while not (self.down.has_ended or self._client.refusal or self._is_gone()):
+        while not (self.down.has_ended or self.down.is_refused or self._is_gone()):
             self._move(GONE_POLL_SECONDS)
             if self._is_quiet(self.remote):
                 self.up.pass_end_on()
-        if not self.down.has_ended:
-            raise_reset(self._client)
 
     def _end_client(self) -> None:
         """The Node has ended the connection: pass that on, and let the client finish."""
-        # a client that reads no more has ended it first
-        self.remote_ended_first = not (self.up.is_passed_on or self._client.refusal)
-        if self.remote_ended_first:
-            self._on_end()
+        if self.up.sink_reset:  # what came before it has been read by now
+            raise self.up.sink_reset
+        if not (self.up.is_passed_on or self.down.is_refused):  # else the client has ended it first
+            self._on_end(True)
         self.down.pass_end_on()
         # a client may keep its end open for ever, and the session is to carry the next one
         while not (self.up.has_ended or self._is_quiet(self._client)):
             self._move()
 
-    def _settle(self, error: Exception) -> None:
-        """Do what a broken connection needs before its legs are closed."""
-        reset_by = getattr(error, "leg", None)
-        if reset_by is self._client:
-            # let the Node take what it can: our reset will destroy the rest
-            deadline = elapsed_seconds() + QUIET_SECONDS
-            while self.remote.count_unsent() and elapsed_seconds() < deadline and not self._is_stopped:
-                time.sleep(0.02)
-            self.is_stuck = self.remote.count_unsent() > 0
-        else:  # the Node has reset, or we end it: report that before the client sees it
-            self.remote_ended_first = self.remote_ended_first or reset_by is self.remote
-            if not self.down.is_passed_on:
-                self._on_end()
+    def _end_remote(self) -> None:
+        """The client is gone: pass that on, unless it was a reset."""
+        self._check_client()
+        self.up.pass_end_on()
+        self.down.is_refused = True  # what the Node still sends is dropped
+        self.is_awaited = True
+
+    def _await_delivery(self) -> None:
+        """The client has reset it: let the Node take what it can, since our reset will destroy the rest."""
+        deadline = elapsed_seconds() + QUIET_SECONDS
+        while self.remote.count_unsent() and elapsed_seconds() < deadline and not self._is_stopped:
+            time.sleep(0.02)
+        self.is_stuck = self.remote.count_unsent() > 0
+
+    def _close(self) -> None:
+        """Close the legs: in order if all that was meant for that side was handed on, else with a reset."""
+        up = self.up
+        is_upload_cut = not up.has_ended and up.count_undelivered() > 0  # which the client is to see, too
+        self._client.close(reset=is_upload_cut or not self.down.is_passed_on)
+        if not self.is_awaited:
+            self.remote.close(reset=self.error is not None or not up.has_ended)
+
+    # What they share
 
     def _move(self, seconds: float = TICK_SECONDS) -> None:
         """Wait for a direction that can move, so long at most, and move each that can once."""
-        if self._waits_anew:
-            self._wait_anew()
-        ready = self._poller.poll(seconds * 1000)
+        poller = self._poller or self._create_poller()
+        ready = poller.poll(seconds * 1000)
         if self._is_stopped or not ready:
             self._check_legs()
         for descriptor, _ in ready:
             for flow in self._waiting[descriptor]:
                 if flow.move():
-                    self._waits_anew = True
+                    self._poller = None
 
-    def _wait_anew(self) -> None:
+    def _create_poller(self) -> Any:
         """Have poll(2) wait for what the two directions wait for now."""
-        self._poller, self._waiting, self._waits_anew = select.poll(), {}, False
+        self._poller, self._waiting = select.poll(), {}
         masks: Dict[int, int] = {}  # by descriptor: both may wait for one, and a move too early does no harm
         for flow in (self.up, self.down):
             if not flow.has_ended:
@@ -1698,6 +1700,7 @@ class Relay:
                 masks[descriptor] = masks.get(descriptor, 0) | mask
                 self._poller.register(descriptor, masks[descriptor])
                 self._waiting.setdefault(descriptor, []).append(flow)
+        return self._poller
 
     def _check_legs(self) -> None:
         """Raise if the connection is to end, its path is dead, or a client that is not read has reset it."""
@@ -1705,10 +1708,19 @@ class Relay:
             raise ConnectionAbortedError(errno.ECONNABORTED, os.strerror(errno.ECONNABORTED))
         if self._client.is_dead() or self.remote.is_dead():
             raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
-        raise_reset(self._client)
+        self._check_client()
+
+    def _check_client(self) -> None:
+        """Raise a reset by the client that no read has found."""
+        down = self.down
+        error_number = 0 if down.is_refused else self._client.take_error()
+        if error_number:
+            down.note_refusal(error_number)
+        if down.sink_reset:
+            raise down.sink_reset
 
     def _is_quiet(self, receiver: Any) -> bool:
-        """Return whether nothing has moved for QUIET_SECONDS, from the first call on; call it in a loop.
+        """Return whether nothing has moved for QUIET_SECONDS. For a loop: it compares with the last call.
 
         What was sent to `receiver`, a leg, and is still on its way counts as moving.
         """
@@ -2543,7 +2555,7 @@ class Forwarder:
         self._ledger.say(f"connection from {name} to {session.endpoint}")
         began = elapsed_seconds()
         relay = Relay(client[0], remote, buffers, lambda: self._is_gone(client),
-                      lambda: self._ask_about_end(session, relay, began))
+                      lambda by_node: self._ask_about_end(session, by_node, began))
         try:
             with self._changed:
                 carrier.relay = relay
@@ -2571,7 +2583,7 @@ class Forwarder:
             self._ledger.tell_once(f"warning: a connection was not served: {error}", "not served")
         self._count_connection(carrier, 0, 0)
 
-    def _ask_about_end(self, session: MediatedSession, relay: Relay, began: float) -> None:
+    def _ask_about_end(self, session: MediatedSession, by_node: bool, began: float) -> None:
         """Have it found out, beside the work, why a connection is ending: is its session over?"""
         if self._is_closing.is_set():
             return
@@ -2580,7 +2592,7 @@ class Forwarder:
             # if any connection has had one meanwhile the target works: psql's cancel request gets none
             has_answer = self._answered_on >= began or any(each.down.moved for each in self._list_open())
             is_explaining = self._explanation is not None and not self._explanation.done.is_set()
-            if relay.remote_ended_first and not has_answer and not is_explaining:
+            if by_node and not has_answer and not is_explaining:
                 self._explanation = Outcome(lambda: self._explain(session), or_here=False)
 
     def _explain(self, session: MediatedSession) -> None:
@@ -2616,8 +2628,8 @@ class Forwarder:
         def must_leave() -> bool:
             return self._must_leave(carrier.session)
 
-        has_ended = not relay.is_awaited or relay.await_end(QUIET_SECONDS, must_leave)
-        if (has_ended and not relay.is_stuck) or must_leave():
+        has_ended = relay.await_end(QUIET_SECONDS, must_leave) if relay.is_awaited else not relay.is_stuck
+        if has_ended or must_leave():
             return True
         with self._changed:
             carrier.state, self._has_been_stuck = STUCK, True
@@ -3305,7 +3317,7 @@ class Run:
         client = StandardStreams()
         began = elapsed_seconds()
         relay = Relay(client, remote, create_buffers(), lambda: bool(poll_now(client.writes_at, 0)),
-                      lambda: self.explain_end(session, relay))
+                      lambda by_node: self.explain_end(session, relay, by_node))
 
         def carry() -> None:
             relay.carry()
@@ -3343,7 +3355,7 @@ class Run:
                     raise
         carried.result()
 
-    def explain_end(self, session: MediatedSession, relay: Relay) -> None:
+    def explain_end(self, session: MediatedSession, relay: Relay, by_node: bool) -> None:
         """Report why the connection of --stdio ended, before the client sees that: ssh hangs up then."""
         if session.why is None:
             # not ask(): its answer may be older than the end; in a thread: the look-up of a name may hang
@@ -3351,7 +3363,7 @@ class Run:
         if self.ledger.plane.cancel.is_set():  # we have ended it
             return
         error = session.why or describe_failure(relay)
-        if session.why is None and relay.remote_ended_first and not relay.down.moved:
+        if session.why is None and by_node and not relay.down.moved:
             error = PlexctlError(describe_unreachable(self.request))
         if error is not None:
             self.told = error
@@ -3502,7 +3514,7 @@ class Run:
 
 def describe_failure(relay: Relay) -> Optional[PlexctlError]:
     """Return what has broken a connection of --stdio, if anything."""
-    if relay.is_awaited and (not relay.down.moved or relay.down.rest or relay.down.dropped):
+    if relay.is_awaited and (not relay.down.moved or relay.down.count_undelivered()):
         return PlexctlError("cannot write to standard output: nobody reads it")
     if relay.error is None or isinstance(relay.error, PlexctlError):
         return relay.error
