@@ -1552,10 +1552,10 @@ class Relay:
 
     1. `_carry_both`, while both sides are open.
     2. `_await_answer`, once the client has ended its input. The Node ends both directions as soon as it reads
-       the end of either, and would cut the answer off. So the end is passed on only when nothing has moved
-       for QUIET_SECONDS.
-    3. `_end_client`, once the Node has ended the connection: the client may go on until nothing has moved for
-       QUIET_SECONDS. Or `_end_remote`, once the client is gone (`is_gone`), that is, has closed it.
+       the end of either, and would cut the answer off. So it is told only when nothing has moved for
+       QUIET_SECONDS, or the client is gone (`is_gone`), that is, has closed the connection.
+    3. `_end_client`, once the Node has ended the connection. The client may go on until nothing has moved for
+       QUIET_SECONDS. Or `_end_remote`, once the client is gone.
 
     what happens                    on_end      the client sees            the Node sees
     the Node ends the connection    True (1)    an end                     -
@@ -1564,8 +1564,8 @@ class Relay:
     the Node resets it              True        a reset, behind the rest   -
     `stop`, a dead path, an error   False       a reset (2)                a reset
 
-    on_end(by_node) is called before the client sees that. (1) But not if the client has ended it first.
-    (2) If the client has seen the Node's end already, on_end is not called, and it is closed as after that.
+    `on_end` is called, with the value in the table, before the client sees anything. (1) Not if the client
+    has ended first. (2) Neither call nor reset if the client has seen the Node's end already, see `_close`.
     """
 
     def __init__(self, client: Any, remote: Leg, buffers: Buffers, is_gone: Callable[[], bool],
@@ -1610,9 +1610,10 @@ class Relay:
         self._close()
 
     def await_end(self, seconds: float, is_stopped: Callable[[], bool]) -> bool:
-        """If it `is_awaited`: wait for that end (or for a dead path). The caller closes `remote` afterwards.
+        """If it `is_awaited`: wait until the Node ends the connection, too. The caller then closes `remote`.
 
-        What still comes is dropped. False if it `is_stopped`, or `seconds` after everything was acknowledged.
+        What still comes is dropped. A dead path is an end as well. False if it `is_stopped`, or `seconds`
+        after everything was acknowledged.
         """
         acknowledged_on = elapsed_seconds()
         try:
@@ -1691,7 +1692,7 @@ class Relay:
                     self._poller = None
 
     def _create_poller(self) -> Any:
-        """Have poll(2) wait for what the two directions wait for now."""
+        """Create a poller for what the two directions wait for now."""
         self._poller, self._waiting = select.poll(), {}
         masks: Dict[int, int] = {}  # by descriptor: both may wait for one, and a move too early does no harm
         for flow in (self.up, self.down):

@@ -5099,6 +5099,12 @@ def test_a_target_that_ends_without_an_answer_is_told_of_once_but_not_beside_ano
         assert "(--host and --port are as the Node sees them)" in warning
 
 
+def test_a_reset_without_an_answer_means_the_same():
+    with relayed_to(lambda connection, _target: reset_close(connection), direct=True) as running:
+        assert knock(running.address) == ("reset", b"")
+        eventually(lambda: running.said("nothing came back: nothing listens at"))
+
+
 def test_a_connection_without_an_answer_is_no_sign_of_that_beside_one_that_has_had_one_and_left():
     go = threading.Event()
     with relayed_to(on_request(e=echo, w=lambda *_: go.wait(20))) as running:
@@ -6620,6 +6626,7 @@ def test_a_reader_that_pauses_does_not_keep_stdio_from_sending(make_pipe):
 @pytest.mark.parametrize("why, words, stdin", [
     ("down", "%s:%d" % (HOST, PORT), "stays open"), ("down", "--host and --port", "has ended"),
     ("down", "--host and --port", "stays open, and ssh hangs up at the end"),
+    ("reset", "--host and --port", "stays open"),
     ("revoked", "the session was revoked", "stays open"),
     ("revoked", "the session was revoked", "stays open, and ssh hangs up at the end"),
     ("expired", "the session expired", "stays open")])
@@ -6627,6 +6634,9 @@ def test_stdio_says_why_it_ended_and_exits_1(make_pipe, why, words, stdin):
     with Simulation(early=-5, ttl=1 if why == "expired" else 1800) as simulation:
         if why == "down":
             simulation.target.close()
+        if why == "reset":
+            leave_out_the_node(simulation)
+            simulation.target.serve = lambda connection, _target: reset_close(connection)
         with piped_stdio(simulation, make_pipe) as (process, to_stdin, from_stdout):
             if stdin == "has ended":
                 to_stdin.close()
