@@ -1631,12 +1631,10 @@ class Relay:
     # The steps of carry
 
     def _carry_both(self) -> None:
-        """Hand on what both sides send, until one of them ends."""
+        """Hand on what both sides send, until one of them ends or the client is found to have reset."""
         up, down = self.up, self.down
-        while not (up.has_ended or down.has_ended):
+        while not (up.has_ended or down.has_ended or down.sink_reset):
             self._move()
-            if down.sink_reset:
-                raise down.sink_reset
 
     def _await_answer(self) -> None:
         """Pass the client's end of input on once the target is quiet; return once either is gone."""
@@ -1657,7 +1655,7 @@ class Relay:
             self._move()
 
     def _end_remote(self) -> None:
-        """The client is gone: pass that on, unless it was a reset."""
+        """The client is gone: pass that on; PeerReset if it has reset the connection."""
         self._check_client()
         self.up.pass_end_on()
         self.down.is_refused = True  # what the Node still sends is dropped

@@ -4169,6 +4169,37 @@ def test_a_client_that_resets_just_as_the_target_sends_is_no_clean_end_for_the_t
         assert heard == ["reset"]
 
 
+def test_a_client_that_resets_is_noticed_also_where_the_target_sends_on_and_reads_nothing():
+    def send_on(connection, _target):
+        with contextlib.suppress(OSError):
+            while True:
+                connection.sendall(b"more")
+                let_pass(0.01)
+
+    with relayed_to(send_on) as running, dial(running.address) as client:
+        fill(client)
+        reset_close(client)
+        eventually(lambda: running.count().open == 0)
+
+
+@pytest.mark.skipif(not LINUX, reason="elsewhere the error is another one")
+def test_a_client_that_has_seen_the_end_and_loses_what_it_sends_is_reset():
+    def end_and_forget(connection, _target):
+        connection.shutdown(socket.SHUT_WR)
+        has_seen.wait(20)
+        reset_close(connection)
+        let_pass(0.1)  # or what the client sends may overtake it
+        is_gone.set()
+
+    has_seen, is_gone = threading.Event(), threading.Event()
+    with relayed_to(end_and_forget, direct=True, QUIET_SECONDS=1) as running, dial(running.address) as client:
+        assert how_it_ends(client) == ("eof", b"")
+        has_seen.set()
+        assert is_gone.wait(20)
+        client.sendall(b"more")
+        assert eventually(lambda: client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)) == errno.EPIPE
+
+
 @pytest.mark.parametrize("words, half_close", [(b"", False), (b"error: too big", False), (b"error", True)],
                          ids=["no words", "while it sends", "after its end"])
 def test_last_words_before_a_reset_arrive_and_the_reset_too(words, half_close):
