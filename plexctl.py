@@ -1582,7 +1582,7 @@ class Relay:
         self._is_stopped = False  # the one thing here that another thread sets
         self._counted = (-1, -1)  # bytes moved, when _is_quiet was called last; -1: not yet
         self._quiet_since = 0.0
-        self._poller: Any = None  # None: what the directions wait for has changed
+        self._poller: Any = None  # None once what the directions wait for has changed
         self._waiting: Dict[int, List[Flow]] = {}  # by descriptor
 
     def stop(self) -> None:
