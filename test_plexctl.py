@@ -4192,7 +4192,7 @@ def test_a_client_that_has_seen_the_end_and_loses_what_it_sends_is_reset():
         is_gone.set()
 
     has_seen, is_gone = threading.Event(), threading.Event()
-    with relayed_to(end_and_forget, direct=True, QUIET_SECONDS=1) as running, dial(running.address) as client:
+    with relayed_to(end_and_forget, direct=True) as running, dial(running.address) as client:
         assert how_it_ends(client) == ("eof", b"")
         has_seen.set()
         assert is_gone.wait(20)
@@ -5131,8 +5131,9 @@ def test_a_target_that_ends_without_an_answer_is_told_of_once_but_not_beside_ano
 
 
 def test_a_reset_without_an_answer_means_the_same():
-    with relayed_to(lambda connection, _target: reset_close(connection), direct=True) as running:
-        assert knock(running.address) == ("reset", b"")
+    with relayed_to(resetter(5), direct=True) as running, dial(running.address) as client:
+        client.sendall(b"hello")
+        assert how_it_ends(client) == ("reset", b"")
         eventually(lambda: running.said("nothing came back: nothing listens at"))
 
 
@@ -6667,12 +6668,13 @@ def test_stdio_says_why_it_ended_and_exits_1(make_pipe, why, words, stdin):
             simulation.target.close()
         if why == "reset":
             leave_out_the_node(simulation)
-            simulation.target.serve = lambda connection, _target: reset_close(connection)
+            simulation.target.serve = resetter(5)
         with piped_stdio(simulation, make_pipe) as (process, to_stdin, from_stdout):
             if stdin == "has ended":
                 to_stdin.close()
-            if why == "revoked":
+            if why in ("revoked", "reset"):
                 to_stdin.write(b"hello")
+            if why == "revoked":
                 assert from_stdout.read(5) == b"hello"
                 simulation.plane.revoke(simulation.plane.issued[0])  # the Node ends the connection
             assert from_stdout.read(1) == b""
