@@ -1312,6 +1312,12 @@ def set_leg_options(sock: socket.socket) -> None:
             sock.setsockopt(level, getattr(socket, name), value)
 
 
+def set_linger(sock: socket.socket, option: bytes) -> None:
+    """Set whether close() resets the connection (RESET_ON_CLOSE) or ends it in order (END_ON_CLOSE)."""
+    with contextlib.suppress(OSError):  # macOS, once both directions have ended
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, option)
+
+
 def is_connected(sock: socket.socket) -> bool:
     """Return False after a reset, even if its error was read before."""
     try:
@@ -1329,13 +1335,6 @@ class PeerReset(ConnectionError):
         self.leg = leg
 
 
-def raise_reset(leg: Any) -> None:
-    """Raise PeerReset for a reset by the other end of `leg` that no read has found; EPIPE is none."""
-    leg.refusal = leg.refusal or leg.take_error()
-    if leg.refusal not in (0, errno.EPIPE):
-        raise PeerReset(leg, leg.refusal)
-
-
 class Leg:
     """One end of a connection: a non-blocking socket; TCP closes with a reset unless told otherwise."""
 
@@ -1346,7 +1345,6 @@ class Leg:
         self.recv_into = sock.recv_into
         self.send = sock.send
         self.reads_at = self.writes_at = sock.fileno()  # for poll(2)
-        self.refusal = 0  # why it takes nothing any more: the error number of a write; 0: it takes more
         self._is_linux_tcp = ON_LINUX and sock.family != socket.AF_UNIX
 
     def end(self) -> None:
@@ -1381,25 +1379,28 @@ class Leg:
     def close(self, reset: bool = True) -> None:
         """Close it, with a reset for the peer or in order."""
         if not reset:
-            with contextlib.suppress(OSError):  # macOS, once both directions have ended
-                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, END_ON_CLOSE)
+            set_linger(self.sock, END_ON_CLOSE)
         self.sock.close()
 
 
 class StandardStreams:
-    """Descriptors 0 and 1 as the client's leg: pipes, files or a terminal.
+    """Descriptors 0 and 1 as the client's leg: pipes, files, a terminal, or a socket (inetd, socat).
 
     Their file status flags stay as they are, since they may be somebody's terminal: a blocking
-    descriptor gets no more than poll(2) says that it takes. Unlike a Leg's, a write that fails raises
-    PlexctlError, which ends the connection at once.
+    descriptor gets no more than it takes at once. A write that fails raises PlexctlError, which ends the
+    connection at once; on a socket it raises OSError, like a Leg's, and a reset arrives as a reset.
     """
 
     reads_at, writes_at = 0, 1
-    refusal = 0
 
     def __init__(self) -> None:
         # poll(2) promises room for so many bytes
         self._at_once = 128 if os.isatty(1) else select.PIPE_BUF
+        self._sock: Optional[socket.socket] = None  # descriptor 1, if it is a socket
+        if stat.S_ISSOCK(os.fstat(1).st_mode):
+            # AF_UNIX, of whatever family it is: send() and so on do not ask
+            self._sock = socket.fromfd(1, socket.AF_UNIX, socket.SOCK_STREAM)
+            set_linger(self._sock, RESET_ON_CLOSE)
 
     def recv_into(self, buffer: memoryview) -> int:
         """Read standard input; return 0 at its end."""
@@ -1409,7 +1410,9 @@ class StandardStreams:
             return 0
 
     def send(self, piece: memoryview) -> int:
-        """Write to standard output as much as it takes; PlexctlError if that fails."""
+        """Write to standard output as much as it takes."""
+        if self._sock is not None:
+            return self._sock.send(piece, socket.MSG_DONTWAIT)
         try:
             if not poll_now(1, select.POLLOUT):
                 raise BlockingIOError
@@ -1420,8 +1423,8 @@ class StandardStreams:
             raise PlexctlError(f"cannot write to standard output: {show_error(error)}") from error
 
     def take_error(self) -> int:
-        """Return 0: only a read can find a reset."""
-        return 0
+        """Return the error number of a reset that no call has reported yet; 0 for none."""
+        return 0 if self._sock is None else self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
 
     def count_unsent(self) -> int:
         """Return 0: nobody can know."""
@@ -1433,10 +1436,16 @@ class StandardStreams:
 
     def end(self) -> None:
         """Let the reader see the end."""
-        self._let_go(1)
+        if self._sock is not None:
+            self._sock.shutdown(socket.SHUT_WR)
+        else:
+            self._let_go(1)
 
     def close(self, reset: bool = True) -> None:
-        """Let go of both descriptors."""
+        """Let go of both descriptors; a socket is closed with a reset or in order."""
+        if self._sock is not None:
+            set_linger(self._sock, RESET_ON_CLOSE if reset else END_ON_CLOSE)
+            self._sock.close()
         self._let_go(1)
         self._let_go(0)
 
@@ -1444,38 +1453,6 @@ class StandardStreams:
         nowhere = open_nowhere(os.O_RDWR)
         os.dup2(nowhere, descriptor)  # the number stays taken, or the next file would get it
         os.close(nowhere)
-
-
-class StandardSocket(StandardStreams):
-    """The same where descriptor 1 is a socket (inetd, socat): a reset arrives as a reset."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        # AF_UNIX, of whatever family it is: send() and so on do not ask
-        self._sock = socket.fromfd(1, socket.AF_UNIX, socket.SOCK_STREAM)
-        self._set_linger(RESET_ON_CLOSE)
-
-    def send(self, piece: memoryview) -> int:
-        """Send as much as it takes."""
-        return self._sock.send(piece, socket.MSG_DONTWAIT)
-
-    def take_error(self) -> int:
-        """Return the error number of a reset that no call has reported yet; 0 for none."""
-        return self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-
-    def end(self) -> None:
-        """Send the end of input (half-close)."""
-        self._sock.shutdown(socket.SHUT_WR)
-
-    def close(self, reset: bool = True) -> None:
-        """Close it, with a reset for the peer or in order."""
-        self._set_linger(RESET_ON_CLOSE if reset else END_ON_CLOSE)
-        self._sock.close()
-        super().close()
-
-    def _set_linger(self, option: bytes) -> None:
-        with contextlib.suppress(OSError):  # macOS, once the peer is gone
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, option)
 
 
 Buffers = Tuple[memoryview, memoryview]
@@ -1496,10 +1473,12 @@ class Flow:
         self.source = source
         self.sink = sink
         self.moved = 0  # bytes that were handed on
-        self.dropped = 0  # bytes that were not, since the sink took nothing any more
         self.rest = buffer[:0]  # read, and not handed on yet
+        self.dropped = 0  # bytes that were read, and never handed on
         self.has_ended = False  # the source has ended its input
         self.is_passed_on = False  # and the sink was told so
+        self.is_refused = False  # the sink takes nothing any more: what is read is dropped
+        self.sink_reset: Optional[PeerReset] = None  # why, if that is a reset; the Relay raises it
         self._buffer = buffer
         self._recv_into = source.recv_into
         self._send = sink.send
@@ -1507,11 +1486,11 @@ class Flow:
     def move(self) -> bool:
         """Read once, unless something is left, and hand it on; PeerReset by the source.
 
-        Return whether the event that it `waits_for` is another one from now on.
+        Return True if the event that it `waits_for` is another one from now on.
         """
         piece = self.rest
-        is_left = len(piece) > 0
-        if not is_left:
+        was_left = len(piece) > 0
+        if not was_left:
             try:
                 count = self._recv_into(self._buffer)
             except BlockingIOError:
@@ -1521,15 +1500,13 @@ class Flow:
                     raise
                 raise PeerReset(self.source, error.errno) from error
             if not count:
-                if self.source.refusal:
-                    raise_reset(self.source)  # if it raises, a reset has ended the input
                 self.has_ended = True
                 return True
             piece = self._buffer[:count]
-        if self.sink.refusal:
+        if self.is_refused:
             self.dropped += len(piece)
             self.rest = piece[:0]
-            return is_left
+            return was_left
         try:
             sent = self._send(piece)
         except BlockingIOError:
@@ -1537,16 +1514,31 @@ class Flow:
         except OSError as error:
             if error.errno in EXHAUSTED:
                 raise
-            self.sink.refusal, sent = error.errno, 0  # the next call drops it
+            self.note_refusal(error.errno)
+            sent = 0  # the next call drops it
         self.moved += sent
         self.rest = piece[sent:]
-        return is_left != (len(self.rest) > 0)
+        return was_left != (len(self.rest) > 0)
 
     def waits_for(self) -> Tuple[int, int]:
         """Return the descriptor and the event of poll(2) that it waits for."""
         if self.rest:
             return self.sink.writes_at, select.POLLOUT
         return self.source.reads_at, select.POLLIN
+
+    def count_undelivered(self) -> int:
+        """Return how many bytes were read and not handed on."""
+        return len(self.rest) + self.dropped
+
+    def note_refusal(self, error_number: Optional[int]) -> None:
+        """Note that the sink takes nothing any more, and why, by the error number of the kernel.
+
+        EPIPE: it had ended its input, and has closed the connection before it had read everything. That
+        counts as an end. Anything else is a reset.
+        """
+        self.is_refused = True
+        if error_number != errno.EPIPE:
+            self.sink_reset = PeerReset(self.sink, error_number)
 
     def pass_end_on(self) -> None:
         """Tell the sink, once, that the source has ended its input."""
@@ -1557,82 +1549,78 @@ class Flow:
 
 
 class Relay:
-    """Carries one connection, both directions, in the thread that calls `carry`.
+    """Carries one connection between a client and the Node (`remote`), in the thread that calls `carry`.
 
-    What one side sends is handed on at once; while the other side takes nothing, no more is read. The Node
-    ends both directions as soon as it reads the end of either, so an end of input is passed on as follows:
+    What one side sends is handed on at once; while the other side takes nothing, no more is read. There are
+    up to three steps:
 
-    - the Node's: at once. The client is let go once nothing that it sends has been handed on for
-      QUIET_SECONDS.
-    - the client's: at once if it is gone, that is, has closed the connection (`is_gone`). If it still
-      listens, it is passed on once nothing has moved for QUIET_SECONDS: earlier, the Node would cut the
-      answer off.
+    1. `_carry_both`, while both sides are open.
+    2. `_await_answer`, once the client has ended its input. The Node ends both directions as soon as it reads
+       the end of either, and would cut the answer off. So it is told only when nothing has moved for
+       QUIET_SECONDS, or the client is gone (`is_gone`), that is, has closed the connection.
+    3. `_end_client`, once the Node has ended the connection. The client may go on until nothing has moved for
+       QUIET_SECONDS. Or `_end_remote`, once the client is gone.
 
-    So a connection has up to three steps: `_carry`, while both sides are open; `_await_answer`, once the
-    client has ended its input; `_end_client`, once the Node has ended.
+    what happens                    on_end      the client sees            the Node sees
+    the Node ends the connection    True (1)    an end                     -
+    the client is gone              -           -                          an end; see `await_end`
+    the client resets it            -           -                          a reset, once it took what it can
+    the Node resets it              True        a reset, behind the rest   -
+    `stop`, a dead path, an error   False       a reset (2)                a reset
 
-    A reset by one side, PeerReset, becomes a reset for the other. It is found
-
-    - by a read, which raises it;
-    - by a write, which notes it (Leg.refusal): the client's is raised at once, the Node's when what it had
-      sent before is read (raise_reset);
-    - by `_check_legs`, where a client is not read.
-
-    Linux reports a reset behind an end of input as EPIPE. That counts as an end: the client has closed
-    the connection before it had read everything, and what it had sent is handed on.
-
-    `on_end` is called before the client sees that the Node or we have ended the connection, unless the
-    client's end came first and the Node did not reset. `pace` is called before each wait, and returns how
-    long that may last. `stop`, from another thread, ends it with resets.
-
-    Afterwards the client is closed, and so is `remote`, unless `is_awaited`: then see `await_end`.
+    `on_end` is called, with the value in the table, before the client sees anything. (1) Not if the client
+    has ended first. (2) Neither call nor reset if the client has seen the Node's end already, see `_close`.
+    `pace` is called before each wait, and returns how long that may last.
     """
 
     def __init__(self, client: Any, remote: Leg, buffers: Buffers, is_gone: Callable[[], bool],
-                 on_end: Callable[[], object],
+                 on_end: Callable[[bool], object],
                  pace: Callable[[float], float] = lambda seconds: seconds) -> None:
         self.up = Flow(client, remote, buffers[0])
         self.down = Flow(remote, client, buffers[1])
         self.remote = remote
         self.error: Optional[Exception] = None  # what has broken the connection
-        # the Node has ended it before the client's end was passed on, or has reset it
-        self.remote_ended_first = False
-        self.is_awaited = False  # the client is gone; `remote` is open until the Node has ended it as well
-        self.is_stuck = False  # the client has reset it, and the Node does not take what was sent
+        self.is_awaited = False  # the client is gone, and the Node has yet to end the connection
+        self.is_stuck = False  # the client has reset it, and the Node did not take all that was sent
         self._client = client
         self._is_gone = is_gone
         self._on_end = on_end
         self._pace = pace
         self._is_stopped = False  # the one thing here that another thread sets
-        self._counted = (-1, -1)  # bytes moved when _is_quiet looked last
+        self._counted = (-1, -1)  # bytes moved, when _is_quiet was called last; -1: not yet
         self._quiet_since = 0.0
-        self._waits_anew = True  # _wait_anew is to be called
+        self._poller: Any = None  # None once what the directions wait for has changed
         self._waiting: Dict[int, List[Flow]] = {}  # by descriptor
-        self._poller = select.poll()
 
     def stop(self) -> None:
-        """Have the connection end soon, with resets."""
+        """Have the connection end soon, with resets; called by another thread."""
         self._is_stopped = True
 
     def carry(self) -> None:
         """Return once the connection is over for the client. Whatever fails ends this connection alone."""
-        up, down = self.up, self.down
         try:
-            self._carry()
+            self._carry_both()
+            if not self.down.has_ended:
+                self._await_answer()
+            if self.down.has_ended:
+                self._end_client()
+            else:
+                self._end_remote()
         except Exception as error:
             self.error = error
+            reset_by = error.leg if isinstance(error, PeerReset) else None
             with contextlib.suppress(Exception):
-                self._settle(error)
-        # in order if it was told the end, and has ended itself or lost nothing
-        is_complete = down.is_passed_on and (up.has_ended or not (up.rest or self.remote.refusal))
-        self._client.close(reset=not is_complete)
-        if not self.is_awaited:
-            self.remote.close(reset=self.error is not None or not up.has_ended)
+                if reset_by is self._client:
+                    self._await_delivery()
+                elif not self.down.is_passed_on:
+                    self._on_end(reset_by is self.remote)
+        self._close()
 
     def await_end(self, seconds: float, is_stopped: Callable[[], bool]) -> bool:
-        """Once the client is gone: wait for the Node to end the connection as well (or for a dead path).
+        """If it `is_awaited`: wait until the Node ends the connection, too. The caller then closes `remote`.
 
-        What still comes is dropped. False if it `is_stopped`, or `seconds` after everything was acknowledged.
+        What still comes is dropped. A dead path is an end as well. False if it `is_stopped`, or `seconds`
+        after everything was acknowledged.
         """
         acknowledged_on = elapsed_seconds()
         try:
@@ -1647,71 +1635,70 @@ class Relay:
             return isinstance(error, PeerReset)
         return True
 
-    def _carry(self) -> None:
+    # The steps of carry
+
+    def _carry_both(self) -> None:
+        """Hand on what both sides send, until one of them ends or the client is found to have reset."""
         up, down = self.up, self.down
-        while not (up.has_ended or down.has_ended):
+        while not (up.has_ended or down.has_ended or down.sink_reset):
             self._move()
-            if self._client.refusal:
-                raise_reset(self._client)
-        if not down.has_ended:
-            self._await_answer()
-        # now the Node has ended, or the client is gone
-        if down.has_ended:
-            self._end_client()
-        else:
-            up.pass_end_on()
-            self._client.refusal = errno.EPIPE  # what the Node still sends is dropped
-            self.is_awaited = True
 
     def _await_answer(self) -> None:
         """Pass the client's end of input on once the target is quiet; return once either is gone."""
-        while not (self.down.has_ended or self._client.refusal or self._is_gone()):
+        while not (self.down.has_ended or self.down.is_refused or self._is_gone()):
             self._move(GONE_POLL_SECONDS)
             if self._is_quiet(self.remote):
                 self.up.pass_end_on()
-        if not self.down.has_ended:
-            raise_reset(self._client)
 
     def _end_client(self) -> None:
         """The Node has ended the connection: pass that on, and let the client finish."""
-        # a client that reads no more has ended it first
-        self.remote_ended_first = not (self.up.is_passed_on or self._client.refusal)
-        if self.remote_ended_first:
-            self._on_end()
+        if self.up.sink_reset:  # what came before it has been read by now
+            raise self.up.sink_reset
+        if not (self.up.is_passed_on or self.down.is_refused):  # else the client has ended it first
+            self._on_end(True)
         self.down.pass_end_on()
         # a client may keep its end open for ever, and the session is to carry the next one
         while not (self.up.has_ended or self._is_quiet(self._client)):
             self._move()
 
-    def _settle(self, error: Exception) -> None:
-        """Do what a broken connection needs before its legs are closed."""
-        reset_by = getattr(error, "leg", None)
-        if reset_by is self._client:
-            # let the Node take what it can: our reset will destroy the rest
-            deadline = elapsed_seconds() + QUIET_SECONDS
-            while self.remote.count_unsent() and elapsed_seconds() < deadline and not self._is_stopped:
-                time.sleep(self._pace(0.02))
-            self.is_stuck = self.remote.count_unsent() > 0
-        else:  # the Node has reset, or we end it: report that before the client sees it
-            self.remote_ended_first = self.remote_ended_first or reset_by is self.remote
-            if not self.down.is_passed_on:
-                self._on_end()
+    def _end_remote(self) -> None:
+        """The client is gone: pass that on; PeerReset if it has reset the connection."""
+        self._check_client()
+        self.up.pass_end_on()
+        self.down.is_refused = True  # what the Node still sends is dropped
+        self.is_awaited = True
+
+    def _await_delivery(self) -> None:
+        """The client has reset it: let the Node take what it can, since our reset will destroy the rest."""
+        deadline = elapsed_seconds() + QUIET_SECONDS
+        while self.remote.count_unsent() and elapsed_seconds() < deadline and not self._is_stopped:
+            time.sleep(self._pace(0.02))
+        self.is_stuck = self.remote.count_unsent() > 0
+
+    def _close(self) -> None:
+        """Close the legs: in order if all that was meant for that side was handed on, else with a reset."""
+        up = self.up
+        is_upload_cut = not up.has_ended and up.count_undelivered() > 0  # which the client is to see, too
+        self._client.close(reset=is_upload_cut or not self.down.is_passed_on)
+        if not self.is_awaited:
+            self.remote.close(reset=self.error is not None or not up.has_ended)
+
+    # What they share
 
     def _move(self, seconds: float = TICK_SECONDS) -> None:
         """Wait for a direction that can move, so long at most, and move each that can once."""
-        if self._waits_anew:
-            self._wait_anew()
-        ready = self._poller.poll(self._pace(seconds) * 1000)
+        poller = self._poller or self._create_poller()
+        ready = poller.poll(self._pace(seconds) * 1000)
         if self._is_stopped or not ready:
             self._check_legs()
         for descriptor, _ in ready:
             for flow in self._waiting[descriptor]:
                 if flow.move():
-                    self._waits_anew = True
+                    self._poller = None
 
-    def _wait_anew(self) -> None:
-        """Have poll(2) wait for what the two directions wait for now."""
-        self._poller, self._waiting, self._waits_anew = select.poll(), {}, False
+    def _create_poller(self) -> Any:
+        """Create a poller for what the two directions wait for now."""
+        self._poller, self._waiting = select.poll(), {}
         masks: Dict[int, int] = {}  # by descriptor: both may wait for one, and a move too early does no harm
         for flow in (self.up, self.down):
             if not flow.has_ended:
@@ -1719,6 +1706,7 @@ class Relay:
                 masks[descriptor] = masks.get(descriptor, 0) | mask
                 self._poller.register(descriptor, masks[descriptor])
                 self._waiting.setdefault(descriptor, []).append(flow)
+        return self._poller
 
     def _check_legs(self) -> None:
         """Raise if the connection is to end, its path is dead, or a client that is not read has reset it."""
@@ -1726,10 +1714,19 @@ class Relay:
             raise ConnectionAbortedError(errno.ECONNABORTED, os.strerror(errno.ECONNABORTED))
         if self._client.is_dead() or self.remote.is_dead():
             raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
-        raise_reset(self._client)
+        self._check_client()
+
+    def _check_client(self) -> None:
+        """Raise a reset by the client that no read has found."""
+        down = self.down
+        error_number = 0 if down.is_refused else self._client.take_error()
+        if error_number:
+            down.note_refusal(error_number)
+        if down.sink_reset:
+            raise down.sink_reset
 
     def _is_quiet(self, receiver: Any) -> bool:
-        """Return whether nothing has moved for QUIET_SECONDS, from the first call on; call it in a loop.
+        """Return whether nothing has moved for QUIET_SECONDS. For a loop: it compares with the last call.
 
         What was sent to `receiver`, a leg, and is still on its way counts as moving.
         """
@@ -2455,7 +2452,7 @@ class Carrier:
         name = "a local process" if forwarder.local.path else join_host_port(*client.address[:2])
         forwarder.ledger.say(f"connection from {name} to {self.session.endpoint}")
         relay = Relay(client, remote, buffers, lambda: forwarder.listener.is_gone(client),
-                      lambda: forwarder.ask_about_end(self, relay), self._pace)
+                      lambda by_node: forwarder.ask_about_end(self, by_node), self._pace)
         try:
             with forwarder.lock:
                 self.relay = relay
@@ -2498,8 +2495,9 @@ class Carrier:
         session is not used again, since nobody sees when the Node has ended a connection that was reset.
         """
         forwarder = self._forwarder
-        has_ended = not relay.is_awaited or relay.await_end(QUIET_SECONDS, self.must_leave)
-        if (has_ended and not relay.is_stuck) or self.must_leave():
+        has_ended = (relay.await_end(QUIET_SECONDS, self.must_leave) if relay.is_awaited
+                     else not relay.is_stuck)
+        if has_ended or self.must_leave():
             return True
         with forwarder.lock:
             self.state, forwarder.has_been_stuck = STUCK, True
@@ -2675,7 +2673,7 @@ class Forwarder:
             ended = self._ended
             self._ended = ended._replace(ended=ended.ended + 1, up=ended.up + up, down=ended.down + down)
 
-    def ask_about_end(self, carrier: Carrier, relay: Relay) -> None:
+    def ask_about_end(self, carrier: Carrier, by_node: bool) -> None:
         """Have it found out, beside the work, why a connection is ending: is its session over?"""
         if self.is_closing.is_set():
             return
@@ -2685,7 +2683,7 @@ class Forwarder:
             has_answer = (self._answered_on >= carrier.taken_on
                           or any(each.down.moved for each in self._list_open()))
             is_explaining = self._explanation is not None and not self._explanation.done.is_set()
-            if relay.remote_ended_first and not has_answer and not is_explaining:
+            if by_node and not has_answer and not is_explaining:
                 self._explanation = Outcome(lambda: self._explain(carrier.session), or_here=False)
 
     def dismiss(self, carrier: Carrier) -> None:
@@ -3376,10 +3374,10 @@ class Run:
         """--stdio: carry one connection over descriptors 0 and 1."""
         session, cancel = self.establish(self.issue_one), self.ledger.plane.cancel
         remote = self.foreground.call(lambda: session.dial(cancel.is_set))
-        client = StandardSocket() if stat.S_ISSOCK(os.fstat(1).st_mode) else StandardStreams()
+        client = StandardStreams()
         began = elapsed_seconds()
         relay = Relay(client, remote, create_buffers(), lambda: bool(poll_now(client.writes_at, 0)),
-                      lambda: self.explain_end(session, relay))
+                      lambda by_node: self.explain_end(session, relay, by_node))
 
         def carry() -> None:
             relay.carry()
@@ -3418,14 +3416,14 @@ class Run:
                     raise
         carried.result()
 
-    def explain_end(self, session: MediatedSession, relay: Relay) -> None:
+    def explain_end(self, session: MediatedSession, relay: Relay, by_node: bool) -> None:
         """Report why the connection of --stdio ended, before the client sees that: ssh hangs up then."""
         if session.why is None:
             session.ask(ASK_LIMIT_SECONDS, afresh=True)  # an answer from before the end says nothing
         if self.ledger.plane.cancel.is_set():  # we have ended it
             return
         error = session.why or describe_failure(relay)
-        if session.why is None and relay.remote_ended_first and not relay.down.moved:
+        if session.why is None and by_node and not relay.down.moved:
             error = PlexctlError(describe_unreachable(self.request))
         if error is not None:
             self.told = error
@@ -3576,7 +3574,7 @@ class Run:
 
 def describe_failure(relay: Relay) -> Optional[PlexctlError]:
     """Return what has broken a connection of --stdio, if anything."""
-    if relay.is_awaited and (not relay.down.moved or relay.down.rest or relay.down.dropped):
+    if relay.is_awaited and (not relay.down.moved or relay.down.count_undelivered()):
         return PlexctlError("cannot write to standard output: nobody reads it")
     if relay.error is None or isinstance(relay.error, PlexctlError):
         return relay.error

@@ -217,6 +217,14 @@ def sink(connection, _target):
     connection.sendall(hashlib.sha256(b"".join(chunks(connection))).digest())
 
 
+def resetter(after_bytes):
+    """A service that reads so many bytes, then resets the connection; `ends` does not list it."""
+    def serve(connection, _target):
+        connection.recv(after_bytes, socket.MSG_WAITALL)
+        reset_close(connection)
+    return serve
+
+
 def reset_close(connection):
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
     connection.close()
@@ -4077,6 +4085,37 @@ def test_a_client_that_resets_just_as_the_target_sends_is_no_clean_end_for_the_t
         assert heard == ["reset"]
 
 
+def test_a_client_that_resets_is_noticed_also_where_the_target_sends_on_and_reads_nothing():
+    def send_on(connection, _target):
+        with contextlib.suppress(OSError):
+            while True:
+                connection.sendall(b"more")
+                let_pass(0.01)
+
+    with relayed_to(send_on) as running, dial(running.address) as client:
+        fill(client)
+        reset_close(client)
+        eventually(lambda: running.count().open == 0)
+
+
+@pytest.mark.skipif(not LINUX, reason="elsewhere the error is another one")
+def test_a_client_that_has_seen_the_end_and_loses_what_it_sends_is_reset():
+    def end_and_forget(connection, _target):
+        connection.shutdown(socket.SHUT_WR)
+        has_seen.wait(20)
+        reset_close(connection)
+        let_pass(0.1)  # or what the client sends may overtake it
+        is_gone.set()
+
+    has_seen, is_gone = threading.Event(), threading.Event()
+    with relayed_to(end_and_forget, direct=True) as running, dial(running.address) as client:
+        assert how_it_ends(client) == ("eof", b"")
+        has_seen.set()
+        assert is_gone.wait(20)
+        client.sendall(b"more")
+        assert eventually(lambda: client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)) == errno.EPIPE
+
+
 @pytest.mark.parametrize("words, half_close", [(b"", False), (b"error: too big", False), (b"error", True)],
                          ids=["no words", "while it sends", "after its end"])
 def test_last_words_before_a_reset_arrive_and_the_reset_too(words, half_close):
@@ -4929,6 +4968,13 @@ def test_a_target_that_ends_without_an_answer_is_told_of_once_but_not_beside_ano
         warning, = running.lines
         assert "nothing came back: nothing listens at %s:%d" % (HOST, PORT) in warning
         assert "(--host and --port are as the Node sees them)" in warning
+
+
+def test_a_reset_without_an_answer_means_the_same():
+    with relayed_to(resetter(5), direct=True) as running, dial(running.address) as client:
+        client.sendall(b"hello")
+        assert how_it_ends(client) == ("reset", b"")
+        eventually(lambda: running.said("nothing came back: nothing listens at"))
 
 
 @pytest.mark.parametrize("ends_first", ["the one with an answer", "the one without"])
@@ -6434,6 +6480,7 @@ def test_a_reader_that_pauses_does_not_keep_stdio_from_sending(make_pipe):
 @pytest.mark.parametrize("why, words, stdin", [
     ("down", "%s:%d" % (HOST, PORT), "stays open"), ("down", "--host and --port", "has ended"),
     ("down", "--host and --port", "stays open, and ssh hangs up at the end"),
+    ("reset", "--host and --port", "stays open"),
     ("revoked", "the session was revoked", "stays open"),
     ("revoked", "the session was revoked", "stays open, and ssh hangs up at the end"),
     ("expired", "the session expired", "stays open")])
@@ -6441,11 +6488,15 @@ def test_stdio_says_why_it_ended_and_exits_1(make_pipe, why, words, stdin):
     with Simulation(early=-5, ttl=1 if why == "expired" else 1800) as simulation:
         if why == "down":
             simulation.target.close()
+        if why == "reset":
+            leave_out_the_node(simulation)
+            simulation.target.serve = resetter(5)
         with piped_stdio(simulation, make_pipe) as (process, to_stdin, from_stdout):
             if stdin == "has ended":
                 to_stdin.close()
-            if why == "revoked":
+            if why in ("revoked", "reset"):
                 to_stdin.write(b"hello")
+            if why == "revoked":
                 assert from_stdout.read(5) == b"hello"
                 simulation.plane.revoke(simulation.plane.issued[0])  # the Node ends the connection
             assert from_stdout.read(1) == b""
