@@ -1295,6 +1295,7 @@ TICK_SECONDS = 0.2  # a thread that waits looks around this often
 QUIET_SECONDS = 2.0  # of silence, see Relay
 GONE_POLL_SECONDS = 0.05  # between two looks whether a client that has ended its input is gone
 UNANSWERED_SECONDS = 120  # after which a path is dead
+TCP_CLOSE = 7  # a state, linux/tcp_states.h
 RESET_ON_CLOSE, END_ON_CLOSE = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)  # struct linger
 LEG_OPTIONS: List[Tuple[int, str, Any]] = [
     (socket.IPPROTO_TCP, "TCP_NODELAY", 1),  # a request in two writes costs 44 ms without it
@@ -1319,12 +1320,8 @@ def set_linger(sock: socket.socket, option: bytes) -> None:
 
 
 def is_connected(sock: socket.socket) -> bool:
-    """Return False after a reset, even if its error was read before."""
-    try:
-        sock.getpeername()
-        return True
-    except OSError:
-        return False
+    """Return False after a reset, even if its error was read before. On Linux."""
+    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != TCP_CLOSE  # tcpi_state
 
 
 class PeerReset(ConnectionError):
@@ -1357,9 +1354,9 @@ class Leg:
 
     def count_unsent(self) -> int:
         """Return how many bytes the other end has not acknowledged (SIOCOUTQ, tcp(7))."""
-        if not self._is_linux_tcp or not is_connected(self.sock):  # SIOCOUTQ keeps its value after a reset
-            return 0
         try:
+            if not (self._is_linux_tcp and is_connected(self.sock)):  # SIOCOUTQ keeps its value after a reset
+                return 0
             return int(struct.unpack("i", fcntl.ioctl(self.sock, termios.TIOCOUTQ, bytes(4)))[0])
         except (OSError, ValueError):  # its thread has closed it
             return 0
@@ -1900,34 +1897,30 @@ class Ledger:
             self._changed.notify_all()
 
 
-class Dial:
-    """A connection to (family, address) that is being made: the constructor starts it, `finish` waits."""
+def connect(route: Tuple[int, Any], is_stopped: Callable[[], bool], on_wait: Callable[[], object]) -> Leg:
+    """Connect to (family, address); OSError if that fails, or not in time, or once it `is_stopped`.
 
-    def __init__(self, route: Tuple[int, Any]) -> None:
-        self.route = route
-        self._leg = Leg(socket.socket(route[0], socket.SOCK_STREAM))
-        set_leg_options(self._leg.sock)
-        self.error = self._leg.sock.connect_ex(route[1])  # 0 once it is connected
-        if self.error in CONNECTING and poll_now(self._leg.writes_at, select.POLLOUT):  # as on loopback
-            self.error = self._leg.take_error()
-
-    def finish(self, is_stopped: Callable[[], bool]) -> Leg:
-        """Return the Leg; OSError if that fails, or not in time, or once it `is_stopped`."""
-        error, deadline = self.error, elapsed_seconds() + CONNECT_SECONDS
-        try:
-            if is_stopped():  # also if it is connected: nothing was sent yet
+    `on_wait` is called before it waits, which on loopback it does not.
+    """
+    leg = Leg(socket.socket(route[0], socket.SOCK_STREAM))
+    seconds, deadline = 0.0, elapsed_seconds() + CONNECT_SECONDS
+    try:
+        set_leg_options(leg.sock)
+        error = leg.sock.connect_ex(route[1]) or errno.EINPROGRESS
+        while error in CONNECTING:
+            if elapsed_seconds() >= deadline or is_stopped():  # nothing was sent yet
                 error = errno.ETIMEDOUT
-            while error in CONNECTING:
-                if elapsed_seconds() >= deadline or is_stopped():
-                    error = errno.ETIMEDOUT
-                elif wait_for(self._leg.writes_at, select.POLLOUT, TICK_SECONDS):
-                    error = self._leg.take_error()
-            if error:
-                raise OSError(error, os.strerror(error))
-            return self._leg
-        except BaseException:
-            self._leg.close()
-            raise
+            elif wait_for(leg.writes_at, select.POLLOUT, seconds):
+                error = leg.take_error()
+            elif not seconds:
+                on_wait()
+                seconds = TICK_SECONDS
+        if error:
+            raise OSError(error, os.strerror(error))
+        return leg
+    except BaseException:
+        leg.close()
+        raise
 
 
 class MediatedSession:
@@ -1948,7 +1941,6 @@ class MediatedSession:
         self._wait_seconds = wait_seconds
         self._renew = renew  # it is to be replaced
         self._route: Any = None  # family and address of the endpoint
-        self._started: Optional[Dial] = None
         self._refused_since = 0.0
         self._lock = threading.Lock()  # guards changes of `why` and of what follows
         self._asked_on = float("inf")  # when it was asked last; not before the listener is ready
@@ -2020,25 +2012,22 @@ class MediatedSession:
                 self._ledger.tell_once(f"warning: {show_error(error)}", GET)
             return False
 
-    def start_dial(self) -> bool:
-        """Start to connect to the listener; `dial` says what fails. Return whether it need not wait."""
-        with contextlib.suppress(OSError):  # no descriptors: dial() tries again
-            self._started = Dial(self._route)
-        return self._started is not None and self._started.error == 0
+    def dial(self, is_stopped: Callable[[], bool], on_wait: Callable[[], object] = lambda: None) -> Leg:
+        """Connect to the listener; PlexctlError says why that fails. A new endpoint is tried once.
 
-    def dial(self, is_stopped: Callable[[], bool]) -> Leg:
-        """Connect to the listener; PlexctlError says why that fails. A new endpoint is tried once."""
-        for _ in range(2):  # once more if there is a new one
-            started, self._started = self._started, None
-            route = started.route if started else self._route
+        `on_wait` is called before it waits for anything.
+        """
+        for _ in range(2):  # once more if there is a new endpoint
+            route = self._route
             try:
-                leg = (started or Dial(route)).finish(lambda: self.is_over() or is_stopped())
+                leg = connect(route, lambda: self.is_over() or is_stopped(), on_wait)
                 self._refused_since = 0.0
                 return leg
             except OSError as error:
                 failure = error
             if is_stopped():
                 raise Cancelled("interrupted")
+            on_wait()
             has_answer = not self.is_over() and self.ask(ASK_LIMIT_SECONDS)
             if self.why is not None or self._route == route:
                 break
@@ -2327,7 +2316,7 @@ class Listener(socketserver.TCPServer):
 # ------------------------------------------------------------------------------------- forwarder
 
 PAUSE_SECONDS = 0.5  # after an accept() that failed
-SHORT_SECONDS = 0.002  # a connection lasts so long, until its thread passes the turn on
+SHORT_SECONDS = 0.001  # a connection lasts so long, until its thread passes the turn on
 GRACE_SECONDS = 0.3  # a connection waits so long for a session to become free, before one is issued for it
 IDLE_SECONDS = 60  # after which a session that nobody needs is given back
 STUCK_SECONDS = 10  # that a Node may take to end a connection, before its session is given back
@@ -2362,8 +2351,8 @@ class Carrier:
     It issues the session, and takes clients as long as that lasts: accepts one, dials, carries the connection
     to its end, and is free again when the Node has ended that as well. At last it revokes the session.
 
-    Only the thread that has the turn takes a client. It keeps the turn until it has to wait for the Node,
-    since threads that run side by side mostly wait for Python's own lock.
+    Only the thread that has the turn takes a client. It keeps the turn through a short connection to a Node
+    on this host, since threads that run side by side mostly wait for Python's own lock.
     """
 
     def __init__(self, forwarder: "Forwarder") -> None:
@@ -2402,7 +2391,7 @@ class Carrier:
         return self._forwarder.is_closing.is_set() or self.session.is_over()
 
     def _take(self) -> Optional[Leg]:
-        """Take the client that is next, if one comes in time, and start to dial for it."""
+        """Take the client that is next, if one comes in time."""
         forwarder = self._forwarder
         self._has_turn = self._has_turn or forwarder.turn.acquire(timeout=TICK_SECONDS)
         if not self._has_turn:
@@ -2421,11 +2410,7 @@ class Carrier:
             with forwarder.lock:
                 forwarder.is_taking = False
                 if client is not None:  # also for a session that tick() has found spare meanwhile
-                    self.client, self.state = client, BUSY
-        if client is not None:
-            self.taken_on = elapsed_seconds()
-            if not self.session.start_dial():
-                self._pass_turn_on()
+                    self.client, self.state, self.taken_on = client, BUSY, elapsed_seconds()
         return client
 
     def _pass_turn_on(self) -> None:
@@ -2436,8 +2421,9 @@ class Carrier:
     def _pace(self, seconds: float) -> float:
         """Return how long the thread may wait; pass the turn on once a connection lasts."""
         if self._has_turn:
-            if elapsed_seconds() - self.taken_on < SHORT_SECONDS:
-                return SHORT_SECONDS
+            left = self.taken_on + SHORT_SECONDS - elapsed_seconds()
+            if left > 0:
+                return left
             self._pass_turn_on()
         return seconds
 
@@ -2445,7 +2431,7 @@ class Carrier:
         """Carry one connection; return whether the Node has ended it, so that the session is free again."""
         forwarder = self._forwarder
         try:
-            remote = self.session.dial(forwarder.is_closing.is_set)
+            remote = self.session.dial(forwarder.is_closing.is_set, self._pass_turn_on)
         except PlexctlError as error:
             self._refuse(client, error)
             return True
@@ -2499,6 +2485,7 @@ class Carrier:
                      else not relay.is_stuck)
         if has_ended or self.must_leave():
             return True
+        self._pass_turn_on()
         with forwarder.lock:
             self.state, forwarder.has_been_stuck = STUCK, True
         forwarder.warn_once("the Node has not ended a connection whose client is gone; its session is not "

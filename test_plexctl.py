@@ -5253,11 +5253,9 @@ def test_at_its_expiry_a_connection_is_reset_within_two_seconds(simulation):
 
 def test_a_dial_that_is_done_at_once_does_not_hide_the_session_s_end(simulation):
     with using_sessions(simulation.plane, renew=True) as running:
-        session = running.forwarder.first
-        session.start_dial()
         expire(running)
         with pytest.raises(plexctl.SessionOver):
-            session.dial(lambda: False)
+            running.forwarder.first.dial(lambda: False)
 
 
 def test_many_at_the_moment_of_renewal_are_all_served(simulation):
