@@ -498,25 +498,34 @@ ERROR_WORDS = (  # the first row that fits counts
     ((socket.timeout, TimeoutError), "timed out"))
 
 
-def show_error(error: BaseException) -> str:
-    """Say why something failed. Most texts of exceptions are not used: they may hold a header or a body."""
+def describe_error(error: BaseException) -> Tuple[str, bool]:
+    """Return what show_error says of an error, and whether the same may succeed a little later."""
     if isinstance(error, urllib.error.URLError) and isinstance(error.reason, BaseException):
         error = error.reason
     if isinstance(error, PlexctlError):
-        return str(error)
+        return str(error), error.passing
     for kinds, words in ERROR_WORDS:
         if isinstance(error, kinds):
-            return words
+            return words, True
     reason = getattr(error, "reason", None)  # of an SSLError
     if isinstance(error, ssl.CertificateError) or reason == "CERTIFICATE_VERIFY_FAILED":
-        # 3.6 has no verify_message
-        return "certificate not trusted: " + escape(getattr(error, "verify_message", str(error)))
+        words = escape(getattr(error, "verify_message", str(error)))  # 3.6 has no verify_message
+        advice = " (--ca-file names another CA)" if re.search("issuer|self.signed", words) else ""
+        return "certificate not trusted: " + words + advice, False
     if isinstance(error, ssl.SSLError) and reason:
-        return "TLS failed: " + escape(reason.replace("_", " ").lower())
+        return "TLS failed: " + escape(reason.replace("_", " ").lower()), False
     if isinstance(error, OSError) and error.strerror:
-        return escape(error.strerror)
+        return escape(error.strerror), True
     refusal = re.match("Tunnel connection failed: (.*)", str(error))  # http.client's words
-    return "the proxy refused: " + escape(refusal.group(1)) if refusal else type(error).__name__
+    if refusal:
+        words = escape(refusal.group(1))
+        return "the proxy refused: " + words, not words.startswith("407")  # three bad log-ins lock an account
+    return type(error).__name__, True
+
+
+def show_error(error: BaseException) -> str:
+    """Say why something failed. Most texts of exceptions are not used: they may hold a header or a body."""
+    return describe_error(error)[0]
 
 
 # ----------------------------------------------------------------------------------- credentials
@@ -799,7 +808,7 @@ class Exchange(urllib.request.AbstractHTTPHandler):
         self.status = 0
         self.headers: Any = {}  # email.message.Message
         self.body = bytearray()
-        self.fault = ""  # why there is no whole answer, or none is waited for any more
+        self.fault: Optional[PlexctlError] = None  # why there is no whole answer, or none is waited for
         self.sent = False  # the server may have the request
         self.connection: Optional[PlaneConnection] = None
 
@@ -819,13 +828,13 @@ class Exchange(urllib.request.AbstractHTTPHandler):
                 opener.add_handler(urllib.request.ProxyHandler({"https": proxy}))
             with opener.open(request, timeout=CONNECT_SECONDS) as response:
                 self.status, self.headers = response.status, response.headers
-                fault = self._read_body(response)
+                self._read_body(response)
         except Exception as error:  # OSError, HTTPException, ValueError, RecursionError, MemoryError, ...
-            fault = show_error(error)  # the error itself, its context too, would hold the request
-        self.fault = self.fault or fault
+            words, passing = describe_error(error)  # the error itself, or its context, holds the request
+            self.fault = self.fault or PlexctlError(words, passing=passing)
 
-    def _read_body(self, response: Any) -> str:
-        """Read the body in pieces; return what is wrong with it, "" if nothing is.
+    def _read_body(self, response: Any) -> None:
+        """Read the body in pieces; raise what is wrong with it.
 
         A chunk of size -1 would make read() read without limit, and read() does not notice an early end.
         """
@@ -833,15 +842,16 @@ class Exchange(urllib.request.AbstractHTTPHandler):
         while len(self.body) != length and not self.fault:
             piece = response.read1(BODY_MAX_BYTES)
             if not piece:
-                return "the answer was cut off" if length else ""
+                if length:
+                    raise http.client.IncompleteRead(b"")
+                return
             self.body += piece
             if len(self.body) > BODY_MAX_BYTES:
-                return f"the answer is larger than {BODY_MAX_BYTES} bytes"
-        return ""
+                raise PlexctlError(f"the answer is larger than {BODY_MAX_BYTES} bytes", passing=True)
 
-    def give_up(self, fault: str = "given up") -> None:
+    def give_up(self, why: str) -> None:
         """Make the thread end: at once if connected; amid the body, which urllib reads, at its next piece."""
-        self.fault = fault
+        self.fault = PlexctlError(why, passing=True)
         sock = self.connection and self.connection.sock
         if sock:
             with contextlib.suppress(OSError):  # it is not open any more
@@ -907,6 +917,12 @@ def find_proxy(server: Server, environ: Environ) -> str:
     return proxy if "://" in proxy else "http://" + proxy
 
 
+def new_key() -> str:
+    """Return a random UUID (RFC 9562, section 5.4). The module uuid runs other programs on 3.6."""
+    digits = os.urandom(16).hex()
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-8{digits[17:20]}-{digits[20:]}"
+
+
 def create_tls_context(ca_file: Optional[str] = None) -> ssl.SSLContext:
     """Create a context that verifies certificates and host names, with TLS 1.2 at least."""
     ca_text, fault = None, "TLS cannot be set up (see SSL_CERT_FILE and SSLKEYLOGFILE)"
@@ -954,7 +970,7 @@ def take(operation: str, fields: Dict[str, Any], name: str, parse: Callable[[Any
     if isinstance(value, kind):
         try:
             return parse(value)
-        except ValueError as error:  # it says what the value must be, and does not show it
+        except ValueError as error:  # its text is ours; only that of an endpoint shows the value
             fault = str(error)
     raise TransportError(f"{operation}: the answer's {name} {fault}")
 
@@ -992,34 +1008,26 @@ class ControlPlane:
         It may raise TransportError for one that it knows already, which ends the call.
         """
         path = f"/v1/projects/{request.project_id}/sessions"
-        digits = os.urandom(16).hex()  # of a UUID (RFC 9562, section 5.4); uuid runs other programs on 3.6
-        key = f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-8{digits[17:20]}-{digits[20:]}"
         body: Dict[str, Any] = {
             "resource_id": request.resource_id, "kind": "tcp",
             "target": {"tcp": {"host": request.host, "port": request.port}},
-            "idempotency_key": key}
+            "idempotency_key": new_key()}
         if request.ttl_seconds:
             body["requested_ttl_seconds"] = request.ttl_seconds
         asked_on, may_exist = elapsed_seconds(), False
-        noted: Set[str] = set()
+        told: Set[str] = set()  # the ids, in lower case
 
-        def note_id(session_id: str) -> None:
-            if session_id and session_id.lower() not in noted:
-                noted.add(session_id.lower())
+        def tell(session_id: str) -> None:
+            if session_id and session_id.lower() not in told:
+                told.add(session_id.lower())
                 on_issued(session_id)
 
         for attempt in range(1, ISSUE_ATTEMPTS + 1):
-            answer = self._send(ISSUE, path, body)
             try:
-                note_id(find_session_id(answer))  # also if it was cut off, or is no 201
-                self._judge(answer)
-                issued = self._parse_issued(answer, asked_on)
-                note_id(issued.session_id)  # JSON can also write it with escapes
-                return issued
+                return self._issue_once(path, body, asked_on, tell)
             except (TransportError, ApiError) as failure:
                 error: PlexctlError = failure
-            is_under_way = answer.status == 409 and error.passing  # by the first request with this key
-            may_exist = may_exist or is_under_way or (answer.sent and answer.status not in NONE_ISSUED)
+            may_exist = may_exist or error.may_exist
             if not error.passing or attempt == ISSUE_ATTEMPTS or self.cancel.is_set():
                 break
             wait = error.retry_after_seconds
@@ -1028,12 +1036,26 @@ class ControlPlane:
             self._report(f"{error}; trying again in {wait:.1f} s")
             if self.cancel.wait(wait):
                 break
-        error.may_exist = may_exist and not noted
+        error.may_exist = may_exist and not told
         text = str(error) + (f" (after {attempt} attempts)" if attempt > 1 else "")
         if error.may_exist:
             text += "; a session may exist all the same, it will expire on its own"
-        error.args = (text,)
-        raise error
+        raise type(error)(text, **vars(error))
+
+    def _issue_once(self, path: str, body: Dict[str, Any], asked_on: float,
+                    tell: Callable[[str], None]) -> IssuedSession:
+        """Make one attempt, and `tell` every id. The `may_exist` of an error is about this attempt alone."""
+        answer = self._send(ISSUE, path, body)
+        try:
+            tell(find_session_id(answer))  # also if it was cut off, or is no 201
+            self._judge(answer)
+            issued = self._parse_issued(answer, asked_on)
+            tell(issued.session_id)  # JSON can also write it with escapes
+            return issued
+        except (TransportError, ApiError) as error:
+            is_under_way = answer.status == 409 and error.passing  # by the first request with this key
+            error.may_exist = is_under_way or (answer.sent and answer.status not in NONE_ISSUED)
+            raise
 
     def get(self, project_id: str, session_id: str, seconds: float = EXCHANGE_SECONDS) -> Session:
         """Return the session as the control plane sees it now."""
@@ -1063,7 +1085,7 @@ class ControlPlane:
         while not performed.done.wait(CANCEL_POLL_SECONDS):
             waited = elapsed_seconds() - began
             if operation == GET and self.cancel.is_set():
-                exchange.give_up()
+                exchange.give_up("the run is ending")
                 raise Cancelled(f"{operation}: given up, the run is ending")
             if waited >= seconds:
                 exchange.give_up(f"timed out after {seconds:.3g} s")
@@ -1078,15 +1100,13 @@ class ControlPlane:
         return exchange
 
     def _judge(self, answer: Exchange) -> None:
-        """Raise TransportError if there is no answer, ApiError for an unexpected status."""
-        operation, fault = answer.operation, answer.fault
-        if fault and (not answer.status or answer.status in SUCCESS):  # of an error the status is enough
-            # show_error's words. No attempt makes a certificate good; three bad log-ins lock an account
-            passing = not fault.startswith(("certificate", "TLS failed", "the proxy refused: 407"))
+        """Raise TransportError if there is no whole answer, ApiError for an unexpected status."""
+        is_error = answer.status and answer.status not in SUCCESS
+        if answer.fault and not is_error:  # of an error the status is enough
             tried = "no complete answer from" if answer.sent else "cannot connect to"
-            advice = " (--ca-file names another CA)" if re.search("issuer|self.signed", fault) else ""
-            raise TransportError(f"{operation}: {tried} {self._peer}: {fault}{advice}", passing=passing)
-        if answer.status not in EXPECTED[operation]:
+            raise TransportError(f"{answer.operation}: {tried} {self._peer}: {answer.fault}",
+                                 passing=answer.fault.passing)
+        if answer.status not in EXPECTED[answer.operation]:
             raise self._parse_problem(answer)
 
     def _parse_problem(self, answer: Exchange) -> ApiError:

@@ -3315,7 +3315,7 @@ def test_a_request_that_is_given_up_does_not_go_on_in_the_clear(tls_plane, tls_f
     exchange = plexctl.Exchange("GetSession", "127.0.0.1", context)
     connection = plexctl.PlaneConnection(tls_plane.url.split("/")[2], exchange, timeout=10)
     connection.connect()
-    exchange.give_up()
+    exchange.give_up("given up")
     assert connection.sock.version() is not None
     with pytest.raises(OSError):
         connection.sock.sendall(b"Authorization")
@@ -4880,10 +4880,13 @@ def test_what_is_idle_above_the_minimum_is_given_back(simulation, minimum):
                 chat(clients[0], 1)
         with dialled(running, 4):
             pass
-        eventually(lambda: visit(running.address) and running.count().sessions <= minimum + 1)
+        before = dict(simulation.node.connections)
+        assert visit(running.address)
+        used, = [each for each in before if simulation.node.connections[each] > before[each]]
         eventually(lambda: running.count().sessions == minimum)
         let_pass(1)
         assert running.count().sessions == len(simulation.plane.active()) == minimum
+        assert used in simulation.plane.active()  # the one that was used last stays
         assert visit(running.address) and running.lines == []
 
 
