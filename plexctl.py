@@ -1493,7 +1493,7 @@ class Flow:
         self.rest = buffer[:0]  # read, and not handed on yet
         self.dropped = 0  # bytes that were read, and never handed on
         self.has_ended = False  # the source has ended its input
-        self.is_passed_on = False  # and the sink was told so
+        self.end_was_sent = False  # to the sink
         self.is_refused = False  # the sink takes nothing any more: what is read is dropped
         self.sink_reset: Optional[PeerReset] = None  # why, if that is a reset; the Relay raises it
         self._buffer = buffer
@@ -1557,10 +1557,10 @@ class Flow:
         if error_number != errno.EPIPE:
             self.sink_reset = PeerReset(self.sink, error_number)
 
-    def pass_end_on(self) -> None:
-        """Tell the sink, once, that the source has ended its input."""
-        if not self.is_passed_on:
-            self.is_passed_on = True
+    def send_end(self) -> None:
+        """Tell the sink, once, that the source has ended its input (half-close)."""
+        if not self.end_was_sent:
+            self.end_was_sent = True
             with contextlib.suppress(OSError):  # its peer is gone
                 self.sink.end()
 
@@ -1578,16 +1578,10 @@ class Relay:
     3. `_end_client`, once the Node has ended the connection. The client may go on until nothing has moved for
        QUIET_SECONDS. Or `_end_remote`, once the client is gone.
 
-    what happens                    on_end      the client sees            the Node sees
-    the Node ends the connection    True (1)    an end                     -
-    the client is gone              -           -                          an end; see `await_end`
-    the client resets it            -           -                          a reset, once it took what it can
-    the Node resets it              True        a reset, behind the rest   -
-    `stop`, a dead path, an error   False       a reset (2)                a reset
+    A reset by one side becomes a reset for the other. `stop`, a dead path and any error reset both.
 
-    `on_end` is called, with the value in the table, before the client sees anything. (1) Not if the client
-    has ended first. (2) Neither call nor reset if the client has seen the Node's end already, see `_close`.
-    `pace` is called before each wait, and returns how long that may last.
+    `on_end` is called before the client sees that the connection ends, unless it has ended it itself, with
+    True if the Node has ended it. `pace` is called before each wait, and returns how long that may last.
     """
 
     def __init__(self, client: Any, remote: Leg, buffers: Buffers, is_gone: Callable[[], bool],
@@ -1623,14 +1617,10 @@ class Relay:
                 self._end_client()
             else:
                 self._end_remote()
-        except Exception as error:
+        except Exception as error:  # a reset, `stop`, a dead path, no memory, or a defect
             self.error = error
-            reset_by = error.leg if isinstance(error, PeerReset) else None
             with contextlib.suppress(Exception):
-                if reset_by is self._client:
-                    self._await_delivery()
-                elif not self.down.is_passed_on:
-                    self._on_end(reset_by is self.remote)
+                self._end_broken(error)
         self._close()
 
     def await_end(self, seconds: float, is_stopped: Callable[[], bool]) -> bool:
@@ -1665,15 +1655,15 @@ class Relay:
         while not (self.down.has_ended or self.down.is_refused or self._is_gone()):
             self._move(GONE_POLL_SECONDS)
             if self._is_quiet(self.remote):
-                self.up.pass_end_on()
+                self.up.send_end()
 
     def _end_client(self) -> None:
         """The Node has ended the connection: pass that on, and let the client finish."""
         if self.up.sink_reset:  # what came before it has been read by now
             raise self.up.sink_reset
-        if not (self.up.is_passed_on or self.down.is_refused):  # else the client has ended it first
+        if not (self.up.end_was_sent or self.down.is_refused):  # else the client has ended it first
             self._on_end(True)
-        self.down.pass_end_on()
+        self.down.send_end()
         # a client may keep its end open for ever, and the session is to carry the next one
         while not (self.up.has_ended or self._is_quiet(self._client)):
             self._move()
@@ -1681,22 +1671,26 @@ class Relay:
     def _end_remote(self) -> None:
         """The client is gone: pass that on; PeerReset if it has reset the connection."""
         self._check_client()
-        self.up.pass_end_on()
+        self.up.send_end()
         self.down.is_refused = True  # what the Node still sends is dropped
         self.is_awaited = True
 
-    def _await_delivery(self) -> None:
-        """The client has reset it: let the Node take what it can, since our reset will destroy the rest."""
-        deadline = elapsed_seconds() + QUIET_SECONDS
-        while self.remote.count_unsent() and elapsed_seconds() < deadline and not self._is_stopped:
-            time.sleep(self._pace(0.02))
-        self.is_stuck = self.remote.count_unsent() > 0
+    def _end_broken(self, error: Exception) -> None:
+        """Do what a broken connection needs before its legs are closed."""
+        if isinstance(error, PeerReset) and error.leg is self._client:
+            # let the Node take what it can: our reset will destroy the rest
+            deadline = elapsed_seconds() + QUIET_SECONDS
+            while self.remote.count_unsent() and elapsed_seconds() < deadline and not self._is_stopped:
+                time.sleep(self._pace(0.02))
+            self.is_stuck = self.remote.count_unsent() > 0
+        elif not self.down.end_was_sent:
+            self._on_end(isinstance(error, PeerReset))
 
     def _close(self) -> None:
-        """Close the legs: in order if all that was meant for that side was handed on, else with a reset."""
+        """Close the legs, with a reset where something is missing."""
         up = self.up
-        is_upload_cut = not up.has_ended and up.count_undelivered() > 0  # which the client is to see, too
-        self._client.close(reset=is_upload_cut or not self.down.is_passed_on)
+        lost = 0 if up.has_ended else up.count_undelivered()  # of what the client has sent
+        self._client.close(reset=lost > 0 or not self.down.end_was_sent)
         if not self.is_awaited:
             self.remote.close(reset=self.error is not None or not up.has_ended)
 
@@ -1830,7 +1824,7 @@ class Ledger:
                 if self._is_closed:  # too late for `leave` to see it
                     raise Cancelled("interrupted")
                 self._owed[issued[-1]] = session.expires_at
-                self._issuing -= 1  # nobody waits for that: `leave` has not begun
+                self._issuing -= 1  # `leave` has not begun, so nobody waits for this
             return session
         except BaseException as error:
             with self._changed:
@@ -2053,13 +2047,17 @@ class MediatedSession:
                 break
         # no new endpoint, or the new one failed, too
         if has_answer and isinstance(failure, ConnectionRefusedError):
-            now = elapsed_seconds()
-            self._refused_since = self._refused_since or now
-            patience = 0 if self._renew and now - self.ready_on >= REPLACE_SECONDS else GONE_SECONDS
-            if now - self._refused_since >= patience:
-                self.end(ListenerGone("the Node has closed the session's listener"))
+            self._note_refused()
         raise self.why or PlexctlError(
             f"cannot connect to the listener endpoint {self.endpoint}: {show_error(failure)}")
+
+    def _note_refused(self) -> None:
+        """An active session's listener refuses dials: after a while it counts as gone."""
+        now = elapsed_seconds()
+        self._refused_since = self._refused_since or now
+        patience = 0 if self._renew and now - self.ready_on >= REPLACE_SECONDS else GONE_SECONDS
+        if now - self._refused_since >= patience:
+            self.end(ListenerGone("the Node has closed the session's listener"))
 
     def _await_endpoint(self) -> None:
         """Ask GetSession until the Node has reported the listener; PlexctlError if it does not in time."""
@@ -2320,7 +2318,7 @@ class Listener(socketserver.TCPServer):
             with contextlib.suppress(OSError):  # one that has sent something before is served
                 if client.sock.recv(1, socket.MSG_PEEK):
                     return True
-            # after assume_gone() is_gone() says so of everybody
+            # one that has left is not served; after assume_gone() nobody can tell
             return self.assumes_gone or not self.is_gone(client)
         uid = self._owners.find(client.address)[0]
         # behind a reset, the address may be another one's by now
@@ -2355,12 +2353,12 @@ class Counts(NamedTuple):
     down: int = 0
 
 
-# what a Carrier does
-OPENING = "opening"  # issues its session, and waits for the listener
-FREE = "free"  # waits for a client
-BUSY = "busy"  # dials, carries, or waits for the Node to end what it has carried
+# what a Carrier does, and what follows
+OPENING = "opening"  # it issues its session, and waits for the listener; then FREE
+FREE = "free"  # waits for a client; then BUSY
+BUSY = "busy"  # dials, carries, and waits for the Node to end what it has carried; then FREE or STUCK
 STUCK = "stuck"  # the Node does not end it
-REVOKING = "revoking"  # or about to
+REVOKING = "revoking"  # the end, or about to be: the session is over, stuck, or not needed any more
 READY = (FREE, BUSY)
 LIVE = (OPENING, FREE, BUSY)  # connections may yet come to it
 
@@ -2467,7 +2465,7 @@ class Carrier:
             relay.carry()
             forwarder.count_connection(self, relay.up.moved, relay.down.moved)
             self._tell_end(relay)
-            return self._await_end(relay)
+            return self._await_node(relay)
         finally:
             if relay.is_awaited:  # else the relay has closed it
                 remote.close(reset=False)
@@ -2494,8 +2492,8 @@ class Carrier:
         if error and (not isinstance(error, OSError) or error.errno in EXHAUSTED):  # not a peer's doing
             forwarder.warn_once(f"a connection ended: {show_error(error)}")
 
-    def _await_end(self, relay: Relay) -> bool:
-        """Wait for the Node to end a connection whose client is gone. False only if the session is stuck.
+    def _await_node(self, relay: Relay) -> bool:
+        """Wait for the Node to end a connection, if only its client has. False only if the session is stuck.
 
         Then the Node has STUCK_SECONDS to pass on what it has; the revocation that follows cuts it off. The
         session is not used again, since nobody sees when the Node has ended a connection that was reset.
@@ -2546,7 +2544,7 @@ class Forwarder:
         self.is_closing = threading.Event()  # nothing is carried any more: `over`, or `stop` was called
         # reentrant; guards what follows, `over`, `first`, and the state, client and relay of the carriers
         self.lock = threading.Condition()
-        self.is_taking = False  # from before a client leaves the backlog until it is a carrier's
+        self.is_taking = False  # a client may have left the backlog, and not be a carrier's yet
         self.returned: List[Leg] = []  # clients of a session that was over: they go to another one
         self.has_been_stuck = False  # a session has, which is not the end of the run
         self._request = request
@@ -2559,7 +2557,7 @@ class Forwarder:
         self._explanation: Optional[Outcome] = None  # see _explain
         self._waiting_since = elapsed_seconds()  # connections, while no session has been free
         self._spare_since = elapsed_seconds()  # sessions, more of them than the minimum
-        self._available, self._available_since, self._step_seconds = limit, 0.0, 1  # see _restrict
+        self._available, self._available_since, self._step_seconds = limit, 0.0, 1  # sessions, see _restrict
 
     def __enter__(self) -> "Forwarder":
         return self
@@ -2702,7 +2700,8 @@ class Forwarder:
             self.lock.notify_all()
             if why is not None and not is_leaving:
                 self._judge_end(session, why)
-        if why is not None or not (is_leaving and self.ledger.is_kept):
+        is_kept = self.ledger.is_kept and is_leaving and why is None
+        if not is_kept:
             self.ledger.give_back(session.session_id)
         with self.lock:
             self._carriers.remove(carrier)

@@ -4012,7 +4012,7 @@ def test_what_is_complete_is_not_reset_by_the_end_of_the_run(kinder):
     data = pattern(6 * MIB)
     with relayed_to(source(6 * MIB), **kinder) as running, small_window(running.address) as client:
         relay, read = eventually(running.relays)[0], 0
-        while not relay.down.is_passed_on:
+        while not relay.down.end_was_sent:
             read += len(client.recv(1 << 16))
         running.forwarder.stop()
         assert how_it_ends(client) == ("eof", data[read:])
