@@ -1503,7 +1503,8 @@ class Flow:
     def move(self) -> bool:
         """Read once, unless something is left, and hand it on; PeerReset by the source.
 
-        Return True if the event that it `waits_for` is another one from now on.
+        Return True if it `waits_for` another event from now on: since it has ended, or something is left now,
+        or no more.
         """
         piece = self.rest
         was_left = len(piece) > 0
@@ -1532,7 +1533,7 @@ class Flow:
             if error.errno in EXHAUSTED:
                 raise
             self.note_refusal(error.errno)
-            sent = 0  # the next call drops it
+            sent = 0  # the next call drops it, since the sink `is_refused` now
         self.moved += sent
         self.rest = piece[sent:]
         return was_left != (len(self.rest) > 0)
@@ -1645,10 +1646,12 @@ class Relay:
     # The steps of carry
 
     def _carry_both(self) -> None:
-        """Hand on what both sides send, until one of them ends or the client is found to have reset."""
+        """Hand on what both sides send, until one of them ends; PeerReset."""
         up, down = self.up, self.down
-        while not (up.has_ended or down.has_ended or down.sink_reset):
+        while not (up.has_ended or down.has_ended):
             self._move()
+            if down.sink_reset:  # of the client's; the Node's is raised when all before it is read
+                raise down.sink_reset
 
     def _await_answer(self) -> None:
         """Pass the client's end of input on once the target is quiet; return once either is gone."""
@@ -1659,7 +1662,7 @@ class Relay:
 
     def _end_client(self) -> None:
         """The Node has ended the connection: pass that on, and let the client finish."""
-        if self.up.sink_reset:  # what came before it has been read by now
+        if self.up.sink_reset:
             raise self.up.sink_reset
         if not (self.up.end_was_sent or self.down.is_refused):  # else the client has ended it first
             self._on_end(True)
@@ -1786,7 +1789,7 @@ class Ledger:
         self.is_kept = False  # what is owed is left to the operator
         self._changed = threading.Condition()  # guards what follows
         self._known: Set[str] = set()  # every session_id, in lower case
-        self._owed: Dict[str, str] = {}  # by session_id, until its revocation begins: when it expires
+        self._owed: Dict[str, str] = {}  # when each session expires whose revocation has not begun, by its id
         self._revoking: Set[str] = set()  # until that has ended, or `settle` has told of it
         self._issuing = 0
         self._unknown: Dict[str, PlexctlError] = {}  # by text; each may have left a session
@@ -2002,8 +2005,8 @@ class MediatedSession:
     def ask(self, seconds: float = 0.0, afresh: bool = False) -> bool:
         """Have a thread ask GetSession, and wait for it so long; return whether there is an answer.
 
-        One question is asked at a time, and one in ASK_SECONDS: in between the last answer counts. With
-        `afresh` only the answer to a question that is asked now.
+        One question is asked at a time, and one in ASK_SECONDS: in between the last answer counts. `afresh`
+        asks at once, also beside another question, and only that answer counts.
         """
         with self._lock:
             question, now = self._question, elapsed_seconds()
@@ -2255,7 +2258,7 @@ class Listener(socketserver.TCPServer):
         return max(1, int(struct.unpack_from("=I", info, 24)[0]))  # tcpi_unacked: of a listener, its backlog
 
     def is_gone(self, client: Leg) -> bool:
-        """Return whether a client listens no more; without `assume_gone` False where nobody can know."""
+        """Return whether a client has closed its socket; False where nobody can know, until `assume_gone`."""
         if self._owners is not None:
             with contextlib.suppress(OSError):
                 return self._owners.find(client.address)[1]
@@ -2446,7 +2449,7 @@ class Carrier:
         return seconds
 
     def _serve(self, client: Leg, buffers: Buffers) -> bool:
-        """Carry one connection; return whether the Node has ended it, so that the session is free again."""
+        """Carry one connection, or refuse it; return whether the session can take another one."""
         forwarder = self._forwarder
         try:
             remote = self.session.dial(forwarder.is_closing.is_set, self._pass_turn_on)
@@ -2493,10 +2496,10 @@ class Carrier:
             forwarder.warn_once(f"a connection ended: {show_error(error)}")
 
     def _await_node(self, relay: Relay) -> bool:
-        """Wait for the Node to end a connection, if only its client has. False only if the session is stuck.
+        """Wait until the Node has ended the connection, too, or all is over; False if the session is stuck.
 
-        Then the Node has STUCK_SECONDS to pass on what it has; the revocation that follows cuts it off. The
-        session is not used again, since nobody sees when the Node has ended a connection that was reset.
+        Then the Node has had STUCK_SECONDS more to pass on what it has; the revocation that follows cuts it
+        off. Nobody sees when the Node ends a connection that was reset: so the session is not used again.
         """
         forwarder = self._forwarder
         has_ended = (relay.await_end(QUIET_SECONDS, self.must_leave) if relay.is_awaited
@@ -2557,7 +2560,9 @@ class Forwarder:
         self._explanation: Optional[Outcome] = None  # see _explain
         self._waiting_since = elapsed_seconds()  # connections, while no session has been free
         self._spare_since = elapsed_seconds()  # sessions, more of them than the minimum
-        self._available, self._available_since, self._step_seconds = limit, 0.0, 1  # sessions, see _restrict
+        # there may be `_available` sessions at this time, one more each time that so many seconds have
+        # passed, and never more than the limit; see _restrict
+        self._available, self._available_since, self._step_seconds = limit, 0.0, 1
 
     def __enter__(self) -> "Forwarder":
         return self
@@ -2661,9 +2666,8 @@ class Forwarder:
     def take_back(self, carrier: Carrier) -> bool:
         """Take a carrier's client back for another session; False if there will be none."""
         with self.lock:
-            if self.is_closing.is_set() or carrier.client is None:
-                return False
-            if not (self.renew or self._count_live() > 1):
+            may_be_served = self.renew or self._count_live() > 1
+            if carrier.client is None or not may_be_served or self.is_closing.is_set():
                 return False
             self.returned.insert(0, carrier.client)
             carrier.client = None
