@@ -1015,11 +1015,11 @@ class ControlPlane:
         if request.ttl_seconds:
             body["requested_ttl_seconds"] = request.ttl_seconds
         asked_on, may_exist = elapsed_seconds(), False
-        told: Set[str] = set()  # the ids, in lower case
+        ids: Set[str] = set()  # that were told, in lower case
 
         def tell(session_id: str) -> None:
-            if session_id and session_id.lower() not in told:
-                told.add(session_id.lower())
+            if session_id and session_id.lower() not in ids:
+                ids.add(session_id.lower())
                 on_issued(session_id)
 
         for attempt in range(1, ISSUE_ATTEMPTS + 1):
@@ -1036,7 +1036,7 @@ class ControlPlane:
             self._report(f"{error}; trying again in {wait:.1f} s")
             if self.cancel.wait(wait):
                 break
-        error.may_exist = may_exist and not told
+        error.may_exist = may_exist and not ids
         text = str(error) + (f" (after {attempt} attempts)" if attempt > 1 else "")
         if error.may_exist:
             text += "; a session may exist all the same, it will expire on its own"
@@ -1493,8 +1493,8 @@ class Flow:
         self.rest = buffer[:0]  # read, and not handed on yet
         self.dropped = 0  # bytes that were read, and never handed on
         self.has_ended = False  # the source has ended its input
-        self.end_was_sent = False  # to the sink
-        self.is_refused = False  # the sink takes nothing any more: what is read is dropped
+        self.end_was_sent = False  # the sink was told of that, by an orderly end
+        self.is_refused = False  # the sink is gone: what is read is dropped
         self.sink_reset: Optional[PeerReset] = None  # why, if that is a reset; the Relay raises it
         self._buffer = buffer
         self._recv_into = source.recv_into
@@ -1806,7 +1806,7 @@ class Ledger:
         return is_new
 
     def issue(self, request: SessionRequest) -> IssuedSession:
-        """Issue a session: see ControlPlane.issue. What comes with a bad answer or too late is given back."""
+        """Issue a session, see ControlPlane.issue; Cancelled once `leave` was called."""
         issued: List[str] = []
 
         def owe(session_id: str) -> None:
@@ -1821,24 +1821,28 @@ class Ledger:
             if self._is_closed:
                 raise Cancelled("interrupted")
             self._issuing += 1
+        session: Optional[IssuedSession] = None
+        is_in_time = False
         try:
             session = self.plane.issue(request, owe)
-            with self._changed:
-                if self._is_closed:  # too late for `leave` to see it
-                    raise Cancelled("interrupted")
-                self._owed[issued[-1]] = session.expires_at
-                self._issuing -= 1  # `leave` has not begun, so nobody waits for this
-            return session
-        except BaseException as error:
-            with self._changed:
-                if isinstance(error, PlexctlError) and error.may_exist:
+        except PlexctlError as error:
+            if error.may_exist:
+                with self._changed:
                     self._unknown.setdefault(str(error), error)
-                due = self._claim(issued)
+            raise
+        finally:
+            with self._changed:
+                if session and not self._is_closed:  # else `leave` would not see it any more
+                    self._owed[issued.pop()] = session.expires_at
+                    is_in_time = True
+                due = self._claim(issued)  # what came too late, or with a bad answer
                 self._issuing -= 1
                 self._changed.notify_all()
             for session_id in due:
                 self._revoke(session_id)
-            raise
+        if session is None or not is_in_time:
+            raise Cancelled("interrupted")
+        return session
 
     def has_issued(self) -> bool:
         """Return whether there has been a session."""
@@ -1959,7 +1963,7 @@ class MediatedSession:
         self._renew = renew  # it is to be replaced
         self._route: Any = None  # family and address of the endpoint
         self._refused_since = 0.0
-        self._lock = threading.Lock()  # guards changes of `why` and of what follows
+        self._lock = threading.Lock()  # guards changes of `why`, and once it is open what follows
         self._asked_on = float("inf")  # when it was asked last; not before the listener is ready
         self._question: Optional[Outcome] = None  # the last one
 
@@ -2337,7 +2341,7 @@ class Listener(socketserver.TCPServer):
 # ------------------------------------------------------------------------------------- forwarder
 
 PAUSE_SECONDS = 0.5  # after an accept() that failed
-SHORT_SECONDS = 0.001  # a connection lasts so long, until its thread passes the turn on
+SHORT_SECONDS = 0.001  # when a connection is older its thread passes the turn on
 GRACE_SECONDS = 0.3  # a connection waits so long for a session to become free, before one is issued for it
 IDLE_SECONDS = 60  # after which a session that nobody needs is given back
 STUCK_SECONDS = 10  # that a Node may take to end a connection, before its session is given back
@@ -2449,7 +2453,7 @@ class Carrier:
         return seconds
 
     def _serve(self, client: Leg, buffers: Buffers) -> bool:
-        """Carry one connection, or refuse it; return whether the session can take another one."""
+        """Carry one connection, or refuse it. Return False only if the session is stuck."""
         forwarder = self._forwarder
         try:
             remote = self.session.dial(forwarder.is_closing.is_set, self._pass_turn_on)
@@ -2535,7 +2539,7 @@ class Forwarder:
     def __init__(self, local: LocalAddress, ledger: Ledger, request: SessionRequest, limit: int = 4,
                  minimum: int = 1, renew: bool = False, wait_seconds: float = 90.0,
                  allow_other_users: bool = False) -> None:
-        self.over: Optional[PlexctlError] = None
+        self.over: Optional[PlexctlError] = None  # why the run is over
         self.first: Optional[MediatedSession] = None  # that was ready
         # the rest without an underscore is for the carriers
         self.ledger = ledger
@@ -2666,7 +2670,7 @@ class Forwarder:
     def take_back(self, carrier: Carrier) -> bool:
         """Take a carrier's client back for another session; False if there will be none."""
         with self.lock:
-            may_be_served = self.renew or self._count_live() > 1
+            may_be_served = self.renew or self._count_live() > 1  # the carrier itself still counts
             if carrier.client is None or not may_be_served or self.is_closing.is_set():
                 return False
             self.returned.insert(0, carrier.client)
@@ -2753,7 +2757,8 @@ class Forwarder:
         if len(free) <= self._minimum:
             self._spare_since = now
         elif now - self._spare_since >= IDLE_SECONDS:
-            min(free, key=lambda each: each.taken_on).state, self._spare_since = REVOKING, now
+            min(free, key=lambda each: each.taken_on).state = REVOKING
+            self._spare_since = now
 
     def _reject_waiting(self) -> None:
         """Reset the connections that wait, since no session will come to take them."""
@@ -2774,7 +2779,7 @@ class Forwarder:
                 self.dismiss(carrier)  # without an exchange: it has no session yet
 
     def _restrict(self, number: int, since: float, seconds: int) -> None:
-        """Allow so many sessions from `since` on, and one more each time `seconds` have passed."""
+        """After a failure: allow so many sessions from `since` on, and one more each time `seconds` pass."""
         self._available, self._available_since, self._step_seconds = number, since, seconds
 
     def _count_available(self, now: float) -> int:
@@ -2792,7 +2797,7 @@ class Forwarder:
 
     def _judge_end(self, session: MediatedSession, why: PlexctlError) -> None:
         """Decide what it means for the run that a session is over, or could not be had."""
-        others = self._count_live()
+        others = self._count_live()  # without this one, which is REVOKING by now
         if isinstance(why, SessionRevoked) or self._is_time_up(elapsed_seconds()):
             self._end_run(why)
         elif self.first is None:  # none has been ready, but another one may yet be
@@ -3289,7 +3294,7 @@ class Run:
         self.stdout = stdout
         self.core_limit = core_limit  # that COMMAND is to have; None: the one that there is
         self.began = elapsed_seconds()
-        self.told: Optional[PlexctlError] = None  # an error that was reported already
+        self.told_error: Optional[PlexctlError] = None  # that was reported already
         self.request = SessionRequest(options.project_id, options.resource_id, options.host,
                                       options.port, options.ttl_seconds)
         self.target = escape(join_host_port(options.host, options.port), 60)  # for people
@@ -3405,7 +3410,7 @@ class Run:
                 carried.done.wait(HURRY_SECONDS)
             counts = Counts(ended=1, up=relay.up.moved, down=relay.down.moved)
             self.say(describe_total(counts, began, "connection closed"))
-        error = self.told or session.why or describe_failure(relay)
+        error = self.told_error or session.why or describe_failure(relay)
         if error is not None:
             raise error
         return EXIT_OK
@@ -3436,7 +3441,7 @@ class Run:
         if session.why is None and by_node and not relay.down.moved:
             error = PlexctlError(describe_unreachable(self.request))
         if error is not None:
-            self.told = error
+            self.told_error = error
             error.is_told = True
             self.foreground.report(f"error: {error}")
             self.foreground.messages.flush()

@@ -5402,6 +5402,16 @@ def test_leave_does_not_wait_for_ever(simulation):
         go.set()
 
 
+def test_an_earlier_session_of_a_server_that_forgets_the_key_is_given_back(lone_plane):
+    def lose_and_forget(handler, plane):
+        cut_off(handler, plane)
+        plane._by_key.clear()
+    lone_plane.script("issue", lose_and_forget)
+    ledger = plexctl.Ledger(create_client(lone_plane), PROJECT_ID, lambda line: None)
+    session = ledger.issue(session_request())
+    assert len(lone_plane.issued) == 2 and lone_plane.active() == [session.session_id]
+
+
 @pytest.mark.parametrize("is_kept", [False, True])
 def test_a_session_that_comes_after_the_end_is_revoked(lone_plane, is_kept):
     go = threading.Event()
