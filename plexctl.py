@@ -2399,9 +2399,8 @@ class Carrier:
             forwarder.note_ready(self)
             while self.state == FREE and not self.must_leave():
                 client = self._take()
-                if client is not None and self._serve(client, buffers):
-                    with forwarder.lock:
-                        self.state = FREE
+                if client is not None:
+                    self._serve(client, buffers)
         except PlexctlError as error:
             session.end(error)
         except Exception as error:  # no memory or descriptors, or a defect
@@ -2452,14 +2451,21 @@ class Carrier:
             self._pass_turn_on()
         return seconds
 
-    def _serve(self, client: Leg, buffers: Buffers) -> bool:
-        """Carry one connection, or refuse it. Return False only if the session is stuck."""
-        forwarder = self._forwarder
+    def _serve(self, client: Leg, buffers: Buffers) -> None:
+        """Dial for a client and carry the connection, or refuse it. Then the state is FREE or STUCK."""
         try:
-            remote = self.session.dial(forwarder.is_closing.is_set, self._pass_turn_on)
+            remote = self.session.dial(self._forwarder.is_closing.is_set, self._pass_turn_on)
         except PlexctlError as error:
             self._refuse(client, error)
-            return True
+        else:
+            self._carry(client, remote, buffers)
+        with self._forwarder.lock:
+            if self.state == BUSY:
+                self.state = FREE
+
+    def _carry(self, client: Leg, remote: Leg, buffers: Buffers) -> None:
+        """Carry a connection until the Node has ended it as well, or the session is stuck."""
+        forwarder = self._forwarder
         name = "a local process" if forwarder.local.path else join_host_port(*client.address[:2])
         forwarder.ledger.say(f"connection from {name} to {self.session.endpoint}")
         relay = Relay(client, remote, buffers, lambda: forwarder.listener.is_gone(client),
@@ -2472,7 +2478,7 @@ class Carrier:
             relay.carry()
             forwarder.count_connection(self, relay.up.moved, relay.down.moved)
             self._tell_end(relay)
-            return self._await_node(relay)
+            self._await_node(relay)
         finally:
             if relay.is_awaited:  # else the relay has closed it
                 remote.close(reset=False)
@@ -2499,17 +2505,17 @@ class Carrier:
         if error and (not isinstance(error, OSError) or error.errno in EXHAUSTED):  # not a peer's doing
             forwarder.warn_once(f"a connection ended: {show_error(error)}")
 
-    def _await_node(self, relay: Relay) -> bool:
-        """Wait until the Node has ended the connection, too, or all is over; False if the session is stuck.
+    def _await_node(self, relay: Relay) -> None:
+        """Wait until the Node has ended the connection, too, or all is over. Else the session is STUCK.
 
-        Then the Node has had STUCK_SECONDS more to pass on what it has; the revocation that follows cuts it
-        off. Nobody sees when the Node ends a connection that was reset: so the session is not used again.
+        Then the Node has STUCK_SECONDS more to pass on what it has; the revocation that follows cuts it off.
+        Nobody sees when the Node ends a connection that was reset: so the session is not used again.
         """
         forwarder = self._forwarder
         has_ended = (relay.await_end(QUIET_SECONDS, self.must_leave) if relay.is_awaited
                      else not relay.is_stuck)
         if has_ended or self.must_leave():
-            return True
+            return
         self._pass_turn_on()
         with forwarder.lock:
             self.state, forwarder.has_been_stuck = STUCK, True
@@ -2519,7 +2525,6 @@ class Carrier:
             relay.await_end(STUCK_SECONDS, self.must_leave)
         else:
             forwarder.is_closing.wait(STUCK_SECONDS)
-        return False
 
 
 class Forwarder:
