@@ -4880,6 +4880,7 @@ def test_what_is_idle_above_the_minimum_is_given_back(simulation, minimum):
                 chat(clients[0], 1)
         with dialled(running, 4):
             pass
+        eventually(lambda: not running.relays())
         before = dict(simulation.node.connections)
         assert visit(running.address)
         used, = [each for each in before if simulation.node.connections[each] > before[each]]
@@ -6070,9 +6071,10 @@ def test_a_unix_socket_that_cannot_be_removed_costs_command_no_status(simulation
 def test_connections_that_still_wait_when_command_has_ended_are_told_of(simulation, tmp_path):
     program = ("import os, socket; path = os.environ['PLEXCTL_LOCAL_HOST']\n"
                "held = socket.socket(socket.AF_UNIX); held.connect(path); held.send(b'x'); held.recv(1)\n"
-               "if os.fork(): os._exit(0)\n"  # who goes on has the connection
+               "told, tell = os.pipe()\n"
+               "if os.fork(): os.read(told, 1); os._exit(0)\n"  # who goes on has the connection
                "late = socket.socket(socket.AF_UNIX); late.connect(path); late.sendall(b'important')\n"
-               "late.close(); os.close(1); os.close(2); input()")
+               "late.close(); os.write(tell, b'x'); os.close(1); os.close(2); input()")
     simulation.node.late = [0, 60]
     with start(simulation, "--max-sessions", "2", "--local-addr", "unix:%s" % (tmp_path / "s"), "--",
                sys.executable, "-c", program, stdin=subprocess.PIPE) as process:
