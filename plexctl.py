@@ -499,7 +499,10 @@ ERROR_WORDS = (  # the first row that fits counts
 
 
 def describe_error(error: BaseException) -> Tuple[str, bool]:
-    """Return what show_error says of an error, and whether the same may succeed a little later."""
+    """Return why something failed, and whether the same may succeed a little later.
+
+    Most texts of exceptions are not used: they may hold a header or a body.
+    """
     if isinstance(error, urllib.error.URLError) and isinstance(error.reason, BaseException):
         error = error.reason
     if isinstance(error, PlexctlError):
@@ -524,7 +527,7 @@ def describe_error(error: BaseException) -> Tuple[str, bool]:
 
 
 def show_error(error: BaseException) -> str:
-    """Say why something failed. Most texts of exceptions are not used: they may hold a header or a body."""
+    """Return why something failed."""
     return describe_error(error)[0]
 
 
@@ -2835,7 +2838,7 @@ class Forwarder:
         has_no_room = others and (is_refused or isinstance(why, EndpointMissing))
         self._restrict(others, elapsed_seconds(), LIMIT_SECONDS if has_no_room else RETRY_SECONDS)
         why.is_told = self.ledger.tell_once(f"warning: no further session for now: {why}",
-                                             type(why).__name__)
+                                            type(why).__name__)
 
     def _end_run(self, why: PlexctlError) -> None:
         self.over = self.over or why
