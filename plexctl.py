@@ -1534,6 +1534,7 @@ class Flow:
             sent = 0
         except OSError as error:
             if error.errno in EXHAUSTED:
+                self.rest = piece
                 raise
             self.note_refusal(error.errno)
             sent = 0  # the next call drops it, since the sink `is_refused` now
@@ -1836,8 +1837,12 @@ class Ledger:
         finally:
             with self._changed:
                 if session and not self._is_closed:  # else `leave` would not see it any more
-                    self._owed[issued.pop()] = session.expires_at
                     is_in_time = True
+                    # an earlier attempt may have named it in another case, or another session
+                    for each in [each for each in issued if each.lower() == session.session_id.lower()]:
+                        del self._owed[each]
+                        issued.remove(each)
+                    self._owed[session.session_id] = session.expires_at
                 due = self._claim(issued)  # what came too late, or with a bad answer
                 self._issuing -= 1
                 self._changed.notify_all()
@@ -2030,11 +2035,12 @@ class MediatedSession:
             self._update(EXCHANGE_SECONDS)
             return True
         except PlexctlError as error:
-            if isinstance(error, ApiError) and error.status in (404, 410) and error.code:  # no gateway's 404
+            is_missing = isinstance(error, ApiError) and error.status in (404, 410)
+            if isinstance(error, ApiError) and is_missing and error.code:  # without one a gateway says so
                 self.end(SessionRevoked("the session is gone"))
             elif not isinstance(error, Cancelled):
                 self._ledger.tell_once(f"warning: {show_error(error)}", GET)
-            return False
+            return is_missing
 
     def dial(self, is_stopped: Callable[[], bool], on_wait: Callable[[], object] = lambda: None) -> Leg:
         """Connect to the listener; PlexctlError says why that fails. A new endpoint is tried once.
@@ -2599,10 +2605,10 @@ class Forwarder:
         with self.lock:
             if self._is_time_up(now):
                 self._end_run(SessionOver("the session expired"))
-            for each in self._carriers:
-                each.session.watch()
-            self._stop_relays()
             try:
+                for each in self._carriers:
+                    each.session.watch()
+                self._stop_relays()
                 if self.over or not (self._count_live() or self._count_available(now)):
                     self._reject_waiting()
                 elif self.first is not None:

@@ -5072,11 +5072,14 @@ def test_a_session_that_is_gone_ends_the_run(simulation):
 
 
 def test_a_gateway_that_knows_no_session_ends_no_run(simulation):
-    simulation.plane.script("get", Answer(404, raw=b"<html>"))
-    with using_sessions(simulation.plane) as running:
-        assert not running.forwarder.first.ask(5)
+    simulation.plane.script("get", *[Answer(404, raw=b"<html>")] * 9)
+    with using_sessions(simulation.plane, GONE_SECONDS=0) as running:
+        running.forwarder.first.ask(5)
         assert visit(running.address) and running.forwarder.over is None
         assert len(running.said("warning: GetSession: 404")) == len(running.lines) == 1
+        simulation.node.refuse(simulation.plane.issued[0])  # only where the Node says the same
+        assert knock(running.address) == ("reset", b"")
+        assert "has closed the session's listener" in running.why()
 
 
 def test_a_node_that_comes_back_elsewhere_is_found_again(simulation):
@@ -5423,6 +5426,38 @@ def test_an_earlier_session_of_a_server_that_forgets_the_key_is_given_back(lone_
     ledger = plexctl.Ledger(create_client(lone_plane), PROJECT_ID, lambda line: None)
     session = ledger.issue(session_request())
     assert len(lone_plane.issued) == 2 and lone_plane.active() == [session.session_id]
+
+
+@pytest.mark.parametrize("told, last", [("AB", "A"), ("A", "a"), ("BA", "A")])
+def test_a_session_is_owed_as_it_was_written_last_and_what_else_was_told_is_given_back(
+        lone_plane, monkeypatch, told, last):
+    def issue(_request, on_issued):
+        for each in told:
+            on_issued(each)
+        return types.SimpleNamespace(session_id=last, expires_at="then")
+
+    client, given_back = create_client(lone_plane), []
+    monkeypatch.setattr(client, "issue", issue)
+    monkeypatch.setattr(client, "revoke", lambda _project, each, _seconds: given_back.append(each))
+    ledger = plexctl.Ledger(client, PROJECT_ID, lambda line: None)
+    ledger.issue(session_request())
+    assert given_back == ["B"] * ("B" in told)
+    ledger.give_back(last)
+    assert given_back[-1] == last
+
+
+def test_what_could_not_be_sent_for_want_of_memory_is_not_lost_sight_of():
+    def send(_piece):
+        raise OSError(errno.ENOBUFS, "no buffers")
+
+    def read(buffer):
+        buffer[:5] = b"hello"
+        return 5
+    flow = plexctl.Flow(types.SimpleNamespace(recv_into=read), types.SimpleNamespace(send=send),
+                        memoryview(bytearray(8)))
+    with pytest.raises(OSError):
+        flow.move()
+    assert flow.count_undelivered() == 5
 
 
 @pytest.mark.parametrize("is_kept", [False, True])
