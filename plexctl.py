@@ -1585,6 +1585,9 @@ class Relay:
 
     A reset by one side becomes a reset for the other. `stop`, a dead path and any error reset both.
 
+    Then the connection is over for the client. `await_end` waits until it is over for the Node as well, and
+    `close` closes that side.
+
     `on_end` is called before the client sees that the connection ends, unless it has ended it itself, with
     True if the Node has ended it. `pace` is called before each wait, and returns how long that may last.
     """
@@ -1596,8 +1599,7 @@ class Relay:
         self.down = Flow(remote, client, buffers[1])
         self.remote = remote
         self.error: Optional[Exception] = None  # what has broken the connection
-        self.is_awaited = False  # the client is gone, and the Node has yet to end the connection
-        self.is_stuck = False  # the client has reset it, and the Node did not take all that was sent
+        self.is_awaited = False  # the client is gone, and what it has sent is still on its way
         self._client = client
         self._is_gone = is_gone
         self._on_end = on_end
@@ -1624,28 +1626,39 @@ class Relay:
                 self._end_remote()
         except Exception as error:  # a reset, `stop`, a dead path, no memory, or a defect
             self.error = error
-            with contextlib.suppress(Exception):
-                self._end_broken(error)
-        self._close()
+            self.is_awaited = isinstance(error, PeerReset) and error.leg is self._client
+            if not (self.is_awaited or self.down.end_was_sent):
+                with contextlib.suppress(Exception):
+                    self._on_end(isinstance(error, PeerReset))
+        lost = 0 if self.up.has_ended else self.up.count_undelivered()  # of what the client has sent
+        self._client.close(reset=lost > 0 or not self.down.end_was_sent)
 
     def await_end(self, seconds: float, is_stopped: Callable[[], bool]) -> bool:
-        """If it `is_awaited`: wait until the Node ends the connection, too. The caller then closes `remote`.
+        """If it `is_awaited`: wait until the Node has ended the connection, or its path is dead.
 
-        What still comes is dropped. A dead path is an end as well. False if it `is_stopped`, or `seconds`
-        after everything was acknowledged.
+        Behind a reset by the client, until the Node has taken what was sent: ours will destroy the rest. What
+        still comes is dropped. False if it `is_stopped`, or after so many `seconds`, which begin anew while
+        something is on its way to a Node that is to end it.
         """
-        acknowledged_on = elapsed_seconds()
+        since, pause = elapsed_seconds(), GONE_POLL_SECONDS if self.error else TICK_SECONDS
         try:
-            while not (self.down.has_ended or self.remote.is_dead()):
-                if is_stopped() or elapsed_seconds() - acknowledged_on >= seconds:
+            while self.is_awaited and not (self.down.has_ended or self.remote.is_dead()):
+                unsent = self.remote.count_unsent()
+                if self.error and not unsent:
+                    break
+                if unsent and not self.error:
+                    since = elapsed_seconds()
+                if is_stopped() or elapsed_seconds() - since >= seconds:
                     return False
-                if wait_for(self.remote.reads_at, select.POLLIN, self._pace(TICK_SECONDS)):
+                if wait_for(self.remote.reads_at, select.POLLIN, self._pace(pause)):
                     self.down.move()
-                if self.remote.count_unsent():
-                    acknowledged_on = elapsed_seconds()
         except OSError as error:  # want of memory is no end
             return isinstance(error, PeerReset)
         return True
+
+    def close(self) -> None:
+        """Close the Node's side, with a reset where something is missing."""
+        self.remote.close(reset=self.error is not None or not self.up.has_ended)
 
     # The steps of carry
 
@@ -1681,25 +1694,6 @@ class Relay:
         self.up.send_end()
         self.down.is_refused = True  # what the Node still sends is dropped
         self.is_awaited = True
-
-    def _end_broken(self, error: Exception) -> None:
-        """Do what a broken connection needs before its legs are closed."""
-        if isinstance(error, PeerReset) and error.leg is self._client:
-            # let the Node take what it can: our reset will destroy the rest
-            deadline = elapsed_seconds() + QUIET_SECONDS
-            while self.remote.count_unsent() and elapsed_seconds() < deadline and not self._is_stopped:
-                time.sleep(self._pace(0.02))
-            self.is_stuck = self.remote.count_unsent() > 0
-        elif not self.down.end_was_sent:
-            self._on_end(isinstance(error, PeerReset))
-
-    def _close(self) -> None:
-        """Close the legs, with a reset where something is missing."""
-        up = self.up
-        lost = 0 if up.has_ended else up.count_undelivered()  # of what the client has sent
-        self._client.close(reset=lost > 0 or not self.down.end_was_sent)
-        if not self.is_awaited:
-            self.remote.close(reset=self.error is not None or not up.has_ended)
 
     # What they share
 
@@ -2487,10 +2481,12 @@ class Carrier:
             relay.carry()
             forwarder.count_connection(self, relay.up.moved, relay.down.moved)
             self._tell_end(relay)
-            self._await_node(relay)
+            if not relay.await_end(QUIET_SECONDS, self.must_leave) and not self.must_leave():
+                self._note_stuck()
+                # the Node may still pass on what it has; the revocation that follows cuts it off
+                relay.await_end(STUCK_SECONDS, self.must_leave)
         finally:
-            if relay.is_awaited:  # else the relay has closed it
-                remote.close(reset=False)
+            relay.close()
             with forwarder.lock:
                 self.relay = None
 
@@ -2514,26 +2510,13 @@ class Carrier:
         if error and (not isinstance(error, OSError) or error.errno in EXHAUSTED):  # not a peer's doing
             forwarder.warn_once(f"a connection ended: {show_error(error)}")
 
-    def _await_node(self, relay: Relay) -> None:
-        """Wait until the Node has ended the connection, too, or all is over. Else the session is STUCK.
-
-        Then the Node has STUCK_SECONDS more to pass on what it has; the revocation that follows cuts it off.
-        Nobody sees when the Node ends a connection that was reset: so the session is not used again.
-        """
-        forwarder = self._forwarder
-        has_ended = (relay.await_end(QUIET_SECONDS, self.must_leave) if relay.is_awaited
-                     else not relay.is_stuck)
-        if has_ended or self.must_leave():
-            return
+    def _note_stuck(self) -> None:
+        """The Node does not end what it has: its session is not used again."""
         self._pass_turn_on()
-        with forwarder.lock:
-            self.state, forwarder.has_been_stuck = STUCK, True
-        forwarder.warn_once("the Node has not ended a connection whose client is gone; its session is not "
-                            "used any more")
-        if relay.is_awaited:
-            relay.await_end(STUCK_SECONDS, self.must_leave)
-        else:
-            forwarder.is_closing.wait(STUCK_SECONDS)
+        with self._forwarder.lock:
+            self.state, self._forwarder.has_been_stuck = STUCK, True
+        self._forwarder.warn_once("the Node has not ended a connection whose client is gone; its session is "
+                                  "not used any more")
 
 
 class Forwarder:
@@ -3410,9 +3393,8 @@ class Run:
 
         def carry() -> None:
             relay.carry()
-            if relay.is_awaited:  # what was sent is still on its way
-                relay.await_end(STUCK_SECONDS, lambda: session.is_over() or cancel.is_set())
-                remote.close(reset=False)
+            relay.await_end(STUCK_SECONDS, lambda: session.is_over() or cancel.is_set())
+            relay.close()
 
         carried = Outcome(carry, or_here=False)
         try:
@@ -3603,11 +3585,13 @@ class Run:
 
 def describe_failure(relay: Relay) -> Optional[PlexctlError]:
     """Return what has broken a connection of --stdio, if anything."""
+    if isinstance(relay.error, PlexctlError):
+        return relay.error
+    if relay.error is not None:
+        return PlexctlError(f"the connection ended: {show_error(relay.error)}")
     if relay.is_awaited and (not relay.down.moved or relay.down.count_undelivered()):
         return PlexctlError("cannot write to standard output: nobody reads it")
-    if relay.error is None or isinstance(relay.error, PlexctlError):
-        return relay.error
-    return PlexctlError(f"the connection ended: {show_error(relay.error)}")
+    return None
 
 
 def describe_total(counts: Counts, began: float, reason: str) -> str:
