@@ -1641,6 +1641,7 @@ class Relay:
         something is on its way to a Node that is to end it.
         """
         since, pause = elapsed_seconds(), GONE_POLL_SECONDS if self.error else TICK_SECONDS
+        self.down.is_refused = True
         try:
             while self.is_awaited and not (self.down.has_ended or self.remote.is_dead()):
                 unsent = self.remote.count_unsent()
@@ -1692,7 +1693,6 @@ class Relay:
         """The client is gone: pass that on; PeerReset if it has reset the connection."""
         self._check_client()
         self.up.send_end()
-        self.down.is_refused = True  # what the Node still sends is dropped
         self.is_awaited = True
 
     # What they share
@@ -2427,17 +2427,12 @@ class Carrier:
         try:
             if forwarder.returned or wait_for(forwarder.listener.fileno(), select.POLLIN, TICK_SECONDS):
                 with forwarder.lock:
-                    forwarder.is_taking = True
-                    client = forwarder.returned.pop(0) if forwarder.returned else None
-                client = client or forwarder.listener.take()
+                    client = forwarder.returned.pop(0) if forwarder.returned else forwarder.listener.take()
+                    if client is not None:  # also for a session that tick() has found spare meanwhile
+                        self.client, self.state, self.taken_on = client, BUSY, elapsed_seconds()
         except OSError as error:
             forwarder.warn_of_exhaustion(error)
             forwarder.is_closing.wait(PAUSE_SECONDS)
-        finally:
-            with forwarder.lock:
-                forwarder.is_taking = False
-                if client is not None:  # also for a session that tick() has found spare meanwhile
-                    self.client, self.state, self.taken_on = client, BUSY, elapsed_seconds()
         return client
 
     def _pass_turn_on(self) -> None:
@@ -2548,7 +2543,6 @@ class Forwarder:
         self.is_closing = threading.Event()  # nothing is carried any more: `over`, or `stop` was called
         # reentrant; guards what follows, `over`, `first`, and the state, client and relay of the carriers
         self.lock = threading.Condition()
-        self.is_taking = False  # a client may have left the backlog, and not be a carrier's yet
         self.returned: List[Leg] = []  # clients of a session that was over: they go to another one
         self.has_been_stuck = False  # a session has, which is not the end of the run
         self._request = request
@@ -2619,9 +2613,8 @@ class Forwarder:
     def is_delivered(self) -> bool:
         """Return whether everything that clients sent before they closed has reached the Node."""
         with self.lock:
-            # in the order in which a client moves on, so that none is missed: it is in the backlog, taken, a
-            # carrier's, and once it is closed a relay has what it sent
-            return not (self._count_waiting() or self.is_taking
+            # a client is in the backlog, then a carrier's, and once it is closed a relay has what it sent
+            return not (self._count_waiting()
                         or any(self.listener.is_gone(each.client) for each in self._carriers if each.client)
                         or any(each.relay.is_awaited for each in self._carriers if each.relay))
 
