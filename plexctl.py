@@ -1315,8 +1315,8 @@ class AuditLog(logging.Handler):
 
 BUFFER_BYTES = 768 * 1024  # takes memory only as far as it is used
 TICK_SECONDS = 0.2  # a thread that waits looks around this often
+CLOSE_POLL_SECONDS = 0.05  # the same, once the client has ended its input
 QUIET_SECONDS = 2.0  # of silence, see Relay
-GONE_POLL_SECONDS = 0.05  # between two looks whether a client that has ended its input is gone
 UNANSWERED_SECONDS = 120  # after which a path is dead
 TCP_CLOSE = 7  # a state, linux/tcp_states.h
 RESET_ON_CLOSE, END_ON_CLOSE = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)  # struct linger
@@ -1503,31 +1503,26 @@ class Flow:
         self._recv_into = source.recv_into
         self._send = sink.send
 
-    def move(self) -> bool:
-        """Read once, unless something is left, and hand it on; PeerReset by the source.
-
-        Return True if it `waits_for` another event from now on: since it has ended, or something is left now,
-        or no more.
-        """
+    def move(self) -> None:
+        """Read once, unless something is left, and hand it on; PeerReset by the source."""
         piece = self.rest
-        was_left = len(piece) > 0
-        if not was_left:
+        if not piece:
             try:
                 count = self._recv_into(self._buffer)
             except BlockingIOError:
-                return False
+                return
             except OSError as error:
                 if error.errno in EXHAUSTED:
                     raise
                 raise PeerReset(self.source, error.errno) from error
             if not count:
                 self.has_ended = True
-                return True
+                return
             piece = self._buffer[:count]
         if self.is_refused:
             self.dropped += len(piece)
             self.rest = piece[:0]
-            return was_left
+            return
         try:
             sent = self._send(piece)
         except BlockingIOError:
@@ -1540,13 +1535,12 @@ class Flow:
             sent = 0  # the next call drops it, since the sink `is_refused` now
         self.moved += sent
         self.rest = piece[sent:]
-        return was_left != (len(self.rest) > 0)
 
     def waits_for(self) -> Tuple[int, int]:
-        """Return the descriptor and the event of poll(2) that it waits for."""
+        """Return the descriptor and the event of poll(2) that it waits for; -1 for one that has ended."""
         if self.rest:
             return self.sink.writes_at, select.POLLOUT
-        return self.source.reads_at, select.POLLIN
+        return -1 if self.has_ended else self.source.reads_at, select.POLLIN
 
     def count_undelivered(self) -> int:
         """Return how many bytes were read and not handed on."""
@@ -1568,6 +1562,18 @@ class Flow:
             self.end_was_sent = True
             with contextlib.suppress(OSError):  # its peer is gone
                 self.sink.end()
+
+
+def create_poller(*waiting: Tuple[int, int]) -> Any:
+    """Create a poller for descriptors and their events; one that stands there twice waits for both."""
+    masks: Dict[int, int] = {}
+    for descriptor, mask in waiting:
+        masks[descriptor] = masks.get(descriptor, 0) | mask
+    poller = select.poll()
+    for descriptor, mask in masks.items():
+        if descriptor >= 0:
+            poller.register(descriptor, mask)
+    return poller
 
 
 class Relay:
@@ -1607,8 +1613,8 @@ class Relay:
         self._is_stopped = False  # the one thing here that another thread sets
         self._counted = (-1, -1)  # bytes moved, when _is_quiet was called last; -1: not yet
         self._quiet_since = 0.0
-        self._poller: Any = None  # None once what the directions wait for has changed
-        self._waiting: Dict[int, List[Flow]] = {}  # by descriptor
+        self._poller: Any = None
+        self._polled: Any = None  # what it is for
 
     def stop(self) -> None:
         """Have the connection end soon, with resets; called by another thread."""
@@ -1634,24 +1640,24 @@ class Relay:
         self._client.close(reset=lost > 0 or not self.down.end_was_sent)
 
     def await_end(self, seconds: float, is_stopped: Callable[[], bool]) -> bool:
-        """If it `is_awaited`: wait until the Node has ended the connection, or its path is dead.
+        """If it `is_awaited`: wait until the Node has ended the connection, too, or its path is dead.
 
-        Behind a reset by the client, until the Node has taken what was sent: ours will destroy the rest. What
-        still comes is dropped. False if it `is_stopped`, or after so many `seconds`, which begin anew while
-        something is on its way to a Node that is to end it.
+        A client's reset is passed on by `close`, and destroys what the Node has not taken: in this case wait
+        until it has. What it still sends is dropped. False if it `is_stopped`, or after `seconds`: of waiting
+        for the Node to take it, or to end the connection once it has.
         """
-        since, pause = elapsed_seconds(), GONE_POLL_SECONDS if self.error else TICK_SECONDS
+        was_reset, since = self.error is not None, elapsed_seconds()
         self.down.is_refused = True
         try:
             while self.is_awaited and not (self.down.has_ended or self.remote.is_dead()):
-                unsent = self.remote.count_unsent()
-                if self.error and not unsent:
+                has_all = not self.remote.count_unsent()
+                if has_all and was_reset:
                     break
-                if unsent and not self.error:
+                if not (has_all or was_reset):
                     since = elapsed_seconds()
                 if is_stopped() or elapsed_seconds() - since >= seconds:
                     return False
-                if wait_for(self.remote.reads_at, select.POLLIN, self._pace(pause)):
+                if wait_for(self.remote.reads_at, select.POLLIN, self._pace(CLOSE_POLL_SECONDS)):
                     self.down.move()
         except OSError as error:  # want of memory is no end
             return isinstance(error, PeerReset)
@@ -1674,7 +1680,7 @@ class Relay:
     def _await_answer(self) -> None:
         """Pass the client's end of input on once the target is quiet; return once either is gone."""
         while not (self.down.has_ended or self.down.is_refused or self._is_gone()):
-            self._move(GONE_POLL_SECONDS)
+            self._move(CLOSE_POLL_SECONDS)
             if self._is_quiet(self.remote):
                 self.up.send_end()
 
@@ -1699,26 +1705,17 @@ class Relay:
 
     def _move(self, seconds: float = TICK_SECONDS) -> None:
         """Wait for a direction that can move, so long at most, and move each that can once."""
-        poller = self._poller or self._create_poller()
-        ready = poller.poll(self._pace(seconds) * 1000)
+        up, down = self.up.waits_for(), self.down.waits_for()
+        if (up, down) != self._polled:
+            self._polled, self._poller = (up, down), create_poller(up, down)
+        ready = self._poller.poll(self._pace(seconds) * 1000)
         if self._is_stopped or not ready:
             self._check_legs()
         for descriptor, _ in ready:
-            for flow in self._waiting[descriptor]:
-                if flow.move():
-                    self._poller = None
-
-    def _create_poller(self) -> Any:
-        """Create a poller for what the two directions wait for now."""
-        self._poller, self._waiting = select.poll(), {}
-        masks: Dict[int, int] = {}  # by descriptor: both may wait for one, and a move too early does no harm
-        for flow in (self.up, self.down):
-            if not flow.has_ended:
-                descriptor, mask = flow.waits_for()
-                masks[descriptor] = masks.get(descriptor, 0) | mask
-                self._poller.register(descriptor, masks[descriptor])
-                self._waiting.setdefault(descriptor, []).append(flow)
-        return self._poller
+            if descriptor == up[0]:
+                self.up.move()
+            if descriptor == down[0]:  # both may wait for one: a move too early does no harm
+                self.down.move()
 
     def _check_legs(self) -> None:
         """Raise if the connection is to end, its path is dead, or a client that is not read has reset it."""
