@@ -1486,7 +1486,7 @@ def create_buffers() -> Buffers:
 class Flow:
     """One direction of a connection: what `source` sends goes to `sink`.
 
-    While something is left nothing is read: so nothing is left once it `has_ended`.
+    While something is left nothing is read: so nothing is left once `source_ended`.
     """
 
     def __init__(self, source: Any, sink: Any, buffer: memoryview) -> None:
@@ -1495,9 +1495,9 @@ class Flow:
         self.moved = 0  # bytes that were handed on
         self.rest = buffer[:0]  # read, and not handed on yet
         self.dropped = 0  # bytes that were read, and never handed on
-        self.has_ended = False  # the source has ended its input
-        self.end_was_sent = False  # the sink was told of that, by an orderly end
-        self.is_refused = False  # the sink is gone: what is read is dropped
+        self.source_ended = False
+        self.end_was_sent = False  # to the sink, after the source had ended
+        self.sink_gone = False  # it takes nothing any more: what is read is dropped
         self.sink_reset: Optional[PeerReset] = None  # why, if that is a reset; the Relay raises it
         self._buffer = buffer
         self._recv_into = source.recv_into
@@ -1516,43 +1516,42 @@ class Flow:
                     raise
                 raise PeerReset(self.source, error.errno) from error
             if not count:
-                self.has_ended = True
+                self.source_ended = True
                 return
             piece = self._buffer[:count]
-        if self.is_refused:
-            self.dropped += len(piece)
+        self.rest = piece
+        if not self.sink_gone:
+            try:
+                sent = self._send(piece)
+                self.moved += sent
+                self.rest = piece[sent:]
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in EXHAUSTED:
+                    raise
+                self.note_sink_gone(error.errno)
+        if self.sink_gone:
+            self.dropped += len(self.rest)
             self.rest = piece[:0]
-            return
-        try:
-            sent = self._send(piece)
-        except BlockingIOError:
-            sent = 0
-        except OSError as error:
-            if error.errno in EXHAUSTED:
-                self.rest = piece
-                raise
-            self.note_refusal(error.errno)
-            sent = 0  # the next call drops it, since the sink `is_refused` now
-        self.moved += sent
-        self.rest = piece[sent:]
 
     def waits_for(self) -> Tuple[int, int]:
-        """Return the descriptor and the event of poll(2) that it waits for; -1 for one that has ended."""
+        """Return the descriptor and the event of poll(2) that it waits for; -1 once the source has ended."""
         if self.rest:
             return self.sink.writes_at, select.POLLOUT
-        return -1 if self.has_ended else self.source.reads_at, select.POLLIN
+        return -1 if self.source_ended else self.source.reads_at, select.POLLIN
 
     def count_undelivered(self) -> int:
         """Return how many bytes were read and not handed on."""
         return len(self.rest) + self.dropped
 
-    def note_refusal(self, error_number: Optional[int]) -> None:
+    def note_sink_gone(self, error_number: Optional[int]) -> None:
         """Note that the sink takes nothing any more, and why, by the error number of the kernel.
 
         EPIPE: it had ended its input, and has closed the connection before it had read everything. That
         counts as an end. Anything else is a reset.
         """
-        self.is_refused = True
+        self.sink_gone = True
         if error_number != errno.EPIPE:
             self.sink_reset = PeerReset(self.sink, error_number)
 
@@ -1577,10 +1576,10 @@ def create_poller(*waiting: Tuple[int, int]) -> Any:
 
 
 class Relay:
-    """Carries one connection between a client and the Node (`remote`), in the thread that calls `carry`.
+    """Carries one connection between a client and the Node (`remote`), in the thread that calls its methods.
 
-    What one side sends is handed on at once; while the other side takes nothing, no more is read. There are
-    up to three steps:
+    What one side sends is handed on at once; while the other side takes nothing, no more is read. `carry`
+    lasts until the connection is over for the client, and has up to three steps:
 
     1. `_carry_both`, while both sides are open.
     2. `_await_answer`, once the client has ended its input. The Node ends both directions as soon as it reads
@@ -1589,150 +1588,156 @@ class Relay:
     3. `_end_client`, once the Node has ended the connection. The client may go on until nothing has moved for
        QUIET_SECONDS. Or `_end_remote`, once the client is gone.
 
-    A reset by one side becomes a reset for the other. `stop`, a dead path and any error reset both.
+    A reset by one side becomes a reset for the other. Any error resets both, and so does `must_stop`, which
+    is asked at least every TICK_SECONDS.
 
-    Then the connection is over for the client. `await_end` waits until it is over for the Node as well, and
-    `close` closes that side.
+    Then `await_end` waits until the connection is over for the Node as well, and `close_remote` closes it.
 
-    `on_end` is called before the client sees that the connection ends, unless it has ended it itself, with
+    `on_end` is called when a connection ends that the client has not ended, before the client sees it; with
     True if the Node has ended it. `pace` is called before each wait, and returns how long that may last.
     """
 
     def __init__(self, client: Any, remote: Leg, buffers: Buffers, is_gone: Callable[[], bool],
-                 on_end: Callable[[bool], object],
+                 must_stop: Callable[[], bool], on_end: Callable[[bool], object],
                  pace: Callable[[float], float] = lambda seconds: seconds) -> None:
         self.up = Flow(client, remote, buffers[0])
         self.down = Flow(remote, client, buffers[1])
         self.remote = remote
         self.error: Optional[Exception] = None  # what has broken the connection
-        self.is_awaited = False  # the client is gone, and what it has sent is still on its way
+        self.client_left = False  # before the Node had ended the connection
         self._client = client
         self._is_gone = is_gone
+        self._must_stop = must_stop
         self._on_end = on_end
         self._pace = pace
-        self._is_stopped = False  # the one thing here that another thread sets
         self._counted = (-1, -1)  # bytes moved, when _is_quiet was called last; -1: not yet
         self._quiet_since = 0.0
         self._poller: Any = None
         self._polled: Any = None  # what it is for
 
-    def stop(self) -> None:
-        """Have the connection end soon, with resets; called by another thread."""
-        self._is_stopped = True
-
     def carry(self) -> None:
         """Return once the connection is over for the client. Whatever fails ends this connection alone."""
+        up, down = self.up, self.down
         try:
             self._carry_both()
-            if not self.down.has_ended:
+            if not down.source_ended:
                 self._await_answer()
-            if self.down.has_ended:
+            if down.source_ended:
                 self._end_client()
             else:
                 self._end_remote()
-        except Exception as error:  # a reset, `stop`, a dead path, no memory, or a defect
+        except Exception as error:  # a reset, must_stop, a dead path, no memory, or a defect
             self.error = error
-            self.is_awaited = isinstance(error, PeerReset) and error.leg is self._client
-            if not (self.is_awaited or self.down.end_was_sent):
+            self.client_left = isinstance(error, PeerReset) and error.leg is self._client
+            if not (self.client_left or down.end_was_sent):
                 with contextlib.suppress(Exception):
-                    self._on_end(isinstance(error, PeerReset))
-        lost = 0 if self.up.has_ended else self.up.count_undelivered()  # of what the client has sent
-        self._client.close(reset=lost > 0 or not self.down.end_was_sent)
+                    self._on_end(isinstance(error, PeerReset) and error.leg is self.remote)
+        # a reset also destroys what the client has yet to read
+        is_lost = not up.source_ended and up.count_undelivered() > 0
+        self._client.close(reset=is_lost or not down.end_was_sent)
 
-    def await_end(self, seconds: float, is_stopped: Callable[[], bool]) -> bool:
-        """If it `is_awaited`: wait until the Node has ended the connection, too, or its path is dead.
+    def await_end(self, seconds: float) -> bool:
+        """If the client has left, wait for the Node; False after so many seconds, or if it must_stop."""
+        if not self.client_left:
+            return True
+        return self._await_taken(seconds) if self.error else self._await_node(seconds)
 
-        A client's reset is passed on by `close`, and destroys what the Node has not taken: in this case wait
-        until it has. What it still sends is dropped. False if it `is_stopped`, or after `seconds`: of waiting
-        for the Node to take it, or to end the connection once it has.
-        """
-        was_reset, since = self.error is not None, elapsed_seconds()
-        self.down.is_refused = True
-        try:
-            while self.is_awaited and not (self.down.has_ended or self.remote.is_dead()):
-                has_all = not self.remote.count_unsent()
-                if has_all and was_reset:
-                    break
-                if not (has_all or was_reset):
-                    since = elapsed_seconds()
-                if is_stopped() or elapsed_seconds() - since >= seconds:
-                    return False
-                if wait_for(self.remote.reads_at, select.POLLIN, self._pace(CLOSE_POLL_SECONDS)):
-                    self.down.move()
-        except OSError as error:  # want of memory is no end
-            return isinstance(error, PeerReset)
-        return True
-
-    def close(self) -> None:
+    def close_remote(self) -> None:
         """Close the Node's side, with a reset where something is missing."""
-        self.remote.close(reset=self.error is not None or not self.up.has_ended)
+        self.remote.close(reset=self.error is not None or not self.up.source_ended)
 
     # The steps of carry
 
     def _carry_both(self) -> None:
-        """Hand on what both sides send, until one of them ends; PeerReset."""
-        up, down = self.up, self.down
-        while not (up.has_ended or down.has_ended):
+        """Hand on what both sides send, until one of them ends."""
+        while not (self.up.source_ended or self.down.source_ended):
             self._move()
-            if down.sink_reset:  # of the client's; the Node's is raised when all before it is read
-                raise down.sink_reset
 
     def _await_answer(self) -> None:
         """Pass the client's end of input on once the target is quiet; return once either is gone."""
-        while not (self.down.has_ended or self.down.is_refused or self._is_gone()):
+        while not (self.down.source_ended or self.down.sink_gone or self._is_gone()):
             self._move(CLOSE_POLL_SECONDS)
             if self._is_quiet(self.remote):
                 self.up.send_end()
 
     def _end_client(self) -> None:
         """The Node has ended the connection: pass that on, and let the client finish."""
-        if self.up.sink_reset:
+        if self.up.sink_reset:  # that was no end, but all before it has been read by now
             raise self.up.sink_reset
-        if not (self.up.end_was_sent or self.down.is_refused):  # else the client has ended it first
+        if not (self.up.end_was_sent or self.down.sink_gone):  # else the client has ended it first
             self._on_end(True)
         self.down.send_end()
         # a client may keep its end open for ever, and the session is to carry the next one
-        while not (self.up.has_ended or self._is_quiet(self._client)):
+        while not (self.up.source_ended or self._is_quiet(self._client)):
             self._move()
 
     def _end_remote(self) -> None:
-        """The client is gone: pass that on; PeerReset if it has reset the connection."""
+        """The client is gone: pass that on, unless it has reset the connection."""
         self._check_client()
         self.up.send_end()
-        self.is_awaited = True
+        self.client_left = True
+
+    # The steps of await_end
+
+    def _await_node(self, seconds: float) -> bool:
+        """Wait until the Node has ended the connection, so long from when it has taken everything.
+
+        What it still sends is dropped. A dead path is an end as well.
+        """
+        self.down.sink_gone, taken_on = True, elapsed_seconds()
+        try:
+            while not (self.down.source_ended or self.remote.is_dead()):
+                if self.remote.count_unsent():
+                    taken_on = elapsed_seconds()
+                if self._must_stop() or elapsed_seconds() - taken_on >= seconds:
+                    return False
+                if wait_for(self.remote.reads_at, select.POLLIN, self._pace(TICK_SECONDS)):
+                    self.down.move()
+        except OSError as error:  # want of memory is no end
+            return isinstance(error, PeerReset)
+        return True
+
+    def _await_taken(self, seconds: float) -> bool:
+        """The client has reset it: wait until the Node has what was sent, since our reset destroys it."""
+        deadline = elapsed_seconds() + seconds
+        while self.remote.count_unsent():
+            if self._must_stop() or elapsed_seconds() >= deadline:
+                return False
+            time.sleep(self._pace(CLOSE_POLL_SECONDS))
+        return True
 
     # What they share
 
     def _move(self, seconds: float = TICK_SECONDS) -> None:
-        """Wait for a direction that can move, so long at most, and move each that can once."""
+        """Wait for a direction that can move, so long at most, and move each that can once.
+
+        Raise what ends the connection for both. A reset by the Node waits until all before it is read.
+        """
         up, down = self.up.waits_for(), self.down.waits_for()
         if (up, down) != self._polled:
             self._polled, self._poller = (up, down), create_poller(up, down)
         ready = self._poller.poll(self._pace(seconds) * 1000)
-        if self._is_stopped or not ready:
-            self._check_legs()
+        if self._must_stop():
+            raise ConnectionAbortedError(errno.ECONNABORTED, os.strerror(errno.ECONNABORTED))
+        if not ready:
+            if self._client.is_dead() or self.remote.is_dead():
+                raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+            self._check_client()  # nobody reads from it, perhaps
         for descriptor, _ in ready:
             if descriptor == up[0]:
                 self.up.move()
             if descriptor == down[0]:  # both may wait for one: a move too early does no harm
                 self.down.move()
-
-    def _check_legs(self) -> None:
-        """Raise if the connection is to end, its path is dead, or a client that is not read has reset it."""
-        if self._is_stopped:
-            raise ConnectionAbortedError(errno.ECONNABORTED, os.strerror(errno.ECONNABORTED))
-        if self._client.is_dead() or self.remote.is_dead():
-            raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
-        self._check_client()
+        if self.down.sink_reset:
+            raise self.down.sink_reset
 
     def _check_client(self) -> None:
-        """Raise a reset by the client that no read has found."""
-        down = self.down
-        error_number = 0 if down.is_refused else self._client.take_error()
+        """Raise a reset by the client that neither a read nor a write has met."""
+        error_number = 0 if self.down.sink_gone else self._client.take_error()
         if error_number:
-            down.note_refusal(error_number)
-        if down.sink_reset:
-            raise down.sink_reset
+            self.down.note_sink_gone(error_number)
+        if self.down.sink_reset:
+            raise self.down.sink_reset
 
     def _is_quiet(self, receiver: Any) -> bool:
         """Return whether nothing has moved for QUIET_SECONDS. For a loop: it compares with the last call.
@@ -1753,7 +1758,6 @@ RECHECK_SECONDS = 60  # the reconcile period of a Node
 AHEAD_SECONDS = 1.0  # that a Node may close before the expiry, since its clock is ahead
 GONE_SECONDS = 30  # of refused dials, until a listener counts as gone
 REPLACE_SECONDS = 60  # a session that has lasted so long is replaced at the first of them
-CONNECTING = (errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK)
 
 
 class SessionRevoked(SessionOver):
@@ -1784,7 +1788,7 @@ class Ledger:
         self.is_kept = False  # what is owed is left to the operator
         self._changed = threading.Condition()  # guards what follows
         self._known: Set[str] = set()  # every session_id, in lower case
-        self._owed: Dict[str, str] = {}  # when each session expires whose revocation has not begun, by its id
+        self._owed: Dict[str, str] = {}  # session_id: its expiry, in words; until its revocation begins
         self._revoking: Set[str] = set()  # until that has ended, or `settle` has told of it
         self._issuing = 0
         self._unknown: Dict[str, PlexctlError] = {}  # by text; each may have left a session
@@ -1802,7 +1806,7 @@ class Ledger:
 
     def issue(self, request: SessionRequest) -> IssuedSession:
         """Issue a session, see ControlPlane.issue; Cancelled once `leave` was called."""
-        issued: List[str] = []
+        told_ids: List[str] = []
 
         def owe(session_id: str) -> None:
             with self._changed:
@@ -1810,16 +1814,15 @@ class Ledger:
                     raise TransportError(f"{ISSUE}: the answer's session_id is that of an earlier session")
                 self._known.add(session_id.lower())
                 self._owed[session_id] = "it expires"
-                issued.append(session_id)
+                told_ids.append(session_id)
 
         with self._changed:
             if self._is_closed:
                 raise Cancelled("interrupted")
             self._issuing += 1
-        session: Optional[IssuedSession] = None
-        is_in_time = False
+        issued: Optional[IssuedSession] = None
         try:
-            session = self.plane.issue(request, owe)
+            issued = self.plane.issue(request, owe)
         except PlexctlError as error:
             if error.may_exist:
                 with self._changed:
@@ -1827,21 +1830,29 @@ class Ledger:
             raise
         finally:
             with self._changed:
-                if session and not self._is_closed:  # else `leave` would not see it any more
-                    is_in_time = True
-                    # an earlier attempt may have named it in another case, or another session
-                    for each in [each for each in issued if each.lower() == session.session_id.lower()]:
-                        del self._owed[each]
-                        issued.remove(each)
-                    self._owed[session.session_id] = session.expires_at
-                due = self._claim(issued)  # what came too late, or with a bad answer
+                if self._is_closed:  # `leave` does not see it any more
+                    issued = None
+                due = self._claim(self._list_useless(told_ids, issued))
                 self._issuing -= 1
                 self._changed.notify_all()
             for session_id in due:
                 self._revoke(session_id)
-        if session is None or not is_in_time:
+        if issued is None:
             raise Cancelled("interrupted")
-        return session
+        return issued
+
+    def _list_useless(self, told_ids: List[str], issued: Optional[IssuedSession]) -> List[str]:
+        """With the lock held: note when the session expires, and return which of the ids are not its own.
+
+        An earlier attempt, whose answer was cut off, may have named another one, or this one in other case.
+        """
+        if issued is None:
+            return told_ids
+        for each in told_ids:
+            if each.lower() == issued.session_id.lower():
+                self._owed.pop(each, "")
+        self._owed[issued.session_id] = issued.expires_at
+        return [each for each in told_ids if each.lower() != issued.session_id.lower()]
 
     def has_issued(self) -> bool:
         """Return whether there has been a session."""
@@ -1923,16 +1934,16 @@ def connect(route: Tuple[int, Any], is_stopped: Callable[[], bool], on_wait: Cal
     `on_wait` is called before it waits, which on loopback it does not.
     """
     leg = Leg(socket.socket(route[0], socket.SOCK_STREAM))
-    seconds, deadline = 0.0, elapsed_seconds() + CONNECT_SECONDS
     try:
         set_leg_options(leg.sock)
-        error = leg.sock.connect_ex(route[1]) or errno.EINPROGRESS
-        while error in CONNECTING:
-            if elapsed_seconds() >= deadline or is_stopped():  # nothing was sent yet
+        error, deadline = leg.sock.connect_ex(route[1]), elapsed_seconds() + CONNECT_SECONDS
+        seconds = 0.0
+        while error == errno.EINPROGRESS:
+            if is_stopped() or elapsed_seconds() >= deadline:  # nothing was sent yet
                 error = errno.ETIMEDOUT
             elif wait_for(leg.writes_at, select.POLLOUT, seconds):
                 error = leg.take_error()
-            elif not seconds:
+            elif not seconds:  # the Node is not on this host
                 on_wait()
                 seconds = TICK_SECONDS
         if error:
@@ -1959,11 +1970,11 @@ class MediatedSession:
         self.ready_on = 0.0  # when the Node had reported the listener; 0: not yet
         self._ledger = ledger
         self._wait_seconds = wait_seconds
-        self._renew = renew  # it is to be replaced
+        self._renew = renew  # it will be replaced
         self._route: Any = None  # family and address of the endpoint
         self._refused_since = 0.0
-        self._lock = threading.Lock()  # guards changes of `why`, and once it is open what follows
-        self._asked_on = float("inf")  # when it was asked last; not before the listener is ready
+        self._lock = threading.Lock()  # guards changes of `why`, and of what follows
+        self._asked_on = 0.0  # when GetSession was asked last
         self._question: Optional[Outcome] = None  # the last one
 
     def open(self, request: SessionRequest) -> None:
@@ -1977,7 +1988,7 @@ class MediatedSession:
             self._set_endpoint(issued.listener_endpoint)
         else:
             self._await_endpoint()
-        self.ready_on = self._asked_on = elapsed_seconds()
+        self._asked_on = self.ready_on = elapsed_seconds()
         self._ledger.say(f"session {self.session_id}: listener endpoint {self.endpoint}, "
                          f"expires at {issued.expires_at}")
 
@@ -2005,20 +2016,22 @@ class MediatedSession:
             self._ledger.tell_once(f"warning: {show_seconds(left + 0.5)} of the session are left",
                                    f"{min(passed)} s left")
 
-    def ask(self, seconds: float = 0.0, afresh: bool = False) -> bool:
-        """Have a thread ask GetSession, and wait for it so long; return whether there is an answer.
+    def ask(self, afresh: bool = False) -> None:
+        """Have a thread ask GetSession, unless one is asking, or has within ASK_SECONDS.
 
-        One question is asked at a time, and one in ASK_SECONDS: in between the last answer counts. `afresh`
-        asks at once, also beside another question, and only that answer counts.
+        `afresh` asks in any case, and only that answer counts.
         """
         with self._lock:
-            question, now = self._question, elapsed_seconds()
-            may_ask = afresh or question is None or (
-                question.done.is_set() and now - self._asked_on >= ASK_SECONDS)
-            if may_ask and self.why is None:
+            last, now = self._question, elapsed_seconds()
+            is_due = last is None or (last.done.is_set() and now - self._asked_on >= ASK_SECONDS)
+            if (is_due or afresh) and self.why is None:
                 self._asked_on = now
-                question = self._question = Outcome(self._ask, or_here=False)
-        return question is not None and question.done.wait(seconds) and bool(question.value)
+                self._question = Outcome(self._ask, or_here=False)
+
+    def await_answer(self) -> bool:
+        """Wait for the answer to the last question, for ASK_LIMIT_SECONDS; return whether there is one."""
+        question = self._question
+        return question is not None and question.done.wait(ASK_LIMIT_SECONDS) and bool(question.value)
 
     def _ask(self) -> bool:
         """Ask GetSession, and warn if that fails; return whether there was an answer."""
@@ -2049,7 +2062,10 @@ class MediatedSession:
             if is_stopped():
                 raise Cancelled("interrupted")
             on_wait()
-            has_answer = not self.is_over() and self.ask(ASK_LIMIT_SECONDS)
+            has_answer = False
+            if not self.is_over():
+                self.ask()
+                has_answer = self.await_answer()
             if self.why is not None or self._route == route:
                 break
         # no new endpoint, or the new one failed, too
@@ -2193,13 +2209,15 @@ class OwnerCheck:
 
     def close(self) -> None:
         """Close the netlink socket."""
-        self._netlink.close()
+        with self._lock:
+            self._netlink.close()
 
 
 class Listener(socketserver.TCPServer):
     """Listens on the local address, and knows who may connect. The kernel's backlog is its queue.
 
-    socketserver binds it when it is made (PlexctlError), and closes it. `take` is for one thread at a time.
+    socketserver calls server_bind and server_activate when it is made (PlexctlError). `take`, `put_back` and
+    `reject` are for one thread at a time.
     """
 
     request_queue_size = BACKLOG_CONNECTIONS
@@ -2208,10 +2226,11 @@ class Listener(socketserver.TCPServer):
     def __init__(self, local: LocalAddress, allow_other_users: bool, warn_once: Report) -> None:
         self.local = local  # with the port that it has got
         self.unidentified = 0  # connections not served, since their clients had closed them
-        self.assumes_gone = False  # see `assume_gone`
+        self.assumes_gone = False  # all clients for gone, where nobody can know
         self._allows_other_users = allow_other_users
         self._warn_once = warn_once
-        self._identity: Optional[os.stat_result] = None  # of the unix socket's file
+        self._returned: List[Leg] = []  # clients that were put back
+        self._bound_file: Optional[os.stat_result] = None  # of a unix socket
         self._owners: Optional[OwnerCheck] = None  # also with allow_other_users, for `is_gone`
         self._checks_owners = False
         self.address_family = (socket.AF_UNIX if local.path else
@@ -2224,11 +2243,19 @@ class Listener(socketserver.TCPServer):
                 reason = "a file exists there (a socket left by a killed run? remove it)"
             raise PlexctlError(f"--local-addr {escape(str(local))}: cannot listen: {reason}") from error
 
+    def wait(self) -> bool:
+        """Wait a little for a client; return whether one is here."""
+        with contextlib.suppress(ValueError):  # another thread has closed the listener
+            return bool(self._returned or wait_for(self.fileno(), select.POLLIN, TICK_SECONDS))
+        return False
+
     def take(self) -> Optional[Leg]:
         """Accept a client that is here; None if none is, or it may not be served.
 
         OSError if there are no descriptors or memory. Not handle_request(): that makes a selector each time.
         """
+        if self._returned:
+            return self._returned.pop(0)
         try:
             request, address = self.socket.accept()
         except OSError as error:  # none, or it is gone again
@@ -2240,36 +2267,36 @@ class Listener(socketserver.TCPServer):
             if self._may_be_served(client):
                 return client
         except Exception as error:
-            reason = show_error(error)
-            if self.fileno() >= 0:  # else stop() has closed it meanwhile
-                self._warn_once(f"a connection was rejected, its owner could not be checked: {reason}")
+            self._warn_once(f"a connection was rejected, its owner could not be checked: {show_error(error)}")
         request.close()  # with a reset
         return None
 
+    def put_back(self, client: Leg) -> None:
+        """Have a client that was taken be the next one."""
+        self._returned.insert(0, client)
+
     def reject(self) -> None:
         """Reset the connections that wait."""
+        while self._returned:
+            self._returned.pop().close()
         for _ in range(self.count_waiting()):
             with contextlib.suppress(OSError):  # it has gone by itself, or there are no descriptors
                 self.socket.accept()[0].close()
 
     def count_waiting(self) -> int:
-        """Return how many connections wait; 1 for any number of them where the kernel does not tell."""
-        if self.fileno() < 0 or not poll_now(self.fileno(), select.POLLIN):
-            return 0
-        if self.local.path or not ON_LINUX:
-            return 1
-        info = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28)
-        return max(1, int(struct.unpack_from("=I", info, 24)[0]))  # tcpi_unacked: of a listener, its backlog
+        """Return how many connections wait; any number counts as 1 where the kernel does not tell."""
+        count = len(self._returned)
+        if self.fileno() >= 0 and poll_now(self.fileno(), select.POLLIN):
+            backlog = 1
+            if ON_LINUX and not self.local.path:
+                info = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28)
+                backlog = struct.unpack_from("=I", info, 24)[0]  # tcpi_unacked: of a listener, its backlog
+            count += max(1, backlog)
+        return count
 
     def is_gone(self, client: Leg) -> bool:
-        """Return whether a client has closed its socket; False where nobody can know, until `assume_gone`."""
-        if self._owners is not None:
-            with contextlib.suppress(OSError):
-                return self._owners.find(client.address)[1]
-            return False
-        descriptor = client.sock.fileno()  # its thread may close it meanwhile
-        # poll() tells of a reset, and of a unix socket that was closed
-        return self.assumes_gone or descriptor < 0 or bool(poll_now(descriptor, 0))
+        """Return whether a client has closed its socket."""
+        return self.assumes_gone or self._has_closed(client)
 
     def assume_gone(self) -> None:
         """COMMAND has ended: take all clients for gone where nobody can know."""
@@ -2284,7 +2311,7 @@ class Listener(socketserver.TCPServer):
                 super().server_bind()
             finally:
                 os.umask(mask)
-            self._identity = os.lstat(self.local.path)
+            self._bound_file = os.lstat(self.local.path)
         else:
             set_leg_options(self.socket)
             super().server_bind()
@@ -2314,10 +2341,20 @@ class Listener(socketserver.TCPServer):
         super().server_close()
         if self._owners is not None:
             self._owners.close()
-        mine, self._identity = self._identity, None
+        mine, self._bound_file = self._bound_file, None
         with contextlib.suppress(OSError):  # it is gone, or its directory is not ours any more
             if mine and os.path.samestat(mine, os.lstat(self.local.path)):
                 os.unlink(self.local.path)
+
+    def _has_closed(self, client: Leg) -> bool:
+        """Return whether the kernel says that a client has closed its socket; False if it does not tell."""
+        if self._owners is not None:
+            with contextlib.suppress(OSError):
+                return self._owners.find(client.address)[1]
+            return False
+        descriptor = client.sock.fileno()  # its thread may close it meanwhile
+        # poll() tells of a reset, and of a unix socket that was closed
+        return descriptor < 0 or bool(poll_now(descriptor, 0))
 
     def _may_be_served(self, client: Leg) -> bool:
         """Return whether a client may be served: its user is ours or root, and it has not left."""
@@ -2325,8 +2362,7 @@ class Listener(socketserver.TCPServer):
             with contextlib.suppress(OSError):  # one that has sent something before is served
                 if client.sock.recv(1, socket.MSG_PEEK):
                     return True
-            # one that has left is not served; after assume_gone() nobody can tell
-            return self.assumes_gone or not self.is_gone(client)
+            return not self._has_closed(client)
         uid = self._owners.find(client.address)[0]
         # behind a reset, the address may be another one's by now
         if uid == NOBODY or not is_connected(client.sock):
@@ -2344,7 +2380,8 @@ PAUSE_SECONDS = 0.5  # after an accept() that failed
 SHORT_SECONDS = 0.001  # when a connection is older its thread passes the turn on
 GRACE_SECONDS = 0.3  # a connection waits so long for a session to become free, before one is issued for it
 IDLE_SECONDS = 60  # after which a session that nobody needs is given back
-STUCK_SECONDS = 10  # that a Node may take to end a connection, before its session is given back
+END_SECONDS = 2  # that a Node may take to end a connection whose client is gone, until its session is STUCK
+STUCK_SECONDS = 10  # the same from then on, until the session is given back
 LIMIT_SECONDS = 60  # after a session was refused, until one is asked for again
 RETRY_SECONDS = 5  # the same, after a failure that may pass
 
@@ -2360,12 +2397,24 @@ class Counts(NamedTuple):
     down: int = 0
 
 
+class Allowance(NamedTuple):
+    """How many sessions there may be after a failure: a number at first, and one more after each step."""
+
+    number: int
+    since: float  # elapsed_seconds()
+    step_seconds: float
+
+    def count(self, now: float) -> int:
+        """Return how many there may be now."""
+        return self.number + int((now - self.since) / self.step_seconds)
+
+
 # what a Carrier does, and what follows
 OPENING = "opening"  # it issues its session, and waits for the listener; then FREE
-FREE = "free"  # waits for a client; then BUSY
+FREE = "free"  # waits for a client; then BUSY, or REVOKING if it is not needed any more
 BUSY = "busy"  # dials, carries, and waits for the Node to end what it has carried; then FREE or STUCK
 STUCK = "stuck"  # the Node does not end it
-REVOKING = "revoking"  # the end, or about to be: the session is over, stuck, or not needed any more
+REVOKING = "revoking"  # the end: the session is over, stuck, or not needed any more
 READY = (FREE, BUSY)
 LIVE = (OPENING, FREE, BUSY)  # connections may yet come to it
 
@@ -2404,10 +2453,12 @@ class Carrier:
         except PlexctlError as error:
             session.end(error)
         except Exception as error:  # no memory or descriptors, or a defect
-            if not forwarder.is_closing.is_set():  # else the listener was closed meanwhile
-                session.end(PlexctlError(f"a session was given up after {show_error(error)}"))
+            session.end(PlexctlError(f"a session was given up after {show_error(error)}"))
         finally:
             self._pass_turn_on()
+            if self.client is not None:  # an error came between
+                self.client.close()
+                forwarder.count_connection(self, 0, 0)
             forwarder.dismiss(self)
 
     def must_leave(self) -> bool:
@@ -2422,10 +2473,11 @@ class Carrier:
             return None
         client: Optional[Leg] = None
         try:
-            if forwarder.returned or wait_for(forwarder.listener.fileno(), select.POLLIN, TICK_SECONDS):
+            if forwarder.listener.wait():
                 with forwarder.lock:
-                    client = forwarder.returned.pop(0) if forwarder.returned else forwarder.listener.take()
-                    if client is not None:  # also for a session that tick() has found spare meanwhile
+                    if self.state == FREE and not forwarder.is_closing.is_set():
+                        client = forwarder.listener.take()
+                    if client is not None:
                         self.client, self.state, self.taken_on = client, BUSY, elapsed_seconds()
         except OSError as error:
             forwarder.warn_of_exhaustion(error)
@@ -2437,7 +2489,7 @@ class Carrier:
             self._has_turn = False
             self._forwarder.turn.release()
 
-    def _pace(self, seconds: float) -> float:
+    def _limit_wait(self, seconds: float) -> float:
         """Return how long the thread may wait; pass the turn on once a connection lasts."""
         if self._has_turn:
             left = self.taken_on + SHORT_SECONDS - elapsed_seconds()
@@ -2463,22 +2515,20 @@ class Carrier:
         forwarder = self._forwarder
         name = "a local process" if forwarder.local.path else join_host_port(*client.address[:2])
         forwarder.ledger.say(f"connection from {name} to {self.session.endpoint}")
-        relay = Relay(client, remote, buffers, lambda: forwarder.listener.is_gone(client),
-                      lambda by_node: forwarder.ask_about_end(self, by_node), self._pace)
+        relay = Relay(client, remote, buffers, lambda: forwarder.listener.is_gone(client), self.must_leave,
+                      lambda by_node: forwarder.ask_about_end(self, by_node), self._limit_wait)
         try:
             with forwarder.lock:
                 self.relay = relay
-                if forwarder.is_closing.is_set():
-                    relay.stop()
             relay.carry()
             forwarder.count_connection(self, relay.up.moved, relay.down.moved)
             self._tell_end(relay)
-            if not relay.await_end(QUIET_SECONDS, self.must_leave) and not self.must_leave():
+            if not relay.await_end(END_SECONDS) and not self.must_leave():
                 self._note_stuck()
                 # the Node may still pass on what it has; the revocation that follows cuts it off
-                relay.await_end(STUCK_SECONDS, self.must_leave)
+                relay.await_end(STUCK_SECONDS)
         finally:
-            relay.close()
+            relay.close_remote()
             with forwarder.lock:
                 self.relay = None
 
@@ -2530,8 +2580,7 @@ class Forwarder:
                  allow_other_users: bool = False) -> None:
         self.over: Optional[PlexctlError] = None  # why the run is over
         self.first: Optional[MediatedSession] = None  # that was ready
-        # the rest without an underscore is for the carriers
-        self.ledger = ledger
+        self.ledger = ledger  # first, since the listener may warn
         self.listener = Listener(local, allow_other_users, self.warn_once)
         self.local = self.listener.local
         self.renew = renew
@@ -2540,7 +2589,6 @@ class Forwarder:
         self.is_closing = threading.Event()  # nothing is carried any more: `over`, or `stop` was called
         # reentrant; guards what follows, `over`, `first`, and the state, client and relay of the carriers
         self.lock = threading.Condition()
-        self.returned: List[Leg] = []  # clients of a session that was over: they go to another one
         self.has_been_stuck = False  # a session has, which is not the end of the run
         self._request = request
         self._limit = limit
@@ -2550,11 +2598,9 @@ class Forwarder:
         self._answered_on = 0.0  # when a connection that had an answer has ended last
         self._first_failure: Optional[PlexctlError] = None  # of a session, while none is ready
         self._explanation: Optional[Outcome] = None  # see _explain
-        self._waiting_since = elapsed_seconds()  # connections, while no session has been free
-        self._spare_since = elapsed_seconds()  # sessions, more of them than the minimum
-        # there may be `_available` sessions at this time, one more each time that so many seconds have
-        # passed, and never more than the limit; see _restrict
-        self._available, self._available_since, self._step_seconds = limit, 0.0, 1
+        self._waiting_since = elapsed_seconds()  # since when connections wait, and no session is free
+        self._spare_since = elapsed_seconds()  # since when more sessions are free than the minimum
+        self._allowance = Allowance(limit, 0.0, 1)
 
     def __enter__(self) -> "Forwarder":
         return self
@@ -2582,7 +2628,6 @@ class Forwarder:
             try:
                 for each in self._carriers:
                     each.session.watch()
-                self._stop_relays()
                 if self.over or not (self._count_live() or self._count_available(now)):
                     self._reject_waiting()
                 elif self.first is not None:
@@ -2596,7 +2641,7 @@ class Forwarder:
         with self.lock:
             relays = self._list_open()
             return self._ended._replace(
-                open=len(relays), waiting=self._count_waiting(),
+                open=len(relays), waiting=self.listener.count_waiting(),
                 sessions=sum(each.state in READY for each in self._carriers),
                 up=self._ended.up + sum(relay.up.moved for relay in relays),
                 down=self._ended.down + sum(relay.down.moved for relay in relays))
@@ -2611,11 +2656,11 @@ class Forwarder:
         """Return whether everything that clients sent before they closed has reached the Node."""
         with self.lock:
             # a client is in the backlog, then a carrier's, and once it is closed a relay has what it sent
-            return not (self._count_waiting()
+            return not (self.listener.count_waiting()
                         or any(self.listener.is_gone(each.client) for each in self._carriers if each.client)
-                        or any(each.relay.is_awaited for each in self._carriers if each.relay))
+                        or any(each.relay.client_left for each in self._carriers if each.relay))
 
-    def count_delivered(self) -> int:
+    def delivery_progress(self) -> int:
         """Return a number that changes as long as something that clients sent is delivered."""
         with self.lock:
             counts = self.count()
@@ -2628,7 +2673,6 @@ class Forwarder:
         with self.lock:
             self.is_closing.set()
             self.lock.notify_all()
-            self._stop_relays()
             self.ledger.plane.cancel.set()
             self._reject_waiting()
             self.listener.server_close()
@@ -2660,7 +2704,7 @@ class Forwarder:
             may_be_served = self.renew or self._count_live() > 1  # the carrier itself still counts
             if carrier.client is None or not may_be_served or self.is_closing.is_set():
                 return False
-            self.returned.insert(0, carrier.client)
+            self.listener.put_back(carrier.client)
             carrier.client = None
             return True
 
@@ -2695,8 +2739,8 @@ class Forwarder:
             self.lock.notify_all()
             if why is not None and not is_leaving:
                 self._judge_end(session, why)
-        is_kept = self.ledger.is_kept and is_leaving and why is None
-        if not is_kept:
+        is_operators = self.ledger.is_kept and is_leaving and why is None
+        if not is_operators:
             self.ledger.give_back(session.session_id)
         with self.lock:
             self._carriers.remove(carrier)
@@ -2712,7 +2756,7 @@ class Forwarder:
 
     def _explain(self, session: MediatedSession) -> None:
         """Say that the target cannot be reached, unless the session is over."""
-        session.ask(ASK_LIMIT_SECONDS)
+        session.await_answer()
         if session.why is None and self.over is None:
             self.warn_once(describe_unreachable(self._request))
 
@@ -2720,7 +2764,7 @@ class Forwarder:
 
     def _issue_missing(self, now: float) -> None:
         """Issue sessions for connections that have waited long enough, and to have the minimum ready."""
-        waiting, live = self._count_waiting(), self._count_live()
+        waiting, live = self.listener.count_waiting(), self._count_live()
         states = [each.state for each in self._carriers]
         if FREE in states or not waiting:
             self._waiting_since = now
@@ -2749,8 +2793,6 @@ class Forwarder:
 
     def _reject_waiting(self) -> None:
         """Reset the connections that wait, since no session will come to take them."""
-        while self.returned:
-            self.returned.pop().close()
         with contextlib.suppress(OSError, MemoryError):  # it is called again
             self.listener.reject()
 
@@ -2765,15 +2807,8 @@ class Forwarder:
                 carrier.session.end(PlexctlError("cannot start a thread for a session (ulimit -u)"))
                 self.dismiss(carrier)  # without an exchange: it has no session yet
 
-    def _restrict(self, number: int, since: float, seconds: int) -> None:
-        """After a failure: allow so many sessions from `since` on, and one more each time `seconds` pass."""
-        self._available, self._available_since, self._step_seconds = number, since, seconds
-
     def _count_available(self, now: float) -> int:
-        return min(self._limit, self._available + int((now - self._available_since) / self._step_seconds))
-
-    def _count_waiting(self) -> int:
-        return self.listener.count_waiting() + len(self.returned)
+        return min(self._limit, self._allowance.count(now))
 
     def _list_open(self) -> List[Relay]:
         """Return the relays of those connections whose clients have not ended them."""
@@ -2804,7 +2839,7 @@ class Forwarder:
         self.ledger.tell_once(f"{why}; the next connection gets a new one" if self.renew else str(why))
         if isinstance(why, ListenerGone) and elapsed_seconds() - session.ready_on < REPLACE_SECONDS:
             # a Node that refuses everybody must not cost a session per attempt
-            self._restrict(others, session.ready_on, REPLACE_SECONDS)
+            self._allowance = Allowance(others, session.ready_on, REPLACE_SECONDS)
 
     def _judge_missing(self, why: PlexctlError, others: int) -> None:
         """A further session could not be had: do without for a while, unless none can be had any more."""
@@ -2815,7 +2850,8 @@ class Forwarder:
             self._end_run(why)
             return
         has_no_room = others and (is_refused or isinstance(why, EndpointMissing))
-        self._restrict(others, elapsed_seconds(), LIMIT_SECONDS if has_no_room else RETRY_SECONDS)
+        step_seconds = LIMIT_SECONDS if has_no_room else RETRY_SECONDS
+        self._allowance = Allowance(others, elapsed_seconds(), step_seconds)
         why.is_told = self.ledger.tell_once(f"warning: no further session for now: {why}",
                                             type(why).__name__)
 
@@ -2823,12 +2859,6 @@ class Forwarder:
         self.over = self.over or why
         self.is_closing.set()
         self.lock.notify_all()
-
-    def _stop_relays(self) -> None:
-        """End the connections of sessions that are over, or all of them once the run is ending."""
-        for each in self._carriers:
-            if each.relay and each.must_leave():
-                each.relay.stop()
 
     def _is_time_up(self, now: float) -> bool:
         """Return whether the time of the first session is up, which without `renew` is that of the run."""
@@ -3379,12 +3409,13 @@ class Run:
         client = StandardStreams()
         began = elapsed_seconds()
         relay = Relay(client, remote, create_buffers(), lambda: bool(poll_now(client.writes_at, 0)),
+                      lambda: session.is_over() or cancel.is_set(),
                       lambda by_node: self.explain_end(session, relay, by_node))
 
         def carry() -> None:
             relay.carry()
-            relay.await_end(STUCK_SECONDS, lambda: session.is_over() or cancel.is_set())
-            relay.close()
+            relay.await_end(STUCK_SECONDS)
+            relay.close_remote()
 
         carried = Outcome(carry, or_here=False)
         try:
@@ -3392,7 +3423,6 @@ class Run:
         finally:
             if not carried.done.is_set():  # a signal; where this is a library, the thread must not go on
                 cancel.set()
-                relay.stop()
                 carried.done.wait(HURRY_SECONDS)
             counts = Counts(ended=1, up=relay.up.moved, down=relay.down.moved)
             self.say(describe_total(counts, began, "connection closed"))
@@ -3405,14 +3435,12 @@ class Run:
         """Wait for the end of --stdio's connection, or raise a signal as Interrupted."""
         while not carried.done.is_set():
             session.watch()
-            if session.is_over():
-                relay.stop()
             try:
                 self.foreground.wait(TICKING_SECONDS, carried.done)
             except Interrupted:
                 # ssh hangs up as soon as it has seen the end: so once that is under way, the signal does not
                 # decide the status, and only limits the rest to a few seconds
-                is_ending = relay.down.has_ended or relay.error is not None
+                is_ending = relay.down.source_ended or relay.error is not None
                 if not (is_ending and carried.done.wait(ASK_LIMIT_SECONDS)):
                     raise
         carried.result()
@@ -3420,7 +3448,8 @@ class Run:
     def explain_end(self, session: MediatedSession, relay: Relay, by_node: bool) -> None:
         """Report why the connection of --stdio ended, before the client sees that: ssh hangs up then."""
         if session.why is None:
-            session.ask(ASK_LIMIT_SECONDS, afresh=True)  # an answer from before the end says nothing
+            session.ask(afresh=True)  # an answer from before the end says nothing
+            session.await_answer()
         if self.ledger.plane.cancel.is_set():  # we have ended it
             return
         error = session.why or describe_failure(relay)
@@ -3562,7 +3591,7 @@ class Run:
         while forwarder.over is None and elapsed_seconds() < give_up_on:
             if forwarder.is_delivered():
                 return
-            before, count = count, forwarder.count_delivered()
+            before, count = count, forwarder.delivery_progress()
             # where nobody knows who has left, those who stay could send for ever
             if count != before and not forwarder.listener.assumes_gone:
                 give_up_on = elapsed_seconds() + LEAVE_SECONDS
@@ -3579,7 +3608,7 @@ def describe_failure(relay: Relay) -> Optional[PlexctlError]:
         return relay.error
     if relay.error is not None:
         return PlexctlError(f"the connection ended: {show_error(relay.error)}")
-    if relay.is_awaited and (not relay.down.moved or relay.down.count_undelivered()):
+    if relay.client_left and (not relay.down.moved or relay.down.count_undelivered()):
         return PlexctlError("cannot write to standard output: nobody reads it")
     return None
 

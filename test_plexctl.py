@@ -5074,7 +5074,8 @@ def test_a_session_that_is_gone_ends_the_run(simulation):
 def test_a_gateway_that_knows_no_session_ends_no_run(simulation):
     simulation.plane.script("get", *[Answer(404, raw=b"<html>")] * 9)
     with using_sessions(simulation.plane, GONE_SECONDS=0) as running:
-        running.forwarder.first.ask(5)
+        running.forwarder.first.ask()
+        running.forwarder.first.await_answer()
         assert visit(running.address) and running.forwarder.over is None
         assert len(running.said("warning: GetSession: 404")) == len(running.lines) == 1
         simulation.node.refuse(simulation.plane.issued[0])  # only where the Node says the same
@@ -5179,10 +5180,12 @@ def test_an_answer_that_is_older_than_a_revocation_does_not_count_where_a_fresh_
     with using_sessions(simulation.plane) as running:
         session = running.forwarder.first
         simulation.plane.script("get", answer)
-        assert session.ask(5 if when == "from before" else 0) == (when == "from before")
+        session.ask()
+        assert when == "under way at" or session.await_answer()
         eventually(lambda: asked(simulation.plane, "get"))
         simulation.plane.revoke(session.session_id)
-        assert session.ask(5, afresh=True) and isinstance(session.why, plexctl.SessionRevoked)
+        session.ask(afresh=True)
+        assert session.await_answer() and isinstance(session.why, plexctl.SessionRevoked)
         go.set()
 
 
@@ -5237,8 +5240,7 @@ def test_a_node_that_refuses_after_each_connection_costs_few_sessions_with_renew
 
 def test_after_a_refusal_one_more_session_is_asked_for_after_each_pause(simulation):
     with using_sessions(simulation.plane, establish=False, limit=4) as running:
-        for _ in range(3):  # at once
-            running.forwarder._restrict(0, 1000.0, 60)
+        running.forwarder._allowance = plexctl.Allowance(0, 1000.0, 60)
         seconds = (0, 59, 60, 119, 120, 300)
         available = [running.forwarder._count_available(1000.0 + each) for each in seconds]
         assert available == [0, 0, 1, 1, 2, 4]
@@ -7145,7 +7147,7 @@ def test_what_was_sent_is_under_way_until_the_node_has_acknowledged_it():
             eventually(lambda: running.count().up == len(data))
         eventually(lambda: running.count().ended == 1)
         assert not running.forwarder.is_delivered()
-        assert running.forwarder.count_delivered() < len(data)
+        assert running.forwarder.delivery_progress() < len(data)
         go.set()
         eventually(lambda: heard and running.forwarder.is_delivered())
     assert heard == [("eof", data)]
