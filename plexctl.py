@@ -1404,23 +1404,16 @@ class Leg:
 
 
 class StandardStreams:
-    """Descriptors 0 and 1 as the client's leg: pipes, files, a terminal, or a socket (inetd, socat).
+    """Descriptors 0 and 1 as the client's leg: pipes, files, a terminal.
 
-    Their file status flags stay as they are, since they may be somebody's terminal: a blocking
-    descriptor gets no more than it takes at once. A write that fails raises PlexctlError, which ends the
-    connection at once; on a socket it raises OSError, like a Leg's, and a reset arrives as a reset.
+    Their file status flags stay as they are, since they may be somebody's terminal: a blocking descriptor
+    gets no more than it takes at once. A write that fails raises PlexctlError, which ends the connection.
     """
 
     reads_at, writes_at = 0, 1
 
     def __init__(self) -> None:
-        # poll(2) promises room for so many bytes
-        self._at_once = 128 if os.isatty(1) else select.PIPE_BUF
-        self._sock: Optional[socket.socket] = None  # descriptor 1, if it is a socket
-        if stat.S_ISSOCK(os.fstat(1).st_mode):
-            # AF_UNIX, of whatever family it is: send() and so on do not ask
-            self._sock = socket.fromfd(1, socket.AF_UNIX, socket.SOCK_STREAM)
-            set_linger(self._sock, RESET_ON_CLOSE)
+        self._at_once = 128 if os.isatty(1) else select.PIPE_BUF  # poll(2) promises room for so many bytes
 
     def recv_into(self, buffer: memoryview) -> int:
         """Read standard input; return 0 at its end."""
@@ -1431,8 +1424,6 @@ class StandardStreams:
 
     def send(self, piece: memoryview) -> int:
         """Write to standard output as much as it takes."""
-        if self._sock is not None:
-            return self._sock.send(piece, socket.MSG_DONTWAIT)
         try:
             if not poll_now(1, select.POLLOUT):
                 raise BlockingIOError
@@ -1443,8 +1434,8 @@ class StandardStreams:
             raise PlexctlError(f"cannot write to standard output: {show_error(error)}") from error
 
     def take_error(self) -> int:
-        """Return the error number of a reset that no call has reported yet; 0 for none."""
-        return 0 if self._sock is None else self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        """Return 0: no reset can be seen."""
+        return 0
 
     def count_unsent(self) -> int:
         """Return 0: nobody can know."""
@@ -1456,16 +1447,10 @@ class StandardStreams:
 
     def end(self) -> None:
         """Let the reader see the end."""
-        if self._sock is not None:
-            self._sock.shutdown(socket.SHUT_WR)
-        else:
-            self._let_go(1)
+        self._let_go(1)
 
     def close(self, reset: bool = True) -> None:
-        """Let go of both descriptors; a socket is closed with a reset or in order."""
-        if self._sock is not None:
-            set_linger(self._sock, RESET_ON_CLOSE if reset else END_ON_CLOSE)
-            self._sock.close()
+        """Let go of both descriptors; there is no reset."""
         self._let_go(1)
         self._let_go(0)
 
@@ -1473,6 +1458,34 @@ class StandardStreams:
         nowhere = open_nowhere(os.O_RDWR)
         os.dup2(nowhere, descriptor)  # the number stays taken, or the next file would get it
         os.close(nowhere)
+
+
+class StandardSocket(StandardStreams):
+    """The same where descriptor 1 is a socket (inetd, socat), with errors and resets like a Leg's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # whatever its family is: nothing here depends on that
+        self._sock = socket.fromfd(1, socket.AF_UNIX, socket.SOCK_STREAM)
+        set_linger(self._sock, RESET_ON_CLOSE)
+
+    def send(self, piece: memoryview) -> int:
+        """Send as much as it takes."""
+        return self._sock.send(piece, socket.MSG_DONTWAIT)
+
+    def take_error(self) -> int:
+        """Return the error number of a reset that no call has reported yet; 0 for none."""
+        return self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+
+    def end(self) -> None:
+        """Send the end of input (half-close)."""
+        self._sock.shutdown(socket.SHUT_WR)
+
+    def close(self, reset: bool = True) -> None:
+        """Close it, with a reset or in order."""
+        set_linger(self._sock, RESET_ON_CLOSE if reset else END_ON_CLOSE)
+        self._sock.close()
+        super().close()
 
 
 Buffers = Tuple[memoryview, memoryview]
@@ -2177,9 +2190,10 @@ class OwnerCheck:
         OSError if the kernel does not answer.
         """
         state, uid, inode = self._ask(client, self._local)
-        # where it finds no connection, the kernel answers with a listener on the client's port; a closed
-        # socket is root's, without an inode, on older kernels
-        if state in (TCP_LISTEN, TCP_SYN_SENT) or not (uid or inode):
+        # where the kernel finds no connection, it answers with a socket that listens on the client's port
+        is_another = state in (TCP_LISTEN, TCP_SYN_SENT)
+        is_orphan = not (uid or inode)  # what older kernels say of a closed socket
+        if is_another or is_orphan:
             return NOBODY, True
         return uid, not inode
 
@@ -2193,7 +2207,8 @@ class OwnerCheck:
                 "=IHHIIBBBBI4s16s16sIII", 72, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, self._sequence, 0,
                 self._family, socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF, ports,
                 socket.inet_pton(self._family, source[0]), socket.inet_pton(self._family, destination[0]),
-                LOOPBACK_INDEX, 0xFFFFFFFF, 0xFFFFFFFF))  # without it those bound to a device are not found
+                LOOPBACK_INDEX,  # finds those that are bound to the device, too
+                0xFFFFFFFF, 0xFFFFFFFF))
             sequence = -1
             while sequence != self._sequence:  # a late answer to an earlier question is nobody's
                 answer = self._netlink.recv(4096)
@@ -2208,7 +2223,6 @@ class OwnerCheck:
         return (state, uid, inode) if found_ports == ports else (0, NOBODY, 0)
 
     def close(self) -> None:
-        """Close the netlink socket."""
         with self._lock:
             self._netlink.close()
 
@@ -2364,7 +2378,7 @@ class Listener(socketserver.TCPServer):
                     return True
             return not self._has_closed(client)
         uid = self._owners.find(client.address)[0]
-        # behind a reset, the address may be another one's by now
+        # asked in this order, since behind a reset the address may be another one's
         if uid == NOBODY or not is_connected(client.sock):
             self.unidentified += 1
             return False
@@ -2629,7 +2643,7 @@ class Forwarder:
                 for each in self._carriers:
                     each.session.watch()
                 if self.over or not (self._count_live() or self._count_available(now)):
-                    self._reject_waiting()
+                    self.listener.reject()  # no session will come to take them
                 elif self.first is not None:
                     self._issue_missing(now)
                     self._give_spare_back(now)
@@ -2674,7 +2688,8 @@ class Forwarder:
             self.is_closing.set()
             self.lock.notify_all()
             self.ledger.plane.cancel.set()
-            self._reject_waiting()
+            with contextlib.suppress(OSError, MemoryError):
+                self.listener.reject()
             self.listener.server_close()
             # the port is in use as long as a thread waits for a client
             self.lock.wait_for(lambda: not any(each.state in READY for each in self._carriers),
@@ -2790,11 +2805,6 @@ class Forwarder:
         elif now - self._spare_since >= IDLE_SECONDS:
             min(free, key=lambda each: each.taken_on).state = REVOKING
             self._spare_since = now
-
-    def _reject_waiting(self) -> None:
-        """Reset the connections that wait, since no session will come to take them."""
-        with contextlib.suppress(OSError, MemoryError):  # it is called again
-            self.listener.reject()
 
     def _start(self, number: int) -> None:
         """Start the threads of so many sessions, unless the run is ending."""
@@ -3406,7 +3416,7 @@ class Run:
         """--stdio: carry one connection over descriptors 0 and 1."""
         session, cancel = self.establish(self.issue_one), self.ledger.plane.cancel
         remote = self.foreground.call(lambda: session.dial(cancel.is_set))
-        client = StandardStreams()
+        client = StandardSocket() if stat.S_ISSOCK(os.fstat(1).st_mode) else StandardStreams()
         began = elapsed_seconds()
         relay = Relay(client, remote, create_buffers(), lambda: bool(poll_now(client.writes_at, 0)),
                       lambda: session.is_over() or cancel.is_set(),
