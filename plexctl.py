@@ -2667,12 +2667,13 @@ class Forwarder:
             return max(0.0, min(ends, default=0.0) - elapsed_seconds())
 
     def is_delivered(self) -> bool:
-        """Return whether everything that clients sent before they closed has reached the Node."""
+        """Return whether everything that clients sent before they closed in order has reached the Node."""
         with self.lock:
             # a client is in the backlog, then a carrier's, and once it is closed a relay has what it sent
             return not (self.listener.count_waiting()
                         or any(self.listener.is_gone(each.client) for each in self._carriers if each.client)
-                        or any(each.relay.client_left for each in self._carriers if each.relay))
+                        or any(each.relay.client_left and not each.relay.error
+                               for each in self._carriers if each.relay))
 
     def delivery_progress(self) -> int:
         """Return a number that changes as long as something that clients sent is delivered."""
