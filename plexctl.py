@@ -280,6 +280,8 @@ HOST_MAX_CHARACTERS = 253  # RFC 1035, section 2.3.4, as text
 SOCKET_PATH_MAX_BYTES = 100  # sun_path has 104 on macOS, 108 on Linux
 UUID_PATTERN = "[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"  # RFC 9562, section 4
 LABEL_PATTERN = "[0-9A-Za-z_](?:[0-9A-Za-z_-]{0,61}[0-9A-Za-z_])?"  # of a DNS name; people use _
+# a name that ends in a number is an address for connect()
+HOST_NAME_PATTERN = rf"(?:{LABEL_PATTERN}\.)*(?!0[xX]|[0-9]+\.?\Z){LABEL_PATTERN}\.?"
 # printable ASCII; scheme, host, port, path
 URL_PATTERN = r"(?=[!-~]*\Z)(?i:(https?))://([^/?#@\\]+?)(:[0-9]{1,5})?(/[^?#\\]*)?"
 TIME_PATTERN = (r"([0-9]{4})-([0-9]{2})-([0-9]{2})[Tt]([0-9]{2}):([0-9]{2}):([0-5][0-9]|60)"
@@ -335,13 +337,6 @@ def parse_address(host: str) -> Union[ipaddress.IPv4Address, ipaddress.IPv6Addre
     return getattr(address, "ipv4_mapped", None) or address
 
 
-def is_host_name(text: str) -> bool:
-    """Tell whether this is a DNS name. One that ends in a number is an address for connect()."""
-    labels = (text[:-1] if text.endswith(".") else text).split(".")
-    return (len(text) <= HOST_MAX_CHARACTERS and all(re.fullmatch(LABEL_PATTERN, each) for each in labels)
-            and not re.fullmatch("0[xX].*|[0-9]+", labels[-1]))
-
-
 def is_loopback(host: str) -> bool:
     """Tell whether `host` (a literal or a name) can only be this machine."""
     address = parse_address(host)
@@ -382,7 +377,8 @@ def parse_endpoint(text: str, lowest_port: int = 1) -> Endpoint:
     left, _, port = text.rpartition(":")
     has_brackets = left.startswith("[") and left.endswith("]")
     host = left[1:-1] if has_brackets else left
-    if len(port) > 5 or has_brackets != (":" in host) or not (is_host_name(host) or parse_address(host)):
+    is_name = len(host) <= HOST_MAX_CHARACTERS and re.fullmatch(HOST_NAME_PATTERN, host)
+    if len(port) > 5 or has_brackets != (":" in host) or not (is_name or parse_address(host)):
         raise ValueError("must be host:port, with brackets around an IPv6 address")
     return Endpoint(host, parse_int(port, lowest_port, PORT_MAX))
 
@@ -527,7 +523,6 @@ def describe_error(error: BaseException) -> Tuple[str, bool]:
 
 
 def show_error(error: BaseException) -> str:
-    """Return why something failed."""
     return describe_error(error)[0]
 
 
