@@ -738,12 +738,13 @@ def resolve_credentials(server_flag: Optional[str], profile_flag: Optional[str],
 
 # --------------------------------------------------------------------------------- control plane
 #
-# A call of ControlPlane makes one Exchange per attempt: _send performs it in a thread, with urllib's opener
-# and a PlaneConnection, and waits until it is done or its time is up. _judge raises what is wrong with it.
+# A call of ControlPlane makes one Exchange per attempt. _send performs it in a thread, with urllib's opener,
+# and waits until it is done or its time is up. _judge raises what is wrong with it.
 
 ISSUE, GET, REVOKE = "IssueSession", "GetSession", "RevokeSession"
 SUCCESS = range(200, 300)
 EXPECTED = {ISSUE: {201}, GET: {200}, REVOKE: {*SUCCESS, 404, 409, 410}}  # one that is gone counts as revoked
+PASSING = {ISSUE: {502, 503, 504}, GET: {502, 503, 504}, REVOKE: {429, *range(500, 600)}}  # worth another try
 # a server may fail after it has issued a session, or a gateway lose the answer, but 501 and 503 did nothing
 NONE_ISSUED = {*range(300, 500), 501, 503}
 ISSUE_ATTEMPTS = 3
@@ -789,47 +790,40 @@ class SessionRequest(NamedTuple):
     ttl_seconds: int = 0  # 0: the server's default
 
 
-class Exchange(urllib.request.AbstractHTTPHandler):
-    """One request and its answer: `status`, `headers`, `body`, and `fault`; and urllib's handler for it.
+class Exchange:
+    """The answer to one request, as far as it has come: `status`, `headers`, `body`, and `fault`.
 
     `perform` runs in a thread of its own, so that whoever waits for it can give up: a time-out of
-    urllib's is for each recv, and the look-up of a name has none. The opener has no other handlers than
-    this one and the proxy's: urllib's default ones carry the bearer token to wherever a redirect points
-    and to the proxy of plain http, and open file: URLs.
+    urllib's is for each recv, and the look-up of a name has none.
     """
 
     def __init__(self, operation: str, server_name: str, context: Optional[ssl.SSLContext]) -> None:
-        super().__init__()
         self.operation = operation
         self.server_name = server_name
         self.context = context  # of TLS; None: plain http
-        self.status = 0
+        self.status = 0  # of HTTP; 0: none has come
         self.headers: Any = {}  # email.message.Message
         self.body = bytearray()
-        self.fault: Optional[PlexctlError] = None  # why there is no whole answer, or none is waited for
+        self.fault = ""  # why there is no whole answer, or none is waited for
+        self.passing = True  # another try may get one
         self.sent = False  # the server may have the request
         self.connection: Optional[PlaneConnection] = None
-
-    # OpenerDirector finds a handler's methods by their names
-    def http_open(self, request: urllib.request.Request) -> Any:
-        return self.do_open(PlaneConnection, request, exchange=self)  # type: ignore[arg-type]
-
-    https_open = http_open
-    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
     def perform(self, request: urllib.request.Request, proxy: str) -> None:
         """Send the request, through a proxy or not, and read the answer."""
         try:
+            # no other handlers: urllib's default ones carry the bearer token to wherever a redirect points
+            # and to the proxy of plain http, and open file: URLs
             opener = urllib.request.OpenerDirector()
-            opener.add_handler(self)
+            opener.add_handler(PlaneHandler(self))
             if proxy:
                 opener.add_handler(urllib.request.ProxyHandler({"https": proxy}))
             with opener.open(request, timeout=CONNECT_SECONDS) as response:
                 self.status, self.headers = response.status, response.headers
                 self._read_body(response)
         except Exception as error:  # OSError, HTTPException, ValueError, RecursionError, MemoryError, ...
-            words, passing = describe_error(error)  # the error itself, or its context, holds the request
-            self.fault = self.fault or PlexctlError(words, passing=passing)
+            if not self.fault:
+                self.fault, self.passing = describe_error(error)  # the error itself may hold the request
 
     def _read_body(self, response: Any) -> None:
         """Read the body in pieces; raise what is wrong with it.
@@ -849,7 +843,7 @@ class Exchange(urllib.request.AbstractHTTPHandler):
 
     def give_up(self, why: str) -> None:
         """Make the thread end: at once if connected; amid the body, which urllib reads, at its next piece."""
-        self.fault = PlexctlError(why, passing=True)
+        self.fault = why
         sock = self.connection and self.connection.sock
         if sock:
             with contextlib.suppress(OSError):  # it is not open any more
@@ -879,6 +873,21 @@ class PlaneConnection(http.client.HTTPConnection):
         if exchange.fault:
             raise TimeoutError
         self.sock.settimeout(EXCHANGE_SECONDS)
+
+
+class PlaneHandler(urllib.request.AbstractHTTPHandler):
+    """urllib's handler of http and https for one Exchange; it connects by a PlaneConnection."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        super().__init__()
+        self._exchange = exchange
+
+    # OpenerDirector finds these by their names
+    def http_open(self, request: urllib.request.Request) -> Any:
+        return self.do_open(PlaneConnection, request, exchange=self._exchange)  # type: ignore[arg-type]
+
+    https_open = http_open
+    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
 
 def find_session_id(answer: Exchange) -> str:
@@ -929,9 +938,7 @@ def create_tls_context(ca_file: Optional[str] = None) -> ssl.SSLContext:
         fault = source + ": not a usable PEM bundle"
         # whoever can write it decides which server gets the bearer token; comments may be in UTF-8
         raw = read_own_file(ca_file, source, WRITE_BITS, CA_FILE_MAX_BYTES, UsageError)
-        ca_text = raw.decode("ascii", "ignore")
-        if "-----BEGIN CERTIFICATE-----" not in ca_text:  # no text at all would mean the system's trust
-            raise UsageError(fault)
+        ca_text = raw.decode("ascii", "ignore") or "empty"  # "" would mean the system's trust
     try:
         context = ssl.create_default_context(cadata=ca_text)
     except (OSError, ValueError) as error:
@@ -984,10 +991,10 @@ class ControlPlane:
     """
 
     def __init__(self, server: Server, token: Secret, ca_file: Optional[str] = None,
-                 environ: Optional[Environ] = None, cancel: Optional[threading.Event] = None,
-                 report: Report = lambda line: None, notice: Report = lambda line: None) -> None:
+                 environ: Optional[Environ] = None, report: Report = lambda line: None,
+                 notice: Report = lambda line: None) -> None:
         self.server = server
-        self.cancel = cancel or threading.Event()
+        self.cancel = threading.Event()
         self._token = check_token(token)
         self._session_tokens: Dict[str, Secret] = {}  # by session_id, until it is revoked
         self._report = report
@@ -1021,11 +1028,17 @@ class ControlPlane:
                 on_issued(session_id)
 
         for attempt in range(1, ISSUE_ATTEMPTS + 1):
+            answer = self._send(ISSUE, path, body)
             try:
-                return self._issue_once(path, body, asked_on, tell)
+                tell(find_session_id(answer))  # also if it was cut off, or is no 201
+                self._judge(answer)
+                issued = self._parse_issued(answer, asked_on)
+                tell(issued.session_id)  # JSON can also write it with escapes
+                return issued
             except (TransportError, ApiError) as failure:
                 error: PlexctlError = failure
-            may_exist = may_exist or error.may_exist
+            is_under_way = answer.status == 409 and error.passing  # by the first request with this key
+            may_exist = may_exist or is_under_way or (answer.sent and answer.status not in NONE_ISSUED)
             if not error.passing or attempt == ISSUE_ATTEMPTS or self.cancel.is_set():
                 break
             wait = error.retry_after_seconds
@@ -1039,21 +1052,6 @@ class ControlPlane:
         if error.may_exist:
             text += "; a session may exist all the same, it will expire on its own"
         raise type(error)(text, **vars(error))
-
-    def _issue_once(self, path: str, body: Dict[str, Any], asked_on: float,
-                    tell: Callable[[str], None]) -> IssuedSession:
-        """Make one attempt, and `tell` every id. The `may_exist` of an error is about this attempt alone."""
-        answer = self._send(ISSUE, path, body)
-        try:
-            tell(find_session_id(answer))  # also if it was cut off, or is no 201
-            self._judge(answer)
-            issued = self._parse_issued(answer, asked_on)
-            tell(issued.session_id)  # JSON can also write it with escapes
-            return issued
-        except (TransportError, ApiError) as error:
-            is_under_way = answer.status == 409 and error.passing  # by the first request with this key
-            error.may_exist = is_under_way or (answer.sent and answer.status not in NONE_ISSUED)
-            raise
 
     def get(self, project_id: str, session_id: str, seconds: float = EXCHANGE_SECONDS) -> Session:
         """Return the session as the control plane sees it now."""
@@ -1099,17 +1097,14 @@ class ControlPlane:
 
     def _judge(self, answer: Exchange) -> None:
         """Raise TransportError if there is no whole answer, ApiError for an unexpected status."""
-        is_error = answer.status and answer.status not in SUCCESS
-        if answer.fault and not is_error:  # of an error the status is enough
+        status = answer.status
+        if answer.fault and (not status or status in SUCCESS):  # of an error the status is enough
             tried = "no complete answer from" if answer.sent else "cannot connect to"
             raise TransportError(f"{answer.operation}: {tried} {self._peer}: {answer.fault}",
-                                 passing=answer.fault.passing)
-        if answer.status not in EXPECTED[answer.operation]:
-            raise self._parse_problem(answer)
-
-    def _parse_problem(self, answer: Exchange) -> ApiError:
-        """Make the error of an unexpected status, with its problem details (RFC 9457) if it has any."""
-        status, problem = answer.status, {}
+                                 passing=answer.passing)
+        if status in EXPECTED[answer.operation]:
+            return
+        problem: Dict[str, Any] = {}  # details (RFC 9457), if it has any
         with contextlib.suppress(TransportError):
             problem = self._parse_body(answer)
         title, detail, code = (self._show(problem.get(name)) for name in ("title", "detail", "code"))
@@ -1117,17 +1112,15 @@ class ControlPlane:
         text += (f": {detail}" if detail else "") + (f" ({code})" if code else "")
         for name in ("reason", "relation_path", "correlation_id"):
             value = self._show(problem.get(name))
-            if value:
-                text += f"; {name.replace('_', ' ')} {value}"
+            text += f"; {name.replace('_', ' ')} {value}" if value else ""
         retry_after = parse_retry_after(answer.headers.get("Retry-After"))
         is_rate_limit = status == 429 and retry_after is not None  # else it is the limit of sessions
         is_under_way = status == 409 and code == "idempotent_replay"  # by the first request with this key
-        passing = status in (502, 503, 504) or is_rate_limit or is_under_way or (
-            answer.operation == REVOKE and (status == 429 or status >= 500))
+        passing = status in PASSING[answer.operation] or is_rate_limit or is_under_way
         forbidden = EXIT_REBAC_DENIED if code == "rebac_denied" else EXIT_FORBIDDEN
-        return ApiError(text + self._advise(answer, code, is_rate_limit), passing=passing, status=status,
-                        code=code, retry_after_seconds=retry_after,
-                        exit_code={401: EXIT_CREDENTIALS, 403: forbidden}.get(status, EXIT_FAILURE))
+        raise ApiError(text + self._advise(answer, code, is_rate_limit), passing=passing, status=status,
+                       code=code, retry_after_seconds=retry_after,
+                       exit_code={401: EXIT_CREDENTIALS, 403: forbidden}.get(status, EXIT_FAILURE))
 
     def _advise(self, answer: Exchange, code: str, is_rate_limit: bool) -> str:
         """Say what an operator can do about an error answer."""
@@ -1164,8 +1157,7 @@ class ControlPlane:
 
     def _parse_issued(self, answer: Exchange, asked_on: float) -> IssuedSession:
         fields = self._parse_body(answer)
-        take(ISSUE, fields, "session_id", parse_uuid)  # to check it: it goes back as the server wrote it
-        session_id = fields["session_id"]
+        session_id = take(ISSUE, fields, "session_id", matching(UUID_PATTERN, "a UUID"))
         token = take(ISSUE, fields, "token", matching("[!-~]{1,65536}", "printable ASCII", Secret))
         self._session_tokens[session_id] = token
         expires = take(ISSUE, fields, "expires_at", parse_time)
