@@ -555,7 +555,6 @@ class Secret:
         self.source = source
 
     def reveal(self) -> str:
-        """Return the value."""
         return self._value
 
     def __repr__(self) -> str:
@@ -991,10 +990,10 @@ class ControlPlane:
     """
 
     def __init__(self, server: Server, token: Secret, ca_file: Optional[str] = None,
-                 environ: Optional[Environ] = None, report: Report = lambda line: None,
-                 notice: Report = lambda line: None) -> None:
+                 environ: Optional[Environ] = None, cancel: Optional[threading.Event] = None,
+                 report: Report = lambda line: None, notice: Report = lambda line: None) -> None:
         self.server = server
-        self.cancel = threading.Event()
+        self.cancel = cancel or threading.Event()
         self._token = check_token(token)
         self._session_tokens: Dict[str, Secret] = {}  # by session_id, until it is revoked
         self._report = report

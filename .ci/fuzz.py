@@ -29,6 +29,7 @@ import re
 import socket
 import sys
 import tempfile
+import threading
 import time
 
 import hypothesis
@@ -578,11 +579,11 @@ def fuzz_answers(bench, draw):
 
 def try_client(bench, case, url):
     """One operation of the client."""
-    plexctl, lines, ids = bench.plexctl, [], []
-    plane = plexctl.ControlPlane(plexctl.parse_server(url, True), plexctl.Secret(BEARER), environ={},
-                                 report=lines.append)
+    plexctl, lines, ids, cancel = bench.plexctl, [], [], threading.Event()
     if case.operation != "get" and (("Retry-After", "0") not in case.headers or case.outcome == "any"):
-        plane.cancel.set()  # one attempt, no pause
+        cancel.set()  # one attempt, no pause
+    plane = plexctl.ControlPlane(plexctl.parse_server(url, True), plexctl.Secret(BEARER), environ={},
+                                 cancel=cancel, report=lines.append)
     request = plexctl.SessionRequest(simulator.PROJECT_ID, simulator.RESOURCE_ID, "10.0.0.5", 22)
     error = result = None
     try:
