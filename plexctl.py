@@ -129,6 +129,8 @@ class PlexctlError(Exception):
     retry_after_seconds: Optional[float] = None  # that a server has asked for
     may_exist = False  # a session may have been issued all the same
     is_told = False  # somebody has reported it already
+    status = 0  # of HTTP, if a server has answered with an error
+    code = ""  # of its problem details
 
     def __init__(self, message: str, **facts: Any) -> None:
         super().__init__(message)
@@ -153,9 +155,6 @@ class TransportError(PlexctlError):
 
 class ApiError(PlexctlError):
     """The control plane answered with an error, or with another success than it should."""
-
-    status = 0  # of HTTP
-    code = ""  # of the problem details
 
 
 class Cancelled(PlexctlError):
@@ -1538,7 +1537,7 @@ class Flow:
         """Return the descriptor and the event of poll(2) that it waits for; -1 once the source has ended."""
         if self.rest:
             return self.sink.writes_at, select.POLLOUT
-        return -1 if self.source_ended else self.source.reads_at, select.POLLIN
+        return (-1 if self.source_ended else self.source.reads_at), select.POLLIN
 
     def count_undelivered(self) -> int:
         """Return how many bytes were read and not handed on."""
@@ -1627,11 +1626,12 @@ class Relay:
                 self._end_remote()
         except Exception as error:  # a reset, must_stop, a dead path, no memory, or a defect
             self.error = error
-            self.client_left = isinstance(error, PeerReset) and error.leg is self._client
-            if not (self.client_left or down.end_was_sent):
+            leg = getattr(error, "leg", None)  # that has reset it
+            self.client_left = leg is self._client and not down.source_ended
+            if leg is not self._client and not down.end_was_sent:
                 with contextlib.suppress(Exception):
-                    self._on_end(isinstance(error, PeerReset) and error.leg is self.remote)
-        # a reset also destroys what the client has yet to read
+                    self._on_end(leg is self.remote)
+        # of what a client sends that goes on; one that has ended may yet read, and a reset would destroy that
         is_lost = not up.source_ended and up.count_undelivered() > 0
         self._client.close(reset=is_lost or not down.end_was_sent)
 
@@ -1639,7 +1639,7 @@ class Relay:
         """If the client has left, wait for the Node; False after so many seconds, or if it must_stop."""
         if not self.client_left:
             return True
-        return self._await_taken(seconds) if self.error else self._await_node(seconds)
+        return self._await_acknowledged(seconds) if self.error else self._await_node(seconds)
 
     def close_remote(self) -> None:
         """Close the Node's side, with a reset where something is missing."""
@@ -1672,7 +1672,7 @@ class Relay:
 
     def _end_remote(self) -> None:
         """The client is gone: pass that on, unless it has reset the connection."""
-        self._check_client()
+        self._raise_client_reset()
         self.up.send_end()
         self.client_left = True
 
@@ -1683,12 +1683,13 @@ class Relay:
 
         What it still sends is dropped. A dead path is an end as well.
         """
-        self.down.sink_gone, taken_on = True, elapsed_seconds()
+        self.down.sink_gone = True
+        acknowledged_on = elapsed_seconds()
         try:
             while not (self.down.source_ended or self.remote.is_dead()):
                 if self.remote.count_unsent():
-                    taken_on = elapsed_seconds()
-                if self._must_stop() or elapsed_seconds() - taken_on >= seconds:
+                    acknowledged_on = elapsed_seconds()
+                if self._must_stop() or elapsed_seconds() - acknowledged_on >= seconds:
                     return False
                 if wait_for(self.remote.reads_at, select.POLLIN, self._pace(TICK_SECONDS)):
                     self.down.move()
@@ -1696,7 +1697,7 @@ class Relay:
             return isinstance(error, PeerReset)
         return True
 
-    def _await_taken(self, seconds: float) -> bool:
+    def _await_acknowledged(self, seconds: float) -> bool:
         """The client has reset it: wait until the Node has what was sent, since our reset destroys it."""
         deadline = elapsed_seconds() + seconds
         while self.remote.count_unsent():
@@ -1718,20 +1719,18 @@ class Relay:
         ready = self._poller.poll(self._pace(seconds) * 1000)
         if self._must_stop():
             raise ConnectionAbortedError(errno.ECONNABORTED, os.strerror(errno.ECONNABORTED))
-        if not ready:
-            if self._client.is_dead() or self.remote.is_dead():
-                raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
-            self._check_client()  # nobody reads from it, perhaps
+        if not ready and (self._client.is_dead() or self.remote.is_dead()):
+            raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
         for descriptor, _ in ready:
             if descriptor == up[0]:
                 self.up.move()
             if descriptor == down[0]:  # both may wait for one: a move too early does no harm
                 self.down.move()
-        if self.down.sink_reset:
-            raise self.down.sink_reset
+        if not ready or self.down.sink_reset:
+            self._raise_client_reset()
 
-    def _check_client(self) -> None:
-        """Raise a reset by the client that neither a read nor a write has met."""
+    def _raise_client_reset(self) -> None:
+        """Raise a reset by the client that a write has met, or nothing yet."""
         error_number = 0 if self.down.sink_gone else self._client.take_error()
         if error_number:
             self.down.note_sink_gone(error_number)
@@ -1787,7 +1786,8 @@ class Ledger:
         self.is_kept = False  # what is owed is left to the operator
         self._changed = threading.Condition()  # guards what follows
         self._known: Set[str] = set()  # every session_id, in lower case
-        self._owed: Dict[str, str] = {}  # session_id: its expiry, in words; until its revocation begins
+        # session_id in lower case: the id as written, its expiry; until its revocation begins
+        self._owed: Dict[str, Tuple[str, str]] = {}
         self._revoking: Set[str] = set()  # until that has ended, or `settle` has told of it
         self._issuing = 0
         self._unknown: Dict[str, PlexctlError] = {}  # by text; each may have left a session
@@ -1803,17 +1803,21 @@ class Ledger:
             self.report(line)
         return is_new
 
+    def warn_once(self, text: str, subject: str = "") -> bool:
+        """Warn once per subject, which is the text without its details in parentheses."""
+        return self.tell_once("warning: " + text, subject or text.partition(" (")[0])
+
     def issue(self, request: SessionRequest) -> IssuedSession:
         """Issue a session, see ControlPlane.issue; Cancelled once `leave` was called."""
-        told_ids: List[str] = []
+        told: Set[str] = set()  # every session_id that was told, in lower case
 
         def owe(session_id: str) -> None:
             with self._changed:
                 if session_id.lower() in self._known:
                     raise TransportError(f"{ISSUE}: the answer's session_id is that of an earlier session")
                 self._known.add(session_id.lower())
-                self._owed[session_id] = "it expires"
-                told_ids.append(session_id)
+                self._owed[session_id.lower()] = (session_id, "it expires")
+                told.add(session_id.lower())
 
         with self._changed:
             if self._is_closed:
@@ -1831,7 +1835,10 @@ class Ledger:
             with self._changed:
                 if self._is_closed:  # `leave` does not see it any more
                     issued = None
-                due = self._claim(self._list_useless(told_ids, issued))
+                if issued is not None:
+                    told.discard(issued.session_id.lower())
+                    self._owed[issued.session_id.lower()] = (issued.session_id, issued.expires_at)
+                due = self._claim(told)  # of no use, or left by an attempt whose answer was cut off
                 self._issuing -= 1
                 self._changed.notify_all()
             for session_id in due:
@@ -1839,19 +1846,6 @@ class Ledger:
         if issued is None:
             raise Cancelled("interrupted")
         return issued
-
-    def _list_useless(self, told_ids: List[str], issued: Optional[IssuedSession]) -> List[str]:
-        """With the lock held: note when the session expires, and return which of the ids are not its own.
-
-        An earlier attempt, whose answer was cut off, may have named another one, or this one in other case.
-        """
-        if issued is None:
-            return told_ids
-        for each in told_ids:
-            if each.lower() == issued.session_id.lower():
-                self._owed.pop(each, "")
-        self._owed[issued.session_id] = issued.expires_at
-        return [each for each in told_ids if each.lower() != issued.session_id.lower()]
 
     def has_issued(self) -> bool:
         """Return whether there has been a session."""
@@ -1861,7 +1855,7 @@ class Ledger:
     def give_back(self, session_id: str) -> None:
         """Revoke a session now, unless that has begun. Never raises."""
         with self._changed:
-            due = self._claim([session_id])
+            due = self._claim({session_id})
         for each in due:
             self._revoke(each)
 
@@ -1870,7 +1864,7 @@ class Ledger:
         deadline = elapsed_seconds() + seconds
         with self._changed:
             self._is_closed = True
-            due = [] if self.is_kept else self._claim(list(self._owed))
+            due = [] if self.is_kept else self._claim(set(self._owed))
         self.plane.cancel.set()
         for session_id in due:
             if not start_thread(self._revoke, session_id):
@@ -1882,7 +1876,7 @@ class Ledger:
     def list_kept(self) -> List[str]:
         """Return what `leave` has left to the operator, in words."""
         with self._changed:
-            return [f"session {each} is kept until {expires_at}" for each, expires_at in self._owed.items()]
+            return [f"session {each} is kept until {expires_at}" for each, expires_at in self._owed.values()]
 
     def settle(self, raised: Optional[BaseException] = None) -> List[str]:
         """Return what `leave` could not revoke in time, except what the error `raised` says anyway.
@@ -1898,9 +1892,10 @@ class Ledger:
                 lines.append("a session may have been issued, it will expire on its own")
             return lines
 
-    def _claim(self, session_ids: List[str]) -> List[str]:
+    def _claim(self, session_ids: Set[str]) -> List[str]:
         """With the lock held: return those of them that the caller is to revoke. Each is returned once."""
-        due = [each for each in session_ids if self._owed.pop(each, "")]
+        owed = [self._owed.pop(each.lower(), None) for each in session_ids]
+        due = [each[0] for each in owed if each]
         self._revoking.update(due)
         return due
 
@@ -2012,7 +2007,7 @@ class MediatedSession:
         left, lifetime = self.expires_on - now, self.issued.lifetime_seconds
         passed = [seconds for seconds in WARN_LEFT_SECONDS if left <= seconds < lifetime]
         if passed and not self._renew:
-            self._ledger.tell_once(f"warning: {show_seconds(left + 0.5)} of the session are left",
+            self._ledger.warn_once(f"{show_seconds(left + 0.5)} of the session are left",
                                    f"{min(passed)} s left")
 
     def ask(self, afresh: bool = False) -> None:
@@ -2038,11 +2033,11 @@ class MediatedSession:
             self._update(EXCHANGE_SECONDS)
             return True
         except PlexctlError as error:
-            is_missing = isinstance(error, ApiError) and error.status in (404, 410)
-            if isinstance(error, ApiError) and is_missing and error.code:  # without one a gateway says so
+            is_missing = error.status in (404, 410)
+            if is_missing and error.code:  # without one a gateway says so
                 self.end(SessionRevoked("the session is gone"))
             elif not isinstance(error, Cancelled):
-                self._ledger.tell_once(f"warning: {show_error(error)}", GET)
+                self._ledger.warn_once(show_error(error), GET)
             return is_missing
 
     def dial(self, is_stopped: Callable[[], bool], on_wait: Callable[[], object] = lambda: None) -> Leg:
@@ -2063,7 +2058,7 @@ class MediatedSession:
             on_wait()
             has_answer = False
             if not self.is_over():
-                self.ask()
+                self.ask(afresh=self._may_be_replaced())  # a session that was revoked must not be
                 has_answer = self.await_answer()
             if self.why is not None or self._route == route:
                 break
@@ -2077,9 +2072,12 @@ class MediatedSession:
         """An active session's listener refuses dials: after a while it counts as gone."""
         now = elapsed_seconds()
         self._refused_since = self._refused_since or now
-        patience = 0 if self._renew and now - self.ready_on >= REPLACE_SECONDS else GONE_SECONDS
-        if now - self._refused_since >= patience:
+        if self._may_be_replaced() or now - self._refused_since >= GONE_SECONDS:
             self.end(ListenerGone("the Node has closed the session's listener"))
+
+    def _may_be_replaced(self) -> bool:
+        """Return whether one refused dial is enough, since the session is to be renewed and has lasted."""
+        return self._renew and elapsed_seconds() - self.ready_on >= REPLACE_SECONDS
 
     def _await_endpoint(self) -> None:
         """Ask GetSession until the Node has reported the listener; PlexctlError if it does not in time."""
@@ -2223,10 +2221,11 @@ class Listener(socketserver.TCPServer):
     request_queue_size = BACKLOG_CONNECTIONS
     allow_reuse_address = True
 
-    def __init__(self, local: LocalAddress, allow_other_users: bool, warn_once: Report) -> None:
+    def __init__(self, local: LocalAddress, allow_other_users: bool,
+                 warn_once: Callable[[str], object]) -> None:
         self.local = local  # with the port that it has got
         self.unidentified = 0  # connections not served, since their clients had closed them
-        self.assumes_gone = False  # all clients for gone, where nobody can know
+        self.assumes_gone = False  # where nobody can know: that every client is
         self._allows_other_users = allow_other_users
         self._warn_once = warn_once
         self._returned: List[Leg] = []  # clients that were put back
@@ -2242,6 +2241,50 @@ class Listener(socketserver.TCPServer):
             if local.path and isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
                 reason = "a file exists there (a socket left by a killed run? remove it)"
             raise PlexctlError(f"--local-addr {escape(str(local))}: cannot listen: {reason}") from error
+
+    def server_bind(self) -> None:
+        """Bind it; a unix socket is 0600."""
+        self.socket.setblocking(False)
+        if self.local.path:
+            mask = os.umask(0o177)
+            try:
+                super().server_bind()
+            finally:
+                os.umask(mask)
+            self._bound_file = os.lstat(self.local.path)
+        else:
+            set_leg_options(self.socket)
+            super().server_bind()
+            self.local = LocalAddress(self.local.host, self.server_address[1])
+
+    def server_activate(self) -> None:
+        """Listen, and find out whether the kernel can tell who connects; warn if other users can."""
+        super().server_activate()
+        if self.local.path:
+            return
+        if not is_loopback(self.local.host):
+            if not self._allows_other_users:
+                self._warn_once(f"{self.local} is not a loopback address: any user, here and elsewhere, can "
+                                "use the port")
+            return
+        try:
+            self._owners = OwnerCheck(self.address_family, (self.local.host, self.local.port))
+            self._checks_owners = not self._allows_other_users and os.geteuid() != OVERFLOW_UID
+        except (OSError, AttributeError) as error:
+            if getattr(error, "errno", None) in EXHAUSTED:
+                raise
+        if not self._checks_owners and not self._allows_other_users:
+            self._warn_once("this host cannot tell whose a connection is: any local user can use the port")
+
+    def server_close(self) -> None:
+        """Close it, which resets who waits; remove a unix socket, if it is still ours."""
+        super().server_close()
+        if self._owners is not None:
+            self._owners.close()
+        mine, self._bound_file = self._bound_file, None
+        with contextlib.suppress(OSError):  # it is gone, or its directory is not ours any more
+            if mine and os.path.samestat(mine, os.lstat(self.local.path)):
+                os.unlink(self.local.path)
 
     def wait(self) -> bool:
         """Wait a little for a client; return whether one is here."""
@@ -2302,50 +2345,6 @@ class Listener(socketserver.TCPServer):
         """COMMAND has ended: take all clients for gone where nobody can know."""
         self.assumes_gone = not self.local.path and self._owners is None
 
-    def server_bind(self) -> None:
-        """Bind it; a unix socket is 0600."""
-        self.socket.setblocking(False)
-        if self.local.path:
-            mask = os.umask(0o177)
-            try:
-                super().server_bind()
-            finally:
-                os.umask(mask)
-            self._bound_file = os.lstat(self.local.path)
-        else:
-            set_leg_options(self.socket)
-            super().server_bind()
-            self.local = LocalAddress(self.local.host, self.server_address[1])
-
-    def server_activate(self) -> None:
-        """Listen, and find out whether the kernel can tell who connects; warn if other users can."""
-        super().server_activate()
-        if self.local.path:
-            return
-        if not is_loopback(self.local.host):
-            if not self._allows_other_users:
-                self._warn_once(f"{self.local} is not a loopback address: any user, here and elsewhere, can "
-                                "use the port")
-            return
-        try:
-            self._owners = OwnerCheck(self.address_family, (self.local.host, self.local.port))
-            self._checks_owners = not self._allows_other_users and os.geteuid() != OVERFLOW_UID
-        except (OSError, AttributeError) as error:
-            if getattr(error, "errno", None) in EXHAUSTED:
-                raise
-        if not self._checks_owners and not self._allows_other_users:
-            self._warn_once("this host cannot tell whose a connection is: any local user can use the port")
-
-    def server_close(self) -> None:
-        """Close it, which resets who waits; remove a unix socket, if it is still ours."""
-        super().server_close()
-        if self._owners is not None:
-            self._owners.close()
-        mine, self._bound_file = self._bound_file, None
-        with contextlib.suppress(OSError):  # it is gone, or its directory is not ours any more
-            if mine and os.path.samestat(mine, os.lstat(self.local.path)):
-                os.unlink(self.local.path)
-
     def _has_closed(self, client: Leg) -> bool:
         """Return whether the kernel says that a client has closed its socket; False if it does not tell."""
         if self._owners is not None:
@@ -2377,13 +2376,13 @@ class Listener(socketserver.TCPServer):
 # ------------------------------------------------------------------------------------- forwarder
 
 PAUSE_SECONDS = 0.5  # after an accept() that failed
-SHORT_SECONDS = 0.001  # when a connection is older its thread passes the turn on
+TURN_SECONDS = 0.001  # a thread passes the turn on when its connection is older
 GRACE_SECONDS = 0.3  # a connection waits so long for a session to become free, before one is issued for it
 IDLE_SECONDS = 60  # after which a session that nobody needs is given back
-END_SECONDS = 2  # that a Node may take to end a connection whose client is gone, until its session is STUCK
+NODE_END_SECONDS = 2  # that a Node may take to end a connection, until its session is STUCK
 STUCK_SECONDS = 10  # the same from then on, until the session is given back
-LIMIT_SECONDS = 60  # after a session was refused, until one is asked for again
-RETRY_SECONDS = 5  # the same, after a failure that may pass
+REFUSED_PAUSE_SECONDS = 60  # after a session was refused, until one is asked for again
+FAILED_PAUSE_SECONDS = 5  # the same, after a failure that may pass
 
 
 class Counts(NamedTuple):
@@ -2489,10 +2488,10 @@ class Carrier:
             self._has_turn = False
             self._forwarder.turn.release()
 
-    def _limit_wait(self, seconds: float) -> float:
+    def _pace(self, seconds: float) -> float:
         """Return how long the thread may wait; pass the turn on once a connection lasts."""
         if self._has_turn:
-            left = self.taken_on + SHORT_SECONDS - elapsed_seconds()
+            left = self.taken_on + TURN_SECONDS - elapsed_seconds()
             if left > 0:
                 return left
             self._pass_turn_on()
@@ -2516,14 +2515,14 @@ class Carrier:
         name = "a local process" if forwarder.local.path else join_host_port(*client.address[:2])
         forwarder.ledger.say(f"connection from {name} to {self.session.endpoint}")
         relay = Relay(client, remote, buffers, lambda: forwarder.listener.is_gone(client), self.must_leave,
-                      lambda by_node: forwarder.ask_about_end(self, by_node), self._limit_wait)
+                      lambda by_node: forwarder.ask_about_end(self, by_node), self._pace)
         try:
             with forwarder.lock:
                 self.relay = relay
             relay.carry()
             forwarder.count_connection(self, relay.up.moved, relay.down.moved)
             self._tell_end(relay)
-            if not relay.await_end(END_SECONDS) and not self.must_leave():
+            if not relay.await_end(NODE_END_SECONDS) and not self.must_leave():
                 self._note_stuck()
                 # the Node may still pass on what it has; the revocation that follows cuts it off
                 relay.await_end(STUCK_SECONDS)
@@ -2539,7 +2538,7 @@ class Carrier:
             return
         client.close()
         if not isinstance(error, (SessionOver, Cancelled)):
-            forwarder.ledger.tell_once(f"warning: a connection was not served: {error}", "not served")
+            forwarder.ledger.warn_once(f"a connection was not served: {error}", "not served")
         forwarder.count_connection(self, 0, 0)
 
     def _tell_end(self, relay: Relay) -> None:
@@ -2550,15 +2549,26 @@ class Carrier:
         forwarder.ledger.say(f"connection closed{reason}: {show_bytes(relay.up.moved)} up, "
                              f"{show_bytes(relay.down.moved)} down")
         if error and (not isinstance(error, OSError) or error.errno in EXHAUSTED):  # not a peer's doing
-            forwarder.warn_once(f"a connection ended: {show_error(error)}")
+            forwarder.ledger.warn_once(f"a connection ended: {show_error(error)}")
 
     def _note_stuck(self) -> None:
         """The Node does not end what it has: its session is not used again."""
-        self._pass_turn_on()
         with self._forwarder.lock:
             self.state, self._forwarder.has_been_stuck = STUCK, True
-        self._forwarder.warn_once("the Node has not ended a connection whose client is gone; its session is "
-                                  "not used any more")
+        self._forwarder.ledger.warn_once("the Node has not ended a connection whose client is gone; its "
+                                         "session is not used any more")
+
+
+def is_refusal(why: PlexctlError) -> bool:
+    """Return whether a server has refused a session, for a reason that does not pass at once."""
+    return 0 < why.status < 500 and not why.passing
+
+
+def describe_unreachable(request: SessionRequest) -> str:
+    """Return what it means that the Node has ended a connection without a byte from the target."""
+    return ("the Node ended the connection and nothing came back: nothing listens at "
+            f"{join_host_port(request.host, request.port)}, or the Node cannot reach it "
+            "(--host and --port are as the Node sees them)")
 
 
 class Forwarder:
@@ -2569,8 +2579,8 @@ class Forwarder:
     what has ended all of them. `stop` ends every connection. Each session's thread revokes its own;
     Ledger.leave revokes the rest.
 
-    There are at most `limit` sessions at once; `minimum` of them are kept ready. With `renew` one that has
-    run out is replaced. Each has a Carrier. Where none is free `tick` issues sessions for those who wait.
+    There are at most `limit` sessions at once, each with a Carrier. Where none is free `tick` issues some for
+    those who wait; a `minimum` above 1 is kept ready. With `renew` one that has run out is replaced.
 
     Locks are taken in this order: the turn, the Forwarder's, a MediatedSession's, those of others.
     """
@@ -2580,8 +2590,8 @@ class Forwarder:
                  allow_other_users: bool = False) -> None:
         self.over: Optional[PlexctlError] = None  # why the run is over
         self.first: Optional[MediatedSession] = None  # that was ready
-        self.ledger = ledger  # first, since the listener may warn
-        self.listener = Listener(local, allow_other_users, self.warn_once)
+        self.ledger = ledger
+        self.listener = Listener(local, allow_other_users, ledger.warn_once)
         self.local = self.listener.local
         self.renew = renew
         self.wait_seconds = wait_seconds
@@ -2607,82 +2617,6 @@ class Forwarder:
 
     def __exit__(self, *exception: object) -> None:
         self.stop()
-
-    # For whoever runs it
-
-    def establish(self) -> MediatedSession:
-        """Issue the first sessions, and return the first whose Node has reported its listener."""
-        with self.lock:
-            self._start(self._minimum)
-            self.lock.wait_for(lambda: self.first or self.is_closing.is_set())
-            if self.first is None:
-                raise self.over or Cancelled("interrupted")
-            return self.first
-
-    def tick(self) -> None:
-        """See to it that there are as many sessions as are needed, and keep the time."""
-        now = elapsed_seconds()
-        with self.lock:
-            if self._is_time_up(now):
-                self._end_run(SessionOver("the session expired"))
-            try:
-                for each in self._carriers:
-                    each.session.watch()
-                if self.over or not (self._count_live() or self._count_available(now)):
-                    self.listener.reject()  # no session will come to take them
-                elif self.first is not None:
-                    self._issue_missing(now)
-                    self._give_spare_back(now)
-            except (OSError, MemoryError) as error:  # which ends nothing that works
-                self.warn_of_exhaustion(error)
-
-    def count(self) -> Counts:
-        """Return the totals so far."""
-        with self.lock:
-            relays = self._list_open()
-            return self._ended._replace(
-                open=len(relays), waiting=self.listener.count_waiting(),
-                sessions=sum(each.state in READY for each in self._carriers),
-                up=self._ended.up + sum(relay.up.moved for relay in relays),
-                down=self._ended.down + sum(relay.down.moved for relay in relays))
-
-    def seconds_left(self) -> float:
-        """Return how long it is until the first of the sessions expires; 0.0 if there is none."""
-        with self.lock:
-            ends = [each.session.expires_on for each in self._carriers if each.state in READY]
-            return max(0.0, min(ends, default=0.0) - elapsed_seconds())
-
-    def is_delivered(self) -> bool:
-        """Return whether everything that clients sent before they closed in order has reached the Node."""
-        with self.lock:
-            # a client is in the backlog, then a carrier's, and once it is closed a relay has what it sent
-            return not (self.listener.count_waiting()
-                        or any(self.listener.is_gone(each.client) for each in self._carriers if each.client)
-                        or any(each.relay.client_left and not each.relay.error
-                               for each in self._carriers if each.relay))
-
-    def delivery_progress(self) -> int:
-        """Return a number that changes as long as something that clients sent is delivered."""
-        with self.lock:
-            counts = self.count()
-            unacknowledged = sum(each.relay.remote.count_unsent() for each in self._carriers if each.relay)
-            return counts.up + counts.ended - unacknowledged
-
-    def stop(self, seconds: float = CLOSE_SECONDS) -> None:
-        """Stop listening and end every connection, with a reset unless it was over."""
-        deadline = elapsed_seconds() + seconds
-        with self.lock:
-            self.is_closing.set()
-            self.lock.notify_all()
-            self.ledger.plane.cancel.set()
-            with contextlib.suppress(OSError, MemoryError):
-                self.listener.reject()
-            self.listener.server_close()
-            # the port is in use as long as a thread waits for a client
-            self.lock.wait_for(lambda: not any(each.state in READY for each in self._carriers),
-                               max(0.0, deadline - elapsed_seconds()))
-        if self._explanation is not None:
-            self._explanation.done.wait(max(0.0, deadline - elapsed_seconds()))
 
     # For the carriers
 
@@ -2748,19 +2682,92 @@ class Forwarder:
             self._carriers.remove(carrier)
             self.lock.notify_all()
 
-    def warn_once(self, text: str) -> None:
-        """Warn of something once in a run."""
-        self.ledger.tell_once("warning: " + text, text.partition(" (")[0])  # details may differ
-
     def warn_of_exhaustion(self, error: BaseException) -> None:
         """Warn that there are no descriptors or no memory."""
-        self.warn_once(f"cannot accept connections for now: {show_error(error)}")
+        self.ledger.warn_once(f"cannot accept connections for now: {show_error(error)}")
+
+    # For whoever runs it
+
+    def establish(self) -> MediatedSession:
+        """Issue the first sessions, and return the first whose Node has reported its listener."""
+        with self.lock:
+            self._start(self._minimum)
+            self.lock.wait_for(lambda: self.first or self.is_closing.is_set())
+            if self.first is None:
+                raise self.over or Cancelled("interrupted")
+            return self.first
+
+    def tick(self) -> None:
+        """See to it that there are as many sessions as are needed, and keep the time."""
+        now = elapsed_seconds()
+        with self.lock:
+            if self._is_time_up(now):
+                self._end_run(SessionOver("the session expired"))
+            try:
+                for each in self._carriers:
+                    each.session.watch()
+                may_serve = self._count_live() or self._count_available(now)
+                if self.over or not may_serve:
+                    self.listener.reject()
+                elif self.first is not None:
+                    self._issue_missing(now)
+                    self._give_spare_back(now)
+            except (OSError, MemoryError) as error:  # which ends nothing that works
+                self.warn_of_exhaustion(error)
+
+    def count(self) -> Counts:
+        """Return the totals so far."""
+        with self.lock:
+            relays = self._list_open()
+            return self._ended._replace(
+                open=len(relays), waiting=self.listener.count_waiting(),
+                sessions=sum(each.state in READY for each in self._carriers),
+                up=self._ended.up + sum(relay.up.moved for relay in relays),
+                down=self._ended.down + sum(relay.down.moved for relay in relays))
+
+    def seconds_left(self) -> float:
+        """Return how long it is until the first of the sessions expires; 0.0 if there is none."""
+        with self.lock:
+            ends = [each.session.expires_on for each in self._carriers if each.state in READY]
+            return max(0.0, min(ends, default=0.0) - elapsed_seconds())
+
+    def is_delivered(self) -> bool:
+        """Return whether everything that clients sent before they closed in order has reached the Node."""
+        with self.lock:
+            # a client is in the backlog, then a carrier's, and once it is closed a relay has what it sent
+            return not (self.listener.count_waiting()
+                        or any(self.listener.is_gone(each.client) for each in self._carriers if each.client)
+                        or any(each.relay.client_left and not each.relay.error
+                               for each in self._carriers if each.relay))
+
+    def delivery_progress(self) -> int:
+        """Return a number that changes as long as something that clients sent is delivered."""
+        with self.lock:
+            counts = self.count()
+            unacknowledged = sum(each.relay.remote.count_unsent() for each in self._carriers if each.relay)
+            return counts.up + counts.ended - unacknowledged
+
+    def stop(self, seconds: float = CLOSE_SECONDS) -> None:
+        """Stop listening and end every connection, with a reset unless it was over."""
+        deadline = elapsed_seconds() + seconds
+        with self.lock:
+            self.is_closing.set()
+            self.lock.notify_all()
+            self.ledger.plane.cancel.set()
+            with contextlib.suppress(OSError, MemoryError):
+                self.listener.reject()
+            self.listener.server_close()
+            # the port is in use as long as a thread waits for a client
+            self.lock.wait_for(lambda: not any(each.state in READY for each in self._carriers),
+                               deadline - elapsed_seconds())
+        if self._explanation is not None:
+            self._explanation.done.wait(deadline - elapsed_seconds())
 
     def _explain(self, session: MediatedSession) -> None:
         """Say that the target cannot be reached, unless the session is over."""
         session.await_answer()
         if session.why is None and self.over is None:
-            self.warn_once(describe_unreachable(self._request))
+            self.ledger.warn_once(describe_unreachable(self._request))
 
     # With the lock held
 
@@ -2773,9 +2780,9 @@ class Forwarder:
         is_overdue = waiting and (not live or now - self._waiting_since >= GRACE_SECONDS)
         if is_overdue and states.count(BUSY) >= self._limit:
             wait = "connections wait" if waiting > 1 else "connection waits"
-            self.ledger.tell_once(
-                f"warning: {waiting} {wait} until one closes: each needs a session (--max-sessions is "
-                f"{self._limit}; a connection pool must not be larger)", "limit")
+            self.ledger.warn_once(
+                f"{waiting} {wait} until one closes: each needs a session (--max-sessions is {self._limit}; "
+                "a connection pool must not be larger)", "limit")
         missing = waiting - states.count(OPENING) if is_overdue else 0
         if self._minimum > 1:  # a single one is issued when a connection comes
             missing = max(missing, self._minimum - live)
@@ -2814,6 +2821,10 @@ class Forwarder:
     def _count_live(self) -> int:
         return sum(each.state in LIVE for each in self._carriers)
 
+    def _is_time_up(self, now: float) -> bool:
+        """Return whether the time of the first session is up, which without `renew` is that of the run."""
+        return not self.renew and self.first is not None and now >= self.first.expires_on
+
     def _judge_end(self, session: MediatedSession, why: PlexctlError) -> None:
         """Decide what it means for the run that a session is over, or could not be had."""
         others = self._count_live()  # without this one, which is REVOKING by now
@@ -2823,50 +2834,39 @@ class Forwarder:
             self._first_failure = self._first_failure or why
             if not others:
                 self._end_run(self._first_failure)
-        elif session.ready_on:
-            self._judge_over(session, why, others)
-        else:
-            self._judge_missing(why, others)
-
-    def _judge_over(self, session: MediatedSession, why: PlexctlError, others: int) -> None:
-        """A session that has worked is over: with `renew` the next connection gets a new one."""
-        if not (others or self.renew):
+        elif not others and self._is_final(session, why):
             self._end_run(why)
-            return
+        elif session.ready_on:
+            self._note_lost(session, why, others)
+        else:
+            self._note_not_issued(why, others)
+
+    def _is_final(self, session: MediatedSession, why: PlexctlError) -> bool:
+        """Return whether no session may follow, if there is no other one."""
+        if session.ready_on:
+            return not self.renew
+        # a server may yet count one that is stuck, and have room once that is given back
+        is_stuck = any(each.state == STUCK for each in self._carriers)
+        return is_refusal(why) and not is_stuck or not (self.renew or self.has_been_stuck)
+
+    def _note_lost(self, session: MediatedSession, why: PlexctlError, others: int) -> None:
+        """A session that has worked is over: with `renew` the next connection gets a new one."""
         self.ledger.tell_once(f"{why}; the next connection gets a new one" if self.renew else str(why))
         if isinstance(why, ListenerGone) and elapsed_seconds() - session.ready_on < REPLACE_SECONDS:
             # a Node that refuses everybody must not cost a session per attempt
             self._allowance = Allowance(others, session.ready_on, REPLACE_SECONDS)
 
-    def _judge_missing(self, why: PlexctlError, others: int) -> None:
-        """A further session could not be had: do without for a while, unless none can be had any more."""
-        is_refused = isinstance(why, ApiError) and why.status < 500 and not why.passing
-        # a server may yet count one that is stuck, and have room once that is given back
-        is_final = is_refused and not any(each.state == STUCK for each in self._carriers)
-        if not others and (is_final or not (self.renew or self.has_been_stuck)):
-            self._end_run(why)
-            return
-        has_no_room = others and (is_refused or isinstance(why, EndpointMissing))
-        step_seconds = LIMIT_SECONDS if has_no_room else RETRY_SECONDS
-        self._allowance = Allowance(others, elapsed_seconds(), step_seconds)
-        why.is_told = self.ledger.tell_once(f"warning: no further session for now: {why}",
-                                            type(why).__name__)
+    def _note_not_issued(self, why: PlexctlError, others: int) -> None:
+        """A further session could not be had: do without for a while."""
+        has_no_room = others and (is_refusal(why) or isinstance(why, EndpointMissing))
+        seconds = REFUSED_PAUSE_SECONDS if has_no_room else FAILED_PAUSE_SECONDS
+        self._allowance = Allowance(others, elapsed_seconds(), seconds)
+        why.is_told = self.ledger.warn_once(f"no further session for now: {why}", type(why).__name__)
 
     def _end_run(self, why: PlexctlError) -> None:
         self.over = self.over or why
         self.is_closing.set()
         self.lock.notify_all()
-
-    def _is_time_up(self, now: float) -> bool:
-        """Return whether the time of the first session is up, which without `renew` is that of the run."""
-        return not self.renew and self.first is not None and now >= self.first.expires_on
-
-
-def describe_unreachable(request: SessionRequest) -> str:
-    """Return what it means that the Node has ended a connection without a byte from the target."""
-    return ("the Node ended the connection and nothing came back: nothing listens at "
-            f"{join_host_port(request.host, request.port)}, or the Node cannot reach it "
-            "(--host and --port are as the Node sees them)")
 
 
 # ---------------------------------------------------------------------------------------- output

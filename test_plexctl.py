@@ -4250,7 +4250,8 @@ def test_an_existing_file_is_neither_overwritten_nor_removed(tmp_path, kind):
         os.symlink(str(tmp_path / "elsewhere"), path)
     before = os.lstat(path)
     with pytest.raises(plexctl.PlexctlError, match="--local-addr"):
-        plexctl.Forwarder(plexctl.parse_local_address("unix:" + path), None, None)
+        plexctl.Forwarder(plexctl.parse_local_address("unix:" + path),
+                          plexctl.Ledger(None, PROJECT_ID, pytest.fail), None)
     assert os.lstat(path) == before and os.listdir(str(tmp_path)) == ["s"]
 
 
@@ -4428,7 +4429,7 @@ def test_a_session_whose_thread_cannot_be_started_costs_no_client_that_is_served
 @pytest.mark.parametrize("which", [1, 2])
 def test_one_of_two_first_sessions_whose_thread_cannot_be_started_is_made_up_for(which):
     starts, this = iter([which == 1, which == 2]), threading.current_thread()
-    with relayed_to(establish=False, minimum=2, RETRY_SECONDS=0.5) as running:
+    with relayed_to(establish=False, minimum=2, FAILED_PAUSE_SECONDS=0.5) as running:
         with no_more_threads(lambda: threading.current_thread() is this and next(starts)):
             running.forwarder.establish()
         assert visit(running.address)
@@ -4928,7 +4929,7 @@ def test_a_further_session_that_is_refused_lowers_the_limit_with_one_warning(ans
 
 def test_a_further_session_that_fails_for_now_is_asked_for_again(simulation):
     simulation.plane.script("issue", PASS, *[reset] * 3)
-    with using_sessions(simulation.plane, RETRY_SECONDS=0.5) as running, dialled(running, 2):
+    with using_sessions(simulation.plane, FAILED_PAUSE_SECONDS=0.5) as running, dialled(running, 2):
         assert asked(simulation.plane, "issue") == 5
         assert len(running.said("warning: no further session for now")) == len(running.lines) == 1
 
@@ -5216,6 +5217,15 @@ def test_with_renew_a_listener_that_the_node_has_closed_gives_way_to_a_new_sessi
         assert running.forwarder.over is None and not running.said("not served")
 
 
+def test_with_renew_an_answer_from_before_a_revocation_does_not_renew_the_session(simulation):
+    with using_sessions(simulation.plane, renew=True, REPLACE_SECONDS=0, ASK_SECONDS=60) as running:
+        running.forwarder.first.ask()
+        assert running.forwarder.first.await_answer()  # active
+        simulation.plane.revoke(simulation.plane.issued[0])
+        assert knock(running.address) == ("reset", b"")
+        assert "was revoked" in running.why() and len(simulation.plane.issued) == 1
+
+
 def test_a_node_that_refuses_everybody_costs_no_session_per_attempt():
     began = time.monotonic()
     with ControlPlane(endpoint="127.0.0.1:9") as plane, using_sessions(
@@ -5376,7 +5386,7 @@ def test_a_session_that_is_stuck_is_not_the_end_of_the_run(what):
 
     go = threading.Event()
     serve = on_request(e=echo, s=lambda *_: go.wait(30))
-    with relayed_to(serve, session_limit=1 if "room" in what else None, RETRY_SECONDS=0.5,
+    with relayed_to(serve, session_limit=1 if "room" in what else None, FAILED_PAUSE_SECONDS=0.5,
                     STUCK_SECONDS=2) as running:
         client = dial(running.address)
         client.sendall(b"s")
@@ -5397,7 +5407,7 @@ def test_a_session_that_is_stuck_is_not_the_end_of_the_run(what):
     ("late Node", "no further session for now: the Node reported no listener")])
 def test_a_renewal_that_fails_for_now_fails_alone(what, words):
     answers = {"server": reset, "rate limit": problem("session_limit_exceeded", headers=AT_ONCE)}
-    with relayed_to(renew=True, RETRY_SECONDS=1, wait_seconds=0.5,
+    with relayed_to(renew=True, FAILED_PAUSE_SECONDS=1, wait_seconds=0.5,
                     late=[0, 60, 0] if what == "late Node" else 0) as running:
         if what in answers:
             running.plane.script("issue", *[answers[what]] * 3)
@@ -6990,7 +7000,7 @@ def test_a_node_that_does_not_end_costs_no_threads_and_is_dialled_no_further(nod
 @pytest.mark.parametrize("why", ["refused", "the Node is full", "the Node is late"])
 def test_a_limit_that_was_learned_is_forgotten(why):
     options = {"the Node is full": dict(max_sessions=1), "the Node is late": dict(late=[0, 1e6, 0])}
-    with relayed_to(wait_seconds=1, LIMIT_SECONDS=2, **options.get(why, {})) as running:
+    with relayed_to(wait_seconds=1, REFUSED_PAUSE_SECONDS=2, **options.get(why, {})) as running:
         running.plane.script("issue", *[problem("session_limit_exceeded")] * (why == "refused"))
         with dialled(running, 1) as (first,), dial(running.address) as second:
             eventually(lambda: running.said("warning: no further session"))
