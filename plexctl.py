@@ -251,11 +251,6 @@ def wait_for(fd: int, mask: int, seconds: Optional[float] = None) -> int:
     return ready[0][1] if ready else 0
 
 
-def poll_now(fd: int, mask: int) -> int:
-    """Return what poll(2) says of a descriptor at this moment; 0 for nothing."""
-    return wait_for(fd, mask, 0)
-
-
 def open_nowhere(flags: int) -> int:
     """Open a descriptor that takes or gives nothing; without /dev/null one that fails (EBADF, EISDIR)."""
     try:
@@ -1410,7 +1405,7 @@ class StandardStreams:
     def send(self, piece: memoryview) -> int:
         """Write to standard output as much as it takes."""
         try:
-            if not poll_now(1, select.POLLOUT):
+            if not wait_for(1, select.POLLOUT, 0):
                 raise BlockingIOError
             return os.write(1, piece[:self._at_once])
         except BlockingIOError:
@@ -2329,7 +2324,7 @@ class Listener(socketserver.TCPServer):
     def count_waiting(self) -> int:
         """Return how many connections wait; any number counts as 1 where the kernel does not tell."""
         count = len(self._returned)
-        if self.fileno() >= 0 and poll_now(self.fileno(), select.POLLIN):
+        if self.fileno() >= 0 and wait_for(self.fileno(), select.POLLIN, 0):
             backlog = 1
             if ON_LINUX and not self.local.path:
                 info = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28)
@@ -2353,7 +2348,7 @@ class Listener(socketserver.TCPServer):
             return False
         descriptor = client.sock.fileno()  # its thread may close it meanwhile
         # poll() tells of a reset, and of a unix socket that was closed
-        return descriptor < 0 or bool(poll_now(descriptor, 0))
+        return descriptor < 0 or bool(wait_for(descriptor, 0, 0))
 
     def _may_be_served(self, client: Leg) -> bool:
         """Return whether a client may be served: its user is ours or root, and it has not left."""
@@ -2946,28 +2941,46 @@ class Messages:
     terminal) delays nothing else.
     """
 
-    def __init__(self, stream: Any, mode: str, quiet: bool) -> None:
-        self.stream = stream
-        self.is_terminal = mode != "--stdio" and terminal_width(stream) > 0  # ssh's may be in raw mode
-        self._is_live = self.is_terminal and mode != "-- COMMAND" and not quiet
-        self._is_quiet = quiet
+    def __init__(self, stream: Any, options: Any) -> None:
+        # to ourselves: with --stdio it may be ssh's, in raw mode
+        self.has_terminal = (options.mode in ("print", "--proxy") and not options.quiet
+                             and terminal_width(stream) > 0)
+        self._stream = stream
+        self._is_verbose = options.verbose
+        self._wanted: Tuple[str, ...] = ("",)  # how a line begins that is written
+        if options.quiet:
+            self._wanted = ("error: ",)
+        elif options.mode == "--stdio" and not options.verbose:  # only what is left behind, and errors
+            self._wanted = ("error: ", "warning: session ", "warning: a session ", "warning: syslog ")
+        self._has_failed = False
         self._queue: Any = queue.Queue()  # lines, the live line (without a line end), events; None: the end
         if not start_thread(self._write):
             raise PlexctlError("cannot start a thread (ulimit -u)")
 
     def report(self, line: str) -> None:
-        """Write a line; with `quiet` only an error."""
-        if not self._is_quiet or line.startswith("error: "):
+        """Write a line, if it is wanted."""
+        if line.startswith(self._wanted):
             self._queue.put(f"plexctl: {line}\n")
+
+    def say(self, line: str) -> None:
+        """Write a line that only -v shows."""
+        if self._is_verbose:
+            self.report(line)
+
+    def report_error(self, error: PlexctlError) -> None:
+        """Write what has ended the run, in one line; the first error counts."""
+        if not self._has_failed:
+            self._has_failed = True
+            self.report(f"error: {error}")
 
     def show(self, line: str) -> None:
         """Draw the live line, cut to the terminal, if we are in the foreground and nothing else waits."""
-        if not self._is_live or not self._queue.empty():
+        if not self.has_terminal or not self._queue.empty():
             return
         with contextlib.suppress(OSError, ValueError, AttributeError):  # no job control, as on Windows
-            if os.tcgetpgrp(self.stream.fileno()) != os.getpgrp():  # `plexctl ... &`
+            if os.tcgetpgrp(self._stream.fileno()) != os.getpgrp():  # `plexctl ... &`
                 return
-        width = max(0, terminal_width(self.stream) - 3)  # the echo of Ctrl-C stands behind it
+        width = max(0, terminal_width(self._stream) - 3)  # the echo of Ctrl-C stands behind it
         while len(line) > width:
             line = line.rpartition(", ")[0] or line[:width]
         self._queue.put(line)
@@ -2991,10 +3004,10 @@ class Messages:
                 continue
             wipe = ""
             if shown:  # on several rows, if the terminal has become narrower
-                wipe = "\x1b[1A" * ((shown - 1) // max(1, terminal_width(self.stream))) + "\r\x1b[J"
+                wipe = "\x1b[1A" * ((shown - 1) // max(1, terminal_width(self._stream))) + "\r\x1b[J"
             shown = 0 if text.endswith("\n") else len(text)
             with contextlib.suppress(Exception):  # closed or full: there is nowhere to say so
-                write_all(self.stream, wipe + text, "standard error")
+                write_all(self._stream, wipe + text, "standard error")
 
 
 class Foreground:
@@ -3005,7 +3018,6 @@ class Foreground:
 
     def __init__(self, messages: Messages) -> None:
         self.messages = messages
-        self.report = messages.report
         self.signals: List[int] = []
         self.ignored: Tuple[int, ...] = ()
         self.passed_on: Tuple[int, ...] = ()  # to COMMAND; they do not count towards the third
@@ -3053,8 +3065,8 @@ class Foreground:
         while not outcome.done.wait(WAIT_SECONDS) and elapsed_seconds() < deadline:
             if any(signum != HANGUP for signum in self.signals):
                 deadline = min(deadline, elapsed_seconds() + HURRY_SECONDS)
-            if slow and self.messages.is_terminal and elapsed_seconds() - began > 1:
-                self.report(slow)
+            if slow and self.messages.has_terminal and elapsed_seconds() - began > 1:
+                self.messages.report(slow)
                 slow = ""
 
     def write(self, text: str, stream: Optional[IO[str]], name: str) -> None:
@@ -3300,43 +3312,32 @@ def set_core_limit(soft: Optional[int]) -> Optional[int]:
 class Run:
     """One invocation: the options, and what every mode of it needs."""
 
-    def __init__(self, options: Any, environ: Environ, foreground: Foreground, stdout: Optional[IO[str]],
+    def __init__(self, options: Any, environ: Environ, foreground: Foreground,
                  core_limit: Optional[int]) -> None:
         self.options = options
         self.environ = environ
         self.foreground = foreground
-        self.stdout = stdout
+        self.messages = foreground.messages
         self.core_limit = core_limit  # that COMMAND is to have; None: the one that there is
         self.began = elapsed_seconds()
-        self.told_error: Optional[PlexctlError] = None  # that was reported already
         self.request = SessionRequest(options.project_id, options.resource_id, options.host,
                                       options.port, options.ttl_seconds)
         self.target = escape(join_host_port(options.host, options.port), 60)  # for people
 
-    def report(self, line: str) -> None:
-        """Report a line; with --stdio only what is left behind, since ssh's terminal may be in raw mode."""
-        if self.options.mode != "--stdio" or self.options.verbose or line.startswith("warning: session "):
-            self.foreground.report(line)
-
-    def say(self, line: str) -> None:
-        """Report a line with -v."""
-        if self.options.verbose:
-            self.foreground.report(line)
-
     def execute(self) -> int:
         """Return the exit code. PlexctlError and Interrupted leave no session behind either."""
-        options, foreground = self.options, self.foreground
+        options, foreground, messages = self.options, self.foreground, self.messages
         program = find_command(options.command[0], self.environ) if options.command else ""
 
         def create_plane() -> ControlPlane:
             server, token = resolve_credentials(
                 options.server, options.profile, options.token_file, options.allow_http, self.environ)
-            return ControlPlane(server, token, options.ca_file, self.environ, report=self.say,
-                                notice=self.report)
+            return ControlPlane(server, token, options.ca_file, self.environ, report=messages.say,
+                                notice=messages.report)
 
         plane = foreground.call(create_plane)  # the token or --ca-file may come from a pipe
-        self.audit = AuditLog(self.environ, foreground.report) if options.reveal_secrets else None
-        self.ledger = Ledger(plane, options.project_id, self.report, self.say)
+        self.audit = AuditLog(self.environ, messages.report) if options.reveal_secrets else None
+        self.ledger = Ledger(plane, options.project_id, messages.report, messages.say)
         try:
             if options.mode == "print":
                 return self.print_coordinates()
@@ -3345,9 +3346,9 @@ class Run:
             foreground.finish(self.ledger.leave, LEAVE_SECONDS, "releasing the session")
             if options.keep_session:
                 for words in self.ledger.list_kept():
-                    self.report(words)
+                    messages.report(words)
             for words in self.ledger.settle(sys.exc_info()[1]):
-                foreground.report("warning: " + words)
+                messages.report("warning: " + words)
             if self.audit is not None:  # not before: an interrupted record may still be on its way
                 self.audit.close()
 
@@ -3361,7 +3362,7 @@ class Run:
             self.foreground.call(lambda: audit.record(self.ledger.plane.server, self.request, issued))
             self.foreground.write("plexctl: warning: the next line is the session token, a secret\n"
                                   f"PLEXCTL_SESSION_TOKEN={issued.token.reveal()}\n",
-                                  self.foreground.messages.stream, "standard error")
+                                  sys.stderr, "standard error")
         if self.options.keep_session:
             self.ledger.is_kept = True
         return session
@@ -3378,8 +3379,8 @@ class Run:
                     "listener_endpoint": str(session.endpoint),
                     "target": {"host": self.request.host, "port": self.request.port},
                     "expires_at": session.issued and session.issued.expires_at}
-        text = format_document(document, self.options.output, terminal_width(self.stdout))
-        self.foreground.write(text, self.stdout, "standard output")
+        text = format_document(document, self.options.output, terminal_width(sys.stdout))
+        self.foreground.write(text, sys.stdout, "standard output")
 
     def print_coordinates(self) -> int:
         """Print mode: bind nothing for longer than a moment; dial and revoke nothing."""
@@ -3394,9 +3395,9 @@ class Run:
         session = self.establish(self.issue_one)
         self.print_document(local, session)
         self.ledger.is_kept = True
-        if self.foreground.messages.is_terminal and session.issued:
-            self.report(f"nothing listens on {local}: connect to {session.endpoint}, or use --proxy to "
-                        f"listen; the session stays until {session.issued.expires_at}")
+        if self.messages.has_terminal and session.issued:
+            self.messages.report(f"nothing listens on {local}: connect to {session.endpoint}, or use --proxy "
+                                 f"to listen; the session stays until {session.issued.expires_at}")
         return EXIT_OK
 
     def carry_stdio(self) -> int:
@@ -3404,63 +3405,52 @@ class Run:
         session, cancel = self.establish(self.issue_one), self.ledger.plane.cancel
         remote = self.foreground.call(lambda: session.dial(cancel.is_set))
         client = StandardSocket() if stat.S_ISSOCK(os.fstat(1).st_mode) else StandardStreams()
-        began = elapsed_seconds()
-        relay = Relay(client, remote, create_buffers(), lambda: bool(poll_now(client.writes_at, 0)),
-                      lambda: session.is_over() or cancel.is_set(),
-                      lambda by_node: self.explain_end(session, relay, by_node))
+
+        def must_stop() -> bool:
+            session.watch()
+            return session.is_over() or cancel.is_set()
+
+        relay = Relay(client, remote, create_buffers(), lambda: bool(wait_for(client.writes_at, 0, 0)),
+                      must_stop, lambda by_node: self.explain_end(session, relay))
 
         def carry() -> None:
             relay.carry()
             relay.await_end(STUCK_SECONDS)
             relay.close_remote()
+            error = describe_failure(session, relay, self.request)
+            if error is not None:
+                raise error
 
         carried = Outcome(carry, or_here=False)
         try:
-            self.wait_for_relay(session, relay, carried)
+            self.foreground.wait(float("inf"), carried.done)
+        except Interrupted:
+            # ssh hangs up as soon as it has seen the end: so once that is under way, the signal does not
+            # decide the status, and only limits the rest to a few seconds
+            is_ending = relay.down.source_ended or relay.error is not None
+            if not (is_ending and carried.done.wait(ASK_LIMIT_SECONDS)):
+                raise
         finally:
-            if not carried.done.is_set():  # a signal; where this is a library, the thread must not go on
-                cancel.set()
-                carried.done.wait(HURRY_SECONDS)
+            cancel.set()  # after a signal the thread must not go on, where this is a library
+            carried.done.wait(HURRY_SECONDS)
             counts = Counts(ended=1, up=relay.up.moved, down=relay.down.moved)
-            self.say(describe_total(counts, began, "connection closed"))
-        error = self.told_error or session.why or describe_failure(relay)
-        if error is not None:
-            raise error
+            self.messages.say(self.describe_total(counts, "connection closed"))
+        carried.result()
         return EXIT_OK
 
-    def wait_for_relay(self, session: MediatedSession, relay: Relay, carried: Outcome) -> None:
-        """Wait for the end of --stdio's connection, or raise a signal as Interrupted."""
-        while not carried.done.is_set():
-            session.watch()
-            try:
-                self.foreground.wait(TICKING_SECONDS, carried.done)
-            except Interrupted:
-                # ssh hangs up as soon as it has seen the end: so once that is under way, the signal does not
-                # decide the status, and only limits the rest to a few seconds
-                is_ending = relay.down.source_ended or relay.error is not None
-                if not (is_ending and carried.done.wait(ASK_LIMIT_SECONDS)):
-                    raise
-        carried.result()
-
-    def explain_end(self, session: MediatedSession, relay: Relay, by_node: bool) -> None:
-        """Report why the connection of --stdio ended, before the client sees that: ssh hangs up then."""
+    def explain_end(self, session: MediatedSession, relay: Relay) -> None:
+        """Report why the connection of --stdio ends, before the client sees that: ssh hangs up then."""
         if session.why is None:
             session.ask(afresh=True)  # an answer from before the end says nothing
             session.await_answer()
-        if self.ledger.plane.cancel.is_set():  # we have ended it
-            return
-        error = session.why or describe_failure(relay)
-        if session.why is None and by_node and not relay.down.moved:
-            error = PlexctlError(describe_unreachable(self.request))
-        if error is not None:
-            self.told_error = error
-            error.is_told = True
-            self.foreground.report(f"error: {error}")
-            self.foreground.messages.flush()
+        error = describe_failure(session, relay, self.request)
+        if error is not None and not self.ledger.plane.cancel.is_set():  # else we have ended it
+            self.messages.report_error(error)
+            self.messages.flush()
 
     def forward(self, program: str) -> int:
         """--proxy and -- COMMAND. The address is bound first: one in use costs no session."""
-        options, foreground, reason = self.options, self.foreground, ""
+        options, foreground, messages, reason = self.options, self.foreground, self.messages, ""
         with Forwarder(options.local_addr, self.ledger, self.request, options.max_sessions,
                        options.min_sessions, options.renew, options.wait_seconds,
                        options.allow_other_users) as forwarder:
@@ -3472,8 +3462,8 @@ class Run:
                     reason = "COMMAND ended"
                     return status
                 self.print_document(forwarder.local, session)
-                if foreground.messages.is_terminal:
-                    self.report(f"forwarding {forwarder.local} to {self.target}; press Ctrl-C to stop")
+                if messages.has_terminal:
+                    messages.report(f"forwarding {forwarder.local} to {self.target}; press Ctrl-C to stop")
                 self.watch(forwarder)
             except Interrupted as interrupted:  # an error is told by itself
                 reason = str(interrupted)
@@ -3481,12 +3471,12 @@ class Run:
             finally:
                 self.tell_systemd("STOPPING=1")
                 foreground.finish(forwarder.stop, CLOSE_SECONDS + 1)
-                total = describe_total(forwarder.count(), self.began, reason)
+                total = self.describe_total(forwarder.count(), reason)
                 unidentified = forwarder.listener.unidentified
                 if unidentified:
                     total += (f"; {unidentified} closed before the owner could be checked "
                               "(unix: and --allow-other-users do not check)")
-                self.report(total)
+                messages.report(total)
 
     def watch(self, forwarder: Forwarder) -> NoReturn:
         """Look after the forwarder until something ends it, and raise that."""
@@ -3495,7 +3485,7 @@ class Run:
             now = elapsed_seconds()
             if now >= show_on:
                 words, show_on = self.describe_now(forwarder), now + REDRAW_SECONDS
-                self.foreground.messages.show(words)
+                self.messages.show(words)
                 if words != told and now >= tell_on:
                     told, tell_on = words, now + STATUS_SECONDS
                     self.tell_systemd("STATUS=" + words)
@@ -3510,6 +3500,12 @@ class Run:
         return (f"{until}{counts.open} open, {counts.waiting} waiting, {counts.ended} ended, "
                 f"{show_count(counts.sessions, 'session')}, {show_bytes(counts.up)} up, "
                 f"{show_bytes(counts.down)} down, {forwarder.local} -> {self.target}")
+
+    def describe_total(self, counts: Counts, reason: str) -> str:
+        """Return the line at the end."""
+        return (f"{show_count(counts.ended, 'connection')}, {show_bytes(counts.up)} up, "
+                f"{show_bytes(counts.down)} down, {show_seconds(elapsed_seconds() - self.began)}"
+                + (f": {reason}" if reason else ""))
 
     def tell_systemd(self, state: str) -> None:
         """Notify systemd (sd_notify(3), Type=notify); warn if that fails."""
@@ -3599,22 +3595,21 @@ class Run:
                               "over")
 
 
-def describe_failure(relay: Relay) -> Optional[PlexctlError]:
-    """Return what has broken a connection of --stdio, if anything."""
-    if isinstance(relay.error, PlexctlError):
-        return relay.error
-    if relay.error is not None:
-        return PlexctlError(f"the connection ended: {show_error(relay.error)}")
-    if relay.client_left and (not relay.down.moved or relay.down.count_undelivered()):
+def describe_failure(session: MediatedSession, relay: Relay,
+                     request: SessionRequest) -> Optional[PlexctlError]:
+    """Return what is wrong with the end of --stdio's connection, if anything."""
+    down, error = relay.down, session.why or relay.error
+    if isinstance(error, PlexctlError):
+        return error
+    has_answer = down.moved or down.count_undelivered()
+    node_ended = down.source_ended and not relay.up.end_was_sent
+    if not has_answer and (node_ended or getattr(error, "leg", None) is relay.remote):
+        return PlexctlError(describe_unreachable(request))
+    if error is not None:
+        return PlexctlError(f"the connection ended: {show_error(error)}")
+    if relay.client_left and (not down.moved or down.count_undelivered()):
         return PlexctlError("cannot write to standard output: nobody reads it")
     return None
-
-
-def describe_total(counts: Counts, began: float, reason: str) -> str:
-    """Return the line at the end."""
-    return (f"{show_count(counts.ended, 'connection')}, {show_bytes(counts.up)} up, "
-            f"{show_bytes(counts.down)} down, {show_seconds(elapsed_seconds() - began)}"
-            + (f": {reason}" if reason else ""))
 
 
 # ------------------------------------------------------------------------------------------ main
@@ -3670,10 +3665,10 @@ def perform(argv: Sequence[str], environ: Environ, ends_process: bool = False) -
         if prints:
             write_all(sys.stdout, prints, "standard output")
             return EXIT_OK, 0
-        messages = Messages(sys.stderr, options.mode, options.quiet)
+        messages = Messages(sys.stderr, options)
         foreground = Foreground(messages)
         handlers = handle_signals(foreground.handle)
-        return Run(options, environ, foreground, sys.stdout, core_limit).execute(), 0
+        return Run(options, environ, foreground, core_limit).execute(), 0
     except Interrupted as interrupted:
         return EXIT_SIGNAL_BASE + interrupted.signum, interrupted.signum
     except Exception as raised:
@@ -3681,8 +3676,8 @@ def perform(argv: Sequence[str], environ: Environ, ends_process: bool = False) -
         if messages is None:
             with contextlib.suppress(PlexctlError):
                 write_all(sys.stderr, f"plexctl: error: {error}\n", "standard error")
-        elif not error.is_told:
-            messages.report(f"error: {error}")
+        else:
+            messages.report_error(error)
         return error.exit_code, 0
     finally:
         if messages is not None:
