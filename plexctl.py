@@ -229,7 +229,6 @@ class Outcome:
         self.done.set()
 
     def result(self) -> Any:
-        """Return what the function has returned, or raise what it has raised."""
         if self._error is not None:
             raise self._error
         return self.value
@@ -1450,19 +1449,15 @@ class StandardSocket(StandardStreams):
         set_linger(self._sock, RESET_ON_CLOSE)
 
     def send(self, piece: memoryview) -> int:
-        """Send as much as it takes."""
         return self._sock.send(piece, socket.MSG_DONTWAIT)
 
     def take_error(self) -> int:
-        """Return the error number of a reset that no call has reported yet; 0 for none."""
         return self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
 
     def end(self) -> None:
-        """Send the end of input (half-close)."""
         self._sock.shutdown(socket.SHUT_WR)
 
     def close(self, reset: bool = True) -> None:
-        """Close it, with a reset or in order."""
         set_linger(self._sock, RESET_ON_CLOSE if reset else END_ON_CLOSE)
         self._sock.close()
         super().close()
@@ -1843,7 +1838,6 @@ class Ledger:
         return issued
 
     def has_issued(self) -> bool:
-        """Return whether there has been a session."""
         with self._changed:
             return bool(self._known)
 
@@ -2314,7 +2308,6 @@ class Listener(socketserver.TCPServer):
         self._returned.insert(0, client)
 
     def reject(self) -> None:
-        """Reset the connections that wait."""
         while self._returned:
             self._returned.pop().close()
         for _ in range(self.count_waiting()):
@@ -2399,7 +2392,6 @@ class Allowance(NamedTuple):
     step_seconds: float
 
     def count(self, now: float) -> int:
-        """Return how many there may be now."""
         return self.number + int((now - self.since) / self.step_seconds)
 
 
@@ -2537,7 +2529,6 @@ class Carrier:
         forwarder.count_connection(self, 0, 0)
 
     def _tell_end(self, relay: Relay) -> None:
-        """Say what there is to say about a connection that was carried."""
         forwarder = self._forwarder
         error = None if forwarder.is_closing.is_set() or self.session.why else relay.error
         reason = f" ({show_error(error)})" if error else ""
@@ -2711,7 +2702,6 @@ class Forwarder:
                 self.warn_of_exhaustion(error)
 
     def count(self) -> Counts:
-        """Return the totals so far."""
         with self.lock:
             relays = self._list_open()
             return self._ended._replace(
@@ -3153,7 +3143,6 @@ class Parser(argparse.ArgumentParser):
 
 
 def attribute_of(flag: str) -> str:
-    """Return what argparse calls a flag."""
     return flag[2:].replace("-", "_")
 
 
@@ -3368,7 +3357,6 @@ class Run:
         return session
 
     def issue_one(self) -> MediatedSession:
-        """Issue the one session of print mode or --stdio."""
         session = MediatedSession(self.ledger, self.options.wait_seconds)
         session.open(self.request)
         return session
@@ -3502,7 +3490,6 @@ class Run:
                 f"{show_bytes(counts.down)} down, {forwarder.local} -> {self.target}")
 
     def describe_total(self, counts: Counts, reason: str) -> str:
-        """Return the line at the end."""
         return (f"{show_count(counts.ended, 'connection')}, {show_bytes(counts.up)} up, "
                 f"{show_bytes(counts.down)} down, {show_seconds(elapsed_seconds() - self.began)}"
                 + (f": {reason}" if reason else ""))
