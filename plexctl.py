@@ -782,6 +782,45 @@ class SessionRequest(NamedTuple):
     ttl_seconds: int = 0  # 0: the server's default
 
 
+class PlaneConnection(http.client.HTTPConnection):
+    """http.client's connection for one Exchange, with TLS where that has a context. `host` has a port."""
+
+    def __init__(self, host: str, exchange: "Exchange", **options: Any) -> None:
+        super().__init__(host, **options)
+        self._exchange = exchange
+        exchange.connection = self
+
+    def connect(self) -> None:
+        """Connect, through a proxy if there is one; from then on the request counts as sent."""
+        super().connect()
+        exchange = self._exchange
+        if exchange.context is not None:
+            # the handshake is a step of its own, so that give_up() can shut this socket down as well
+            self.sock = exchange.context.wrap_socket(self.sock, server_hostname=exchange.server_name,
+                                                     do_handshake_on_connect=False)
+            self.sock.do_handshake()
+        # in this order: either _judge sees `sent`, or this thread sees that it was given up and sends nothing
+        exchange.sent = True
+        if exchange.fault:
+            raise TimeoutError
+        self.sock.settimeout(EXCHANGE_SECONDS)
+
+
+class PlaneHandler(urllib.request.AbstractHTTPHandler):
+    """urllib's handler of http and https for one Exchange; it connects by a PlaneConnection."""
+
+    def __init__(self, exchange: "Exchange") -> None:
+        super().__init__()
+        self._exchange = exchange
+
+    # OpenerDirector finds these by their names
+    def http_open(self, request: urllib.request.Request) -> Any:
+        return self.do_open(PlaneConnection, request, exchange=self._exchange)  # type: ignore[arg-type]
+
+    https_open = http_open
+    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+
 class Exchange:
     """The answer to one request, as far as it has come: `status`, `headers`, `body`, and `fault`.
 
@@ -841,45 +880,6 @@ class Exchange:
             with contextlib.suppress(OSError):  # it is not open any more
                 # SSLSocket's own shutdown() turns TLS off first: the request could then go out in the clear
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
-
-
-class PlaneConnection(http.client.HTTPConnection):
-    """http.client's connection for one Exchange, with TLS where that has a context. `host` has a port."""
-
-    def __init__(self, host: str, exchange: Exchange, **options: Any) -> None:
-        super().__init__(host, **options)
-        self._exchange = exchange
-        exchange.connection = self
-
-    def connect(self) -> None:
-        """Connect, through a proxy if there is one; from then on the request counts as sent."""
-        super().connect()
-        exchange = self._exchange
-        if exchange.context is not None:
-            # the handshake is a step of its own, so that give_up() can shut this socket down as well
-            self.sock = exchange.context.wrap_socket(self.sock, server_hostname=exchange.server_name,
-                                                     do_handshake_on_connect=False)
-            self.sock.do_handshake()
-        # in this order: either _judge sees `sent`, or this thread sees that it was given up and sends nothing
-        exchange.sent = True
-        if exchange.fault:
-            raise TimeoutError
-        self.sock.settimeout(EXCHANGE_SECONDS)
-
-
-class PlaneHandler(urllib.request.AbstractHTTPHandler):
-    """urllib's handler of http and https for one Exchange; it connects by a PlaneConnection."""
-
-    def __init__(self, exchange: Exchange) -> None:
-        super().__init__()
-        self._exchange = exchange
-
-    # OpenerDirector finds these by their names
-    def http_open(self, request: urllib.request.Request) -> Any:
-        return self.do_open(PlaneConnection, request, exchange=self._exchange)  # type: ignore[arg-type]
-
-    https_open = http_open
-    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
 
 def find_session_id(answer: Exchange) -> str:
@@ -958,7 +958,7 @@ def parse_retry_after(text: Optional[str]) -> Optional[float]:
     return max(0.0, min(moment - time.time(), RETRY_AFTER_MAX_SECONDS)) if moment else None
 
 
-def take(operation: str, fields: Dict[str, Any], name: str, parse: Callable[[Any], Any],
+def parse_field(operation: str, fields: Dict[str, Any], name: str, parse: Callable[[Any], Any],
          kind: type = str, optional: bool = False) -> Any:
     """Return a field of an answer as parsed by `parse`, which raises ValueError; it must be of this kind."""
     value, fault = fields.get(name), "is missing, or of another type"
@@ -1012,11 +1012,11 @@ class ControlPlane:
         if request.ttl_seconds:
             body["requested_ttl_seconds"] = request.ttl_seconds
         asked_on, may_exist = elapsed_seconds(), False
-        ids: Set[str] = set()  # that were told, in lower case
+        named: Set[str] = set()  # every session_id so far, in lower case
 
         def tell(session_id: str) -> None:
-            if session_id and session_id.lower() not in ids:
-                ids.add(session_id.lower())
+            if session_id and session_id.lower() not in named:
+                named.add(session_id.lower())
                 on_issued(session_id)
 
         for attempt in range(1, ISSUE_ATTEMPTS + 1):
@@ -1039,11 +1039,12 @@ class ControlPlane:
             self._report(f"{error}; trying again in {wait:.1f} s")
             if self.cancel.wait(wait):
                 break
-        error.may_exist = may_exist and not ids
+        error.may_exist = may_exist and not named
         text = str(error) + (f" (after {attempt} attempts)" if attempt > 1 else "")
         if error.may_exist:
             text += "; a session may exist all the same, it will expire on its own"
-        raise type(error)(text, **vars(error))
+        error.args = (text,)
+        raise error
 
     def get(self, project_id: str, session_id: str, seconds: float = EXCHANGE_SECONDS) -> Session:
         """Return the session as the control plane sees it now."""
@@ -1109,10 +1110,10 @@ class ControlPlane:
         is_rate_limit = status == 429 and retry_after is not None  # else it is the limit of sessions
         is_under_way = status == 409 and code == "idempotent_replay"  # by the first request with this key
         passing = status in PASSING[answer.operation] or is_rate_limit or is_under_way
-        forbidden = EXIT_REBAC_DENIED if code == "rebac_denied" else EXIT_FORBIDDEN
+        code_of_403 = EXIT_REBAC_DENIED if code == "rebac_denied" else EXIT_FORBIDDEN
         raise ApiError(text + self._advise(answer, code, is_rate_limit), passing=passing, status=status,
                        code=code, retry_after_seconds=retry_after,
-                       exit_code={401: EXIT_CREDENTIALS, 403: forbidden}.get(status, EXIT_FAILURE))
+                       exit_code={401: EXIT_CREDENTIALS, 403: code_of_403}.get(status, EXIT_FAILURE))
 
     def _advise(self, answer: Exchange, code: str, is_rate_limit: bool) -> str:
         """Say what an operator can do about an error answer."""
@@ -1149,24 +1150,26 @@ class ControlPlane:
 
     def _parse_issued(self, answer: Exchange, asked_on: float) -> IssuedSession:
         fields = self._parse_body(answer)
-        session_id = take(ISSUE, fields, "session_id", matching(UUID_PATTERN, "a UUID"))
-        token = take(ISSUE, fields, "token", matching("[!-~]{1,65536}", "printable ASCII", Secret))
+        session_id = parse_field(ISSUE, fields, "session_id", matching(UUID_PATTERN, "a UUID"))
+        token = parse_field(ISSUE, fields, "token", matching("[!-~]{1,65536}", "printable ASCII", Secret))
         self._session_tokens[session_id] = token
-        expires = take(ISSUE, fields, "expires_at", parse_time)
-        session = self._parse_session(ISSUE, take(ISSUE, fields, "session", dict, kind=dict), session_id)
+        expires = parse_field(ISSUE, fields, "expires_at", parse_time)
+        inner = parse_field(ISSUE, fields, "session", dict, kind=dict)
+        session = self._parse_session(ISSUE, inner, session_id)
         issued_at = session.issued_at or parse_http_date(answer.headers.get("Date")) or time.time()
-        endpoint = take(ISSUE, fields, "listener_endpoint", self._parse_endpoint, optional=True)
+        endpoint = parse_field(ISSUE, fields, "listener_endpoint", self._parse_endpoint, optional=True)
         return IssuedSession(session_id, token, fields["expires_at"], expires - issued_at, asked_on,
                              session, endpoint or session.listener_endpoint)
 
     def _parse_session(self, operation: str, fields: Dict[str, Any], session_id: str) -> Session:
-        take(operation, fields, "id", matching("(?i)" + session_id, "that of the session"))
-        take(operation, fields, "kind", matching("tcp", "tcp"))
-        status = matching("active|revoked|expired", "active, revoked or expired")
-        return Session(session_id, take(operation, fields, "status", status),
-                       take(operation, fields, "issued_at", parse_time, optional=True) or 0.0,
-                       take(operation, fields, "listener_endpoint", self._parse_endpoint, optional=True),
-                       self._show(fields.get("revoke_reason")))
+        parse_field(operation, fields, "id", matching("(?i)" + session_id, "that of the session"))
+        parse_field(operation, fields, "kind", matching("tcp", "tcp"))
+        parse_status = matching("active|revoked|expired", "active, revoked or expired")
+        status = parse_field(operation, fields, "status", parse_status)
+        issued_at = parse_field(operation, fields, "issued_at", parse_time, optional=True)
+        endpoint = parse_field(operation, fields, "listener_endpoint", self._parse_endpoint, optional=True)
+        revoke_reason = self._show(fields.get("revoke_reason"))
+        return Session(session_id, status, issued_at or 0.0, endpoint, revoke_reason)
 
     def _parse_endpoint(self, text: str) -> Endpoint:
         if self._conceal(text) != text:
@@ -1488,15 +1491,13 @@ class Flow:
         self.sink_gone = False  # it takes nothing any more: what is read is dropped
         self.sink_reset: Optional[PeerReset] = None  # why, if that is a reset; the Relay raises it
         self._buffer = buffer
-        self._recv_into = source.recv_into
-        self._send = sink.send
 
     def move(self) -> None:
         """Read once, unless something is left, and hand it on; PeerReset by the source."""
         piece = self.rest
         if not piece:
             try:
-                count = self._recv_into(self._buffer)
+                count = self.source.recv_into(self._buffer)
             except BlockingIOError:
                 return
             except OSError as error:
@@ -1510,7 +1511,7 @@ class Flow:
         self.rest = piece
         if not self.sink_gone:
             try:
-                sent = self._send(piece)
+                sent = self.sink.send(piece)
                 self.moved += sent
                 self.rest = piece[sent:]
             except BlockingIOError:
@@ -1566,13 +1567,14 @@ def create_poller(*waiting: Tuple[int, int]) -> Any:
 class Relay:
     """Carries one connection between a client and the Node (`remote`), in the thread that calls its methods.
 
-    What one side sends is handed on at once; while the other side takes nothing, no more is read. `carry`
-    lasts until the connection is over for the client, and has up to three steps:
+    What one side sends is handed on at once; while the other side takes nothing, no more is read. A side has
+    ended once it sends nothing more, and is gone once it has closed the connection. `carry` lasts until the
+    connection is over for the client, and has up to three steps:
 
     1. `_carry_both`, while both sides are open.
     2. `_await_answer`, once the client has ended its input. The Node ends both directions as soon as it reads
        the end of either, and would cut the answer off. So it is told only when nothing has moved for
-       QUIET_SECONDS, or the client is gone (`is_gone`), that is, has closed the connection.
+       QUIET_SECONDS, or the client is gone (`is_gone`).
     3. `_end_client`, once the Node has ended the connection. The client may go on until nothing has moved for
        QUIET_SECONDS. Or `_end_remote`, once the client is gone.
 
@@ -1581,22 +1583,22 @@ class Relay:
 
     Then `await_end` waits until the connection is over for the Node as well, and `close_remote` closes it.
 
-    `on_end` is called when a connection ends that the client has not ended, before the client sees it; with
-    True if the Node has ended it. `pace` is called before each wait, and returns how long that may last.
+    `before_end` is called when a connection ends that the client has not ended, before the client sees it;
+    with True if the Node has ended it. `pace` is called before each wait, and returns how long that may last.
     """
 
     def __init__(self, client: Any, remote: Leg, buffers: Buffers, is_gone: Callable[[], bool],
-                 must_stop: Callable[[], bool], on_end: Callable[[bool], object],
+                 must_stop: Callable[[], bool], before_end: Callable[[bool], object],
                  pace: Callable[[float], float] = lambda seconds: seconds) -> None:
         self.up = Flow(client, remote, buffers[0])
         self.down = Flow(remote, client, buffers[1])
         self.remote = remote
         self.error: Optional[Exception] = None  # what has broken the connection
-        self.client_left = False  # before the Node had ended the connection
+        self.client_left = False  # it is gone, and the Node has yet to end the connection
         self._client = client
         self._is_gone = is_gone
         self._must_stop = must_stop
-        self._on_end = on_end
+        self._before_end = before_end
         self._pace = pace
         self._counted = (-1, -1)  # bytes moved, when _is_quiet was called last; -1: not yet
         self._quiet_since = 0.0
@@ -1620,10 +1622,10 @@ class Relay:
             self.client_left = leg is self._client and not down.source_ended
             if leg is not self._client and not down.end_was_sent:
                 with contextlib.suppress(Exception):
-                    self._on_end(leg is self.remote)
-        # of what a client sends that goes on; one that has ended may yet read, and a reset would destroy that
-        is_lost = not up.source_ended and up.count_undelivered() > 0
-        self._client.close(reset=is_lost or not down.end_was_sent)
+                    self._before_end(leg is self.remote)
+        # a client that has ended its input may yet read, and a reset would destroy that
+        is_complete = down.end_was_sent and (up.source_ended or not up.count_undelivered())
+        self._client.close(reset=not is_complete)
 
     def await_end(self, seconds: float) -> bool:
         """If the client has left, wait for the Node; False after so many seconds, or if it must_stop."""
@@ -1654,7 +1656,7 @@ class Relay:
         if self.up.sink_reset:  # that was no end, but all before it has been read by now
             raise self.up.sink_reset
         if not (self.up.end_was_sent or self.down.sink_gone):  # else the client has ended it first
-            self._on_end(True)
+            self._before_end(True)
         self.down.send_end()
         # a client may keep its end open for ever, and the session is to carry the next one
         while not (self.up.source_ended or self._is_quiet(self._client)):
@@ -1662,7 +1664,7 @@ class Relay:
 
     def _end_remote(self) -> None:
         """The client is gone: pass that on, unless it has reset the connection."""
-        self._raise_client_reset()
+        self._check_client_reset()
         self.up.send_end()
         self.client_left = True
 
@@ -1717,9 +1719,9 @@ class Relay:
             if descriptor == down[0]:  # both may wait for one: a move too early does no harm
                 self.down.move()
         if not ready or self.down.sink_reset:
-            self._raise_client_reset()
+            self._check_client_reset()
 
-    def _raise_client_reset(self) -> None:
+    def _check_client_reset(self) -> None:
         """Raise a reset by the client that a write has met, or nothing yet."""
         error_number = 0 if self.down.sink_gone else self._client.take_error()
         if error_number:
@@ -1799,15 +1801,16 @@ class Ledger:
 
     def issue(self, request: SessionRequest) -> IssuedSession:
         """Issue a session, see ControlPlane.issue; Cancelled once `leave` was called."""
-        told: Set[str] = set()  # every session_id that was told, in lower case
+        useless: Set[str] = set()  # what the server has named, in lower case, but for the session itself
 
         def owe(session_id: str) -> None:
+            key = session_id.lower()
             with self._changed:
-                if session_id.lower() in self._known:
+                if key in self._known:
                     raise TransportError(f"{ISSUE}: the answer's session_id is that of an earlier session")
-                self._known.add(session_id.lower())
-                self._owed[session_id.lower()] = (session_id, "it expires")
-                told.add(session_id.lower())
+                self._known.add(key)
+                self._owed[key] = (session_id, "it expires")
+                useless.add(key)
 
         with self._changed:
             if self._is_closed:
@@ -1823,17 +1826,15 @@ class Ledger:
             raise
         finally:
             with self._changed:
-                if self._is_closed:  # `leave` does not see it any more
-                    issued = None
-                if issued is not None:
-                    told.discard(issued.session_id.lower())
+                if issued is not None and not self._is_closed:  # then `leave` would not see it any more
+                    useless.discard(issued.session_id.lower())
                     self._owed[issued.session_id.lower()] = (issued.session_id, issued.expires_at)
-                due = self._claim(told)  # of no use, or left by an attempt whose answer was cut off
+                due = self._claim(useless)
                 self._issuing -= 1
                 self._changed.notify_all()
             for session_id in due:
                 self._revoke(session_id)
-        if issued is None:
+        if issued is None or issued.session_id.lower() in useless:
             raise Cancelled("interrupted")
         return issued
 
@@ -1905,7 +1906,7 @@ class Ledger:
                         self.report(f"warning: session {session_id} is not revoked, it will expire on its "
                                     f"own: {show_error(error)}")
                     break
-            time.sleep(wait)
+                time.sleep(wait)
         with self._changed:  # only now, since `leave` waits for this
             self._revoking.discard(session_id)
             self._changed.notify_all()
@@ -1981,7 +1982,7 @@ class MediatedSession:
             self.why = self.why or why
 
     def is_over(self) -> bool:
-        """Return whether it is over, at the latest since its time is up."""
+        """Return whether it is over; note it if its time is up."""
         if elapsed_seconds() >= self.expires_on:
             self.end(SessionOver("the session expired"))
         return self.why is not None
@@ -2017,7 +2018,7 @@ class MediatedSession:
         return question is not None and question.done.wait(ASK_LIMIT_SECONDS) and bool(question.value)
 
     def _ask(self) -> bool:
-        """Ask GetSession, and warn if that fails; return whether there was an answer."""
+        """Ask GetSession, and warn if that fails; return whether the answer was about the session."""
         try:
             self._update(EXCHANGE_SECONDS)
             return True
@@ -2045,11 +2046,12 @@ class MediatedSession:
             if is_stopped():
                 raise Cancelled("interrupted")
             on_wait()
-            has_answer = False
             if not self.is_over():
-                self.ask(afresh=self._may_be_replaced())  # a session that was revoked must not be
+                self.ask(afresh=self._may_be_replaced())  # one that was revoked meanwhile must not be
                 has_answer = self.await_answer()
-            if self.why is not None or self._route == route:
+            if self.why is not None:
+                raise self.why
+            if self._route == route:
                 break
         # no new endpoint, or the new one failed, too
         if has_answer and isinstance(failure, ConnectionRefusedError):
@@ -2661,8 +2663,8 @@ class Forwarder:
             self.lock.notify_all()
             if why is not None and not is_leaving:
                 self._judge_end(session, why)
-        is_operators = self.ledger.is_kept and is_leaving and why is None
-        if not is_operators:
+        stays = self.ledger.is_kept and is_leaving and why is None
+        if not stays:
             self.ledger.give_back(session.session_id)
         with self.lock:
             self._carriers.remove(carrier)
@@ -2768,13 +2770,14 @@ class Forwarder:
             self.ledger.warn_once(
                 f"{waiting} {wait} until one closes: each needs a session (--max-sessions is {self._limit}; "
                 "a connection pool must not be larger)", "limit")
+        if self._is_time_up(now + 1):  # 1 s is the shortest TTL
+            return
+        if REVOKING in states and not live:
+            return  # the server may yet count that session, and refuse the only one asked for
         missing = waiting - states.count(OPENING) if is_overdue else 0
         if self._minimum > 1:  # a single one is issued when a connection comes
             missing = max(missing, self._minimum - live)
-        # wait for a revocation: the server may yet count that session, and refuse the only one asked for
-        must_wait = REVOKING in states and not live
-        if not must_wait and not self._is_time_up(now + 1):  # 1 s is the shortest TTL
-            self._start(min(missing, self._count_available(now) - len(states)))
+        self._start(min(missing, self._count_available(now) - len(states)))
 
     def _give_spare_back(self, now: float) -> None:
         """End the session that was used least lately, if more than the minimum were free for IDLE_SECONDS."""
@@ -2831,8 +2834,9 @@ class Forwarder:
         if session.ready_on:
             return not self.renew
         # a server may yet count one that is stuck, and have room once that is given back
-        is_stuck = any(each.state == STUCK for each in self._carriers)
-        return is_refusal(why) and not is_stuck or not (self.renew or self.has_been_stuck)
+        if is_refusal(why) and not any(each.state == STUCK for each in self._carriers):
+            return True
+        return not (self.renew or self.has_been_stuck)
 
     def _note_lost(self, session: MediatedSession, why: PlexctlError, others: int) -> None:
         """A session that has worked is over: with `renew` the next connection gets a new one."""
@@ -3067,7 +3071,7 @@ class Foreground:
 
 # ---------------------------------------------------------------------------------- command line
 
-COMMAND = "tcp-forward"
+SUBCOMMAND = "tcp-forward"
 USAGE = """plexctl tcp-forward --project-id UUID --resource-id UUID
                --host HOST --port PORT [options]
                [--proxy | --stdio | -- COMMAND [ARG ...]]"""
@@ -3177,14 +3181,14 @@ def parse_arguments(argv: Sequence[str]) -> Tuple[str, Any]:
                 raise UsageError(describe_unknown(word))
             words += ["-" + letter for letter in word[1:]] if re.fullmatch("-[hvq]+", word) else [word]
         options, others = parser.parse_known_args(words)
-        has_command = COMMAND in others
+        has_command = SUBCOMMAND in others
         if has_command:
-            others.remove(COMMAND)
+            others.remove(SUBCOMMAND)
         if others and others[0][:1] != "-":  # before -h, which may be that of `psql -h HOST`
             word = show_word(others[0])
             if has_command:
                 raise UsageError(f"unexpected argument{word}; put -- before the command to run")
-            raise UsageError(f"unknown command{word}{suggest(others[0], [COMMAND]) or ';'} {SHORT_USAGE}")
+            raise UsageError(f"unknown command{word}{suggest(others[0], [SUBCOMMAND]) or ';'} {SHORT_USAGE}")
         if options.help:
             return parser.format_help(), None
         if options.version:
