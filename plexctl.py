@@ -1594,7 +1594,7 @@ class Relay:
         self.down = Flow(remote, client, buffers[1])
         self.remote = remote
         self.error: Optional[Exception] = None  # what has broken the connection
-        self.client_left = False  # it is gone, and the Node has yet to end the connection
+        self.client_left = False  # it is gone, and what it has sent may still be on its way
         self._client = client
         self._is_gone = is_gone
         self._must_stop = must_stop
@@ -1619,8 +1619,8 @@ class Relay:
         except Exception as error:  # a reset, must_stop, a dead path, no memory, or a defect
             self.error = error
             leg = getattr(error, "leg", None)  # that has reset it
-            self.client_left = leg is self._client and not down.source_ended
-            if leg is not self._client and not down.end_was_sent:
+            self.client_left = leg is self._client
+            if not (self.client_left or down.end_was_sent):
                 with contextlib.suppress(Exception):
                     self._before_end(leg is self.remote)
         # a client that has ended its input may yet read, and a reset would destroy that
@@ -1694,7 +1694,7 @@ class Relay:
         deadline = elapsed_seconds() + seconds
         while self.remote.count_unsent():
             if self._must_stop() or elapsed_seconds() >= deadline:
-                return False
+                return self.down.source_ended
             time.sleep(self._pace(CLOSE_POLL_SECONDS))
         return True
 
@@ -1956,7 +1956,7 @@ class MediatedSession:
         self._wait_seconds = wait_seconds
         self._renew = renew  # it will be replaced
         self._route: Any = None  # family and address of the endpoint
-        self._refused_since = 0.0
+        self._refused_since = 0.0  # when the first of the last dials was refused; 0: none was
         self._lock = threading.Lock()  # guards changes of `why`, and of what follows
         self._asked_on = 0.0  # when GetSession was asked last
         self._question: Optional[Outcome] = None  # the last one
@@ -2046,25 +2046,23 @@ class MediatedSession:
             if is_stopped():
                 raise Cancelled("interrupted")
             on_wait()
+            is_first = isinstance(failure, ConnectionRefusedError) and not self._refused_since
+            if is_first:
+                self._refused_since = elapsed_seconds()
             if not self.is_over():
-                self.ask(afresh=self._may_be_replaced())  # one that was revoked meanwhile must not be
+                # a session that was revoked since the last answer must not be replaced
+                self.ask(afresh=is_first and self._may_be_replaced())
                 has_answer = self.await_answer()
             if self.why is not None:
                 raise self.why
             if self._route == route:
                 break
         # no new endpoint, or the new one failed, too
-        if has_answer and isinstance(failure, ConnectionRefusedError):
-            self._note_refused()
+        if has_answer and isinstance(failure, ConnectionRefusedError) and (
+                self._may_be_replaced() or elapsed_seconds() - self._refused_since >= GONE_SECONDS):
+            self.end(ListenerGone("the Node has closed the session's listener"))
         raise self.why or PlexctlError(
             f"cannot connect to the listener endpoint {self.endpoint}: {show_error(failure)}")
-
-    def _note_refused(self) -> None:
-        """An active session's listener refuses dials: after a while it counts as gone."""
-        now = elapsed_seconds()
-        self._refused_since = self._refused_since or now
-        if self._may_be_replaced() or now - self._refused_since >= GONE_SECONDS:
-            self.end(ListenerGone("the Node has closed the session's listener"))
 
     def _may_be_replaced(self) -> bool:
         """Return whether one refused dial is enough, since the session is to be renewed and has lasted."""
@@ -2512,9 +2510,7 @@ class Carrier:
             forwarder.count_connection(self, relay.up.moved, relay.down.moved)
             self._tell_end(relay)
             if not relay.await_end(NODE_END_SECONDS) and not self.must_leave():
-                self._note_stuck()
-                # the Node may still pass on what it has; the revocation that follows cuts it off
-                relay.await_end(STUCK_SECONDS)
+                self._give_up_waiting(relay)
         finally:
             relay.close_remote()
             with forwarder.lock:
@@ -2539,12 +2535,20 @@ class Carrier:
         if error and (not isinstance(error, OSError) or error.errno in EXHAUSTED):  # not a peer's doing
             forwarder.ledger.warn_once(f"a connection ended: {show_error(error)}")
 
-    def _note_stuck(self) -> None:
-        """The Node does not end what it has: its session is not used again."""
-        with self._forwarder.lock:
-            self.state, self._forwarder.has_been_stuck = STUCK, True
-        self._forwarder.ledger.warn_once("the Node has not ended a connection whose client is gone; its "
-                                         "session is not used any more")
+    def _give_up_waiting(self, relay: Relay) -> None:
+        """The Node does not end a connection whose client is gone: its session is not used again.
+
+        It may still pass on what it has, for STUCK_SECONDS; the revocation that follows cuts it off.
+        """
+        forwarder, deadline = self._forwarder, elapsed_seconds() + STUCK_SECONDS
+        with forwarder.lock:
+            self.state, forwarder.has_been_stuck = STUCK, True
+        forwarder.ledger.warn_once("the Node has not ended a connection whose client is gone; its session is "
+                                   "not used any more")
+        relay.await_end(STUCK_SECONDS)
+        if relay.error:  # nobody sees when it has passed on what came before a reset
+            relay.close_remote()
+            forwarder.is_closing.wait(deadline - elapsed_seconds())
 
 
 def is_refusal(why: PlexctlError) -> bool:
@@ -2719,13 +2723,12 @@ class Forwarder:
             return max(0.0, min(ends, default=0.0) - elapsed_seconds())
 
     def is_delivered(self) -> bool:
-        """Return whether everything that clients sent before they closed in order has reached the Node."""
+        """Return whether everything that clients sent before they closed has reached the Node."""
         with self.lock:
             # a client is in the backlog, then a carrier's, and once it is closed a relay has what it sent
             return not (self.listener.count_waiting()
                         or any(self.listener.is_gone(each.client) for each in self._carriers if each.client)
-                        or any(each.relay.client_left and not each.relay.error
-                               for each in self._carriers if each.relay))
+                        or any(each.relay.client_left for each in self._carriers if each.relay))
 
     def delivery_progress(self) -> int:
         """Return a number that changes as long as something that clients sent is delivered."""
@@ -3407,7 +3410,7 @@ class Run:
 
         def carry() -> None:
             relay.carry()
-            relay.await_end(STUCK_SECONDS)
+            relay.await_end(NODE_END_SECONDS if relay.error else STUCK_SECONDS)
             relay.close_remote()
             error = describe_failure(session, relay, self.request)
             if error is not None:

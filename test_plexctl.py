@@ -4041,6 +4041,29 @@ def test_a_session_whose_node_resets_right_after_the_client_did_is_not_stuck():
         assert running.lines == [] and running.plane.revoked == []
 
 
+@pytest.mark.parametrize("options, size, pause_seconds, ends_first", [
+    (dict(STUCK_SECONDS=30), 5 * MIB, 3, False), (dict(direct=True), MIB // 2, 1.2, False),
+    (dict(direct=True), MIB // 2, 1.2, True)],
+    ids=["its Node is stuck meanwhile", "a kinder Node", "which has ended first"])
+def test_what_a_client_sent_before_its_reset_arrives(options, size, pause_seconds, ends_first):
+    """It closes with something unread. The session is not revoked as soon as the Node has the bytes."""
+    def greet(connection, target):
+        connection.sendall(b"hello")
+        if ends_first:
+            connection.shutdown(socket.SHUT_WR)
+        record(connection, target)
+
+    received = bytearray()
+    record = recording(received, pause_seconds, 0.002)
+    with relayed_to(greet, **options) as running:
+        with dial(running.address) as client:
+            client.recv(1, socket.MSG_PEEK)
+            client.sendall(pattern(size))
+            eventually(lambda: running.count().up == size)
+        running.target.wait_for(lambda: running.target.ends)
+        assert received == pattern(size) and not running.plane.revoked
+
+
 def break_off(after_bytes, send):
     """A service that sends so much, reads so much, and resets; `ends` does not list it."""
     def serve(connection, _target):
@@ -5226,6 +5249,16 @@ def test_with_renew_an_answer_from_before_a_revocation_does_not_renew_the_sessio
         assert "was revoked" in running.why() and len(simulation.plane.issued) == 1
 
 
+def test_dials_that_fail_ask_once_in_two_seconds_also_where_the_session_may_be_replaced(simulation):
+    began = time.monotonic()
+    with using_sessions(simulation.plane, renew=True, REPLACE_SECONDS=0) as running:
+        simulation.node.refuse(simulation.plane.issued[0])
+        simulation.plane.script("get", *[problem("internal")] * 99)
+        for _ in range(20):
+            assert knock(running.address) == ("reset", b"")
+        assert asked(simulation.plane, "get") <= 2 + (time.monotonic() - began) / 2
+
+
 def test_a_node_that_refuses_everybody_costs_no_session_per_attempt():
     began = time.monotonic()
     with ControlPlane(endpoint="127.0.0.1:9") as plane, using_sessions(
@@ -6106,6 +6139,24 @@ def test_what_command_sent_just_before_its_end_arrives(size, pause_seconds, each
         assert received == pattern(size)
 
 
+def test_what_command_sent_arrives_although_it_left_something_unread():
+    """Which makes its close a reset, a little later: as with the tickets of TLS 1.3."""
+    def greet(connection, target):
+        connection.sendall(b"hello")
+        record(connection, target)
+
+    program = SEND_AND_VANISH.replace("s.sendall", "s.recv(1, socket.MSG_PEEK); s.sendall")
+    received = bytearray()
+    record = recording(received, 1.2)
+    with Simulation(greet) as simulation:
+        leave_out_the_node(simulation)
+        result = run(simulation, "--", sys.executable, "-c",
+                     program.replace("os._exit", "__import__('time').sleep(0.4); os._exit"), 400 << 10)
+        assert result.status == 0, result.err
+        simulation.target.wait_for(lambda: simulation.target.ends)
+        assert received == pattern(400 << 10) and simulation.target.ends == ["reset"]
+
+
 def test_who_goes_on_sending_where_nobody_can_say_whose_it_is_does_not_keep_it(simulation):
     simulation.target.serve = sink
     with start(simulation, "--local-addr", "0.0.0.0:0", "--", "/bin/sh", "-c",
@@ -6472,7 +6523,8 @@ def test_a_reset_on_the_socket_of_stdio_is_noticed_while_the_target_takes_nothin
         with socket_stdio(simulation, "stdin", "stdout") as (process, far):
             fill(far)
             reset_close(far)
-            result = process.finish()
+            with lasts(0, 8):
+                result = process.finish()
         assert result.returncode == 1 and "connection ended" in error_of(result)
 
 
