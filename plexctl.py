@@ -882,6 +882,13 @@ class Exchange:
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
+def may_have_issued(answer: Exchange, error: PlexctlError) -> bool:
+    """Tell whether there may be a session although IssueSession has failed."""
+    if answer.status == 409:  # the first request with this key may be under way
+        return error.passing
+    return answer.sent and answer.status not in NONE_ISSUED
+
+
 def find_session_id(answer: Exchange) -> str:
     """Return the id of the session that a success names, however malformed the rest is; "" if none."""
     raw = bytes(answer.body) if answer.status in SUCCESS else b""
@@ -959,7 +966,7 @@ def parse_retry_after(text: Optional[str]) -> Optional[float]:
 
 
 def parse_field(operation: str, fields: Dict[str, Any], name: str, parse: Callable[[Any], Any],
-         kind: type = str, optional: bool = False) -> Any:
+                kind: type = str, optional: bool = False) -> Any:
     """Return a field of an answer as parsed by `parse`, which raises ValueError; it must be of this kind."""
     value, fault = fields.get(name), "is missing, or of another type"
     if optional and value is None:
@@ -1029,8 +1036,7 @@ class ControlPlane:
                 return issued
             except (TransportError, ApiError) as failure:
                 error: PlexctlError = failure
-            is_under_way = answer.status == 409 and error.passing  # by the first request with this key
-            may_exist = may_exist or is_under_way or (answer.sent and answer.status not in NONE_ISSUED)
+            may_exist = may_exist or may_have_issued(answer, error)
             if not error.passing or attempt == ISSUE_ATTEMPTS or self.cancel.is_set():
                 break
             wait = error.retry_after_seconds
@@ -1801,7 +1807,7 @@ class Ledger:
 
     def issue(self, request: SessionRequest) -> IssuedSession:
         """Issue a session, see ControlPlane.issue; Cancelled once `leave` was called."""
-        useless: Set[str] = set()  # what the server has named, in lower case, but for the session itself
+        to_revoke: Set[str] = set()  # what the server has named, in lower case, but for the session itself
 
         def owe(session_id: str) -> None:
             key = session_id.lower()
@@ -1810,7 +1816,7 @@ class Ledger:
                     raise TransportError(f"{ISSUE}: the answer's session_id is that of an earlier session")
                 self._known.add(key)
                 self._owed[key] = (session_id, "it expires")
-                useless.add(key)
+                to_revoke.add(key)
 
         with self._changed:
             if self._is_closed:
@@ -1827,14 +1833,14 @@ class Ledger:
         finally:
             with self._changed:
                 if issued is not None and not self._is_closed:  # then `leave` would not see it any more
-                    useless.discard(issued.session_id.lower())
+                    to_revoke.discard(issued.session_id.lower())
                     self._owed[issued.session_id.lower()] = (issued.session_id, issued.expires_at)
-                due = self._claim(useless)
+                due = self._claim(to_revoke)
                 self._issuing -= 1
                 self._changed.notify_all()
             for session_id in due:
                 self._revoke(session_id)
-        if issued is None or issued.session_id.lower() in useless:
+        if issued is None or issued.session_id.lower() in to_revoke:
             raise Cancelled("interrupted")
         return issued
 
@@ -2046,12 +2052,12 @@ class MediatedSession:
             if is_stopped():
                 raise Cancelled("interrupted")
             on_wait()
-            is_first = isinstance(failure, ConnectionRefusedError) and not self._refused_since
-            if is_first:
+            is_first_refusal = isinstance(failure, ConnectionRefusedError) and not self._refused_since
+            if is_first_refusal:
                 self._refused_since = elapsed_seconds()
             if not self.is_over():
                 # a session that was revoked since the last answer must not be replaced
-                self.ask(afresh=is_first and self._may_be_replaced())
+                self.ask(afresh=is_first_refusal and self._may_be_replaced())
                 has_answer = self.await_answer()
             if self.why is not None:
                 raise self.why
@@ -2667,8 +2673,8 @@ class Forwarder:
             self.lock.notify_all()
             if why is not None and not is_leaving:
                 self._judge_end(session, why)
-        stays = self.ledger.is_kept and is_leaving and why is None
-        if not stays:
+        is_usable = why is None or isinstance(why, Cancelled)  # given up while it was opened
+        if not (self.ledger.is_kept and is_leaving and is_usable):
             self.ledger.give_back(session.session_id)
         with self.lock:
             self._carriers.remove(carrier)
@@ -2769,10 +2775,7 @@ class Forwarder:
             self._waiting_since = now
         is_overdue = waiting and (not live or now - self._waiting_since >= GRACE_SECONDS)
         if is_overdue and states.count(BUSY) >= self._limit:
-            wait = "connections wait" if waiting > 1 else "connection waits"
-            self.ledger.warn_once(
-                f"{waiting} {wait} until one closes: each needs a session (--max-sessions is {self._limit}; "
-                "a connection pool must not be larger)", "limit")
+            self._warn_of_limit(waiting)
         if self._is_time_up(now + 1):  # 1 s is the shortest TTL
             return
         if REVOKING in states and not live:
@@ -2781,6 +2784,12 @@ class Forwarder:
         if self._minimum > 1:  # a single one is issued when a connection comes
             missing = max(missing, self._minimum - live)
         self._start(min(missing, self._count_available(now) - len(states)))
+
+    def _warn_of_limit(self, waiting: int) -> None:
+        wait = "connections wait" if waiting > 1 else "connection waits"
+        self.ledger.warn_once(
+            f"{waiting} {wait} until one closes: each needs a session (--max-sessions is {self._limit}; "
+            "a connection pool must not be larger)", "limit")
 
     def _give_spare_back(self, now: float) -> None:
         """End the session that was used least lately, if more than the minimum were free for IDLE_SECONDS."""

@@ -4047,7 +4047,7 @@ def test_a_session_whose_node_resets_right_after_the_client_did_is_not_stuck():
     ids=["its Node is stuck meanwhile", "a kinder Node", "which has ended first"])
 def test_what_a_client_sent_before_its_reset_arrives(options, size, pause_seconds, ends_first):
     """It closes with something unread. The session is not revoked as soon as the Node has the bytes."""
-    def greet(connection, target):
+    def serve(connection, target):
         connection.sendall(b"hello")
         if ends_first:
             connection.shutdown(socket.SHUT_WR)
@@ -4055,7 +4055,7 @@ def test_what_a_client_sent_before_its_reset_arrives(options, size, pause_second
 
     received = bytearray()
     record = recording(received, pause_seconds, 0.002)
-    with relayed_to(greet, **options) as running:
+    with relayed_to(serve, **options) as running:
         with dial(running.address) as client:
             client.recv(1, socket.MSG_PEEK)
             client.sendall(pattern(size))
@@ -5612,9 +5612,11 @@ def make_pipe():
         yield make
 
 
-def recording(received, pause_seconds=0.0, each_seconds=0.0):
+def recording(received, pause_seconds=0.0, each_seconds=0.0, greeting=b""):
     """A service that keeps what comes in a bytearray; if asked after a pause, or with one each 4 KiB."""
     def serve(connection, target):
+        if greeting:
+            connection.sendall(greeting)
         target.closing.wait(pause_seconds)
         for data in iter(lambda: connection.recv(4096 if each_seconds else 1 << 16), b""):
             received.extend(data)
@@ -6117,44 +6119,32 @@ def test_command_has_the_limits_that_there_were_and_none_of_our_descriptors(simu
 SEND_AND_VANISH = ("import hashlib, os, socket, sys; size = int(sys.argv[1]);"
                    "s = socket.create_connection(('127.0.0.1', int(os.environ['PLEXCTL_LOCAL_PORT'])));"
                    "s.sendall(hashlib.shake_128(b'0').digest(size)); os._exit(0)")
+# a close with something unread is a reset: so it is with the tickets of TLS 1.3
+LEAVE_UNREAD = SEND_AND_VANISH.replace("s.sendall", "s.recv(1, socket.MSG_PEEK); s.sendall").replace(
+    "os._exit", "import time; time.sleep(0.4); os._exit")
 
 
 @pytest.mark.parametrize("size, pause_seconds, each_seconds, more", [
     (5, 0, 0, []), (3 * MIB, 0, 0, []), (MIB, 1.2, 0, []), (5 * MIB, 1.2, 0, []),
-    (5 * MIB, 1.2, 0, ["--local-addr", "0.0.0.0:0"]), (6 * MIB, 0, 0.003, [])],
+    (MIB // 2, 1.2, 0, "unread"), (5 * MIB, 1.2, 0, ["--local-addr", "0.0.0.0:0"]), (6 * MIB, 0, 0.003, [])],
     ids=["5 B", "3 MiB", "1 MiB to a target that pauses", "5 MiB to a target that pauses",
-         "5 MiB where nobody can say whether it is gone", "6 MiB that take longer than 2 s"])
+         "and it left something unread", "5 MiB where nobody can say whether it is gone",
+         "6 MiB that take longer than 2 s"])
 def test_what_command_sent_just_before_its_end_arrives(size, pause_seconds, each_seconds, more):
-    received = bytearray()
-    with Simulation(recording(received, pause_seconds, each_seconds)) as simulation:
+    received, leaves_unread = bytearray(), more == "unread"
+    record = recording(received, pause_seconds, each_seconds, b"hello" if leaves_unread else b"")
+    with Simulation(record) as simulation:
         target = simulation.target
         if pause_seconds + each_seconds:  # no Node in between, whose buffers would take everything at once
             leave_out_the_node(simulation)
         # a client that is gone before it is accepted has no owner any more, and would be turned away
-        flags = more + ["--allow-other-users", "--", sys.executable, "-c", SEND_AND_VANISH, size]
-        result = run(simulation, *flags)
+        flags = [] if leaves_unread else more + ["--allow-other-users"]
+        result = run(simulation, *flags, "--", sys.executable, "-c",
+                     LEAVE_UNREAD if leaves_unread else SEND_AND_VANISH, size)
         assert result.status == 0, result.err
         target.wait_for(lambda: target.ends)
-        assert (len(received), target.ends) == (size, ["eof"])
+        assert (len(received), target.ends) == (size, ["reset" if leaves_unread else "eof"])
         assert received == pattern(size)
-
-
-def test_what_command_sent_arrives_although_it_left_something_unread():
-    """Which makes its close a reset, a little later: as with the tickets of TLS 1.3."""
-    def greet(connection, target):
-        connection.sendall(b"hello")
-        record(connection, target)
-
-    program = SEND_AND_VANISH.replace("s.sendall", "s.recv(1, socket.MSG_PEEK); s.sendall")
-    received = bytearray()
-    record = recording(received, 1.2)
-    with Simulation(greet) as simulation:
-        leave_out_the_node(simulation)
-        result = run(simulation, "--", sys.executable, "-c",
-                     program.replace("os._exit", "__import__('time').sleep(0.4); os._exit"), 400 << 10)
-        assert result.status == 0, result.err
-        simulation.target.wait_for(lambda: simulation.target.ends)
-        assert received == pattern(400 << 10) and simulation.target.ends == ["reset"]
 
 
 def test_who_goes_on_sending_where_nobody_can_say_whose_it_is_does_not_keep_it(simulation):
