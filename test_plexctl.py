@@ -4187,17 +4187,22 @@ def test_a_defect_in_one_connection_ends_that_one_alone(kinder):
         assert visit(running.address) and running.forwarder.over is None
 
 
-def test_want_of_memory_is_neither_an_end_nor_a_reset_of_the_other_side():
-    class Starved(socket.socket):
-        def recv(self, *_):
-            raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
-        recv_into = recv
+@pytest.mark.parametrize("starved", ["recv_into", "send"])
+def test_want_of_memory_is_neither_an_end_nor_a_reset_and_loses_nothing(starved):
+    def fail(_buffer):
+        raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
 
-    with Starved() as sock:
-        leg = plexctl.Leg(sock)
-        with pytest.raises(OSError) as raised:
-            plexctl.Flow(leg, leg, memoryview(bytearray(9))).move()
-        assert raised.type is OSError
+    def read(buffer):
+        buffer[:5] = b"hello"
+        return 5
+
+    source, sink = types.SimpleNamespace(recv_into=read), types.SimpleNamespace(send=fail)
+    if starved == "recv_into":
+        source.recv_into = fail
+    flow = plexctl.Flow(source, sink, memoryview(bytearray(9)))
+    with pytest.raises(OSError) as raised:
+        flow.move()
+    assert raised.type is OSError and flow.count_undelivered() == (5 if starved == "send" else 0)
 
 
 # ---- tests: forwarder ----------------------------------------------------------------------------
@@ -5491,20 +5496,6 @@ def test_a_session_is_owed_as_it_was_written_last_and_what_else_was_told_is_give
     assert given_back[-1] == last
 
 
-def test_what_could_not_be_sent_for_want_of_memory_is_not_lost_sight_of():
-    def send(_piece):
-        raise OSError(errno.ENOBUFS, "no buffers")
-
-    def read(buffer):
-        buffer[:5] = b"hello"
-        return 5
-    flow = plexctl.Flow(types.SimpleNamespace(recv_into=read), types.SimpleNamespace(send=send),
-                        memoryview(bytearray(8)))
-    with pytest.raises(OSError):
-        flow.move()
-    assert flow.count_undelivered() == 5
-
-
 @pytest.mark.parametrize("is_kept", [False, True])
 def test_a_session_that_comes_after_the_end_is_revoked(lone_plane, is_kept):
     go = threading.Event()
@@ -5776,6 +5767,16 @@ def test_keep_session_revokes_nothing(state, tmp_path, make_pipe):
     assert not asked(simulation.plane, "revoke")
     kept = "session %s is kept until %s" % (session.id, session.expires_at)
     assert err.count(kept) == (state != "stdio")  # whose terminal may be in raw mode
+
+
+def test_keep_session_also_keeps_one_that_is_being_opened(simulation):
+    simulation.node.late = [0, 60]
+    with start(simulation, "--proxy", "--keep-session") as process:
+        with dial(proxy_address(process)), dial(proxy_address(process)):
+            eventually(lambda: asked(simulation.plane, "get"))
+            process.send_signal(signal.SIGTERM)
+            err = ends_by(process, signal.SIGTERM).stderr
+    assert not asked(simulation.plane, "revoke") and err.count("is kept until") == 2
 
 
 @pytest.mark.skipif(not LINUX, reason="how much a terminal takes")
