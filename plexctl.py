@@ -2033,7 +2033,7 @@ class MediatedSession:
             if is_missing and error.code:  # without one a gateway says so
                 self.end(SessionRevoked("the session is gone"))
             elif not isinstance(error, Cancelled):
-                self._ledger.warn_once(show_error(error), GET)
+                self._ledger.warn_once(show_error(error), f"{GET} {error.status}")
             return is_missing
 
     def dial(self, is_stopped: Callable[[], bool], on_wait: Callable[[], object] = lambda: None) -> Leg:

@@ -5112,6 +5112,15 @@ def test_a_gateway_that_knows_no_session_ends_no_run(simulation):
         assert "has closed the session's listener" in running.why()
 
 
+def test_a_question_that_fails_is_told_of_once_for_each_status(simulation):
+    simulation.plane.script("get", *[Answer(502), Answer(403), Answer(502), Answer(403)])
+    with using_sessions(simulation.plane, ASK_SECONDS=0) as running:
+        for _ in range(4):
+            running.forwarder.first.ask()
+            running.forwarder.first.await_answer()
+        assert [line.split()[2] for line in running.lines] == ["502", "403"]
+
+
 def test_a_node_that_comes_back_elsewhere_is_found_again(simulation):
     with using_sessions(simulation.plane, verbose=True, ASK_SECONDS=0) as running:
         for number in (1, 2):
