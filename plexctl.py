@@ -1498,21 +1498,25 @@ class Flow:
         self.sink_reset: Optional[PeerReset] = None  # why, if that is a reset; the Relay raises it
         self._buffer = buffer
 
-    def move(self) -> None:
-        """Read once, unless something is left, and hand it on; PeerReset by the source."""
+    def move(self) -> bool:
+        """Read once, unless something is left, and hand it on; PeerReset by the source.
+
+        Return True if it `waits_for` another event from now on.
+        """
         piece = self.rest
-        if not piece:
+        was_left = len(piece) > 0
+        if not was_left:
             try:
                 count = self.source.recv_into(self._buffer)
             except BlockingIOError:
-                return
+                return False
             except OSError as error:
                 if error.errno in EXHAUSTED:
                     raise
                 raise PeerReset(self.source, error.errno) from error
             if not count:
                 self.source_ended = True
-                return
+                return True
             piece = self._buffer[:count]
         self.rest = piece
         if not self.sink_gone:
@@ -1521,7 +1525,7 @@ class Flow:
                 self.moved += sent
                 self.rest = piece[sent:]
             except BlockingIOError:
-                return
+                pass
             except OSError as error:
                 if error.errno in EXHAUSTED:
                     raise
@@ -1529,12 +1533,13 @@ class Flow:
         if self.sink_gone:
             self.dropped += len(self.rest)
             self.rest = piece[:0]
+        return was_left != (len(self.rest) > 0)
 
     def waits_for(self) -> Tuple[int, int]:
-        """Return the descriptor and the event of poll(2) that it waits for; -1 once the source has ended."""
+        """Return the descriptor and the event of poll(2) that it waits for, unless the source has ended."""
         if self.rest:
             return self.sink.writes_at, select.POLLOUT
-        return (-1 if self.source_ended else self.source.reads_at), select.POLLIN
+        return self.source.reads_at, select.POLLIN
 
     def count_undelivered(self) -> int:
         """Return how many bytes were read and not handed on."""
@@ -1558,18 +1563,6 @@ class Flow:
                 self.sink.end()
 
 
-def create_poller(*waiting: Tuple[int, int]) -> Any:
-    """Create a poller for descriptors and their events; one that stands there twice waits for both."""
-    masks: Dict[int, int] = {}
-    for descriptor, mask in waiting:
-        masks[descriptor] = masks.get(descriptor, 0) | mask
-    poller = select.poll()
-    for descriptor, mask in masks.items():
-        if descriptor >= 0:
-            poller.register(descriptor, mask)
-    return poller
-
-
 class Relay:
     """Carries one connection between a client and the Node (`remote`), in the thread that calls its methods.
 
@@ -1584,18 +1577,17 @@ class Relay:
     3. `_end_client`, once the Node has ended the connection. The client may go on until nothing has moved for
        QUIET_SECONDS. Or `_end_remote`, once the client is gone.
 
-    A reset by one side becomes a reset for the other. Any error resets both, and so does `must_stop`, which
-    is asked at least every TICK_SECONDS.
+    A reset by one side becomes a reset for the other. Any other error resets both.
 
     Then `await_end` waits until the connection is over for the Node as well, and `close_remote` closes it.
 
     `before_end` is called when a connection ends that the client has not ended, before the client sees it;
-    with True if the Node has ended it. `pace` is called before each wait, and returns how long that may last.
+    with True if the Node has ended it. `pace` is called before each wait, at least every TICK_SECONDS; it
+    returns how long that may last, or raises OSError to end the connection.
     """
 
     def __init__(self, client: Any, remote: Leg, buffers: Buffers, is_gone: Callable[[], bool],
-                 must_stop: Callable[[], bool], before_end: Callable[[bool], object],
-                 pace: Callable[[float], float] = lambda seconds: seconds) -> None:
+                 before_end: Callable[[bool], object], pace: Callable[[float], float]) -> None:
         self.up = Flow(client, remote, buffers[0])
         self.down = Flow(remote, client, buffers[1])
         self.remote = remote
@@ -1603,13 +1595,12 @@ class Relay:
         self.client_left = False  # it is gone, and what it has sent may still be on its way
         self._client = client
         self._is_gone = is_gone
-        self._must_stop = must_stop
         self._before_end = before_end
         self._pace = pace
         self._counted = (-1, -1)  # bytes moved, when _is_quiet was called last; -1: not yet
         self._quiet_since = 0.0
-        self._poller: Any = None
-        self._polled: Any = None  # what it is for
+        self._poller: Any = None  # None: to be made anew
+        self._waiting: Dict[int, List[Flow]] = {}  # who waits, by descriptor
 
     def carry(self) -> None:
         """Return once the connection is over for the client. Whatever fails ends this connection alone."""
@@ -1622,7 +1613,7 @@ class Relay:
                 self._end_client()
             else:
                 self._end_remote()
-        except Exception as error:  # a reset, must_stop, a dead path, no memory, or a defect
+        except Exception as error:  # a reset, by `pace`, a dead path, no memory, or a defect
             self.error = error
             leg = getattr(error, "leg", None)  # that has reset it
             self.client_left = leg is self._client
@@ -1634,10 +1625,13 @@ class Relay:
         self._client.close(reset=not is_complete)
 
     def await_end(self, seconds: float) -> bool:
-        """If the client has left, wait for the Node; False after so many seconds, or if it must_stop."""
+        """If the client has left, wait for the Node; False after so many seconds, or if `pace` ends it."""
         if not self.client_left:
             return True
-        return self._await_acknowledged(seconds) if self.error else self._await_node(seconds)
+        try:
+            return self._await_acknowledged(seconds) if self.error else self._await_node(seconds)
+        except OSError as error:  # want of memory is no end either
+            return isinstance(error, PeerReset)
 
     def close_remote(self) -> None:
         """Close the Node's side, with a reset where something is missing."""
@@ -1683,23 +1677,20 @@ class Relay:
         """
         self.down.sink_gone = True
         acknowledged_on = elapsed_seconds()
-        try:
-            while not (self.down.source_ended or self.remote.is_dead()):
-                if self.remote.count_unsent():
-                    acknowledged_on = elapsed_seconds()
-                if self._must_stop() or elapsed_seconds() - acknowledged_on >= seconds:
-                    return False
-                if wait_for(self.remote.reads_at, select.POLLIN, self._pace(TICK_SECONDS)):
-                    self.down.move()
-        except OSError as error:  # want of memory is no end
-            return isinstance(error, PeerReset)
+        while not (self.down.source_ended or self.remote.is_dead()):
+            if self.remote.count_unsent():
+                acknowledged_on = elapsed_seconds()
+            if elapsed_seconds() - acknowledged_on >= seconds:
+                return False
+            if wait_for(self.remote.reads_at, select.POLLIN, self._pace(TICK_SECONDS)):
+                self.down.move()
         return True
 
     def _await_acknowledged(self, seconds: float) -> bool:
         """The client has reset it: wait until the Node has what was sent, since our reset destroys it."""
         deadline = elapsed_seconds() + seconds
         while self.remote.count_unsent():
-            if self._must_stop() or elapsed_seconds() >= deadline:
+            if elapsed_seconds() >= deadline:
                 return self.down.source_ended
             time.sleep(self._pace(CLOSE_POLL_SECONDS))
         return True
@@ -1711,21 +1702,28 @@ class Relay:
 
         Raise what ends the connection for both. A reset by the Node waits until all before it is read.
         """
-        up, down = self.up.waits_for(), self.down.waits_for()
-        if (up, down) != self._polled:
-            self._polled, self._poller = (up, down), create_poller(up, down)
-        ready = self._poller.poll(self._pace(seconds) * 1000)
-        if self._must_stop():
-            raise ConnectionAbortedError(errno.ECONNABORTED, os.strerror(errno.ECONNABORTED))
+        poller = self._poller or self._create_poller()
+        ready = poller.poll(self._pace(seconds) * 1000)
         if not ready and (self._client.is_dead() or self.remote.is_dead()):
             raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
         for descriptor, _ in ready:
-            if descriptor == up[0]:
-                self.up.move()
-            if descriptor == down[0]:  # both may wait for one: a move too early does no harm
-                self.down.move()
+            for flow in self._waiting[descriptor]:
+                if flow.move():
+                    self._poller = None
         if not ready or self.down.sink_reset:
             self._check_client_reset()
+
+    def _create_poller(self) -> Any:
+        """Create a poller for what the two directions wait for now."""
+        self._poller, self._waiting = select.poll(), {}
+        masks: Dict[int, int] = {}  # by descriptor: both may wait for one, and a move too early does no harm
+        for flow in (self.up, self.down):
+            if not flow.source_ended:
+                descriptor, mask = flow.waits_for()
+                masks[descriptor] = masks.get(descriptor, 0) | mask
+                self._poller.register(descriptor, masks[descriptor])
+                self._waiting.setdefault(descriptor, []).append(flow)
+        return self._poller
 
     def _check_client_reset(self) -> None:
         """Raise a reset by the client that a write has met, or nothing yet."""
@@ -2482,7 +2480,10 @@ class Carrier:
             self._forwarder.turn.release()
 
     def _pace(self, seconds: float) -> float:
-        """Return how long the thread may wait; pass the turn on once a connection lasts."""
+        """Return how long the Relay may wait, see there; pass the turn on once a connection lasts."""
+        # must_leave without its clock, which costs too much here; tick() looks at that
+        if self._forwarder.is_closing.is_set() or self.session.why is not None:
+            raise ConnectionAbortedError
         if self._has_turn:
             left = self.taken_on + TURN_SECONDS - elapsed_seconds()
             if left > 0:
@@ -2507,7 +2508,7 @@ class Carrier:
         forwarder = self._forwarder
         name = "a local process" if forwarder.local.path else join_host_port(*client.address[:2])
         forwarder.ledger.say(f"connection from {name} to {self.session.endpoint}")
-        relay = Relay(client, remote, buffers, lambda: forwarder.listener.is_gone(client), self.must_leave,
+        relay = Relay(client, remote, buffers, lambda: forwarder.listener.is_gone(client),
                       lambda by_node: forwarder.ask_about_end(self, by_node), self._pace)
         try:
             with forwarder.lock:
@@ -3410,12 +3411,14 @@ class Run:
         remote = self.foreground.call(lambda: session.dial(cancel.is_set))
         client = StandardSocket() if stat.S_ISSOCK(os.fstat(1).st_mode) else StandardStreams()
 
-        def must_stop() -> bool:
+        def pace(seconds: float) -> float:
             session.watch()
-            return session.is_over() or cancel.is_set()
+            if session.is_over() or cancel.is_set():
+                raise ConnectionAbortedError
+            return seconds
 
         relay = Relay(client, remote, create_buffers(), lambda: bool(wait_for(client.writes_at, 0, 0)),
-                      must_stop, lambda by_node: self.explain_end(session, relay))
+                      lambda by_node: self.explain_end(session, relay), pace)
 
         def carry() -> None:
             relay.carry()
