@@ -1421,20 +1421,18 @@ class StandardStreams:
         except OSError as error:
             raise PlexctlError(f"cannot write to standard output: {show_error(error)}") from error
 
+    # What nobody can know here
+
     def take_error(self) -> int:
-        """Return 0: no reset can be seen."""
         return 0
 
     def count_unsent(self) -> int:
-        """Return 0: nobody can know."""
         return 0
 
     def is_dead(self) -> bool:
-        """Return False: nobody can know."""
         return False
 
     def end(self) -> None:
-        """Let the reader see the end."""
         self._let_go(1)
 
     def close(self, reset: bool = True) -> None:
@@ -1714,7 +1712,6 @@ class Relay:
             self._check_client_reset()
 
     def _create_poller(self) -> Any:
-        """Create a poller for what the two directions wait for now."""
         self._poller, self._waiting = select.poll(), {}
         masks: Dict[int, int] = {}  # by descriptor: both may wait for one, and a move too early does no harm
         for flow in (self.up, self.down):
@@ -1981,9 +1978,8 @@ class MediatedSession:
                          f"expires at {issued.expires_at}")
 
     def end(self, why: PlexctlError) -> None:
-        """Say that the session is over; the first reason counts."""
         with self._lock:
-            self.why = self.why or why
+            self.why = self.why or why  # the first reason counts
 
     def is_over(self) -> bool:
         """Return whether it is over; note it if its time is up."""
@@ -2330,7 +2326,6 @@ class Listener(socketserver.TCPServer):
         return count
 
     def is_gone(self, client: Leg) -> bool:
-        """Return whether a client has closed its socket."""
         return self.assumes_gone or self._has_closed(client)
 
     def assume_gone(self) -> None:
@@ -2452,7 +2447,6 @@ class Carrier:
             forwarder.dismiss(self)
 
     def must_leave(self) -> bool:
-        """Return whether its session is over, or the whole run."""
         return self._forwarder.is_closing.is_set() or self.session.is_over()
 
     def _take(self) -> Optional[Leg]:
@@ -2682,7 +2676,6 @@ class Forwarder:
             self.lock.notify_all()
 
     def warn_of_exhaustion(self, error: BaseException) -> None:
-        """Warn that there are no descriptors or no memory."""
         self.ledger.warn_once(f"cannot accept connections for now: {show_error(error)}")
 
     # For whoever runs it
@@ -2965,7 +2958,6 @@ class Messages:
             raise PlexctlError("cannot start a thread (ulimit -u)")
 
     def report(self, line: str) -> None:
-        """Write a line, if it is wanted."""
         if line.startswith(self._wanted):
             self._queue.put(f"plexctl: {line}\n")
 
