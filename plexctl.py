@@ -516,6 +516,7 @@ def describe_error(error: BaseException) -> Tuple[str, bool]:
 
 
 def show_error(error: BaseException) -> str:
+    """Return why something failed, in words that hold no secret."""
     return describe_error(error)[0]
 
 
@@ -937,7 +938,9 @@ def create_tls_context(ca_file: Optional[str] = None) -> ssl.SSLContext:
         fault = source + ": not a usable PEM bundle"
         # whoever can write it decides which server gets the bearer token; comments may be in UTF-8
         raw = read_own_file(ca_file, source, WRITE_BITS, CA_FILE_MAX_BYTES, UsageError)
-        ca_text = raw.decode("ascii", "ignore") or "empty"  # "" would mean the system's trust
+        ca_text = raw.decode("ascii", "ignore")
+        if "-----BEGIN CERTIFICATE-----" not in ca_text:  # no text at all would mean the system's trust
+            raise UsageError(fault)
     try:
         context = ssl.create_default_context(cadata=ca_text)
     except (OSError, ValueError) as error:
@@ -2036,7 +2039,7 @@ class MediatedSession:
         `on_wait` is called before it waits for anything.
         """
         for _ in range(2):  # once more if there is a new endpoint
-            route = self._route
+            route, dialled_on = self._route, elapsed_seconds()
             try:
                 leg = connect(route, lambda: self.is_over() or is_stopped(), on_wait)
                 self._refused_since = 0.0
@@ -2050,9 +2053,9 @@ class MediatedSession:
             if is_first_refusal:
                 self._refused_since = elapsed_seconds()
             if not self.is_over():
-                # a session that was revoked since the last answer must not be replaced
+                # an earlier answer does not count: a session that was revoked since then must not be replaced
                 self.ask(afresh=is_first_refusal and self._may_be_replaced())
-                has_answer = self.await_answer()
+                has_answer = self.await_answer() and self._asked_on >= dialled_on
             if self.why is not None:
                 raise self.why
             if self._route == route:
@@ -2942,7 +2945,7 @@ class Messages:
     """
 
     def __init__(self, stream: Any, options: Any) -> None:
-        # to ourselves: with --stdio it may be ssh's, in raw mode
+        # one for our lines alone: COMMAND writes to it as well, and that of --stdio may be ssh's, in raw mode
         self.has_terminal = (options.mode in ("print", "--proxy") and not options.quiet
                              and terminal_width(stream) > 0)
         self._stream = stream
@@ -3152,6 +3155,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def attribute_of(flag: str) -> str:
+    """Return the name of the attribute in which argparse keeps a flag's value."""
     return flag[2:].replace("-", "_")
 
 

@@ -5244,13 +5244,19 @@ def test_with_renew_a_listener_that_the_node_has_closed_gives_way_to_a_new_sessi
         assert running.forwarder.over is None and not running.said("not served")
 
 
-def test_with_renew_an_answer_from_before_a_revocation_does_not_renew_the_session(simulation):
-    with using_sessions(simulation.plane, renew=True, REPLACE_SECONDS=0, ASK_SECONDS=60) as running:
+@pytest.mark.parametrize("is_first", [True, False])
+def test_with_renew_an_answer_from_before_a_revocation_does_not_renew_the_session(
+        simulation, monkeypatch, is_first):
+    with using_sessions(simulation.plane, renew=True, ASK_SECONDS=60) as running:
         running.forwarder.first.ask()
         assert running.forwarder.first.await_answer()  # active
+        if not is_first:  # refused before, when it was too young to be replaced
+            simulation.node.refuse(simulation.plane.issued[0])
+            assert knock(running.address) == ("reset", b"")
         simulation.plane.revoke(simulation.plane.issued[0])
-        assert knock(running.address) == ("reset", b"")
-        assert "was revoked" in running.why() and len(simulation.plane.issued) == 1
+        monkeypatch.setattr(plexctl, "REPLACE_SECONDS", 0)
+        assert knock(running.address) == ("reset", b"") and len(simulation.plane.issued) == 1
+        assert not is_first or "was revoked" in running.why()
 
 
 def test_dials_that_fail_ask_once_in_two_seconds_also_where_the_session_may_be_replaced(simulation):
@@ -5454,6 +5460,18 @@ def test_a_renewal_that_fails_for_now_fails_alone(what, words):
         eventually(lambda: attempt(running.address), 20)
         assert running.forwarder.over is None
         eventually(lambda: len(running.said(words)) == 1)
+
+
+def test_a_client_is_reset_before_its_session_is_revoked_where_memory_runs_out(simulation):
+    def fail(*_):
+        raise MemoryError
+    go = threading.Event()
+    simulation.plane.script("revoke", hold(go))
+    with using_sessions(simulation.plane) as running:
+        running.forwarder.first.dial = fail
+        assert knock(running.address) == ("reset", b"") and "given up after MemoryError" in running.why()
+        assert running.count().ended == 1 and not running.plane.revoked
+        go.set()
 
 
 def test_leave_does_not_wait_for_ever(simulation):
