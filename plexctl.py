@@ -1310,6 +1310,7 @@ CLOSE_POLL_SECONDS = 0.05  # the same, once the client has ended its input
 QUIET_SECONDS = 2.0  # of silence, see Relay
 UNANSWERED_SECONDS = 120  # after which a path is dead
 TCP_CLOSE = 7  # a state, linux/tcp_states.h
+POLLRDHUP = 0x2000 if ON_LINUX else 0  # linux/poll.h; in the module select from 3.7 on
 RESET_ON_CLOSE, END_ON_CLOSE = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)  # struct linger
 LEG_OPTIONS: List[Tuple[int, str, Any]] = [
     (socket.IPPROTO_TCP, "TCP_NODELAY", 1),  # a request in two writes costs 44 ms without it
@@ -1336,6 +1337,10 @@ def set_linger(sock: socket.socket, option: bytes) -> None:
 def is_connected(sock: socket.socket) -> bool:
     """Return False after a reset, even if its error was read before. On Linux."""
     return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != TCP_CLOSE  # tcpi_state
+
+
+# Called before each wait, for at most so many seconds; returns how long it may last, or raises what ends it
+Pace = Callable[[float], float]
 
 
 class PeerReset(ConnectionError):
@@ -1365,6 +1370,11 @@ class Leg:
     def take_error(self) -> int:
         """Return the error number of a reset that no call has reported yet; 0 for none."""
         return self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+
+    def has_ended(self) -> bool:
+        """Return whether the other end has sent its end of input, or is gone; not everything may be read."""
+        descriptor = self.sock.fileno()  # its thread may close it meanwhile
+        return descriptor < 0 or bool(wait_for(descriptor, POLLRDHUP, 0))
 
     def count_unsent(self) -> int:
         """Return how many bytes the other end has not acknowledged (SIOCOUTQ, tcp(7))."""
@@ -1495,7 +1505,7 @@ class Flow:
         self.dropped = 0  # bytes that were read, and never handed on
         self.source_ended = False
         self.end_was_sent = False  # to the sink, after the source had ended
-        self.sink_gone = False  # it takes nothing any more: what is read is dropped
+        self.sink_closed = False  # it takes nothing any more: what is read is dropped
         self.sink_reset: Optional[PeerReset] = None  # why, if that is a reset; the Relay raises it
         self._buffer = buffer
 
@@ -1520,7 +1530,7 @@ class Flow:
                 return True
             piece = self._buffer[:count]
         self.rest = piece
-        if not self.sink_gone:
+        if not self.sink_closed:
             try:
                 sent = self.sink.send(piece)
                 self.moved += sent
@@ -1530,8 +1540,8 @@ class Flow:
             except OSError as error:
                 if error.errno in EXHAUSTED:
                     raise
-                self.note_sink_gone(error.errno)
-        if self.sink_gone:
+                self.note_sink_closed(error.errno)
+        if self.sink_closed:
             self.dropped += len(self.rest)
             self.rest = piece[:0]
         return was_left != (len(self.rest) > 0)
@@ -1546,13 +1556,13 @@ class Flow:
         """Return how many bytes were read and not handed on."""
         return len(self.rest) + self.dropped
 
-    def note_sink_gone(self, error_number: Optional[int]) -> None:
+    def note_sink_closed(self, error_number: Optional[int]) -> None:
         """Note that the sink takes nothing any more, and why, by the error number of the kernel.
 
         EPIPE: it had ended its input, and has closed the connection before it had read everything. That
         counts as an end. Anything else is a reset.
         """
-        self.sink_gone = True
+        self.sink_closed = True
         if error_number != errno.EPIPE:
             self.sink_reset = PeerReset(self.sink, error_number)
 
@@ -1568,38 +1578,35 @@ class Relay:
     """Carries one connection between a client and the Node (`remote`), in the thread that calls its methods.
 
     What one side sends is handed on at once; while the other side takes nothing, no more is read. A side has
-    ended once it sends nothing more, and is gone once it has closed the connection. `carry` lasts until the
-    connection is over for the client, and has up to three steps:
+    ended its input once it sends nothing more, and has closed the connection once it takes nothing either.
+    `carry` lasts until the connection is over for the client, and has up to three steps:
 
     1. `_carry_both`, while both sides are open.
     2. `_await_answer`, once the client has ended its input. The Node ends both directions as soon as it reads
        the end of either, and would cut the answer off. So it is told only when nothing has moved for
-       QUIET_SECONDS, or the client is gone (`is_gone`).
+       QUIET_SECONDS, or the client has closed the connection (`has_closed`).
     3. `_end_client`, once the Node has ended the connection. The client may go on until nothing has moved for
-       QUIET_SECONDS. Or `_end_remote`, once the client is gone.
+       QUIET_SECONDS. Or `_end_remote`, once the client has closed it.
 
     A reset by one side becomes a reset for the other. Any other error resets both.
 
     Then `await_end` waits until the connection is over for the Node as well, and `close_remote` closes it.
 
     `before_end` is called when a connection ends that the client has not ended, before the client sees it;
-    with True if the Node has ended it. `pace` is called before each wait, at least every TICK_SECONDS; it
-    returns how long that may last, or raises OSError to end the connection.
+    with True if the Node has ended it. `pace` is called at least every TICK_SECONDS.
     """
 
-    def __init__(self, client: Any, remote: Leg, buffers: Buffers, is_gone: Callable[[], bool],
-                 before_end: Callable[[bool], object], pace: Callable[[float], float]) -> None:
+    def __init__(self, client: Any, remote: Leg, buffers: Buffers, has_closed: Callable[[], bool],
+                 before_end: Callable[[bool], object], pace: Pace) -> None:
         self.up = Flow(client, remote, buffers[0])
         self.down = Flow(remote, client, buffers[1])
         self.remote = remote
         self.error: Optional[Exception] = None  # what has broken the connection
-        self.client_left = False  # it is gone, and what it has sent may still be on its way
+        self.awaits_node = False  # the client has closed or reset it; what that has sent may be on its way
         self._client = client
-        self._is_gone = is_gone
+        self._has_closed = has_closed
         self._before_end = before_end
         self._pace = pace
-        self._counted = (-1, -1)  # bytes moved, when _is_quiet was called last; -1: not yet
-        self._quiet_since = 0.0
         self._poller: Any = None  # None: to be made anew
         self._waiting: Dict[int, List[Flow]] = {}  # who waits, by descriptor
 
@@ -1617,21 +1624,21 @@ class Relay:
         except Exception as error:  # a reset, by `pace`, a dead path, no memory, or a defect
             self.error = error
             leg = getattr(error, "leg", None)  # that has reset it
-            self.client_left = leg is self._client
-            if not (self.client_left or down.end_was_sent):
+            self.awaits_node = leg is self._client
+            if not (self.awaits_node or down.end_was_sent):
                 with contextlib.suppress(Exception):
                     self._before_end(leg is self.remote)
-        # a client that has ended its input may yet read, and a reset would destroy that
+        # a reset tells it of lost bytes, unless it has ended: then it may yet read, and a reset destroys that
         is_complete = down.end_was_sent and (up.source_ended or not up.count_undelivered())
         self._client.close(reset=not is_complete)
 
     def await_end(self, seconds: float) -> bool:
-        """If the client has left, wait for the Node; False after so many seconds, or if `pace` ends it."""
-        if not self.client_left:
+        """If it `awaits_node`, wait for that; False after so many seconds, or if `pace` ends it."""
+        if not self.awaits_node:
             return True
         try:
             return self._await_acknowledged(seconds) if self.error else self._await_node(seconds)
-        except OSError as error:  # want of memory is no end either
+        except (OSError, PlexctlError) as error:  # want of memory is no end either
             return isinstance(error, PeerReset)
 
     def close_remote(self) -> None:
@@ -1646,28 +1653,30 @@ class Relay:
             self._move()
 
     def _await_answer(self) -> None:
-        """Pass the client's end of input on once the target is quiet; return once either is gone."""
-        while not (self.down.source_ended or self.down.sink_gone or self._is_gone()):
+        """Pass the client's end of input on once the target is quiet; return once either side closes."""
+        def is_over() -> bool:
+            return self.down.source_ended or self.down.sink_closed or self._has_closed()
+
+        self._move_until_quiet(self.remote, is_over)
+        while not is_over():
+            self.up.send_end()
             self._move(CLOSE_POLL_SECONDS)
-            if self._is_quiet(self.remote):
-                self.up.send_end()
 
     def _end_client(self) -> None:
         """The Node has ended the connection: pass that on, and let the client finish."""
         if self.up.sink_reset:  # that was no end, but all before it has been read by now
             raise self.up.sink_reset
-        if not (self.up.end_was_sent or self.down.sink_gone):  # else the client has ended it first
+        if not (self.up.end_was_sent or self.down.sink_closed):  # else the client has ended it first
             self._before_end(True)
         self.down.send_end()
-        # a client may keep its end open for ever, and the session is to carry the next one
-        while not (self.up.source_ended or self._is_quiet(self._client)):
-            self._move()
+        # not longer: a client may keep its end open for ever, and the session is to carry the next one
+        self._move_until_quiet(self._client, lambda: self.up.source_ended)
 
     def _end_remote(self) -> None:
-        """The client is gone: pass that on, unless it has reset the connection."""
+        """The client has closed the connection: pass that on, unless it has reset it."""
         self._check_client_reset()
         self.up.send_end()
-        self.client_left = True
+        self.awaits_node = True
 
     # The steps of await_end
 
@@ -1676,7 +1685,7 @@ class Relay:
 
         What it still sends is dropped. A dead path is an end as well.
         """
-        self.down.sink_gone = True
+        self.down.sink_closed = True
         acknowledged_on = elapsed_seconds()
         while not (self.down.source_ended or self.remote.is_dead()):
             if self.remote.count_unsent():
@@ -1697,6 +1706,18 @@ class Relay:
         return True
 
     # What they share
+
+    def _move_until_quiet(self, receiver: Any, is_over: Callable[[], bool]) -> None:
+        """Hand on what comes until it `is_over`, or nothing has moved for QUIET_SECONDS.
+
+        What was sent to `receiver`, a leg, and is still on its way counts as moving.
+        """
+        counted, moved_on = -1, elapsed_seconds()
+        while not is_over() and elapsed_seconds() - moved_on < QUIET_SECONDS:
+            self._move(CLOSE_POLL_SECONDS)
+            moved = self.up.moved + self.down.moved
+            if moved != counted or self.up.rest or self.down.rest or receiver.count_unsent():
+                counted, moved_on = moved, elapsed_seconds()
 
     def _move(self, seconds: float = TICK_SECONDS) -> None:
         """Wait for a direction that can move, so long at most, and move each that can once.
@@ -1727,21 +1748,11 @@ class Relay:
 
     def _check_client_reset(self) -> None:
         """Raise a reset by the client that a write has met, or nothing yet."""
-        error_number = 0 if self.down.sink_gone else self._client.take_error()
+        error_number = 0 if self.down.sink_closed else self._client.take_error()
         if error_number:
-            self.down.note_sink_gone(error_number)
+            self.down.note_sink_closed(error_number)
         if self.down.sink_reset:
             raise self.down.sink_reset
-
-    def _is_quiet(self, receiver: Any) -> bool:
-        """Return whether nothing has moved for QUIET_SECONDS. For a loop: it compares with the last call.
-
-        What was sent to `receiver`, a leg, and is still on its way counts as moving.
-        """
-        counted = self.up.moved, self.down.moved
-        if counted != self._counted or self.up.rest or self.down.rest or receiver.count_unsent():
-            self._counted, self._quiet_since = counted, elapsed_seconds()
-        return elapsed_seconds() - self._quiet_since >= QUIET_SECONDS
 
 
 # -------------------------------------------------------------------------------------- sessions
@@ -1805,7 +1816,7 @@ class Ledger:
 
     def issue(self, request: SessionRequest) -> IssuedSession:
         """Issue a session, see ControlPlane.issue; Cancelled once `leave` was called."""
-        to_revoke: Set[str] = set()  # what the server has named, in lower case, but for the session itself
+        to_revoke: Set[str] = set()  # in lower case: what the server has named, but for the session itself
 
         def owe(session_id: str) -> None:
             key = session_id.lower()
@@ -1820,9 +1831,15 @@ class Ledger:
             if self._is_closed:
                 raise Cancelled("interrupted")
             self._issuing += 1
-        issued: Optional[IssuedSession] = None
         try:
             issued = self.plane.issue(request, owe)
+            with self._changed:
+                if self._is_closed:  # nobody else would revoke it
+                    raise Cancelled("interrupted")
+                key = issued.session_id.lower()
+                to_revoke.discard(key)
+                self._owed[key] = (issued.session_id, issued.expires_at)
+            return issued
         except PlexctlError as error:
             if error.may_exist:
                 with self._changed:
@@ -1830,17 +1847,11 @@ class Ledger:
             raise
         finally:
             with self._changed:
-                if issued is not None and not self._is_closed:  # then `leave` would not see it any more
-                    to_revoke.discard(issued.session_id.lower())
-                    self._owed[issued.session_id.lower()] = (issued.session_id, issued.expires_at)
                 due = self._claim(to_revoke)
                 self._issuing -= 1
                 self._changed.notify_all()
             for session_id in due:
                 self._revoke(session_id)
-        if issued is None or issued.session_id.lower() in to_revoke:
-            raise Cancelled("interrupted")
-        return issued
 
     def has_issued(self) -> bool:
         with self._changed:
@@ -1916,24 +1927,17 @@ class Ledger:
             self._changed.notify_all()
 
 
-def connect(route: Tuple[int, Any], is_stopped: Callable[[], bool], on_wait: Callable[[], object]) -> Leg:
-    """Connect to (family, address); OSError if that fails, or not in time, or once it `is_stopped`.
-
-    `on_wait` is called before it waits, which on loopback it does not.
-    """
+def connect(route: Tuple[int, Any], pace: Pace) -> Leg:
+    """Connect to (family, address); OSError if that fails, or not in time."""
     leg = Leg(socket.socket(route[0], socket.SOCK_STREAM))
     try:
         set_leg_options(leg.sock)
         error, deadline = leg.sock.connect_ex(route[1]), elapsed_seconds() + CONNECT_SECONDS
-        seconds = 0.0
         while error == errno.EINPROGRESS:
-            if is_stopped() or elapsed_seconds() >= deadline:  # nothing was sent yet
+            if elapsed_seconds() >= deadline:
                 error = errno.ETIMEDOUT
-            elif wait_for(leg.writes_at, select.POLLOUT, seconds):
+            elif wait_for(leg.writes_at, select.POLLOUT, pace(TICK_SECONDS)):
                 error = leg.take_error()
-            elif not seconds:  # the Node is not on this host
-                on_wait()
-                seconds = TICK_SECONDS
         if error:
             raise OSError(error, os.strerror(error))
         return leg
@@ -1990,6 +1994,11 @@ class MediatedSession:
             self.end(SessionOver("the session expired"))
         return self.why is not None
 
+    def check(self) -> None:
+        """Raise why it is over, if it is."""
+        if self.is_over() and self.why is not None:
+            raise self.why
+
     def watch(self) -> None:
         """Ask GetSession if that is due, and warn before the session expires; nothing before it is ready."""
         if self.issued is None or not self.ready_on or self.is_over():
@@ -2015,10 +2024,13 @@ class MediatedSession:
                 self._asked_on = now
                 self._question = Outcome(self._ask, or_here=False)
 
-    def await_answer(self) -> bool:
+    def await_answer(self, pace: Pace = lambda seconds: seconds) -> bool:
         """Wait for the answer to the last question, for ASK_LIMIT_SECONDS; return whether there is one."""
-        question = self._question
-        return question is not None and question.done.wait(ASK_LIMIT_SECONDS) and bool(question.value)
+        question, deadline = self._question, elapsed_seconds() + ASK_LIMIT_SECONDS
+        while question is not None and elapsed_seconds() < deadline:
+            if question.done.wait(pace(TICK_SECONDS)):
+                return bool(question.value)
+        return False
 
     def _ask(self) -> bool:
         """Ask GetSession, and warn if that fails; return whether the answer was about the session."""
@@ -2033,68 +2045,65 @@ class MediatedSession:
                 self._ledger.warn_once(show_error(error), f"{GET} {error.status}")
             return is_missing
 
-    def dial(self, is_stopped: Callable[[], bool], on_wait: Callable[[], object] = lambda: None) -> Leg:
-        """Connect to the listener; PlexctlError says why that fails. A new endpoint is tried once.
+    def dial(self, pace: Pace = lambda seconds: seconds) -> Leg:
+        """Connect to the listener; PlexctlError says why that fails. A new endpoint is tried once."""
+        route = self._route
+        try:
+            return self._dial_once(pace)
+        except PlexctlError:
+            if self.why is not None or self._route == route:
+                raise
+            return self._dial_once(pace)
 
-        `on_wait` is called before it waits for anything.
-        """
-        for _ in range(2):  # once more if there is a new endpoint
-            route, dialled_on = self._route, elapsed_seconds()
-            try:
-                leg = connect(route, lambda: self.is_over() or is_stopped(), on_wait)
-                self._refused_since = 0.0
-                return leg
-            except OSError as error:
-                failure = error
-            if is_stopped():
-                raise Cancelled("interrupted")
-            on_wait()
-            is_first_refusal = isinstance(failure, ConnectionRefusedError) and not self._refused_since
-            if is_first_refusal:
-                self._refused_since = elapsed_seconds()
-            if not self.is_over():
-                # an earlier answer does not count: a session that was revoked since then must not be replaced
-                self.ask(afresh=is_first_refusal and self._may_be_replaced())
-                has_answer = self.await_answer() and self._asked_on >= dialled_on
-            if self.why is not None:
-                raise self.why
-            if self._route == route:
-                break
-        # no new endpoint, or the new one failed, too
-        if has_answer and isinstance(failure, ConnectionRefusedError) and (
-                self._may_be_replaced() or elapsed_seconds() - self._refused_since >= GONE_SECONDS):
-            self.end(ListenerGone("the Node has closed the session's listener"))
+    def _dial_once(self, pace: Pace) -> Leg:
+        """Connect to the listener; if that fails, find out by GetSession what it means, and raise it."""
+        self.check()
+        dialled_on = elapsed_seconds()
+        try:
+            leg = connect(self._route, pace)
+            self._refused_since = 0.0
+            return leg
+        except OSError as error:
+            failure = error
+        self.check()
+        is_refused = isinstance(failure, ConnectionRefusedError)
+        is_first = is_refused and not self._refused_since
+        if is_first:
+            self._refused_since = dialled_on
+        self.ask(afresh=is_first)
+        # an earlier answer does not count: a session that was revoked since then must not be replaced
+        has_answer = self.await_answer(pace) and self._asked_on >= dialled_on
+        refused_since = self._refused_since if is_refused else 0  # 0 also if there is a new endpoint
+        if has_answer and refused_since:
+            has_lasted = elapsed_seconds() - self.ready_on >= REPLACE_SECONDS
+            limit = 0 if self._renew and has_lasted else GONE_SECONDS
+            if elapsed_seconds() - refused_since >= limit:
+                self.end(ListenerGone("the Node has closed the session's listener"))
         raise self.why or PlexctlError(
             f"cannot connect to the listener endpoint {self.endpoint}: {show_error(failure)}")
-
-    def _may_be_replaced(self) -> bool:
-        """Return whether one refused dial is enough, since the session is to be renewed and has lasted."""
-        return self._renew and elapsed_seconds() - self.ready_on >= REPLACE_SECONDS
 
     def _await_endpoint(self) -> None:
         """Ask GetSession until the Node has reported the listener; PlexctlError if it does not in time."""
         pause, deadline = POLL_MIN_SECONDS, elapsed_seconds() + self._wait_seconds
-        failure: Optional[PlexctlError] = None
-        has_answer = False
+        failure: Optional[PlexctlError] = None  # of the last question
         limit = show_seconds(self._wait_seconds)
         if self._wait_seconds:
             self._ledger.tell_once(f"waiting for the Node to report its listener (up to {limit})")
         while elapsed_seconds() < deadline:
             try:
                 self._update(min(EXCHANGE_SECONDS, max(1.0, deadline - elapsed_seconds())))
-                has_answer = True
+                failure = None
             except (TransportError, ApiError) as error:
                 if not error.passing:
                     raise
                 failure = error
-            if self.why is not None:
-                raise self.why
+            self.check()
             if self.endpoint is not None:
                 return
             if self._ledger.plane.cancel.wait(min(pause, deadline - elapsed_seconds())):
                 raise Cancelled("interrupted")
             pause = min(pause * 1.5, POLL_MAX_SECONDS)
-        if failure is not None and not has_answer:
+        if failure is not None:
             raise failure
         raise EndpointMissing(
             f"the Node reported no listener endpoint within {limit} (--wait-seconds); check that the Node is "
@@ -2217,12 +2226,11 @@ class Listener(socketserver.TCPServer):
                  warn_once: Callable[[str], object]) -> None:
         self.local = local  # with the port that it has got
         self.unidentified = 0  # connections not served, since their clients had closed them
-        self.assumes_gone = False  # where nobody can know: that every client is
         self._allows_other_users = allow_other_users
         self._warn_once = warn_once
         self._returned: List[Leg] = []  # clients that were put back
         self._bound_file: Optional[os.stat_result] = None  # of a unix socket
-        self._owners: Optional[OwnerCheck] = None  # also with allow_other_users, for `is_gone`
+        self._owners: Optional[OwnerCheck] = None  # also with allow_other_users, for `has_closed`
         self._checks_owners = False
         self.address_family = (socket.AF_UNIX if local.path else
                                socket.AF_INET6 if ":" in local.host else socket.AF_INET)
@@ -2328,14 +2336,7 @@ class Listener(socketserver.TCPServer):
             count += max(1, backlog)
         return count
 
-    def is_gone(self, client: Leg) -> bool:
-        return self.assumes_gone or self._has_closed(client)
-
-    def assume_gone(self) -> None:
-        """COMMAND has ended: take all clients for gone where nobody can know."""
-        self.assumes_gone = not self.local.path and self._owners is None
-
-    def _has_closed(self, client: Leg) -> bool:
+    def has_closed(self, client: Leg) -> bool:
         """Return whether the kernel says that a client has closed its socket; False if it does not tell."""
         if self._owners is not None:
             with contextlib.suppress(OSError):
@@ -2351,7 +2352,7 @@ class Listener(socketserver.TCPServer):
             with contextlib.suppress(OSError):  # one that has sent something before is served
                 if client.sock.recv(1, socket.MSG_PEEK):
                     return True
-            return not self._has_closed(client)
+            return not self.has_closed(client)
         uid = self._owners.find(client.address)[0]
         # asked in this order, since behind a reset the address may be another one's
         if uid == NOBODY or not is_connected(client.sock):
@@ -2477,10 +2478,10 @@ class Carrier:
             self._forwarder.turn.release()
 
     def _pace(self, seconds: float) -> float:
-        """Return how long the Relay may wait, see there; pass the turn on once a connection lasts."""
+        """Return how long a wait may last, and pass the turn on once the connection does; see Pace."""
         # must_leave without its clock, which costs too much here; tick() looks at that
         if self._forwarder.is_closing.is_set() or self.session.why is not None:
-            raise ConnectionAbortedError
+            raise self.session.why or Cancelled("interrupted")
         if self._has_turn:
             left = self.taken_on + TURN_SECONDS - elapsed_seconds()
             if left > 0:
@@ -2491,7 +2492,7 @@ class Carrier:
     def _serve(self, client: Leg, buffers: Buffers) -> None:
         """Dial for a client and carry the connection, or refuse it. Then the state is FREE or STUCK."""
         try:
-            remote = self.session.dial(self._forwarder.is_closing.is_set, self._pass_turn_on)
+            remote = self.session.dial(self._pace)
         except PlexctlError as error:
             self._refuse(client, error)
         else:
@@ -2505,7 +2506,7 @@ class Carrier:
         forwarder = self._forwarder
         name = "a local process" if forwarder.local.path else join_host_port(*client.address[:2])
         forwarder.ledger.say(f"connection from {name} to {self.session.endpoint}")
-        relay = Relay(client, remote, buffers, lambda: forwarder.listener.is_gone(client),
+        relay = Relay(client, remote, buffers, lambda: forwarder.listener.has_closed(client),
                       lambda by_node: forwarder.ask_about_end(self, by_node), self._pace)
         try:
             with forwarder.lock:
@@ -2546,7 +2547,7 @@ class Carrier:
         """
         forwarder, deadline = self._forwarder, elapsed_seconds() + STUCK_SECONDS
         with forwarder.lock:
-            self.state, forwarder.has_been_stuck = STUCK, True
+            self.state = STUCK
         forwarder.ledger.warn_once("the Node has not ended a connection whose client is gone; its session is "
                                    "not used any more")
         relay.await_end(STUCK_SECONDS)
@@ -2595,7 +2596,6 @@ class Forwarder:
         self.is_closing = threading.Event()  # nothing is carried any more: `over`, or `stop` was called
         # reentrant; guards what follows, `over`, `first`, and the state, client and relay of the carriers
         self.lock = threading.Condition()
-        self.has_been_stuck = False  # a session has, which is not the end of the run
         self._request = request
         self._limit = limit
         self._minimum = minimum
@@ -2725,20 +2725,18 @@ class Forwarder:
             ends = [each.session.expires_on for each in self._carriers if each.state in READY]
             return max(0.0, min(ends, default=0.0) - elapsed_seconds())
 
-    def is_delivered(self) -> bool:
-        """Return whether everything that clients sent before they closed has reached the Node."""
+    def list_undelivered(self) -> List[int]:
+        """Return a number for each connection whose client has ended it, while the Node may lack some of it.
+
+        The numbers change as that is delivered.
+        """
         with self.lock:
             # a client is in the backlog, then a carrier's, and once it is closed a relay has what it sent
-            return not (self.listener.count_waiting()
-                        or any(self.listener.is_gone(each.client) for each in self._carriers if each.client)
-                        or any(each.relay.client_left for each in self._carriers if each.relay))
-
-    def delivery_progress(self) -> int:
-        """Return a number that changes as long as something that clients sent is delivered."""
-        with self.lock:
-            counts = self.count()
-            unacknowledged = sum(each.relay.remote.count_unsent() for each in self._carriers if each.relay)
-            return counts.up + counts.ended - unacknowledged
+            waiting = self.listener.count_waiting()
+            return [each.relay.up.moved - each.relay.remote.count_unsent() if each.relay else 0
+                    for each in self._carriers
+                    if (each.client and each.client.has_ended()) or (each.relay and each.relay.awaits_node)
+                    ] + [waiting] * bool(waiting)
 
     def stop(self, seconds: float = CLOSE_SECONDS) -> None:
         """Stop listening and end every connection, with a reset unless it was over."""
@@ -2825,27 +2823,20 @@ class Forwarder:
     def _judge_end(self, session: MediatedSession, why: PlexctlError) -> None:
         """Decide what it means for the run that a session is over, or could not be had."""
         others = self._count_live()  # without this one, which is REVOKING by now
+        # a server may yet count a stuck session, and have room once that is given back
+        is_last = not others and all(each.state != STUCK for each in self._carriers)
         if isinstance(why, SessionRevoked) or self._is_time_up(elapsed_seconds()):
             self._end_run(why)
         elif self.first is None:  # none has been ready, but another one may yet be
             self._first_failure = self._first_failure or why
             if not others:
                 self._end_run(self._first_failure)
-        elif not others and self._is_final(session, why):
+        elif is_last and (not self.renew or is_refusal(why)):
             self._end_run(why)
         elif session.ready_on:
             self._note_lost(session, why, others)
         else:
             self._note_not_issued(why, others)
-
-    def _is_final(self, session: MediatedSession, why: PlexctlError) -> bool:
-        """Return whether no session may follow, if there is no other one."""
-        if session.ready_on:
-            return not self.renew
-        # a server may yet count one that is stuck, and have room once that is given back
-        if is_refusal(why) and not any(each.state == STUCK for each in self._carriers):
-            return True
-        return not (self.renew or self.has_been_stuck)
 
     def _note_lost(self, session: MediatedSession, why: PlexctlError, others: int) -> None:
         """A session that has worked is over: with `renew` the next connection gets a new one."""
@@ -3287,6 +3278,9 @@ def check_together(options: argparse.Namespace) -> None:
     options.local_addr = local or LocalAddress("127.0.0.1", 0)
 
 
+# ----------------------------------------------------------------------------------------- modes
+
+
 def find_command(name: str, environ: Environ) -> str:
     """Find the program that COMMAND names; exit 127 or 126 like a shell, before anything is issued."""
     import subprocess  # noqa: F401  # start_command needs it: a Python that lacks it costs no session
@@ -3404,15 +3398,16 @@ class Run:
     def carry_stdio(self) -> int:
         """--stdio: carry one connection over descriptors 0 and 1."""
         session, cancel = self.establish(self.issue_one), self.ledger.plane.cancel
-        remote = self.foreground.call(lambda: session.dial(cancel.is_set))
-        client = StandardSocket() if stat.S_ISSOCK(os.fstat(1).st_mode) else StandardStreams()
 
         def pace(seconds: float) -> float:
             session.watch()
-            if session.is_over() or cancel.is_set():
-                raise ConnectionAbortedError
+            session.check()
+            if cancel.is_set():
+                raise Cancelled("interrupted")
             return seconds
 
+        remote = self.foreground.call(lambda: session.dial(pace))
+        client = StandardSocket() if stat.S_ISSOCK(os.fstat(1).st_mode) else StandardStreams()
         relay = Relay(client, remote, create_buffers(), lambda: bool(wait_for(client.writes_at, 0, 0)),
                       lambda by_node: self.explain_end(session, relay), pace)
 
@@ -3581,15 +3576,14 @@ class Run:
 
     def deliver(self, forwarder: Forwarder) -> None:
         """Wait until what clients had sent before they left has arrived, as long as it moves."""
-        count, give_up_on = 0, elapsed_seconds() + LEAVE_SECONDS
-        forwarder.listener.assume_gone()
-        while forwarder.over is None and elapsed_seconds() < give_up_on:
-            if forwarder.is_delivered():
+        before: List[int] = []
+        moved_on = elapsed_seconds()
+        while forwarder.over is None and elapsed_seconds() - moved_on < LEAVE_SECONDS:
+            undelivered = forwarder.list_undelivered()
+            if not undelivered:
                 return
-            before, count = count, forwarder.delivery_progress()
-            # where nobody knows who has left, those who stay could send for ever
-            if count != before and not forwarder.listener.assumes_gone:
-                give_up_on = elapsed_seconds() + LEAVE_SECONDS
+            if undelivered != before:
+                before, moved_on = undelivered, elapsed_seconds()
             self.foreground.wait(WAIT_SECONDS)
             forwarder.tick()
         reason = f": {forwarder.over}" if forwarder.over else ""
@@ -3609,7 +3603,7 @@ def describe_failure(session: MediatedSession, relay: Relay,
         return PlexctlError(describe_unreachable(request))
     if error is not None:
         return PlexctlError(f"the connection ended: {show_error(error)}")
-    if relay.client_left and (not down.moved or down.count_undelivered()):
+    if relay.awaits_node and (not down.moved or down.count_undelivered()):
         return PlexctlError("cannot write to standard output: nobody reads it")
     return None
 
