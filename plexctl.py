@@ -1310,7 +1310,6 @@ CLOSE_POLL_SECONDS = 0.05  # the same, once the client has ended its input
 QUIET_SECONDS = 2.0  # of silence, see Relay
 UNANSWERED_SECONDS = 120  # after which a path is dead
 TCP_CLOSE = 7  # a state, linux/tcp_states.h
-POLLRDHUP = 0x2000 if ON_LINUX else 0  # linux/poll.h; in the module select from 3.7 on
 RESET_ON_CLOSE, END_ON_CLOSE = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)  # struct linger
 LEG_OPTIONS: List[Tuple[int, str, Any]] = [
     (socket.IPPROTO_TCP, "TCP_NODELAY", 1),  # a request in two writes costs 44 ms without it
@@ -1370,11 +1369,6 @@ class Leg:
     def take_error(self) -> int:
         """Return the error number of a reset that no call has reported yet; 0 for none."""
         return self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-
-    def has_ended(self) -> bool:
-        """Return whether the other end has sent its end of input, or is gone; not everything may be read."""
-        descriptor = self.sock.fileno()  # its thread may close it meanwhile
-        return descriptor < 0 or bool(wait_for(descriptor, POLLRDHUP, 0))
 
     def count_unsent(self) -> int:
         """Return how many bytes the other end has not acknowledged (SIOCOUTQ, tcp(7))."""
@@ -1596,7 +1590,7 @@ class Relay:
     with True if the Node has ended it. `pace` is called at least every TICK_SECONDS.
     """
 
-    def __init__(self, client: Any, remote: Leg, buffers: Buffers, has_closed: Callable[[], bool],
+    def __init__(self, client: Any, remote: Leg, buffers: Buffers, has_closed: Callable[[], Optional[bool]],
                  before_end: Callable[[bool], object], pace: Pace) -> None:
         self.up = Flow(client, remote, buffers[0])
         self.down = Flow(remote, client, buffers[1])
@@ -1655,7 +1649,7 @@ class Relay:
     def _await_answer(self) -> None:
         """Pass the client's end of input on once the target is quiet; return once either side closes."""
         def is_over() -> bool:
-            return self.down.source_ended or self.down.sink_closed or self._has_closed()
+            return self.down.source_ended or self.down.sink_closed or bool(self._has_closed())
 
         self._move_until_quiet(self.remote, is_over)
         while not is_over():
@@ -2085,14 +2079,15 @@ class MediatedSession:
     def _await_endpoint(self) -> None:
         """Ask GetSession until the Node has reported the listener; PlexctlError if it does not in time."""
         pause, deadline = POLL_MIN_SECONDS, elapsed_seconds() + self._wait_seconds
-        failure: Optional[PlexctlError] = None  # of the last question
+        failure: Optional[PlexctlError] = None
+        has_answer = False
         limit = show_seconds(self._wait_seconds)
         if self._wait_seconds:
             self._ledger.tell_once(f"waiting for the Node to report its listener (up to {limit})")
         while elapsed_seconds() < deadline:
             try:
                 self._update(min(EXCHANGE_SECONDS, max(1.0, deadline - elapsed_seconds())))
-                failure = None
+                has_answer = True
             except (TransportError, ApiError) as error:
                 if not error.passing:
                     raise
@@ -2103,7 +2098,7 @@ class MediatedSession:
             if self._ledger.plane.cancel.wait(min(pause, deadline - elapsed_seconds())):
                 raise Cancelled("interrupted")
             pause = min(pause * 1.5, POLL_MAX_SECONDS)
-        if failure is not None:
+        if failure is not None and not has_answer:
             raise failure
         raise EndpointMissing(
             f"the Node reported no listener endpoint within {limit} (--wait-seconds); check that the Node is "
@@ -2336,15 +2331,15 @@ class Listener(socketserver.TCPServer):
             count += max(1, backlog)
         return count
 
-    def has_closed(self, client: Leg) -> bool:
-        """Return whether the kernel says that a client has closed its socket; False if it does not tell."""
+    def has_closed(self, client: Leg) -> Optional[bool]:
+        """Return whether a client has closed its socket; None if the kernel does not tell."""
         if self._owners is not None:
             with contextlib.suppress(OSError):
                 return self._owners.find(client.address)[1]
-            return False
         descriptor = client.sock.fileno()  # its thread may close it meanwhile
-        # poll() tells of a reset, and of a unix socket that was closed
-        return descriptor < 0 or bool(wait_for(descriptor, 0, 0))
+        if descriptor < 0 or wait_for(descriptor, 0, 0):  # a reset, or a unix socket that was closed
+            return True
+        return False if self.local.path else None
 
     def _may_be_served(self, client: Leg) -> bool:
         """Return whether a client may be served: its user is ours or root, and it has not left."""
@@ -2726,17 +2721,21 @@ class Forwarder:
             return max(0.0, min(ends, default=0.0) - elapsed_seconds())
 
     def list_undelivered(self) -> List[int]:
-        """Return a number for each connection whose client has ended it, while the Node may lack some of it.
+        """Return a number for each connection that its client has closed, while the Node may lack some of it.
 
-        The numbers change as that is delivered.
+        A number changes as that is delivered. It is 0 where nobody can tell who has closed.
         """
         with self.lock:
             # a client is in the backlog, then a carrier's, and once it is closed a relay has what it sent
             waiting = self.listener.count_waiting()
-            return [each.relay.up.moved - each.relay.remote.count_unsent() if each.relay else 0
-                    for each in self._carriers
-                    if (each.client and each.client.has_ended()) or (each.relay and each.relay.awaits_node)
-                    ] + [waiting] * bool(waiting)
+            numbers = [waiting] if waiting else []
+            for each in self._carriers:
+                has_closed = self.listener.has_closed(each.client) if each.client else False
+                if each.relay and (has_closed or each.relay.awaits_node):
+                    numbers.append(each.relay.up.moved - each.relay.remote.count_unsent())
+                elif has_closed is not False:
+                    numbers.append(0)
+            return numbers
 
     def stop(self, seconds: float = CLOSE_SECONDS) -> None:
         """Stop listening and end every connection, with a reset unless it was over."""

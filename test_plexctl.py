@@ -6184,7 +6184,7 @@ def test_who_goes_on_sending_where_nobody_can_say_whose_it_is_does_not_keep_it(s
                 time.sleep(0.05)
             raise AssertionError("it is kept")
         assert process.finish().returncode == 1, process.describe()  # read found the end
-        assert "may not have arrived" not in process.err  # it is not COMMAND's
+        assert "COMMAND has ended, and what it sent may not have arrived" in process.err
 
 
 @BECOMES_OTHERS
