@@ -47,7 +47,7 @@ try:
 
     _quiet = logging.NullHandler()
     logging.getLogger().addHandler(_quiet)
-    import hashlib  # noqa: F401  # urllib.request does; it logs a traceback for a missing digest (FIPS)
+    import hashlib  # noqa: F401  # as urllib.request does: it logs a traceback for a missing digest (FIPS)
 
     logging.getLogger().removeHandler(_quiet)
     import argparse
@@ -531,6 +531,7 @@ OPEN_AT_ONCE = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
 ALL_BITS, WRITE_BITS = 0o077, 0o022  # of the group and of others
 TOKEN_FAULTS = (  # the first that matches at the beginning counts
     (r"\Z", "is empty"),
+    # that of UTF-8, and those of UTF-16 as read_token_file decodes them
     ("\ufeff|\udcff\udcfe|\udcfe\udcff", "starts with a byte-order mark; save it as plain ASCII"),
     (r"(?i)bearer ", 'starts with "Bearer "; give the token alone'),
     (r".*[\r\n]", "contains a line break"),
@@ -596,9 +597,10 @@ def read_own_file(path: str, source: str, forbidden_bits: int = ALL_BITS, limit:
                   kind: Type[PlexctlError] = CredentialsError) -> bytes:
     """Read a file on which others have none of the `forbidden_bits`; "-" is standard input, unchecked.
 
-    It is judged once it is open, so that nothing can be swapped in between. What descriptor 0 is, by
-    whatever name, is read there, or --stdio or COMMAND could read it once more: a file from its beginning,
-    like any other; a pipe, a terminal or a socket unchecked.
+    It is judged once it is open, so that nothing can be swapped in between. A path such as /dev/stdin, which
+    leads to what descriptor 0 is, is read from descriptor 0 as well, or --stdio or COMMAND could read it once
+    more: a file is then checked like any other, and read from its beginning; a pipe, a terminal or a socket
+    is not checked.
     Raises CredentialsError for a file that is not safe, `kind` for one that cannot be read.
     """
     at_stdin = is_standard_input(path)
@@ -800,7 +802,8 @@ class PlaneConnection(http.client.HTTPConnection):
             self.sock = exchange.context.wrap_socket(self.sock, server_hostname=exchange.server_name,
                                                      do_handshake_on_connect=False)
             self.sock.do_handshake()
-        # in this order: either _judge sees `sent`, or this thread sees that it was given up and sends nothing
+        # in this order, since give_up() sets `fault` before `sent` is looked at: either it is seen there that
+        # the request was sent, or here that it was given up, and nothing is sent
         exchange.sent = True
         if exchange.fault:
             raise TimeoutError
@@ -885,8 +888,8 @@ class Exchange:
 
 def may_have_issued(answer: Exchange, error: PlexctlError) -> bool:
     """Tell whether there may be a session although IssueSession has failed."""
-    if answer.status == 409:  # the first request with this key may be under way
-        return error.passing
+    if answer.status == 409:
+        return error.passing  # the first request with this key is under way
     return answer.sent and answer.status not in NONE_ISSUED
 
 
@@ -1211,7 +1214,8 @@ class AuditLog(logging.Handler):
     """The record of --reveal-secrets; it fails closed.
 
     The file is opened before a session is issued, and `record` returns only once the whole line is
-    written and synced. Syslog gets a copy where the host has one.
+    written and synced. It goes through the logger plexctl.audit, to which others may add handlers of their
+    own. Syslog gets a copy where the host has one.
     """
 
     def __init__(self, environ: Environ, report: Report) -> None:
@@ -1538,7 +1542,8 @@ class Flow:
         if self.sink_closed:
             self.dropped += len(self.rest)
             self.rest = piece[:0]
-        return was_left != (len(self.rest) > 0)
+        is_left = len(self.rest) > 0
+        return is_left != was_left
 
     def waits_for(self) -> Tuple[int, int]:
         """Return the descriptor and the event of poll(2) that it waits for, unless the source has ended."""
@@ -1573,21 +1578,21 @@ class Relay:
 
     What one side sends is handed on at once; while the other side takes nothing, no more is read. A side has
     ended its input once it sends nothing more, and has closed the connection once it takes nothing either.
-    `carry` lasts until the connection is over for the client, and has up to three steps:
+    `carry` lasts until the connection is over for the client:
 
-    1. `_carry_both`, while both sides are open.
-    2. `_await_answer`, once the client has ended its input. The Node ends both directions as soon as it reads
-       the end of either, and would cut the answer off. So it is told only when nothing has moved for
-       QUIET_SECONDS, or the client has closed the connection (`has_closed`).
-    3. `_end_client`, once the Node has ended the connection. The client may go on until nothing has moved for
-       QUIET_SECONDS. Or `_end_remote`, once the client has closed it.
+    - `_carry_both` while neither has ended its input.
+    - `_await_answer` once the client has. The Node ends both directions as soon as it reads the end of
+      either, and would cut the answer off. So it is told only when nothing has moved for QUIET_SECONDS.
+    - `_end_client` once the Node has ended the connection. The client may go on until nothing has moved for
+      QUIET_SECONDS.
+    - `_end_remote` once the client has closed the connection, as `has_closed` or a write tells.
 
     A reset by one side becomes a reset for the other. Any other error resets both.
 
     Then `await_end` waits until the connection is over for the Node as well, and `close_remote` closes it.
 
-    `before_end` is called when a connection ends that the client has not ended, before the client sees it;
-    with True if the Node has ended it. `pace` is called at least every TICK_SECONDS.
+    `before_end` is called before the client sees an end that it has not caused; with True if the Node has
+    caused it. `pace` is called at least every TICK_SECONDS.
     """
 
     def __init__(self, client: Any, remote: Leg, buffers: Buffers, has_closed: Callable[[], Optional[bool]],
@@ -1622,7 +1627,8 @@ class Relay:
             if not (self.awaits_node or down.end_was_sent):
                 with contextlib.suppress(Exception):
                     self._before_end(leg is self.remote)
-        # a reset tells it of lost bytes, unless it has ended: then it may yet read, and a reset destroys that
+        # a client that was told of the Node's end is reset if what it sent since then was lost. But not if
+        # it has ended its input too: it may yet read, and a reset would destroy that
         is_complete = down.end_was_sent and (up.source_ended or not up.count_undelivered())
         self._client.close(reset=not is_complete)
 
@@ -1632,7 +1638,7 @@ class Relay:
             return True
         try:
             return self._await_acknowledged(seconds) if self.error else self._await_node(seconds)
-        except (OSError, PlexctlError) as error:  # want of memory is no end either
+        except (OSError, PlexctlError) as error:  # `pace`, no memory, or a reset by the Node, which is an end
             return isinstance(error, PeerReset)
 
     def close_remote(self) -> None:
@@ -1658,7 +1664,7 @@ class Relay:
 
     def _end_client(self) -> None:
         """The Node has ended the connection: pass that on, and let the client finish."""
-        if self.up.sink_reset:  # that was no end, but all before it has been read by now
+        if self.up.sink_reset:  # what looks like an end is a reset that a write has met first
             raise self.up.sink_reset
         if not (self.up.end_was_sent or self.down.sink_closed):  # else the client has ended it first
             self._before_end(True)
@@ -1741,7 +1747,7 @@ class Relay:
         return self._poller
 
     def _check_client_reset(self) -> None:
-        """Raise a reset by the client that a write has met, or nothing yet."""
+        """Raise a reset by the client, whether a write has met it or no call has yet."""
         error_number = 0 if self.down.sink_closed else self._client.take_error()
         if error_number:
             self.down.note_sink_closed(error_number)
@@ -2027,17 +2033,16 @@ class MediatedSession:
         return False
 
     def _ask(self) -> bool:
-        """Ask GetSession, and warn if that fails; return whether the answer was about the session."""
+        """Ask GetSession, and warn if that fails; return whether there is an answer."""
         try:
             self._update(EXCHANGE_SECONDS)
             return True
         except PlexctlError as error:
-            is_missing = error.status in (404, 410)
-            if is_missing and error.code:  # without one a gateway says so
+            if error.status in (404, 410) and error.code:  # without one it is a gateway's
                 self.end(SessionRevoked("the session is gone"))
             elif not isinstance(error, Cancelled):
                 self._ledger.warn_once(show_error(error), f"{GET} {error.status}")
-            return is_missing
+            return False
 
     def dial(self, pace: Pace = lambda seconds: seconds) -> Leg:
         """Connect to the listener; PlexctlError says why that fails. A new endpoint is tried once."""
@@ -2052,29 +2057,34 @@ class MediatedSession:
     def _dial_once(self, pace: Pace) -> Leg:
         """Connect to the listener; if that fails, find out by GetSession what it means, and raise it."""
         self.check()
-        dialled_on = elapsed_seconds()
         try:
             leg = connect(self._route, pace)
             self._refused_since = 0.0
             return leg
         except OSError as error:
             failure = error
-        self.check()
-        is_refused = isinstance(failure, ConnectionRefusedError)
-        is_first = is_refused and not self._refused_since
-        if is_first:
-            self._refused_since = dialled_on
-        self.ask(afresh=is_first)
-        # an earlier answer does not count: a session that was revoked since then must not be replaced
-        has_answer = self.await_answer(pace) and self._asked_on >= dialled_on
-        refused_since = self._refused_since if is_refused else 0  # 0 also if there is a new endpoint
-        if has_answer and refused_since:
-            has_lasted = elapsed_seconds() - self.ready_on >= REPLACE_SECONDS
-            limit = 0 if self._renew and has_lasted else GONE_SECONDS
-            if elapsed_seconds() - refused_since >= limit:
-                self.end(ListenerGone("the Node has closed the session's listener"))
+        if isinstance(failure, ConnectionRefusedError):
+            self._judge_refusal(pace)
+        else:
+            self.ask()
+            self.await_answer(pace)
         raise self.why or PlexctlError(
             f"cannot connect to the listener endpoint {self.endpoint}: {show_error(failure)}")
+
+    def _judge_refusal(self, pace: Pace) -> None:
+        """End the session if its listener is gone: it is active, and has refused dials for long enough."""
+        now = elapsed_seconds()
+        is_first = not self._refused_since
+        self._refused_since = self._refused_since or now
+        self.ask(afresh=is_first)
+        # an earlier answer does not count: a session that was revoked since then must not be replaced
+        if not self.await_answer(pace) or self._asked_on < now:
+            return
+        has_lasted = now - self.ready_on >= REPLACE_SECONDS
+        limit = 0 if self._renew and has_lasted else GONE_SECONDS
+        # a new endpoint has no refused dials
+        if self._refused_since and now - self._refused_since >= limit:
+            self.end(ListenerGone("the Node has closed the session's listener"))
 
     def _await_endpoint(self) -> None:
         """Ask GetSession until the Node has reported the listener; PlexctlError if it does not in time."""
@@ -2382,17 +2392,6 @@ class Counts(NamedTuple):
     down: int = 0
 
 
-class Allowance(NamedTuple):
-    """How many sessions there may be after a failure: a number at first, and one more after each step."""
-
-    number: int
-    since: float  # elapsed_seconds()
-    step_seconds: float
-
-    def count(self, now: float) -> int:
-        return self.number + int((now - self.since) / self.step_seconds)
-
-
 # what a Carrier does, and what follows
 OPENING = "opening"  # it issues its session, and waits for the listener; then FREE
 FREE = "free"  # waits for a client; then BUSY, or REVOKING if it is not needed any more
@@ -2597,11 +2596,11 @@ class Forwarder:
         self._carriers: List[Carrier] = []
         self._ended = Counts()
         self._answered_on = 0.0  # when a connection that had an answer has ended last
-        self._first_failure: Optional[PlexctlError] = None  # of a session, while none is ready
         self._explanation: Optional[Outcome] = None  # see _explain
         self._waiting_since = elapsed_seconds()  # since when connections wait, and no session is free
         self._spare_since = elapsed_seconds()  # since when more sessions are free than the minimum
-        self._allowance = Allowance(limit, 0.0, 1)
+        # after a failure: there may be so many sessions until then, and one more until that is ready
+        self._lowered_limit, self._lowered_until = limit, 0.0
 
     def __enter__(self) -> "Forwarder":
         return self
@@ -2621,8 +2620,8 @@ class Forwarder:
     def note_ready(self, carrier: Carrier) -> None:
         """Note that a session's Node has reported its listener."""
         with self.lock:
-            self.first, self._first_failure = self.first or carrier.session, None
-            carrier.state = FREE
+            self.first, carrier.state = self.first or carrier.session, FREE
+            self._lowered_limit = self._limit
             self.lock.notify_all()
 
     def take_back(self, carrier: Carrier) -> bool:
@@ -2805,8 +2804,12 @@ class Forwarder:
                 carrier.session.end(PlexctlError("cannot start a thread for a session (ulimit -u)"))
                 self.dismiss(carrier)  # without an exchange: it has no session yet
 
+    def _lower_limit(self, number: int, until: float) -> None:
+        """Do with so many sessions until then, and try one more from then on."""
+        self._lowered_limit, self._lowered_until = number, until
+
     def _count_available(self, now: float) -> int:
-        return min(self._limit, self._allowance.count(now))
+        return min(self._limit, self._lowered_limit + int(now >= self._lowered_until))
 
     def _list_open(self) -> List[Relay]:
         """Return the relays of those connections whose clients have not ended them."""
@@ -2822,33 +2825,29 @@ class Forwarder:
     def _judge_end(self, session: MediatedSession, why: PlexctlError) -> None:
         """Decide what it means for the run that a session is over, or could not be had."""
         others = self._count_live()  # without this one, which is REVOKING by now
-        # a server may yet count a stuck session, and have room once that is given back
+        # a stuck one counts: a server may refuse another session until that is given back
         is_last = not others and all(each.state != STUCK for each in self._carriers)
-        if isinstance(why, SessionRevoked) or self._is_time_up(elapsed_seconds()):
-            self._end_run(why)
-        elif self.first is None:  # none has been ready, but another one may yet be
-            self._first_failure = self._first_failure or why
-            if not others:
-                self._end_run(self._first_failure)
-        elif is_last and (not self.renew or is_refusal(why)):
+        must_end = isinstance(why, SessionRevoked) or self._is_time_up(elapsed_seconds())
+        if must_end or is_last and (self.first is None or not self.renew or is_refusal(why)):
             self._end_run(why)
         elif session.ready_on:
             self._note_lost(session, why, others)
-        else:
+        elif self.first is not None:  # else another of the first sessions may yet be ready
             self._note_not_issued(why, others)
 
     def _note_lost(self, session: MediatedSession, why: PlexctlError, others: int) -> None:
         """A session that has worked is over: with `renew` the next connection gets a new one."""
         self.ledger.tell_once(f"{why}; the next connection gets a new one" if self.renew else str(why))
-        if isinstance(why, ListenerGone) and elapsed_seconds() - session.ready_on < REPLACE_SECONDS:
+        soonest = session.ready_on + REPLACE_SECONDS
+        if isinstance(why, ListenerGone) and elapsed_seconds() < soonest:
             # a Node that refuses everybody must not cost a session per attempt
-            self._allowance = Allowance(others, session.ready_on, REPLACE_SECONDS)
+            self._lower_limit(others, soonest)
 
     def _note_not_issued(self, why: PlexctlError, others: int) -> None:
         """A further session could not be had: do without for a while."""
         has_no_room = others and (is_refusal(why) or isinstance(why, EndpointMissing))
         seconds = REFUSED_PAUSE_SECONDS if has_no_room else FAILED_PAUSE_SECONDS
-        self._allowance = Allowance(others, elapsed_seconds(), seconds)
+        self._lower_limit(others, elapsed_seconds() + seconds)
         why.is_told = self.ledger.warn_once(f"no further session for now: {why}", type(why).__name__)
 
     def _end_run(self, why: PlexctlError) -> None:
@@ -3575,19 +3574,16 @@ class Run:
 
     def deliver(self, forwarder: Forwarder) -> None:
         """Wait until what clients had sent before they left has arrived, as long as it moves."""
-        before: List[int] = []
-        moved_on = elapsed_seconds()
-        while forwarder.over is None and elapsed_seconds() - moved_on < LEAVE_SECONDS:
-            undelivered = forwarder.list_undelivered()
-            if not undelivered:
-                return
-            if undelivered != before:
-                before, moved_on = undelivered, elapsed_seconds()
+        undelivered, moved_on = forwarder.list_undelivered(), elapsed_seconds()
+        while undelivered and forwarder.over is None and elapsed_seconds() - moved_on < LEAVE_SECONDS:
             self.foreground.wait(WAIT_SECONDS)
             forwarder.tick()
-        reason = f": {forwarder.over}" if forwarder.over else ""
-        self.ledger.tell_once("warning: COMMAND has ended, and what it sent may not have arrived" + reason,
-                              "over")
+            before, undelivered = undelivered, forwarder.list_undelivered()
+            if undelivered != before:
+                moved_on = elapsed_seconds()
+        if undelivered:
+            reason = f": {forwarder.over}" if forwarder.over else ""
+            self.ledger.warn_once("COMMAND has ended, and what it sent may not have arrived" + reason, "over")
 
 
 def describe_failure(session: MediatedSession, relay: Relay,
