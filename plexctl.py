@@ -1503,8 +1503,8 @@ class Flow:
         self.dropped = 0  # bytes that were read, and never handed on
         self.source_ended = False
         self.end_was_sent = False  # to the sink, after the source had ended
-        self.sink_closed = False  # it takes nothing any more: what is read is dropped
-        self.sink_reset: Optional[PeerReset] = None  # why, if that is a reset; the Relay raises it
+        # if the sink takes nothing any more: of the write that has failed; what is read is dropped
+        self.sink_error: int = 0
         self._buffer = buffer
 
     def move(self) -> bool:
@@ -1528,7 +1528,7 @@ class Flow:
                 return True
             piece = self._buffer[:count]
         self.rest = piece
-        if not self.sink_closed:
+        if not self.sink_error:
             try:
                 sent = self.sink.send(piece)
                 self.moved += sent
@@ -1538,8 +1538,8 @@ class Flow:
             except OSError as error:
                 if error.errno in EXHAUSTED:
                     raise
-                self.note_sink_closed(error.errno)
-        if self.sink_closed:
+                self.sink_error = error.errno or errno.ECONNRESET
+        if self.sink_error:
             self.dropped += len(self.rest)
             self.rest = piece[:0]
         is_left = len(self.rest) > 0
@@ -1555,15 +1555,14 @@ class Flow:
         """Return how many bytes were read and not handed on."""
         return len(self.rest) + self.dropped
 
-    def note_sink_closed(self, error_number: Optional[int]) -> None:
-        """Note that the sink takes nothing any more, and why, by the error number of the kernel.
+    def check_reset(self) -> None:
+        """Raise PeerReset if the sink has reset the connection.
 
-        EPIPE: it had ended its input, and has closed the connection before it had read everything. That
-        counts as an end. Anything else is a reset.
+        EPIPE is no reset: the sink had ended its input, and has closed the connection before it had read
+        everything. That counts as an end.
         """
-        self.sink_closed = True
-        if error_number != errno.EPIPE:
-            self.sink_reset = PeerReset(self.sink, error_number)
+        if self.sink_error not in (0, errno.EPIPE):
+            raise PeerReset(self.sink, self.sink_error)
 
     def send_end(self) -> None:
         """Tell the sink, once, that the source has ended its input (half-close)."""
@@ -1633,11 +1632,28 @@ class Relay:
         self._client.close(reset=not is_complete)
 
     def await_end(self, seconds: float) -> bool:
-        """If it `awaits_node`, wait for that; False after so many seconds, or if `pace` ends it."""
+        """If it `awaits_node`, wait until the Node has ended the connection too; drop what that sends.
+
+        After a reset by the client it is enough that the Node has what was sent, since our reset would
+        destroy that. A dead path is an end as well. False after so many seconds, which begin, if there was no
+        reset, when the Node has everything; and if `pace` ends it.
+        """
         if not self.awaits_node:
             return True
+        self.down.sink_error, deadline = errno.EPIPE, elapsed_seconds() + seconds
         try:
-            return self._await_acknowledged(seconds) if self.error else self._await_node(seconds)
+            while not self.remote.is_dead():
+                has_everything = not self.remote.count_unsent()
+                if has_everything if self.error else self.down.source_ended:
+                    return True
+                if not (has_everything or self.error):
+                    deadline = elapsed_seconds() + seconds
+                if elapsed_seconds() >= deadline:
+                    return self.down.source_ended
+                mask = 0 if self.down.source_ended else select.POLLIN
+                if wait_for(self.remote.reads_at, mask, self._pace(CLOSE_POLL_SECONDS)):
+                    self.down.move()
+            return True
         except (OSError, PlexctlError) as error:  # `pace`, no memory, or a reset by the Node, which is an end
             return isinstance(error, PeerReset)
 
@@ -1655,7 +1671,7 @@ class Relay:
     def _await_answer(self) -> None:
         """Pass the client's end of input on once the target is quiet; return once either side closes."""
         def is_over() -> bool:
-            return self.down.source_ended or self.down.sink_closed or bool(self._has_closed())
+            return bool(self.down.source_ended or self.down.sink_error or self._has_closed())
 
         self._move_until_quiet(self.remote, is_over)
         while not is_over():
@@ -1664,9 +1680,8 @@ class Relay:
 
     def _end_client(self) -> None:
         """The Node has ended the connection: pass that on, and let the client finish."""
-        if self.up.sink_reset:  # what looks like an end is a reset that a write has met first
-            raise self.up.sink_reset
-        if not (self.up.end_was_sent or self.down.sink_closed):  # else the client has ended it first
+        self.up.check_reset()  # what looks like an end may be a reset that a write has met first
+        if not (self.up.end_was_sent or self.down.sink_error):  # else the client has ended it first
             self._before_end(True)
         self.down.send_end()
         # not longer: a client may keep its end open for ever, and the session is to carry the next one
@@ -1677,33 +1692,6 @@ class Relay:
         self._check_client_reset()
         self.up.send_end()
         self.awaits_node = True
-
-    # The steps of await_end
-
-    def _await_node(self, seconds: float) -> bool:
-        """Wait until the Node has ended the connection, so long from when it has taken everything.
-
-        What it still sends is dropped. A dead path is an end as well.
-        """
-        self.down.sink_closed = True
-        acknowledged_on = elapsed_seconds()
-        while not (self.down.source_ended or self.remote.is_dead()):
-            if self.remote.count_unsent():
-                acknowledged_on = elapsed_seconds()
-            if elapsed_seconds() - acknowledged_on >= seconds:
-                return False
-            if wait_for(self.remote.reads_at, select.POLLIN, self._pace(TICK_SECONDS)):
-                self.down.move()
-        return True
-
-    def _await_acknowledged(self, seconds: float) -> bool:
-        """The client has reset it: wait until the Node has what was sent, since our reset destroys it."""
-        deadline = elapsed_seconds() + seconds
-        while self.remote.count_unsent():
-            if elapsed_seconds() >= deadline:
-                return self.down.source_ended
-            time.sleep(self._pace(CLOSE_POLL_SECONDS))
-        return True
 
     # What they share
 
@@ -1732,7 +1720,7 @@ class Relay:
             for flow in self._waiting[descriptor]:
                 if flow.move():
                     self._poller = None
-        if not ready or self.down.sink_reset:
+        if not ready or self.down.sink_error:
             self._check_client_reset()
 
     def _create_poller(self) -> Any:
@@ -1748,11 +1736,8 @@ class Relay:
 
     def _check_client_reset(self) -> None:
         """Raise a reset by the client, whether a write has met it or no call has yet."""
-        error_number = 0 if self.down.sink_closed else self._client.take_error()
-        if error_number:
-            self.down.note_sink_closed(error_number)
-        if self.down.sink_reset:
-            raise self.down.sink_reset
+        self.down.sink_error = self.down.sink_error or self._client.take_error()
+        self.down.check_reset()
 
 
 # -------------------------------------------------------------------------------------- sessions
@@ -2375,7 +2360,7 @@ PAUSE_SECONDS = 0.5  # after an accept() that failed
 TURN_SECONDS = 0.001  # a thread passes the turn on when its connection is older
 GRACE_SECONDS = 0.3  # a connection waits so long for a session to become free, before one is issued for it
 IDLE_SECONDS = 60  # after which a session that nobody needs is given back
-NODE_END_SECONDS = 2  # that a Node may take to end a connection, until its session is STUCK
+NODE_END_SECONDS = 2  # that a Node may take to end a connection, until its session counts as stuck
 STUCK_SECONDS = 10  # the same from then on, until the session is given back
 REFUSED_PAUSE_SECONDS = 60  # after a session was refused, until one is asked for again
 FAILED_PAUSE_SECONDS = 5  # the same, after a failure that may pass
@@ -2395,8 +2380,7 @@ class Counts(NamedTuple):
 # what a Carrier does, and what follows
 OPENING = "opening"  # it issues its session, and waits for the listener; then FREE
 FREE = "free"  # waits for a client; then BUSY, or REVOKING if it is not needed any more
-BUSY = "busy"  # dials, carries, and waits for the Node to end what it has carried; then FREE or STUCK
-STUCK = "stuck"  # the Node does not end it
+BUSY = "busy"  # dials, carries, and waits for the Node to end that; then FREE, or REVOKING if it does not
 REVOKING = "revoking"  # the end: the session is over, stuck, or not needed any more
 READY = (FREE, BUSY)
 LIVE = (OPENING, FREE, BUSY)  # connections may yet come to it
@@ -2484,7 +2468,7 @@ class Carrier:
         return seconds
 
     def _serve(self, client: Leg, buffers: Buffers) -> None:
-        """Dial for a client and carry the connection, or refuse it. Then the state is FREE or STUCK."""
+        """Dial for a client and carry the connection, or refuse it."""
         try:
             remote = self.session.dial(self._pace)
         except PlexctlError as error:
@@ -2509,7 +2493,7 @@ class Carrier:
             forwarder.count_connection(self, relay.up.moved, relay.down.moved)
             self._tell_end(relay)
             if not relay.await_end(NODE_END_SECONDS) and not self.must_leave():
-                self._give_up_waiting(relay)
+                self._await_stuck(relay)
         finally:
             relay.close_remote()
             with forwarder.lock:
@@ -2534,20 +2518,20 @@ class Carrier:
         if error and (not isinstance(error, OSError) or error.errno in EXHAUSTED):  # not a peer's doing
             forwarder.ledger.warn_once(f"a connection ended: {show_error(error)}")
 
-    def _give_up_waiting(self, relay: Relay) -> None:
-        """The Node does not end a connection whose client is gone: its session is not used again.
+    def _await_stuck(self, relay: Relay) -> None:
+        """The Node does not end a connection whose client is gone: the session is not used again.
 
-        It may still pass on what it has, for STUCK_SECONDS; the revocation that follows cuts it off.
+        The Node may still pass on what it has, for STUCK_SECONDS; the revocation that follows cuts it off.
         """
-        forwarder, deadline = self._forwarder, elapsed_seconds() + STUCK_SECONDS
-        with forwarder.lock:
-            self.state = STUCK
-        forwarder.ledger.warn_once("the Node has not ended a connection whose client is gone; its session is "
-                                   "not used any more")
+        deadline = elapsed_seconds() + STUCK_SECONDS
+        self._forwarder.ledger.warn_once("the Node has not ended a connection whose client is gone; its "
+                                         "session is not used any more")
         relay.await_end(STUCK_SECONDS)
         if relay.error:  # nobody sees when it has passed on what came before a reset
             relay.close_remote()
-            forwarder.is_closing.wait(deadline - elapsed_seconds())
+            self._forwarder.is_closing.wait(deadline - elapsed_seconds())
+        with self._forwarder.lock:
+            self.state = REVOKING
 
 
 def is_refusal(why: PlexctlError) -> bool:
@@ -2599,8 +2583,7 @@ class Forwarder:
         self._explanation: Optional[Outcome] = None  # see _explain
         self._waiting_since = elapsed_seconds()  # since when connections wait, and no session is free
         self._spare_since = elapsed_seconds()  # since when more sessions are free than the minimum
-        # after a failure: there may be so many sessions until then, and one more until that is ready
-        self._lowered_limit, self._lowered_until = limit, 0.0
+        self._issue_after = 0.0  # after a failure: when one session may be tried; 0: as many as are needed
 
     def __enter__(self) -> "Forwarder":
         return self
@@ -2621,7 +2604,7 @@ class Forwarder:
         """Note that a session's Node has reported its listener."""
         with self.lock:
             self.first, carrier.state = self.first or carrier.session, FREE
-            self._lowered_limit = self._limit
+            self._issue_after = 0.0
             self.lock.notify_all()
 
     def take_back(self, carrier: Carrier) -> bool:
@@ -2670,6 +2653,8 @@ class Forwarder:
             self.ledger.give_back(session.session_id)
         with self.lock:
             self._carriers.remove(carrier)
+            if why is None:  # it leaves room for another one
+                self._issue_after = 0.0
             self.lock.notify_all()
 
     def warn_of_exhaustion(self, error: BaseException) -> None:
@@ -2695,7 +2680,7 @@ class Forwarder:
             try:
                 for each in self._carriers:
                     each.session.watch()
-                may_serve = self._count_live() or self._count_available(now)
+                may_serve = self._count_live() or now >= self._issue_after
                 if self.over or not may_serve:
                     self.listener.reject()
                 elif self.first is not None:
@@ -2769,14 +2754,16 @@ class Forwarder:
         is_overdue = waiting and (not live or now - self._waiting_since >= GRACE_SECONDS)
         if is_overdue and states.count(BUSY) >= self._limit:
             self._warn_of_limit(waiting)
-        if self._is_time_up(now + 1):  # 1 s is the shortest TTL
+        if now < self._issue_after or self._is_time_up(now + 1):  # 1 s is the shortest TTL
             return
         if REVOKING in states and not live:
             return  # the server may yet count that session, and refuse the only one asked for
         missing = waiting - states.count(OPENING) if is_overdue else 0
         if self._minimum > 1:  # a single one is issued when a connection comes
             missing = max(missing, self._minimum - live)
-        self._start(min(missing, self._count_available(now) - len(states)))
+        if self._issue_after:  # the next one shows whether there can be more
+            missing = min(missing, 1 - states.count(OPENING))
+        self._start(min(missing, self._limit - len(states)))
 
     def _warn_of_limit(self, waiting: int) -> None:
         wait = "connections wait" if waiting > 1 else "connection waits"
@@ -2804,13 +2791,6 @@ class Forwarder:
                 carrier.session.end(PlexctlError("cannot start a thread for a session (ulimit -u)"))
                 self.dismiss(carrier)  # without an exchange: it has no session yet
 
-    def _lower_limit(self, number: int, until: float) -> None:
-        """Do with so many sessions until then, and try one more from then on."""
-        self._lowered_limit, self._lowered_until = number, until
-
-    def _count_available(self, now: float) -> int:
-        return min(self._limit, self._lowered_limit + int(now >= self._lowered_until))
-
     def _list_open(self) -> List[Relay]:
         """Return the relays of those connections whose clients have not ended them."""
         return [each.relay for each in self._carriers if each.client and each.relay]
@@ -2824,31 +2804,18 @@ class Forwarder:
 
     def _judge_end(self, session: MediatedSession, why: PlexctlError) -> None:
         """Decide what it means for the run that a session is over, or could not be had."""
-        others = self._count_live()  # without this one, which is REVOKING by now
-        # a stuck one counts: a server may refuse another session until that is given back
-        is_last = not others and all(each.state != STUCK for each in self._carriers)
-        must_end = isinstance(why, SessionRevoked) or self._is_time_up(elapsed_seconds())
-        if must_end or is_last and (self.first is None or not self.renew or is_refusal(why)):
+        others, now = self._count_live(), elapsed_seconds()  # without this one, which is REVOKING by now
+        is_final = self.first is None or not self.renew or is_refusal(why)
+        if isinstance(why, SessionRevoked) or self._is_time_up(now) or (is_final and not others):
             self._end_run(why)
         elif session.ready_on:
-            self._note_lost(session, why, others)
-        elif self.first is not None:  # else another of the first sessions may yet be ready
-            self._note_not_issued(why, others)
-
-    def _note_lost(self, session: MediatedSession, why: PlexctlError, others: int) -> None:
-        """A session that has worked is over: with `renew` the next connection gets a new one."""
-        self.ledger.tell_once(f"{why}; the next connection gets a new one" if self.renew else str(why))
-        soonest = session.ready_on + REPLACE_SECONDS
-        if isinstance(why, ListenerGone) and elapsed_seconds() < soonest:
+            self.ledger.tell_once(f"{why}; the next connection gets a new one" if self.renew else str(why))
             # a Node that refuses everybody must not cost a session per attempt
-            self._lower_limit(others, soonest)
-
-    def _note_not_issued(self, why: PlexctlError, others: int) -> None:
-        """A further session could not be had: do without for a while."""
-        has_no_room = others and (is_refusal(why) or isinstance(why, EndpointMissing))
-        seconds = REFUSED_PAUSE_SECONDS if has_no_room else FAILED_PAUSE_SECONDS
-        self._lower_limit(others, elapsed_seconds() + seconds)
-        why.is_told = self.ledger.warn_once(f"no further session for now: {why}", type(why).__name__)
+            self._issue_after = session.ready_on + REPLACE_SECONDS if isinstance(why, ListenerGone) else 0.0
+        elif self.first is not None:  # else another of the first sessions may yet be ready
+            has_no_room = others and (is_refusal(why) or isinstance(why, EndpointMissing))
+            self._issue_after = now + (REFUSED_PAUSE_SECONDS if has_no_room else FAILED_PAUSE_SECONDS)
+            why.is_told = self.ledger.warn_once(f"no further session for now: {why}", type(why).__name__)
 
     def _end_run(self, why: PlexctlError) -> None:
         self.over = self.over or why

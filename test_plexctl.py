@@ -5299,12 +5299,18 @@ def test_a_node_that_refuses_after_each_connection_costs_few_sessions_with_renew
         assert len(simulation.plane.issued) <= 1 + (time.monotonic() - began) / 2
 
 
-def test_after_a_refusal_one_more_session_is_asked_for_after_the_pause(simulation):
-    with using_sessions(simulation.plane, establish=False, limit=4) as running:
-        running.forwarder._lower_limit(2, 1000.0)
-        assert [running.forwarder._count_available(each) for each in (999, 1000, 9999)] == [2, 3, 3]
-        running.forwarder.establish()  # and once one is ready, as many as before
-        assert running.forwarder._count_available(999) == 4
+def test_after_a_refusal_one_session_is_tried_and_more_once_that_is_ready(simulation):
+    go, full = threading.Event(), problem("session_limit_exceeded")
+    simulation.plane.script("issue", PASS, *[full] * 3, hold(go))
+    with using_sessions(simulation.plane, limit=4, REFUSED_PAUSE_SECONDS=0.5) as running, \
+            dialled(running, 1), contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(dial(running.address)) for _ in range(3)]
+        eventually(lambda: asked(simulation.plane, "issue") == 5)
+        let_pass(0.5)
+        assert asked(simulation.plane, "issue") == 5
+        go.set()
+        for client in clients:
+            chat(client, 1)
 
 
 def test_a_session_runs_out_by_the_server_s_clock_and_not_by_ours():
