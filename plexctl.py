@@ -2136,70 +2136,46 @@ OVERFLOW_UID = 65534  # in a user namespace, any uid that it does not know
 LOOPBACK_INDEX = 1  # of the device lo, in every network namespace
 
 
-class OwnerCheck:
-    """Asks the kernel which user holds the other end of a loopback connection.
+def find_socket(family: int, local: Tuple[Any, ...], remote: Tuple[Any, ...]) -> Tuple[int, int, int]:
+    """Ask the kernel for a loopback socket by its two addresses; return its state, uid and inode.
 
-    sock_diag(7), inet_diag: one netlink request with the exact addresses, about 10 microseconds.
-    OSError from the constructor if the host cannot answer. Usable from several threads.
+    The uid is NOBODY where there is none. OSError if the kernel does not answer. sock_diag(7), inet_diag: one
+    netlink request, about 20 microseconds.
     """
+    ports = struct.pack(">HH", local[1], remote[1])
+    # nlmsghdr, inet_diag_req_v2, and in it inet_diag_sockid
+    question = struct.pack(
+        "=IHHIIBBBBI4s16s16sIII", 72, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, 0, 0, family, socket.IPPROTO_TCP,
+        0, 0, 0xFFFFFFFF, ports, socket.inet_pton(family, local[0]), socket.inet_pton(family, remote[0]),
+        LOOPBACK_INDEX,  # finds those that are bound to the device, too
+        0xFFFFFFFF, 0xFFFFFFFF)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as netlink:
+        netlink.setblocking(False)
+        netlink.connect((0, 0))  # to the kernel: nobody else can answer
+        netlink.send(question)
+        answer = netlink.recv(4096)
+    if struct.unpack_from("=H", answer, 4)[0] != SOCK_DIAG_BY_FAMILY or len(answer) < 88:
+        error = -struct.unpack_from("=i", answer, 16)[0]
+        if error != errno.ENOENT:  # there is no such socket
+            raise OSError(error, os.strerror(error))
+        return 0, NOBODY, 0
+    # inet_diag_msg behind the nlmsghdr: family, state, timer, retrans, ports, ..., uid, inode
+    state, found_ports, uid, inode = struct.unpack_from("=xBxx4s56xII", answer, 16)
+    return (state, uid, inode) if found_ports == ports else (0, NOBODY, 0)
 
-    def __init__(self, family: int, local: Tuple[str, int]) -> None:
-        self._family = family
-        self._local = local
-        self._sequence = 0
-        self._lock = threading.Lock()
-        self._netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG)
-        try:
-            self._netlink.connect((0, 0))
-            self._netlink.setblocking(False)
-            nobody = "0.0.0.0" if family == socket.AF_INET else "::"  # noqa: S104
-            if self._ask(local, (nobody, 0))[1] != os.geteuid():  # of our own listener
-                raise OSError(errno.EOPNOTSUPP, "no answer")
-        except BaseException:
-            self.close()
-            raise
 
-    def find(self, client: Tuple[Any, ...]) -> Tuple[int, bool]:
-        """Return the uid that holds the client's socket (NOBODY: unknown), and whether it was closed.
+def find_owner(family: int, client: Tuple[Any, ...], local: Tuple[Any, ...]) -> Tuple[int, bool]:
+    """Return the uid that holds the client's socket (NOBODY: unknown), and whether it was closed.
 
-        OSError if the kernel does not answer.
-        """
-        state, uid, inode = self._ask(client, self._local)
-        # where the kernel finds no connection, it answers with a socket that listens on the client's port
-        is_another = state in (TCP_LISTEN, TCP_SYN_SENT)
-        is_orphan = not (uid or inode)  # what older kernels say of a closed socket
-        if is_another or is_orphan:
-            return NOBODY, True
-        return uid, not inode
-
-    def _ask(self, source: Tuple[Any, ...], destination: Tuple[Any, ...]) -> Tuple[int, int, int]:
-        """Return state, uid and inode of a socket; uid NOBODY and inode 0 if there is none."""
-        ports = struct.pack(">HH", source[1], destination[1])
-        with self._lock:
-            self._sequence = self._sequence + 1 & 0xFFFFFFFF
-            # nlmsghdr, inet_diag_req_v2, and in it inet_diag_sockid
-            self._netlink.send(struct.pack(
-                "=IHHIIBBBBI4s16s16sIII", 72, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, self._sequence, 0,
-                self._family, socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF, ports,
-                socket.inet_pton(self._family, source[0]), socket.inet_pton(self._family, destination[0]),
-                LOOPBACK_INDEX,  # finds those that are bound to the device, too
-                0xFFFFFFFF, 0xFFFFFFFF))
-            sequence = -1
-            while sequence != self._sequence:  # a late answer to an earlier question is nobody's
-                answer = self._netlink.recv(4096)
-                kind, _, sequence = struct.unpack_from("=HHI", answer, 4)
-        if kind != SOCK_DIAG_BY_FAMILY or len(answer) < 88:
-            error = -struct.unpack_from("=i", answer, 16)[0]
-            if error != errno.ENOENT:  # there is no such socket
-                raise OSError(error, os.strerror(error))
-            return 0, NOBODY, 0
-        # inet_diag_msg behind the nlmsghdr: family, state, timer, retrans, ports, ..., uid, inode
-        state, found_ports, uid, inode = struct.unpack_from("=xBxx4s56xII", answer, 16)
-        return (state, uid, inode) if found_ports == ports else (0, NOBODY, 0)
-
-    def close(self) -> None:
-        with self._lock:
-            self._netlink.close()
+    OSError if the kernel does not answer.
+    """
+    state, uid, inode = find_socket(family, client, local)
+    # where the kernel finds no connection, it answers with a socket that listens on the client's port
+    is_another = state in (TCP_LISTEN, TCP_SYN_SENT)
+    is_orphan = not (uid or inode)  # what older kernels say of a closed socket
+    if is_another or is_orphan:
+        return NOBODY, True
+    return uid, not inode
 
 
 class Listener(socketserver.TCPServer):
@@ -2220,7 +2196,7 @@ class Listener(socketserver.TCPServer):
         self._warn_once = warn_once
         self._returned: List[Leg] = []  # clients that were put back
         self._bound_file: Optional[os.stat_result] = None  # of a unix socket
-        self._owners: Optional[OwnerCheck] = None  # also with allow_other_users, for `has_closed`
+        self._knows_owners = False  # the kernel tells; also with allow_other_users, for `has_closed`
         self._checks_owners = False
         self.address_family = (socket.AF_UNIX if local.path else
                                socket.AF_INET6 if ":" in local.host else socket.AF_INET)
@@ -2258,19 +2234,20 @@ class Listener(socketserver.TCPServer):
                                 "use the port")
             return
         try:
-            self._owners = OwnerCheck(self.address_family, (self.local.host, self.local.port))
-            self._checks_owners = not self._allows_other_users and os.geteuid() != OVERFLOW_UID
+            nobody = "::" if ":" in self.local.host else "0.0.0.0"  # noqa: S104
+            uid = find_socket(self.address_family, self.local[:2], (nobody, 0))[1]  # of our own listener
+            self._knows_owners = uid == os.geteuid()
         except (OSError, AttributeError) as error:
             if getattr(error, "errno", None) in EXHAUSTED:
                 raise
+        self._checks_owners = (self._knows_owners and not self._allows_other_users
+                               and os.geteuid() != OVERFLOW_UID)
         if not self._checks_owners and not self._allows_other_users:
             self._warn_once("this host cannot tell whose a connection is: any local user can use the port")
 
     def server_close(self) -> None:
         """Close it, which resets who waits; remove a unix socket, if it is still ours."""
         super().server_close()
-        if self._owners is not None:
-            self._owners.close()
         mine, self._bound_file = self._bound_file, None
         with contextlib.suppress(OSError):  # it is gone, or its directory is not ours any more
             if mine and os.path.samestat(mine, os.lstat(self.local.path)):
@@ -2328,9 +2305,9 @@ class Listener(socketserver.TCPServer):
 
     def has_closed(self, client: Leg) -> Optional[bool]:
         """Return whether a client has closed its socket; None if the kernel does not tell."""
-        if self._owners is not None:
+        if self._knows_owners:
             with contextlib.suppress(OSError):
-                return self._owners.find(client.address)[1]
+                return find_owner(self.address_family, client.address, self.local)[1]
         descriptor = client.sock.fileno()  # its thread may close it meanwhile
         if descriptor < 0 or wait_for(descriptor, 0, 0):  # a reset, or a unix socket that was closed
             return True
@@ -2338,12 +2315,12 @@ class Listener(socketserver.TCPServer):
 
     def _may_be_served(self, client: Leg) -> bool:
         """Return whether a client may be served: its user is ours or root, and it has not left."""
-        if not self._checks_owners or self._owners is None:
+        if not self._checks_owners:
             with contextlib.suppress(OSError):  # one that has sent something before is served
                 if client.sock.recv(1, socket.MSG_PEEK):
                     return True
             return not self.has_closed(client)
-        uid = self._owners.find(client.address)[0]
+        uid, _ = find_owner(self.address_family, client.address, self.local)
         # asked in this order, since behind a reset the address may be another one's
         if uid == NOBODY or not is_connected(client.sock):
             self.unidentified += 1
@@ -2571,7 +2548,7 @@ class Forwarder:
         self.renew = renew
         self.wait_seconds = wait_seconds
         self.turn = threading.Lock()
-        self.is_closing = threading.Event()  # nothing is carried any more: `over`, or `stop` was called
+        self.is_closing = ledger.plane.cancel  # nothing is carried any more: `over`, or `stop` was called
         # reentrant; guards what follows, `over`, `first`, and the state, client and relay of the carriers
         self.lock = threading.Condition()
         self._request = request
@@ -2579,6 +2556,7 @@ class Forwarder:
         self._minimum = minimum
         self._carriers: List[Carrier] = []
         self._ended = Counts()
+        self._first_failure: Optional[PlexctlError] = None  # of a session, before any is ready
         self._answered_on = 0.0  # when a connection that had an answer has ended last
         self._explanation: Optional[Outcome] = None  # see _explain
         self._waiting_since = elapsed_seconds()  # since when connections wait, and no session is free
@@ -2727,7 +2705,6 @@ class Forwarder:
         with self.lock:
             self.is_closing.set()
             self.lock.notify_all()
-            self.ledger.plane.cancel.set()
             with contextlib.suppress(OSError, MemoryError):
                 self.listener.reject()
             self.listener.server_close()
@@ -2805,6 +2782,8 @@ class Forwarder:
     def _judge_end(self, session: MediatedSession, why: PlexctlError) -> None:
         """Decide what it means for the run that a session is over, or could not be had."""
         others, now = self._count_live(), elapsed_seconds()  # without this one, which is REVOKING by now
+        if self.first is None:  # another of the first sessions may yet be ready
+            why = self._first_failure = self._first_failure or why
         is_final = self.first is None or not self.renew or is_refusal(why)
         if isinstance(why, SessionRevoked) or self._is_time_up(now) or (is_final and not others):
             self._end_run(why)
@@ -2812,7 +2791,7 @@ class Forwarder:
             self.ledger.tell_once(f"{why}; the next connection gets a new one" if self.renew else str(why))
             # a Node that refuses everybody must not cost a session per attempt
             self._issue_after = session.ready_on + REPLACE_SECONDS if isinstance(why, ListenerGone) else 0.0
-        elif self.first is not None:  # else another of the first sessions may yet be ready
+        elif self.first is not None:
             has_no_room = others and (is_refusal(why) or isinstance(why, EndpointMissing))
             self._issue_after = now + (REFUSED_PAUSE_SECONDS if has_no_room else FAILED_PAUSE_SECONDS)
             why.is_told = self.ledger.warn_once(f"no further session for now: {why}", type(why).__name__)

@@ -4661,21 +4661,23 @@ with connect(int(sys.argv[3]), b"lo") as client:
 @pytest.mark.skipif(not LINUX, reason="asks the kernel")
 @pytest.mark.parametrize("family, host", [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
 def test_the_kernel_says_who_holds_the_other_end_and_of_nobody_else(family, host):
+    def owner(client):
+        return plexctl.find_owner(family, client, local)
+
     nobody = plexctl.NOBODY, True
     with contextlib.ExitStack() as stack:
         listener, client, half, other = [stack.enter_context(socket.socket(family)) for _ in range(4)]
         listener.bind((host, 0))
         listener.listen(8)
         local = listener.getsockname()[:2]
-        owners = plexctl.OwnerCheck(family, local)
         for each in (client, half):
             each.connect(local)
         name, half_name = client.getsockname()[:2], half.getsockname()[:2]
         accepted = [stack.enter_context(listener.accept()[0]) for _ in range(2)]
         half.shutdown(socket.SHUT_WR)
-        assert [owners.find(each) for each in (name, half_name)] == [(os.geteuid(), False)] * 2
+        assert [owner(each) for each in (name, half_name)] == [(os.geteuid(), False)] * 2
         client.close()
-        assert [owners.find(each) for each in (name, (host, 1))] == [nobody] * 2  # inode 0; no such socket
+        assert [owner(each) for each in (name, (host, 1))] == [nobody] * 2  # inode 0; no such socket
         reset_close(accepted[0])
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -4683,12 +4685,7 @@ def test_the_kernel_says_who_holds_the_other_end_and_of_nobody_else(family, host
         except OSError:
             pytest.skip("somebody else was given the port meanwhile")
         other.listen(1)
-        assert owners.find(name) == nobody  # the kernel answers with the listener
-        owners.close()
-        with pytest.raises(OSError):  # nobody can know
-            owners.find(half_name)
-    with pytest.raises(OSError):
-        plexctl.OwnerCheck(family, local)  # nobody listens there
+        assert owner(name) == nobody  # the kernel answers with the listener
 
 
 @pytest.mark.skipif(not LINUX, reason="a full backlog drops what comes")
@@ -4696,9 +4693,8 @@ def test_a_connection_that_is_only_being_asked_for_is_nobody_s():
     with dial_that_hangs() as listener, socket.socket() as client:
         client.setblocking(False)
         client.connect_ex(listener.getsockname())
-        owners = plexctl.OwnerCheck(socket.AF_INET, listener.getsockname())
-        assert owners.find(client.getsockname()) == (plexctl.NOBODY, True)  # SYN_SENT, of this very user
-        owners.close()
+        found = plexctl.find_owner(socket.AF_INET, client.getsockname(), listener.getsockname())
+        assert found == (plexctl.NOBODY, True)  # SYN_SENT, of this very user
 
 
 @pytest.mark.skipif(not LINUX, reason="asks the kernel")
@@ -4725,10 +4721,10 @@ def test_where_our_uid_is_the_one_of_every_stranger_that_is_announced(simulation
 
 
 def test_a_host_that_cannot_tell_is_announced_once_and_connections_are_served(simulation, monkeypatch):
-    def cannot(family, local):
+    def cannot(*_):
         raise OSError("not here")
 
-    monkeypatch.setattr(plexctl, "OwnerCheck", cannot)
+    monkeypatch.setattr(plexctl, "find_socket", cannot)
     with using_sessions(simulation.plane) as running:
         assert visit(running.address) and visit(running.address)
         assert len(running.lines) == len(running.said("warning: this host cannot tell")) == 1
