@@ -1015,7 +1015,7 @@ class ControlPlane:
 
         `on_issued(session_id)` is called as soon as an id can be read, even from an answer that is
         malformed or no 201, and before it is judged: the caller can revoke the session whatever follows.
-        It may raise TransportError for one that it knows already, which ends the call.
+        It is called again with each answer. It may raise TransportError, which ends the call.
         """
         path = f"/v1/projects/{request.project_id}/sessions"
         body: Dict[str, Any] = {
@@ -1024,21 +1024,17 @@ class ControlPlane:
             "idempotency_key": new_key()}
         if request.ttl_seconds:
             body["requested_ttl_seconds"] = request.ttl_seconds
-        asked_on, may_exist = elapsed_seconds(), False
-        named: Set[str] = set()  # every session_id so far, in lower case
-
-        def tell(session_id: str) -> None:
-            if session_id and session_id.lower() not in named:
-                named.add(session_id.lower())
-                on_issued(session_id)
-
+        asked_on, may_exist, session_id = elapsed_seconds(), False, ""
         for attempt in range(1, ISSUE_ATTEMPTS + 1):
             answer = self._send(ISSUE, path, body)
             try:
-                tell(find_session_id(answer))  # also if it was cut off, or is no 201
+                session_id = find_session_id(answer) or session_id  # also if it was cut off, or is no 201
+                if session_id:
+                    on_issued(session_id)
                 self._judge(answer)
                 issued = self._parse_issued(answer, asked_on)
-                tell(issued.session_id)  # JSON can also write it with escapes
+                if issued.session_id != session_id:  # JSON can also write it with escapes
+                    on_issued(issued.session_id)
                 return issued
             except (TransportError, ApiError) as failure:
                 error: PlexctlError = failure
@@ -1051,7 +1047,7 @@ class ControlPlane:
             self._report(f"{error}; trying again in {wait:.1f} s")
             if self.cancel.wait(wait):
                 break
-        error.may_exist = may_exist and not named
+        error.may_exist = may_exist and not session_id
         text = str(error) + (f" (after {attempt} attempts)" if attempt > 1 else "")
         if error.may_exist:
             text += "; a session may exist all the same, it will expire on its own"
@@ -1783,7 +1779,6 @@ class Ledger:
         self._revoking: Set[str] = set()  # until that has ended, or `settle` has told of it
         self._issuing = 0
         self._unknown: Dict[str, PlexctlError] = {}  # by text; each may have left a session
-        self._is_closed = False
         self._told: Set[str] = set()
 
     def tell_once(self, line: str, subject: str = "") -> bool:
@@ -1800,26 +1795,26 @@ class Ledger:
         return self.tell_once("warning: " + text, subject or text.partition(" (")[0])
 
     def issue(self, request: SessionRequest) -> IssuedSession:
-        """Issue a session, see ControlPlane.issue; Cancelled once `leave` was called."""
+        """Issue a session, see ControlPlane.issue; Cancelled once the run is ending."""
         to_revoke: Set[str] = set()  # in lower case: what the server has named, but for the session itself
 
         def owe(session_id: str) -> None:
             key = session_id.lower()
             with self._changed:
-                if key in self._known:
+                if key in self._known and key not in to_revoke:
                     raise TransportError(f"{ISSUE}: the answer's session_id is that of an earlier session")
                 self._known.add(key)
                 self._owed[key] = (session_id, "it expires")
                 to_revoke.add(key)
 
         with self._changed:
-            if self._is_closed:
+            if self.plane.cancel.is_set():
                 raise Cancelled("interrupted")
             self._issuing += 1
         try:
             issued = self.plane.issue(request, owe)
             with self._changed:
-                if self._is_closed:  # nobody else would revoke it
+                if self.plane.cancel.is_set():  # `leave` may not see it any more
                     raise Cancelled("interrupted")
                 key = issued.session_id.lower()
                 to_revoke.discard(key)
@@ -1852,10 +1847,9 @@ class Ledger:
     def leave(self, seconds: float = LEAVE_SECONDS) -> None:
         """Issue nothing more, and revoke what is owed; `issue` does so with what comes from now on."""
         deadline = elapsed_seconds() + seconds
-        with self._changed:
-            self._is_closed = True
-            due = [] if self.is_kept else self._claim(set(self._owed))
         self.plane.cancel.set()
+        with self._changed:
+            due = [] if self.is_kept else self._claim(set(self._owed))
         for session_id in due:
             if not start_thread(self._revoke, session_id):
                 self._revoke(session_id)
