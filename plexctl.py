@@ -1499,8 +1499,7 @@ class Flow:
         self.dropped = 0  # bytes that were read, and never handed on
         self.source_ended = False
         self.end_was_sent = False  # to the sink, after the source had ended
-        # if the sink takes nothing any more: of the write that has failed; what is read is dropped
-        self.sink_error: int = 0
+        self.sink_error = 0  # errno of a failed write: from then on what is read is dropped
         self._buffer = buffer
 
     def move(self) -> bool:
@@ -1631,21 +1630,21 @@ class Relay:
         """If it `awaits_node`, wait until the Node has ended the connection too; drop what that sends.
 
         After a reset by the client it is enough that the Node has what was sent, since our reset would
-        destroy that. A dead path is an end as well. False after so many seconds, which begin, if there was no
-        reset, when the Node has everything; and if `pace` ends it.
+        destroy that. A dead path is an end as well. False if `pace` ends the wait, or after so many seconds,
+        which begin, if there was no reset, when the Node has everything.
         """
         if not self.awaits_node:
             return True
+        was_reset = self.error is not None
         self.down.sink_error, deadline = errno.EPIPE, elapsed_seconds() + seconds
         try:
             while not self.remote.is_dead():
                 has_everything = not self.remote.count_unsent()
-                if has_everything if self.error else self.down.source_ended:
-                    return True
-                if not (has_everything or self.error):
+                is_over = has_everything if was_reset else self.down.source_ended
+                if is_over or elapsed_seconds() >= deadline:
+                    return is_over
+                if not (was_reset or has_everything):
                     deadline = elapsed_seconds() + seconds
-                if elapsed_seconds() >= deadline:
-                    return self.down.source_ended
                 mask = 0 if self.down.source_ended else select.POLLIN
                 if wait_for(self.remote.reads_at, mask, self._pace(CLOSE_POLL_SECONDS)):
                     self.down.move()
@@ -2354,7 +2353,6 @@ FREE = "free"  # waits for a client; then BUSY, or REVOKING if it is not needed 
 BUSY = "busy"  # dials, carries, and waits for the Node to end that; then FREE, or REVOKING if it does not
 REVOKING = "revoking"  # the end: the session is over, stuck, or not needed any more
 READY = (FREE, BUSY)
-LIVE = (OPENING, FREE, BUSY)  # connections may yet come to it
 
 
 class Carrier:
@@ -2427,7 +2425,7 @@ class Carrier:
             self._forwarder.turn.release()
 
     def _pace(self, seconds: float) -> float:
-        """Return how long a wait may last, and pass the turn on once the connection does; see Pace."""
+        """Return how long a wait may last, see Pace; pass the turn on once the connection has lasted."""
         # must_leave without its clock, which costs too much here; tick() looks at that
         if self._forwarder.is_closing.is_set() or self.session.why is not None:
             raise self.session.why or Cancelled("interrupted")
@@ -2582,7 +2580,7 @@ class Forwarder:
     def take_back(self, carrier: Carrier) -> bool:
         """Take a carrier's client back for another session; False if there will be none."""
         with self.lock:
-            may_be_served = self.renew or self._count_live() > 1  # the carrier itself still counts
+            may_be_served = self.renew or self._count_live() > 1  # the carrier itself is still BUSY
             if carrier.client is None or not may_be_served or self.is_closing.is_set():
                 return False
             self.listener.put_back(carrier.client)
@@ -2728,7 +2726,7 @@ class Forwarder:
         if now < self._issue_after or self._is_time_up(now + 1):  # 1 s is the shortest TTL
             return
         if REVOKING in states and not live:
-            return  # the server may yet count that session, and refuse the only one asked for
+            return  # a server that still counts that one might refuse another, and so end the run
         missing = waiting - states.count(OPENING) if is_overdue else 0
         if self._minimum > 1:  # a single one is issued when a connection comes
             missing = max(missing, self._minimum - live)
@@ -2767,7 +2765,7 @@ class Forwarder:
         return [each.relay for each in self._carriers if each.client and each.relay]
 
     def _count_live(self) -> int:
-        return sum(each.state in LIVE for each in self._carriers)
+        return sum(each.state != REVOKING for each in self._carriers)
 
     def _is_time_up(self, now: float) -> bool:
         """Return whether the time of the first session is up, which without `renew` is that of the run."""
