@@ -740,7 +740,7 @@ ISSUE, GET, REVOKE = "IssueSession", "GetSession", "RevokeSession"
 SUCCESS = range(200, 300)
 EXPECTED = {ISSUE: {201}, GET: {200}, REVOKE: {*SUCCESS, 404, 409, 410}}  # one that is gone counts as revoked
 PASSING = {ISSUE: {502, 503, 504}, GET: {502, 503, 504}, REVOKE: {429, *range(500, 600)}}  # worth another try
-# a server may fail after it has issued a session, or a gateway lose the answer, but 501 and 503 did nothing
+# after these there is no session; but a server may fail once it has issued one, or a gateway lose the answer
 NONE_ISSUED = {*range(300, 500), 501, 503}
 ISSUE_ATTEMPTS = 3
 JITTER_SECONDS = 0.2
@@ -802,8 +802,8 @@ class PlaneConnection(http.client.HTTPConnection):
             self.sock = exchange.context.wrap_socket(self.sock, server_hostname=exchange.server_name,
                                                      do_handshake_on_connect=False)
             self.sock.do_handshake()
-        # in this order, since give_up() sets `fault` before `sent` is looked at: either it is seen there that
-        # the request was sent, or here that it was given up, and nothing is sent
+        # `sent` first and then `fault`, while the waiting thread sets `fault` and then looks at `sent`: so a
+        # request that goes out always counts as sent
         exchange.sent = True
         if exchange.fault:
             raise TimeoutError
@@ -1015,7 +1015,7 @@ class ControlPlane:
 
         `on_issued(session_id)` is called as soon as an id can be read, even from an answer that is
         malformed or no 201, and before it is judged: the caller can revoke the session whatever follows.
-        It is called again with each answer. It may raise TransportError, which ends the call.
+        It is called again with each answer. A TransportError that it raises ends the call.
         """
         path = f"/v1/projects/{request.project_id}/sessions"
         body: Dict[str, Any] = {
@@ -1621,34 +1621,21 @@ class Relay:
             if not (self.awaits_node or down.end_was_sent):
                 with contextlib.suppress(Exception):
                     self._before_end(leg is self.remote)
-        # a client that was told of the Node's end is reset if what it sent since then was lost. But not if
-        # it has ended its input too: it may yet read, and a reset would destroy that
+        # in order if it has seen the Node's end, and nothing that it sent was lost or it sends no more:
+        # then it may yet read, and a reset would destroy that
         is_complete = down.end_was_sent and (up.source_ended or not up.count_undelivered())
         self._client.close(reset=not is_complete)
 
     def await_end(self, seconds: float) -> bool:
-        """If it `awaits_node`, wait until the Node has ended the connection too; drop what that sends.
+        """If it `awaits_node`, wait until the Node has ended the connection too; False if that takes longer.
 
-        After a reset by the client it is enough that the Node has what was sent, since our reset would
-        destroy that. A dead path is an end as well. False if `pace` ends the wait, or after so many seconds,
-        which begin, if there was no reset, when the Node has everything.
+        What the Node still sends is dropped. `pace` may end the wait, which is no end of the connection.
         """
         if not self.awaits_node:
             return True
-        was_reset = self.error is not None
-        self.down.sink_error, deadline = errno.EPIPE, elapsed_seconds() + seconds
+        self.down.sink_error = errno.EPIPE  # from now on it drops what it reads
         try:
-            while not self.remote.is_dead():
-                has_everything = not self.remote.count_unsent()
-                is_over = has_everything if was_reset else self.down.source_ended
-                if is_over or elapsed_seconds() >= deadline:
-                    return is_over
-                if not (was_reset or has_everything):
-                    deadline = elapsed_seconds() + seconds
-                mask = 0 if self.down.source_ended else select.POLLIN
-                if wait_for(self.remote.reads_at, mask, self._pace(CLOSE_POLL_SECONDS)):
-                    self.down.move()
-            return True
+            return self._await_acknowledged(seconds) if self.error else self._await_node(seconds)
         except (OSError, PlexctlError) as error:  # `pace`, no memory, or a reset by the Node, which is an end
             return isinstance(error, PeerReset)
 
@@ -1676,7 +1663,8 @@ class Relay:
     def _end_client(self) -> None:
         """The Node has ended the connection: pass that on, and let the client finish."""
         self.up.check_reset()  # what looks like an end may be a reset that a write has met first
-        if not (self.up.end_was_sent or self.down.sink_error):  # else the client has ended it first
+        client_was_first = self.up.end_was_sent or self.down.sink_error
+        if not client_was_first:
             self._before_end(True)
         self.down.send_end()
         # not longer: a client may keep its end open for ever, and the session is to carry the next one
@@ -1687,6 +1675,34 @@ class Relay:
         self._check_client_reset()
         self.up.send_end()
         self.awaits_node = True
+
+    # The steps of await_end
+
+    def _await_node(self, seconds: float) -> bool:
+        """Wait for the end by the Node, so long from when it has everything. A dead path is an end too."""
+        acknowledged_on = elapsed_seconds()
+        while not (self.down.source_ended or self.remote.is_dead()):
+            if self.remote.count_unsent():
+                acknowledged_on = elapsed_seconds()
+            if elapsed_seconds() - acknowledged_on >= seconds:
+                return False
+            self._drain()
+        return True
+
+    def _await_acknowledged(self, seconds: float) -> bool:
+        """The client has reset it: wait until the Node has everything, since our reset destroys the rest."""
+        deadline = elapsed_seconds() + seconds
+        while self.remote.count_unsent():
+            if elapsed_seconds() >= deadline:
+                return False
+            self._drain()
+        return True
+
+    def _drain(self) -> None:
+        """Read what the Node sends, if that does not take long: it may be blocked in that write."""
+        mask = 0 if self.down.source_ended else select.POLLIN
+        if wait_for(self.remote.reads_at, mask, self._pace(CLOSE_POLL_SECONDS)):
+            self.down.move()
 
     # What they share
 
@@ -1705,7 +1721,8 @@ class Relay:
     def _move(self, seconds: float = TICK_SECONDS) -> None:
         """Wait for a direction that can move, so long at most, and move each that can once.
 
-        Raise what ends the connection for both. A reset by the Node waits until all before it is read.
+        Raise what ends the connection for both. A reset by the Node is raised by the read that meets it, so
+        that all before it is handed on; a write that meets it only sets `sink_error`.
         """
         poller = self._poller or self._create_poller()
         ready = poller.poll(self._pace(seconds) * 1000)
@@ -1795,7 +1812,9 @@ class Ledger:
 
     def issue(self, request: SessionRequest) -> IssuedSession:
         """Issue a session, see ControlPlane.issue; Cancelled once the run is ending."""
-        to_revoke: Set[str] = set()  # in lower case: what the server has named, but for the session itself
+        # the ids from this call that are to be revoked, in lower case: after a failure all, else all but the
+        # session's own
+        to_revoke: Set[str] = set()
 
         def owe(session_id: str) -> None:
             key = session_id.lower()
@@ -1990,17 +2009,19 @@ class MediatedSession:
             self._ledger.warn_once(f"{show_seconds(left + 0.5)} of the session are left",
                                    f"{min(passed)} s left")
 
-    def ask(self, afresh: bool = False) -> None:
+    def ask(self, afresh: bool = False) -> bool:
         """Have a thread ask GetSession, unless one is asking, or has within ASK_SECONDS.
 
-        `afresh` asks in any case, and only that answer counts.
+        `afresh` asks in any case, and only that answer counts. Return whether it asks.
         """
         with self._lock:
             last, now = self._question, elapsed_seconds()
             is_due = last is None or (last.done.is_set() and now - self._asked_on >= ASK_SECONDS)
-            if (is_due or afresh) and self.why is None:
-                self._asked_on = now
-                self._question = Outcome(self._ask, or_here=False)
+            if self.why is not None or not (is_due or afresh):
+                return False
+            self._asked_on = now
+            self._question = Outcome(self._ask, or_here=False)
+            return True
 
     def await_answer(self, pace: Pace = lambda seconds: seconds) -> bool:
         """Wait for the answer to the last question, for ASK_LIMIT_SECONDS; return whether there is one."""
@@ -2054,11 +2075,10 @@ class MediatedSession:
         now = elapsed_seconds()
         is_first = not self._refused_since
         self._refused_since = self._refused_since or now
-        self.ask(afresh=is_first)
         # an earlier answer does not count: a session that was revoked since then must not be replaced
-        if not self.await_answer(pace) or self._asked_on < now:
-            return
-        has_lasted = now - self.ready_on >= REPLACE_SECONDS
+        if not (self.ask(afresh=is_first) and self.await_answer(pace)):
+            return  # a later refusal decides
+        has_lasted = now - self.ready_on >= REPLACE_SECONDS  # the Node's own cap, which needs no patience
         limit = 0 if self._renew and has_lasted else GONE_SECONDS
         # a new endpoint has no refused dials
         if self._refused_since and now - self._refused_since >= limit:
@@ -2175,7 +2195,7 @@ class Listener(socketserver.TCPServer):
     """Listens on the local address, and knows who may connect. The kernel's backlog is its queue.
 
     socketserver calls server_bind and server_activate when it is made (PlexctlError). `take`, `put_back` and
-    `reject` are for one thread at a time.
+    `reject` are for one thread at a time: a Forwarder calls them with its lock held.
     """
 
     request_queue_size = BACKLOG_CONNECTIONS
@@ -2184,7 +2204,7 @@ class Listener(socketserver.TCPServer):
     def __init__(self, local: LocalAddress, allow_other_users: bool,
                  warn_once: Callable[[str], object]) -> None:
         self.local = local  # with the port that it has got
-        self.unidentified = 0  # connections not served, since their clients had closed them
+        self.unidentified = 0  # connections not served, since they were closed before their owner was known
         self._allows_other_users = allow_other_users
         self._warn_once = warn_once
         self._returned: List[Leg] = []  # clients that were put back
@@ -2314,7 +2334,7 @@ class Listener(socketserver.TCPServer):
                     return True
             return not self.has_closed(client)
         uid, _ = find_owner(self.address_family, client.address, self.local)
-        # asked in this order, since behind a reset the address may be another one's
+        # is_connected last: after a reset another user may get that address, and be the one who was found
         if uid == NOBODY or not is_connected(client.sock):
             self.unidentified += 1
             return False
@@ -2401,7 +2421,7 @@ class Carrier:
         return self._forwarder.is_closing.is_set() or self.session.is_over()
 
     def _take(self) -> Optional[Leg]:
-        """Take the client that is next, if one comes in time."""
+        """Take the client that is next, if one comes in time, and keep the turn: `_pace` passes it on."""
         forwarder = self._forwarder
         self._has_turn = self._has_turn or forwarder.turn.acquire(timeout=TICK_SECONDS)
         if not self._has_turn:
@@ -2540,7 +2560,8 @@ class Forwarder:
         self.renew = renew
         self.wait_seconds = wait_seconds
         self.turn = threading.Lock()
-        self.is_closing = ledger.plane.cancel  # nothing is carried any more: `over`, or `stop` was called
+        # nothing is carried any more: `over`, or `stop` was called. And nothing is asked or tried again
+        self.is_closing = ledger.plane.cancel
         # reentrant; guards what follows, `over`, `first`, and the state, client and relay of the carriers
         self.lock = threading.Condition()
         self._request = request
@@ -2553,7 +2574,8 @@ class Forwarder:
         self._explanation: Optional[Outcome] = None  # see _explain
         self._waiting_since = elapsed_seconds()  # since when connections wait, and no session is free
         self._spare_since = elapsed_seconds()  # since when more sessions are free than the minimum
-        self._issue_after = 0.0  # after a failure: when one session may be tried; 0: as many as are needed
+        # after a session could not be had: when the next one is tried; None: as many are issued as are needed
+        self._try_on: Optional[float] = None
 
     def __enter__(self) -> "Forwarder":
         return self
@@ -2574,7 +2596,7 @@ class Forwarder:
         """Note that a session's Node has reported its listener."""
         with self.lock:
             self.first, carrier.state = self.first or carrier.session, FREE
-            self._issue_after = 0.0
+            self._try_on = None
             self.lock.notify_all()
 
     def take_back(self, carrier: Carrier) -> bool:
@@ -2619,12 +2641,13 @@ class Forwarder:
             if why is not None and not is_leaving:
                 self._judge_end(session, why)
         is_usable = why is None or isinstance(why, Cancelled)  # given up while it was opened
-        if not (self.ledger.is_kept and is_leaving and is_usable):
+        is_left_to_operator = self.ledger.is_kept and is_leaving and is_usable
+        if not is_left_to_operator:
             self.ledger.give_back(session.session_id)
         with self.lock:
             self._carriers.remove(carrier)
             if why is None:  # it leaves room for another one
-                self._issue_after = 0.0
+                self._try_on = None
             self.lock.notify_all()
 
     def warn_of_exhaustion(self, error: BaseException) -> None:
@@ -2650,7 +2673,7 @@ class Forwarder:
             try:
                 for each in self._carriers:
                     each.session.watch()
-                may_serve = self._count_live() or now >= self._issue_after
+                may_serve = self._count_live() or now >= (self._try_on or 0)
                 if self.over or not may_serve:
                     self.listener.reject()
                 elif self.first is not None:
@@ -2723,15 +2746,15 @@ class Forwarder:
         is_overdue = waiting and (not live or now - self._waiting_since >= GRACE_SECONDS)
         if is_overdue and states.count(BUSY) >= self._limit:
             self._warn_of_limit(waiting)
-        if now < self._issue_after or self._is_time_up(now + 1):  # 1 s is the shortest TTL
+        if self._is_time_up(now + 1):  # 1 s is the shortest TTL
             return
         if REVOKING in states and not live:
             return  # a server that still counts that one might refuse another, and so end the run
         missing = waiting - states.count(OPENING) if is_overdue else 0
         if self._minimum > 1:  # a single one is issued when a connection comes
             missing = max(missing, self._minimum - live)
-        if self._issue_after:  # the next one shows whether there can be more
-            missing = min(missing, 1 - states.count(OPENING))
+        if self._try_on is not None:  # one, to see whether there can be more
+            missing = min(missing, 1 - states.count(OPENING)) if now >= self._try_on else 0
         self._start(min(missing, self._limit - len(states)))
 
     def _warn_of_limit(self, waiting: int) -> None:
@@ -2772,20 +2795,26 @@ class Forwarder:
         return not self.renew and self.first is not None and now >= self.first.expires_on
 
     def _judge_end(self, session: MediatedSession, why: PlexctlError) -> None:
-        """Decide what it means for the run that a session is over, or could not be had."""
+        """Do what a session's end, or that it could not be had, means for the run.
+
+        - An operator has revoked it, or the time of the run is up: the run ends.
+        - It was the last one, and none may follow: the run ends.
+        - It has worked: with `renew` the next connection gets a new one.
+        - It was a further one, and could not be had: the next one is tried after a pause.
+        """
         others, now = self._count_live(), elapsed_seconds()  # without this one, which is REVOKING by now
         if self.first is None:  # another of the first sessions may yet be ready
             why = self._first_failure = self._first_failure or why
-        is_final = self.first is None or not self.renew or is_refusal(why)
-        if isinstance(why, SessionRevoked) or self._is_time_up(now) or (is_final and not others):
+        may_follow = self.first is not None and self.renew and not is_refusal(why)
+        if isinstance(why, SessionRevoked) or self._is_time_up(now) or not (others or may_follow):
             self._end_run(why)
         elif session.ready_on:
             self.ledger.tell_once(f"{why}; the next connection gets a new one" if self.renew else str(why))
             # a Node that refuses everybody must not cost a session per attempt
-            self._issue_after = session.ready_on + REPLACE_SECONDS if isinstance(why, ListenerGone) else 0.0
+            self._try_on = session.ready_on + REPLACE_SECONDS if isinstance(why, ListenerGone) else None
         elif self.first is not None:
             has_no_room = others and (is_refusal(why) or isinstance(why, EndpointMissing))
-            self._issue_after = now + (REFUSED_PAUSE_SECONDS if has_no_room else FAILED_PAUSE_SECONDS)
+            self._try_on = now + (REFUSED_PAUSE_SECONDS if has_no_room else FAILED_PAUSE_SECONDS)
             why.is_told = self.ledger.warn_once(f"no further session for now: {why}", type(why).__name__)
 
     def _end_run(self, why: PlexctlError) -> None:
@@ -3076,6 +3105,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         flag = message.partition(":")[0].replace("argument ", "")
+        # no other error is left to argparse: values are parsed later, and unknown words are returned
         fault = ("needs a value; is a variable empty?" if "expected one argument" in message else
                  "must be true or false, or left out")
         raise UsageError(f"{flag}: {fault}")
@@ -3115,7 +3145,8 @@ def parse_arguments(argv: Sequence[str]) -> Tuple[str, Any]:
         for word in argv[:end]:  # what argparse makes of -vq, -v= and -vx differs from version to version
             if re.match("-[hvq]+[^hvq]", word):
                 raise UsageError(describe_unknown(word))
-            words += ["-" + letter for letter in word[1:]] if re.fullmatch("-[hvq]+", word) else [word]
+            is_group = re.fullmatch("-[hvq]+", word)
+            words += ["-" + letter for letter in word[1:]] if is_group else [word]
         options, others = parser.parse_known_args(words)
         has_command = SUBCOMMAND in others
         if has_command:
@@ -3362,7 +3393,7 @@ class Run:
             # ssh hangs up as soon as it has seen the end: so once that is under way, the signal does not
             # decide the status, and only limits the rest to a few seconds
             is_ending = relay.down.source_ended or relay.error is not None
-            if not (is_ending and carried.done.wait(ASK_LIMIT_SECONDS)):
+            if not is_ending or not carried.done.wait(ASK_LIMIT_SECONDS):
                 raise
         finally:
             cancel.set()  # after a signal the thread must not go on, where this is a library
@@ -3536,6 +3567,7 @@ def describe_failure(session: MediatedSession, relay: Relay,
         return PlexctlError(describe_unreachable(request))
     if error is not None:
         return PlexctlError(f"the connection ended: {show_error(error)}")
+    # the client has closed its output before anything came, or before it had everything
     if relay.awaits_node and (not down.moved or down.count_undelivered()):
         return PlexctlError("cannot write to standard output: nobody reads it")
     return None
