@@ -4390,7 +4390,7 @@ def test_five_thousand_short_connections_leave_nothing():
                    state=lambda: (state(), before))
         assert resident_bytes() - memory < 8 * MIB
         assert running.lines == running.said("--max-sessions")  # a busy machine may let one wait for a while
-        assert set(running.node.most.values()) == {1} and len(running.plane.issued) == 4
+        assert never_two_at_once(running) and len(running.plane.issued) == 4
 
 
 @READS_PROC
@@ -4420,8 +4420,7 @@ def test_two_hundred_clients_wait_in_turn_and_cost_neither_thread_nor_descriptor
             client.close()
         eventually(lambda: running.count().ended == 201)
         assert order == [b"%03d" % number for number in range(200)]
-        assert len(running.said("--max-sessions")) == len(running.lines) == 1
-        assert set(running.node.most.values()) == {1}
+        assert len(running.said("--max-sessions")) == len(running.lines) == 1 and never_two_at_once(running)
 
 
 def attempt(address):
@@ -4788,20 +4787,6 @@ def test_eight_at_once_ask_for_seven_at_once(simulation):
         for client in clients:
             chat(client, 1)
         assert len(simulation.plane.issued) == 8 and never_two_at_once(running) and running.lines == []
-
-
-@pytest.mark.parametrize("delay, rounds", [(0, 40), (0.02, 15)])
-def test_a_listener_that_has_a_connection_is_not_dialled_long_before_its_end(delay, rounds):
-    def work(_number):
-        return all(visit(running.address, pattern(200, number)) for number in range(rounds))
-
-    with relayed_to(delay=delay) as running:
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            assert all(pool.map(work, range(8)))
-        settled(running, 8 * rounds)
-        assert len(running.plane.issued) <= 4
-        # the next one may be dialled before the Node has ended the one before
-        assert all(wait.served and wait.seconds < 2 for wait in running.node.waits), running.node.waits
 
 
 @pytest.fixture(params=["tcp", "tcp of all users", "unix"])
@@ -6951,8 +6936,7 @@ def test_the_port_of_a_session_that_is_over_stays_bound_while_command_goes_on(si
 
 
 @READS_PROC
-@pytest.mark.parametrize("node", [dict(half_close=True), dict(kinder=True)], ids=shown)
-def test_a_node_that_does_not_end_costs_no_threads_and_is_dialled_no_further(node):
+def test_a_node_that_does_not_end_costs_no_further_sessions_or_threads_and_is_dialled_no_further():
     """It passes half-closes on, and the target goes on for ever."""
     def tick(connection, target):
         while not target.closing.wait(0.02):
@@ -6964,20 +6948,18 @@ def test_a_node_that_does_not_end_costs_no_threads_and_is_dialled_no_further(nod
                 client.recv(4)
 
     done = threading.Event()
-    with Simulation(tick, **node) as simulation:
+    with Simulation(tick, kinder=True) as simulation:
         with running_proxy(simulation) as (process, address):
             for _ in range(4):
                 threading.Thread(target=come_and_go, daemon=True).start()
             ends = time.monotonic() + 8
             while time.monotonic() < ends:
                 let_pass(0.1)
+                assert len(simulation.plane.active()) <= 4
                 assert len(os.listdir("/proc/%d/task" % process.pid)) < 20
                 assert len(os.listdir("/proc/%d/fd" % process.pid)) < 40
         done.set()
-        let_pass(0.5)  # the Node finds out who waited
-        assert max(simulation.node.most.values()) < 3
-        waits = collections.Counter(wait.session_id for wait in simulation.node.waits if wait.seconds > 1)
-        assert not waits or max(waits.values()) == 1  # dialled ahead, before it was known to be stuck
+        assert max(simulation.node.most.values()) == 1
 
 
 @pytest.mark.parametrize("why", ["refused", "the Node is full", "the Node is late"])
@@ -7249,9 +7231,8 @@ def psql_to(host, port, *more):
 
 
 @pytest.mark.realworld
-def test_psql_through_the_proxy_and_as_command(postgres):
+def test_psql(postgres):
     hashes = "".join(hashlib.md5(b"%d" % number).hexdigest() + "\n" for number in range(1, 100001))
-    of_server = "select md5(i::text) from generate_series(1, 100000) i"
     with proxy_port(postgres) as port:
         client = psql_to("127.0.0.1", port, "-v", "ON_ERROR_STOP=1")
         run_program(*client, "-c", "drop table if exists t", "-c", "create table t (v text)")
@@ -7260,11 +7241,6 @@ def test_psql_through_the_proxy_and_as_command(postgres):
         notices = "do $$ begin for i in 1..3 loop perform pg_sleep(0.1); end loop; end $$; select 'done'"
         assert run_program(*client, "-c", notices) == b"done\n"
     assert sum(postgres.node.connections.values()) == 4
-    result = run(postgres, "--", *psql_to("{host}", "{port}", "-c", of_server))
-    assert (result.status, result.out) == (0, hashes), result.err
-    client = psql_to("{host}", "{port}", "-v", "ON_ERROR_STOP=1", "-f", "-")
-    assert run(postgres, "--", *client, input=b"nonsense;").status == 3  # psql's own
-    revoked_once(postgres.plane, 3)
 
 
 @pytest.mark.realworld
@@ -7282,7 +7258,7 @@ def test_pgbench(postgres, flags):
 
 
 @pytest.mark.realworld
-def test_redis_cli_through_the_proxy_and_as_command(far, tmp_path):
+def test_redis(far, tmp_path):
     server, client = need("redis-server", "redis-cli")
     value, port = pattern(1 << 20).hex().encode(), quiet_port()
     command = [server, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
@@ -7293,12 +7269,8 @@ def test_redis_cli_through_the_proxy_and_as_command(far, tmp_path):
             pipelined = b"".join(b"RPUSH list %d\r\n" % number for number in range(50000))
             told = run_program(client, "-p", local, "--pipe", input=pipelined)
             assert b"errors: 0, replies: 50000" in told
-            numbers = b"".join(b"%d\n" % number for number in range(50000))
-            assert run_program(client, "-p", local, "lrange", "list", "0", "-1") == numbers
-        result = run(far, "--", client, "-h", "{host}", "-p", "{port}", "llen", "list")
-        assert (result.status, result.out) == (0, "50000\n"), result.err
         benchmark, = need("redis-benchmark")
-        with proxy_port(far, sessions=2 + 4) as local:
+        with proxy_port(far, sessions=1 + 4) as local:
             told = run_program(benchmark, "-p", local, "-c", "4", "-n", 400, "-q",
                                "-t", "set,get,incr").decode()
         assert re.findall(r"(\w+): [0-9.]+ requests per second", told) == ["SET", "GET", "INCR"]
