@@ -6466,22 +6466,20 @@ def test_stdio_has_no_local_port_and_the_proxy_has_one(simulation, make_pipe):
         assert address == "127.0.0.1:%d" % listening_ports(process.pid)[0]
 
 
-def test_a_reader_that_pauses_does_not_keep_stdio_from_sending(make_pipe):
-    """Standard output blocks, and the target's small pieces fill it exactly."""
-    def send_pieces_and_listen(connection, _target):
-        connection.settimeout(0.01)
-        while not heard:
-            with contextlib.suppress(socket.timeout):
-                connection.send(b"a" * 1000)
-            with contextlib.suppress(socket.timeout):
-                heard.append(connection.recv(9))
+@pytest.mark.parametrize("full", [False, True], ids=["it takes a part", "it takes nothing"])
+def test_a_reader_that_pauses_does_not_keep_stdio_from_sending(make_pipe, full):
+    """Standard output blocks."""
+    def fill_and_listen(connection, _target):
+        fill(connection)
+        is_full.set()
+        connection.settimeout(20)
+        heard.append(connection.recv(9))
 
-    heard = []
-    (stdin, to_stdin), (_, stdout) = make_pipe(), make_pipe(full=True)
-    with Simulation(send_pieces_and_listen) as simulation, \
+    heard, is_full = [], threading.Event()
+    (stdin, to_stdin), (_, stdout) = make_pipe(), make_pipe(full=full)
+    with Simulation(fill_and_listen) as simulation, \
             start(simulation, "--stdio", stdin=stdin, stdout=stdout) as process:
-        simulation.target.wait_for(lambda: simulation.target.accepted)
-        let_pass(0.5)
+        assert is_full.wait(20)
         to_stdin.write(b"question")
         eventually(lambda: heard == [b"question"])
         process.send_signal(signal.SIGTERM)
