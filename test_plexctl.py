@@ -6925,7 +6925,7 @@ def test_a_node_that_does_not_end_costs_no_further_sessions_or_threads_and_is_di
                 assert len(os.listdir("/proc/%d/task" % process.pid)) < 20
                 assert len(os.listdir("/proc/%d/fd" % process.pid)) < 40
         done.set()
-        assert max(simulation.node.most.values()) == 1
+        assert max(simulation.node.most.values()) < 3  # a reset may be on its way to the Node still
 
 
 @pytest.mark.parametrize("why", ["refused", "the Node is full", "the Node is late"])
