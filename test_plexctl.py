@@ -4264,16 +4264,13 @@ def test_a_unix_socket_is_ours_alone_and_goes_at_the_end(tmp_path, way):
         os.umask(umask)
 
 
-@pytest.mark.parametrize("kind", ["file", "socket", "dangling link"])
-def test_an_existing_file_is_neither_overwritten_nor_removed(tmp_path, kind):
+@pytest.mark.parametrize("make", [
+    lambda path: write_private(path, "precious"), lambda path: os.symlink(path + "_elsewhere", path),
+    lambda path: socketserver.UnixStreamServer(path, None).server_close()],
+    ids=["file", "dangling link", "stale socket"])
+def test_an_existing_file_is_neither_overwritten_nor_removed(tmp_path, make):
     path = str(tmp_path / "s")
-    if kind == "file":
-        (tmp_path / "s").write_text("precious")
-    elif kind == "socket":
-        with socket.socket(socket.AF_UNIX) as stale:
-            stale.bind(path)
-    else:
-        os.symlink(str(tmp_path / "elsewhere"), path)
+    make(path)
     before = os.lstat(path)
     with pytest.raises(plexctl.PlexctlError, match="--local-addr"):
         plexctl.Forwarder(plexctl.parse_local_address("unix:" + path),
@@ -4281,17 +4278,8 @@ def test_an_existing_file_is_neither_overwritten_nor_removed(tmp_path, kind):
     assert os.lstat(path) == before and os.listdir(str(tmp_path)) == ["s"]
 
 
-def test_a_unix_socket_that_is_no_longer_ours_stays(tmp_path):
-    path, second = str(tmp_path / "s"), str(tmp_path / "other")
-    with socket.socket(socket.AF_UNIX) as other:
-        with relayed_to(local="unix:" + path):
-            other.bind(second)
-            os.rename(second, path)
-        assert os.path.exists(path)
-
-
-def test_stopping_twice_does_not_remove_the_next_one_s_unix_socket(tmp_path):
-    path = str(tmp_path / "s")
+def test_stopping_even_twice_does_not_remove_somebody_else_s_unix_socket(tmp_path):
+    path, other = str(tmp_path / "s"), str(tmp_path / "other")
     with relayed_to(local="unix:" + path) as running:
         running.forwarder.stop()
         assert not os.path.lexists(path)
@@ -4299,6 +4287,9 @@ def test_stopping_twice_does_not_remove_the_next_one_s_unix_socket(tmp_path):
             running.forwarder.stop()
             with dial_unix(path) as client:
                 assert talk(client)
+            socketserver.UnixStreamServer(other, None).server_close()
+            os.rename(other, path)
+    assert os.path.exists(path)
 
 
 @pytest.mark.skipif(not LINUX, reason="how the kernel tells of it")
@@ -4408,7 +4399,7 @@ def test_five_thousand_short_connections_leave_nothing():
                    state=lambda: (state(), before))
         assert resident_bytes() - memory < 8 * MIB
         assert running.lines == running.said("--max-sessions")  # a busy machine may let one wait for a while
-        assert set(running.node.most.values()) == {1} and len(running.plane.issued) == 4
+        assert never_two_at_once(running) and len(running.plane.issued) == 4
 
 
 @READS_PROC
@@ -4438,8 +4429,7 @@ def test_two_hundred_clients_wait_in_turn_and_cost_neither_thread_nor_descriptor
             client.close()
         eventually(lambda: running.count().ended == 201)
         assert order == [b"%03d" % number for number in range(200)]
-        assert len(running.said("--max-sessions")) == len(running.lines) == 1
-        assert set(running.node.most.values()) == {1}
+        assert len(running.said("--max-sessions")) == len(running.lines) == 1 and never_two_at_once(running)
 
 
 def attempt(address):
@@ -4448,17 +4438,6 @@ def attempt(address):
         return visit(address)
     except OSError:
         return False
-
-
-def test_a_session_whose_thread_cannot_be_started_costs_no_client_that_is_served():
-    with relayed_to() as running, dial(running.address) as client:
-        chat(client, 1)
-        with no_more_threads(), dial(running.address) as other:
-            eventually(lambda: running.said("cannot start a thread"))
-            chat(client, 1)
-            client.close()
-            chat(other, 1)
-        assert len(running.lines) == 1 and len(running.plane.issued) == 1
 
 
 @pytest.mark.parametrize("which", [1, 2])
@@ -4804,20 +4783,6 @@ def test_eight_at_once_ask_for_seven_at_once(simulation):
         assert len(simulation.plane.issued) == 8 and never_two_at_once(running) and running.lines == []
 
 
-@pytest.mark.parametrize("delay, rounds", [(0, 40), (0.02, 15)])
-def test_a_listener_that_has_a_connection_is_not_dialled_long_before_its_end(delay, rounds):
-    def work(_number):
-        return all(visit(running.address, pattern(200, number)) for number in range(rounds))
-
-    with relayed_to(delay=delay) as running:
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            assert all(pool.map(work, range(8)))
-        settled(running, 8 * rounds)
-        assert len(running.plane.issued) <= 4
-        # the next one may be dialled before the Node has ended the one before
-        assert all(wait.served and wait.seconds < 2 for wait in running.node.waits), running.node.waits
-
-
 @pytest.fixture(params=["tcp", "tcp of all users", "unix"])
 def kind(request, tmp_path):
     """Options of relayed_to() for a local address, and what connects to it."""
@@ -4872,17 +4837,16 @@ def test_sessions_that_are_refused_altogether_are_told_of_once_and_who_waits_is_
         assert how_it_ends(client) == ("reset", b"") and running.lines == []
 
 
-def test_a_session_that_may_exist_is_told_of_also_where_another_one_is_there(simulation):
-    with using_sessions(simulation.plane) as running:
-        for _ in range(2):  # once, however often it happens
-            simulation.plane.script("issue", *[PASSING["502"]] * 3)
-            with pytest.raises(plexctl.ApiError):
-                running.ledger.issue(session_request())
-        running.forwarder.stop()
-        running.ledger.leave()
-        line, = running.ledger.settle()
-        assert line.startswith("session unknown: ") and MAY_EXIST in line
-        running.ledger._unknown.clear()
+def test_a_session_that_may_exist_is_told_of_once_also_where_another_one_is_there(lone_plane):
+    ledger = plexctl.Ledger(create_client(lone_plane), PROJECT_ID, pytest.fail)
+    ledger.issue(session_request())
+    for _ in range(2):
+        lone_plane.script("issue", *[PASSING["502"]] * 3)
+        with pytest.raises(plexctl.ApiError):
+            ledger.issue(session_request())
+    ledger.leave()
+    line, = ledger.settle()
+    assert line.startswith("session unknown: ") and MAY_EXIST in line
 
 
 def test_sessions_that_run_out_one_after_the_other_are_told_of_once(simulation):
@@ -5045,18 +5009,19 @@ def test_a_connection_without_an_answer_is_no_sign_of_that_beside_one_that_has_h
                 idle.close()
                 eventually(lambda: running.count().ended)
         settled(running, 2)
-        assert running.lines == []
+    assert running.lines == []  # what is to be found out is by now
 
 
 def test_a_client_that_leaves_at_once_is_no_sign_of_an_unreachable_target(simulation):
-    with using_sessions(simulation.plane) as running:
+    with using_sessions(simulation.plane, QUIET_SECONDS=0.2) as running:
+        assert exchange(running.address) == b""  # it has ended its input, and the Node follows
         for _ in range(5):
             dial(running.address).close()
             client = dial(running.address)
             client.sendall(b"x")
             reset_close(client)
         eventually(lambda: running.count().waiting == running.count().open == 0)
-        assert running.lines == []
+    assert running.lines == []
 
 
 def test_when_the_node_ends_first_that_is_passed_on_at_once_and_asked_about_each_two_seconds():
@@ -5138,18 +5103,6 @@ def test_a_new_endpoint_is_tried_once_and_one_that_leads_nowhere_does_no_harm():
         assert visit(running.address) and len(running.said("not served")) == 1
 
 
-def test_a_dial_that_fails_is_warned_of_and_stops_nobody(simulation):
-    with using_sessions(simulation.plane, limit=2, ASK_SECONDS=0) as running, \
-            dialled(running, 2) as clients:
-        simulation.node.refuse(simulation.plane.issued[0])
-        clients[0].close()
-        assert knock(running.address) == ("reset", b"")
-        eventually(lambda: running.said("warning: ", "not served", simulation.plane.sessions[0].endpoint))
-        chat(clients[1], 3)
-        simulation.node.restart()
-        assert visit(running.address) and len(running.said("not served")) == 1
-
-
 def test_whom_several_sessions_turn_away_is_told_of_once(simulation):
     go = threading.Event()
     simulation.plane.script("get", *[hold(go)] * 3)
@@ -5165,15 +5118,19 @@ def test_whom_several_sessions_turn_away_is_told_of_once(simulation):
         assert len(running.said("not served")) == len(running.lines) == 1
 
 
-def test_dials_without_an_answer_from_the_control_plane_do_not_each_ask_again(simulation):
-    with using_sessions(simulation.plane) as running:
-        simulation.plane.script("get", *[reset] * 50)
+@pytest.mark.parametrize("step, attempts, options", [
+    (reset, 3, {}), (problem("internal"), 1, dict(renew=True, REPLACE_SECONDS=0))],
+    ids=["no answer", "an error, where the session may be replaced"])
+def test_dials_that_fail_do_not_each_ask_the_control_plane_again(simulation, step, attempts, options):
+    with using_sessions(simulation.plane, **options) as running:
+        simulation.plane.script("get", *[step] * 99)
         simulation.node.refuse(simulation.plane.issued[0])
         began = time.monotonic()
         for _ in range(20):
             assert knock(running.address) == ("reset", b"")
-        assert asked(simulation.plane, "get") <= 3 * (1 + (time.monotonic() - began) / 2)
-        assert len(running.said("not served")) == 1 and running.forwarder.over is None
+        assert asked(simulation.plane, "get") <= attempts * (1 + (time.monotonic() - began) / 2)
+        told = running.said("warning: ", "not served", simulation.plane.sessions[0].endpoint)
+        assert len(told) == len(running.said("not served")) == 1 and running.forwarder.over is None
 
 
 @pytest.mark.parametrize("renew", [False, True])
@@ -5201,12 +5158,10 @@ def test_a_new_endpoint_ends_the_time_for_which_dials_were_refused():
         assert running.forwarder.first.why is None
 
 
-@pytest.mark.parametrize("when", ["from before", "under way at"])
-def test_an_answer_that_is_older_than_a_revocation_does_not_count_where_a_fresh_one_is_wanted(
-        simulation, when):
+def test_an_answer_on_its_way_at_a_revocation_does_not_count_where_a_fresh_one_is_wanted(simulation):
     def answer(handler, plane):
         answer = plane.decide(handler.seen)
-        go.wait(20 if when == "under way at" else 0)
+        go.wait(20)
         handler.wfile.write(handler.render(answer))
 
     go = threading.Event()
@@ -5214,7 +5169,6 @@ def test_an_answer_that_is_older_than_a_revocation_does_not_count_where_a_fresh_
         session = running.forwarder.first
         simulation.plane.script("get", answer)
         session.ask()
-        assert when == "under way at" or session.await_answer()
         eventually(lambda: asked(simulation.plane, "get"))
         simulation.plane.revoke(session.session_id)
         session.ask(afresh=True)
@@ -5236,19 +5190,6 @@ def test_a_dial_of_a_session_that_is_over_waits_for_no_answer(simulation):
         go.set()
 
 
-def test_with_renew_a_listener_that_the_node_has_closed_gives_way_to_a_new_session(simulation):
-    """Its own cap: the connection goes to the new session."""
-    with using_sessions(simulation.plane, renew=True, REPLACE_SECONDS=0) as running:
-        assert visit(running.address)
-        settled(running, 1)
-        for number in (1, 2):
-            simulation.node.refuse(simulation.plane.issued[-1])
-            assert visit(running.address)
-            assert len(simulation.plane.issued) == 1 + number
-            eventually(lambda: simulation.plane.revoked == simulation.plane.issued[:-1])
-        assert running.forwarder.over is None and not running.said("not served")
-
-
 @pytest.mark.parametrize("is_first", [True, False])
 def test_with_renew_an_answer_from_before_a_revocation_does_not_renew_the_session(
         simulation, monkeypatch, is_first):
@@ -5264,35 +5205,25 @@ def test_with_renew_an_answer_from_before_a_revocation_does_not_renew_the_sessio
         assert not is_first or "was revoked" in running.why()
 
 
-def test_dials_that_fail_ask_once_in_two_seconds_also_where_the_session_may_be_replaced(simulation):
-    began = time.monotonic()
-    simulation.plane.script("get", *[problem("internal")] * 99)
-    with using_sessions(simulation.plane, renew=True, REPLACE_SECONDS=0) as running:
-        simulation.node.refuse(simulation.plane.issued[0])
-        assert {knock(running.address) for _ in range(20)} == {("reset", b"")}
-        assert asked(simulation.plane, "get") <= 2 + (time.monotonic() - began) / 2
-
-
-def test_a_node_that_refuses_everybody_costs_no_session_per_attempt():
-    began = time.monotonic()
-    with ControlPlane(endpoint="127.0.0.1:9") as plane, using_sessions(
-            plane, renew=True, ASK_SECONDS=0, GONE_SECONDS=0, REPLACE_SECONDS=2) as running:
-        for _ in range(10):
+@pytest.mark.parametrize("when", ["at once", "after each connection"])
+def test_a_node_that_refuses_everybody_costs_no_session_per_attempt(simulation, when):
+    def a_third_was_issued():
+        if when == "at once":
             assert knock(running.address) == ("reset", b"")
-        assert len(plane.issued) <= 1 + (time.monotonic() - began) / 2
-        eventually(lambda: knock(running.address) and len(plane.issued) >= 3)
-        assert len(running.said("the Node has closed")) == len(running.lines) == 1
+        else:
+            attempt(running.address)
+        for each in list(simulation.node.connections):
+            simulation.node.refuse(each)
+        assert len(simulation.plane.issued) <= 1 + (time.monotonic() - began) / 2
+        return len(simulation.plane.issued) == 3
 
-
-def test_a_node_that_refuses_after_each_connection_costs_few_sessions_with_renew(simulation):
+    if when == "at once":
+        simulation.plane.node, simulation.plane.endpoint = None, "127.0.0.1:9"
     began = time.monotonic()
     with using_sessions(simulation.plane, renew=True, ASK_SECONDS=0, GONE_SECONDS=0,
                         REPLACE_SECONDS=2) as running:
-        while time.monotonic() < began + 5:
-            attempt(running.address)
-            for each in [each for each in simulation.plane.issued if simulation.node.connections[each]]:
-                simulation.node.refuse(each)
-        assert len(simulation.plane.issued) <= 1 + (time.monotonic() - began) / 2
+        eventually(a_third_was_issued)
+        assert len(running.said("the Node has closed")) == len(running.lines) == 1
 
 
 def test_after_a_refusal_one_session_is_tried_and_more_once_that_is_ready(simulation):
@@ -5342,16 +5273,9 @@ def test_a_dial_that_is_done_at_once_does_not_hide_the_session_s_end(simulation)
             running.forwarder.first.dial()
 
 
-def test_many_at_the_moment_of_renewal_are_all_served(simulation):
-    with using_sessions(simulation.plane, renew=True, limit=8) as running:
-        simulation.plane.script("issue", hold(0.3))
-        expire(running)
-        with dialled(running, 8):
-            assert len(simulation.plane.issued) <= 9 and running.forwarder.over is None
-
-
 @pytest.mark.parametrize("why", ["it has expired", "its listener is gone"])
 def test_a_renewal_follows_the_revocation_of_the_old_session(why):
+    """And the connection that has met the Node's own cap, a refused dial, goes to the new session."""
     with relayed_to(session_limit=1, renew=True, REPLACE_SECONDS=0) as running:
         running.plane.script("revoke", hold(0.5))
         if why == "it has expired":
@@ -5359,7 +5283,7 @@ def test_a_renewal_follows_the_revocation_of_the_old_session(why):
             eventually(lambda: not running.count().sessions)
         else:
             running.node.refuse(running.plane.issued[0])
-        assert visit(running.address)
+        assert visit(running.address) and running.forwarder.over is None and not running.said("not served")
         assert len(running.plane.issued) == 2 and running.plane.active() == running.plane.issued[1:]
 
 
@@ -5470,26 +5394,6 @@ def test_a_client_is_reset_before_its_session_is_revoked_where_memory_runs_out(s
         go.set()
 
 
-def test_leave_does_not_wait_for_ever(simulation):
-    go = threading.Event()
-    with using_sessions(simulation.plane) as running:
-        simulation.plane.script("revoke", hold(go))
-        with lasts(0.4, 3):
-            running.ledger.leave(0.5)
-        assert [words for words in running.ledger.settle() if simulation.plane.issued[0] in words]
-        go.set()
-
-
-def test_an_earlier_session_of_a_server_that_forgets_the_key_is_given_back(lone_plane):
-    def lose_and_forget(handler, plane):
-        cut_off(handler, plane)
-        plane._by_key.clear()
-    lone_plane.script("issue", lose_and_forget)
-    ledger = plexctl.Ledger(create_client(lone_plane), PROJECT_ID, lambda line: None)
-    session = ledger.issue(session_request())
-    assert len(lone_plane.issued) == 2 and lone_plane.active() == [session.session_id]
-
-
 @pytest.mark.parametrize("told, last", [("AB", "A"), ("A", "a"), ("BA", "A")])
 def test_a_session_is_owed_as_it_was_written_last_and_what_else_was_told_is_given_back(
         lone_plane, monkeypatch, told, last):
@@ -5530,18 +5434,6 @@ def test_every_session_of_a_busy_run_is_revoked_once_and_once_only(simulation):
     with using_sessions(simulation.plane, minimum=2, limit=8) as running, dialled(running, 6):
         assert len(simulation.plane.issued) == 6
     assert simulation.plane.active() == []
-
-
-def test_a_revocation_amid_an_upload_is_told_of():
-    def read_slowly(connection, target):
-        while not target.closing.wait(0.05) and connection.recv(1 << 16):
-            pass
-
-    with relayed_to(read_slowly) as running, dial(running.address) as client, \
-            while_sending(client, bytes(64 * MIB)):
-        standstill(lambda: running.count().up // MIB)  # from now on it is as slow as the target
-        running.plane.revoke(running.plane.issued[0])
-        assert "was revoked" in running.why()
 
 
 # ---- tests: what the tests with processes share --------------------------------------------------
@@ -6585,22 +6477,20 @@ def test_stdio_has_no_local_port_and_the_proxy_has_one(simulation, make_pipe):
         assert address == "127.0.0.1:%d" % listening_ports(process.pid)[0]
 
 
-def test_a_reader_that_pauses_does_not_keep_stdio_from_sending(make_pipe):
-    """Standard output blocks, and the target's small pieces fill it exactly."""
-    def send_pieces_and_listen(connection, _target):
-        connection.settimeout(0.01)
-        while not heard:
-            with contextlib.suppress(socket.timeout):
-                connection.send(b"a" * 1000)
-            with contextlib.suppress(socket.timeout):
-                heard.append(connection.recv(9))
+@pytest.mark.parametrize("full", [False, True], ids=["it takes a part", "it takes nothing"])
+def test_a_reader_that_pauses_does_not_keep_stdio_from_sending(make_pipe, full):
+    """Standard output blocks."""
+    def fill_and_listen(connection, _target):
+        fill(connection)
+        is_full.set()
+        connection.settimeout(20)
+        heard.append(connection.recv(9))
 
-    heard = []
-    (stdin, to_stdin), (_, stdout) = make_pipe(), make_pipe(full=True)
-    with Simulation(send_pieces_and_listen) as simulation, \
+    heard, is_full = [], threading.Event()
+    (stdin, to_stdin), (_, stdout) = make_pipe(), make_pipe(full=full)
+    with Simulation(fill_and_listen) as simulation, \
             start(simulation, "--stdio", stdin=stdin, stdout=stdout) as process:
-        simulation.target.wait_for(lambda: simulation.target.accepted)
-        let_pass(0.5)
+        assert is_full.wait(20)
         to_stdin.write(b"question")
         eventually(lambda: heard == [b"question"])
         process.send_signal(signal.SIGTERM)
@@ -7023,8 +6913,7 @@ def test_the_port_of_a_session_that_is_over_stays_bound_while_command_goes_on(si
 
 
 @READS_PROC
-@pytest.mark.parametrize("node", [dict(half_close=True), dict(kinder=True)], ids=shown)
-def test_a_node_that_does_not_end_costs_no_threads_and_is_dialled_no_further(node):
+def test_a_node_that_does_not_end_costs_no_further_sessions_or_threads_and_is_dialled_no_further():
     """It passes half-closes on, and the target goes on for ever."""
     def tick(connection, target):
         while not target.closing.wait(0.02):
@@ -7036,20 +6925,18 @@ def test_a_node_that_does_not_end_costs_no_threads_and_is_dialled_no_further(nod
                 client.recv(4)
 
     done = threading.Event()
-    with Simulation(tick, **node) as simulation:
+    with Simulation(tick, kinder=True) as simulation:
         with running_proxy(simulation) as (process, address):
             for _ in range(4):
                 threading.Thread(target=come_and_go, daemon=True).start()
             ends = time.monotonic() + 8
             while time.monotonic() < ends:
                 let_pass(0.1)
+                assert len(simulation.plane.active()) <= 4
                 assert len(os.listdir("/proc/%d/task" % process.pid)) < 20
                 assert len(os.listdir("/proc/%d/fd" % process.pid)) < 40
         done.set()
-        let_pass(0.5)  # the Node finds out who waited
-        assert max(simulation.node.most.values()) < 3
-        waits = collections.Counter(wait.session_id for wait in simulation.node.waits if wait.seconds > 1)
-        assert not waits or max(waits.values()) == 1  # dialled ahead, before it was known to be stuck
+        assert max(simulation.node.most.values()) < 3  # a reset may be on its way to the Node still
 
 
 @pytest.mark.parametrize("why", ["refused", "the Node is full", "the Node is late"])
@@ -7183,35 +7070,18 @@ sys.exit(os.WEXITSTATUS(status))
     assert "127.0.0.1" in screen.read() and "the session expired" in screen.read()
 
 
-@pytest.mark.skipif(not LINUX, reason="how much its kernel takes")
-def test_a_session_that_still_sends_is_not_free_and_loses_nothing():
-    """Its client has closed, and its target does not read yet."""
-    heard, go, data = [], threading.Event(), pattern(6 * MIB)
-    serve = on_request(e=echo, u=after(go, lambda connection, _: heard.append(how_it_ends(connection))))
-    with relayed_to(serve, direct=True, IDLE_SECONDS=0.3) as running:
-        with dial(running.address) as client:
-            client.sendall(b"u" + data)
-        with dial(running.address) as client:
-            client.sendall(b"e")
-            assert talk(client)  # by another session
-        let_pass(2)
-        assert len(running.plane.issued) == 2 and running.plane.revoked == []  # one is free, not two
-        go.set()
-        eventually(lambda: heard)
-        assert heard == [("eof", data)]
-
-
 @pytest.mark.skipif(not LINUX, reason="SIOCOUTQ")
-def test_what_was_sent_is_under_way_until_the_node_has_acknowledged_it():
+def test_what_was_sent_is_under_way_until_the_node_has_acknowledged_it_and_its_session_not_stuck():
     """COMMAND's end waits for that, as long as it moves."""
-    heard, go, data = [], threading.Event(), pattern(100 * 1024)
+    heard, go, data = [], threading.Event(), pattern(MIB)  # more than a target's kernel takes alone
     with relayed_to(after(go, lambda connection, _: heard.append(how_it_ends(connection))),
-                    direct=True) as running:
+                    direct=True, NODE_END_SECONDS=0.3) as running:
         with dial(running.address) as client:
             client.sendall(data)
             eventually(lambda: running.count().up == len(data))
         eventually(lambda: running.count().ended == 1)
-        assert 0 <= running.forwarder.list_undelivered()[0] < len(data)
+        let_pass(1)
+        assert 0 <= running.forwarder.list_undelivered()[0] < len(data) and running.lines == []
         go.set()
         eventually(lambda: heard and not running.forwarder.list_undelivered())
     assert heard == [("eof", data)]
@@ -7337,9 +7207,8 @@ def psql_to(host, port, *more):
 
 
 @pytest.mark.realworld
-def test_psql_through_the_proxy_and_as_command(postgres):
+def test_psql(postgres):
     hashes = "".join(hashlib.md5(b"%d" % number).hexdigest() + "\n" for number in range(1, 100001))
-    of_server = "select md5(i::text) from generate_series(1, 100000) i"
     with proxy_port(postgres) as port:
         client = psql_to("127.0.0.1", port, "-v", "ON_ERROR_STOP=1")
         run_program(*client, "-c", "drop table if exists t", "-c", "create table t (v text)")
@@ -7348,11 +7217,6 @@ def test_psql_through_the_proxy_and_as_command(postgres):
         notices = "do $$ begin for i in 1..3 loop perform pg_sleep(0.1); end loop; end $$; select 'done'"
         assert run_program(*client, "-c", notices) == b"done\n"
     assert sum(postgres.node.connections.values()) == 4
-    result = run(postgres, "--", *psql_to("{host}", "{port}", "-c", of_server))
-    assert (result.status, result.out) == (0, hashes), result.err
-    client = psql_to("{host}", "{port}", "-v", "ON_ERROR_STOP=1", "-f", "-")
-    assert run(postgres, "--", *client, input=b"nonsense;").status == 3  # psql's own
-    revoked_once(postgres.plane, 3)
 
 
 @pytest.mark.realworld
@@ -7370,7 +7234,7 @@ def test_pgbench(postgres, flags):
 
 
 @pytest.mark.realworld
-def test_redis_cli_through_the_proxy_and_as_command(far, tmp_path):
+def test_redis(far, tmp_path):
     server, client = need("redis-server", "redis-cli")
     value, port = pattern(1 << 20).hex().encode(), quiet_port()
     command = [server, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
@@ -7381,12 +7245,8 @@ def test_redis_cli_through_the_proxy_and_as_command(far, tmp_path):
             pipelined = b"".join(b"RPUSH list %d\r\n" % number for number in range(50000))
             told = run_program(client, "-p", local, "--pipe", input=pipelined)
             assert b"errors: 0, replies: 50000" in told
-            numbers = b"".join(b"%d\n" % number for number in range(50000))
-            assert run_program(client, "-p", local, "lrange", "list", "0", "-1") == numbers
-        result = run(far, "--", client, "-h", "{host}", "-p", "{port}", "llen", "list")
-        assert (result.status, result.out) == (0, "50000\n"), result.err
         benchmark, = need("redis-benchmark")
-        with proxy_port(far, sessions=2 + 4) as local:
+        with proxy_port(far, sessions=1 + 4) as local:
             told = run_program(benchmark, "-p", local, "-c", "4", "-n", 400, "-q",
                                "-t", "set,get,incr").decode()
         assert re.findall(r"(\w+): [0-9.]+ requests per second", told) == ["SET", "GET", "INCR"]
