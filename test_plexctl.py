@@ -34,6 +34,7 @@ import select
 import shlex
 import signal
 import socket
+import socketserver
 import struct
 import subprocess
 import sys
@@ -95,42 +96,35 @@ class Watched(contextlib.AbstractContextManager):
         self.close()
 
 
-class Listener:
+class Listener(socketserver.ThreadingTCPServer):
     """A loopback listener; serve(connection, listener) runs for each connection, in a thread."""
 
+    allow_reuse_address, daemon_threads, request_queue_size = True, True, 1024
+
     def __init__(self, serve):
+        super().__init__(("127.0.0.1", 0), None)
         self.serve, self.connections, self.closed = serve, set(), False
-        self._socket = listening_socket()
-        self._socket.settimeout(0.1)  # macOS: neither shutdown nor close wakes a blocked accept
-        self.address = self._socket.getsockname()
-        threading.Thread(target=self._accept, daemon=True).start()
+        self.address = self.server_address
+        threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
 
-    def _accept(self):
-        while True:
-            try:
-                connection = self._socket.accept()[0]
-            except socket.timeout:
-                continue
-            except OSError:
-                return
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self.connections.add(connection)
-            if self.closed:
-                hang_up(connection)
-            threading.Thread(target=self._run, args=(connection,), daemon=True).start()
+    def finish_request(self, connection, _address):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.connections.add(connection)
+        if self.closed:
+            hang_up(connection)
+        with contextlib.suppress(OSError):
+            self.serve(connection, self)
 
-    def _run(self, connection):
-        try:
-            with connection, contextlib.suppress(OSError):
-                self.serve(connection, self)
-        finally:
-            self.connections.discard(connection)
+    def shutdown_request(self, connection):
+        connection.close()
+        self.connections.discard(connection)
 
     def close(self):
         """Accept nobody any more, and end what is open."""
-        hang_up(self._socket)
-        self._socket.close()
         self.closed = True
+        hang_up(self.socket)  # wakes serve_forever, on Linux
+        self.shutdown()
+        self.server_close()
         for connection in list(self.connections):
             hang_up(connection)
 
@@ -175,6 +169,12 @@ class Target(Watched):
             end = "reset"
         self.ends.append(end)
 
+    def connection(self):
+        """The one connection that it has, for a test that is the service itself (see silent)."""
+        connection, = self.wait_for(lambda: list(self._listener.connections))
+        connection.settimeout(20)
+        return connection
+
     def close(self):
         self.closing.set()
         self._listener.close()
@@ -217,9 +217,10 @@ def sink(connection, _target):
     connection.sendall(hashlib.sha256(b"".join(chunks(connection))).digest())
 
 
-def resetter(after_bytes):
-    """A service that reads so many bytes, then resets the connection; `ends` does not list it."""
+def resetter(after_bytes, says=0):
+    """A service that sends and reads so many bytes, then resets the connection; `ends` does not list it."""
     def serve(connection, _target):
+        connection.sendall(bytes(says))
         connection.recv(after_bytes, socket.MSG_WAITALL)
         reset_close(connection)
     return serve
@@ -1285,7 +1286,6 @@ import pty
 import pwd
 import resource
 import shutil
-import socketserver
 import ssl
 import stat
 import termios
@@ -1535,6 +1535,11 @@ def test_a_delay_is_one_of_time_and_not_of_bandwidth():
 
 
 # ---- tests: tables and helpers ------------------------------------------------------------------
+
+def by_id(names, table):
+    """A parametrize() of the rows that a dictionary has by their ids."""
+    return pytest.mark.parametrize(names, list(table.values()), ids=[shown(each) for each in table])
+
 
 REFUSED = "refused"
 ARABIC_FIVE = "\u0665"
@@ -1933,15 +1938,7 @@ def test_a_token_with_anything_else_in_it_exits_3(cli, lone_plane, tmp_path, whe
     assert lone_plane.requests == []
 
 
-def test_a_token_file_of_64_kib_is_read_and_a_larger_one_is_not(tmp_path):
-    full = write_private(tmp_path / "full", b"a" * 65536)
-    assert plexctl.read_own_file(full, "--token-file") == b"a" * 65536
-    with pytest.raises(plexctl.CredentialsError, match="larger than 65536"):
-        plexctl.read_own_file(write_private(tmp_path / "more", b"a" * 65537), "--token-file")
-
-
-def make_fifo(path):
-    os.mkfifo(path, 0o600)
+make_fifo = functools.partial(os.mkfifo, mode=0o600)
 
 
 def make_unix_socket(path):
@@ -1958,10 +1955,13 @@ def link_to(target):
     (make_fifo, "is empty"), (make_unix_socket, ""), (os.mkdir, ""), (link_to("/dev/zero"), ""),
     pytest.param(link_to("/proc/self/mem"), "cannot be read: ",
                  marks=pytest.mark.skipif(not LINUX, reason="opens and cannot be read")),
-    (link_to("/nonexistent"), "cannot be read"), (lambda path: None, "cannot be read")],
+    (link_to("/nonexistent"), "cannot be read"), (lambda path: None, "cannot be read"),
+    (functools.partial(write_private, content="a" * 65536), "longer than 8192"),  # it has been read
+    (functools.partial(write_private, content="a" * 65537), "larger than 65536")],
     ids=["a FIFO without a writer", "a socket", "a directory", "a device", "memory", "a dangling link",
-         "nothing"])
-def test_a_token_file_that_is_no_file_exits_3_and_does_not_block(lone_plane, tmp_path, make, word):
+         "nothing", "64 KiB", "more than that"])
+def test_a_token_file_that_is_no_file_or_too_large_exits_3_and_does_not_block(
+        lone_plane, tmp_path, make, word):
     path = str(tmp_path / "token")
     make(path)
     failed(run(lone_plane, "--token-file", path), 3, "--token-file " + path, word)
@@ -2678,9 +2678,8 @@ def altered(change, **more):
     """A step that does what was asked for, and answers with a changed body (or status, headers, raw)."""
     def step(handler, plane):
         answer = plane.decide(handler.seen)
-        body = json.loads(json.dumps(answer.body))
-        change(body)
-        handler.wfile.write(handler.render(answer._replace(body=body, **more)))
+        change(answer.body)
+        handler.wfile.write(handler.render(answer._replace(**more)))
     return step
 
 
@@ -2797,7 +2796,7 @@ def test_passing_failures_of_reading_are_tried_again(cli, lone_plane, short_paus
     assert result.err.count("\n") == 1 and "waiting" in result.err
 
 
-FINAL_READS = {
+@by_id("row", {
     "revoked": (with_field(("status",), "revoked"), 1, "the session was revoked"),
     "expired": (with_field(("status",), "expired"), 1, "the session expired"),
     "401": (problem("unauthenticated"), 3, "GetSession: 401"),
@@ -2812,12 +2811,9 @@ FINAL_READS = {
     "a list": (Answer(200, []), 1, "GetSession", "id"),
     "other session": (with_field(("id",), OTHER_ID), 1, "GetSession", "id"),
     "odd status": (with_field(("status",), "sleeping"), 1, "GetSession", "status"),
-    "odd endpoint": (with_field(("listener_endpoint",), "1.2.3.4:65536"), 1, "GetSession", "endpoint")}
-
-
-@pytest.mark.parametrize("name", sorted(FINAL_READS))
-def test_a_failure_of_reading_that_does_not_pass_ends_it_and_revokes(cli, lone_plane, name):
-    answer, status, *words = FINAL_READS[name]
+    "odd endpoint": (with_field(("listener_endpoint",), "1.2.3.4:65536"), 1, "GetSession", "endpoint")})
+def test_a_failure_of_reading_that_does_not_pass_ends_it_and_revokes(cli, lone_plane, row):
+    answer, status, *words = row
     lone_plane.endpoint_on = "read"
     lone_plane.script("get", answer)
     failed(forward_to(cli, lone_plane), status, *words, alone=False)
@@ -2895,7 +2891,7 @@ def step_up(*challenges):
 FROM = "; the token is from PLEXSPHERE_TOKEN"
 AGAIN = "; re-authenticate with acr_values %s and try again"
 NEVER = "; a redirect is never followed"
-ERRORS = {  # answer, exit code, how the line ends
+@by_id("answer, status, end", {
     "304": (Answer(304), 1, "IssueSession: 304 Not Modified" + NEVER),
     "bare": (Answer(499), 1, "error: IssueSession: 499"),
     "detail": (Answer(499, {"detail": "why"}), 1, "IssueSession: 499: why"),
@@ -2917,16 +2913,13 @@ ERRORS = {  # answer, exit code, how the line ends
     "too large": (Answer(403, raw=b" " * (2 << 20)), 4, ": 403 Forbidden" + FROM),
     "truncated": (sending(b"HTTP/1.1 403 No\r\nContent-Length: 500\r\n\r\n{"), 4, ": 403 Forbidden" + FROM),
     "chunked": (sending(b"HTTP/1.1 401 No\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{"), 3,
-                ": 401 Unauthorized" + FROM)}
-ERRORS.update({"to " + to: (redirect(to), 1, "IssueSession: 302 Found" + NEVER + told) for to, told in (
-    ("/v1/projects", ": /v1/projects"), ("file:///etc/passwd", ": file:///etc/passwd"),
-    ("data:,x", ": data:,x"), ("//127.0.0.1:9", ": //127.0.0.1:9"),
-    ("https://a.example/\x1b[2J", ": https://a.example/\\x1b[2J"), ("\x7f", ": \\x7f"), ("", ""))})
-
-
-@pytest.mark.parametrize("name", sorted(ERRORS), ids=shown)
-def test_an_error_is_told_without_gaps_and_with_what_to_do_whatever_its_body_says(cli, lone_plane, name):
-    answer, status, end = ERRORS[name]
+                ": 401 Unauthorized" + FROM),
+    **{"to " + to: (redirect(to), 1, "IssueSession: 302 Found" + NEVER + told) for to, told in (
+        ("/v1/projects", ": /v1/projects"), ("file:///etc/passwd", ": file:///etc/passwd"),
+        ("data:,x", ": data:,x"), ("//127.0.0.1:9", ": //127.0.0.1:9"),
+        ("https://a.example/\x1b[2J", ": https://a.example/\\x1b[2J"), ("\x7f", ": \\x7f"), ("", ""))}})
+def test_an_error_is_told_without_gaps_and_with_what_to_do_whatever_its_body_says(
+        cli, lone_plane, answer, status, end):
     assert issue_fails(cli, lone_plane, [answer], status).endswith(end)
 
 
@@ -2944,13 +2937,11 @@ def test_retry_after_is_honoured(lone_plane):
         create_client(lone_plane).issue(session_request())
 
 
-BAD_TOKEN, FORBIDDEN = with_field(("token",), 5), problem("forbidden")
-
-
 @pytest.mark.parametrize("steps, status, may_exist", [
-    ([PASSING["502"], problem("rebac_denied")], 77, True), ([process_then_drop, FORBIDDEN], 4, True),
-    ([sending(b"HTTP/1.1 201 Created\r\nContent-Length: 9\r\n\r\n{"), FORBIDDEN], 4, True),
-    ([cut_off, FORBIDDEN], 4, False), ([PASSING["502"], BAD_TOKEN], 1, False),
+    ([PASSING["502"], problem("rebac_denied")], 77, True),
+    ([process_then_drop, problem("forbidden")], 4, True),
+    ([sending(b"HTTP/1.1 201 Created\r\nContent-Length: 9\r\n\r\n{"), problem("forbidden")], 4, True),
+    ([cut_off, problem("forbidden")], 4, False), ([PASSING["502"], with_field(("token",), 5)], 1, False),
     ([altered(lambda body: body.pop("session") and body.update(session_id=5))], 1, True)],
     ids=["502, refused", "drop, refused", "truncated, refused", "cut off, refused", "502, bad token",
          "no session id"])
@@ -2959,28 +2950,20 @@ def test_that_a_session_may_exist_is_said_exactly_where_none_can_be_revoked(
     issue_fails(cli, lone_plane, steps, status, may_exist=may_exist)
 
 
-@pytest.mark.parametrize("when", ["during the attempt", "during the pause"])
+@pytest.mark.parametrize("when", ["POST", "trying again"])
 def test_cancelling_ends_the_attempts(lone_plane, when):
-    answer = problem("signing_unavailable", headers=(("Retry-After", "5"),))
-
-    def step(handler, _plane):
-        client.cancel.set()
-        handler.wfile.write(handler.render(answer))
-    lone_plane.script("issue", step if when == "during the attempt" else answer)
-    client = create_client(lone_plane, report=lambda line: "again" in line and client.cancel.set())
+    lone_plane.script("issue", problem("signing_unavailable", headers=(("Retry-After", "5"),)))
+    client = create_client(lone_plane, report=lambda line: when in line and client.cancel.set())
     with lasts(0, 3), pytest.raises(plexctl.ApiError) as raised:
         client.issue(session_request())
     assert raised.value.status == 503 and client.cancel.is_set() and len(lone_plane.requests) == 1
 
 
 def test_a_silent_server_is_mentioned_while_it_is_awaited(cli, lone_plane, monkeypatch):
-    def step(handler, plane):
-        plane.wait_for(lambda: told)
-        handler.answer_really()
-    told = []
+    told, is_told = [], threading.Event()
     monkeypatch.setattr(plexctl, "SILENT_SECONDS", 0.2)
-    client = create_client(lone_plane, notice=told.append)
-    lone_plane.script("issue", step)
+    client = create_client(lone_plane, notice=lambda line: told.append(line) or is_told.set())
+    lone_plane.script("issue", hold(is_told))
     client.issue(session_request())
     assert told == ["still waiting for %s to answer IssueSession" % lone_plane.url]
     for _ in range(2):  # a proxy asks once a minute
@@ -3536,21 +3519,18 @@ def test_the_client_is_usable_without_the_command_line(lone_plane):
         assert_shows_no_secret(thing)
 
 
-SECRETS_IN_ANSWERS = {
+@by_id("answer", {
     "401": problem("unauthenticated"), "drip": drip, "time": with_field(("expires_at",), "soon"),
     "session": with_field(("session",), [BEARER]),
     "token": with_field(("token",), SESSION_TOKEN_MARK + " " + BEARER),
     "truncated JSON": Answer(201, raw=('{"token": "%s' % SESSION_TOKEN_MARK).encode()),
     "not UTF-8": Answer(201, raw=('{"token": "%s"}\xff' % SESSION_TOKEN_MARK).encode("latin-1")),
     "no HTTP": sending(SESSION_TOKEN_MARK.encode() * 10000),
-    "truncated": sending(b"HTTP/1.1 201 Created\r\nContent-Length: 99\r\n\r\n" + SESSION_TOKEN_MARK.encode())}
-
-
-@pytest.mark.parametrize("name", sorted(SECRETS_IN_ANSWERS))
-def test_no_exception_shows_a_secret(lone_plane, short_limits, name):
+    "cut off": sending(b"HTTP/1.1 201 Created\r\nContent-Length: 99\r\n\r\n" + SESSION_TOKEN_MARK.encode())})
+def test_no_exception_shows_a_secret(lone_plane, short_limits, answer):
     client = create_client(lone_plane)
     client.cancel.set()  # one attempt
-    lone_plane.script("issue", SECRETS_IN_ANSWERS[name])
+    lone_plane.script("issue", answer)
     with pytest.raises(plexctl.PlexctlError) as raised:
         client.issue(session_request())
     assert_shows_no_secret(raised.value)
@@ -3695,14 +3675,17 @@ def way(request):
 
 
 @contextlib.contextmanager
-def all_at_once(serve):
-    """(client, go_on) of a proxy with a target, which sees only at go_on() what has happened before."""
-    with Simulation(serve) as simulation:
+def all_at_once():
+    """(client, target's end, go_on) of a proxy, which sees only at go_on() what has happened before."""
+    with Simulation(silent) as simulation:
         leave_out_the_node(simulation)
         with running_proxy(simulation) as (process, address), dial(address) as client:
-            simulation.target.wait_for(lambda: simulation.target.accepted)
+            target = simulation.target.connection()
+            client.sendall(b"!")
+            assert target.recv(1) == b"!"  # so it is being carried
             process.send_signal(signal.SIGSTOP)
-            yield client, lambda: process.send_signal(signal.SIGCONT)
+            os.waitpid(process.pid, os.WUNTRACED)  # all its threads have stopped
+            yield client, target, lambda: process.send_signal(signal.SIGCONT)
 
 
 def dial_with(address, *options, port=0):
@@ -3853,39 +3836,23 @@ def test_half_closes_and_all_that_goes_before_them_arrive(kinder):
 @pytest.mark.parametrize("way", ["up", "down"])
 def test_a_reset_behind_an_end_costs_nothing_of_what_came_before(monkeypatch, way):
     """A peer that has closed is forgotten by its kernel, which answers our keepalive with a reset."""
-    def send_and_be_forgotten(connection):
-        """So much that the proxy is stuck, and a little more."""
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_LINGER2, 1)
-        with contextlib.suppress(AssertionError):
-            while True:
-                sent.append(pattern(65536, len(sent)))
-                connection.sendall(sent[-1])
-                eventually(lambda: getattr(running.count(), way) == 65536 * len(sent), 1)
-        sent.append(b"the last words" * 4096)
-        connection.sendall(sent[-1])
-        connection.close()
-        let_pass(4)
-        is_forgotten.set()
-
-    def serve(connection, _target):
-        if way == "down":
-            send_and_be_forgotten(connection)
-        else:
-            is_forgotten.wait(30)
-            heard.append(how_it_ends(connection))
-
     quick = {"TCP_KEEPIDLE": 1, "TCP_KEEPINTVL": 1}
     monkeypatch.setattr(plexctl, "LEG_OPTIONS", [
         (level, name, quick.get(name, value)) for level, name, value in plexctl.LEG_OPTIONS])
-    heard, sent, is_forgotten = [], [], threading.Event()
-    with relayed_to(serve, direct=True) as running, small_window(running.address) as client:
-        if way == "up":
-            send_and_be_forgotten(client)
-        else:
-            assert is_forgotten.wait(30)
-            heard.append(how_it_ends(client))
-        eventually(lambda: heard)
-        assert heard == [("eof", b"".join(sent))]
+    with relayed_to(silent, direct=True) as running, small_window(running.address) as client:
+        target, sent = running.target.connection(), []
+        sender, receiver = (client, target) if way == "up" else (target, client)
+        sender.setsockopt(socket.IPPROTO_TCP, socket.TCP_LINGER2, 1)
+        with contextlib.suppress(AssertionError):  # so much that the proxy is stuck, and a little more
+            while True:
+                sent.append(pattern(65536, len(sent)))
+                sender.sendall(sent[-1])
+                eventually(lambda: getattr(running.count(), way) == 65536 * len(sent), 1)
+        sent.append(b"the last words" * 4096)
+        sender.sendall(sent[-1])
+        sender.close()
+        let_pass(4)
+        assert how_it_ends(receiver) == ("eof", b"".join(sent))
 
 
 def test_a_client_may_go_on_after_the_server_has_ended(kinder):
@@ -3943,19 +3910,15 @@ def test_thirty_stuck_readers_take_little_memory_and_hamper_nobody():
 
 
 def test_urgent_data_stays_in_the_stream_on_both_legs():
-    def answer(connection, _target):
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
-        heard.append(read_exactly(connection, 8))
-        connection.sendall(b"abc")
-        connection.send(b"!", socket.MSG_OOB)
-        connection.sendall(b"def")
-
-    heard = []
-    with relayed_to(answer, direct=True) as running, dial(running.address) as client:
-        client.sendall(b"abc")
-        client.send(b"!", socket.MSG_OOB)
-        client.sendall(b"defg")
-        assert how_it_ends(client) == ("eof", b"abc!def") and heard == [b"abc!defg"]
+    with relayed_to(silent, direct=True) as running, dial(running.address) as client:
+        target = running.target.connection()
+        for sender, receiver in ((client, target), (target, client)):
+            sender.sendall(b"abc")
+            sender.send(b"!", socket.MSG_OOB)
+            sender.sendall(b"def")
+            assert read_exactly(receiver, 7) == b"abc!def"
+        target.shutdown(socket.SHUT_WR)
+        assert how_it_ends(client) == ("eof", b"")
 
 
 def get_stuck(client):
@@ -3970,6 +3933,7 @@ CLIENT_RESETS = {  # what it does before
     "amid a download": lambda client: client.sendall(b"d") or read_exactly(client, MIB),
     "amid an upload": lambda client: client.sendall(b"u" + bytes(4 * MIB)),
     "amid an upload that is stuck": lambda client: client.sendall(b"s") or fill(client),
+    "amid an upload that is stuck, and an answer": lambda client: client.sendall(b"a") or fill(client),
     "not reading": get_stuck,
     "not reading, after its half-close": lambda client: get_stuck(client) or client.shutdown(socket.SHUT_WR),
 }
@@ -3993,8 +3957,13 @@ def test_an_end_of_input_waits_for_what_is_still_on_its_way():
 
 @pytest.mark.parametrize("when", list(CLIENT_RESETS))
 def test_a_client_that_resets_is_no_clean_end_for_the_target_and_harms_nobody(kinder, when):
+    def send_before(connection, target):
+        while not go.wait(0.01):
+            connection.sendall(b"more")
+        sink(connection, target)
+
     go = threading.Event()
-    serve = on_request(e=echo, d=source(64 * MIB), u=sink, s=after(go, sink))
+    serve = on_request(e=echo, d=source(64 * MIB), u=sink, s=after(go, sink), a=send_before)
     with relayed_to(serve, limit=8, **kinder) as running, dial(running.address) as other:
         other.sendall(b"e")
         chat(other, 3)
@@ -4064,19 +4033,10 @@ def test_what_a_client_sent_before_its_reset_arrives(options, size, pause_second
         assert received == pattern(size) and not running.plane.revoked
 
 
-def break_off(after_bytes, send):
-    """A service that sends so much, reads so much, and resets; `ends` does not list it."""
-    def serve(connection, _target):
-        connection.sendall(bytes(send))
-        connection.recv(after_bytes, socket.MSG_WAITALL)
-        reset_close(connection)
-    return serve
-
-
 @pytest.mark.parametrize("request_bytes", [b"r" + bytes(10), b"d", b"u" + bytes(64 * MIB)], ids=[
     "idle", "amid a download", "amid an upload"])
 def test_a_target_that_resets_is_no_clean_end_for_the_client_and_harms_nobody(kinder, request_bytes):
-    serve = on_request(e=echo, r=break_off(10, 1), d=break_off(0, 4 * MIB), u=break_off(3 * MIB, 1))
+    serve = on_request(e=echo, r=resetter(10, 1), d=resetter(0, 4 * MIB), u=resetter(3 * MIB, 1))
     with relayed_to(serve, **kinder) as running, dial(running.address) as other:
         other.sendall(b"e")
         chat(other, 3)
@@ -4097,49 +4057,21 @@ def test_a_target_that_resets_is_no_clean_end_for_the_client_and_harms_nobody(ki
 
 
 def test_a_client_that_resets_just_as_the_target_sends_is_no_clean_end_for_the_target():
-    def send(connection, _target):
-        go.wait(20)
-        connection.sendall(b"more")
-        is_sent.set()
-        heard.append(how_it_ends(connection)[0])
-
-    heard, go, is_sent = [], threading.Event(), threading.Event()
-    with all_at_once(send) as (client, go_on):
-        go.set()
-        assert is_sent.wait(20)
+    with all_at_once() as (client, target, go_on):
+        target.sendall(b"more")
         reset_close(client)
         go_on()
-        eventually(lambda: heard)
-        assert heard == ["reset"]
-
-
-def test_a_client_that_resets_is_noticed_also_where_the_target_sends_on_and_reads_nothing():
-    def send_on(connection, _target):
-        with contextlib.suppress(OSError):
-            while True:
-                connection.sendall(b"more")
-                let_pass(0.01)
-
-    with relayed_to(send_on) as running, dial(running.address) as client:
-        fill(client)
-        reset_close(client)
-        eventually(lambda: running.count().open == 0)
+        assert how_it_ends(target)[0] == "reset"
 
 
 @pytest.mark.skipif(not LINUX, reason="elsewhere the error is another one")
 def test_a_client_that_has_seen_the_end_and_loses_what_it_sends_is_reset():
-    def end_and_forget(connection, _target):
-        connection.shutdown(socket.SHUT_WR)
-        has_seen.wait(20)
-        reset_close(connection)
-        let_pass(0.1)  # or what the client sends may overtake it
-        is_gone.set()
-
-    has_seen, is_gone = threading.Event(), threading.Event()
-    with relayed_to(end_and_forget, direct=True) as running, dial(running.address) as client:
+    with relayed_to(silent, direct=True) as running, dial(running.address) as client:
+        target = running.target.connection()
+        target.shutdown(socket.SHUT_WR)
         assert how_it_ends(client) == ("eof", b"")
-        has_seen.set()
-        assert is_gone.wait(20)
+        reset_close(target)
+        let_pass(0.1)  # or what the client sends may overtake it
         client.sendall(b"more")
         assert eventually(lambda: client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)) == errno.EPIPE
 
@@ -4148,20 +4080,13 @@ def test_a_client_that_has_seen_the_end_and_loses_what_it_sends_is_reset():
                          ids=["no words", "while it sends", "after its end"])
 def test_last_words_before_a_reset_arrive_and_the_reset_too(words, half_close):
     """A server that has heard enough, as of an upload that is too large."""
-    def speak(connection, _target):
-        go.wait(20)
-        connection.sendall(words)
-        let_pass(0.1)  # or the reset may overtake them
-        reset_close(connection)
-        is_gone.set()
-
-    go, is_gone = threading.Event(), threading.Event()
-    with all_at_once(speak) as (client, go_on):
+    with all_at_once() as (client, target, go_on):
         client.sendall(b"hello")
         if half_close:
             client.shutdown(socket.SHUT_WR)
-        go.set()
-        assert is_gone.wait(20)
+        target.sendall(words)
+        let_pass(0.1)  # or the reset may overtake them
+        reset_close(target)
         go_on()
         assert how_it_ends(client) == ("reset", words)
 
