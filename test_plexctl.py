@@ -432,9 +432,6 @@ class Node(Watched):
                         self, session_id, old.seconds_left(), 0, old.reaches)
                     old.close()
 
-    def has_room(self):
-        return sum(each.is_open() for each in self.listeners.values()) < self.max_sessions
-
 
 class SessionListener:
     """What a Node has for a session: a listener, a thread that serves it, and connections."""
@@ -449,7 +446,8 @@ class SessionListener:
 
     def _open(self):
         with self.node.changed:
-            if self.node.has_room() and not self._closing.is_set():
+            open_ones = sum(each.is_open() for each in self.node.listeners.values())
+            if open_ones < self.node.max_sessions and not self._closing.is_set():
                 self._socket = listening_socket()
                 self._socket.setblocking(False)
                 self.endpoint = "%s:%d" % self._socket.getsockname()
@@ -977,8 +975,7 @@ class Process(Watched, subprocess.Popen):
 
     def __init__(self, command, **popen):
         Watched.__init__(self)
-        options = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        options.update(popen)
+        options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **popen}
         # nohup and a shell's background jobs ignore some signals, which a child would inherit
         ignored = [number for number in signal.Signals if signal.getsignal(number) == signal.SIG_IGN
                    and number.name not in ("SIGPIPE", "SIGXFSZ")]  # Python's own, which Popen sees to
@@ -1381,10 +1378,9 @@ def forward_to(cli, plane, *more, **environ):
 
 def run_words(words, env=None, encoding="utf-8", **popen):
     """Run a command line to its end, in an environment of exactly `env`; its Result."""
-    options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60,
-                   **{} if "input" in popen else {"stdin": subprocess.DEVNULL})
-    options.update(popen)
-    done = subprocess.run([str(word) for word in words], env=env, **options)
+    stdin = {} if "input" in popen else {"stdin": subprocess.DEVNULL}
+    done = subprocess.run([str(word) for word in words], env=env, **{
+        "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "timeout": 60, **stdin, **popen})
     out, err = [(data or b"").decode(encoding, "replace") for data in (done.stdout, done.stderr)]
     SEEN.extend([("out", out), ("err", err)])
     return Result(done.returncode, out, err)
@@ -1965,16 +1961,13 @@ def test_a_token_file_cannot_be_swapped_between_the_check_and_the_use(tmp_path):
                 os.symlink(each, path + ".new")
                 os.rename(path + ".new", path)
 
-    attacker = threading.Thread(target=swap)
-    attacker.start()
-    before = LINUX and descriptors()
-    try:
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as at_end:
+        at_end.callback(over.set)
+        pool.submit(swap)
+        before = LINUX and descriptors()
         for _ in range(1500):
             with contextlib.suppress(plexctl.CredentialsError):
                 seen.add(plexctl.read_own_file(path, "--token-file"))
-    finally:
-        over.set()
-        attacker.join()
     assert b"bad" not in seen and (LINUX and descriptors()) == before
 
 
