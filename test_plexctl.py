@@ -2928,10 +2928,10 @@ def test_that_a_session_may_exist_is_said_exactly_where_none_can_be_revoked(
     issue_fails(cli, lone_plane, steps, status, may_exist=may_exist)
 
 
-@pytest.mark.parametrize("when", ["POST", "trying again"])
-def test_cancelling_ends_the_attempts(lone_plane, when):
+@pytest.mark.parametrize("words", ["POST", "trying again"], ids=["after an attempt", "before a pause"])
+def test_cancelling_ends_the_attempts(lone_plane, words):
     lone_plane.script("issue", problem("signing_unavailable", headers=(("Retry-After", "5"),)))
-    client = create_client(lone_plane, report=lambda line: when in line and client.cancel.set())
+    client = create_client(lone_plane, report=lambda line: words in line and client.cancel.set())
     with lasts(0, 3), pytest.raises(plexctl.ApiError) as raised:
         client.issue(session_request())
     assert raised.value.status == 503 and client.cancel.is_set() and len(lone_plane.requests) == 1
