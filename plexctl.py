@@ -1655,10 +1655,10 @@ class Relay:
         def is_over() -> bool:
             return bool(self.down.source_ended or self.down.sink_error or self._has_closed())
 
-        self._move_until_quiet(self.remote, is_over)
-        while not is_over():
+        if self._move_until_quiet(self.remote, is_over):
             self.up.send_end()
-            self._move(CLOSE_POLL_SECONDS)
+            while not is_over():
+                self._move(CLOSE_POLL_SECONDS)
 
     def _end_client(self) -> None:
         """The Node has ended the connection: pass that on, and let the client finish."""
@@ -1706,17 +1706,20 @@ class Relay:
 
     # What they share
 
-    def _move_until_quiet(self, receiver: Any, is_over: Callable[[], bool]) -> None:
-        """Hand on what comes until it `is_over`, or nothing has moved for QUIET_SECONDS.
+    def _move_until_quiet(self, receiver: Any, is_over: Callable[[], bool]) -> bool:
+        """Hand on what comes until nothing has moved for QUIET_SECONDS; False if it `is_over` before that.
 
         What was sent to `receiver`, a leg, and is still on its way counts as moving.
         """
         counted, moved_on = -1, elapsed_seconds()
-        while not is_over() and elapsed_seconds() - moved_on < QUIET_SECONDS:
+        while not is_over():
+            if elapsed_seconds() - moved_on >= QUIET_SECONDS:
+                return True
             self._move(CLOSE_POLL_SECONDS)
             moved = self.up.moved + self.down.moved
             if moved != counted or self.up.rest or self.down.rest or receiver.count_unsent():
                 counted, moved_on = moved, elapsed_seconds()
+        return False
 
     def _move(self, seconds: float = TICK_SECONDS) -> None:
         """Wait for a direction that can move, so long at most, and move each that can once.
@@ -2162,8 +2165,8 @@ def find_socket(family: int, local: Tuple[Any, ...], remote: Tuple[Any, ...]) ->
         0, 0, 0xFFFFFFFF, ports, socket.inet_pton(family, local[0]), socket.inet_pton(family, remote[0]),
         LOOPBACK_INDEX,  # finds those that are bound to the device, too
         0xFFFFFFFF, 0xFFFFFFFF)
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as netlink:
-        netlink.setblocking(False)
+    kind = socket.SOCK_RAW | socket.SOCK_NONBLOCK
+    with socket.socket(socket.AF_NETLINK, kind, NETLINK_SOCK_DIAG) as netlink:
         netlink.connect((0, 0))  # to the kernel: nobody else can answer
         netlink.send(question)
         answer = netlink.recv(4096)
