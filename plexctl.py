@@ -16,8 +16,8 @@ is revoked, and the shell sees that signal.
 One file, standard library only, Python 3.6 to 3.15. Read it from the top: a section uses those above it.
 
 Sessions. The Node serves one connection of a session at a time, and ends both directions as soon as it reads
-the end of either. So each open connection needs a session, which takes the next connection once the Node has
-ended the last.
+the end of either. So each open connection needs a session, which can be used again once the Node has ended
+the connection before.
 
 Secrets. The bearer token comes from a file, standard input or the environment. From there on it is a Secret,
 which check_token and the section control plane alone reveal: to check it, and to send it. COMMAND gets
@@ -28,8 +28,8 @@ section audit has recorded that.
 Threads. The main thread waits for signals and calls Forwarder.tick, which issues further sessions. Each
 session has a thread that accepts, dials and carries its connections; with --stdio a single thread carries the
 only one. Another one writes to stderr. Short-lived ones do what may block, such as an HTTP exchange. The
-comment of each lock names what it guards. A flag that no lock guards may be set by several threads: at worst
-something is asked or said twice.
+comment of each lock names what it guards. Flags that none guards, such as ControlPlane._said_silent, may be
+set by several threads: at worst something is said twice.
 """
 import sys
 
@@ -203,7 +203,7 @@ def start_thread(function: Callable[..., object], *arguments: Any) -> bool:
 
 
 class Outcome:
-    """What a function returns or raises that runs in a thread, once it is `done`.
+    """Runs a function in a thread, from now on; holds what that returns or raises once it is `done`.
 
     If there are no more threads it runs here, or, without `or_here`, PlexctlError is the result. (Future of
     concurrent.futures would do, but to import it takes Python 3.6 some 10 ms.)
@@ -251,7 +251,7 @@ def wait_for(fd: int, mask: int, seconds: Optional[float] = None) -> int:
 
 
 def open_nowhere(flags: int) -> int:
-    """Open a descriptor that takes or gives nothing; without /dev/null one that fails (EBADF, EISDIR)."""
+    """Open a descriptor that takes and gives nothing; without /dev/null it is /, where both fail."""
     try:
         return os.open(os.devnull, flags)
     except OSError:
@@ -273,7 +273,7 @@ HOST_MAX_CHARACTERS = 253  # RFC 1035, section 2.3.4, as text
 SOCKET_PATH_MAX_BYTES = 100  # sun_path has 104 on macOS, 108 on Linux
 UUID_PATTERN = "[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"  # RFC 9562, section 4
 LABEL_PATTERN = "[0-9A-Za-z_](?:[0-9A-Za-z_-]{0,61}[0-9A-Za-z_])?"  # of a DNS name; people use _
-# a name that ends in a number is an address for connect()
+# the last label is no number, nor 0x...: connect() would take such a name for an address
 HOST_NAME_PATTERN = rf"(?:{LABEL_PATTERN}\.)*(?!0[xX]|[0-9]+\.?\Z){LABEL_PATTERN}\.?"
 # printable ASCII; scheme, host, port, path
 URL_PATTERN = r"(?=[!-~]*\Z)(?i:(https?))://([^/?#@\\]+?)(:[0-9]{1,5})?(/[^?#\\]*)?"
@@ -597,10 +597,13 @@ def read_own_file(path: str, source: str, forbidden_bits: int = ALL_BITS, limit:
                   kind: Type[PlexctlError] = CredentialsError) -> bytes:
     """Read a file on which others have none of the `forbidden_bits`; "-" is standard input, unchecked.
 
-    It is judged once it is open, so that nothing can be swapped in between. A path such as /dev/stdin, which
-    leads to what descriptor 0 is, is read from descriptor 0 as well, or --stdio or COMMAND could read it once
-    more: a file is then checked like any other, and read from its beginning; a pipe, a terminal or a socket
-    is not checked.
+    It is judged once it is open, so that nothing can be swapped in between.
+
+    - "-": descriptor 0 from where it stands, unchecked
+    - a path that leads to what descriptor 0 is, such as /dev/stdin: descriptor 0, or --stdio or COMMAND could
+      read it once more; a file is checked and read from its beginning, anything else unchecked
+    - any other path: it is opened and checked
+
     Raises CredentialsError for a file that is not safe, `kind` for one that cannot be read.
     """
     at_stdin = is_standard_input(path)
@@ -658,7 +661,7 @@ class Source(NamedTuple):
 
 def read_token_file(path: str) -> Secret:
     """Read --token-file; a message names it, unless it may be the token itself."""
-    is_path = path[:1] in "/.~-" or os.path.lexists(path)
+    is_path = path.startswith(("/", ".", "~", "-")) or os.path.lexists(path)
     source = "--token-file" + (" " + escape(path) if is_path else show_word(path))
     return Secret(read_own_file(path, source).decode("utf-8", "surrogateescape"), source)
 
@@ -715,20 +718,21 @@ def resolve_credentials(server_flag: Optional[str], profile_flag: Optional[str],
                Secret(variable, "PLEXSPHERE_TOKEN") if variable else None)]
     if not any(each.server for each in sources) or not (token_file or any(each.token for each in sources)):
         sources.append(read_profile("", environ))
-    place = next((each for each in sources if each.server), Source())
-    owner = next((each for each in sources if each.token), Source())
-    if not place.server:
+    server_source = next((each for each in sources if each.server), Source())
+    token_source = next((each for each in sources if each.token), Source())
+    if not server_source.server:
         raise UsageError("no server: give --server, a profile, or PLEXSPHERE_URL")
-    server = check_server(place.server, place.name, allow_http)
+    server = check_server(server_source.server, server_source.name, allow_http)
     if token_file:
         return server, read_token_file(token_file)
-    if not owner.token:
+    if not token_source.token:
         raise CredentialsError("no credentials: give --token-file, a profile, or PLEXSPHERE_TOKEN")
-    if owner.is_profile:  # the same scheme, host and port (RFC 6454, section 5)
-        if not owner.server or check_server(owner.server, owner.name, allow_http)[:3] != server[:3]:
+    if token_source.is_profile:
+        own = token_source.server and check_server(token_source.server, token_source.name, allow_http)
+        if not own or own[:3] != server[:3]:  # the same scheme, host and port (RFC 6454, section 5)
             raise CredentialsError("the token of a profile goes only to that profile's own server, and "
-                                   f"{place.name} names another one; give --token-file for that")
-    return server, owner.token
+                                   f"{server_source.name} names another one; give --token-file for that")
+    return server, token_source.token
 
 
 # --------------------------------------------------------------------------------- control plane
@@ -802,8 +806,8 @@ class PlaneConnection(http.client.HTTPConnection):
             self.sock = exchange.context.wrap_socket(self.sock, server_hostname=exchange.server_name,
                                                      do_handshake_on_connect=False)
             self.sock.do_handshake()
-        # `sent` first and then `fault`, while the waiting thread sets `fault` and then looks at `sent`: so a
-        # request that goes out always counts as sent
+        # In this order: here `sent` is set, then `fault` read; in give_up() and after it `fault` is set, then
+        # `sent` read. So either this thread sends nothing, or the other one knows that it may have.
         exchange.sent = True
         if exchange.fault:
             raise TimeoutError
@@ -869,7 +873,7 @@ class Exchange:
         while len(self.body) != length and not self.fault:
             piece = response.read1(BODY_MAX_BYTES)
             if not piece:
-                if length:
+                if length is not None:  # more was promised
                     raise http.client.IncompleteRead(b"")
                 return
             self.body += piece
@@ -1047,7 +1051,7 @@ class ControlPlane:
             self._report(f"{error}; trying again in {wait:.1f} s")
             if self.cancel.wait(wait):
                 break
-        error.may_exist = may_exist and not session_id
+        error.may_exist = may_exist and not session_id  # one whose id is known is the caller's to revoke
         text = str(error) + (f" (after {attempt} attempts)" if attempt > 1 else "")
         if error.may_exist:
             text += "; a session may exist all the same, it will expire on its own"
@@ -1585,17 +1589,17 @@ class Relay:
 
     Then `await_end` waits until the connection is over for the Node as well, and `close_remote` closes it.
 
-    `before_end` is called before the client sees an end that it has not caused; with True if the Node has
-    caused it. `pace` is called at least every TICK_SECONDS.
+    `before_end` is called before the client sees an end that it has not caused. `pace` is called at least
+    every TICK_SECONDS.
     """
 
     def __init__(self, client: Any, remote: Leg, buffers: Buffers, has_closed: Callable[[], Optional[bool]],
-                 before_end: Callable[[bool], object], pace: Pace) -> None:
+                 before_end: Callable[[], object], pace: Pace) -> None:
         self.up = Flow(client, remote, buffers[0])
         self.down = Flow(remote, client, buffers[1])
         self.remote = remote
         self.error: Optional[Exception] = None  # what has broken the connection
-        self.awaits_node = False  # the client has closed or reset it; what that has sent may be on its way
+        self.awaits_node = False  # the client has closed or reset it; the Node may not have all that it sent
         self._client = client
         self._has_closed = has_closed
         self._before_end = before_end
@@ -1616,13 +1620,12 @@ class Relay:
                 self._end_remote()
         except Exception as error:  # a reset, by `pace`, a dead path, no memory, or a defect
             self.error = error
-            leg = getattr(error, "leg", None)  # that has reset it
-            self.awaits_node = leg is self._client
+            self.awaits_node = getattr(error, "leg", None) is self._client  # which has reset it
             if not (self.awaits_node or down.end_was_sent):
                 with contextlib.suppress(Exception):
-                    self._before_end(leg is self.remote)
-        # in order if it has seen the Node's end, and nothing that it sent was lost or it sends no more:
-        # then it may yet read, and a reset would destroy that
+                    self._before_end()
+        # In order only if the Node's end was passed on. If what the client sent since then was lost, only if
+        # it has ended its input too: it may yet read, and a reset would destroy that.
         is_complete = down.end_was_sent and (up.source_ended or not up.count_undelivered())
         self._client.close(reset=not is_complete)
 
@@ -1635,13 +1638,20 @@ class Relay:
             return True
         self.down.sink_error = errno.EPIPE  # from now on it drops what it reads
         try:
-            return self._await_acknowledged(seconds) if self.error else self._await_node(seconds)
+            client_has_reset = self.error is not None
+            return self._await_acknowledged(seconds) if client_has_reset else self._await_node(seconds)
         except (OSError, PlexctlError) as error:  # `pace`, no memory, or a reset by the Node, which is an end
             return isinstance(error, PeerReset)
 
     def close_remote(self) -> None:
         """Close the Node's side, with a reset where something is missing."""
         self.remote.close(reset=self.error is not None or not self.up.source_ended)
+
+    def ended_by_node(self) -> bool:
+        """Return whether the Node has ended or reset the connection, before the client has ended it."""
+        if self.error is not None:
+            return getattr(self.error, "leg", None) is self.remote
+        return self.down.source_ended and not self.up.end_was_sent and not self.down.sink_error
 
     # The steps of carry
 
@@ -1663,9 +1673,8 @@ class Relay:
     def _end_client(self) -> None:
         """The Node has ended the connection: pass that on, and let the client finish."""
         self.up.check_reset()  # what looks like an end may be a reset that a write has met first
-        client_was_first = self.up.end_was_sent or self.down.sink_error
-        if not client_was_first:
-            self._before_end(True)
+        if self.ended_by_node():
+            self._before_end()
         self.down.send_end()
         # not longer: a client may keep its end open for ever, and the session is to carry the next one
         self._move_until_quiet(self._client, lambda: self.up.source_ended)
@@ -1700,7 +1709,7 @@ class Relay:
 
     def _drain(self) -> None:
         """Read what the Node sends, if that does not take long: it may be blocked in that write."""
-        mask = 0 if self.down.source_ended else select.POLLIN
+        mask = 0 if self.down.source_ended else select.POLLIN  # 0: only errors
         if wait_for(self.remote.reads_at, mask, self._pace(CLOSE_POLL_SECONDS)):
             self.down.move()
 
@@ -1815,8 +1824,7 @@ class Ledger:
 
     def issue(self, request: SessionRequest) -> IssuedSession:
         """Issue a session, see ControlPlane.issue; Cancelled once the run is ending."""
-        # the ids from this call that are to be revoked, in lower case: after a failure all, else all but the
-        # session's own
+        # every id that this call reads, in lower case; the session's own is taken out, the rest is revoked
         to_revoke: Set[str] = set()
 
         def owe(session_id: str) -> None:
@@ -1898,7 +1906,7 @@ class Ledger:
             return lines
 
     def _claim(self, session_ids: Set[str]) -> List[str]:
-        """With the lock held: return those of them that the caller is to revoke. Each is returned once."""
+        """With the lock held: return those that are owed, for the caller to revoke; they are owed no more."""
         owed = [self._owed.pop(each.lower(), None) for each in session_ids]
         due = [each[0] for each in owed if each]
         self._revoking.update(due)
@@ -2015,7 +2023,7 @@ class MediatedSession:
     def ask(self, afresh: bool = False) -> bool:
         """Have a thread ask GetSession, unless one is asking, or has within ASK_SECONDS.
 
-        `afresh` asks in any case, and only that answer counts. Return whether it asks.
+        `afresh` asks in any case, and await_answer waits for that. Return whether it asks.
         """
         with self._lock:
             last, now = self._question, elapsed_seconds()
@@ -2081,7 +2089,8 @@ class MediatedSession:
         # an earlier answer does not count: a session that was revoked since then must not be replaced
         if not (self.ask(afresh=is_first) and self.await_answer(pace)):
             return  # a later refusal decides
-        has_lasted = now - self.ready_on >= REPLACE_SECONDS  # the Node's own cap, which needs no patience
+        # a Node closes a listener that has lasted for long, and then the next session need not wait
+        has_lasted = now - self.ready_on >= REPLACE_SECONDS
         limit = 0 if self._renew and has_lasted else GONE_SECONDS
         # a new endpoint has no refused dials
         if self._refused_since and now - self._refused_since >= limit:
@@ -2325,7 +2334,7 @@ class Listener(socketserver.TCPServer):
             with contextlib.suppress(OSError):
                 return find_owner(self.address_family, client.address, self.local)[1]
         descriptor = client.sock.fileno()  # its thread may close it meanwhile
-        if descriptor < 0 or wait_for(descriptor, 0, 0):  # a reset, or a unix socket that was closed
+        if descriptor < 0 or wait_for(descriptor, 0, 0):  # POLLHUP, POLLERR: a reset, a closed unix socket
             return True
         return False if self.local.path else None
 
@@ -2384,8 +2393,9 @@ class Carrier:
     It issues the session, and takes clients as long as that lasts: accepts one, dials, carries the connection
     to its end, and is free again when the Node has ended that as well. At last it revokes the session.
 
-    Only the thread that has the turn takes a client. It keeps the turn through a short connection to a Node
-    on this host, since threads that run side by side mostly wait for Python's own lock.
+    Only the thread that has the turn takes a client. It passes the turn on when its connection is
+    TURN_SECONDS old: so short connections to a Node on this host are served by one thread, one after another.
+    Threads that run side by side would mostly wait for Python's own lock.
     """
 
     def __init__(self, forwarder: "Forwarder") -> None:
@@ -2477,7 +2487,7 @@ class Carrier:
         name = "a local process" if forwarder.local.path else join_host_port(*client.address[:2])
         forwarder.ledger.say(f"connection from {name} to {self.session.endpoint}")
         relay = Relay(client, remote, buffers, lambda: forwarder.listener.has_closed(client),
-                      lambda by_node: forwarder.ask_about_end(self, by_node), self._pace)
+                      lambda: forwarder.ask_about_end(self, relay), self._pace)
         try:
             with forwarder.lock:
                 self.relay = relay
@@ -2518,7 +2528,7 @@ class Carrier:
         deadline = elapsed_seconds() + STUCK_SECONDS
         self._forwarder.ledger.warn_once("the Node has not ended a connection whose client is gone; its "
                                          "session is not used any more")
-        relay.await_end(STUCK_SECONDS)
+        relay.await_end(STUCK_SECONDS)  # in vain or not
         if relay.error:  # nobody sees when it has passed on what came before a reset
             relay.close_remote()
             self._forwarder.is_closing.wait(deadline - elapsed_seconds())
@@ -2563,8 +2573,7 @@ class Forwarder:
         self.renew = renew
         self.wait_seconds = wait_seconds
         self.turn = threading.Lock()
-        # nothing is carried any more: `over`, or `stop` was called. And nothing is asked or tried again
-        self.is_closing = ledger.plane.cancel
+        self.is_closing = ledger.plane.cancel  # set once there is `over`, or by `stop`: the same event
         # reentrant; guards what follows, `over`, `first`, and the state, client and relay of the carriers
         self.lock = threading.Condition()
         self._request = request
@@ -2577,7 +2586,7 @@ class Forwarder:
         self._explanation: Optional[Outcome] = None  # see _explain
         self._waiting_since = elapsed_seconds()  # since when connections wait, and no session is free
         self._spare_since = elapsed_seconds()  # since when more sessions are free than the minimum
-        # after a session could not be had: when the next one is tried; None: as many are issued as are needed
+        # when one session is tried, after one could not be had; None again once one is ready, or leaves room
         self._try_on: Optional[float] = None
 
     def __enter__(self) -> "Forwarder":
@@ -2621,7 +2630,7 @@ class Forwarder:
             ended = self._ended
             self._ended = ended._replace(ended=ended.ended + 1, up=ended.up + up, down=ended.down + down)
 
-    def ask_about_end(self, carrier: Carrier, by_node: bool) -> None:
+    def ask_about_end(self, carrier: Carrier, relay: Relay) -> None:
         """Have it found out, beside the work, why a connection is ending: is its session over?"""
         if self.is_closing.is_set():
             return
@@ -2631,7 +2640,7 @@ class Forwarder:
             has_answer = (self._answered_on >= carrier.taken_on
                           or any(each.down.moved for each in self._list_open()))
             is_explaining = self._explanation is not None and not self._explanation.done.is_set()
-            if by_node and not has_answer and not is_explaining:
+            if relay.ended_by_node() and not has_answer and not is_explaining:
                 self._explanation = Outcome(lambda: self._explain(carrier.session), or_here=False)
 
     def dismiss(self, carrier: Carrier) -> None:
@@ -3379,7 +3388,7 @@ class Run:
         remote = self.foreground.call(lambda: session.dial(pace))
         client = StandardSocket() if stat.S_ISSOCK(os.fstat(1).st_mode) else StandardStreams()
         relay = Relay(client, remote, create_buffers(), lambda: bool(wait_for(client.writes_at, 0, 0)),
-                      lambda by_node: self.explain_end(session, relay), pace)
+                      lambda: self.explain_end(session, relay), pace)
 
         def carry() -> None:
             relay.carry()
@@ -3403,7 +3412,7 @@ class Run:
             carried.done.wait(HURRY_SECONDS)
             counts = Counts(ended=1, up=relay.up.moved, down=relay.down.moved)
             self.messages.say(self.describe_total(counts, "connection closed"))
-        carried.result()
+        carried.result()  # also after a signal that came too late to decide
         return EXIT_OK
 
     def explain_end(self, session: MediatedSession, relay: Relay) -> None:
@@ -3527,7 +3536,7 @@ class Run:
             set_core_limit(our_limit)
 
     def wait_for_command(self, child: Any, forwarder: Forwarder) -> None:
-        """Wait for COMMAND's end; a second signal that it does not end by is raised as Interrupted."""
+        """Wait for COMMAND's end; the second signal that asks for it is raised as Interrupted."""
         is_terminated = False
         while child.poll() is None:
             try:
@@ -3564,9 +3573,7 @@ def describe_failure(session: MediatedSession, relay: Relay,
     down, error = relay.down, session.why or relay.error
     if isinstance(error, PlexctlError):
         return error
-    has_answer = down.moved or down.count_undelivered()
-    node_ended = down.source_ended and not relay.up.end_was_sent
-    if not has_answer and (node_ended or getattr(error, "leg", None) is relay.remote):
+    if relay.ended_by_node() and not (down.moved or down.count_undelivered()):
         return PlexctlError(describe_unreachable(request))
     if error is not None:
         return PlexctlError(f"the connection ended: {show_error(error)}")
