@@ -2108,7 +2108,7 @@ class MediatedSession:
             try:
                 self._update(min(EXCHANGE_SECONDS, max(1.0, deadline - elapsed_seconds())))
                 has_answer = True
-            except (TransportError, ApiError) as error:
+            except PlexctlError as error:
                 if not error.passing:
                     raise
                 failure = error
@@ -2144,7 +2144,8 @@ class MediatedSession:
         try:
             found = socket.getaddrinfo(endpoint.host, endpoint.port, 0, socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
-            raise PlexctlError(f"listener endpoint {endpoint}: {show_error(error)}") from error
+            raise PlexctlError(f"listener endpoint {endpoint}: {show_error(error)}",
+                               passing=getattr(error, "errno", 0) == socket.EAI_AGAIN) from error
         family, _, _, _, address = found[0]
         if not is_dialable(str(address[0]), is_loopback(self._ledger.plane.server.host)):
             raise PlexctlError(f"listener endpoint {endpoint}: leads to {address[0]}, which is refused")

@@ -3427,6 +3427,18 @@ def test_an_endpoint_on_this_machine_is_revoked_where_the_server_is_elsewhere(
     assert {head.split()[1] for head in tunnels.heads} == {"wrong.example:443"}
 
 
+def test_an_endpoint_whose_name_cannot_be_looked_up_for_now_is_looked_up_again(cli, monkeypatch):
+    def getaddrinfo(host, *more, **named):
+        if host != "node.test" or failures.append(host) or len(failures) > 1:
+            return real("127.0.0.1", *more, **named)
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+    failures, real = [], socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    with ControlPlane(endpoint="node.test:22", endpoint_on="read") as plane:
+        assert "node.test:22" in forward_to(cli, plane).out and len(failures) == 2
+
+
 # Revoking
 
 @pytest.mark.parametrize("status", [204, 404, 409, 410, 302, 400, 401, 403])
