@@ -1624,10 +1624,10 @@ class Relay:
             if not (self.awaits_node or down.end_was_sent):
                 with contextlib.suppress(Exception):
                     self._before_end()
-        # In order only if the Node's end was passed on. If what the client sent since then was lost, only if
-        # it has ended its input too: it may yet read, and a reset would destroy that.
-        is_complete = down.end_was_sent and (up.source_ended or not up.count_undelivered())
-        self._client.close(reset=not is_complete)
+        # a reset tells of what was lost behind the Node's end, but destroys what a client may yet read that has
+        # ended as well
+        must_learn_of_loss = up.count_undelivered() and not up.source_ended
+        self._client.close(reset=not down.end_was_sent or must_learn_of_loss)
 
     def await_end(self, seconds: float) -> bool:
         """If it `awaits_node`, wait until the Node has ended the connection too; False if that takes longer.
@@ -2759,16 +2759,22 @@ class Forwarder:
         is_overdue = waiting and (not live or now - self._waiting_since >= GRACE_SECONDS)
         if is_overdue and states.count(BUSY) >= self._limit:
             self._warn_of_limit(waiting)
-        if self._is_time_up(now + 1):  # 1 s is the shortest TTL
-            return
-        if REVOKING in states and not live:
-            return  # a server that still counts that one might refuse another, and so end the run
         missing = waiting - states.count(OPENING) if is_overdue else 0
         if self._minimum > 1:  # a single one is issued when a connection comes
             missing = max(missing, self._minimum - live)
-        if self._try_on is not None:  # one, to see whether there can be more
-            missing = min(missing, 1 - states.count(OPENING)) if now >= self._try_on else 0
-        self._start(min(missing, self._limit - len(states)))
+        self._start(min(missing, self._count_room(now, states)))
+
+    def _count_room(self, now: float, states: List[str]) -> int:
+        """Return how many more sessions may be issued now."""
+        if self._is_time_up(now + 1):  # 1 s is the shortest TTL
+            return 0
+        if states and all(each == REVOKING for each in states):
+            return 0  # a server that still counts them might refuse another one, and so end the run
+        room = self._limit - len(states)
+        if self._try_on is None:
+            return room
+        may_try = now >= self._try_on and OPENING not in states
+        return min(room, 1) if may_try else 0
 
     def _warn_of_limit(self, waiting: int) -> None:
         wait = "connections wait" if waiting > 1 else "connection waits"
