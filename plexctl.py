@@ -1571,15 +1571,25 @@ class Flow:
                 self.sink.end()
 
 
+# how a connection has ended, Relay.end
+OPEN = ""  # it has not
+NODE_ENDED = "ended by the Node"  # before the client did
+BOTH_ENDED = "ended by both"  # by the client first
+CLIENT_CLOSED = "closed by the client"  # the Node has yet to end it, and may not have everything
+CLIENT_RESET = "reset by the client"  # the same
+NODE_RESET = "reset by the Node"
+BROKEN = "broken"  # for both: by `pace`, a dead path, want of memory or a defect
+BY_NODE, BY_CLIENT = (NODE_ENDED, NODE_RESET), (CLIENT_CLOSED, CLIENT_RESET)
+
+
 class Relay:
     """Carries one connection between a client and the Node (`remote`), in the thread that calls its methods.
 
     What one side sends is handed on at once; while the other side takes nothing, no more is read. A side has
     ended its input once it sends nothing more, and has closed the connection once it takes nothing either.
-    `carry` lasts until the connection is over for the client:
+    `carry` lasts until the connection is over for the client. Once either has ended its input, there follow
 
-    - `_carry_both` while neither has ended its input.
-    - `_await_answer` once the client has. The Node ends both directions as soon as it reads the end of
+    - `_await_answer` if it was the client. The Node ends both directions as soon as it reads the end of
       either, and would cut the answer off. So it is told only when nothing has moved for QUIET_SECONDS.
     - `_end_client` once the Node has ended the connection. The client may go on until nothing has moved for
       QUIET_SECONDS.
@@ -1598,8 +1608,8 @@ class Relay:
         self.up = Flow(client, remote, buffers[0])
         self.down = Flow(remote, client, buffers[1])
         self.remote = remote
-        self.error: Optional[Exception] = None  # what has broken the connection
-        self.awaits_node = False  # the client has closed or reset it; the Node may not have all that it sent
+        self.end = OPEN
+        self.error: Optional[Exception] = None  # the reset, or what has broken it
         self._client = client
         self._has_closed = has_closed
         self._before_end = before_end
@@ -1611,54 +1621,47 @@ class Relay:
         """Return once the connection is over for the client. Whatever fails ends this connection alone."""
         up, down = self.up, self.down
         try:
-            self._carry_both()
+            while not (up.source_ended or down.source_ended):
+                self._move()
             if not down.source_ended:
                 self._await_answer()
             if down.source_ended:
                 self._end_client()
             else:
                 self._end_remote()
-        except Exception as error:  # a reset, by `pace`, a dead path, no memory, or a defect
-            self.error = error
-            self.awaits_node = getattr(error, "leg", None) is self._client  # which has reset it
-            if not (self.awaits_node or down.end_was_sent):
-                with contextlib.suppress(Exception):
-                    self._before_end()
-        # a reset tells of what was lost behind the Node's end, but destroys what a client may yet read that has
-        # ended as well
+        except PeerReset as error:
+            self.error, self.end = error, CLIENT_RESET if error.leg is self._client else NODE_RESET
+        except Exception as error:
+            self.error, self.end = error, BROKEN
+        if self.end in (NODE_RESET, BROKEN) and not down.end_was_sent:
+            with contextlib.suppress(Exception):
+                self._before_end()
+        # What the client sent after the Node's end may be lost. A reset tells it so if it still sends; if it
+        # has ended, it may still read the answer, which a reset would destroy.
         must_learn_of_loss = up.count_undelivered() and not up.source_ended
         self._client.close(reset=not down.end_was_sent or must_learn_of_loss)
 
     def await_end(self, seconds: float) -> bool:
-        """If it `awaits_node`, wait until the Node has ended the connection too; False if that takes longer.
+        """If it was ended BY_CLIENT, wait until it is over for the Node too; False if that takes longer.
 
         What the Node still sends is dropped. `pace` may end the wait, which is no end of the connection.
         """
-        if not self.awaits_node:
+        if self.end not in BY_CLIENT:
             return True
         self.down.sink_error = errno.EPIPE  # from now on it drops what it reads
         try:
-            client_has_reset = self.error is not None
-            return self._await_acknowledged(seconds) if client_has_reset else self._await_node(seconds)
-        except (OSError, PlexctlError) as error:  # `pace`, no memory, or a reset by the Node, which is an end
-            return isinstance(error, PeerReset)
+            wait = self._await_node if self.end == CLIENT_CLOSED else self._await_acknowledged
+            return wait(seconds)
+        except PeerReset:
+            return True  # by the Node
+        except (OSError, PlexctlError):  # no memory, or by `pace`
+            return False
 
     def close_remote(self) -> None:
         """Close the Node's side, with a reset where something is missing."""
         self.remote.close(reset=self.error is not None or not self.up.source_ended)
 
-    def ended_by_node(self) -> bool:
-        """Return whether the Node has ended or reset the connection, before the client has ended it."""
-        if self.error is not None:
-            return getattr(self.error, "leg", None) is self.remote
-        return self.down.source_ended and not self.up.end_was_sent and not self.down.sink_error
-
     # The steps of carry
-
-    def _carry_both(self) -> None:
-        """Hand on what both sides send, until one of them ends."""
-        while not (self.up.source_ended or self.down.source_ended):
-            self._move()
 
     def _await_answer(self) -> None:
         """Pass the client's end of input on once the target is quiet; return once either side closes."""
@@ -1673,7 +1676,8 @@ class Relay:
     def _end_client(self) -> None:
         """The Node has ended the connection: pass that on, and let the client finish."""
         self.up.check_reset()  # what looks like an end may be a reset that a write has met first
-        if self.ended_by_node():
+        self.end = BOTH_ENDED if self.up.end_was_sent or self.down.sink_error else NODE_ENDED
+        if self.end == NODE_ENDED:
             self._before_end()
         self.down.send_end()
         # not longer: a client may keep its end open for ever, and the session is to carry the next one
@@ -1682,8 +1686,8 @@ class Relay:
     def _end_remote(self) -> None:
         """The client has closed the connection: pass that on, unless it has reset it."""
         self._check_client_reset()
+        self.end = CLIENT_CLOSED
         self.up.send_end()
-        self.awaits_node = True
 
     # The steps of await_end
 
@@ -1699,18 +1703,20 @@ class Relay:
         return True
 
     def _await_acknowledged(self, seconds: float) -> bool:
-        """The client has reset it: wait until the Node has everything, since our reset destroys the rest."""
+        """Wait until the Node's kernel has everything, since our reset would destroy the rest."""
         deadline = elapsed_seconds() + seconds
         while self.remote.count_unsent():
             if elapsed_seconds() >= deadline:
-                return False
+                return self.down.source_ended
             self._drain()
         return True
 
     def _drain(self) -> None:
-        """Read what the Node sends, if that does not take long: it may be blocked in that write."""
-        mask = 0 if self.down.source_ended else select.POLLIN  # 0: only errors
-        if wait_for(self.remote.reads_at, mask, self._pace(CLOSE_POLL_SECONDS)):
+        """Wait a little for what the Node sends, and drop it: the Node may be blocked in that write."""
+        seconds = self._pace(CLOSE_POLL_SECONDS)
+        if self.down.source_ended:
+            time.sleep(seconds)
+        elif wait_for(self.remote.reads_at, select.POLLIN, seconds):
             self.down.move()
 
     # What they share
@@ -1806,6 +1812,7 @@ class Ledger:
         self._owed: Dict[str, Tuple[str, str]] = {}
         self._revoking: Set[str] = set()  # until that has ended, or `settle` has told of it
         self._issuing = 0
+        self._is_closed = False
         self._unknown: Dict[str, PlexctlError] = {}  # by text; each may have left a session
         self._told: Set[str] = set()
 
@@ -1823,27 +1830,29 @@ class Ledger:
         return self.tell_once("warning: " + text, subject or text.partition(" (")[0])
 
     def issue(self, request: SessionRequest) -> IssuedSession:
-        """Issue a session, see ControlPlane.issue; Cancelled once the run is ending."""
+        """Issue a session, see ControlPlane.issue; Cancelled once `leave` was called."""
         # every id that this call reads, in lower case; the session's own is taken out, the rest is revoked
         to_revoke: Set[str] = set()
 
         def owe(session_id: str) -> None:
             key = session_id.lower()
             with self._changed:
-                if key in self._known and key not in to_revoke:
+                if key in to_revoke:
+                    return
+                if key in self._known:
                     raise TransportError(f"{ISSUE}: the answer's session_id is that of an earlier session")
                 self._known.add(key)
                 self._owed[key] = (session_id, "it expires")
                 to_revoke.add(key)
 
         with self._changed:
-            if self.plane.cancel.is_set():
+            if self._is_closed:
                 raise Cancelled("interrupted")
             self._issuing += 1
         try:
             issued = self.plane.issue(request, owe)
             with self._changed:
-                if self.plane.cancel.is_set():  # `leave` may not see it any more
+                if self._is_closed:  # `leave` may not see it any more
                     raise Cancelled("interrupted")
                 key = issued.session_id.lower()
                 to_revoke.discard(key)
@@ -1876,9 +1885,10 @@ class Ledger:
     def leave(self, seconds: float = LEAVE_SECONDS) -> None:
         """Issue nothing more, and revoke what is owed; `issue` does so with what comes from now on."""
         deadline = elapsed_seconds() + seconds
-        self.plane.cancel.set()
         with self._changed:
+            self._is_closed = True
             due = [] if self.is_kept else self._claim(set(self._owed))
+        self.plane.cancel.set()
         for session_id in due:
             if not start_thread(self._revoke, session_id):
                 self._revoke(session_id)
@@ -2021,14 +2031,15 @@ class MediatedSession:
                                    f"{min(passed)} s left")
 
     def ask(self, afresh: bool = False) -> bool:
-        """Have a thread ask GetSession, unless one is asking, or has within ASK_SECONDS.
+        """Have a thread ask GetSession, unless one is asking; return whether it does.
 
-        `afresh` asks in any case, and await_answer waits for that. Return whether it asks.
+        Nor if one has within ASK_SECONDS, unless `afresh`.
         """
         with self._lock:
             last, now = self._question, elapsed_seconds()
-            is_due = last is None or (last.done.is_set() and now - self._asked_on >= ASK_SECONDS)
-            if self.why is not None or not (is_due or afresh):
+            is_asking = last is not None and not last.done.is_set()
+            is_early = last is not None and now - self._asked_on < ASK_SECONDS and not afresh
+            if self.why is not None or is_asking or is_early:
                 return False
             self._asked_on = now
             self._question = Outcome(self._ask, or_here=False)
@@ -2086,12 +2097,12 @@ class MediatedSession:
         now = elapsed_seconds()
         is_first = not self._refused_since
         self._refused_since = self._refused_since or now
-        # an earlier answer does not count: a session that was revoked since then must not be replaced
-        if not (self.ask(afresh=is_first) and self.await_answer(pace)):
-            return  # a later refusal decides
         # a Node closes a listener that has lasted for long, and then the next session need not wait
-        has_lasted = now - self.ready_on >= REPLACE_SECONDS
-        limit = 0 if self._renew and has_lasted else GONE_SECONDS
+        may_be_replaced = self._renew and now - self.ready_on >= REPLACE_SECONDS
+        self.await_answer(pace)  # to an earlier question, which tells nothing of a revocation since then
+        if not self.ask(afresh=is_first and may_be_replaced) or not self.await_answer(pace):
+            return  # a later refusal decides
+        limit = 0 if may_be_replaced else GONE_SECONDS
         # a new endpoint has no refused dials
         if self._refused_since and now - self._refused_since >= limit:
             self.end(ListenerGone("the Node has closed the session's listener"))
@@ -2383,9 +2394,22 @@ class Counts(NamedTuple):
 # what a Carrier does, and what follows
 OPENING = "opening"  # it issues its session, and waits for the listener; then FREE
 FREE = "free"  # waits for a client; then BUSY, or REVOKING if it is not needed any more
-BUSY = "busy"  # dials, carries, and waits for the Node to end that; then FREE, or REVOKING if it does not
+BUSY = "busy"  # dials, carries, and waits for the Node to end what it has carried; then FREE or STUCK
+STUCK = "stuck"  # the Node does not end it; then REVOKING
 REVOKING = "revoking"  # the end: the session is over, stuck, or not needed any more
 READY = (FREE, BUSY)
+LIVE = (OPENING, FREE, BUSY)  # connections may yet come to it
+
+
+class Allowance(NamedTuple):
+    """How many sessions there may be after a failure: a number at first, and one more after each step."""
+
+    number: int
+    since: float  # elapsed_seconds()
+    step_seconds: float
+
+    def count(self, now: float) -> int:
+        return self.number + int((now - self.since) / self.step_seconds)
 
 
 class Carrier:
@@ -2505,6 +2529,7 @@ class Carrier:
     def _refuse(self, client: Leg, error: PlexctlError) -> None:
         """Leave a client to another session, if this one is over and there may be another; else reset it."""
         forwarder = self._forwarder
+        self._pass_turn_on()  # another session may do better
         if self.session.why and forwarder.take_back(self):
             return
         client.close()
@@ -2526,15 +2551,15 @@ class Carrier:
 
         The Node may still pass on what it has, for STUCK_SECONDS; the revocation that follows cuts it off.
         """
-        deadline = elapsed_seconds() + STUCK_SECONDS
-        self._forwarder.ledger.warn_once("the Node has not ended a connection whose client is gone; its "
-                                         "session is not used any more")
+        forwarder, deadline = self._forwarder, elapsed_seconds() + STUCK_SECONDS
+        with forwarder.lock:
+            self.state, forwarder.has_been_stuck = STUCK, True
+        forwarder.ledger.warn_once("the Node has not ended a connection whose client is gone; its session is "
+                                   "not used any more")
         relay.await_end(STUCK_SECONDS)  # in vain or not
-        if relay.error:  # nobody sees when it has passed on what came before a reset
+        if relay.end == CLIENT_RESET:  # nobody sees when the Node has passed on what came before that
             relay.close_remote()
-            self._forwarder.is_closing.wait(deadline - elapsed_seconds())
-        with self._forwarder.lock:
-            self.state = REVOKING
+            forwarder.is_closing.wait(deadline - elapsed_seconds())
 
 
 def is_refusal(why: PlexctlError) -> bool:
@@ -2574,9 +2599,10 @@ class Forwarder:
         self.renew = renew
         self.wait_seconds = wait_seconds
         self.turn = threading.Lock()
-        self.is_closing = ledger.plane.cancel  # set once there is `over`, or by `stop`: the same event
+        self.is_closing = threading.Event()  # nothing is carried any more: `over`, or `stop` was called
         # reentrant; guards what follows, `over`, `first`, and the state, client and relay of the carriers
         self.lock = threading.Condition()
+        self.has_been_stuck = False  # a session has, which is not the end of the run
         self._request = request
         self._limit = limit
         self._minimum = minimum
@@ -2587,8 +2613,7 @@ class Forwarder:
         self._explanation: Optional[Outcome] = None  # see _explain
         self._waiting_since = elapsed_seconds()  # since when connections wait, and no session is free
         self._spare_since = elapsed_seconds()  # since when more sessions are free than the minimum
-        # when one session is tried, after one could not be had; None again once one is ready, or leaves room
-        self._try_on: Optional[float] = None
+        self._allowance = Allowance(limit, 0.0, 1)
 
     def __enter__(self) -> "Forwarder":
         return self
@@ -2609,7 +2634,6 @@ class Forwarder:
         """Note that a session's Node has reported its listener."""
         with self.lock:
             self.first, carrier.state = self.first or carrier.session, FREE
-            self._try_on = None
             self.lock.notify_all()
 
     def take_back(self, carrier: Carrier) -> bool:
@@ -2641,7 +2665,7 @@ class Forwarder:
             has_answer = (self._answered_on >= carrier.taken_on
                           or any(each.down.moved for each in self._list_open()))
             is_explaining = self._explanation is not None and not self._explanation.done.is_set()
-            if relay.ended_by_node() and not has_answer and not is_explaining:
+            if relay.end in BY_NODE and not has_answer and not is_explaining:
                 self._explanation = Outcome(lambda: self._explain(carrier.session), or_here=False)
 
     def dismiss(self, carrier: Carrier) -> None:
@@ -2659,8 +2683,6 @@ class Forwarder:
             self.ledger.give_back(session.session_id)
         with self.lock:
             self._carriers.remove(carrier)
-            if why is None:  # it leaves room for another one
-                self._try_on = None
             self.lock.notify_all()
 
     def warn_of_exhaustion(self, error: BaseException) -> None:
@@ -2686,7 +2708,7 @@ class Forwarder:
             try:
                 for each in self._carriers:
                     each.session.watch()
-                may_serve = self._count_live() or now >= (self._try_on or 0)
+                may_serve = self._carriers or self._count_available(now)
                 if self.over or not may_serve:
                     self.listener.reject()
                 elif self.first is not None:
@@ -2721,7 +2743,7 @@ class Forwarder:
             numbers = [waiting] if waiting else []
             for each in self._carriers:
                 has_closed = self.listener.has_closed(each.client) if each.client else False
-                if each.relay and (has_closed or each.relay.awaits_node):
+                if each.relay and (has_closed or each.relay.end in BY_CLIENT):
                     numbers.append(each.relay.up.moved - each.relay.remote.count_unsent())
                 elif has_closed is not False:
                     numbers.append(0)
@@ -2733,6 +2755,7 @@ class Forwarder:
         with self.lock:
             self.is_closing.set()
             self.lock.notify_all()
+            self.ledger.plane.cancel.set()
             with contextlib.suppress(OSError, MemoryError):
                 self.listener.reject()
             self.listener.server_close()
@@ -2768,13 +2791,12 @@ class Forwarder:
         """Return how many more sessions may be issued now."""
         if self._is_time_up(now + 1):  # 1 s is the shortest TTL
             return 0
-        if states and all(each == REVOKING for each in states):
-            return 0  # a server that still counts them might refuse another one, and so end the run
-        room = self._limit - len(states)
-        if self._try_on is None:
-            return room
-        may_try = now >= self._try_on and OPENING not in states
-        return min(room, 1) if may_try else 0
+        if REVOKING in states and not self._count_live():
+            return 0  # a server that still counts that one might refuse another, and so end the run
+        return self._count_available(now) - len(states)
+
+    def _count_available(self, now: float) -> int:
+        return min(self._limit, self._allowance.count(now))
 
     def _warn_of_limit(self, waiting: int) -> None:
         wait = "connections wait" if waiting > 1 else "connection waits"
@@ -2807,7 +2829,7 @@ class Forwarder:
         return [each.relay for each in self._carriers if each.client and each.relay]
 
     def _count_live(self) -> int:
-        return sum(each.state != REVOKING for each in self._carriers)
+        return sum(each.state in LIVE for each in self._carriers)
 
     def _is_time_up(self, now: float) -> bool:
         """Return whether the time of the first session is up, which without `renew` is that of the run."""
@@ -2817,24 +2839,38 @@ class Forwarder:
         """Do what a session's end, or that it could not be had, means for the run.
 
         - An operator has revoked it, or the time of the run is up: the run ends.
+        - None has been ready yet: the run ends, if there is no other, for what has failed first.
         - It was the last one, and none may follow: the run ends.
-        - It has worked: with `renew` the next connection gets a new one.
-        - It was a further one, and could not be had: the next one is tried after a pause.
+        - It was ready: with `renew` the next connection gets a new one.
+        - It could not be had: the next one is asked for after a pause.
         """
         others, now = self._count_live(), elapsed_seconds()  # without this one, which is REVOKING by now
-        if self.first is None:  # another of the first sessions may yet be ready
-            why = self._first_failure = self._first_failure or why
-        may_follow = self.first is not None and self.renew and not is_refusal(why)
-        if isinstance(why, SessionRevoked) or self._is_time_up(now) or not (others or may_follow):
+        if isinstance(why, SessionRevoked) or self._is_time_up(now):
+            self._end_run(why)
+        elif self.first is None:
+            self._first_failure = self._first_failure or why
+            if not others:
+                self._end_run(self._first_failure)
+        elif not (others or self._may_follow(session, why)):
             self._end_run(why)
         elif session.ready_on:
             self.ledger.tell_once(f"{why}; the next connection gets a new one" if self.renew else str(why))
-            # a Node that refuses everybody must not cost a session per attempt
-            self._try_on = session.ready_on + REPLACE_SECONDS if isinstance(why, ListenerGone) else None
-        elif self.first is not None:
+            if isinstance(why, ListenerGone) and now - session.ready_on < REPLACE_SECONDS:
+                # a Node that refuses everybody must not cost a session per attempt
+                self._allowance = Allowance(others, session.ready_on, REPLACE_SECONDS)
+        else:
             has_no_room = others and (is_refusal(why) or isinstance(why, EndpointMissing))
-            self._try_on = now + (REFUSED_PAUSE_SECONDS if has_no_room else FAILED_PAUSE_SECONDS)
+            seconds = REFUSED_PAUSE_SECONDS if has_no_room else FAILED_PAUSE_SECONDS
+            self._allowance = Allowance(len(self._carriers) - 1, now, seconds)  # as many as there are
             why.is_told = self.ledger.warn_once(f"no further session for now: {why}", type(why).__name__)
+
+    def _may_follow(self, session: MediatedSession, why: PlexctlError) -> bool:
+        """Return whether another session may be asked for when the last one has ended so."""
+        if session.ready_on:
+            return self.renew
+        is_refused = is_refusal(why) and not any(each.state == STUCK for each in self._carriers)
+        # a stuck session is not the end of the run, and the server may refuse another one until it is revoked
+        return (self.renew or self.has_been_stuck) and not is_refused
 
     def _end_run(self, why: PlexctlError) -> None:
         self.over = self.over or why
@@ -3399,7 +3435,7 @@ class Run:
 
         def carry() -> None:
             relay.carry()
-            relay.await_end(NODE_END_SECONDS if relay.error else STUCK_SECONDS)
+            relay.await_end(STUCK_SECONDS if relay.end == CLIENT_CLOSED else NODE_END_SECONDS)
             relay.close_remote()
             error = describe_failure(session, relay, self.request)
             if error is not None:
@@ -3411,7 +3447,7 @@ class Run:
         except Interrupted:
             # ssh hangs up as soon as it has seen the end: so once that is under way, the signal does not
             # decide the status, and only limits the rest to a few seconds
-            is_ending = relay.down.source_ended or relay.error is not None
+            is_ending = relay.end not in (OPEN, CLIENT_CLOSED)
             if not is_ending or not carried.done.wait(ASK_LIMIT_SECONDS):
                 raise
         finally:
@@ -3425,7 +3461,8 @@ class Run:
     def explain_end(self, session: MediatedSession, relay: Relay) -> None:
         """Report why the connection of --stdio ends, before the client sees that: ssh hangs up then."""
         if session.why is None:
-            session.ask(afresh=True)  # an answer from before the end says nothing
+            session.await_answer()  # to an earlier question, which says nothing of the end
+            session.ask(afresh=True)
             session.await_answer()
         error = describe_failure(session, relay, self.request)
         if error is not None and not self.ledger.plane.cancel.is_set():  # else we have ended it
@@ -3569,7 +3606,7 @@ class Run:
             before, undelivered = undelivered, forwarder.list_undelivered()
             if undelivered != before:
                 moved_on = elapsed_seconds()
-        if undelivered:
+        if undelivered or forwarder.over is not None:
             reason = f": {forwarder.over}" if forwarder.over else ""
             self.ledger.warn_once("COMMAND has ended, and what it sent may not have arrived" + reason, "over")
 
@@ -3580,12 +3617,12 @@ def describe_failure(session: MediatedSession, relay: Relay,
     down, error = relay.down, session.why or relay.error
     if isinstance(error, PlexctlError):
         return error
-    if relay.ended_by_node() and not (down.moved or down.count_undelivered()):
+    if relay.end in BY_NODE and not (down.moved or down.count_undelivered()):
         return PlexctlError(describe_unreachable(request))
     if error is not None:
         return PlexctlError(f"the connection ended: {show_error(error)}")
-    # the client has closed its output before anything came, or before it had everything
-    if relay.awaits_node and (not down.moved or down.count_undelivered()):
+    # else that is an ordinary end: something has come, and the client has all of it
+    if relay.end == CLIENT_CLOSED and (not down.moved or down.count_undelivered()):
         return PlexctlError("cannot write to standard output: nobody reads it")
     return None
 
