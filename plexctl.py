@@ -2067,44 +2067,37 @@ class MediatedSession:
 
     def dial(self, pace: Pace = lambda seconds: seconds) -> Leg:
         """Connect to the listener; PlexctlError says why that fails. A new endpoint is tried once."""
-        route = self._route
-        try:
-            return self._dial_once(pace)
-        except PlexctlError:
-            if self.why is not None or self._route == route:
-                raise
-            return self._dial_once(pace)
-
-    def _dial_once(self, pace: Pace) -> Leg:
-        """Connect to the listener; if that fails, find out by GetSession what it means, and raise it."""
-        self.check()
-        try:
-            leg = connect(self._route, pace)
-            self._refused_since = 0.0
-            return leg
-        except OSError as error:
-            failure = error
-        if isinstance(failure, ConnectionRefusedError):
-            self._judge_refusal(pace)
-        else:
-            self.ask()
-            self.await_answer(pace)
+        for _ in range(2):
+            self.check()
+            route = self._route
+            try:
+                leg = connect(route, pace)
+                self._refused_since = 0.0
+                return leg
+            except OSError as error:
+                failure = error
+            self._ask_about_failure(isinstance(failure, ConnectionRefusedError), pace)
+            if self._route == route:
+                break
         raise self.why or PlexctlError(
             f"cannot connect to the listener endpoint {self.endpoint}: {show_error(failure)}")
 
-    def _judge_refusal(self, pace: Pace) -> None:
-        """End the session if its listener is gone: it is active, and has refused dials for long enough."""
+    def _ask_about_failure(self, is_refused: bool, pace: Pace) -> None:
+        """A dial has failed: ask GetSession, and end the session if its listener is gone.
+
+        That is so if the session is active, and has refused all dials for GONE_SECONDS. But a Node closes a
+        listener that has lasted for long, and with `renew` the next session need not wait.
+        """
         now = elapsed_seconds()
-        is_first = not self._refused_since
-        self._refused_since = self._refused_since or now
-        # a Node closes a listener that has lasted for long, and then the next session need not wait
+        is_first = is_refused and not self._refused_since
+        if is_first:
+            self._refused_since = now
         may_be_replaced = self._renew and now - self.ready_on >= REPLACE_SECONDS
         self.await_answer(pace)  # to an earlier question, which tells nothing of a revocation since then
-        if not self.ask(afresh=is_first and may_be_replaced) or not self.await_answer(pace):
-            return  # a later refusal decides
-        limit = 0 if may_be_replaced else GONE_SECONDS
-        # a new endpoint has no refused dials
-        if self._refused_since and now - self._refused_since >= limit:
+        has_answer = self.ask(afresh=is_first and may_be_replaced) and self.await_answer(pace)
+        patience = 0 if may_be_replaced else GONE_SECONDS
+        # _refused_since is 0 again if there is a new endpoint
+        if is_refused and has_answer and self._refused_since and now - self._refused_since >= patience:
             self.end(ListenerGone("the Node has closed the session's listener"))
 
     def _await_endpoint(self) -> None:
