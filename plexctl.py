@@ -27,7 +27,7 @@ section audit has recorded that.
 
 Threads. The main thread waits for signals and calls Forwarder.tick, which issues further sessions. Each
 session has a thread that accepts, dials and carries its connections; with --stdio a single thread carries the
-only one. Another one writes to stderr. Short-lived ones do what may block, such as an HTTP exchange. The
+only one. One thread writes to stderr. Short-lived ones do what may block, such as an HTTP exchange. The
 comment of each lock names what it guards. Flags that none guards, such as ControlPlane._said_silent, may be
 set by several threads: at worst something is said twice.
 """
@@ -455,7 +455,7 @@ def parse_json(raw: bytes) -> Any:
         document = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_int=float)
         json.dumps(document, ensure_ascii=False, allow_nan=False).encode("utf-8")
         return document
-    raise ValueError("not valid JSON")  # not above: the context of an exception would hold the text
+    raise ValueError("not valid JSON")  # not above: JSONDecodeError as its context would hold the text
 
 
 def show_count(count: int, noun: str) -> str:
@@ -745,7 +745,7 @@ SUCCESS = range(200, 300)
 EXPECTED = {ISSUE: {201}, GET: {200}, REVOKE: {*SUCCESS, 404, 409, 410}}  # one that is gone counts as revoked
 PASSING = {ISSUE: {502, 503, 504}, GET: {502, 503, 504}, REVOKE: {429, *range(500, 600)}}  # worth another try
 # after these there is no session; but a server may fail once it has issued one, or a gateway lose the answer
-NONE_ISSUED = {*range(300, 500), 501, 503}
+NONE_ISSUED = {*range(300, 500), 501, 503}  # for 409 see may_have_issued
 ISSUE_ATTEMPTS = 3
 JITTER_SECONDS = 0.2
 RETRY_AFTER_MAX_SECONDS = 5
@@ -1119,7 +1119,7 @@ class ControlPlane:
             value = self._show(problem.get(name))
             text += f"; {name.replace('_', ' ')} {value}" if value else ""
         retry_after = parse_retry_after(answer.headers.get("Retry-After"))
-        is_rate_limit = status == 429 and retry_after is not None  # else it is the limit of sessions
+        is_rate_limit = status == 429 and retry_after is not None  # 429 without it is the limit of sessions
         is_under_way = status == 409 and code == "idempotent_replay"  # by the first request with this key
         passing = status in PASSING[answer.operation] or is_rate_limit or is_under_way
         code_of_403 = EXIT_REBAC_DENIED if code == "rebac_denied" else EXIT_FORBIDDEN
@@ -1223,7 +1223,7 @@ class AuditLog(logging.Handler):
         self._environ = environ
         self._report = report
         self._descriptor = -1
-        self._has_written = False
+        self._has_written = False  # `emit` has; logging may drop a record without a word
         given = environ.get("PLEXCTL_AUDIT_LOG", "")
         path = given or find_own_file("XDG_STATE_HOME", ".local/state", "audit.log", environ)
         self._source = "audit log " + (escape(path) or "without a home directory")
@@ -1342,7 +1342,7 @@ def is_connected(sock: socket.socket) -> bool:
     return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != TCP_CLOSE  # tcpi_state
 
 
-# Called before each wait, for at most so many seconds; returns how long it may last, or raises what ends it
+# Called before each wait with its length in seconds; returns that or less, or raises what ends the connection
 Pace = Callable[[float], float]
 
 
@@ -1542,7 +1542,7 @@ class Flow:
             self.dropped += len(self.rest)
             self.rest = piece[:0]
         is_left = len(self.rest) > 0
-        return is_left != was_left
+        return is_left != was_left  # from POLLIN to POLLOUT, or back
 
     def waits_for(self) -> Tuple[int, int]:
         """Return the descriptor and the event of poll(2) that it waits for, unless the source has ended."""
@@ -1648,7 +1648,7 @@ class Relay:
         """
         if self.end not in BY_CLIENT:
             return True
-        self.down.sink_error = errno.EPIPE  # from now on it drops what it reads
+        self.down.sink_error = errno.EPIPE  # as if a write had failed: it drops what it reads
         try:
             wait = self._await_node if self.end == CLIENT_CLOSED else self._await_acknowledged
             return wait(seconds)
@@ -1676,7 +1676,9 @@ class Relay:
     def _end_client(self) -> None:
         """The Node has ended the connection: pass that on, and let the client finish."""
         self.up.check_reset()  # what looks like an end may be a reset that a write has met first
-        self.end = BOTH_ENDED if self.up.end_was_sent or self.down.sink_error else NODE_ENDED
+        # a write that has failed without a reset: the client had closed it
+        client_was_first = self.up.end_was_sent or self.down.sink_error
+        self.end = BOTH_ENDED if client_was_first else NODE_ENDED
         if self.end == NODE_ENDED:
             self._before_end()
         self.down.send_end()
@@ -1983,7 +1985,7 @@ class MediatedSession:
         self._renew = renew  # it will be replaced
         self._route: Any = None  # family and address of the endpoint
         self._refused_since = 0.0  # when the first of the last dials was refused; 0: none was
-        self._lock = threading.Lock()  # guards changes of `why`, and of what follows
+        self._lock = threading.Lock()  # guards changes of `why`, and of what follows; the rest may be stale
         self._asked_on = 0.0  # when GetSession was asked last
         self._question: Optional[Outcome] = None  # the last one
 
@@ -2136,7 +2138,7 @@ class MediatedSession:
             self.end(SessionRevoked("the session was revoked" + reason))
         elif session.status != "active":
             self.end(SessionOver("the session expired" + reason))
-        elif self.ready_on and elapsed_seconds() >= self.expires_on - AHEAD_SECONDS:
+        elif self.ready_on and elapsed_seconds() >= self.expires_on - AHEAD_SECONDS:  # by the Node's clock
             self.end(SessionOver("the session expired"))
         elif session.listener_endpoint and session.listener_endpoint != self.endpoint:
             if self.ready_on:
@@ -2395,7 +2397,7 @@ LIVE = (OPENING, FREE, BUSY)  # connections may yet come to it
 
 
 class Allowance(NamedTuple):
-    """How many sessions there may be after a failure: a number at first, and one more after each step."""
+    """How many sessions there may be after a failure: `number`, and one more after each step from then on."""
 
     number: int
     since: float  # elapsed_seconds()
@@ -2424,7 +2426,7 @@ class Carrier:
         self.client: Optional[Leg] = None  # from its accept() to its end
         self.relay: Optional[Relay] = None  # from the dial until the Node has ended the connection, too
         self._forwarder = forwarder
-        self._has_turn = False
+        self._has_turn = False  # from the wait for a client until its connection is TURN_SECONDS old
 
     def run(self) -> None:
         """Do all that the class says; never raises."""
@@ -2829,32 +2831,30 @@ class Forwarder:
         return not self.renew and self.first is not None and now >= self.first.expires_on
 
     def _judge_end(self, session: MediatedSession, why: PlexctlError) -> None:
-        """Do what a session's end, or that it could not be had, means for the run.
-
-        - An operator has revoked it, or the time of the run is up: the run ends.
-        - None has been ready yet: the run ends, if there is no other, for what has failed first.
-        - It was the last one, and none may follow: the run ends.
-        - It was ready: with `renew` the next connection gets a new one.
-        - It could not be had: the next one is asked for after a pause.
-        """
+        """Do what a session's end, or that it could not be had, means for the run."""
         others, now = self._count_live(), elapsed_seconds()  # without this one, which is REVOKING by now
+        # an operator has revoked it, or the time of the run is up
         if isinstance(why, SessionRevoked) or self._is_time_up(now):
             self._end_run(why)
+        # none has been ready yet: what has failed first counts, if none is left
         elif self.first is None:
             self._first_failure = self._first_failure or why
             if not others:
                 self._end_run(self._first_failure)
+        # it was the last one
         elif not (others or self._may_follow(session, why)):
             self._end_run(why)
+        # it has worked: the next connection gets a new one, but a Node that refuses everybody must not cost a
+        # session per attempt
         elif session.ready_on:
             self.ledger.tell_once(f"{why}; the next connection gets a new one" if self.renew else str(why))
             if isinstance(why, ListenerGone) and now - session.ready_on < REPLACE_SECONDS:
-                # a Node that refuses everybody must not cost a session per attempt
                 self._allowance = Allowance(others, session.ready_on, REPLACE_SECONDS)
+        # a further one could not be had: as many as there are must do for a while
         else:
             has_no_room = others and (is_refusal(why) or isinstance(why, EndpointMissing))
             seconds = REFUSED_PAUSE_SECONDS if has_no_room else FAILED_PAUSE_SECONDS
-            self._allowance = Allowance(len(self._carriers) - 1, now, seconds)  # as many as there are
+            self._allowance = Allowance(len(self._carriers) - 1, now, seconds)
             why.is_told = self.ledger.warn_once(f"no further session for now: {why}", type(why).__name__)
 
     def _may_follow(self, session: MediatedSession, why: PlexctlError) -> bool:
@@ -2958,7 +2958,8 @@ class Messages:
         if options.quiet:
             self._wanted = ("error: ",)
         elif options.mode == "--stdio" and not options.verbose:  # only what is left behind, and errors
-            self._wanted = ("error: ", "warning: session ", "warning: a session ", "warning: syslog ")
+            self._wanted = ("error: ", "session ", "warning: session ", "warning: a session ",
+                            "warning: syslog ")
         self._has_failed = False
         self._queue: Any = queue.Queue()  # lines, the live line (without a line end), events; None: the end
         if not start_thread(self._write):
@@ -3026,7 +3027,7 @@ class Foreground:
         self.messages = messages
         self.signals: List[int] = []
         self.ignored: Tuple[int, ...] = ()
-        self.passed_on: Tuple[int, ...] = ()  # to COMMAND; they do not count towards the third
+        self.passed_on: Tuple[int, ...] = ()  # to COMMAND; they do not ask for the end
         self._asked = 0  # signals that asked for the end
 
     def handle(self, signum: int, frame: object) -> None:
@@ -3439,7 +3440,8 @@ class Run:
             self.foreground.wait(float("inf"), carried.done)
         except Interrupted:
             # ssh hangs up as soon as it has seen the end: so once that is under way, the signal does not
-            # decide the status, and only limits the rest to a few seconds
+            # decide the status, and only limits the rest to a few seconds. Once the client has closed it, the
+            # signal does: nobody is left to see the end.
             is_ending = relay.end not in (OPEN, CLIENT_CLOSED)
             if not is_ending or not carried.done.wait(ASK_LIMIT_SECONDS):
                 raise
