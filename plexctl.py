@@ -3457,8 +3457,8 @@ class Run:
         """Report why the connection of --stdio ends, before the client sees that: ssh hangs up then."""
         if session.why is None:
             session.await_answer()  # to an earlier question, which says nothing of the end
-            session.ask(afresh=True)
-            session.await_answer()
+            if session.ask(afresh=True):
+                session.await_answer()
         error = describe_failure(session, relay, self.request)
         if error is not None and not self.ledger.plane.cancel.is_set():  # else we have ended it
             self.messages.report_error(error)
