@@ -1019,7 +1019,7 @@ class ControlPlane:
 
         `on_issued(session_id)` is called as soon as an id can be read, even from an answer that is
         malformed or no 201, and before it is judged: the caller can revoke the session whatever follows.
-        It is called again with each answer. A TransportError that it raises ends the call.
+        A TransportError that it raises ends the call.
         """
         path = f"/v1/projects/{request.project_id}/sessions"
         body: Dict[str, Any] = {
@@ -1032,8 +1032,9 @@ class ControlPlane:
         for attempt in range(1, ISSUE_ATTEMPTS + 1):
             answer = self._send(ISSUE, path, body)
             try:
-                session_id = find_session_id(answer) or session_id  # also if it was cut off, or is no 201
-                if session_id:
+                found = find_session_id(answer)  # also if it was cut off, or is no 201
+                if found and found != session_id:
+                    session_id = found
                     on_issued(session_id)
                 self._judge(answer)
                 issued = self._parse_issued(answer, asked_on)
@@ -1603,7 +1604,7 @@ class Relay:
     every TICK_SECONDS.
     """
 
-    def __init__(self, client: Any, remote: Leg, buffers: Buffers, has_closed: Callable[[], Optional[bool]],
+    def __init__(self, client: Any, remote: Leg, buffers: Buffers, has_closed: Callable[[], bool],
                  before_end: Callable[[], object], pace: Pace) -> None:
         self.up = Flow(client, remote, buffers[0])
         self.down = Flow(remote, client, buffers[1])
@@ -1666,7 +1667,7 @@ class Relay:
     def _await_answer(self) -> None:
         """Pass the client's end of input on once the target is quiet; return once either side closes."""
         def is_over() -> bool:
-            return bool(self.down.source_ended or self.down.sink_error or self._has_closed())
+            return bool(self.down.source_ended or self.down.sink_error) or self._has_closed()
 
         if self._move_until_quiet(self.remote, is_over):
             self.up.send_end()
@@ -1984,6 +1985,7 @@ class MediatedSession:
         self._wait_seconds = wait_seconds
         self._renew = renew  # it will be replaced
         self._route: Any = None  # family and address of the endpoint
+        self._told_on = 0.0  # when the question was asked whose answer counts for the endpoint
         self._refused_since = 0.0  # when the first of the last dials was refused; 0: none was
         self._lock = threading.Lock()  # guards changes of `why`, and of what follows; the rest may be stale
         self._asked_on = 0.0  # when GetSession was asked last
@@ -2033,15 +2035,14 @@ class MediatedSession:
                                    f"{min(passed)} s left")
 
     def ask(self, afresh: bool = False) -> bool:
-        """Have a thread ask GetSession, unless one is asking; return whether it does.
+        """Have a thread ask GetSession, unless one is asking, or has within ASK_SECONDS.
 
-        Nor if one has within ASK_SECONDS, unless `afresh`.
+        `afresh` asks in any case, and await_answer waits for that. Return whether it asks.
         """
         with self._lock:
             last, now = self._question, elapsed_seconds()
-            is_asking = last is not None and not last.done.is_set()
-            is_early = last is not None and now - self._asked_on < ASK_SECONDS and not afresh
-            if self.why is not None or is_asking or is_early:
+            is_due = last is None or (last.done.is_set() and now - self._asked_on >= ASK_SECONDS)
+            if self.why is not None or not (is_due or afresh):
                 return False
             self._asked_on = now
             self._question = Outcome(self._ask, or_here=False)
@@ -2095,8 +2096,9 @@ class MediatedSession:
         if is_first:
             self._refused_since = now
         may_be_replaced = self._renew and now - self.ready_on >= REPLACE_SECONDS
-        self.await_answer(pace)  # to an earlier question, which tells nothing of a revocation since then
-        has_answer = self.ask(afresh=is_first and may_be_replaced) and self.await_answer(pace)
+        is_asked_now = self.ask(afresh=is_first and may_be_replaced)
+        # an answer to an earlier question tells nothing of a revocation since then
+        has_answer = self.await_answer(pace) and is_asked_now
         patience = 0 if may_be_replaced else GONE_SECONDS
         # _refused_since is 0 again if there is a new endpoint
         if is_refused and has_answer and self._refused_since and now - self._refused_since >= patience:
@@ -2118,6 +2120,7 @@ class MediatedSession:
                 if not error.passing:
                     raise
                 failure = error
+                has_answer = has_answer and isinstance(error, (TransportError, ApiError))
             self.check()
             if self.endpoint is not None:
                 return
@@ -2132,6 +2135,7 @@ class MediatedSession:
 
     def _update(self, seconds: float) -> None:
         """Ask GetSession, and do what its answer asks for; PlexctlError."""
+        asked_on = elapsed_seconds()
         session = self._ledger.plane.get(self._ledger.project_id, self.session_id, seconds)
         reason = f" ({session.revoke_reason})" if session.revoke_reason else ""
         if session.status == "revoked" and session.revoke_reason not in ("ttl_expired", "idle_timeout"):
@@ -2140,10 +2144,13 @@ class MediatedSession:
             self.end(SessionOver("the session expired" + reason))
         elif self.ready_on and elapsed_seconds() >= self.expires_on - AHEAD_SECONDS:  # by the Node's clock
             self.end(SessionOver("the session expired"))
-        elif session.listener_endpoint and session.listener_endpoint != self.endpoint:
-            if self.ready_on:
-                self._ledger.say(f"the Node reports a new listener endpoint: {session.listener_endpoint}")
-            self._set_endpoint(session.listener_endpoint)
+        elif asked_on >= self._told_on:  # an older answer than the last one may have an older endpoint
+            self._told_on = asked_on
+            if session.listener_endpoint and session.listener_endpoint != self.endpoint:
+                if self.ready_on:
+                    self._ledger.say(
+                        f"the Node reports a new listener endpoint: {session.listener_endpoint}")
+                self._set_endpoint(session.listener_endpoint)
 
     def _set_endpoint(self, endpoint: Endpoint) -> None:
         """Look the endpoint's name up, and check the address that it leads to."""
@@ -2223,6 +2230,7 @@ class Listener(socketserver.TCPServer):
     def __init__(self, local: LocalAddress, allow_other_users: bool,
                  warn_once: Callable[[str], object]) -> None:
         self.local = local  # with the port that it has got
+        self.assumes_closed = False  # where nobody can know: that every client is
         self.unidentified = 0  # connections not served, since they were closed before their owner was known
         self._allows_other_users = allow_other_users
         self._warn_once = warn_once
@@ -2335,15 +2343,19 @@ class Listener(socketserver.TCPServer):
             count += max(1, backlog)
         return count
 
-    def has_closed(self, client: Leg) -> Optional[bool]:
-        """Return whether a client has closed its socket; None if the kernel does not tell."""
+    def has_closed(self, client: Leg) -> bool:
+        """Return whether a client has closed its socket; False if the kernel does not tell."""
         if self._knows_owners:
             with contextlib.suppress(OSError):
                 return find_owner(self.address_family, client.address, self.local)[1]
+            return False
         descriptor = client.sock.fileno()  # its thread may close it meanwhile
-        if descriptor < 0 or wait_for(descriptor, 0, 0):  # POLLHUP, POLLERR: a reset, a closed unix socket
-            return True
-        return False if self.local.path else None
+        # POLLHUP, POLLERR: a reset, a closed unix socket
+        return self.assumes_closed or descriptor < 0 or bool(wait_for(descriptor, 0, 0))
+
+    def assume_closed(self) -> None:
+        """COMMAND has ended, and with it its sockets: take all for closed, where nobody can know."""
+        self.assumes_closed = not (self.local.path or self._knows_owners)
 
     def _may_be_served(self, client: Leg) -> bool:
         """Return whether a client may be served: its user is ours or root, and it has not left."""
@@ -2703,7 +2715,7 @@ class Forwarder:
             try:
                 for each in self._carriers:
                     each.session.watch()
-                may_serve = self._carriers or self._count_available(now)
+                may_serve = self._count_live() or self._count_available(now)
                 if self.over or not may_serve:
                     self.listener.reject()
                 elif self.first is not None:
@@ -2730,18 +2742,17 @@ class Forwarder:
     def list_undelivered(self) -> List[int]:
         """Return a number for each connection that its client has closed, while the Node may lack some of it.
 
-        A number changes as that is delivered. It is 0 where nobody can tell who has closed.
+        As long as something is delivered, the numbers change.
         """
         with self.lock:
             # a client is in the backlog, then a carrier's, and once it is closed a relay has what it sent
             waiting = self.listener.count_waiting()
             numbers = [waiting] if waiting else []
             for each in self._carriers:
-                has_closed = self.listener.has_closed(each.client) if each.client else False
-                if each.relay and (has_closed or each.relay.end in BY_CLIENT):
-                    numbers.append(each.relay.up.moved - each.relay.remote.count_unsent())
-                elif has_closed is not False:
-                    numbers.append(0)
+                is_closed = each.client is not None and self.listener.has_closed(each.client)
+                if is_closed or (each.relay and each.relay.end in BY_CLIENT):
+                    relay = each.relay
+                    numbers.append(relay.up.moved - relay.remote.count_unsent() if relay else 0)
             return numbers
 
     def stop(self, seconds: float = CLOSE_SECONDS) -> None:
@@ -2854,7 +2865,9 @@ class Forwarder:
         else:
             has_no_room = others and (is_refusal(why) or isinstance(why, EndpointMissing))
             seconds = REFUSED_PAUSE_SECONDS if has_no_room else FAILED_PAUSE_SECONDS
-            self._allowance = Allowance(len(self._carriers) - 1, now, seconds)
+            # those that were ready and are being given back leave room
+            number = sum(each.state != REVOKING or each.session.ready_on > 0 for each in self._carriers)
+            self._allowance = Allowance(number, now, seconds)
             why.is_told = self.ledger.warn_once(f"no further session for now: {why}", type(why).__name__)
 
     def _may_follow(self, session: MediatedSession, why: PlexctlError) -> bool:
@@ -3456,9 +3469,8 @@ class Run:
     def explain_end(self, session: MediatedSession, relay: Relay) -> None:
         """Report why the connection of --stdio ends, before the client sees that: ssh hangs up then."""
         if session.why is None:
-            session.await_answer()  # to an earlier question, which says nothing of the end
-            if session.ask(afresh=True):
-                session.await_answer()
+            session.ask(afresh=True)  # an answer to an earlier question says nothing of the end
+            session.await_answer()
         error = describe_failure(session, relay, self.request)
         if error is not None and not self.ledger.plane.cancel.is_set():  # else we have ended it
             self.messages.report_error(error)
@@ -3594,12 +3606,14 @@ class Run:
 
     def deliver(self, forwarder: Forwarder) -> None:
         """Wait until what clients had sent before they left has arrived, as long as it moves."""
+        forwarder.listener.assume_closed()
         undelivered, moved_on = forwarder.list_undelivered(), elapsed_seconds()
         while undelivered and forwarder.over is None and elapsed_seconds() - moved_on < LEAVE_SECONDS:
             self.foreground.wait(WAIT_SECONDS)
             forwarder.tick()
             before, undelivered = undelivered, forwarder.list_undelivered()
-            if undelivered != before:
+            # where nobody knows who has closed, those who have not could send for ever
+            if undelivered != before and not forwarder.listener.assumes_closed:
                 moved_on = elapsed_seconds()
         if undelivered or forwarder.over is not None:
             reason = f": {forwarder.over}" if forwarder.over else ""
