@@ -3605,7 +3605,7 @@ class Run:
                                       "COMMAND is still running", "over")
 
     def deliver(self, forwarder: Forwarder) -> None:
-        """Wait until what clients had sent before they left has arrived, as long as it moves."""
+        """Wait until what clients had sent before they closed has arrived, as long as it moves."""
         forwarder.listener.assume_closed()
         undelivered, moved_on = forwarder.list_undelivered(), elapsed_seconds()
         while undelivered and forwarder.over is None and elapsed_seconds() - moved_on < LEAVE_SECONDS:

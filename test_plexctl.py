@@ -5238,6 +5238,102 @@ def test_a_first_session_that_fails_when_it_is_ready_ends_the_run(simulation):
             pool.submit(running.forwarder.establish).result(15)
 
 
+def test_a_session_whose_node_refuses_does_not_take_every_client():
+    with relayed_to(limit=2, minimum=2) as running:
+        eventually(lambda: running.count().sessions == 2)
+        running.node.refuse(running.plane.issued[0])
+        served = collections.Counter(attempt(running.address) for _ in range(200))
+        assert served[True] * 5 >= served[False], served
+
+
+def test_a_failure_that_passes_behind_a_stuck_session_does_not_end_the_run():
+    go = threading.Event()
+    serve = on_request(e=echo, s=lambda *_: go.wait(30))
+    with relayed_to(serve, STUCK_SECONDS=0.5, FAILED_PAUSE_SECONDS=0.5) as running:
+        client = dial(running.address)
+        client.sendall(b"s")
+        fill(client)
+        reset_close(client)
+        eventually(lambda: running.plane.revocations() and not running.forwarder._carriers)
+        running.plane.script("issue", *[reset] * 3)
+        assert knock(running.address)[0] == "reset"
+        eventually(lambda: running.said("no further session for now"))
+        assert running.forwarder.over is None
+        go.set()
+
+
+def test_a_revocation_of_one_of_the_first_sessions_ends_the_run_whatever_failed_before(simulation):
+    simulation.node.late = [60, 1, 60]
+    simulation.plane.script("issue", problem("session_limit_exceeded"))
+    with using_sessions(simulation.plane, establish=False, minimum=3, limit=3) as running, \
+            concurrent.futures.ThreadPoolExecutor(1) as pool:
+        establishing = pool.submit(running.forwarder.establish)
+        eventually(lambda: running.forwarder._first_failure and len(simulation.plane.issued) == 2)
+        simulation.plane.revoke(simulation.plane.issued[0])
+        assert "revoked" in running.why()
+        running.forwarder.stop()
+        with contextlib.suppress(plexctl.PlexctlError):
+            establishing.result(15)
+
+
+def test_at_the_node_s_own_cap_all_who_wait_get_sessions_at_once():
+    with relayed_to(limit=3, renew=True) as running:
+        with dialled(running, 3):
+            pass
+        eventually(lambda: not running.relays())
+        for carrier in running.forwarder._carriers:
+            carrier.session.ready_on -= plexctl.REPLACE_SECONDS
+        for each in list(running.plane.issued):
+            running.node.refuse(each)
+        running.node.late = 3
+        with lasts(3, 6.5), dialled(running, 3):  # not one after another
+            pass
+
+
+def test_a_listener_that_refuses_now_and_again_is_not_asked_about_each_time():
+    with listening_socket() as held:
+        address = held.getsockname()
+    with ControlPlane(endpoint="%s:%d" % address) as plane, using_sessions(plane) as running:
+        before, began = asked(plane, "get"), time.monotonic()
+        for _ in range(10):
+            with socket.socket() as listener:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind(address)
+                listener.listen(1)
+                with dial(running.address) as client:
+                    client.sendall(b"x")
+                    with contextlib.closing(listener.accept()[0]) as accepted:
+                        accepted.sendall(accepted.recv(1))
+                        assert client.recv(1) == b"x"
+            assert knock(running.address)[0] == "reset"
+        assert asked(plane, "get") - before <= 2 + (time.monotonic() - began) / plexctl.ASK_SECONDS
+
+
+def test_a_question_that_hangs_does_not_keep_a_session_from_being_replaced():
+    with relayed_to(renew=True, RECHECK_SECONDS=0.5) as running:
+        running.plane.script("get", hold(threading.Event()))
+        assert visit(running.address) and eventually(lambda: asked(running.plane, "get"))
+        running.forwarder.first.ready_on -= plexctl.REPLACE_SECONDS
+        running.node.refuse(running.plane.issued[0])
+        assert visit(running.address) and len(running.plane.issued) == 2
+
+
+def test_a_session_that_is_named_again_after_its_revocation_is_revoked_once():
+    go = threading.Event()
+    with ControlPlane() as plane, concurrent.futures.ThreadPoolExecutor(2) as pool:
+        ledger = plexctl.Ledger(create_client(plane, plane.bearer), PROJECT_ID, print)
+        plane.script("issue", cut_off, hold(go))
+        issuing = pool.submit(ledger.issue, session_request())
+        eventually(lambda: asked(plane, "issue") == 2)
+        leaving = pool.submit(ledger.leave)
+        eventually(lambda: sum(plane.revocations().values()) == 1)
+        go.set()
+        with pytest.raises(plexctl.PlexctlError):
+            issuing.result(15)
+        leaving.result(15)
+        assert set(plane.revocations().values()) == {1}
+
+
 @pytest.mark.parametrize("what", ["a failure that may pass", "no room for another one", "no thread"])
 def test_a_session_that_is_stuck_is_not_the_end_of_the_run(what):
     def is_served():
@@ -5953,6 +6049,52 @@ def test_what_command_sent_just_before_its_end_arrives(size, pause_seconds, each
         target.wait_for(lambda: target.ends)
         assert (len(received), target.ends) == (size, ["reset" if leaves_unread else "eof"])
         assert received == pattern(size)
+
+
+def test_stdio_says_that_its_session_was_revoked_also_behind_a_question_that_hangs():
+    go = threading.Event()
+
+    def serve(connection, _target):
+        connection.sendall(b"hello")
+        go.wait(30)
+
+    with Simulation(serve) as simulation:
+        simulation.plane.script("get", hold(go))
+        with start(simulation, "--stdio", stdin=subprocess.PIPE,
+                   program=prepared("import plexctl; plexctl.RECHECK_SECONDS = 0.5")) as process:
+            process.wait_for_output("hello")
+            eventually(lambda: asked(simulation.plane, "get"))
+            simulation.plane.revoke(simulation.plane.issued[0])
+            assert process.finish(30).returncode == 1 and "was revoked" in process.err, process.describe()
+        go.set()
+
+
+def test_a_revocation_amid_the_delivery_at_command_s_end_is_told():
+    go = threading.Event()
+    with relayed_to(lambda *_: go.wait(30), direct=True, RECHECK_SECONDS=0.5) as running:
+        with dial(running.address) as client:
+            client.sendall(bytes(100 * 1024))
+            eventually(lambda: running.count().up == 100 * 1024)
+        eventually(lambda: running.count().ended == 1)
+        run = types.SimpleNamespace(foreground=types.SimpleNamespace(wait=time.sleep), ledger=running.ledger)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            delivering = pool.submit(plexctl.Run.deliver, run, running.forwarder)
+            running.plane.revoke(running.plane.issued[0])
+            delivering.result(20)
+        assert running.forwarder.over is not None and running.said("may not have arrived: the session was")
+        go.set()
+
+
+def test_many_short_connections_of_command_arrive_also_where_nobody_can_say_who_has_closed():
+    program = ("import os, socket\nfor _ in range(8):\n    socket.create_connection(('127.0.0.1', "
+               "int(os.environ['PLEXCTL_LOCAL_PORT']))).sendall(b'hello')")
+    received = []
+    with Simulation(lambda connection, _: received.append(b"".join(chunks(connection)))) as simulation, \
+            lasts(0, 12):  # not QUIET_SECONDS for each
+        result = run(simulation, "--local-addr", "0.0.0.0:0", "--max-sessions", 1, "--", sys.executable, "-c",
+                     program)
+        assert result.status == 0 and "may not have arrived" not in result.err
+        eventually(lambda: received == [b"hello"] * 8)
 
 
 def test_who_goes_on_sending_where_nobody_can_say_whose_it_is_does_not_keep_it(simulation):
