@@ -20,10 +20,10 @@ the end of either. So each open connection needs a session, which can be used ag
 the connection before.
 
 Secrets. The bearer token comes from a file, standard input or the environment. From there on it is a Secret,
-which check_token and the section control plane alone reveal: to check it, and to send it. COMMAND gets
-neither that variable nor that standard input, but runs as the same user and could read the file, or our
-environment in /proc. The session token is shown with --reveal-secrets alone, by Run.establish, after the
-section audit has recorded that.
+which check_token and the section control plane alone reveal: to check it, to send it, and to remove it from
+what the server says. COMMAND gets neither that variable nor that standard input, but runs as the same user
+and could read the file, or our environment in /proc. The session token is shown with --reveal-secrets alone,
+by Run.establish, after the section audit has recorded that.
 
 Threads. The main thread waits for signals and calls Forwarder.tick, which issues further sessions. Each
 session has a thread that accepts, dials and carries its connections; with --stdio a single thread carries the
@@ -77,7 +77,7 @@ try:
     import urllib.request
     import zlib
     from typing import (
-        IO, Any, Callable, Dict, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Set,
+        IO, Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Set,
         Tuple, Type, Union)
 
     if os.name == "posix":
@@ -184,7 +184,7 @@ _CLOCK = CLOCK_BOOTTIME if ON_LINUX else getattr(time, "CLOCK_MONOTONIC", None)
 
 
 def elapsed_seconds() -> float:
-    """Read a clock that nobody sets and that goes on while the machine sleeps."""
+    """Read a clock that nobody sets and that goes on while the machine sleeps; names in _on are its times."""
     return time.clock_gettime(_CLOCK) if _CLOCK is not None else time.monotonic()
 
 
@@ -1367,7 +1367,7 @@ class Leg:
         self.reads_at = self.writes_at = sock.fileno()  # for poll(2)
         self._is_linux_tcp = ON_LINUX and sock.family != socket.AF_UNIX
 
-    def end(self) -> None:
+    def send_end(self) -> None:
         """Send the end of input (half-close)."""
         self.sock.shutdown(socket.SHUT_WR)
 
@@ -1444,7 +1444,7 @@ class StandardStreams:
     def is_dead(self) -> bool:
         return False
 
-    def end(self) -> None:
+    def send_end(self) -> None:
         self._let_go(1)
 
     def close(self, reset: bool = True) -> None:
@@ -1473,7 +1473,7 @@ class StandardSocket(StandardStreams):
     def take_error(self) -> int:
         return self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
 
-    def end(self) -> None:
+    def send_end(self) -> None:
         self._sock.shutdown(socket.SHUT_WR)
 
     def close(self, reset: bool = True) -> None:
@@ -1490,10 +1490,15 @@ def create_buffers() -> Buffers:
     return memoryview(mmap.mmap(-1, BUFFER_BYTES)), memoryview(mmap.mmap(-1, BUFFER_BYTES))
 
 
+Wait = Tuple[int, int]  # a descriptor and an event, of poll(2)
+NO_WAIT: Wait = (-1, 0)
+
+
 class Flow:
     """One direction of a connection: what `source` sends goes to `sink`.
 
-    While something is left nothing is read: so nothing is left once `source_ended`.
+    It reads only when all that it has read before was handed on or dropped: so nothing is left once
+    `source_ended`.
     """
 
     def __init__(self, source: Any, sink: Any, buffer: memoryview) -> None:
@@ -1504,52 +1509,46 @@ class Flow:
         self.dropped = 0  # bytes that were read, and never handed on
         self.source_ended = False
         self.end_was_sent = False  # to the sink, after the source had ended
-        self.sink_error = 0  # errno of a failed write: from then on what is read is dropped
+        self.sink_error = 0  # errno of a failed write, or of a reset by the sink that was found otherwise
+        self.is_dropping = False  # what it reads is not handed on
         self._buffer = buffer
+        self._for_data: Wait = (source.reads_at, select.POLLIN)
+        self._for_room: Wait = (sink.writes_at, select.POLLOUT)
+        self.waits_for = self._for_data
 
-    def move(self) -> bool:
-        """Read once, unless something is left, and hand it on; PeerReset by the source.
-
-        Return True if it `waits_for` another event from now on.
-        """
-        piece = self.rest
-        was_left = len(piece) > 0
-        if not was_left:
+    def move(self) -> None:
+        """Read once, unless something is left, and hand it on; PeerReset by the source."""
+        if not self.rest:
             try:
                 count = self.source.recv_into(self._buffer)
             except BlockingIOError:
-                return False
+                return
             except OSError as error:
                 if error.errno in EXHAUSTED:
                     raise
                 raise PeerReset(self.source, error.errno) from error
             if not count:
-                self.source_ended = True
-                return True
-            piece = self._buffer[:count]
-        self.rest = piece
-        if not self.sink_error:
-            try:
-                sent = self.sink.send(piece)
-                self.moved += sent
-                self.rest = piece[sent:]
-            except BlockingIOError:
-                pass
-            except OSError as error:
-                if error.errno in EXHAUSTED:
-                    raise
-                self.sink_error = error.errno or errno.ECONNRESET
-        if self.sink_error:
+                self.source_ended, self.waits_for = True, NO_WAIT
+                return
+            self.rest = self._buffer[:count]
+        if not self.is_dropping:
+            self._hand_on()
+        if self.is_dropping:
             self.dropped += len(self.rest)
-            self.rest = piece[:0]
-        is_left = len(self.rest) > 0
-        return is_left != was_left  # from POLLIN to POLLOUT, or back
+            self.rest = self.rest[:0]
+        self.waits_for = self._for_room if self.rest else self._for_data
 
-    def waits_for(self) -> Tuple[int, int]:
-        """Return the descriptor and the event of poll(2) that it waits for, unless the source has ended."""
-        if self.rest:
-            return self.sink.writes_at, select.POLLOUT
-        return self.source.reads_at, select.POLLIN
+    def _hand_on(self) -> None:
+        try:
+            sent = self.sink.send(self.rest)
+            self.moved += sent
+            self.rest = self.rest[sent:]
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            if error.errno in EXHAUSTED:
+                raise
+            self.sink_error, self.is_dropping = error.errno or errno.ECONNRESET, True
 
     def count_undelivered(self) -> int:
         """Return how many bytes were read and not handed on."""
@@ -1569,10 +1568,10 @@ class Flow:
         if not self.end_was_sent:
             self.end_was_sent = True
             with contextlib.suppress(OSError):  # its peer is gone
-                self.sink.end()
+                self.sink.send_end()
 
 
-# how a connection has ended, Relay.end
+# how a connection has ended, Relay.ending
 OPEN = ""  # it has not
 NODE_ENDED = "ended by the Node"  # before the client did
 BOTH_ENDED = "ended by both"  # by the client first
@@ -1609,14 +1608,14 @@ class Relay:
         self.up = Flow(client, remote, buffers[0])
         self.down = Flow(remote, client, buffers[1])
         self.remote = remote
-        self.end = OPEN
+        self.ending = OPEN
         self.error: Optional[Exception] = None  # the reset, or what has broken it
         self._client = client
         self._has_closed = has_closed
         self._before_end = before_end
         self._pace = pace
-        self._poller: Any = None  # None: to be made anew
-        self._waiting: Dict[int, List[Flow]] = {}  # who waits, by descriptor
+        self._poller: Any = None
+        self._registered = (NO_WAIT, NO_WAIT)  # what each flow waits for in the poller
 
     def carry(self) -> None:
         """Return once the connection is over for the client. Whatever fails ends this connection alone."""
@@ -1631,47 +1630,64 @@ class Relay:
             else:
                 self._end_remote()
         except PeerReset as error:
-            self.error, self.end = error, CLIENT_RESET if error.leg is self._client else NODE_RESET
+            self.error, self.ending = error, CLIENT_RESET if error.leg is self._client else NODE_RESET
         except Exception as error:
-            self.error, self.end = error, BROKEN
-        if self.end in (NODE_RESET, BROKEN) and not down.end_was_sent:
+            self.error, self.ending = error, BROKEN
+        if self.ending in (NODE_RESET, BROKEN) and not down.end_was_sent:
             with contextlib.suppress(Exception):
                 self._before_end()
-        # What the client sent after the Node's end may be lost. A reset tells it so if it still sends; if it
-        # has ended, it may still read the answer, which a reset would destroy.
-        must_learn_of_loss = up.count_undelivered() and not up.source_ended
-        self._client.close(reset=not down.end_was_sent or must_learn_of_loss)
+        # What the client has sent after the Node's end may be lost. A reset tells it so if it still sends; if
+        # it has ended, it may still read the answer, which a reset would destroy.
+        knows_all = up.source_ended or not up.count_undelivered()
+        self._client.close(reset=not (down.end_was_sent and knows_all))
 
     def await_end(self, seconds: float) -> bool:
         """If it was ended BY_CLIENT, wait until it is over for the Node too; False if that takes longer.
 
-        What the Node still sends is dropped. `pace` may end the wait, which is no end of the connection.
+        - CLIENT_CLOSED: until the Node has ended it, or its path is dead; so long from when the Node has
+          everything
+        - CLIENT_RESET: until the Node has everything, since our own reset would destroy the rest
+
+        What the Node still sends is dropped: it may be blocked in that write, and would see no end before.
+        `pace` may end the wait, which is no end of the connection.
         """
-        if self.end not in BY_CLIENT:
+        if self.ending not in BY_CLIENT:
             return True
-        self.down.sink_error = errno.EPIPE  # as if a write had failed: it drops what it reads
+        self.down.is_dropping = True
+        is_reset, deadline = self.ending == CLIENT_RESET, elapsed_seconds() + seconds
         try:
-            wait = self._await_node if self.end == CLIENT_CLOSED else self._await_acknowledged
-            return wait(seconds)
+            while True:
+                has_ended, has_everything = self.down.source_ended, not self.remote.count_unsent()
+                if has_everything if is_reset else has_ended or self.remote.is_dead():
+                    return True
+                if not (has_everything or is_reset):
+                    deadline = elapsed_seconds() + seconds
+                if elapsed_seconds() >= deadline:
+                    return has_ended  # then it takes no more, and is not stuck
+                pause = self._pace(CLOSE_POLL_SECONDS)
+                if has_ended:
+                    time.sleep(pause)
+                elif wait_for(self.remote.reads_at, select.POLLIN, pause):
+                    self.down.move()
         except PeerReset:
             return True  # by the Node
         except (OSError, PlexctlError):  # no memory, or by `pace`
             return False
 
     def close_remote(self) -> None:
-        """Close the Node's side, with a reset where something is missing."""
+        """Close the Node's side, with a reset where something is missing. A second call does nothing."""
         self.remote.close(reset=self.error is not None or not self.up.source_ended)
 
     # The steps of carry
 
     def _await_answer(self) -> None:
         """Pass the client's end of input on once the target is quiet; return once either side closes."""
-        def is_over() -> bool:
+        def is_closed() -> bool:
             return bool(self.down.source_ended or self.down.sink_error) or self._has_closed()
 
-        if self._move_until_quiet(self.remote, is_over):
+        if self._move_until_quiet(self.remote, is_closed):
             self.up.send_end()
-            while not is_over():
+            while not is_closed():
                 self._move(CLOSE_POLL_SECONDS)
 
     def _end_client(self) -> None:
@@ -1679,8 +1695,8 @@ class Relay:
         self.up.check_reset()  # what looks like an end may be a reset that a write has met first
         # a write that has failed without a reset: the client had closed it
         client_was_first = self.up.end_was_sent or self.down.sink_error
-        self.end = BOTH_ENDED if client_was_first else NODE_ENDED
-        if self.end == NODE_ENDED:
+        self.ending = BOTH_ENDED if client_was_first else NODE_ENDED
+        if self.ending == NODE_ENDED:
             self._before_end()
         self.down.send_end()
         # not longer: a client may keep its end open for ever, and the session is to carry the next one
@@ -1689,38 +1705,8 @@ class Relay:
     def _end_remote(self) -> None:
         """The client has closed the connection: pass that on, unless it has reset it."""
         self._check_client_reset()
-        self.end = CLIENT_CLOSED
+        self.ending = CLIENT_CLOSED
         self.up.send_end()
-
-    # The steps of await_end
-
-    def _await_node(self, seconds: float) -> bool:
-        """Wait for the end by the Node, so long from when it has everything. A dead path is an end too."""
-        acknowledged_on = elapsed_seconds()
-        while not (self.down.source_ended or self.remote.is_dead()):
-            if self.remote.count_unsent():
-                acknowledged_on = elapsed_seconds()
-            if elapsed_seconds() - acknowledged_on >= seconds:
-                return False
-            self._drain()
-        return True
-
-    def _await_acknowledged(self, seconds: float) -> bool:
-        """Wait until the Node's kernel has everything, since our reset would destroy the rest."""
-        deadline = elapsed_seconds() + seconds
-        while self.remote.count_unsent():
-            if elapsed_seconds() >= deadline:
-                return self.down.source_ended
-            self._drain()
-        return True
-
-    def _drain(self) -> None:
-        """Wait a little for what the Node sends, and drop it: the Node may be blocked in that write."""
-        seconds = self._pace(CLOSE_POLL_SECONDS)
-        if self.down.source_ended:
-            time.sleep(seconds)
-        elif wait_for(self.remote.reads_at, select.POLLIN, seconds):
-            self.down.move()
 
     # What they share
 
@@ -1745,27 +1731,28 @@ class Relay:
         Raise what ends the connection for both. A reset by the Node is raised by the read that meets it, so
         that all before it is handed on; a write that meets it only sets `sink_error`.
         """
-        poller = self._poller or self._create_poller()
-        ready = poller.poll(self._pace(seconds) * 1000)
+        up, down = self.up, self.down
+        if self._registered != (up.waits_for, down.waits_for):
+            self._register()
+        ready = self._poller.poll(self._pace(seconds) * 1000)
         if not ready and (self._client.is_dead() or self.remote.is_dead()):
             raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+        (for_up, _), (for_down, _) = self._registered
         for descriptor, _ in ready:
-            for flow in self._waiting[descriptor]:
-                if flow.move():
-                    self._poller = None
-        if not ready or self.down.sink_error:
+            if descriptor == for_up:
+                up.move()
+            if descriptor == for_down:  # if both wait for it, one may be too early, which does no harm
+                down.move()
+        if not ready or self.down.sink_error:  # not always: that is a system call
             self._check_client_reset()
 
-    def _create_poller(self) -> Any:
-        self._poller, self._waiting = select.poll(), {}
-        masks: Dict[int, int] = {}  # by descriptor: both may wait for one, and a move too early does no harm
-        for flow in (self.up, self.down):
-            if not flow.source_ended:
-                descriptor, mask = flow.waits_for()
+    def _register(self) -> None:
+        self._poller, self._registered = select.poll(), (self.up.waits_for, self.down.waits_for)
+        masks: Dict[int, int] = {}
+        for descriptor, mask in self._registered:
+            if mask:
                 masks[descriptor] = masks.get(descriptor, 0) | mask
                 self._poller.register(descriptor, masks[descriptor])
-                self._waiting.setdefault(descriptor, []).append(flow)
-        return self._poller
 
     def _check_client_reset(self) -> None:
         """Raise a reset by the client, whether a write has met it or no call has yet."""
@@ -1795,6 +1782,18 @@ class EndpointMissing(PlexctlError):
     """The Node did not report a listener in time."""
 
 
+OWED, UNDER_WAY, SETTLED = "owed", "under way", "settled"
+
+
+class Debt:
+    """A session that was issued. Its revocation is OWED, UNDER_WAY, or SETTLED: done or given up."""
+
+    def __init__(self, session_id: str) -> None:
+        self.session_id = session_id  # as the server wrote it
+        self.expires_at = ""  # the same; "" if that is unknown
+        self.state = OWED
+
+
 class Ledger:
     """Issues sessions, and owes each of them one revocation, from the moment its id is known.
 
@@ -1810,10 +1809,7 @@ class Ledger:
         self.say = say
         self.is_kept = False  # what is owed is left to the operator
         self._changed = threading.Condition()  # guards what follows
-        self._known: Set[str] = set()  # every session_id, in lower case
-        # session_id in lower case: the id as written, its expiry; until its revocation begins
-        self._owed: Dict[str, Tuple[str, str]] = {}
-        self._revoking: Set[str] = set()  # until that has ended, or `settle` has told of it
+        self._debts: Dict[str, Debt] = {}  # by session_id in lower case
         self._issuing = 0
         self._is_closed = False
         self._unknown: Dict[str, PlexctlError] = {}  # by text; each may have left a session
@@ -1834,19 +1830,15 @@ class Ledger:
 
     def issue(self, request: SessionRequest) -> IssuedSession:
         """Issue a session, see ControlPlane.issue; Cancelled once `leave` was called."""
-        # every id that this call reads, in lower case; the session's own is taken out, the rest is revoked
-        to_revoke: Set[str] = set()
+        named: Set[str] = set()  # the keys of what the answers name; all but the session itself is revoked
 
         def owe(session_id: str) -> None:
             key = session_id.lower()
             with self._changed:
-                if key in to_revoke:
-                    return
-                if key in self._known:
+                if key in self._debts and key not in named:
                     raise TransportError(f"{ISSUE}: the answer's session_id is that of an earlier session")
-                self._known.add(key)
-                self._owed[key] = (session_id, "it expires")
-                to_revoke.add(key)
+                self._debts.setdefault(key, Debt(session_id))
+                named.add(key)
 
         with self._changed:
             if self._is_closed:
@@ -1858,8 +1850,9 @@ class Ledger:
                 if self._is_closed:  # `leave` may not see it any more
                     raise Cancelled("interrupted")
                 key = issued.session_id.lower()
-                to_revoke.discard(key)
-                self._owed[key] = (issued.session_id, issued.expires_at)
+                named.discard(key)
+                debt = self._debts[key]
+                debt.session_id, debt.expires_at = issued.session_id, issued.expires_at
             return issued
         except PlexctlError as error:
             if error.may_exist:
@@ -1868,66 +1861,72 @@ class Ledger:
             raise
         finally:
             with self._changed:
-                due = self._claim(to_revoke)
+                due = self._claim(named)
                 self._issuing -= 1
                 self._changed.notify_all()
-            for session_id in due:
-                self._revoke(session_id)
+            for debt in due:
+                self._revoke(debt)
 
     def has_issued(self) -> bool:
         with self._changed:
-            return bool(self._known)
+            return bool(self._debts)
 
     def give_back(self, session_id: str) -> None:
         """Revoke a session now, unless that has begun. Never raises."""
         with self._changed:
-            due = self._claim({session_id})
-        for each in due:
-            self._revoke(each)
+            due = self._claim([session_id.lower()])
+        for debt in due:
+            self._revoke(debt)
 
     def leave(self, seconds: float = LEAVE_SECONDS) -> None:
         """Issue nothing more, and revoke what is owed; `issue` does so with what comes from now on."""
         deadline = elapsed_seconds() + seconds
         with self._changed:
             self._is_closed = True
-            due = [] if self.is_kept else self._claim(set(self._owed))
+            due = [] if self.is_kept else self._claim(self._debts)
         self.plane.cancel.set()
-        for session_id in due:
-            if not start_thread(self._revoke, session_id):
-                self._revoke(session_id)
+        for debt in due:
+            if not start_thread(self._revoke, debt):
+                self._revoke(debt)
         with self._changed:
-            self._changed.wait_for(lambda: not (self._issuing or self._revoking),
+            self._changed.wait_for(lambda: not (self._issuing or self._list(UNDER_WAY)),
                                    deadline - elapsed_seconds())
 
     def list_kept(self) -> List[str]:
         """Return what `leave` has left to the operator, in words."""
         with self._changed:
-            return [f"session {each} is kept until {expires_at}" for each, expires_at in self._owed.values()]
+            return [f"session {each.session_id} is kept until {each.expires_at or 'it expires'}"
+                    for each in self._list(OWED)]
 
     def settle(self, raised: Optional[BaseException] = None) -> List[str]:
-        """Return what `leave` could not revoke in time, except what the error `raised` says anyway.
+        """Give up what `leave` could not revoke in time; return that, except what the error `raised` says.
 
         A revocation that is still under way reports nothing from now on.
         """
         with self._changed:
-            lines = [f"session {each} is not revoked, it will expire on its own" for each in self._revoking]
-            self._revoking.clear()
+            lines = []
+            for debt in self._list(UNDER_WAY):
+                debt.state = SETTLED
+                lines.append(f"session {debt.session_id} is not revoked, it will expire on its own")
             lines += [f"session unknown: {each}" for each in self._unknown.values()
                       if each is not raised and not each.is_told]
             if self._issuing:
                 lines.append("a session may have been issued, it will expire on its own")
             return lines
 
-    def _claim(self, session_ids: Set[str]) -> List[str]:
-        """With the lock held: return those that are owed, for the caller to revoke; they are owed no more."""
-        owed = [self._owed.pop(each.lower(), None) for each in session_ids]
-        due = [each[0] for each in owed if each]
-        self._revoking.update(due)
+    def _list(self, state: str) -> List[Debt]:
+        return [each for each in self._debts.values() if each.state == state]
+
+    def _claim(self, keys: Iterable[str]) -> List[Debt]:
+        """With the lock held: return those of these that are owed, for the caller to revoke."""
+        due = [self._debts[key] for key in keys if key in self._debts and self._debts[key].state == OWED]
+        for debt in due:
+            debt.state = UNDER_WAY
         return due
 
-    def _revoke(self, session_id: str) -> None:
+    def _revoke(self, debt: Debt) -> None:
         """Revoke a session that was claimed; say that it was, or why it was not."""
-        deadline = elapsed_seconds() + LEAVE_SECONDS
+        deadline, session_id = elapsed_seconds() + LEAVE_SECONDS, debt.session_id
         while True:
             try:
                 self.plane.revoke(self.project_id, session_id, max(0.5, deadline - elapsed_seconds()))
@@ -1937,14 +1936,14 @@ class Ledger:
                 wait = getattr(error, "retry_after_seconds", None) or POLL_MIN_SECONDS
                 if not getattr(error, "passing", False) or elapsed_seconds() + wait > deadline:
                     with self._changed:
-                        is_told = session_id not in self._revoking  # by `settle`
+                        is_told = debt.state == SETTLED  # by `settle`
                     if not is_told:
                         self.report(f"warning: session {session_id} is not revoked, it will expire on its "
                                     f"own: {show_error(error)}")
                     break
                 time.sleep(wait)
         with self._changed:  # only now, since `leave` waits for this
-            self._revoking.discard(session_id)
+            debt.state = SETTLED
             self._changed.notify_all()
 
 
@@ -1975,18 +1974,18 @@ class MediatedSession:
     """
 
     def __init__(self, ledger: Ledger, wait_seconds: float = 90.0, renew: bool = False) -> None:
-        self.issued: Optional[IssuedSession] = None
+        self.issued: Any = None  # IssuedSession, once it is there
         self.session_id = ""  # as the server wrote it; "" before the session is issued
         self.why: Optional[PlexctlError] = None  # what has ended the session
         self.endpoint: Optional[Endpoint] = None  # that the Node has reported last
-        self.expires_on = float("inf")  # elapsed_seconds()
+        self.expires_on = float("inf")
         self.ready_on = 0.0  # when the Node had reported the listener; 0: not yet
         self._ledger = ledger
         self._wait_seconds = wait_seconds
         self._renew = renew  # it will be replaced
         self._route: Any = None  # family and address of the endpoint
-        self._told_on = 0.0  # when the question was asked whose answer counts for the endpoint
-        self._refused_since = 0.0  # when the first of the last dials was refused; 0: none was
+        self._endpoint_asked_on = 0.0  # when the newest question was asked that has told of an endpoint
+        self._refused_since = 0.0  # when the first of the last dials was refused; 0: the last one was not
         self._lock = threading.Lock()  # guards changes of `why`, and of what follows; the rest may be stale
         self._asked_on = 0.0  # when GetSession was asked last
         self._question: Optional[Outcome] = None  # the last one
@@ -2018,12 +2017,13 @@ class MediatedSession:
 
     def check(self) -> None:
         """Raise why it is over, if it is."""
-        if self.is_over() and self.why is not None:
+        self.is_over()
+        if self.why is not None:
             raise self.why
 
     def watch(self) -> None:
         """Ask GetSession if that is due, and warn before the session expires; nothing before it is ready."""
-        if self.issued is None or not self.ready_on or self.is_over():
+        if not self.ready_on or self.is_over():
             return
         now = elapsed_seconds()
         if now - self._asked_on >= RECHECK_SECONDS:
@@ -2092,24 +2092,24 @@ class MediatedSession:
         listener that has lasted for long, and with `renew` the next session need not wait.
         """
         now = elapsed_seconds()
+        may_be_replaced = self._renew and now - self.ready_on >= REPLACE_SECONDS
         is_first = is_refused and not self._refused_since
         if is_first:
             self._refused_since = now
-        may_be_replaced = self._renew and now - self.ready_on >= REPLACE_SECONDS
+        # an answer to an earlier question tells nothing of a revocation since then, but of a new endpoint
         is_asked_now = self.ask(afresh=is_first and may_be_replaced)
-        # an answer to an earlier question tells nothing of a revocation since then
-        has_answer = self.await_answer(pace) and is_asked_now
+        if not (self.await_answer(pace) and is_asked_now and is_refused):
+            return
         patience = 0 if may_be_replaced else GONE_SECONDS
-        # _refused_since is 0 again if there is a new endpoint
-        if is_refused and has_answer and self._refused_since and now - self._refused_since >= patience:
+        if self._refused_since and now - self._refused_since >= patience:  # 0 again after a new endpoint
             self.end(ListenerGone("the Node has closed the session's listener"))
 
     def _await_endpoint(self) -> None:
         """Ask GetSession until the Node has reported the listener; PlexctlError if it does not in time."""
         pause, deadline = POLL_MIN_SECONDS, elapsed_seconds() + self._wait_seconds
+        limit = show_seconds(self._wait_seconds)
         failure: Optional[PlexctlError] = None
         has_answer = False
-        limit = show_seconds(self._wait_seconds)
         if self._wait_seconds:
             self._ledger.tell_once(f"waiting for the Node to report its listener (up to {limit})")
         while elapsed_seconds() < deadline:
@@ -2120,6 +2120,7 @@ class MediatedSession:
                 if not error.passing:
                     raise
                 failure = error
+                # what was answered before counts, unless the name that it gave cannot be looked up for now
                 has_answer = has_answer and isinstance(error, (TransportError, ApiError))
             self.check()
             if self.endpoint is not None:
@@ -2142,10 +2143,11 @@ class MediatedSession:
             self.end(SessionRevoked("the session was revoked" + reason))
         elif session.status != "active":
             self.end(SessionOver("the session expired" + reason))
-        elif self.ready_on and elapsed_seconds() >= self.expires_on - AHEAD_SECONDS:  # by the Node's clock
+        elif self.ready_on and elapsed_seconds() >= self.expires_on - AHEAD_SECONDS:
+            # it may be over by the Node's clock, and something may have failed for that just now
             self.end(SessionOver("the session expired"))
-        elif asked_on >= self._told_on:  # an older answer than the last one may have an older endpoint
-            self._told_on = asked_on
+        elif asked_on >= self._endpoint_asked_on:  # an older answer may have an older endpoint
+            self._endpoint_asked_on = asked_on
             if session.listener_endpoint and session.listener_endpoint != self.endpoint:
                 if self.ready_on:
                     self._ledger.say(
@@ -2230,7 +2232,7 @@ class Listener(socketserver.TCPServer):
     def __init__(self, local: LocalAddress, allow_other_users: bool,
                  warn_once: Callable[[str], object]) -> None:
         self.local = local  # with the port that it has got
-        self.assumes_closed = False  # where nobody can know: that every client is
+        self.is_guessing = False  # nobody can know who has closed, and `has_closed` says that all have
         self.unidentified = 0  # connections not served, since they were closed before their owner was known
         self._allows_other_users = allow_other_users
         self._warn_once = warn_once
@@ -2351,16 +2353,16 @@ class Listener(socketserver.TCPServer):
             return False
         descriptor = client.sock.fileno()  # its thread may close it meanwhile
         # POLLHUP, POLLERR: a reset, a closed unix socket
-        return self.assumes_closed or descriptor < 0 or bool(wait_for(descriptor, 0, 0))
+        return self.is_guessing or descriptor < 0 or bool(wait_for(descriptor, 0, 0))
 
     def assume_closed(self) -> None:
         """COMMAND has ended, and with it its sockets: take all for closed, where nobody can know."""
-        self.assumes_closed = not (self.local.path or self._knows_owners)
+        self.is_guessing = not (self.local.path or self._knows_owners)
 
     def _may_be_served(self, client: Leg) -> bool:
         """Return whether a client may be served: its user is ours or root, and it has not left."""
         if not self._checks_owners:
-            with contextlib.suppress(OSError):  # one that has sent something before is served
+            with contextlib.suppress(OSError):  # also one that has left, if it has sent something before
                 if client.sock.recv(1, socket.MSG_PEEK):
                     return True
             return not self.has_closed(client)
@@ -2408,15 +2410,56 @@ READY = (FREE, BUSY)
 LIVE = (OPENING, FREE, BUSY)  # connections may yet come to it
 
 
-class Allowance(NamedTuple):
-    """How many sessions there may be after a failure: `number`, and one more after each step from then on."""
+class Supply:
+    """Decides how many sessions there are to be, `limit` at most.
 
-    number: int
-    since: float  # elapsed_seconds()
-    step_seconds: float
+    - one for each connection, once they have waited for GRACE_SECONDS while no session was free
+    - the `minimum` in any case, if that is more than 1; a single one is issued when a connection comes
+    - one fewer each time that more than the minimum have been free for IDLE_SECONDS
 
-    def count(self, now: float) -> int:
-        return self.number + int((now - self.since) / self.step_seconds)
+    It keeps these times, and so has to be asked at each tick, with the states of all carriers.
+    """
+
+    def __init__(self, limit: int, minimum: int) -> None:
+        self.limit = limit
+        self.minimum = minimum
+        self.is_overdue = False  # connections have waited long enough
+        self._waiting_since = elapsed_seconds()  # since when connections wait, and no session is free
+        self._spare_since = elapsed_seconds()  # since when more sessions are free than the minimum
+        self._allowed, self._allowed_on, self._step_seconds = limit, 0.0, 1.0  # see hold_back
+
+    def hold_back(self, number: int, since: float, step_seconds: float) -> None:
+        """Allow no more than so many sessions after a failure, and one more with each step from then on."""
+        self._allowed, self._allowed_on, self._step_seconds = number, since, step_seconds
+
+    def count_allowed(self, now: float) -> int:
+        return min(self.limit, self._allowed + int((now - self._allowed_on) / self._step_seconds))
+
+    def count_missing(self, now: float, waiting: int, states: List[str]) -> int:
+        """Return how many sessions to issue now, if so many connections are `waiting`."""
+        live = count_live(states)
+        if FREE in states or not waiting:
+            self._waiting_since = now
+        self.is_overdue = waiting > 0 and (not live or now - self._waiting_since >= GRACE_SECONDS)
+        missing = waiting - states.count(OPENING) if self.is_overdue else 0
+        if self.minimum > 1:
+            missing = max(missing, self.minimum - live)
+        if REVOKING in states and not live:
+            return 0  # a server that still counts that one might refuse another, and so end the run
+        return min(missing, self.count_allowed(now) - len(states))
+
+    def has_spare(self, now: float, states: List[str]) -> bool:
+        """Return whether to give a session back that is free, since nobody needs it."""
+        if states.count(FREE) <= self.minimum:
+            self._spare_since = now
+        has_spare = now - self._spare_since >= IDLE_SECONDS
+        if has_spare:
+            self._spare_since = now
+        return has_spare
+
+
+def count_live(states: List[str]) -> int:
+    return sum(state in LIVE for state in states)
 
 
 class Carrier:
@@ -2425,9 +2468,7 @@ class Carrier:
     It issues the session, and takes clients as long as that lasts: accepts one, dials, carries the connection
     to its end, and is free again when the Node has ended that as well. At last it revokes the session.
 
-    Only the thread that has the turn takes a client. It passes the turn on when its connection is
-    TURN_SECONDS old: so short connections to a Node on this host are served by one thread, one after another.
-    Threads that run side by side would mostly wait for Python's own lock.
+    Only the thread that has the turn takes a client; it passes the turn on soon, see _pace.
     """
 
     def __init__(self, forwarder: "Forwarder") -> None:
@@ -2490,14 +2531,18 @@ class Carrier:
             self._forwarder.turn.release()
 
     def _pace(self, seconds: float) -> float:
-        """Return how long a wait may last, see Pace; pass the turn on once the connection has lasted."""
+        """Return how long a wait may last, see Pace; pass the turn on once the connection has lasted.
+
+        Not at once: so short connections to a Node on this host are served by one thread, one after another.
+        Threads that run side by side would mostly wait for Python's own lock.
+        """
         # must_leave without its clock, which costs too much here; tick() looks at that
         if self._forwarder.is_closing.is_set() or self.session.why is not None:
             raise self.session.why or Cancelled("interrupted")
         if self._has_turn:
             left = self.taken_on + TURN_SECONDS - elapsed_seconds()
             if left > 0:
-                return left
+                return min(left, seconds)
             self._pass_turn_on()
         return seconds
 
@@ -2563,8 +2608,8 @@ class Carrier:
             self.state, forwarder.has_been_stuck = STUCK, True
         forwarder.ledger.warn_once("the Node has not ended a connection whose client is gone; its session is "
                                    "not used any more")
-        relay.await_end(STUCK_SECONDS)  # in vain or not
-        if relay.end == CLIENT_RESET:  # nobody sees when the Node has passed on what came before that
+        relay.await_end(STUCK_SECONDS)
+        if relay.ending == CLIENT_RESET:  # nobody sees when the Node has passed on what came before that
             relay.close_remote()
             forwarder.is_closing.wait(deadline - elapsed_seconds())
 
@@ -2611,16 +2656,12 @@ class Forwarder:
         self.lock = threading.Condition()
         self.has_been_stuck = False  # a session has, which is not the end of the run
         self._request = request
-        self._limit = limit
-        self._minimum = minimum
+        self._supply = Supply(limit, minimum)
         self._carriers: List[Carrier] = []
         self._ended = Counts()
         self._first_failure: Optional[PlexctlError] = None  # of a session, before any is ready
         self._answered_on = 0.0  # when a connection that had an answer has ended last
         self._explanation: Optional[Outcome] = None  # see _explain
-        self._waiting_since = elapsed_seconds()  # since when connections wait, and no session is free
-        self._spare_since = elapsed_seconds()  # since when more sessions are free than the minimum
-        self._allowance = Allowance(limit, 0.0, 1)
 
     def __enter__(self) -> "Forwarder":
         return self
@@ -2668,11 +2709,7 @@ class Forwarder:
             return
         carrier.session.ask()
         with self.lock:
-            # if any connection has had one meanwhile the target works: psql's cancel request gets none
-            has_answer = (self._answered_on >= carrier.taken_on
-                          or any(each.down.moved for each in self._list_open()))
-            is_explaining = self._explanation is not None and not self._explanation.done.is_set()
-            if relay.end in BY_NODE and not has_answer and not is_explaining:
+            if relay.ending in BY_NODE and self._seems_unreachable(carrier):
                 self._explanation = Outcome(lambda: self._explain(carrier.session), or_here=False)
 
     def dismiss(self, carrier: Carrier) -> None:
@@ -2700,7 +2737,7 @@ class Forwarder:
     def establish(self) -> MediatedSession:
         """Issue the first sessions, and return the first whose Node has reported its listener."""
         with self.lock:
-            self._start(self._minimum)
+            self._start(self._supply.minimum)
             self.lock.wait_for(lambda: self.first or self.is_closing.is_set())
             if self.first is None:
                 raise self.over or Cancelled("interrupted")
@@ -2715,7 +2752,7 @@ class Forwarder:
             try:
                 for each in self._carriers:
                     each.session.watch()
-                may_serve = self._count_live() or self._count_available(now)
+                may_serve = self._count_live() or self._supply.count_allowed(now)
                 if self.over or not may_serve:
                     self.listener.reject()
                 elif self.first is not None:
@@ -2742,7 +2779,8 @@ class Forwarder:
     def list_undelivered(self) -> List[int]:
         """Return a number for each connection that its client has closed, while the Node may lack some of it.
 
-        As long as something is delivered, the numbers change.
+        The list changes as long as something is delivered: a number is what the Node has, in bytes; that of
+        the backlog is its length.
         """
         with self.lock:
             # a client is in the backlog, then a carrier's, and once it is closed a relay has what it sent
@@ -2750,7 +2788,7 @@ class Forwarder:
             numbers = [waiting] if waiting else []
             for each in self._carriers:
                 is_closed = each.client is not None and self.listener.has_closed(each.client)
-                if is_closed or (each.relay and each.relay.end in BY_CLIENT):
+                if is_closed or (each.relay and each.relay.ending in BY_CLIENT):
                     relay = each.relay
                     numbers.append(relay.up.moved - relay.remote.count_unsent() if relay else 0)
             return numbers
@@ -2779,45 +2817,32 @@ class Forwarder:
 
     # With the lock held
 
+    def _seems_unreachable(self, carrier: Carrier) -> bool:
+        """Return whether no connection has had an answer since this one began, and nobody explains that yet.
+
+        One that has had none beside others is no fault of the target: psql's cancel request gets none.
+        """
+        has_answer = (self._answered_on >= carrier.taken_on
+                      or any(each.down.moved for each in self._list_open()))
+        is_explaining = self._explanation is not None and not self._explanation.done.is_set()
+        return not (has_answer or is_explaining)
+
     def _issue_missing(self, now: float) -> None:
-        """Issue sessions for connections that have waited long enough, and to have the minimum ready."""
-        waiting, live = self.listener.count_waiting(), self._count_live()
-        states = [each.state for each in self._carriers]
-        if FREE in states or not waiting:
-            self._waiting_since = now
-        is_overdue = waiting and (not live or now - self._waiting_since >= GRACE_SECONDS)
-        if is_overdue and states.count(BUSY) >= self._limit:
-            self._warn_of_limit(waiting)
-        missing = waiting - states.count(OPENING) if is_overdue else 0
-        if self._minimum > 1:  # a single one is issued when a connection comes
-            missing = max(missing, self._minimum - live)
-        self._start(min(missing, self._count_room(now, states)))
-
-    def _count_room(self, now: float, states: List[str]) -> int:
-        """Return how many more sessions may be issued now."""
-        if self._is_time_up(now + 1):  # 1 s is the shortest TTL
-            return 0
-        if REVOKING in states and not self._count_live():
-            return 0  # a server that still counts that one might refuse another, and so end the run
-        return self._count_available(now) - len(states)
-
-    def _count_available(self, now: float) -> int:
-        return min(self._limit, self._allowance.count(now))
-
-    def _warn_of_limit(self, waiting: int) -> None:
-        wait = "connections wait" if waiting > 1 else "connection waits"
-        self.ledger.warn_once(
-            f"{waiting} {wait} until one closes: each needs a session (--max-sessions is {self._limit}; "
-            "a connection pool must not be larger)", "limit")
+        states, waiting = self._list_states(), self.listener.count_waiting()
+        missing = self._supply.count_missing(now, waiting, states)
+        if self._supply.is_overdue and states.count(BUSY) >= self._supply.limit:
+            wait = "connections wait" if waiting > 1 else "connection waits"
+            self.ledger.warn_once(
+                f"{waiting} {wait} until one closes: each needs a session (--max-sessions is "
+                f"{self._supply.limit}; a connection pool must not be larger)", "limit")
+        if not self._is_time_up(now + 1):  # 1 s is the shortest TTL
+            self._start(missing)
 
     def _give_spare_back(self, now: float) -> None:
-        """End the session that was used least lately, if more than the minimum were free for IDLE_SECONDS."""
-        free = [each for each in self._carriers if each.state == FREE]
-        if len(free) <= self._minimum:
-            self._spare_since = now
-        elif now - self._spare_since >= IDLE_SECONDS:
+        """End the free session that was used least lately, if nobody needs it."""
+        if self._supply.has_spare(now, self._list_states()):
+            free = [each for each in self._carriers if each.state == FREE]
             min(free, key=lambda each: each.taken_on).state = REVOKING
-            self._spare_since = now
 
     def _start(self, number: int) -> None:
         """Start the threads of so many sessions, unless the run is ending."""
@@ -2834,8 +2859,11 @@ class Forwarder:
         """Return the relays of those connections whose clients have not ended them."""
         return [each.relay for each in self._carriers if each.client and each.relay]
 
+    def _list_states(self) -> List[str]:
+        return [each.state for each in self._carriers]
+
     def _count_live(self) -> int:
-        return sum(each.state in LIVE for each in self._carriers)
+        return count_live(self._list_states())
 
     def _is_time_up(self, now: float) -> bool:
         """Return whether the time of the first session is up, which without `renew` is that of the run."""
@@ -2844,30 +2872,28 @@ class Forwarder:
     def _judge_end(self, session: MediatedSession, why: PlexctlError) -> None:
         """Do what a session's end, or that it could not be had, means for the run."""
         others, now = self._count_live(), elapsed_seconds()  # without this one, which is REVOKING by now
-        # an operator has revoked it, or the time of the run is up
         if isinstance(why, SessionRevoked) or self._is_time_up(now):
             self._end_run(why)
-        # none has been ready yet: what has failed first counts, if none is left
         elif self.first is None:
+            # none has been ready yet: what has failed first counts, if none is left
             self._first_failure = self._first_failure or why
             if not others:
                 self._end_run(self._first_failure)
-        # it was the last one
         elif not (others or self._may_follow(session, why)):
             self._end_run(why)
-        # it has worked: the next connection gets a new one, but a Node that refuses everybody must not cost a
-        # session per attempt
         elif session.ready_on:
+            # it has worked, and the next connection gets a new one
             self.ledger.tell_once(f"{why}; the next connection gets a new one" if self.renew else str(why))
             if isinstance(why, ListenerGone) and now - session.ready_on < REPLACE_SECONDS:
-                self._allowance = Allowance(others, session.ready_on, REPLACE_SECONDS)
-        # a further one could not be had: as many as there are must do for a while
+                # a Node that refuses everybody must not cost a session per attempt
+                self._supply.hold_back(others, session.ready_on, REPLACE_SECONDS)
         else:
+            # a further one could not be had: as many as there are must do for a while
             has_no_room = others and (is_refusal(why) or isinstance(why, EndpointMissing))
             seconds = REFUSED_PAUSE_SECONDS if has_no_room else FAILED_PAUSE_SECONDS
             # those that were ready and are being given back leave room
             number = sum(each.state != REVOKING or each.session.ready_on > 0 for each in self._carriers)
-            self._allowance = Allowance(number, now, seconds)
+            self._supply.hold_back(number, now, seconds)
             why.is_told = self.ledger.warn_once(f"no further session for now: {why}", type(why).__name__)
 
     def _may_follow(self, session: MediatedSession, why: PlexctlError) -> bool:
@@ -3383,7 +3409,7 @@ class Run:
             issue, lambda: f"waiting for the {'Node' if self.ledger.has_issued() else 'control plane'}: "
             + show_seconds(elapsed_seconds() - self.began))
         audit, issued = self.audit, session.issued
-        if audit is not None and issued is not None:
+        if audit is not None:
             self.foreground.call(lambda: audit.record(self.ledger.plane.server, self.request, issued))
             self.foreground.write("plexctl: warning: the next line is the session token, a secret\n"
                                   f"PLEXCTL_SESSION_TOKEN={issued.token.reveal()}\n",
@@ -3402,7 +3428,7 @@ class Run:
         document = {"session_id": session.session_id, "kind": "tcp", "local_addr": str(local),
                     "listener_endpoint": str(session.endpoint),
                     "target": {"host": self.request.host, "port": self.request.port},
-                    "expires_at": session.issued and session.issued.expires_at}
+                    "expires_at": session.issued.expires_at}
         text = format_document(document, self.options.output, terminal_width(sys.stdout))
         self.foreground.write(text, sys.stdout, "standard output")
 
@@ -3419,7 +3445,7 @@ class Run:
         session = self.establish(self.issue_one)
         self.print_document(local, session)
         self.ledger.is_kept = True
-        if self.messages.has_terminal and session.issued:
+        if self.messages.has_terminal:
             self.messages.report(f"nothing listens on {local}: connect to {session.endpoint}, or use --proxy "
                                  f"to listen; the session stays until {session.issued.expires_at}")
         return EXIT_OK
@@ -3442,7 +3468,7 @@ class Run:
 
         def carry() -> None:
             relay.carry()
-            relay.await_end(STUCK_SECONDS if relay.end == CLIENT_CLOSED else NODE_END_SECONDS)
+            relay.await_end(STUCK_SECONDS if relay.ending == CLIENT_CLOSED else NODE_END_SECONDS)
             relay.close_remote()
             error = describe_failure(session, relay, self.request)
             if error is not None:
@@ -3455,7 +3481,7 @@ class Run:
             # ssh hangs up as soon as it has seen the end: so once that is under way, the signal does not
             # decide the status, and only limits the rest to a few seconds. Once the client has closed it, the
             # signal does: nobody is left to see the end.
-            is_ending = relay.end not in (OPEN, CLIENT_CLOSED)
+            is_ending = relay.ending not in (OPEN, CLIENT_CLOSED)
             if not is_ending or not carried.done.wait(ASK_LIMIT_SECONDS):
                 raise
         finally:
@@ -3613,7 +3639,7 @@ class Run:
             forwarder.tick()
             before, undelivered = undelivered, forwarder.list_undelivered()
             # where nobody knows who has closed, those who have not could send for ever
-            if undelivered != before and not forwarder.listener.assumes_closed:
+            if undelivered != before and not forwarder.listener.is_guessing:
                 moved_on = elapsed_seconds()
         if undelivered or forwarder.over is not None:
             reason = f": {forwarder.over}" if forwarder.over else ""
@@ -3626,12 +3652,12 @@ def describe_failure(session: MediatedSession, relay: Relay,
     down, error = relay.down, session.why or relay.error
     if isinstance(error, PlexctlError):
         return error
-    if relay.end in BY_NODE and not (down.moved or down.count_undelivered()):
+    if relay.ending in BY_NODE and not (down.moved or down.count_undelivered()):
         return PlexctlError(describe_unreachable(request))
     if error is not None:
         return PlexctlError(f"the connection ended: {show_error(error)}")
     # else that is an ordinary end: something has come, and the client has all of it
-    if relay.end == CLIENT_CLOSED and (not down.moved or down.count_undelivered()):
+    if relay.ending == CLIENT_CLOSED and (not down.moved or down.count_undelivered()):
         return PlexctlError("cannot write to standard output: nobody reads it")
     return None
 

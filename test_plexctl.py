@@ -4101,8 +4101,8 @@ def test_want_of_memory_is_neither_an_end_nor_a_reset_and_loses_nothing(starved)
         buffer[:5] = b"hello"
         return 5
 
-    source = types.SimpleNamespace(recv_into=read if starved == "send" else fail)
-    flow = plexctl.Flow(source, types.SimpleNamespace(send=fail), memoryview(bytearray(9)))
+    source = types.SimpleNamespace(reads_at=0, recv_into=read if starved == "send" else fail)
+    flow = plexctl.Flow(source, types.SimpleNamespace(writes_at=1, send=fail), memoryview(bytearray(9)))
     with pytest.raises(OSError) as raised:
         flow.move()
     assert raised.type is OSError and flow.count_undelivered() == (5 if starved == "send" else 0)
@@ -5131,12 +5131,10 @@ def test_a_node_that_refuses_everybody_costs_no_session_per_attempt(simulation, 
         assert len(running.said("the Node has closed")) == len(running.lines) == 1
 
 
-def test_after_a_refusal_one_more_session_is_asked_for_after_each_pause(simulation):
-    with using_sessions(simulation.plane, establish=False, limit=4) as running:
-        running.forwarder._allowance = plexctl.Allowance(0, 1000.0, 60)
-        seconds = (0, 59, 60, 119, 120, 300)
-        available = [running.forwarder._count_available(1000.0 + each) for each in seconds]
-        assert available == [0, 0, 1, 1, 2, 4]
+def test_after_a_refusal_one_more_session_is_asked_for_after_each_pause():
+    supply = plexctl.Supply(limit=4, minimum=1)
+    supply.hold_back(0, 1000.0, 60)
+    assert [supply.count_allowed(1000.0 + each) for each in (0, 59, 60, 119, 120, 300)] == [0, 0, 1, 1, 2, 4]
 
 
 def test_a_session_runs_out_by_the_server_s_clock_and_not_by_ours():
