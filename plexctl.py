@@ -205,8 +205,7 @@ def start_thread(function: Callable[..., object], *arguments: Any) -> bool:
 class Outcome:
     """Runs a function in a thread, from now on; holds what that returns or raises once it is `done`.
 
-    If there are no more threads it runs here, or, without `or_here`, PlexctlError is the result. (Future of
-    concurrent.futures would do, but to import it takes Python 3.6 some 10 ms.)
+    If there are no more threads it runs here, or, without `or_here`, PlexctlError is the result.
     """
 
     def __init__(self, function: Callable[[], Any], or_here: bool = True) -> None:
@@ -309,12 +308,9 @@ def parse_int(text: str, low: int, high: int) -> int:
 
 def parse_target_host(text: str) -> str:
     """Check a target host as the Node will see it: printable, no white space."""
-    if "/" in text:
-        raise ValueError("must be a host name or address, not a URL")
-    if not 1 <= len(text) <= HOST_MAX_CHARACTERS or not text.isprintable() or " " in text:
-        raise ValueError("must be a host name or address without white space")
-    if text.count(":") == 1:
-        raise ValueError("must be a host name or address alone; the port goes in --port")
+    is_alone = "/" not in text and text.count(":") != 1  # an IPv6 address has more
+    if not is_alone or not 1 <= len(text) <= HOST_MAX_CHARACTERS or not text.isprintable() or " " in text:
+        raise ValueError("must be a host name or address, not a URL; no white space; the port goes in --port")
     return text
 
 
@@ -323,11 +319,10 @@ def parse_address(host: str) -> Union[ipaddress.IPv4Address, ipaddress.IPv6Addre
     # ipaddress takes ::1%lo, and up to 3.9.4 also 010.0.0.1, which is octal for connect()
     if re.search(r"[^0-9a-fA-F:.]|\b0[0-9]+\.|\.0[0-9]", host):
         return None
-    try:
+    with contextlib.suppress(ValueError):
         address = ipaddress.ip_address(host)
-    except ValueError:
-        return None
-    return getattr(address, "ipv4_mapped", None) or address
+        return getattr(address, "ipv4_mapped", None) or address
+    return None
 
 
 def is_loopback(host: str) -> bool:
@@ -480,10 +475,8 @@ def show_seconds(seconds: float) -> str:
 ERROR_WORDS = (  # the first row that fits counts
     ((http.client.RemoteDisconnected, ssl.SSLEOFError, ssl.SSLZeroReturnError),
      "the server closed the connection"),
-    (http.client.LineTooLong, "a header is too long"),
     (http.client.IncompleteRead, "the answer was cut off"),
-    (http.client.BadStatusLine, "the answer is not HTTP"),
-    (http.client.HTTPException, "the answer is not HTTP/1.1, or has too many headers"),  # no class of its own
+    (http.client.HTTPException, "the answer is not HTTP/1.1, or its header is too long"),
     ((socket.timeout, TimeoutError), "timed out"))
 
 
@@ -581,7 +574,8 @@ def find_file_fault(path: str, status: os.stat_result, forbidden_bits: int) -> s
     if status.st_uid not in (os.geteuid(), 0):
         return f"is owned by uid {status.st_uid}, must be yours or root's"
     mode = stat.S_IMODE(status.st_mode)
-    advice = ("chmod go-w " if forbidden_bits == WRITE_BITS else "chmod 600 ") + escape(path)
+    advice = (f"chmod go-w {escape(path)}" if forbidden_bits == WRITE_BITS else
+              f"chmod 600 {escape(path)} (a mounted secret: --token-file - < FILE)")
     return f"permissions {mode:04o} are too open; run {advice}" if mode & forbidden_bits else ""
 
 
@@ -595,14 +589,13 @@ def is_standard_input(path: str) -> bool:
 
 def read_own_file(path: str, source: str, forbidden_bits: int = ALL_BITS, limit: int = SECRET_FILE_MAX_BYTES,
                   kind: Type[PlexctlError] = CredentialsError) -> bytes:
-    """Read a file on which others have none of the `forbidden_bits`; "-" is standard input, unchecked.
+    """Read a file on which others have none of the `forbidden_bits`.
 
-    It is judged once it is open, so that nothing can be swapped in between.
+    It is judged once it is open, so that nothing can be swapped in between. Two names are special:
 
     - "-": descriptor 0 from where it stands, unchecked
     - a path that leads to what descriptor 0 is, such as /dev/stdin: descriptor 0, or --stdio or COMMAND could
       read it once more; a file is checked and read from its beginning, anything else unchecked
-    - any other path: it is opened and checked
 
     Raises CredentialsError for a file that is not safe, `kind` for one that cannot be read.
     """
@@ -614,15 +607,11 @@ def read_own_file(path: str, source: str, forbidden_bits: int = ALL_BITS, limit:
                   opener=lambda name, flags: os.open(name, flags | OPEN_AT_ONCE)) as file:
             status = os.fstat(file.fileno())
             is_file = stat.S_ISREG(status.st_mode)
-            if path == "-" or (at_stdin and not is_file):  # the shell has opened it
-                fault = ""
-            elif is_file or stat.S_ISFIFO(status.st_mode):
-                fault = find_file_fault(path, status, forbidden_bits)
-            else:
-                raise kind(f"{source}: must be a regular file or a pipe")
-            if fault and source.startswith("--token-file"):
-                fault += " (a mounted secret: --token-file - < FILE)"
-            if fault:
+            fault = find_file_fault(path, status, forbidden_bits)
+            if not is_file and not stat.S_ISFIFO(status.st_mode):
+                fault = "must be a regular file or a pipe"
+            has_shell_opened = path == "-" or (at_stdin and not is_file)
+            if fault and not has_shell_opened:
                 raise CredentialsError(f"{source}: {fault}")
             if is_file and path != "-":  # "-" goes on where the caller has left it
                 file.seek(0)
@@ -646,8 +635,7 @@ def find_own_file(variable: str, below_home: str, name: str, environ: Environ) -
 
 def is_object(value: Any, **types: type) -> bool:
     """Tell whether this is a JSON object with only these fields, each of its type."""
-    return isinstance(value, dict) and all(
-        name in types and isinstance(value[name], types[name]) for name in value)
+    return isinstance(value, dict) and all(isinstance(value[name], types.get(name, ())) for name in value)
 
 
 class Source(NamedTuple):
@@ -667,7 +655,7 @@ def read_token_file(path: str) -> Secret:
 
 
 def read_profile(name: str, environ: Environ) -> Source:
-    """Read a profile of the config file, the default one for ""."""
+    """Read a profile of the config file, the default one for ""; a file that is missing has none."""
     path = find_own_file("XDG_CONFIG_HOME", ".config", "config.json", environ)
     file = "config file " + escape(path)
     try:
@@ -677,9 +665,7 @@ def read_profile(name: str, environ: Environ) -> Source:
     except CredentialsError as error:
         if not isinstance(error.__cause__, (FileNotFoundError, NotADirectoryError)):
             raise
-        if name:
-            raise CredentialsError(f"--profile: there is no {file}; expected {CONFIG_SHAPE}") from None
-        return Source()
+        document = {"profiles": {}}
     profiles = document.get("profiles") if is_object(document, default=str, profiles=dict) else None
     if profiles is None or not all(is_object(entry, server=str, token=str) for entry in profiles.values()):
         raise CredentialsError(f"{file}: expected {CONFIG_SHAPE}")
@@ -712,19 +698,17 @@ def resolve_credentials(server_flag: Optional[str], profile_flag: Optional[str],
     """
     variable = environ.get("PLEXSPHERE_TOKEN")
     sources = [
-        Source("--server", server_flag or ""),
+        Source("--server", server_flag or "", read_token_file(token_file) if token_file else None),
         read_profile(profile_flag, environ) if profile_flag else Source(),
         Source("PLEXSPHERE_URL", environ.get("PLEXSPHERE_URL", ""),
                Secret(variable, "PLEXSPHERE_TOKEN") if variable else None)]
-    if not any(each.server for each in sources) or not (token_file or any(each.token for each in sources)):
+    if not (any(each.server for each in sources) and any(each.token for each in sources)):
         sources.append(read_profile("", environ))
     server_source = next((each for each in sources if each.server), Source())
     token_source = next((each for each in sources if each.token), Source())
     if not server_source.server:
         raise UsageError("no server: give --server, a profile, or PLEXSPHERE_URL")
     server = check_server(server_source.server, server_source.name, allow_http)
-    if token_file:
-        return server, read_token_file(token_file)
     if not token_source.token:
         raise CredentialsError("no credentials: give --token-file, a profile, or PLEXSPHERE_TOKEN")
     if token_source.is_profile:
@@ -737,15 +721,15 @@ def resolve_credentials(server_flag: Optional[str], profile_flag: Optional[str],
 
 # --------------------------------------------------------------------------------- control plane
 #
-# A call of ControlPlane makes one Exchange per attempt. _send performs it in a thread, with urllib's opener,
-# and waits until it is done or its time is up. _judge raises what is wrong with it.
+# ControlPlane.issue, get and revoke each _send a request, _judge the answer, and parse it. _send has a thread
+# perform an Exchange with urllib's opener, and waits until that is done or its time is up.
 
 ISSUE, GET, REVOKE = "IssueSession", "GetSession", "RevokeSession"
 SUCCESS = range(200, 300)
 EXPECTED = {ISSUE: {201}, GET: {200}, REVOKE: {*SUCCESS, 404, 409, 410}}  # one that is gone counts as revoked
 PASSING = {ISSUE: {502, 503, 504}, GET: {502, 503, 504}, REVOKE: {429, *range(500, 600)}}  # worth another try
 # after these there is no session; but a server may fail once it has issued one, or a gateway lose the answer
-NONE_ISSUED = {*range(300, 500), 501, 503}  # for 409 see may_have_issued
+NONE_ISSUED = {*range(300, 500), 501, 503}
 ISSUE_ATTEMPTS = 3
 JITTER_SECONDS = 0.2
 RETRY_AFTER_MAX_SECONDS = 5
@@ -755,6 +739,16 @@ BODY_MAX_BYTES = 1024 * 1024
 FINDABLE_CHARACTERS = 8  # of a secret; a shorter one is in many texts by chance
 # the scheme may be missing; (?!http:) refuses http:USER@HOST, which lacks the slashes
 PROXY_PATTERN = r"(?:http://|(?!http:))(?:(?:[\w.~!$&'()*+,;=:-]|%[0-9A-F]{2})*@)?([^/@]+?)(:[0-9]+)?/?"
+
+
+class SessionRequest(NamedTuple):
+    """What an operator asks for (schema IssueSessionRequest, kind tcp)."""
+
+    project_id: str
+    resource_id: str
+    host: str
+    port: int
+    ttl_seconds: int = 0  # 0: the server's default
 
 
 class Session(NamedTuple):
@@ -779,54 +773,42 @@ class IssuedSession(NamedTuple):
     listener_endpoint: Optional[Endpoint]
 
 
-class SessionRequest(NamedTuple):
-    """What an operator asks for (schema IssueSessionRequest, kind tcp)."""
-
-    project_id: str
-    resource_id: str
-    host: str
-    port: int
-    ttl_seconds: int = 0  # 0: the server's default
-
-
-class PlaneConnection(http.client.HTTPConnection):
-    """http.client's connection for one Exchange, with TLS where that has a context. `host` has a port."""
-
-    def __init__(self, host: str, exchange: "Exchange", **options: Any) -> None:
-        super().__init__(host, **options)
-        self._exchange = exchange
-        exchange.connection = self
-
-    def connect(self) -> None:
-        """Connect, through a proxy if there is one; from then on the request counts as sent."""
-        super().connect()
-        exchange = self._exchange
-        if exchange.context is not None:
-            # the handshake is a step of its own, so that give_up() can shut this socket down as well
-            self.sock = exchange.context.wrap_socket(self.sock, server_hostname=exchange.server_name,
-                                                     do_handshake_on_connect=False)
-            self.sock.do_handshake()
-        # In this order: here `sent` is set, then `fault` read; in give_up() and after it `fault` is set, then
-        # `sent` read. So either this thread sends nothing, or the other one knows that it may have.
-        exchange.sent = True
-        if exchange.fault:
-            raise TimeoutError
-        self.sock.settimeout(EXCHANGE_SECONDS)
+def find_proxy(server: Server, environ: Environ) -> str:
+    """Return the proxy's URL for an https server: HTTPS_PROXY unless NO_PROXY names the host; "" for none."""
+    proxy = environ.get("https_proxy") or environ.get("HTTPS_PROXY") or ""
+    exempt = environ.get("no_proxy") or environ.get("NO_PROXY") or ""
+    is_exempt = urllib.request.proxy_bypass_environment(  # type: ignore[attr-defined]
+        join_host_port(server.host, server.port), {"no": exempt})
+    if not proxy or is_exempt or server.scheme == "http":  # of plain http it would see the bearer token
+        return ""
+    found = re.fullmatch(PROXY_PATTERN, proxy, re.ASCII | re.IGNORECASE)
+    try:
+        host, port = found.groups() if found else ("", "")
+        parse_endpoint(host + (port or ":80"))
+    except ValueError:  # urllib would take any other kind for plain CONNECT
+        raise UsageError("HTTPS_PROXY: must be http://[USER:PASSWORD@]HOST:PORT, others are not supported; "
+                         "percent-encode special characters in user name and password (%40 for @)") from None
+    return proxy if "://" in proxy else "http://" + proxy
 
 
-class PlaneHandler(urllib.request.AbstractHTTPHandler):
-    """urllib's handler of http and https for one Exchange; it connects by a PlaneConnection."""
-
-    def __init__(self, exchange: "Exchange") -> None:
-        super().__init__()
-        self._exchange = exchange
-
-    # OpenerDirector finds these by their names
-    def http_open(self, request: urllib.request.Request) -> Any:
-        return self.do_open(PlaneConnection, request, exchange=self._exchange)  # type: ignore[arg-type]
-
-    https_open = http_open
-    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+def create_tls_context(ca_file: Optional[str] = None) -> ssl.SSLContext:
+    """Create a context that verifies certificates and host names, with TLS 1.2 at least."""
+    source, ca_text = "SSL_CERT_FILE, SSLKEYLOGFILE", None
+    if ca_file:
+        source = "--ca-file " + escape(ca_file)
+        # whoever can write it decides which server gets the bearer token
+        raw = read_own_file(ca_file, source, WRITE_BITS, CA_FILE_MAX_BYTES, UsageError)
+        # comments may be in UTF-8; no text at all would mean the system's trust
+        ca_text = raw.decode("ascii", "ignore") + "\n"
+    try:
+        context = ssl.create_default_context(cadata=ca_text)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{source}: cannot be used for TLS: {show_error(error)}") from error
+    if hasattr(ssl, "TLSVersion"):
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+    else:  # 3.6
+        context.options |= ssl.OP_NO_SSLv3 | ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
+    return context
 
 
 class Exchange:
@@ -865,20 +847,15 @@ class Exchange:
                 self.fault, self.passing = describe_error(error)  # the error itself may hold the request
 
     def _read_body(self, response: Any) -> None:
-        """Read the body in pieces; raise what is wrong with it.
-
-        A chunk of size -1 would make read() read without limit, and read() does not notice an early end.
-        """
-        length = response.length  # None: in chunks, or until the connection ends
-        while len(self.body) != length and not self.fault:
+        """Read the body by read1(): read() takes a chunk of size -1 for no limit, and hides an early end."""
+        length, piece = response.length, b"?"  # no length: in chunks, or until the connection ends
+        while piece and len(self.body) != length and not self.fault:
             piece = response.read1(BODY_MAX_BYTES)
-            if not piece:
-                if length is not None:  # more was promised
-                    raise http.client.IncompleteRead(b"")
-                return
             self.body += piece
             if len(self.body) > BODY_MAX_BYTES:
                 raise PlexctlError(f"the answer is larger than {BODY_MAX_BYTES} bytes", passing=True)
+        if length not in (None, len(self.body)):
+            raise http.client.IncompleteRead(b"")
 
     def give_up(self, why: str) -> None:
         """Make the thread end: at once if connected; amid the body, which urllib reads, at its next piece."""
@@ -890,73 +867,53 @@ class Exchange:
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
-def may_have_issued(answer: Exchange, error: PlexctlError) -> bool:
-    """Tell whether there may be a session although IssueSession has failed."""
-    if answer.status == 409:
-        return error.passing  # the first request with this key is under way
-    return answer.sent and answer.status not in NONE_ISSUED
+class PlaneHandler(urllib.request.AbstractHTTPHandler):
+    """urllib's handler of http and https for one Exchange; it connects by a PlaneConnection."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        super().__init__()
+        self._exchange = exchange
+
+    def http_open(self, request: urllib.request.Request) -> Any:
+        return self.do_open(PlaneConnection, request, exchange=self._exchange)  # type: ignore[arg-type]
+
+    https_open = http_open  # OpenerDirector finds these by their names
+    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
 
-def find_session_id(answer: Exchange) -> str:
+class PlaneConnection(http.client.HTTPConnection):
+    """http.client's connection for one Exchange, with TLS where that has a context. `host` has a port."""
+
+    def __init__(self, host: str, exchange: Exchange, **options: Any) -> None:
+        super().__init__(host, **options)
+        self._exchange = exchange
+        exchange.connection = self
+
+    def connect(self) -> None:
+        """Connect, through a proxy if there is one; from then on the request counts as sent."""
+        super().connect()
+        exchange = self._exchange
+        if exchange.context is not None:
+            # the handshake is a step of its own, so that give_up() can shut this socket down as well
+            self.sock = exchange.context.wrap_socket(self.sock, server_hostname=exchange.server_name,
+                                                     do_handshake_on_connect=False)
+            self.sock.do_handshake()
+        exchange.sent = True  # before `fault` is read, so that no request is given up and sent unnoticed
+        if exchange.fault:
+            raise TimeoutError
+        self.sock.settimeout(EXCHANGE_SECONDS)
+
+
+def find_session_id(exchange: Exchange) -> str:
     """Return the id of the session that a success names, however malformed the rest is; "" if none."""
-    raw = bytes(answer.body) if answer.status in SUCCESS else b""
+    raw = bytes(exchange.body) if exchange.status in SUCCESS else b""
     if raw.startswith(b"\x1f\x8b"):  # gzip, which nobody asked for
         with contextlib.suppress(zlib.error):
             raw = zlib.decompressobj(16 + zlib.MAX_WBITS).decompress(raw, BODY_MAX_BYTES)
     text = raw.replace(b"\0", b"").decode("latin-1")  # what is ASCII in UTF-8, UTF-16 and UTF-32
-    for name in ("session_id", "id"):  # of IssuedSession, and of the Session in it
-        found = re.search(rf'"{name}"\s*:\s*"({UUID_PATTERN})"', text)
-        if found:
-            return found.group(1)
-    return ""
-
-
-def find_proxy(server: Server, environ: Environ) -> str:
-    """Return the proxy's URL for an https server: HTTPS_PROXY unless NO_PROXY names the host; "" for none."""
-    if server.scheme != "https":  # it would see the bearer token
-        return ""
-    proxy = environ.get("https_proxy") or environ.get("HTTPS_PROXY") or ""
-    exempt = environ.get("no_proxy") or environ.get("NO_PROXY") or ""
-    if not proxy or urllib.request.proxy_bypass_environment(  # type: ignore[attr-defined]
-            join_host_port(server.host, server.port), {"no": exempt}):
-        return ""
-    found = re.fullmatch(PROXY_PATTERN, proxy, re.ASCII | re.IGNORECASE)
-    try:
-        host, port = found.groups() if found else ("", "")
-        parse_endpoint(host + (port or ":80"))
-    except ValueError:  # urllib would take any other kind for plain CONNECT
-        raise UsageError("HTTPS_PROXY: must be http://[USER:PASSWORD@]HOST:PORT; percent-encode special "
-                         "characters in the user name and password (%40 for @); other kinds of proxies are "
-                         "not supported (NO_PROXY exempts servers)") from None
-    return proxy if "://" in proxy else "http://" + proxy
-
-
-def new_key() -> str:
-    """Return a random UUID (RFC 9562, section 5.4). The module uuid runs other programs on 3.6."""
-    digits = os.urandom(16).hex()
-    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-8{digits[17:20]}-{digits[20:]}"
-
-
-def create_tls_context(ca_file: Optional[str] = None) -> ssl.SSLContext:
-    """Create a context that verifies certificates and host names, with TLS 1.2 at least."""
-    ca_text, fault = None, "TLS cannot be set up (see SSL_CERT_FILE and SSLKEYLOGFILE)"
-    if ca_file:
-        source = "--ca-file " + escape(ca_file)
-        fault = source + ": not a usable PEM bundle"
-        # whoever can write it decides which server gets the bearer token; comments may be in UTF-8
-        raw = read_own_file(ca_file, source, WRITE_BITS, CA_FILE_MAX_BYTES, UsageError)
-        ca_text = raw.decode("ascii", "ignore")
-        if "-----BEGIN CERTIFICATE-----" not in ca_text:  # no text at all would mean the system's trust
-            raise UsageError(fault)
-    try:
-        context = ssl.create_default_context(cadata=ca_text)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{fault}: {show_error(error)}") from error
-    if hasattr(ssl, "TLSVersion"):
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-    else:  # 3.6
-        context.options |= ssl.OP_NO_SSLv3 | ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
-    return context
+    pattern = rf'"%s"\s*:\s*"({UUID_PATTERN})"'
+    found = re.search(pattern % "session_id", text) or re.search(pattern % "id", text)  # of the Session in it
+    return found.group(1) if found else ""
 
 
 def parse_http_date(text: Optional[str]) -> float:
@@ -978,25 +935,24 @@ def parse_retry_after(text: Optional[str]) -> Optional[float]:
 def parse_field(operation: str, fields: Dict[str, Any], name: str, parse: Callable[[Any], Any],
                 kind: type = str, optional: bool = False) -> Any:
     """Return a field of an answer as parsed by `parse`, which raises ValueError; it must be of this kind."""
-    value, fault = fields.get(name), "is missing, or of another type"
+    value = fields.get(name)
     if optional and value is None:
         return None
-    if isinstance(value, kind):
-        try:
-            return parse(value)
-        except ValueError as error:  # its text is ours; only that of an endpoint shows the value
-            fault = str(error)
-    raise TransportError(f"{operation}: the answer's {name} {fault}")
+    try:
+        if not isinstance(value, kind):
+            raise ValueError("must be present and of the right type")
+        return parse(value)
+    except ValueError as error:  # its text is ours; only that of an endpoint shows the value
+        raise TransportError(f"{operation}: the answer's {name} {error}") from None
 
 
 class ControlPlane:
-    """IssueSession, GetSession and RevokeSession of one server.
+    """IssueSession, GetSession and RevokeSession of one server; safe to use from several threads.
 
-    Safe to use from several threads. Every call ends within its limit, and raises nothing but PlexctlError:
-    UsageError for what was given here, TransportError for no or a malformed answer, ApiError for an
-    error answer. `cancel` ends pauses and further attempts, and gives up a GetSession at once
-    (Cancelled), but not the others, whose outcome matters. `report` takes a line per exchange, never
-    a header or a body; `notice` one for whoever waits when the server is silent.
+    Every call ends within its limit, and raises nothing but PlexctlError: UsageError for what was given here,
+    TransportError for no or a malformed answer, ApiError for an error answer. `cancel` ends pauses and more
+    attempts, and gives up a GetSession at once (Cancelled), but not the others, whose outcome matters.
+    `report` takes a line per exchange, never a header or a body; `notice` one when a server is silent.
     """
 
     def __init__(self, server: Server, token: Secret, ca_file: Optional[str] = None,
@@ -1021,29 +977,27 @@ class ControlPlane:
         malformed or no 201, and before it is judged: the caller can revoke the session whatever follows.
         A TransportError that it raises ends the call.
         """
-        path = f"/v1/projects/{request.project_id}/sessions"
+        digits = os.urandom(16).hex()  # the module uuid runs other programs on 3.6
         body: Dict[str, Any] = {
             "resource_id": request.resource_id, "kind": "tcp",
             "target": {"tcp": {"host": request.host, "port": request.port}},
-            "idempotency_key": new_key()}
+            "idempotency_key": f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-8{digits[17:20]}-{digits[20:]}"}
         if request.ttl_seconds:
             body["requested_ttl_seconds"] = request.ttl_seconds
         asked_on, may_exist, session_id = elapsed_seconds(), False, ""
         for attempt in range(1, ISSUE_ATTEMPTS + 1):
-            answer = self._send(ISSUE, path, body)
+            exchange = self._send(ISSUE, f"/v1/projects/{request.project_id}/sessions", body)
             try:
-                found = find_session_id(answer)  # also if it was cut off, or is no 201
+                found = find_session_id(exchange)  # also if it was cut off, or is no 201
                 if found and found != session_id:
                     session_id = found
                     on_issued(session_id)
-                self._judge(answer)
-                issued = self._parse_issued(answer, asked_on)
-                if issued.session_id != session_id:  # JSON can also write it with escapes
-                    on_issued(issued.session_id)
-                return issued
+                self._judge(exchange)
+                return self._parse_issued(exchange, asked_on)
             except (TransportError, ApiError) as failure:
                 error: PlexctlError = failure
-            may_exist = may_exist or may_have_issued(answer, error)
+            is_under_way = exchange.status == 409 and error.passing  # by an earlier attempt
+            may_exist = may_exist or is_under_way or (exchange.sent and exchange.status not in NONE_ISSUED)
             if not error.passing or attempt == ISSUE_ATTEMPTS or self.cancel.is_set():
                 break
             wait = error.retry_after_seconds
@@ -1061,10 +1015,9 @@ class ControlPlane:
 
     def get(self, project_id: str, session_id: str, seconds: float = EXCHANGE_SECONDS) -> Session:
         """Return the session as the control plane sees it now."""
-        path = f"/v1/projects/{project_id}/sessions/{session_id}"
-        answer = self._send(GET, path, None, seconds)
-        self._judge(answer)
-        return self._parse_session(GET, self._parse_body(answer), session_id)
+        exchange = self._send(GET, f"/v1/projects/{project_id}/sessions/{session_id}", seconds=seconds)
+        self._judge(exchange)
+        return self._parse_session(GET, self._parse_body(exchange), session_id)
 
     def revoke(self, project_id: str, session_id: str, seconds: float = EXCHANGE_SECONDS) -> None:
         """Revoke the session. One that is gone already (404, 409, 410) counts as revoked."""
@@ -1072,15 +1025,13 @@ class ControlPlane:
         self._judge(self._send(REVOKE, path, {"revoke_reason": "operator_request"}, seconds))
         self._session_tokens.pop(session_id, None)
 
-    def _send(self, operation: str, path: str, body: Optional[Dict[str, Any]],
+    def _send(self, operation: str, path: str, body: Optional[Dict[str, Any]] = None,
               seconds: float = EXCHANGE_SECONDS) -> Exchange:
         """Perform an exchange; give it up when its time is up, a GetSession also when the run is ending."""
-        request = urllib.request.Request(str(self.server) + path, headers={
-            "Accept": "application/json, application/problem+json", "User-Agent": "plexctl/" + __version__,
-            "Authorization": "Bearer " + self._token.reveal()})
-        if body is not None:  # and then it is a POST
-            request.data = json.dumps(body).encode("ascii")
-            request.add_header("Content-Type", "application/json")
+        data = json.dumps(body).encode("ascii") if body else None  # without any it is a GET
+        request = urllib.request.Request(str(self.server) + path, data, {
+            "Accept": "application/json, application/problem+json", "Content-Type": "application/json",
+            "User-Agent": "plexctl/" + __version__, "Authorization": "Bearer " + self._token.reveal()})
         exchange = Exchange(operation, self.server.host, self._context)
         began = elapsed_seconds()
         performed = Outcome(lambda: exchange.perform(request, self._proxy))
@@ -1101,75 +1052,75 @@ class ControlPlane:
             self._report(f"{request.get_method()} {path}: {exchange.status}, {took:.3f} s")
         return exchange
 
-    def _judge(self, answer: Exchange) -> None:
+    def _judge(self, exchange: Exchange) -> None:
         """Raise TransportError if there is no whole answer, ApiError for an unexpected status."""
-        status = answer.status
-        if answer.fault and (not status or status in SUCCESS):  # of an error the status is enough
-            tried = "no complete answer from" if answer.sent else "cannot connect to"
-            raise TransportError(f"{answer.operation}: {tried} {self._peer}: {answer.fault}",
-                                 passing=answer.passing)
-        if status in EXPECTED[answer.operation]:
+        status = exchange.status
+        if exchange.fault and (not status or status in SUCCESS):  # of an error the status is enough
+            tried = "no complete answer from" if exchange.sent else "cannot connect to"
+            raise TransportError(f"{exchange.operation}: {tried} {self._peer}: {exchange.fault}",
+                                 passing=exchange.passing)
+        if status in EXPECTED[exchange.operation]:
             return
         problem: Dict[str, Any] = {}  # details (RFC 9457), if it has any
         with contextlib.suppress(TransportError):
-            problem = self._parse_body(answer)
+            problem = self._parse_body(exchange)
         title, detail, code = (self._show(problem.get(name)) for name in ("title", "detail", "code"))
-        text = f"{answer.operation}: {status} {title or http.client.responses.get(status, '')}".rstrip()
+        text = f"{exchange.operation}: {status} {title or http.client.responses.get(status, '')}".rstrip()
         text += (f": {detail}" if detail else "") + (f" ({code})" if code else "")
         for name in ("reason", "relation_path", "correlation_id"):
             value = self._show(problem.get(name))
             text += f"; {name.replace('_', ' ')} {value}" if value else ""
-        retry_after = parse_retry_after(answer.headers.get("Retry-After"))
+        retry_after = parse_retry_after(exchange.headers.get("Retry-After"))
         is_rate_limit = status == 429 and retry_after is not None  # 429 without it is the limit of sessions
         is_under_way = status == 409 and code == "idempotent_replay"  # by the first request with this key
-        passing = status in PASSING[answer.operation] or is_rate_limit or is_under_way
         code_of_403 = EXIT_REBAC_DENIED if code == "rebac_denied" else EXIT_FORBIDDEN
-        raise ApiError(text + self._advise(answer, code, is_rate_limit), passing=passing, status=status,
-                       code=code, retry_after_seconds=retry_after,
+        raise ApiError(text + self._advise(exchange, code, is_rate_limit), status=status, code=code,
+                       passing=status in PASSING[exchange.operation] or is_rate_limit or is_under_way,
+                       retry_after_seconds=retry_after,
                        exit_code={401: EXIT_CREDENTIALS, 403: code_of_403}.get(status, EXIT_FAILURE))
 
-    def _advise(self, answer: Exchange, code: str, is_rate_limit: bool) -> str:
+    def _advise(self, exchange: Exchange, code: str, is_rate_limit: bool) -> str:
         """Say what an operator can do about an error answer."""
-        status = answer.status
+        status = exchange.status
         if status < 300:
             return "; the API does not answer like this, check --server"
         if status < 400:
-            location = self._show(answer.headers.get("Location"))
+            location = self._show(exchange.headers.get("Location"))
             return "; a redirect is never followed" + (f": {location}" if location else "")
         if status in (404, 405, 501):
             return "; check --project-id, --resource-id and --server"
+        if is_rate_limit:
+            return "; too many requests, try again later"
         if status == 429:
-            return "; too many requests, try again later" if is_rate_limit else (
-                "; sessions count until they expire or are revoked, also those of print mode; "
-                "--max-sessions limits those of --proxy")
+            return ("; sessions count until they expire or are revoked, also those of print mode; "
+                    "--max-sessions limits those of --proxy")
         advice = "; the token is from " + self._token.source if status in (401, 403) else ""
         if status == 401 and code == "step_up_required":
-            challenge = " ".join(answer.headers.get_all("WWW-Authenticate", []))
+            challenge = " ".join(exchange.headers.get_all("WWW-Authenticate", []))
             found = re.search(r'acr_values\s*=\s*("[^"]+"|[^\s",]+)', challenge)
             acr_values = " with acr_values " + self._show(found.group(1).strip('"')) if found else ""
             advice += f"; re-authenticate{acr_values} and try again"
         return advice
 
-    def _parse_body(self, answer: Exchange) -> Dict[str, Any]:
+    def _parse_body(self, exchange: Exchange) -> Dict[str, Any]:
         """Return the JSON object of an answer; any other JSON counts as one without fields."""
         try:
-            document = parse_json(bytes(answer.body))
+            document = parse_json(bytes(exchange.body))
         except ValueError:
-            kinds = [f"{name} {self._show(answer.headers[name])}"
-                     for name in ("Content-Type", "Content-Encoding") if name in answer.headers]
-            raise TransportError(f"{answer.operation}: the answer is not the API's JSON "
-                                 f"({', '.join(kinds) or 'no Content-Type'}); check --server") from None
+            kind = self._show([exchange.headers.get(name) for name in ("Content-Type", "Content-Encoding")])
+            raise TransportError(f"{exchange.operation}: the answer is not the API's JSON "
+                                 f"(Content-Type: {kind or 'none'}); check --server") from None
         return document if isinstance(document, dict) else {}
 
-    def _parse_issued(self, answer: Exchange, asked_on: float) -> IssuedSession:
-        fields = self._parse_body(answer)
+    def _parse_issued(self, exchange: Exchange, asked_on: float) -> IssuedSession:
+        fields = self._parse_body(exchange)
         session_id = parse_field(ISSUE, fields, "session_id", matching(UUID_PATTERN, "a UUID"))
         token = parse_field(ISSUE, fields, "token", matching("[!-~]{1,65536}", "printable ASCII", Secret))
         self._session_tokens[session_id] = token
         expires = parse_field(ISSUE, fields, "expires_at", parse_time)
         inner = parse_field(ISSUE, fields, "session", dict, kind=dict)
         session = self._parse_session(ISSUE, inner, session_id)
-        issued_at = session.issued_at or parse_http_date(answer.headers.get("Date")) or time.time()
+        issued_at = session.issued_at or parse_http_date(exchange.headers.get("Date")) or time.time()
         endpoint = parse_field(ISSUE, fields, "listener_endpoint", self._parse_endpoint, optional=True)
         return IssuedSession(session_id, token, fields["expires_at"], expires - issued_at, asked_on,
                              session, endpoint or session.listener_endpoint)
@@ -1214,27 +1165,24 @@ SYSLOG_AUTHPRIV_INFO = 10 * 8 + 6  # RFC 3164, section 4.1.1: facility * 8 + sev
 class AuditLog(logging.Handler):
     """The record of --reveal-secrets; it fails closed.
 
-    The file is opened before a session is issued, and `record` returns only once the whole line is
-    written and synced. It goes through the logger plexctl.audit, to which others may add handlers of their
-    own. Syslog gets a copy where the host has one.
+    The file is opened before a session is issued, and `record` returns only once the whole line is written
+    and synced. It goes through the logger plexctl.audit, which may have other handlers, and to syslog.
     """
 
     def __init__(self, environ: Environ, report: Report) -> None:
-        super().__init__()
         self._environ = environ
         self._report = report
-        self._descriptor = -1
-        self._has_written = False  # `emit` has; logging may drop a record without a word
         given = environ.get("PLEXCTL_AUDIT_LOG", "")
         path = given or find_own_file("XDG_STATE_HOME", ".local/state", "audit.log", environ)
         self._source = "audit log " + (escape(path) or "without a home directory")
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | OPEN_AT_ONCE
+        more_flags = getattr(os, "O_NOFOLLOW", 0) | OPEN_AT_ONCE
         umask = os.umask(0o077)  # from 3.7 on the mode of os.makedirs is that of the last directory alone
         try:
             if not given:
                 os.makedirs(os.path.dirname(path), exist_ok=True)
-            self._descriptor = os.open(path, flags, 0o600)
-            status = os.fstat(self._descriptor)
+            self._file = open(path, "a+b", 0,
+                              opener=lambda name, flags: os.open(name, flags | more_flags, 0o600))
+            status = os.fstat(self._file.fileno())
             is_file = stat.S_ISREG(status.st_mode)  # a device might keep nothing
             fault = find_file_fault(path, status, WRITE_BITS) if is_file else "must be a regular file"
         except (OSError, ValueError) as error:
@@ -1242,25 +1190,20 @@ class AuditLog(logging.Handler):
         finally:
             os.umask(umask)
         if fault:
-            self.close()
             raise PlexctlError(f"{self._source}: {fault} (PLEXCTL_AUDIT_LOG names another)")
+        super().__init__()  # not before: logging closes its handlers at exit
 
     def close(self) -> None:
-        """Close the file and ignore errors: what counts was synced."""
-        with contextlib.suppress(OSError):
-            os.close(self._descriptor)
-        self._descriptor = -1
+        with contextlib.suppress(OSError):  # what counts was synced
+            self._file.close()
         super().close()
 
     def record(self, server: Server, request: SessionRequest, issued: IssuedSession) -> None:
         """Write one JSON object in one line with one write; raise unless it is verifiably there."""
-        user, uid = self._environ.get("USERNAME", ""), None
-        if os.name == "posix":
-            uid = os.getuid()
-            try:
-                user = pwd.getpwuid(uid).pw_name
-            except KeyError:
-                user = str(uid)
+        uid = os.getuid() if os.name == "posix" else None
+        user = self._environ.get("USERNAME", "") if uid is None else str(uid)
+        with contextlib.suppress(KeyError, NameError):  # it has no name; Windows has no pwd
+            user = pwd.getpwuid(os.getuid()).pw_name
         message = json.dumps({
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": "session_token_revealed",
             "user": user, "uid": uid, "sudo_user": self._environ.get("SUDO_USER"),
@@ -1270,20 +1213,18 @@ class AuditLog(logging.Handler):
             "expires_at": issued.expires_at})
         logger = logging.getLogger("plexctl.audit")
         logger.propagate = False  # a handler of the root is no audit log, and may write to stderr
-        if logger.level == logging.NOTSET:
-            logger.setLevel(logging.INFO)
         logger.addHandler(self)
-        self._has_written, fault = False, "logging dropped it"  # logging.disable, a level, a filter
+        self._has_written, fault = False, "logging dropped it"  # which it does without a word
         try:
-            logger.info("%s", message)
+            logger.warning("%s", message)
         except OSError as error:
             fault = show_error(error)
         finally:
             logger.removeHandler(self)
         if not self._has_written:
             raise PlexctlError(f"{self._source}: the record was not written: {fault}; the token is not shown")
-        month_to_second = time.ctime()[4:19]  # strftime would take the locale's names
-        line = f"<{SYSLOG_AUTHPRIV_INFO}>{month_to_second} plexctl[{os.getpid()}]: {message}"
+        # ctime(), since strftime() would take the locale's names of months
+        line = f"<{SYSLOG_AUTHPRIV_INFO}>{time.ctime()[4:19]} plexctl[{os.getpid()}]: {message}"
         syslog = next(filter(os.path.exists, SYSLOG_SOCKETS), None)
         try:
             if syslog:
@@ -1295,14 +1236,13 @@ class AuditLog(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Append a line to the file and sync it; OSError unless all its bytes are there."""
         line = (record.getMessage() + "\n").encode("ascii")
-        size = os.lseek(self._descriptor, 0, os.SEEK_END)
-        os.lseek(self._descriptor, max(0, size - 1), os.SEEK_SET)
-        if os.read(self._descriptor, 1) not in (b"", b"\n"):
+        self._file.seek(max(0, self._file.seek(0, os.SEEK_END) - 1))
+        if self._file.read(1) not in (b"", b"\n"):
             line = b"\n" + line  # behind what a full disk cut short
-        if os.write(self._descriptor, line) != len(line):
+        if self._file.write(line) != len(line):
             raise OSError(errno.ENOSPC, "short write")
-        os.fsync(self._descriptor)
-        if not os.fstat(self._descriptor).st_nlink:
+        os.fsync(self._file.fileno())
+        if not os.fstat(self._file.fileno()).st_nlink:
             raise OSError(errno.ENOENT, "the file was removed")
         self._has_written = True
 
