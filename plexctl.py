@@ -53,6 +53,7 @@ try:
     import argparse
     import contextlib
     import datetime
+    import difflib
     import email.utils
     import errno
     import http.client
@@ -70,6 +71,7 @@ try:
     import ssl
     import stat
     import struct
+    import subprocess
     import threading
     import time
     import traceback
@@ -259,10 +261,10 @@ def open_nowhere(flags: int) -> int:
 
 def end_by_signal(signum: int) -> None:
     """End the process as the signal would have: a shell sees 128 + n and stops its loops."""
-    if os.name != "posix":  # os.kill() would make the number the exit status
-        os._exit(EXIT_SIGNAL_BASE + signum)
-    signal.signal(signum, signal.SIG_DFL)
-    os.kill(os.getpid(), signum)
+    if os.name == "posix":  # on Windows os.kill() would make the number the exit status
+        signal.signal(signum, signal.SIG_DFL)
+        os.kill(os.getpid(), signum)
+    os._exit(EXIT_SIGNAL_BASE + signum)  # no signal of its own ends process 1 of a container
 
 
 # ---------------------------------------------------------------------------------------- values
@@ -2852,19 +2854,13 @@ class Forwarder:
 
 # ---------------------------------------------------------------------------------------- output
 
-WAIT_SECONDS = 0.05  # between two looks of the main thread: a signal's handler cannot wake it
-REDRAW_SECONDS = 1.0  # of the live line
-TICKING_SECONDS = 0.1  # between two looks after the sessions
-STATUS_SECONDS = 60
-HANGUP = getattr(signal, "SIGHUP", 0)  # Windows has none
-DOCUMENT_MAX_CHARACTERS = 3000  # of a path or a host, each of whose characters may need ten
 COLUMNS = ("local_addr", "listener_endpoint", "target", "session_id", "expires_at")
 
 
 def format_text(document: Dict[str, Any], width: int) -> str:
-    """Format a header line and a row, columns aligned; one line per column if the terminal is narrower."""
+    """Format a header line and a row; a line per column where these are wider than a terminal (0: none)."""
     values = dict(document, target=join_host_port(**document["target"]))
-    cells = [(name.upper(), escape(values[name], DOCUMENT_MAX_CHARACTERS)) for name in COLUMNS]
+    cells = [(name.upper(), escape(values[name], limit=3000)) for name in COLUMNS]  # a host has up to 2530
     header = "  ".join(name.ljust(len(cell)) for name, cell in cells).rstrip()
     row = "  ".join(cell.ljust(len(name)) for name, cell in cells).rstrip()
     if 0 < width < len(row):
@@ -2881,13 +2877,6 @@ def format_yaml(document: Dict[str, Any], indent: str = "") -> str:
         else:
             text += f"{indent}{key}: {json.dumps(value)}\n"
     return text
-
-
-def format_document(document: Dict[str, Any], form: str, width: int) -> str:
-    """Format as text, json or yaml; `width` is the terminal's, 0 where there is none."""
-    if form == "json":
-        return json.dumps(document) + "\n"
-    return format_yaml(document) if form == "yaml" else format_text(document, width)
 
 
 def terminal_width(stream: Any) -> int:
@@ -2933,31 +2922,23 @@ class Messages:
                              and terminal_width(stream) > 0)
         self._stream = stream
         self._is_verbose = options.verbose
-        self._wanted: Tuple[str, ...] = ("",)  # how a line begins that is written
+        self._wanted = ""  # pattern of the lines that are written
         if options.quiet:
-            self._wanted = ("error: ",)
-        elif options.mode == "--stdio" and not options.verbose:  # only what is left behind, and errors
-            self._wanted = ("error: ", "session ", "warning: session ", "warning: a session ",
-                            "warning: syslog ")
-        self._has_failed = False
+            self._wanted = "error: "
+        elif options.mode == "--stdio" and not options.verbose:  # errors, and what is left behind
+            self._wanted = "error: |session |warning: (a )?session |warning: syslog "
         self._queue: Any = queue.Queue()  # lines, the live line (without a line end), events; None: the end
         if not start_thread(self._write):
             raise PlexctlError("cannot start a thread (ulimit -u)")
 
     def report(self, line: str) -> None:
-        if line.startswith(self._wanted):
+        if re.match(self._wanted, line):
             self._queue.put(f"plexctl: {line}\n")
 
     def say(self, line: str) -> None:
         """Write a line that only -v shows."""
         if self._is_verbose:
             self.report(line)
-
-    def report_error(self, error: PlexctlError) -> None:
-        """Write what has ended the run, in one line; the first error counts."""
-        if not self._has_failed:
-            self._has_failed = True
-            self.report(f"error: {error}")
 
     def show(self, line: str) -> None:
         """Draw the live line, cut to the terminal, if we are in the foreground and nothing else waits."""
@@ -2979,7 +2960,8 @@ class Messages:
         written.wait(HURRY_SECONDS)
 
     def close(self) -> None:
-        """End the thread; what is reported later is lost."""
+        """Write what there is, and end the thread; what is reported later is lost."""
+        self.flush()
         self._queue.put(None)
 
     def _write(self) -> None:
@@ -2994,71 +2976,6 @@ class Messages:
             shown = 0 if text.endswith("\n") else len(text)
             with contextlib.suppress(Exception):  # closed or full: there is nowhere to say so
                 write_all(self._stream, wipe + text, "standard error")
-
-
-class Foreground:
-    """The main thread, which waits for signals and for other threads.
-
-    A signal waits in `signals` until `wait` raises it as Interrupted; later ones only hurry `finish`.
-    """
-
-    def __init__(self, messages: Messages) -> None:
-        self.messages = messages
-        self.signals: List[int] = []
-        self.ignored: Tuple[int, ...] = ()
-        self.passed_on: Tuple[int, ...] = ()  # to COMMAND; they do not ask for the end
-        self._asked = 0  # signals that asked for the end
-
-    def handle(self, signum: int, frame: object) -> None:
-        """Hear a signal; the third that asks for the end ends the process at once."""
-        if signum not in self.ignored:
-            self.signals.append(signum)
-            self._asked += signum not in self.passed_on
-            if self._asked > 2:
-                end_by_signal(signum)
-
-    def wait(self, seconds: float, done: Optional[threading.Event] = None) -> None:
-        """Wait so long, or until `done` is set; Interrupted for a signal."""
-        done = done or threading.Event()
-        deadline = elapsed_seconds() + seconds
-        while not done.is_set():
-            if self.signals:
-                raise Interrupted(self.signals.pop(0))
-            left = deadline - elapsed_seconds()
-            if left <= 0:
-                return
-            done.wait(min(WAIT_SECONDS, left))
-
-    def call(self, function: Callable[[], Any], status: Optional[Callable[[], str]] = None) -> Any:
-        """Run it in a thread, so that a signal ends the wait; return or raise what it does."""
-        self.wait(0)  # a signal that is here already: then nothing is begun
-        outcome = Outcome(function)
-        while not outcome.done.is_set():
-            self.wait(REDRAW_SECONDS, outcome.done)
-            if status is not None and not outcome.done.is_set():
-                self.messages.show(status())
-        return outcome.result()
-
-    def finish(self, function: Callable[[], None], seconds: float, slow: str = "") -> None:
-        """Run what must still be done, for `seconds` at most; a further signal leaves HURRY_SECONDS.
-
-        A hangup does not: ssh sends one as soon as it has seen the end of --stdio.
-        `slow` is reported on a terminal if it takes longer than a second.
-        """
-        began = elapsed_seconds()
-        deadline = began + seconds
-        outcome = Outcome(function)
-        while not outcome.done.wait(WAIT_SECONDS) and elapsed_seconds() < deadline:
-            if any(signum != HANGUP for signum in self.signals):
-                deadline = min(deadline, elapsed_seconds() + HURRY_SECONDS)
-            if slow and self.messages.has_terminal and elapsed_seconds() - began > 1:
-                self.messages.report(slow)
-                slow = ""
-
-    def write(self, text: str, stream: Optional[IO[str]], name: str) -> None:
-        """Write text to a stream, after the messages; PlexctlError unless all of it was taken."""
-        self.messages.flush()
-        self.call(lambda: write_all(stream, text, name))
 
 
 # ---------------------------------------------------------------------------------- command line
@@ -3081,9 +2998,8 @@ fish do not split a variable):
   plexctl tcp-forward $TARGET -- psql -h {host} -p {port} -U postgres
   ssh -o ProxyCommand="plexctl tcp-forward $TARGET --stdio" behind-the-node
 
-COMMAND runs while connections are forwarded: {host}, {port} and {addr} in its
-arguments are replaced, and PLEXCTL_LOCAL_HOST, _PORT and _ADDR are in its
-environment. plexctl exits with its status.
+In COMMAND's arguments {host}, {port} and {addr} are replaced; its environment
+has PLEXCTL_LOCAL_HOST, _PORT and _ADDR. plexctl exits with its status.
 
 exit codes: 0 success, 1 failure, 2 usage error, 3 credentials, 4 forbidden,
 77 ReBAC denial, 126 COMMAND cannot be executed, 127 COMMAND not found"""
@@ -3094,15 +3010,13 @@ FLAGS: Dict[str, List[Tuple[str, Any, str]]] = {  # by group: flag, parser of it
         ("--resource-id UUID", parse_uuid, "target Resource (required)"),
         ("--host HOST", parse_target_host, "target host, as the Node sees it (required)"),
         ("--port PORT", lambda text: parse_int(text, 1, PORT_MAX), "target port, 1 to 65535 (required)"),
-        ("--ttl-seconds N", lambda text: parse_int(text, 0, 10 ** 9),
-         "requested lifetime; 0 (default): the server's default")],
+        ("--ttl-seconds N", lambda text: parse_int(text, 0, 10 ** 9), "lifetime (default 0: the server's)")],
     "forwarding": [
         ("--proxy", None, "listen locally and forward until the session expires or you press Ctrl-C"),
         ("--stdio", None, "forward one connection over stdin and stdout (for ssh's ProxyCommand)"),
         ("--local-addr ADDR", parse_local_address,
          "where to listen: ADDRESS:PORT or unix:/path (default 127.0.0.1:0, a free port)"),
-        ("--wait-seconds N", parse_seconds,
-         "how long to wait for the Node to report its listener (default 90)"),
+        ("--wait-seconds N", parse_seconds, "how long to wait for the Node's listener (default 90)"),
         ("--max-sessions N", lambda text: parse_int(text, 1, 32),
          "maximum number of sessions, 1 to 32 (default 4); each open connection uses one"),
         ("--min-sessions N", lambda text: parse_int(text, 1, 32), "sessions to keep ready (default 1)"),
@@ -3193,7 +3107,9 @@ def parse_arguments(argv: Sequence[str]) -> Tuple[str, Any]:
         if not has_command:
             raise UsageError(f"no command; {SHORT_USAGE}")
         convert_values(options)
-        options.command = list(argv[end + 1:]) if end < len(argv) else None
+        options.command = list(argv[end + 1:])
+        if end < len(argv) and not any(options.command[:1]):
+            raise UsageError("a command is required after --")
         check_together(options)
         return "", options
     except UsageError as error:
@@ -3221,8 +3137,7 @@ def describe_unknown(flag: str) -> str:
     first = flag.split()[0]
     if first != flag:
         name = f" ({first} ...)" if first in FLAG_NAMES else ""
-        return (f"several words in one argument{name}: $TARGET must not be quoted, and zsh and fish do not "
-                "split it")
+        return f"several words in one argument{name}: $TARGET is quoted, or not split (zsh, fish)"
     if len(flag) < 3 or flag[:2] != "--":
         return "unknown flag " + escape(flag[:2]) + ("...; short flags take no value" if flag[2:] else "")
     return f"unknown flag {escape(flag, 40)}{suggest(flag, FLAG_NAMES)}"
@@ -3230,9 +3145,8 @@ def describe_unknown(flag: str) -> str:
 
 def suggest(word: str, known: Sequence[str]) -> str:
     """Return which of the known words was probably meant."""
-    import difflib
-    alike = ([each for each in known if each.startswith(word)]
-             or difflib.get_close_matches(word, known, 1, 0.8))
+    longer = [each for each in known if each.startswith(word)]
+    alike = longer or difflib.get_close_matches(word, known, 1, 0.8)
     return f"; did you mean {' or '.join(alike)}?" if alike else ""
 
 
@@ -3243,10 +3157,8 @@ def check_together(options: argparse.Namespace) -> None:
 
     command, local = options.command, options.local_addr
     modes = given("--proxy", "--stdio")
-    if command is not None:
+    if command:
         modes.append("-- COMMAND")
-        if command[:1] in ([], [""]):
-            raise UsageError("a command is required after --")
     if len(modes) > 1:
         raise UsageError(f"{modes[0]} and {modes[1]} cannot be used together")
     if modes and os.name != "posix":
@@ -3259,10 +3171,9 @@ def check_together(options: argparse.Namespace) -> None:
         raise UsageError(f"{listening_flags[0]} needs --proxy or -- COMMAND")
     if options.keep_session and not modes:
         raise UsageError("--keep-session needs --proxy, --stdio or -- COMMAND")
-    for flag in given("--token-file", "--ca-file"):
-        if options.stdio and is_standard_input(getattr(options, attribute_of(flag))):
-            raise UsageError(f"{flag} - and --stdio cannot be used together: both read standard input")
-    if command and local and local.path and any("{port}" in word for word in command):
+    if options.stdio and is_standard_input(options.token_file or ""):
+        raise UsageError("--token-file - and --stdio cannot be used together: both read standard input")
+    if local and local.path and any("{port}" in word for word in command):
         raise UsageError("--local-addr unix: has no {port} for COMMAND, but {host} and {addr}")
     options.max_sessions = options.max_sessions or 4
     options.min_sessions = options.min_sessions or 1
@@ -3275,10 +3186,53 @@ def check_together(options: argparse.Namespace) -> None:
 
 # ----------------------------------------------------------------------------------------- modes
 
+WAIT_SECONDS = 0.05  # between two looks of the main thread: a signal's handler cannot wake it
+REDRAW_SECONDS = 1.0  # of the live line
+STATUS_SECONDS = 60
+HANGUP = getattr(signal, "SIGHUP", 0)  # Windows has none
+
+
+class Foreground:
+    """The main thread, which waits for signals and for other threads, and calls `tick` meanwhile."""
+
+    def __init__(self) -> None:
+        self.tick: Callable[[], None] = lambda: None
+        self.signals: List[int] = []  # until `wait` raises them as Interrupted
+        self.ignored: Tuple[int, ...] = ()
+        self.passed_on: Tuple[int, ...] = ()  # to COMMAND; they do not ask for the end
+        self._asked = 0  # signals that asked for the end
+
+    def handle(self, signum: int, frame: object) -> None:
+        """Hear a signal; the third that asks for the end ends the process at once."""
+        if signum not in self.ignored:
+            self.signals.append(signum)
+            self._asked += signum not in self.passed_on
+            if self._asked > 2:
+                end_by_signal(signum)
+
+    def wait(self, seconds: float, done: Optional[threading.Event] = None) -> bool:
+        """Wait so long, or until `done` is set; return whether it is. Interrupted for a signal."""
+        done, deadline = done or threading.Event(), elapsed_seconds() + seconds
+        while not done.is_set():
+            if self.signals:
+                raise Interrupted(self.signals.pop(0))
+            left = deadline - elapsed_seconds()
+            if left <= 0:
+                return False
+            done.wait(min(WAIT_SECONDS, left))
+            self.tick()
+        return True
+
+    def call(self, function: Callable[[], Any]) -> Any:
+        """Run it in a thread, so that a signal ends the wait; return or raise what it does."""
+        self.wait(0)  # a signal that is here already: then nothing is begun
+        outcome = Outcome(function)
+        self.wait(float("inf"), outcome.done)
+        return outcome.result()
+
 
 def find_command(name: str, environ: Environ) -> str:
     """Find the program that COMMAND names; exit 127 or 126 like a shell, before anything is issued."""
-    import subprocess  # noqa: F401  # start_command needs it: a Python that lacks it costs no session
     path = environ.get("PATH", os.defpath)
     found = shutil.which(name, path=path)
     if found and os.path.isfile(found):
@@ -3300,16 +3254,16 @@ def set_core_limit(soft: Optional[int]) -> Optional[int]:
         return None
 
 
-class Run:
+class Run(Foreground):
     """One invocation: the options, and what every mode of it needs."""
 
-    def __init__(self, options: Any, environ: Environ, foreground: Foreground,
-                 core_limit: Optional[int]) -> None:
+    def __init__(self, options: Any, environ: Environ, messages: Messages, core_limit: Optional[int]) -> None:
+        super().__init__()
         self.options = options
         self.environ = environ
-        self.foreground = foreground
-        self.messages = foreground.messages
+        self.messages = messages
         self.core_limit = core_limit  # that COMMAND is to have; None: the one that there is
+        self.has_told = False  # what is wrong with the end of --stdio's connection
         self.began = elapsed_seconds()
         self.request = SessionRequest(options.project_id, options.resource_id, options.host,
                                       options.port, options.ttl_seconds)
@@ -3317,43 +3271,54 @@ class Run:
 
     def execute(self) -> int:
         """Return the exit code. PlexctlError and Interrupted leave no session behind either."""
-        options, foreground, messages = self.options, self.foreground, self.messages
+        options, messages = self.options, self.messages
         program = find_command(options.command[0], self.environ) if options.command else ""
-
-        def create_plane() -> ControlPlane:
-            server, token = resolve_credentials(
-                options.server, options.profile, options.token_file, options.allow_http, self.environ)
-            return ControlPlane(server, token, options.ca_file, self.environ, report=messages.say,
-                                notice=messages.report)
-
-        plane = foreground.call(create_plane)  # the token or --ca-file may come from a pipe
-        self.audit = AuditLog(self.environ, messages.report) if options.reveal_secrets else None
+        # in threads, since the token and --ca-file may come from a pipe
+        server, token = self.call(lambda: resolve_credentials(
+            options.server, options.profile, options.token_file, options.allow_http, self.environ))
+        plane = self.call(lambda: ControlPlane(
+            server, token, options.ca_file, self.environ, report=messages.say, notice=messages.report))
         self.ledger = Ledger(plane, options.project_id, messages.report, messages.say)
         try:
             if options.mode == "print":
                 return self.print_coordinates()
             return self.carry_stdio() if options.mode == "--stdio" else self.forward(program)
         finally:
-            foreground.finish(self.ledger.leave, LEAVE_SECONDS, "releasing the session")
-            if options.keep_session:
-                for words in self.ledger.list_kept():
-                    messages.report(words)
-            for words in self.ledger.settle(sys.exc_info()[1]):
-                messages.report("warning: " + words)
-            if self.audit is not None:  # not before: an interrupted record may still be on its way
-                self.audit.close()
+            self.leave()
+
+    def leave(self) -> None:
+        """Revoke what is owed, for LEAVE_SECONDS at most; a further signal leaves HURRY_SECONDS.
+
+        A hangup does not: ssh sends one as soon as it has seen the end of --stdio.
+        """
+        ledger, began = self.ledger, elapsed_seconds()
+        left, deadline = Outcome(ledger.leave), began + LEAVE_SECONDS
+        while not left.done.wait(WAIT_SECONDS) and elapsed_seconds() < deadline:
+            if any(signum != HANGUP for signum in self.signals):
+                deadline = min(deadline, elapsed_seconds() + HURRY_SECONDS)
+            if self.messages.has_terminal and elapsed_seconds() - began > 1:
+                ledger.tell_once("releasing the session")
+        for words in ledger.list_kept() if self.options.keep_session else []:
+            self.messages.report(words)
+        for words in ledger.settle(sys.exc_info()[1]):
+            self.messages.report("warning: " + words)
 
     def establish(self, issue: Callable[[], MediatedSession]) -> MediatedSession:
         """Return the first session; reveal its token if that is wanted."""
-        session: MediatedSession = self.foreground.call(
-            issue, lambda: f"waiting for the {'Node' if self.ledger.has_issued() else 'control plane'}: "
-            + show_seconds(elapsed_seconds() - self.began))
-        audit, issued = self.audit, session.issued
+        audit = AuditLog(self.environ, self.messages.report) if self.options.reveal_secrets else None
+        opened = Outcome(issue)
+        while not self.wait(REDRAW_SECONDS, opened.done):
+            who = "Node" if self.ledger.has_issued() else "control plane"
+            self.messages.show(f"waiting for the {who}: {show_seconds(elapsed_seconds() - self.began)}")
+        session: MediatedSession = opened.result()
+        issued = session.issued
         if audit is not None:
-            self.foreground.call(lambda: audit.record(self.ledger.plane.server, self.request, issued))
-            self.foreground.write("plexctl: warning: the next line is the session token, a secret\n"
-                                  f"PLEXCTL_SESSION_TOKEN={issued.token.reveal()}\n",
-                                  sys.stderr, "standard error")
+            self.call(lambda: audit.record(self.ledger.plane.server, self.request, issued))
+            audit.close()
+            text = ("plexctl: warning: the next line is the session token, a secret\n"
+                    f"PLEXCTL_SESSION_TOKEN={issued.token.reveal()}\n")
+            self.messages.flush()
+            self.call(lambda: write_all(sys.stderr, text, "standard error"))
         if self.options.keep_session:
             self.ledger.is_kept = True
         return session
@@ -3369,8 +3334,14 @@ class Run:
                     "listener_endpoint": str(session.endpoint),
                     "target": {"host": self.request.host, "port": self.request.port},
                     "expires_at": session.issued.expires_at}
-        text = format_document(document, self.options.output, terminal_width(sys.stdout))
-        self.foreground.write(text, sys.stdout, "standard output")
+        if self.options.output == "json":
+            text = json.dumps(document) + "\n"
+        elif self.options.output == "yaml":
+            text = format_yaml(document)
+        else:
+            text = format_text(document, terminal_width(sys.stdout))
+        self.messages.flush()
+        self.call(lambda: write_all(sys.stdout, text, "standard output"))
 
     def print_coordinates(self) -> int:
         """Print mode: bind nothing for longer than a moment; dial and revoke nothing."""
@@ -3401,56 +3372,66 @@ class Run:
                 raise Cancelled("interrupted")
             return seconds
 
-        remote = self.foreground.call(lambda: session.dial(pace))
-        client = StandardSocket() if stat.S_ISSOCK(os.fstat(1).st_mode) else StandardStreams()
-        relay = Relay(client, remote, create_buffers(), lambda: bool(wait_for(client.writes_at, 0, 0)),
-                      lambda: self.explain_end(session, relay), pace)
-
         def carry() -> None:
             relay.carry()
             relay.await_end(STUCK_SECONDS if relay.ending == CLIENT_CLOSED else NODE_END_SECONDS)
             relay.close_remote()
-            error = describe_failure(session, relay, self.request)
-            if error is not None:
-                raise error
+            self.check_end(session, relay)
 
+        remote = self.call(lambda: session.dial(pace))
+        client = StandardSocket() if stat.S_ISSOCK(os.fstat(1).st_mode) else StandardStreams()
+        relay = Relay(client, remote, create_buffers(), lambda: bool(wait_for(client.writes_at, 0, 0)),
+                      lambda: self.explain_end(session, relay), pace)
         carried = Outcome(carry, or_here=False)
         try:
-            self.foreground.wait(float("inf"), carried.done)
+            self.wait(float("inf"), carried.done)
         except Interrupted:
-            # ssh hangs up as soon as it has seen the end: so once that is under way, the signal does not
-            # decide the status, and only limits the rest to a few seconds. Once the client has closed it, the
-            # signal does: nobody is left to see the end.
-            is_ending = relay.ending not in (OPEN, CLIENT_CLOSED)
-            if not is_ending or not carried.done.wait(ASK_LIMIT_SECONDS):
+            # ssh hangs up as soon as it has seen the end: so once that is under way, what has ended the
+            # connection decides the status. Where that was the client, the signal does: nobody sees the end.
+            if relay.ending in (OPEN, CLIENT_CLOSED) or not carried.done.wait(ASK_LIMIT_SECONDS):
                 raise
         finally:
             cancel.set()  # after a signal the thread must not go on, where this is a library
             carried.done.wait(HURRY_SECONDS)
             counts = Counts(ended=1, up=relay.up.moved, down=relay.down.moved)
             self.messages.say(self.describe_total(counts, "connection closed"))
-        carried.result()  # also after a signal that came too late to decide
+        carried.result()  # raises what is wrong with the end
         return EXIT_OK
 
     def explain_end(self, session: MediatedSession, relay: Relay) -> None:
-        """Report why the connection of --stdio ends, before the client sees that: ssh hangs up then."""
-        if session.why is None:
-            session.ask(afresh=True)  # an answer to an earlier question says nothing of the end
+        """Report what is wrong with the end, before the client sees that: ssh hangs up then."""
+        if session.ask(afresh=True):  # an answer to an earlier question says nothing of the end
             session.await_answer()
-        error = describe_failure(session, relay, self.request)
-        if error is not None and not self.ledger.plane.cancel.is_set():  # else we have ended it
-            self.messages.report_error(error)
-            self.messages.flush()
+        try:
+            self.check_end(session, relay)
+        except PlexctlError as error:
+            if not self.ledger.plane.cancel.is_set():  # else we have ended it
+                self.has_told = True
+                self.messages.report(f"error: {error}")
+                self.messages.flush()
+
+    def check_end(self, session: MediatedSession, relay: Relay) -> None:
+        """Raise what is wrong with the end of the connection, unless something came and it was taken."""
+        error, down = session.why or relay.error, relay.down
+        if isinstance(error, PlexctlError):
+            raise error
+        if relay.ending in BY_NODE and not (down.moved or down.count_undelivered()):
+            raise PlexctlError(describe_unreachable(self.request))
+        if error is not None:
+            raise PlexctlError(f"the connection ended: {show_error(error)}")
+        if relay.ending == CLIENT_CLOSED and (not down.moved or down.count_undelivered()):
+            raise PlexctlError("cannot write to standard output: nobody reads it")
 
     def forward(self, program: str) -> int:
         """--proxy and -- COMMAND. The address is bound first: one in use costs no session."""
-        options, foreground, messages, reason = self.options, self.foreground, self.messages, ""
+        options, messages, reason = self.options, self.messages, ""
         with Forwarder(options.local_addr, self.ledger, self.request, options.max_sessions,
                        options.min_sessions, options.renew, options.wait_seconds,
                        options.allow_other_users) as forwarder:
             session = self.establish(forwarder.establish)
+            self.tick = forwarder.tick
+            self.tell_systemd("READY=1")
             try:
-                self.tell_systemd("READY=1")
                 if program:
                     status = self.run_command(program, forwarder)
                     reason = "COMMAND ended"
@@ -3464,36 +3445,27 @@ class Run:
                 raise
             finally:
                 self.tell_systemd("STOPPING=1")
-                foreground.finish(forwarder.stop, CLOSE_SECONDS + 1)
+                forwarder.stop()
                 total = self.describe_total(forwarder.count(), reason)
-                unidentified = forwarder.listener.unidentified
-                if unidentified:
-                    total += (f"; {unidentified} closed before the owner could be checked "
-                              "(unix: and --allow-other-users do not check)")
+                if forwarder.listener.unidentified:
+                    total += f"; {forwarder.listener.unidentified} closed before the owner could be checked"
                 messages.report(total)
 
     def watch(self, forwarder: Forwarder) -> NoReturn:
         """Look after the forwarder until something ends it, and raise that."""
-        told, tell_on, show_on = "", 0.0, 0.0
+        told, tell_on = "", 0.0
         while forwarder.over is None:
-            now = elapsed_seconds()
-            if now >= show_on:
-                words, show_on = self.describe_now(forwarder), now + REDRAW_SECONDS
-                self.messages.show(words)
-                if words != told and now >= tell_on:
-                    told, tell_on = words, now + STATUS_SECONDS
-                    self.tell_systemd("STATUS=" + words)
-            self.foreground.wait(TICKING_SECONDS)
-            forwarder.tick()
+            counts, left = forwarder.count(), forwarder.seconds_left()
+            until = f"{show_seconds(left)} left, " if left else ""  # first what matters most: the end is cut
+            words = (f"{until}{counts.open} open, {counts.waiting} waiting, {counts.ended} ended, "
+                     f"{show_count(counts.sessions, 'session')}, {show_bytes(counts.up)} up, "
+                     f"{show_bytes(counts.down)} down, {forwarder.local} -> {self.target}")
+            self.messages.show(words)
+            if words != told and elapsed_seconds() >= tell_on:
+                told, tell_on = words, elapsed_seconds() + STATUS_SECONDS
+                self.tell_systemd("STATUS=" + words)
+            self.wait(REDRAW_SECONDS, forwarder.is_closing)
         raise forwarder.over
-
-    def describe_now(self, forwarder: Forwarder) -> str:
-        """Return the live line, what matters most first."""
-        counts, left = forwarder.count(), forwarder.seconds_left()
-        until = f"{show_seconds(left)} left, " if left else ""
-        return (f"{until}{counts.open} open, {counts.waiting} waiting, {counts.ended} ended, "
-                f"{show_count(counts.sessions, 'session')}, {show_bytes(counts.up)} up, "
-                f"{show_bytes(counts.down)} down, {forwarder.local} -> {self.target}")
 
     def describe_total(self, counts: Counts, reason: str) -> str:
         return (f"{show_count(counts.ended, 'connection')}, {show_bytes(counts.up)} up, "
@@ -3511,34 +3483,31 @@ class Run:
 
     def run_command(self, program: str, forwarder: Forwarder) -> int:
         """-- COMMAND: Ctrl-C and Ctrl-\\ of the terminal are its own, other signals are handed on."""
-        foreground = self.foreground
-        foreground.messages.flush()  # before anything that COMMAND says
-        foreground.wait(0)
-        foreground.ignored = (signal.SIGINT, signal.SIGQUIT)
-        foreground.passed_on = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+        self.messages.flush()  # before anything that COMMAND says
+        self.wait(0)
+        self.ignored = (signal.SIGINT, signal.SIGQUIT)
+        self.passed_on = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
         try:
             child = self.start_command(program, forwarder.local)
             self.wait_for_command(child, forwarder)
         finally:
             # what came while it ended was for COMMAND, too
-            for signum in [each for each in foreground.signals if each in foreground.passed_on]:
-                foreground.signals.remove(signum)
-            foreground.ignored = foreground.passed_on = ()
+            for signum in [each for each in self.signals if each in self.passed_on]:
+                self.signals.remove(signum)
+            self.ignored = self.passed_on = ()
         self.deliver(forwarder)
         status = int(child.returncode)
         return status if status >= 0 else EXIT_SIGNAL_BASE - status
 
     def start_command(self, program: str, local: LocalAddress) -> Any:
         """Start COMMAND, with its placeholders and environment filled in."""
-        import subprocess
         host, port = (local.path, "") if local.path else (local.host, str(local.port))
-        values = {"{host}": host, "{port}": port, "{addr}": str(local)}
-        arguments = [re.sub(r"\{(?:host|port|addr)\}", lambda found: values[found.group()], word)
+        arguments = [word.replace("{port}", port).replace("{host}", host).replace("{addr}", str(local))
                      for word in self.options.command]
         environ = dict(self.environ, PLEXCTL_LOCAL_HOST=host, PLEXCTL_LOCAL_PORT=port,
                        PLEXCTL_LOCAL_ADDR=str(local))
         environ.pop("PLEXSPHERE_TOKEN", None)
-        if not local.path and is_loopback(local.host):
+        if is_loopback(local.host):  # "" is not
             exempt = environ.get("no_proxy") or environ.get("NO_PROXY")  # or curl would go to a proxy with it
             environ["no_proxy"] = environ["NO_PROXY"] = f"{exempt},{local.host}" if exempt else local.host
         # COMMAND could read the token there, again or, of /dev/stdin, for the first time
@@ -3557,16 +3526,15 @@ class Run:
         is_terminated = False
         while child.poll() is None:
             try:
-                self.foreground.wait(WAIT_SECONDS)
+                self.wait(WAIT_SECONDS)
             except Interrupted as interrupted:
                 with contextlib.suppress(OSError):  # it ended just now, or is another user's by now
                     child.send_signal(interrupted.signum)
-                if interrupted.signum not in self.foreground.passed_on:
+                if interrupted.signum not in self.passed_on:
                     if is_terminated:
                         raise
                     is_terminated = True
-            forwarder.tick()  # when all is over it resets whoever connects, and the port stays ours
-            if forwarder.over is not None:
+            if forwarder.over is not None:  # its tick resets whoever connects, and the port stays ours
                 self.ledger.tell_once(f"warning: {forwarder.over}; connections are refused from now on; "
                                       "COMMAND is still running", "over")
 
@@ -3575,8 +3543,7 @@ class Run:
         forwarder.listener.assume_closed()
         undelivered, moved_on = forwarder.list_undelivered(), elapsed_seconds()
         while undelivered and forwarder.over is None and elapsed_seconds() - moved_on < LEAVE_SECONDS:
-            self.foreground.wait(WAIT_SECONDS)
-            forwarder.tick()
+            self.wait(WAIT_SECONDS)
             before, undelivered = undelivered, forwarder.list_undelivered()
             # where nobody knows who has closed, those who have not could send for ever
             if undelivered != before and not forwarder.listener.is_guessing:
@@ -3584,22 +3551,6 @@ class Run:
         if undelivered or forwarder.over is not None:
             reason = f": {forwarder.over}" if forwarder.over else ""
             self.ledger.warn_once("COMMAND has ended, and what it sent may not have arrived" + reason, "over")
-
-
-def describe_failure(session: MediatedSession, relay: Relay,
-                     request: SessionRequest) -> Optional[PlexctlError]:
-    """Return what is wrong with the end of --stdio's connection, if anything."""
-    down, error = relay.down, session.why or relay.error
-    if isinstance(error, PlexctlError):
-        return error
-    if relay.ending in BY_NODE and not (down.moved or down.count_undelivered()):
-        return PlexctlError(describe_unreachable(request))
-    if error is not None:
-        return PlexctlError(f"the connection ended: {show_error(error)}")
-    # else that is an ordinary end: something has come, and the client has all of it
-    if relay.ending == CLIENT_CLOSED and (not down.moved or down.count_undelivered()):
-        return PlexctlError("cannot write to standard output: nobody reads it")
-    return None
 
 
 # ------------------------------------------------------------------------------------------ main
@@ -3639,48 +3590,47 @@ def as_error(error: Exception) -> PlexctlError:
     if isinstance(error, (OSError, MemoryError)):
         return PlexctlError(f"the system refuses: {show_error(error)}")
     # a defect; its text may hold what it was given
-    lines = [line for frame, line in traceback.walk_tb(error.__traceback__)
-             if frame.f_code.co_filename == perform.__code__.co_filename]
+    lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_globals is globals()]
     return PlexctlError(f"internal error in line {lines[-1]}, please report it: {show_error(error)}")
 
 
-def perform(argv: Sequence[str], environ: Environ, ends_process: bool = False) -> Tuple[int, int]:
-    """Run the command; return its exit code and the number of the signal that ended it (0: none)."""
-    messages: Optional[Messages] = None
-    handlers: Dict[int, Any] = {}
+def perform(argv: Sequence[str], environ: Environ, ends_process: bool = False) -> int:
+    """Run the command; return its exit code, or -n if signal n is to end the process."""
     # a core would hold the tokens; 1 byte, since 0 would not stop a core_pattern that is a pipe (core(5))
     core_limit = set_core_limit(1) if ends_process else None
     try:
         prints, options = parse_arguments(argv)
         if prints:
             write_all(sys.stdout, prints, "standard output")
-            return EXIT_OK, 0
+            return EXIT_OK
         messages = Messages(sys.stderr, options)
-        foreground = Foreground(messages)
-        handlers = handle_signals(foreground.handle)
-        return Run(options, environ, foreground, core_limit).execute(), 0
-    except Interrupted as interrupted:
-        return EXIT_SIGNAL_BASE + interrupted.signum, interrupted.signum
+        invocation = Run(options, environ, messages, core_limit)
+        handlers = handle_signals(invocation.handle)
     except Exception as raised:
         error = as_error(raised)
-        if messages is None:
-            with contextlib.suppress(PlexctlError):
-                write_all(sys.stderr, f"plexctl: error: {error}\n", "standard error")
-        else:
-            messages.report_error(error)
-        return error.exit_code, 0
+        with contextlib.suppress(PlexctlError):
+            write_all(sys.stderr, f"plexctl: error: {error}\n", "standard error")
+        return error.exit_code
+    try:
+        return invocation.execute()
+    except Interrupted as interrupted:
+        return -interrupted.signum
+    except Exception as raised:
+        error = as_error(raised)
+        if not invocation.has_told:
+            messages.report(f"error: {error}")
+        return error.exit_code
     finally:
-        if messages is not None:
-            messages.flush()
-            if not ends_process:  # a process keeps its handlers: a late signal must not change its status
-                messages.close()
-                for signum, handler in handlers.items():
-                    signal.signal(signum, handler)
+        messages.close()
+        if not ends_process:  # a process keeps its handlers: a late signal must not change its status
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)
 
 
 def main(argv: Optional[Sequence[str]] = None, environ: Optional[Environ] = None) -> int:
     """Run the command; return the exit code, 128 + n if signal n ended it. Never raises."""
-    return perform(sys.argv[1:] if argv is None else argv, os.environ if environ is None else environ)[0]
+    status = perform(sys.argv[1:] if argv is None else argv, os.environ if environ is None else environ)
+    return status if status >= 0 else EXIT_SIGNAL_BASE - status
 
 
 def run() -> None:
@@ -3695,9 +3645,9 @@ def run() -> None:
         except OSError:
             open_nowhere(os.O_RDONLY)  # the lowest free number; writing to it fails
     try:
-        status, signum = perform(sys.argv[1:], os.environ, ends_process=True)
-        if signum:
-            end_by_signal(signum)
+        status = perform(sys.argv[1:], os.environ, ends_process=True)
+        if status < 0:
+            end_by_signal(-status)
         os._exit(status)
     except KeyboardInterrupt:  # before the handlers were there, where this is imported to be run
         end_by_signal(signal.SIGINT)

@@ -6072,7 +6072,7 @@ def test_a_revocation_amid_the_delivery_at_command_s_end_is_told():
             client.sendall(bytes(100 * 1024))
             eventually(lambda: running.count().up == 100 * 1024)
         eventually(lambda: running.count().ended == 1)
-        run = types.SimpleNamespace(foreground=types.SimpleNamespace(wait=time.sleep), ledger=running.ledger)
+        run = types.SimpleNamespace(wait=time.sleep, ledger=running.ledger)
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             delivering = pool.submit(plexctl.Run.deliver, run, running.forwarder)
             running.plane.revoke(running.plane.issued[0])
