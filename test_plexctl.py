@@ -7,18 +7,8 @@
 The simulator is real sockets on loopback: a control plane that answers by the published API, a Node
 with one listener per mediated session, and targets behind it. It needs only the standard library.
 
-Sections, in this order; each begins with a line `# ---- NAME ---`:
-
-    simulator       waiting and listening; targets; carrying bytes; the Node; the control plane;
-                    plexctl as a process, and its clients
-    demonstration   what the first two commands above run
-    tests           what all of them share; the simulator's Node; tables and helpers;
-                    in the order of plexctl.py: values; credentials, in order; command line; output;
-                    revealing the session token; one file alone; control plane; relay; forwarder;
-                    whose connection it is; sessions in use;
-                    of whole processes: what the tests with processes share; signals; exit codes; COMMAND;
-                    stdio; terminal; readiness; what the Node's agent and others found; real programs;
-                    README and packaging
+Sections, each of which begins with a line `# ---- NAME ---`: the simulator; the demonstration, which is what
+the first two commands above run; the tests, first in the order of plexctl.py, then those of whole processes.
 """
 import argparse
 import collections
@@ -42,7 +32,6 @@ import tempfile
 import threading
 import time
 import uuid
-import zlib
 from typing import Any, NamedTuple, Optional
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -56,11 +45,14 @@ HOST, PORT = "10.0.0.5", 5432
 SESSIONS_PATH = "/v1/projects/%s/sessions" % PROJECT_ID
 REQUIRED_FLAGS = ["--project-id", PROJECT_ID, "--resource-id", RESOURCE_ID,
                   "--host", HOST, "--port", str(PORT)]
+TCP_FORWARD = ["tcp-forward"] + REQUIRED_FLAGS
 
 BEARER = "psk_operator-bearer-secret-of-the-simulator"
 SESSION_TOKEN_MARK = "c2Vzc2lvbi10b2tlbi1zZWNyZXQ"  # in every session token, so in any leak of one
 STEP_UP_ACR = "urn:plexsphere:acr:hardware-key"
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER on, for 0 s
+READS, WRITES = select.POLLIN, select.POLLOUT
+SEEN = []  # (stream, text) of every process, for the tests to look for secrets in
 
 
 # ---- simulator: waiting and listening -----------------------------------------------------------
@@ -96,24 +88,25 @@ class Watched(contextlib.AbstractContextManager):
         self.close()
 
 
-class Listener(socketserver.ThreadingTCPServer):
-    """A loopback listener; serve(connection, listener) runs for each connection, in a thread."""
+class Listener(Watched, socketserver.ThreadingTCPServer):
+    """A loopback listener; handle(connection, listener) runs for each connection, in a thread."""
 
     allow_reuse_address, daemon_threads, request_queue_size = True, True, 1024
 
-    def __init__(self, serve):
-        super().__init__(("127.0.0.1", 0), None)
-        self.serve, self.connections, self.closed = serve, set(), False
+    def __init__(self, handle):
+        Watched.__init__(self)
+        socketserver.ThreadingTCPServer.__init__(self, ("127.0.0.1", 0), None)
+        self.handle, self.connections, self.closing = handle, set(), threading.Event()
         self.address = self.server_address
         threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
 
     def finish_request(self, connection, _address):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.connections.add(connection)
-        if self.closed:
+        if self.closing.is_set():
             hang_up(connection)
         with contextlib.suppress(OSError):
-            self.serve(connection, self)
+            self.handle(connection, self)
 
     def shutdown_request(self, connection):
         connection.close()
@@ -121,7 +114,7 @@ class Listener(socketserver.ThreadingTCPServer):
 
     def close(self):
         """Accept nobody any more, and end what is open."""
-        self.closed = True
+        self.closing.set()
         hang_up(self.socket)  # wakes serve_forever, on Linux
         self.shutdown()
         self.server_close()
@@ -145,16 +138,14 @@ def hang_up(sock, how=socket.SHUT_RDWR):
 
 # ---- simulator: targets -------------------------------------------------------------------------
 
-class Target(Watched):
+class Target(Listener):
     """A TCP service behind the Node: serve(connection, target), then a half-close, then a drain.
 
     `accepted` counts connections; `ends` has "eof" or "reset" for each, as the peer ended it."""
 
     def __init__(self, serve):
-        super().__init__()
-        self.serve, self.accepted, self.ends, self.closing = serve, 0, [], threading.Event()
-        self._listener = Listener(self._serve)
-        self.address = self._listener.address
+        super().__init__(self._serve)
+        self.serve, self.accepted, self.ends = serve, 0, []
 
     def _serve(self, connection, _listener):
         with self.changed:
@@ -171,13 +162,9 @@ class Target(Watched):
 
     def connection(self):
         """The one connection that it has, for a test that is the service itself (see silent)."""
-        connection, = self.wait_for(lambda: list(self._listener.connections))
+        connection, = self.wait_for(lambda: list(self.connections))
         connection.settimeout(20)
         return connection
-
-    def close(self):
-        self.closing.set()
-        self._listener.close()
 
 
 def chunks(connection):
@@ -206,9 +193,9 @@ def echo_of(size):
     return serve
 
 
-def source(size, seed=0):
-    """A service that sends pattern(size, seed) to whoever connects."""
-    data = pattern(size, seed)
+def source(size):
+    """A service that sends pattern(size) to whoever connects."""
+    data = pattern(size)
     return lambda connection, _target: connection.sendall(data)
 
 
@@ -337,9 +324,6 @@ def carry(client, target, delay, half_close, over):
             open_ways.remove((way, opposite))
             if way.line or not open_ways and opposite.line:
                 raise ConnectionResetError
-
-
-READS, WRITES = select.POLLIN, select.POLLOUT
 
 
 def wait_for_sockets(wanted, seconds):
@@ -490,7 +474,6 @@ class SessionListener:
                 threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client):
-        """Carry one connection to the target."""
         target, finish = socket.socket(), socket.socket.close
         try:
             for each in (client, target):
@@ -543,29 +526,21 @@ class Answer(NamedTuple):
     raw: Optional[bytes] = None
 
 
-class Request(NamedTuple):
-    """A request as it was seen; the body is parsed where it is JSON; `time` is time.monotonic()."""
-
-    operation: str  # issue, get, revoke, other
-    method: str
-    path: str
-    ids: tuple  # of the project and the session, as they stand in the path
-    headers: Any
-    body: Any
-    time: float
-
-
-ROUTES = (  # operation, method, path
-    ("issue", "POST", "/v1/projects/([^/]*)/sessions"),
-    ("get", "GET", "/v1/projects/([^/]*)/sessions/([^/]*)"),
-    ("revoke", "POST", "/v1/projects/([^/]*)/sessions/([^/]*)/revoke"),
-)
+# a request as it was seen; the operation and the ids as route() has them; the body is parsed where it is
+# JSON; `time` is time.monotonic()
+Request = collections.namedtuple("Request", "operation method path ids headers body time")
+ROUTES = {"issue": ("POST", ""), "get": ("GET", "/([^/]*)"), "revoke": ("POST", "/([^/]*)/revoke")}
+UUID_SHAPE = "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+ISSUE_SHAPE = (  # of the body of IssueSession, with its keys sorted
+    r'\{("idempotency_key": "[^"]{1,4096}", )?"kind": "tcp", ("requested_ttl_seconds": [1-9][0-9]*, )?'
+    r'"resource_id": "%s", "target": \{"tcp": \{"host": "[^"]+", "port": [1-9][0-9]{0,4}\}\}\}' % UUID_SHAPE)
+PASS = object()  # in a script: answer this one as usual
 
 
 def route(method, path, prefix=""):
-    """Which operation a request line asks for ("other" if none), and the ids in its path."""
-    for operation, wanted, shape in ROUTES:
-        matched = re.match(re.escape(prefix) + shape + r"\Z", path)
+    """Which operation a request line asks for ("other" if none), and the project's and session's id in it."""
+    for operation, (wanted, shape) in ROUTES.items():
+        matched = re.match(re.escape(prefix) + "/v1/projects/([^/]*)/sessions" + shape + r"\Z", path)
         if matched and method == wanted:
             return operation, matched.groups()
     return "other", ()
@@ -586,13 +561,11 @@ PROBLEMS = {  # name: (status, title, detail, more fields), as published, but fo
     "signing_unavailable": (503, "Service Unavailable", "retry shortly", {}),
     "access_session_not_provisioned": (501, "Not Implemented", "not provisioned in this build", {}),
     "internal": (500, "Internal Server Error", "internal error", {}),
-    "session_not_active": (409, "Conflict", "the session is no longer active", {}),
-}
+    "session_not_active": (409, "Conflict", "the session is no longer active", {})}
 CHALLENGES = {
     "unauthenticated": 'Bearer realm="plexsphere"',
     "step_up_required": 'Bearer error="insufficient_user_authentication", '
-                        'acr_values="%s"' % STEP_UP_ACR,
-}
+                        'acr_values="%s"' % STEP_UP_ACR}
 
 
 def problem(name, instance=SESSIONS_PATH, headers=(), **changes):
@@ -610,9 +583,6 @@ def problem(name, instance=SESSIONS_PATH, headers=(), **changes):
 
 def redirect(to, status=302):
     return Answer(status, None, (("Location", to),))
-
-
-PASS = object()  # in a script: answer this one as usual
 
 
 def drop(handler, _plane):
@@ -688,7 +658,6 @@ class MediatedSession:
         return self._plane.node.endpoint(self.id) if self._plane.node else self._plane.endpoint
 
     def view(self, with_endpoint):
-        """The Session object of the API."""
         view = {
             "id": self.id, "project_id": self.project_id, "domain_id": DOMAIN_ID,
             "resource_id": self.resource_id, "identity_id": IDENTITY_ID, "kind": "tcp",
@@ -702,7 +671,7 @@ class MediatedSession:
         return view
 
 
-class ControlPlane(Watched):
+class ControlPlane(Listener):
     """A control plane on loopback: IssueSession, GetSession and RevokeSession as published.
 
     tls: an ssl.SSLContext, for https
@@ -720,18 +689,16 @@ class ControlPlane(Watched):
     def __init__(self, *, tls=None, node=None, endpoint="127.0.0.1:9", endpoint_on="issue",
                  reads_before_endpoint=0, ttl=1800, clock_offset=0, session_limit=None, prefix="",
                  bearer=BEARER, known=None, log=lambda request, answer: None):
-        super().__init__()
+        super().__init__(self._serve)
         self.known, self.log = known, log
         self.tls, self.node, self.prefix, self.bearer = tls, node, prefix, bearer
         self.endpoint, self.endpoint_on = endpoint, endpoint_on
         self.reads_before_endpoint, self.session_limit = reads_before_endpoint, session_limit
         self.ttl, self.clock_offset = ttl, clock_offset
-        self.requests, self.issued, self.revoked, self.closing = [], [], [], threading.Event()
+        self.requests, self.issued, self.revoked = [], [], []
         self._sessions, self._by_key = collections.OrderedDict(), {}
-        self._scripts = collections.defaultdict(collections.deque)
-        self._listener = Listener(self._serve)
-        self.url = "%s://127.0.0.1:%d%s" % (
-            "https" if tls else "http", self._listener.address[1], prefix)
+        self.scripts = collections.defaultdict(collections.deque)
+        self.url = "%s://127.0.0.1:%d%s" % ("https" if tls else "http", self.address[1], prefix)
 
     def describe(self):
         return "requests %s; sessions %s" % ([request.operation for request in self.requests],
@@ -756,7 +723,7 @@ class ControlPlane(Watched):
     def script(self, operation, *answers):
         """What the next requests of an operation get: an Answer, PASS, or f(handler, plane)."""
         with self.changed:
-            self._scripts[operation].extend(answers)
+            self.scripts[operation].extend(answers)
 
     def revocations(self):
         """How often RevokeSession was asked for, by session id, whatever was answered."""
@@ -768,17 +735,15 @@ class ControlPlane(Watched):
         with self.changed:
             session = self._sessions[session_id]
             session.revoked_at, session.revoke_reason = stamp(self.now()), reason
-            self._ended(session_id)
+            if self.node:
+                self.node.close(session_id)
 
     def expire(self, session_id):
         """Let a session run out now; the Node ends its connections."""
         with self.changed:
             self._sessions[session_id].expires = self.now()
-            self._ended(session_id)
-
-    def close(self):
-        self.closing.set()
-        self._listener.close()
+            if self.node:
+                self.node.close(session_id)
 
     def _serve(self, connection, _listener):
         connection.settimeout(60)
@@ -787,15 +752,7 @@ class ControlPlane(Watched):
         with connection:  # a TLS socket is ours to close: the listener knows only the one beneath
             PlaneHandler(connection, None, self)
 
-    def take_step(self, request):
-        """Record a request, and return what the script has for it."""
-        with self.changed:
-            self.requests.append(request)
-            waiting = self._scripts[request.operation]
-            return waiting.popleft() if waiting else PASS
-
     def decide(self, request):
-        """Do what a request asks for, and return the Answer."""
         if request.headers.get("Authorization") != "Bearer " + self.bearer:
             return problem("unauthenticated", request.path)
         if request.operation == "other":
@@ -852,16 +809,6 @@ class ControlPlane(Watched):
         self.revoke(session.id, request.body["revoke_reason"])
         return Answer(204)
 
-    def _ended(self, session_id):
-        if self.node:
-            self.node.close(session_id)
-
-
-UUID_SHAPE = "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
-ISSUE_SHAPE = (  # of the body of IssueSession, with its keys sorted
-    r'\{("idempotency_key": "[^"]{1,4096}", )?"kind": "tcp", ("requested_ttl_seconds": [1-9][0-9]*, )?'
-    r'"resource_id": "%s", "target": \{"tcp": \{"host": "[^"]+", "port": [1-9][0-9]{0,4}\}\}\}' % UUID_SHAPE)
-
 
 def is_uuid(value):
     """Whether this is a UUID in its canonical form, in lower case."""
@@ -885,7 +832,10 @@ class PlaneHandler(http.server.BaseHTTPRequestHandler):
         operation, ids = route(self.command, self.path, plane.prefix)
         self.seen = Request(
             operation, self.command, self.path, ids, self.headers, body, time.monotonic())
-        step = plane.take_step(self.seen)
+        with plane.changed:
+            plane.requests.append(self.seen)
+            steps = plane.scripts[operation]
+            step = steps.popleft() if steps else PASS
         if step is PASS:
             self.answer_really()
         elif isinstance(step, Answer):
@@ -961,11 +911,7 @@ def clean_environment(more=None):
 
 
 def plexctl_command(args):
-    """The command line of plexctl.py in an isolated interpreter."""
     return [sys.executable, "-I", PLEXCTL] + [str(arg) for arg in args]
-
-
-SEEN = []  # (stream, text) of every process, for the tests to look for secrets in
 
 
 class Process(Watched, subprocess.Popen):
@@ -976,16 +922,11 @@ class Process(Watched, subprocess.Popen):
     def __init__(self, command, **popen):
         Watched.__init__(self)
         options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **popen}
-        # nohup and a shell's background jobs ignore some signals, which a child would inherit
-        ignored = [number for number in signal.Signals if signal.getsignal(number) == signal.SIG_IGN
-                   and number.name not in ("SIGPIPE", "SIGXFSZ")]  # Python's own, which Popen sees to
-        for number in ignored:
-            signal.signal(number, signal.SIG_DFL)
-        try:
-            subprocess.Popen.__init__(self, command, **options)
-        finally:
-            for number in ignored:
-                signal.signal(number, signal.SIG_IGN)
+        # a child would inherit what nohup or a shell's background job ignores, but inherits no handler
+        for number in set(signal.Signals) - {signal.SIGPIPE, signal.SIGXFSZ}:  # Popen sees to these two
+            if signal.getsignal(number) == signal.SIG_IGN:
+                signal.signal(number, lambda *_: None)
+        subprocess.Popen.__init__(self, command, **options)
         self._read = {"out": b"", "err": b""}
         self._readers = [threading.Thread(target=self._collect, args=(name, stream), daemon=True)
                          for name, stream in (("out", self.stdout), ("err", self.stderr)) if stream]
@@ -1099,7 +1040,7 @@ IDS_TO_PASTE = "export PROJECT=%s RESOURCE=%s" % (PROJECT_ID, RESOURCE_ID)
 def run_shown(plane, *args, status=0, meanwhile=lambda process: None, **environ):
     """Show a command line as an operator would type it who has exported PROJECT and RESOURCE, and what it
     writes; return its stdout. No secret may be there, but a session token that was asked for, on stderr."""
-    args = ["tcp-forward"] + REQUIRED_FLAGS + list(args)
+    args = TCP_FORWARD + list(args)
     line = " ".join(shlex.quote(arg) for arg in ["plexctl"] + args)
     say("$ " + line.replace(" ".join(REQUIRED_FLAGS), FLAGS_TO_PASTE).replace(sys.executable, "python3"))
     with Process(plexctl_command(args), env=clean_environment(plane.environment(**environ))) as process:
@@ -1132,16 +1073,11 @@ def carry_and_interrupt(process):
 
 
 def demonstrate_on(plane, scratch):
-    for output, endpoint_on, words in (
-            ("text", "issue", "with the listener endpoint on the answer itself"),
-            ("json", "session", "with the listener endpoint on the session inside the answer"),
-            ("yaml", "read", "with the listener endpoint reported by the Node a little later")):
-        say("\nPrint the coordinates as %s, %s:" % (output, words))
-        plane.endpoint_on, plane.reads_before_endpoint = endpoint_on, 1
-        run_shown(plane, "--output", output)
-    plane.endpoint_on = "issue"
+    say("\nPrint the coordinates; the Node reports the listener endpoint a little later:")
+    plane.endpoint_on, plane.reads_before_endpoint = "read", 1
+    run_shown(plane)
 
-    say("\nShow the session token too; the audit log has to have it on record first:")
+    say("\nPrint them as JSON, and show the session token; the audit log has to have it on record first:")
     audit_log = os.path.join(scratch, "audit.log")
     run_shown(plane, "--output", "json", "--reveal-secrets", PLEXCTL_AUDIT_LOG=audit_log)
     with open(audit_log) as stream:
@@ -1212,16 +1148,13 @@ def serve_simulation(target=None, **node_options):
 
 
 def reachable_address(text):
-    """HOST:PORT as an address that accepts connections; ArgumentTypeError says what is wrong."""
-    matched = re.match(r"[^:]+:([0-9]{1,5})\Z", text)
-    if not matched or int(matched.group(1)) > 65535:
-        raise argparse.ArgumentTypeError("expected HOST:PORT, such as 127.0.0.1:5432; got %r" % text)
+    """HOST:PORT as an address that accepts connections."""
     try:
         with dial(text, 5) as sock:
             return sock.getpeername()
-    except OSError as error:
-        raise argparse.ArgumentTypeError("cannot connect to %s: %s; start the target first" % (
-            text, error.strerror or error)) from None
+    except (OSError, ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(
+            "cannot connect to %s; expected HOST:PORT of a running target" % text) from None
 
 
 def seconds_of(text):
@@ -1266,6 +1199,7 @@ import filecmp
 import gc
 import getpass
 import glob
+import gzip
 import logging
 import pickle
 import pty
@@ -1285,20 +1219,20 @@ import plexctl
 
 LINUX = sys.platform.startswith("linux")
 ROOT = os.geteuid() == 0
-
-
-class Result(NamedTuple):
-    """What one call of main left."""
-    status: int
-    out: str
-    err: str
+GIVES_AWAY = pytest.mark.skipif(not ROOT, reason="needs root to give files away")
+BECOMES_OTHERS = pytest.mark.skipif(not ROOT or not os.path.exists("/usr/bin/python3"),
+                                    reason="needs root and the system's Python")
+FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+NO_TOKEN = {"PLEXSPHERE_TOKEN": ""}  # as if it were not there
+Result = collections.namedtuple("Result", "status out err")  # what one call of main left
+FORWARDED = []  # the control plane of every process that forwards, for the tests to look for sessions
 
 
 @pytest.fixture(autouse=True)
-def no_secret_on_any_stream(request, monkeypatch):
+def no_secret_is_on_a_stream_and_no_session_is_left(request, monkeypatch):
     """Every test: no bearer token and no session token on a stream, but, with `@pytest.mark.reveals`, a
-    session token on stderr."""
-    del SEEN[:]
+    session token on stderr. A process that forwarded has revoked each session that was issued just once."""
+    del SEEN[:], FORWARDED[:]
     for name in list(os.environ):
         if name.startswith(("PLEXSPHERE_", "PLEXCTL_", "XDG_")) or name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
@@ -1308,16 +1242,6 @@ def no_secret_on_any_stream(request, monkeypatch):
         assert BEARER not in text, "the bearer token is on " + stream
         if not reveals or stream != "err":
             assert SESSION_TOKEN_MARK not in text, "a session token is on " + stream
-
-
-FORWARDED = []  # the control plane of every process that forwards, for the tests to look for sessions
-
-
-@pytest.fixture(autouse=True)
-def no_session_is_left():
-    """Every test: a process that forwarded has revoked each session that was issued, and just once."""
-    del FORWARDED[:]
-    yield
     for plane in FORWARDED:
         assert plane.active() == [] and plane.revocations() == collections.Counter(plane.issued), \
             plane.describe()
@@ -1361,7 +1285,6 @@ def failed(result, status, *words, alone=True):
 
 @contextlib.contextmanager
 def lasts(low, high):
-    """What is done meanwhile takes so many seconds."""
     began = time.monotonic()
     yield
     assert low <= time.monotonic() - began < high
@@ -1397,13 +1320,11 @@ def invocation(at, flags, within=(), python=sys.executable, program=(PLEXCTL,), 
 
 
 def run(at, *flags, **how):
-    """An invocation() to its end; the Result."""
     words, popen = invocation(at, flags, **how)
     return run_words(words, **popen)
 
 
 def start(at, *flags, **how):
-    """An invocation() as a Process."""
     words, popen = invocation(at, flags, **how)
     return Process(words, **popen)
 
@@ -1419,18 +1340,14 @@ def prepared(statements):
         HERE, statements)]
 
 
-NO_TOKEN = {"PLEXSPHERE_TOKEN": ""}  # as if it were not there
-
-
 # ---- tests: the simulator's Node -----------------------------------------------------------------
 
 @contextlib.contextmanager
-def node_to(serve, sessions=("first",), **options):
-    """A Node with a Target behind it, and sessions that were opened: (node, target, first endpoint)."""
+def node_to(serve, **options):
+    """A Node with a Target behind it, and a session that is open, "first": (node, target, its endpoint)."""
     with Target(serve) as target, Node(target.address, **options) as node:
-        for session_id in sessions:
-            node.open(session_id)
-        yield node, target, node.endpoint(sessions[0])
+        node.open("first")
+        yield node, target, node.endpoint("first")
 
 
 def can_be_dialled(endpoint):
@@ -1468,10 +1385,8 @@ def test_the_second_connection_waits_until_the_node_has_served_the_first():
 
 @pytest.mark.parametrize("delay", [0, 0.02])
 def test_either_end_of_input_ends_both_directions_at_the_node(delay):
-    with node_to(sink, delay=delay) as (_, _, endpoint), dial(endpoint) as client:
-        client.sendall(b"question")
-        client.shutdown(socket.SHUT_WR)
-        assert client.recv(1) == b""  # nobody waits for the answer
+    with node_to(sink, delay=delay) as (_, _, endpoint):
+        assert exchange(endpoint, b"question") == b""  # nobody waits for the answer
     with node_to(source(1 << 20), delay=delay) as (_, target, endpoint), dial(endpoint) as client:
         assert b"".join(chunks(client)) == pattern(1 << 20)
         target.wait_for(lambda: target.ends == ["eof"])  # though the client has not ended anything
@@ -1526,6 +1441,7 @@ def by_id(names, table):
     return pytest.mark.parametrize(names, list(table.values()), ids=[shown(each) for each in table])
 
 
+make_fifo = functools.partial(os.mkfifo, mode=0o600)
 REFUSED = "refused"
 ARABIC_FIVE = "\u0665"
 BAD_UUIDS = [
@@ -1758,16 +1674,7 @@ PROFILES = {"default": "main", "profiles": {
     "token": {"token": "psk_token"}, "empty": {}}}
 URL, TOKEN = {"PLEXSPHERE_URL": "https://url.example"}, {"PLEXSPHERE_TOKEN": "psk_environment"}
 BOTH = dict(URL, **TOKEN)
-
-
-def resolve(home, server, profile, token_file, environ):
-    """What resolve_credentials finds, as "HOST TOKEN", or the exit code of its error."""
-    write_config(home, PROFILES)
-    try:
-        found = plexctl.resolve_credentials(server, profile, token_file, False, dict(environ, HOME=str(home)))
-    except plexctl.PlexctlError as error:
-        return error.exit_code
-    return "%s %s" % (found[0].host, found[1].reveal())
+GOOD_ENTRY = {"server": "https://localhost:1", "token": "psk_1"}
 
 
 @pytest.mark.parametrize("server, profile, environ, expected", [
@@ -1782,22 +1689,23 @@ def resolve(home, server, profile, token_file, environ):
     ("https://other.example", "", TOKEN, "other.example psk_environment"),
     ("", "", {}, "main.example psk_main"), ("", "", {"PLEXSPHERE_TOKEN": ""}, "main.example psk_main"),
     ("https://main.example:443/x", "", {}, "main.example psk_main"),
-    ("", "same", {}, "main.example psk_main"), ("", "address", {}, 3), ("", "nobody", BOTH, 3)], ids=shown)
-def test_the_first_server_and_the_first_token_found_win(tmp_path, server, profile, environ, expected):
+    ("", "same", {}, "main.example psk_main"), ("", "address", {}, 3), ("", "nobody", BOTH, 3)] + [
+    (server, profile, environ, 3) for server, profile, environ in (  # for which the profile's token is not
+        ("https://other.example", "side", {}), ("https://side.example:444", "side", {}),
+        ("https://main.example", "side", {}), ("http://localhost", "side", {}),
+        ("https://side.example.evil.example", "side", {}), ("https://other.example", "", {}), ("", "", URL),
+        ("", "token", URL), ("https://other.example", "token", {}), ("", "token", {}))], ids=shown)
+def test_the_first_server_and_token_win_and_a_profile_s_token_goes_to_no_other_server(
+        tmp_path, server, profile, environ, expected):
     """A token file comes before every other token: where none is expected, there is one."""
-    token_file = ""
+    environ, token_file = dict(environ, **write_config(tmp_path, PROFILES)), ""
     if expected != 3 and " " not in expected:
         token_file, expected = write_private(tmp_path / "token", "psk_file"), expected + " psk_file"
-    assert resolve(tmp_path, server, profile, token_file, environ) == expected
-
-
-@pytest.mark.parametrize("server, profile, environ", [
-    ("https://other.example", "side", {}), ("https://side.example:444", "side", {}),
-    ("https://main.example", "side", {}), ("http://localhost", "side", {}),
-    ("https://side.example.evil.example", "side", {}), ("https://other.example", "", {}), ("", "", URL),
-    ("", "token", URL), ("https://other.example", "token", {}), ("", "token", {})], ids=shown)
-def test_the_token_of_a_profile_goes_to_no_other_server(tmp_path, server, profile, environ):
-    assert resolve(tmp_path, server, profile, "", environ) == 3
+    try:
+        found = plexctl.resolve_credentials(server, profile, token_file, False, environ)
+        assert "%s %s" % (found[0].host, found[1].reveal()) == expected
+    except plexctl.PlexctlError as error:
+        assert error.exit_code == expected
 
 
 def test_a_default_profile_is_enough_wherever_the_environment_says_that_it_is(cli, lone_plane, tmp_path):
@@ -1805,7 +1713,7 @@ def test_a_default_profile_is_enough_wherever_the_environment_says_that_it_is(cl
     wrong = write_config(tmp_path / "other", "not JSON")
     for environ in (home, dict(home, XDG_CONFIG_HOME="relative"),
                     dict(wrong, XDG_CONFIG_HOME=str(tmp_path / ".config"))):
-        assert cli(["tcp-forward"] + REQUIRED_FLAGS, environ).status == 0
+        assert cli(TCP_FORWARD, environ).status == 0
     assert len(lone_plane.issued) == 3
 
 
@@ -1819,10 +1727,7 @@ def test_a_default_profile_is_enough_wherever_the_environment_says_that_it_is(cl
     ({"PLEXSPHERE_URL": "http://127.0.0.1.evil.example", "PLEXSPHERE_TOKEN": "x"}, [], 2, "PLEXSPHERE_URL"),
     ({"PLEXSPHERE_URL": "https://user:%s@plane.example" % BEARER}, [], 2, "PLEXSPHERE_URL")], ids=shown)
 def test_a_server_that_is_missing_exits_2_and_credentials_3(cli, environ, args, status, word):
-    failed(cli(["tcp-forward"] + REQUIRED_FLAGS + args, environ), status, word)
-
-
-GOOD_ENTRY = {"server": "https://localhost:1", "token": "psk_1"}
+    failed(cli(TCP_FORWARD + args, environ), status, word)
 
 
 @pytest.mark.parametrize("document", [
@@ -1835,9 +1740,8 @@ GOOD_ENTRY = {"server": "https://localhost:1", "token": "psk_1"}
     {"profiles": {"prod": GOOD_ENTRY}, "default": ["prod"]}], ids=shown)
 @pytest.mark.parametrize("args", [[], ["--profile", "prod"]], ids=["default", "named"])
 def test_a_config_file_of_another_shape_exits_3_and_shows_the_right_one(cli, tmp_path, document, args):
-    result = cli(["tcp-forward"] + REQUIRED_FLAGS + args, write_config(tmp_path, document))
-    failed(result, 3, "config.json", '{"default": "prod", "profiles": {"prod": {"server": ',
-           '"token": "psk_..."')
+    failed(cli(TCP_FORWARD + args, write_config(tmp_path, document)), 3, "config.json",
+           '{"default": "prod", "profiles": {"prod": {"server": ', '"token": "psk_..."')
 
 
 @pytest.mark.parametrize("default, changes, args, status, words", [
@@ -1851,22 +1755,16 @@ def test_a_config_file_of_another_shape_exits_3_and_shows_the_right_one(cli, tmp
     ("prod", {"server": "https://localhost:0"}, [], 2, ["profile"]),
     ("", {}, ["--profile", "prod", "--server", "https://b.example"], 3,
      ["own server, and --server names another one"])], ids=shown)
-def test_a_profile_that_does_not_serve_is_told_with_the_reason(
-        cli, tmp_path, default, changes, args, status, words):
+def test_a_profile_of_no_use_is_told_with_the_reason(cli, tmp_path, default, changes, args, status, words):
     document = {"profiles": {"prod": dict(GOOD_ENTRY, **changes), "old": {}}}
     if default:
         document["default"] = default
-    result = cli(["tcp-forward"] + REQUIRED_FLAGS + args, write_config(tmp_path, document))
-    assert "psk" not in failed(result, status, *words)
+    assert "psk" not in failed(cli(TCP_FORWARD + args, write_config(tmp_path, document)), status, *words)
 
 
 def test_a_config_directory_that_cannot_be_searched_is_not_taken_for_none(cli, tmp_path):
     (tmp_path / "plexctl").symlink_to("plexctl")
-    result = cli(["tcp-forward"] + REQUIRED_FLAGS, {"XDG_CONFIG_HOME": str(tmp_path)})
-    failed(result, 3, "config.json", "cannot be read")
-
-
-GIVES_AWAY = pytest.mark.skipif(not ROOT, reason="needs root to give files away")
+    failed(cli(TCP_FORWARD, {"XDG_CONFIG_HOME": str(tmp_path)}), 3, "config.json", "cannot be read")
 
 
 @pytest.mark.parametrize("mode, owner", [(mode, 0) for mode in (0o644, 0o640, 0o620, 0o604, 0o660, 0o601)] + [
@@ -1879,7 +1777,7 @@ def test_a_config_or_token_file_that_others_may_use_exits_3(cli, lone_plane, tmp
         os.chown(path, owner, 0)
         os.chown(str(tmp_path / ".config" / "plexctl" / "config.json"), owner, 0)
     fault = "owned by uid 65534" if owner else "permissions %04o are too open; run chmod 600 /" % mode
-    failed(cli(["tcp-forward"] + REQUIRED_FLAGS, environ), 3, "config.json", fault)
+    failed(cli(TCP_FORWARD, environ), 3, "config.json", fault)
     for each in (path, path + ".link"):
         failed(forward_to(cli, lone_plane, "--token-file", each), 3, "--token-file " + each,
                fault.replace(" /", " " + each))
@@ -1890,8 +1788,7 @@ def test_a_config_or_token_file_that_others_may_use_exits_3(cli, lone_plane, tmp
     (0o600, "token"), (0o400, os.fsdecode(b"j\xfcrgen token") if LINUX else "J\xfcrgen")], ids=shown)
 @pytest.mark.parametrize("raw", [
     BEARER.encode(), b"psk_1\n", b"psk_1\r\n", b"!~", b"a", b"a" * 8192, b"a" * 8192 + b"\r\n"], ids=shown)
-def test_a_token_comes_from_a_private_file_of_any_name_without_its_line_end(
-        cli, lone_plane, tmp_path, mode, name, raw):
+def test_a_token_file_of_any_name_is_read_without_its_line_end(cli, lone_plane, tmp_path, mode, name, raw):
     lone_plane.bearer = raw.decode().rstrip("\r\n")  # that it wants
     path, link = os.path.join(str(tmp_path), name), str(tmp_path / "link")
     link_to(write_private(path, raw, mode))(link)
@@ -1918,9 +1815,6 @@ def test_a_token_with_anything_else_in_it_exits_3(cli, lone_plane, tmp_path, whe
     assert lone_plane.requests == []
 
 
-make_fifo = functools.partial(os.mkfifo, mode=0o600)
-
-
 def make_unix_socket(path):
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(path)
@@ -1940,8 +1834,7 @@ def link_to(target):
     (functools.partial(write_private, content="a" * 65537), "larger than 65536")],
     ids=["a FIFO without a writer", "a socket", "a directory", "a device", "memory", "a dangling link",
          "nothing", "64 KiB", "more than that"])
-def test_a_token_file_that_is_no_file_or_too_large_exits_3_and_does_not_block(
-        lone_plane, tmp_path, make, word):
+def test_a_token_file_that_is_no_file_or_too_large_exits_3_at_once(lone_plane, tmp_path, make, word):
     path = str(tmp_path / "token")
     make(path)
     failed(run(lone_plane, "--token-file", path), 3, "--token-file " + path, word)
@@ -1984,22 +1877,20 @@ def test_a_token_comes_from_standard_input_by_any_name_and_however_slow(lone_pla
         assert process.finish().returncode == 0 and process.err == ""
 
 
-@pytest.mark.parametrize("redirection, more, status, fault", [
+@pytest.mark.parametrize("given, more, status, fault", [
     ("<&-", [], 3, "standard input is closed"), ("</dev/null", [], 3, "is empty"),
     ("<T", ["--stdio"], 2, "--stdio"), ("<T", ["--stdio", "--token-file", "/dev/stdin"], 2, "--stdio"),
     ("<T", ["--stdio", "--token-file", "T"], 2, "--stdio")], ids=shown)
-def test_a_standard_input_without_a_token_or_that_stdio_reads_is_an_error(
-        lone_plane, tmp_path, redirection, more, status, fault):
+def test_an_input_without_a_token_or_for_stdio_is_an_error(lone_plane, tmp_path, given, more, status, fault):
     path = write_private(tmp_path / "token", BEARER)
     args = [word.replace("T", path) for word in ["--token-file", "-"] + more]
-    result = run(lone_plane, *args, within=redirected(redirection.replace("T", path)), env=NO_TOKEN)
+    result = run(lone_plane, *args, within=redirected(given.replace("T", path)), env=NO_TOKEN)
     failed(result, status, "--token-file", fault)
     assert lone_plane.requests == []
 
 
 @pytest.mark.parametrize("mode, status", [(0o600, 0), (0o644, 3)])
-def test_a_file_that_is_descriptor_0_is_judged_by_its_mode_and_read_from_its_beginning(
-        lone_plane, tmp_path, mode, status):
+def test_a_file_that_is_descriptor_0_is_judged_and_read_from_its_start(lone_plane, tmp_path, mode, status):
     path = write_private(tmp_path / "token", BEARER, mode)
     with open(path) as stdin:
         stdin.seek(0, os.SEEK_END)
@@ -2102,9 +1993,9 @@ USAGE_ERRORS = [([], "command"), (["-v"], "command"), (["tcp"], "command"),
 USAGE_ERRORS += [(["tcp-forward"] + flags_with(flag), flag) for flag in REQUIRED_FLAGS[::2]]
 USAGE_ERRORS += [(["tcp-forward"] + ["--proxy"] * ("sessions" in flag) + flags_with(flag, text), flag)
                  for flag, (_, bad) in FLAG_VALUES.items() for text in bad]
-USAGE_ERRORS += [(["tcp-forward"] + REQUIRED_FLAGS + [flag + "=--"], flag)  # argparse up to 3.12 drops --
+USAGE_ERRORS += [(TCP_FORWARD + [flag + "=--"], flag)  # argparse up to 3.12 drops --
                  for flag in re.findall("(--[a-z-]+) [A-Z]", plexctl.create_parser().format_help())]
-USAGE_ERRORS += [(["tcp-forward"] + REQUIRED_FLAGS + line.split(), re.split("[ =]", line)[0]) for line in (
+USAGE_ERRORS += [(TCP_FORWARD + line.split(), re.split("[ =]", line)[0]) for line in (
     "--proxy --stdio", "--proxy -- true", "--stdio -- true", "--max-sessions 2", "--max-sessions 4",
     "--min-sessions 2", "--min-sessions 1", "--renew", "--keep-session", "--allow-other-users",
     "--max-sessions 4 --stdio", "--renew --stdio", "--min-sessions 1 --stdio", "--allow-other-users --stdio",
@@ -2112,7 +2003,7 @@ USAGE_ERRORS += [(["tcp-forward"] + REQUIRED_FLAGS + line.split(), re.split("[ =
     "--local-addr unix:/x --stdio", "--", "--reveal=true", "--out json", "--token psk_x", "--serv=x",
     "--reveal-secrets=maybe", "--reveal-secrets=", "--reveal-secrets=TRUE", "--proxy=1", "--yes=no",
     "--quiet=maybe", "--verbose=2", "-x", "--port", "--server", "--output --yes")]
-USAGE_ERRORS += [(["tcp-forward"] + REQUIRED_FLAGS + words, flag) for words, flag in (
+USAGE_ERRORS += [(TCP_FORWARD + words, flag) for words, flag in (
     (["--proxy", "--"], "a command is required after --"), (["--", ""], "a command is required after --"),
     (["--local-addr", "unix:/x"], "--local-addr unix: needs --proxy or -- COMMAND"),
     (["--local-addr", "unix:/x", "--", "psql", "-p{port}"], "--local-addr unix: has no {port}"),
@@ -2126,7 +2017,7 @@ USAGE_ERRORS += [(["tcp-forward"] + REQUIRED_FLAGS + words, flag) for words, fla
     (["psql", "-h", "x"], "unexpected argument 'psql'; put -- before the command to run"),
     (["--host", "10.0.0.5:5432"], "--host: must be a host name or address, not a URL"),
     (["--host", "http://10.0.0.5"], "--host: must be a host name or address, not a URL"))]
-USAGE_ERRORS += [(words + ["tcp-forward"] + REQUIRED_FLAGS, flag) for words, flag in (
+USAGE_ERRORS += [(words + TCP_FORWARD, flag) for words, flag in (
     (["--token", "psk_x"], "--token"), (["--output", "x"], "--output"), (["--server", ""], "--server"),
     (["--port", "0"], "--port"), (["--token-file", "/nonexistent", "--port", "0"], "--port"),
     (["--profile", "x", "--port", "0"], "--port"), (["--yes=no"], "--yes"), (["\x1b[31m"], "command"),
@@ -2143,8 +2034,7 @@ def test_a_usage_error_is_one_line_that_names_the_flag(cli, lone_plane, tmp_path
     if "--server" not in args:
         more["PLEXSPHERE_URL"] = lone_plane.url
     more.update(write_config(tmp_path, "not JSON", 0o644), PLEXCTL_AUDIT_LOG=str(audit_log))
-    result = cli(args, more)
-    assert "psk_x" not in failed(result, 2, flag, "plexctl --help")
+    assert "psk_x" not in failed(cli(args, more), 2, flag, "plexctl --help")
     assert lone_plane.requests == [] and not audit_log.exists()
 
 
@@ -2158,9 +2048,8 @@ def test_a_usage_error_is_one_line_that_names_the_flag(cli, lone_plane, tmp_path
     ("--session-count", ""), ("--foo", ""), ("--x", ""), ("--=x", ""), ("-t", ""), ("-tfoo", "")], ids=shown)
 @pytest.mark.parametrize("before", [True, False], ids=["before the command", "behind it"])
 def test_an_unknown_flag_that_is_almost_a_known_one_names_that_one(cli, flag, meant, before):
-    args = ["tcp-forward"] + REQUIRED_FLAGS
     name = flag.split("=")[0] if flag[:2] == "--" else flag[:2]
-    line = failed(cli([flag] + args if before else args + [flag]), 2, "unknown flag " + name)
+    line = failed(cli([flag] + TCP_FORWARD if before else TCP_FORWARD + [flag]), 2, "unknown flag " + name)
     assert "; did you mean %s?" % meant in line if meant else "mean" not in line
 
 
@@ -2174,8 +2063,8 @@ def test_an_unknown_flag_that_is_almost_a_known_one_names_that_one(cli, flag, me
     ("--max-sessions S", True, 2), ("--host S\n", True, 2), ("--token-file S", True, 3),
     ("--profile S", True, 3)])
 def test_a_secret_in_the_wrong_place_is_not_shown(cli, lone_plane, line, after, status):
-    words, args = line.replace("S", BEARER).split(" "), ["tcp-forward"] + REQUIRED_FLAGS
-    result = cli(args + words if after else words + args, {"PLEXSPHERE_URL": lone_plane.url})
+    words = line.replace("S", BEARER).split(" ")
+    result = cli(TCP_FORWARD + words if after else words + TCP_FORWARD, {"PLEXSPHERE_URL": lone_plane.url})
     assert BEARER[:12] not in failed(result, status) and lone_plane.requests == []
 
 
@@ -2183,9 +2072,9 @@ def test_a_secret_in_the_wrong_place_is_not_shown(cli, lone_plane, line, after, 
 def test_windows_has_print_mode_alone(monkeypatch, flags):
     with monkeypatch.context() as patch:
         patch.setattr(os, "name", "nt")
-        _, options = plexctl.parse_arguments(["tcp-forward"] + REQUIRED_FLAGS)
+        _, options = plexctl.parse_arguments(TCP_FORWARD)
         with pytest.raises(plexctl.UsageError, match=flags[0] + " .*WSL"):
-            plexctl.parse_arguments(["tcp-forward"] + REQUIRED_FLAGS + flags)
+            plexctl.parse_arguments(TCP_FORWARD + flags)
     assert options.mode == "print"
 
 
@@ -2247,9 +2136,6 @@ def test_every_stream_is_ascii_whatever_the_locale(lone_plane, locale):
     failed(run_words(words, environ), 1, "\\xefve ")
     result = run_words(words + ["--host", "b\udcc3\udcbccher.example", "--output", "json"], environ)
     assert result.status in (0, 2) and re.match(r"[ -~]+\n\Z", result.out + result.err)
-
-
-FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 
 
 # ---- tests: revealing the session token ---------------------------------------------------------
@@ -2343,7 +2229,6 @@ def make_file(mode, owner=-1):
     (link_to("/dev/null"), "opened"), (os.mkdir, ""), (make_fifo, ""), (make_unix_socket, "")],
     ids=["0620", "0602", "0666", "another's", "dangling link", "link", "directory", "FIFO", "socket"])
 def test_an_audit_log_that_others_may_write_costs_no_session(cli, lone_plane, tmp_path, make, word):
-    """Nor does one that is no file."""
     path = str(tmp_path / "audit.log")
     make(path)
     failed(reveal_to(cli, lone_plane, path), 1, "audit log " + path, word)
@@ -2352,7 +2237,6 @@ def test_an_audit_log_that_others_may_write_costs_no_session(cli, lone_plane, tm
 
 @pytest.fixture
 def syslog(tmp_path, monkeypatch):
-    """Where a syslog may listen."""
     monkeypatch.setattr(plexctl, "SYSLOG_SOCKETS", (str(tmp_path / "none"), str(tmp_path / "log")))
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as server:
         server.bind(str(tmp_path / "log"))
@@ -2360,8 +2244,7 @@ def syslog(tmp_path, monkeypatch):
 
 
 @pytest.mark.reveals
-def test_syslog_gets_a_copy_of_the_audit_record_and_the_root_logger_none(
-        cli, lone_plane, tmp_path, syslog, monkeypatch):
+def test_syslog_gets_the_record_too_and_the_root_logger_none(cli, lone_plane, tmp_path, syslog, monkeypatch):
     seen, listener = [], logging.Handler()
     listener.emit = seen.append
     monkeypatch.setattr(logging.getLogger(), "handlers", [listener])
@@ -2433,10 +2316,6 @@ def lone_copy():
         os.chmod(folder, 0o555)
         yield os.path.realpath(folder)
         os.chmod(folder, 0o755)
-
-
-BECOMES_OTHERS = pytest.mark.skipif(not ROOT or not os.path.exists("/usr/bin/python3"),
-                                    reason="needs root and the system's Python")
 
 
 def becoming(uid, folder, threads=None):
@@ -2571,6 +2450,10 @@ def test_a_library_that_is_moved_away_does_not_disturb_a_running_proxy(simulatio
 OTHER_ID = "0190a8b8-ffff-7fff-8fff-ffffffffffff"
 MAY_EXIST = "a session may exist"
 AT_ONCE = (("Retry-After", "0"),)  # no pause before the next attempt, so that the tests are quick
+PASSING = {
+    "502": Answer(502, headers=AT_ONCE), "503": problem("signing_unavailable", headers=AT_ONCE),
+    "504": Answer(504, raw=b"<html>", headers=AT_ONCE), "409": problem("idempotent_replay", headers=AT_ONCE),
+    "429": Answer(429, headers=AT_ONCE)}  # the rate limit of a gateway
 NASTY = "a\x1b[2J\x1b]0;owned\x07\r\nplexctl: error: forged\n\u202egnp\x9b\x00\u2028z"
 
 
@@ -2584,11 +2467,8 @@ def lone_plane():
 @pytest.fixture
 def short_limits(monkeypatch):
     """The limits of an exchange, as constants and as default values, are 0.5 s instead of 30 s."""
-    for function in vars(plexctl.ControlPlane).values():
-        defaults = getattr(function, "__defaults__", None) or ()
-        if plexctl.EXCHANGE_SECONDS in defaults:
-            monkeypatch.setattr(function, "__defaults__", tuple(
-                0.5 if value == plexctl.EXCHANGE_SECONDS else value for value in defaults))
+    for method in (plexctl.ControlPlane.get, plexctl.ControlPlane.revoke, plexctl.ControlPlane._send):
+        monkeypatch.setattr(method, "__defaults__", (0.5,))
     monkeypatch.setattr(plexctl, "EXCHANGE_SECONDS", 0.5)
     monkeypatch.setattr(plexctl, "CONNECT_SECONDS", 0.5)
 
@@ -2623,7 +2503,6 @@ def create_client(plane, token=BEARER, **options):
 
 
 def session_request(ttl_seconds=0):
-    """What REQUIRED_FLAGS ask for."""
     return plexctl.SessionRequest(PROJECT_ID, RESOURCE_ID, HOST, PORT, ttl_seconds)
 
 
@@ -2682,10 +2561,10 @@ def never_answer(handler, _plane):
     handler.connection.recv(1)
 
 
-def assert_nothing_remains(listener):
+def assert_nothing_remains(plane):
     """Neither a thread of an exchange nor its connection is left after a moment."""
     def remaining():
-        return list(listener.connections) + [
+        return list(plane.connections) + [
             thread for thread in threading.enumerate()
             if getattr(getattr(thread, "_target", None), "__module__", "") == "plexctl"]
     eventually(lambda: not remaining(), 4, remaining)
@@ -2696,8 +2575,7 @@ def assert_nothing_remains(listener):
 @pytest.mark.parametrize("given, sent", [
     ([], {}), (["--ttl-seconds", "0"], {}), (["--ttl-seconds", "1"], {"requested_ttl_seconds": 1})],
     ids=shown)
-def test_the_issue_request_is_exactly_the_published_one_and_verbose_has_a_line_about_it(
-        cli, lone_plane, given, sent):
+def test_the_issue_request_is_exactly_the_published_one_and_verbose_tells_of_it(cli, lone_plane, given, sent):
     upper = [word.upper() if is_uuid(word) else word for word in REQUIRED_FLAGS]
     result = cli(["tcp-forward", "-v"] + upper + given, lone_plane.environment())
     assert result.status == 0 and "POST %s: 201" % SESSIONS_PATH in result.err
@@ -2731,11 +2609,10 @@ def test_every_path_has_the_prefix_and_our_ids_as_they_were_written(cli, prefix,
 
 # The listener endpoint
 
-@pytest.mark.parametrize("endpoint_on, reads_before, reads", [
+@pytest.mark.parametrize("endpoint_on, late, reads", [
     ("issue", 0, 0), ("session", 0, 0), ("read", 0, 1), ("read", 3, 4)])
-def test_the_listener_endpoint_is_found_wherever_it_is_reported(
-        cli, lone_plane, short_pauses, endpoint_on, reads_before, reads):
-    lone_plane.endpoint_on, lone_plane.reads_before_endpoint = endpoint_on, reads_before
+def test_the_endpoint_is_found_wherever_reported(cli, lone_plane, short_pauses, endpoint_on, late, reads):
+    lone_plane.endpoint_on, lone_plane.reads_before_endpoint = endpoint_on, late
     lone_plane.endpoint = "100.64.0.12:40213"
     if endpoint_on == "issue":  # it comes before that of the session in it
         lone_plane.script("issue", with_field(("session", "listener_endpoint"), "100.64.0.99:1"))
@@ -2751,8 +2628,7 @@ def test_the_listener_endpoint_is_found_wherever_it_is_reported(
     ("0", [], "no listener endpoint"), ("0.4", [], "no listener endpoint"),
     ("2", [PASS] + [hold(60)] * 2, "no listener endpoint"), ("2", [hold(60)] * 3, "GetSession: no complete")],
     ids=["at once", "in 0.4 s", "the last GetSession is cut short", "no GetSession was answered"])
-def test_no_endpoint_in_time_is_a_failure_and_the_session_is_revoked(
-        cli, lone_plane, short_pauses, seconds, answers, words):
+def test_no_endpoint_in_time_fails_and_revokes(cli, lone_plane, short_pauses, seconds, answers, words):
     lone_plane.endpoint_on = "never"
     lone_plane.script("get", *answers)
     with lasts(float(seconds), float(seconds) + 4):
@@ -2798,12 +2674,6 @@ def test_a_failure_of_reading_that_does_not_pass_ends_it_and_revokes(cli, lone_p
 
 
 # Retries
-
-PASSING = {
-    "502": Answer(502, headers=AT_ONCE), "503": problem("signing_unavailable", headers=AT_ONCE),
-    "504": Answer(504, raw=b"<html>", headers=AT_ONCE), "409": problem("idempotent_replay", headers=AT_ONCE),
-    "429": Answer(429, headers=AT_ONCE)}  # the rate limit of a gateway
-
 
 @pytest.mark.parametrize("name", sorted(PASSING))
 def test_a_passing_failure_is_tried_again_with_the_same_key_three_times_in_all(cli, lone_plane, name):
@@ -2859,7 +2729,6 @@ def test_every_published_problem_is_told_in_one_line(cli, lone_plane, name):
 
 
 def step_up(*challenges):
-    """The answer that asks for another log-in, with these challenges."""
     headers = tuple(("WWW-Authenticate", each) for each in challenges)
     return Answer(401, problem("step_up_required").body, headers)
 
@@ -2894,8 +2763,7 @@ NEVER = "; a redirect is never followed"
         ("/v1/projects", ": /v1/projects"), ("file:///etc/passwd", ": file:///etc/passwd"),
         ("data:,x", ": data:,x"), ("//127.0.0.1:9", ": //127.0.0.1:9"),
         ("https://a.example/\x1b[2J", ": https://a.example/\\x1b[2J"), ("\x7f", ": \\x7f"), ("", ""))}})
-def test_an_error_is_told_without_gaps_and_with_what_to_do_whatever_its_body_says(
-        cli, lone_plane, answer, status, end):
+def test_an_error_is_told_in_full_with_what_to_do_whatever_its_body(cli, lone_plane, answer, status, end):
     assert issue_fails(cli, lone_plane, [answer], status).endswith(end)
 
 
@@ -2921,8 +2789,7 @@ def test_retry_after_is_honoured(lone_plane):
     ([altered(lambda body: body.pop("session") and body.update(session_id=5))], 1, True)],
     ids=["502, refused", "drop, refused", "truncated, refused", "cut off, refused", "502, bad token",
          "no session id"])
-def test_that_a_session_may_exist_is_said_exactly_where_none_can_be_revoked(
-        cli, lone_plane, steps, status, may_exist):
+def test_a_session_may_exist_is_said_exactly_where_none_is_revoked(cli, lone_plane, steps, status, may_exist):
     issue_fails(cli, lone_plane, steps, status, may_exist=may_exist)
 
 
@@ -2952,8 +2819,6 @@ def test_a_silent_server_is_mentioned_while_it_is_awaited(cli, lone_plane, monke
     assert result.status == 0 and "plexctl: still waiting for http://" in result.err
 
 
-# Redirects
-
 @pytest.mark.parametrize("operation", ["issue", "get", "revoke"])
 @pytest.mark.parametrize("status", [300, 301, 302, 303, 305, 307, 308])
 def test_no_redirect_is_followed(lone_plane, operation, status):
@@ -2974,8 +2839,7 @@ def drip_body(handler, plane):
 
 @pytest.mark.parametrize("operation, step", [
     ("get", drip), ("get", drip_body), ("get", continue_for_ever), ("get", never_answer), ("issue", drip),
-    ("issue", continue_for_ever), ("revoke", drip), ("revoke", continue_for_ever)], ids=lambda value: getattr(
-        value, "__name__", value))
+    ("issue", continue_for_ever), ("revoke", drip), ("revoke", continue_for_ever)])
 def test_an_exchange_ends_in_time_and_nothing_remains_of_it(lone_plane, short_limits, operation, step):
     client, session_id = create_client(lone_plane), issued_by(lone_plane)
     lone_plane.script(operation, step)
@@ -2987,7 +2851,7 @@ def test_an_exchange_ends_in_time_and_nothing_remains_of_it(lone_plane, short_li
         ask(client, operation, session_id)
     assert raised.value.passing and raised.value.exit_code == 1
     assert (MAY_EXIST in str(raised.value)) == (operation == "issue")
-    assert_nothing_remains(lone_plane._listener)
+    assert_nothing_remains(lone_plane)
 
 
 def test_an_error_whose_body_does_not_end_in_time_counts_by_its_status(lone_plane):
@@ -2997,46 +2861,37 @@ def test_an_error_whose_body_does_not_end_in_time_counts_by_its_status(lone_plan
     assert raised.value.status == 404
 
 
-@pytest.mark.parametrize("drips, connect_seconds, seconds", [(b"", 0.5, 5), (b"\x16\x03\x03\x40", 10, 0.5),
-                                                             (b"", 10, 0.5)],
-                         ids=["silent", "drips", "late"])
-def test_a_tls_handshake_that_takes_too_long_is_given_up_on_and_nothing_is_sent(
-        tls_files, monkeypatch, drips, connect_seconds, seconds):
+@pytest.mark.parametrize("what, drips, connect_seconds, seconds", [
+    ("silent handshake", b"", 0.5, 5), ("dripping handshake", b"\x16\x03\x03\x40", 10, 0.5),
+    ("late handshake", b"", 10, 0.5), ("look-up of the name", b"", 10, 0.5)])
+def test_what_hangs_before_a_request_is_given_up_on_and_nothing_is_sent_later(
+        tls_files, monkeypatch, what, drips, connect_seconds, seconds):
+    def getaddrinfo(*arguments, **options):
+        is_told.wait(10 * what.startswith("look-up"))
+        return real(*arguments, **options)
+
     def handshake(sock, **options):
         sock.sendall(drips)
         while not is_told.wait(0.1):
             sock.sendall(drips and b"\x00")
         return tls_context(tls_files.server).wrap_socket(sock, **options)
 
-    is_told = threading.Event()
+    is_told, real = threading.Event(), socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     monkeypatch.setattr(plexctl, "CONNECT_SECONDS", connect_seconds)
+    wanted = "GetSession: cannot connect to https://127[0-9.:]*: timed out"
+    wanted += " after" * (connect_seconds > seconds)
     with ControlPlane(tls=types.SimpleNamespace(wrap_socket=handshake)) as plane:
         client = create_client(plane, ca_file=tls_files.ca)
-        with lasts(0.4, 4), \
-                pytest.raises(plexctl.TransportError, match="GetSession: cannot connect to https://127"):
+        with lasts(0.4, 4), pytest.raises(plexctl.TransportError, match=wanted):
             client.get(PROJECT_ID, OTHER_ID, seconds)
         is_told.set()
-        assert_nothing_remains(plane._listener)
+        assert_nothing_remains(plane)
         assert plane.requests == []
 
 
-def test_a_look_up_of_the_name_that_hangs_is_given_up_on_and_nothing_is_sent_later(lone_plane, monkeypatch):
-    def getaddrinfo(*arguments, **options):
-        is_told.wait(10)
-        return real(*arguments, **options)
-
-    is_told, real = threading.Event(), socket.getaddrinfo
-    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    with lasts(0.4, 4), pytest.raises(plexctl.TransportError, match="cannot connect to .*: timed out after"):
-        create_client(lone_plane).get(PROJECT_ID, OTHER_ID, 0.5)
-    is_told.set()
-    assert_nothing_remains(lone_plane._listener)
-    assert lone_plane.requests == []
-
-
 @pytest.mark.parametrize("operation, issued, revoked", [("get", 1, 0), ("issue", 2, 0), ("revoke", 1, 1)])
-def test_a_question_under_way_is_given_up_on_when_the_run_ends_and_nothing_else(
-        lone_plane, operation, issued, revoked):
+def test_a_question_alone_is_given_up_on_when_the_run_ends(lone_plane, operation, issued, revoked):
     def step(handler, plane):
         client.cancel.set()
         plane.closing.wait(2 if operation == "get" else 0.5)
@@ -3050,7 +2905,7 @@ def test_a_question_under_way_is_given_up_on_when_the_run_ends_and_nothing_else(
     else:
         ask(client, operation, session_id)
     assert (len(lone_plane.issued), len(lone_plane.revoked)) == (issued, revoked)
-    assert_nothing_remains(lone_plane._listener)
+    assert_nothing_remains(lone_plane)
 
 
 @contextlib.contextmanager
@@ -3091,7 +2946,7 @@ def test_an_answer_that_is_not_complete_http_is_a_transport_failure(lone_plane, 
     with lasts(0, 4), pytest.raises(plexctl.TransportError, match=wanted) as raised:
         create_client(lone_plane).get(PROJECT_ID, OTHER_ID, 5)
     assert raised.value.exit_code == 1 and raised.value.passing
-    assert_nothing_remains(lone_plane._listener)
+    assert_nothing_remains(lone_plane)
 
 
 def test_a_chunk_of_size_minus_1_is_no_way_around_the_limit(lone_plane):
@@ -3117,25 +2972,18 @@ def test_an_answer_that_is_no_issued_session_is_a_failure_that_is_not_repeated(c
     issue_fails(cli, lone_plane, [Answer(201, raw=raw)], 1, "IssueSession", *words, may_exist=True)
 
 
-def zipped(raw):
-    """As a gateway may pack what nobody asked to have packed."""
-    packer = zlib.compressobj(9, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
-    return packer.compress(raw) + packer.flush()
-
-
-@pytest.mark.parametrize("status, change, headers", [
+@pytest.mark.parametrize("status, change, more", [
     (200, bytes, ()), (202, bytes, ()),
     (201, lambda raw: b"\xef\xbb\xbf" + raw, ()), (201, lambda raw: raw.decode().encode("utf-16"), ()),
-    (201, zipped, (("Content-Encoding", "gzip"),)), (201, lambda raw: zipped(raw)[:-9], ()),
+    (201, gzip.compress, (("Content-Encoding", "gzip"),)), (201, lambda raw: gzip.compress(raw)[:-9], ()),
     (201, lambda raw: raw[:-1], ()), (201, lambda raw: raw.replace(b'"session_id"', b'"id"'), ()),
     (200, lambda raw: json.dumps(json.loads(raw.decode())["session"]).encode(), ())],
     ids=["200", "202", "BOM", "UTF-16", "gzip", "torn gzip", "torn", "no session_id", "200 with a Session"])
-def test_a_session_that_a_success_names_is_revoked_however_it_is_told(
-        cli, lone_plane, status, change, headers):
+def test_a_session_that_a_success_names_is_revoked_however_it_is_told(cli, lone_plane, status, change, more):
     def step(handler, plane):
         raw = change(json.dumps(plane.decide(handler.seen).body).encode())
-        handler.wfile.write(handler.render(Answer(status, raw=raw, headers=headers)))
-    issue_fails(cli, lone_plane, [step], 1, "IssueSession", *[value for _, value in headers])
+        handler.wfile.write(handler.render(Answer(status, raw=raw, headers=more)))
+    issue_fails(cli, lone_plane, [step], 1, "IssueSession", *[value for _, value in more])
 
 
 def test_sessions_may_share_a_token(lone_plane):
@@ -3186,8 +3034,7 @@ def test_fields_that_nobody_knows_and_odd_but_valid_values_are_taken(cli, lone_p
 @pytest.mark.parametrize("endpoint", [
     "PSK-0123456789abcdef.example:80", "x.PSK-0123456789abcdef:80", "PSK-0123456789abcdef:80",
     "node.0123456789abcdef-token:80"])
-def test_an_endpoint_that_repeats_the_bearer_token_is_refused(cli, endpoint, where):
-    """Or that of the session itself."""
+def test_an_endpoint_that_repeats_a_token_is_refused(cli, endpoint, where):
     def change(body):
         body["token"] = "0123456789abcdef-token"
         body.get(where, body)["listener_endpoint"] = endpoint
@@ -3277,8 +3124,7 @@ def test_a_request_that_is_given_up_does_not_go_on_in_the_clear(tls_plane, tls_f
 
 
 @pytest.mark.parametrize("case", ["unknown ca", "other ca file", "ca file replaces", "wrong host", "no TLS"])
-def test_a_server_that_cannot_be_trusted_gets_nothing_and_one_try(
-        cli, tls_files, tmp_path, monkeypatch, case):
+def test_an_untrusted_server_gets_nothing_and_one_try(cli, tls_files, tmp_path, monkeypatch, case):
     begun, ca_file = [], make_certificates(tmp_path).ca if "ca file" in case else tls_files.ca
     if case == "ca file replaces":
         monkeypatch.setenv("SSL_CERT_FILE", tls_files.ca)
@@ -3311,8 +3157,7 @@ def test_a_ca_file_that_cannot_be_used_is_a_usage_error(cli, tls_plane, tmp_path
 @pytest.mark.parametrize("mode, owner, status", [
     (0o644, 0, 0), (0o400, 0, 0), (0o664, 0, 3), (0o646, 0, 3), (0o622, 0, 3),
     pytest.param(0o600, 65534, 3, marks=GIVES_AWAY)])
-def test_a_ca_file_that_others_may_write_gets_no_token_sent(
-        cli, tls_plane, tls_files, tmp_path, mode, owner, status):
+def test_a_ca_file_that_others_may_write_exits_3(cli, tls_plane, tls_files, tmp_path, mode, owner, status):
     with open(tls_files.ca) as stream:
         pem = stream.read() + "# F\u0151tan\xfas\xedtv\xe1ny\n"  # as in the bundle of Mozilla
     path = write_private(tmp_path / "ca.pem", pem, mode)
@@ -3346,7 +3191,7 @@ def tunnels():
         connection.sendall(proxy.answer)
         if head.startswith(b"CONNECT ") and b" 200 " in proxy.answer:
             with dial(proxy.to or head.split()[1].decode()) as upstream:
-                carry(connection, upstream, 0, True, lambda: listener.closed)
+                carry(connection, upstream, 0, True, listener.closing.is_set)
     listener = Listener(serve)
     proxy = types.SimpleNamespace(heads=[], to=None, answer=b"HTTP/1.1 200 OK\r\n\r\n",
                                   url="http://127.0.0.1:%d" % listener.address[1])
@@ -3357,8 +3202,7 @@ def tunnels():
 @pytest.mark.parametrize("name, before", [
     ("HTTPS_PROXY", "http://"), ("https_proxy", "http://"), ("HTTPS_PROXY", ""),
     ("HTTPS_PROXY", "me:hunter%402@"), ("HTTPS_PROXY", "http://me:hunter%402@")])
-def test_an_https_server_is_reached_through_the_proxy_which_gets_its_own_credentials_alone(
-        cli, tls_plane, tls_files, tunnels, name, before):
+def test_an_https_proxy_gets_its_own_credentials_alone(cli, tls_plane, tls_files, tunnels, name, before):
     environ = {name: before + tunnels.url.split("//")[1], "NO_PROXY": "example.com, .internal"}
     result = forward_to(cli, tls_plane, "-v", "--ca-file", tls_files.ca, **environ)
     assert result.status == 0 and "hunter" not in result.err
@@ -3398,11 +3242,10 @@ def test_a_proxy_of_another_kind_is_a_usage_error_that_shows_no_password(cli, tl
     url = kind.format(tunnels.url.split("//")[1])
     line = failed(forward_to(cli, tls_plane, HTTPS_PROXY=url), 2, "HTTPS_PROXY",
                   "percent-encode" if kind[:7] == "http://" else "not supported")
-    assert "hunter2" not in line and (tls_plane.requests, tunnels.heads) == ([], [])
+    assert "hunter2" not in line and tls_plane.requests == tunnels.heads == []
 
 
-@pytest.mark.parametrize("down, word", [(False, "the proxy refused: 407"), (True, "refused")],
-                         ids=["407", "down"])
+@pytest.mark.parametrize("down, word", [(False, "the proxy refused: 407"), (True, "refused")])
 def test_a_proxy_that_does_not_serve_is_named_and_a_bad_log_in_tried_once(
         cli, tls_plane, tls_files, tunnels, down, word):
     """Three bad ones lock an account."""
@@ -3414,7 +3257,7 @@ def test_a_proxy_that_does_not_serve_is_named_and_a_bad_log_in_tried_once(
 
 
 @pytest.mark.parametrize("endpoint", ["127.0.0.1:22", "localhost:22", "0.0.0.0:22", "[ff02::1]:22"])
-def test_an_endpoint_on_this_machine_is_revoked_where_the_server_is_elsewhere(
+def test_a_server_elsewhere_may_not_name_an_endpoint_on_this_machine(
         cli, tls_files, tunnels, localhost, endpoint):
     with ControlPlane(tls=tls_context(tls_files.wrong_host), endpoint=endpoint) as plane:
         tunnels.to = plane.url.split("//")[1]
@@ -3440,8 +3283,7 @@ def test_an_endpoint_whose_name_cannot_be_looked_up_for_now_is_looked_up_again(c
 # Revoking
 
 @pytest.mark.parametrize("status", [204, 404, 409, 410, 302, 400, 401, 403])
-def test_a_revoke_that_fails_is_a_warning_unless_the_session_is_gone_and_changes_no_exit_code(
-        cli, lone_plane, status):
+def test_a_revoke_that_fails_is_only_a_warning_and_none_where_the_session_is_gone(cli, lone_plane, status):
     lone_plane.endpoint_on = "read"
     lone_plane.script("get", problem("rebac_denied"))
     lone_plane.script("revoke", Answer(status))
@@ -3514,7 +3356,7 @@ def test_no_exception_shows_a_secret(lone_plane, short_limits, answer):
     assert_shows_no_secret(raised.value)
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyError, OSError], ids=lambda e: e.__name__)
+@pytest.mark.parametrize("error", [RuntimeError, KeyError, OSError])
 def test_an_exchange_that_fails_in_an_unforeseen_way_shows_only_the_class(lone_plane, monkeypatch, error):
     def fail(*_arguments):
         raise error("Bearer " + BEARER)
@@ -3546,7 +3388,7 @@ def test_one_client_serves_several_threads_at_once(lone_plane):
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(8)))
     assert len(set(lone_plane.issued)) == 40 and sorted(lone_plane.issued) == sorted(lone_plane.revoked)
-    assert_nothing_remains(lone_plane._listener)
+    assert_nothing_remains(lone_plane)
 
 
 @pytest.mark.parametrize("source", ["PLEXSPHERE_TOKEN", "--token-file", "token of a profile"])
@@ -3558,7 +3400,7 @@ def test_a_refusal_says_where_the_token_came_from(cli, lone_plane, tmp_path, sou
         args = ["--token-file", write_private(tmp_path / "token", BEARER)]
     elif source == "token of a profile":
         environ = write_config(tmp_path, config_of(lone_plane))
-    result = cli(["tcp-forward"] + REQUIRED_FLAGS + args, environ)
+    result = cli(TCP_FORWARD + args, environ)
     failed(result, status, "401" if status == 3 else "403", "the token is from", source)
 
 
