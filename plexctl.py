@@ -53,7 +53,6 @@ try:
     import argparse
     import contextlib
     import datetime
-    import difflib
     import email.utils
     import errno
     import http.client
@@ -71,7 +70,6 @@ try:
     import ssl
     import stat
     import struct
-    import subprocess
     import threading
     import time
     import traceback
@@ -186,7 +184,7 @@ _CLOCK = CLOCK_BOOTTIME if ON_LINUX else getattr(time, "CLOCK_MONOTONIC", None)
 
 
 def elapsed_seconds() -> float:
-    """Read a clock that nobody sets and that goes on while the machine sleeps; names in _on are its times."""
+    """Read a clock that nobody sets and that goes on while the machine sleeps (asked_on and other ..._on)."""
     return time.clock_gettime(_CLOCK) if _CLOCK is not None else time.monotonic()
 
 
@@ -252,7 +250,7 @@ def wait_for(fd: int, mask: int, seconds: Optional[float] = None) -> int:
 
 
 def open_nowhere(flags: int) -> int:
-    """Open a descriptor that takes and gives nothing; without /dev/null it is /, where both fail."""
+    """Open a descriptor that gives nothing and keeps nothing; without /dev/null it is /, where both fail."""
     try:
         return os.open(os.devnull, flags)
     except OSError:
@@ -310,9 +308,12 @@ def parse_int(text: str, low: int, high: int) -> int:
 
 def parse_target_host(text: str) -> str:
     """Check a target host as the Node will see it: printable, no white space."""
-    is_alone = "/" not in text and text.count(":") != 1  # an IPv6 address has more
-    if not is_alone or not 1 <= len(text) <= HOST_MAX_CHARACTERS or not text.isprintable() or " " in text:
-        raise ValueError("must be a host name or address, not a URL; no white space; the port goes in --port")
+    if "/" in text:
+        raise ValueError("must be a host name or address, not a URL")
+    if not 1 <= len(text) <= HOST_MAX_CHARACTERS or not text.isprintable() or " " in text:
+        raise ValueError("must be a host name or address without white space")
+    if text.count(":") == 1:
+        raise ValueError("must be a host name or address alone; the port goes in --port")
     return text
 
 
@@ -477,8 +478,10 @@ def show_seconds(seconds: float) -> str:
 ERROR_WORDS = (  # the first row that fits counts
     ((http.client.RemoteDisconnected, ssl.SSLEOFError, ssl.SSLZeroReturnError),
      "the server closed the connection"),
+    (http.client.LineTooLong, "a header is too long"),
     (http.client.IncompleteRead, "the answer was cut off"),
-    (http.client.HTTPException, "the answer is not HTTP/1.1, or its header is too long"),
+    (http.client.BadStatusLine, "the answer is not HTTP"),
+    (http.client.HTTPException, "the answer is not HTTP/1.1, or has too many headers"),  # no class of its own
     ((socket.timeout, TimeoutError), "timed out"))
 
 
@@ -576,8 +579,7 @@ def find_file_fault(path: str, status: os.stat_result, forbidden_bits: int) -> s
     if status.st_uid not in (os.geteuid(), 0):
         return f"is owned by uid {status.st_uid}, must be yours or root's"
     mode = stat.S_IMODE(status.st_mode)
-    advice = (f"chmod go-w {escape(path)}" if forbidden_bits == WRITE_BITS else
-              f"chmod 600 {escape(path)} (a mounted secret: --token-file - < FILE)")
+    advice = ("chmod go-w " if forbidden_bits == WRITE_BITS else "chmod 600 ") + escape(path)
     return f"permissions {mode:04o} are too open; run {advice}" if mode & forbidden_bits else ""
 
 
@@ -590,7 +592,7 @@ def is_standard_input(path: str) -> bool:
 
 
 def read_own_file(path: str, source: str, forbidden_bits: int = ALL_BITS, limit: int = SECRET_FILE_MAX_BYTES,
-                  kind: Type[PlexctlError] = CredentialsError) -> bytes:
+                  kind: Type[PlexctlError] = CredentialsError, advice: str = "") -> bytes:
     """Read a file on which others have none of the `forbidden_bits`.
 
     It is judged once it is open, so that nothing can be swapped in between. Two names are special:
@@ -609,14 +611,15 @@ def read_own_file(path: str, source: str, forbidden_bits: int = ALL_BITS, limit:
                   opener=lambda name, flags: os.open(name, flags | OPEN_AT_ONCE)) as file:
             status = os.fstat(file.fileno())
             is_file = stat.S_ISREG(status.st_mode)
-            fault = find_file_fault(path, status, forbidden_bits)
-            if not is_file and not stat.S_ISFIFO(status.st_mode):
-                fault = "must be a regular file or a pipe"
-            has_shell_opened = path == "-" or (at_stdin and not is_file)
-            if fault and not has_shell_opened:
-                raise CredentialsError(f"{source}: {fault}")
-            if is_file and path != "-":  # "-" goes on where the caller has left it
-                file.seek(0)
+            is_checked = path != "-" and (is_file or not at_stdin)  # else the shell has opened it
+            if is_checked:
+                if not is_file and not stat.S_ISFIFO(status.st_mode):
+                    raise kind(f"{source}: must be a regular file or a pipe")
+                fault = find_file_fault(path, status, forbidden_bits)
+                if fault:
+                    raise CredentialsError(f"{source}: {fault}{advice}")
+                if is_file:  # descriptor 0 may stand elsewhere
+                    file.seek(0)
             if os.name == "posix":  # wait for what a pipe's writer has yet to send
                 os.set_blocking(file.fileno(), True)
             raw = file.read(limit + 1)
@@ -637,7 +640,8 @@ def find_own_file(variable: str, below_home: str, name: str, environ: Environ) -
 
 def is_object(value: Any, **types: type) -> bool:
     """Tell whether this is a JSON object with only these fields, each of its type."""
-    return isinstance(value, dict) and all(isinstance(value[name], types.get(name, ())) for name in value)
+    return isinstance(value, dict) and all(
+        name in types and isinstance(value[name], types[name]) for name in value)
 
 
 class Source(NamedTuple):
@@ -653,11 +657,12 @@ def read_token_file(path: str) -> Secret:
     """Read --token-file; a message names it, unless it may be the token itself."""
     is_path = path.startswith(("/", ".", "~", "-")) or os.path.lexists(path)
     source = "--token-file" + (" " + escape(path) if is_path else show_word(path))
-    return Secret(read_own_file(path, source).decode("utf-8", "surrogateescape"), source)
+    raw = read_own_file(path, source, advice=" (a mounted secret: --token-file - < FILE)")
+    return Secret(raw.decode("utf-8", "surrogateescape"), source)
 
 
 def read_profile(name: str, environ: Environ) -> Source:
-    """Read a profile of the config file, the default one for ""; a file that is missing has none."""
+    """Read a profile of the config file, the default one for ""."""
     path = find_own_file("XDG_CONFIG_HOME", ".config", "config.json", environ)
     file = "config file " + escape(path)
     try:
@@ -667,7 +672,9 @@ def read_profile(name: str, environ: Environ) -> Source:
     except CredentialsError as error:
         if not isinstance(error.__cause__, (FileNotFoundError, NotADirectoryError)):
             raise
-        document = {"profiles": {}}
+        if name:
+            raise CredentialsError(f"--profile: there is no {file}; expected {CONFIG_SHAPE}") from None
+        return Source()
     profiles = document.get("profiles") if is_object(document, default=str, profiles=dict) else None
     if profiles is None or not all(is_object(entry, server=str, token=str) for entry in profiles.values()):
         raise CredentialsError(f"{file}: expected {CONFIG_SHAPE}")
@@ -700,17 +707,19 @@ def resolve_credentials(server_flag: Optional[str], profile_flag: Optional[str],
     """
     variable = environ.get("PLEXSPHERE_TOKEN")
     sources = [
-        Source("--server", server_flag or "", read_token_file(token_file) if token_file else None),
+        Source("--server", server_flag or ""),
         read_profile(profile_flag, environ) if profile_flag else Source(),
         Source("PLEXSPHERE_URL", environ.get("PLEXSPHERE_URL", ""),
                Secret(variable, "PLEXSPHERE_TOKEN") if variable else None)]
-    if not (any(each.server for each in sources) and any(each.token for each in sources)):
+    if not any(each.server for each in sources) or not (token_file or any(each.token for each in sources)):
         sources.append(read_profile("", environ))
     server_source = next((each for each in sources if each.server), Source())
     token_source = next((each for each in sources if each.token), Source())
     if not server_source.server:
         raise UsageError("no server: give --server, a profile, or PLEXSPHERE_URL")
     server = check_server(server_source.server, server_source.name, allow_http)
+    if token_file:
+        return server, read_token_file(token_file)
     if not token_source.token:
         raise CredentialsError("no credentials: give --token-file, a profile, or PLEXSPHERE_TOKEN")
     if token_source.is_profile:
@@ -731,7 +740,7 @@ SUCCESS = range(200, 300)
 EXPECTED = {ISSUE: {201}, GET: {200}, REVOKE: {*SUCCESS, 404, 409, 410}}  # one that is gone counts as revoked
 PASSING = {ISSUE: {502, 503, 504}, GET: {502, 503, 504}, REVOKE: {429, *range(500, 600)}}  # worth another try
 # after these there is no session; but a server may fail once it has issued one, or a gateway lose the answer
-NONE_ISSUED = {*range(300, 500), 501, 503}
+NONE_ISSUED = {*range(300, 500), 501, 503}  # 409 with exceptions, see issue()
 ISSUE_ATTEMPTS = 3
 JITTER_SECONDS = 0.2
 RETRY_AFTER_MAX_SECONDS = 5
@@ -795,17 +804,19 @@ def find_proxy(server: Server, environ: Environ) -> str:
 
 def create_tls_context(ca_file: Optional[str] = None) -> ssl.SSLContext:
     """Create a context that verifies certificates and host names, with TLS 1.2 at least."""
-    source, ca_text = "SSL_CERT_FILE, SSLKEYLOGFILE", None
+    ca_text, fault = None, "TLS cannot be set up (see SSL_CERT_FILE and SSLKEYLOGFILE)"
     if ca_file:
         source = "--ca-file " + escape(ca_file)
-        # whoever can write it decides which server gets the bearer token
+        fault = source + ": not a usable PEM bundle"
+        # whoever can write it decides which server gets the bearer token; comments may be in UTF-8
         raw = read_own_file(ca_file, source, WRITE_BITS, CA_FILE_MAX_BYTES, UsageError)
-        # comments may be in UTF-8; no text at all would mean the system's trust
-        ca_text = raw.decode("ascii", "ignore") + "\n"
+        ca_text = raw.decode("ascii", "ignore")
+        if "-----BEGIN CERTIFICATE-----" not in ca_text:  # no text at all would mean the system's trust
+            raise UsageError(fault)
     try:
         context = ssl.create_default_context(cadata=ca_text)
     except (OSError, ValueError) as error:
-        raise UsageError(f"{source}: cannot be used for TLS: {show_error(error)}") from error
+        raise UsageError(f"{fault}: {show_error(error)}") from error
     if hasattr(ssl, "TLSVersion"):
         context.minimum_version = ssl.TLSVersion.TLSv1_2
     else:  # 3.6
@@ -836,7 +847,7 @@ class Exchange:
         """Send the request, through a proxy or not, and read the answer."""
         try:
             # no other handlers: urllib's default ones carry the bearer token to wherever a redirect points
-            # and to the proxy of plain http, and open file: URLs
+            # and to the proxy of plain http, open file: URLs, and raise for the status of an error
             opener = urllib.request.OpenerDirector()
             opener.add_handler(PlaneHandler(self))
             if proxy:
@@ -850,9 +861,11 @@ class Exchange:
 
     def _read_body(self, response: Any) -> None:
         """Read the body by read1(): read() takes a chunk of size -1 for no limit, and hides an early end."""
-        length, piece = response.length, b"?"  # no length: in chunks, or until the connection ends
-        while piece and len(self.body) != length and not self.fault:
+        length = response.length  # None: in chunks, or until the connection ends
+        while len(self.body) != length and not self.fault:
             piece = response.read1(BODY_MAX_BYTES)
+            if not piece:
+                break
             self.body += piece
             if len(self.body) > BODY_MAX_BYTES:
                 raise PlexctlError(f"the answer is larger than {BODY_MAX_BYTES} bytes", passing=True)
@@ -954,17 +967,17 @@ class ControlPlane:
     Every call ends within its limit, and raises nothing but PlexctlError: UsageError for what was given here,
     TransportError for no or a malformed answer, ApiError for an error answer. `cancel` ends pauses and more
     attempts, and gives up a GetSession at once (Cancelled), but not the others, whose outcome matters.
-    `report` takes a line per exchange, never a header or a body; `notice` one when a server is silent.
+    `say` takes a line per exchange, never a header or a body; `notice` one when the server is silent.
     """
 
     def __init__(self, server: Server, token: Secret, ca_file: Optional[str] = None,
                  environ: Optional[Environ] = None, cancel: Optional[threading.Event] = None,
-                 report: Report = lambda line: None, notice: Report = lambda line: None) -> None:
+                 say: Report = lambda line: None, notice: Report = lambda line: None) -> None:
         self.server = server
         self.cancel = cancel or threading.Event()
         self._token = check_token(token)
         self._session_tokens: Dict[str, Secret] = {}  # by session_id, until it is revoked
-        self._report = report
+        self._say = say
         self._notice = notice
         self._said_silent = False
         self._proxy = find_proxy(server, os.environ if environ is None else environ)
@@ -995,9 +1008,12 @@ class ControlPlane:
                     session_id = found
                     on_issued(session_id)
                 self._judge(exchange)
-                return self._parse_issued(exchange, asked_on)
+                issued = self._parse_issued(exchange, asked_on)
+                if issued.session_id != session_id:  # JSON can also write it with escapes
+                    on_issued(issued.session_id)
+                return issued
             except (TransportError, ApiError) as failure:
-                error: PlexctlError = failure
+                error: PlexctlError = failure  # for what follows the try
             is_under_way = exchange.status == 409 and error.passing  # by an earlier attempt
             may_exist = may_exist or is_under_way or (exchange.sent and exchange.status not in NONE_ISSUED)
             if not error.passing or attempt == ISSUE_ATTEMPTS or self.cancel.is_set():
@@ -1005,7 +1021,7 @@ class ControlPlane:
             wait = error.retry_after_seconds
             if wait is None:
                 wait = attempt * POLL_MIN_SECONDS + JITTER_SECONDS * (os.urandom(1)[0] / 255 - 0.5)
-            self._report(f"{error}; trying again in {wait:.1f} s")
+            self._say(f"{error}; trying again in {wait:.1f} s")
             if self.cancel.wait(wait):
                 break
         error.may_exist = may_exist and not session_id  # one whose id is known is the caller's to revoke
@@ -1017,7 +1033,7 @@ class ControlPlane:
 
     def get(self, project_id: str, session_id: str, seconds: float = EXCHANGE_SECONDS) -> Session:
         """Return the session as the control plane sees it now."""
-        exchange = self._send(GET, f"/v1/projects/{project_id}/sessions/{session_id}", seconds=seconds)
+        exchange = self._send(GET, f"/v1/projects/{project_id}/sessions/{session_id}", None, seconds)
         self._judge(exchange)
         return self._parse_session(GET, self._parse_body(exchange), session_id)
 
@@ -1027,13 +1043,15 @@ class ControlPlane:
         self._judge(self._send(REVOKE, path, {"revoke_reason": "operator_request"}, seconds))
         self._session_tokens.pop(session_id, None)
 
-    def _send(self, operation: str, path: str, body: Optional[Dict[str, Any]] = None,
+    def _send(self, operation: str, path: str, body: Optional[Dict[str, Any]],
               seconds: float = EXCHANGE_SECONDS) -> Exchange:
         """Perform an exchange; give it up when its time is up, a GetSession also when the run is ending."""
-        data = json.dumps(body).encode("ascii") if body else None  # without any it is a GET
-        request = urllib.request.Request(str(self.server) + path, data, {
-            "Accept": "application/json, application/problem+json", "Content-Type": "application/json",
-            "User-Agent": "plexctl/" + __version__, "Authorization": "Bearer " + self._token.reveal()})
+        request = urllib.request.Request(str(self.server) + path, headers={
+            "Accept": "application/json, application/problem+json", "User-Agent": "plexctl/" + __version__,
+            "Authorization": "Bearer " + self._token.reveal()})
+        if body:  # and then it is a POST
+            request.data = json.dumps(body).encode("ascii")
+            request.add_header("Content-Type", "application/json")
         exchange = Exchange(operation, self.server.host, self._context)
         began = elapsed_seconds()
         performed = Outcome(lambda: exchange.perform(request, self._proxy))
@@ -1051,7 +1069,7 @@ class ControlPlane:
         if exchange.status:
             self._said_silent = False
             took = elapsed_seconds() - began
-            self._report(f"{request.get_method()} {path}: {exchange.status}, {took:.3f} s")
+            self._say(f"{request.get_method()} {path}: {exchange.status}, {took:.3f} s")
         return exchange
 
     def _judge(self, exchange: Exchange) -> None:
@@ -1109,9 +1127,10 @@ class ControlPlane:
         try:
             document = parse_json(bytes(exchange.body))
         except ValueError:
-            kind = self._show([exchange.headers.get(name) for name in ("Content-Type", "Content-Encoding")])
+            kinds = [f"{name} {self._show(exchange.headers[name])}"
+                     for name in ("Content-Type", "Content-Encoding") if name in exchange.headers]
             raise TransportError(f"{exchange.operation}: the answer is not the API's JSON "
-                                 f"(Content-Type: {kind or 'none'}); check --server") from None
+                                 f"({', '.join(kinds) or 'no Content-Type'}); check --server") from None
         return document if isinstance(document, dict) else {}
 
     def _parse_issued(self, exchange: Exchange, asked_on: float) -> IssuedSession:
@@ -1164,14 +1183,15 @@ SYSLOG_SOCKETS = ("/dev/log", "/var/run/syslog")  # Linux and others; macOS
 SYSLOG_AUTHPRIV_INFO = 10 * 8 + 6  # RFC 3164, section 4.1.1: facility * 8 + severity
 
 
-class AuditLog(logging.Handler):
+class AuditLog:
     """The record of --reveal-secrets; it fails closed.
 
     The file is opened before a session is issued, and `record` returns only once the whole line is written
-    and synced. It goes through the logger plexctl.audit, which may have other handlers, and to syslog.
+    and synced. The handlers of the logger plexctl.audit, if it has any, and syslog get a copy.
     """
 
     def __init__(self, environ: Environ, report: Report) -> None:
+        self._file: Any = None
         self._environ = environ
         self._report = report
         given = environ.get("PLEXCTL_AUDIT_LOG", "")
@@ -1192,13 +1212,12 @@ class AuditLog(logging.Handler):
         finally:
             os.umask(umask)
         if fault:
+            self.close()
             raise PlexctlError(f"{self._source}: {fault} (PLEXCTL_AUDIT_LOG names another)")
-        super().__init__()  # not before: logging closes its handlers at exit
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # what counts was synced
+        with contextlib.suppress(OSError, AttributeError):  # what counts was synced; it was never opened
             self._file.close()
-        super().close()
 
     def record(self, server: Server, request: SessionRequest, issued: IssuedSession) -> None:
         """Write one JSON object in one line with one write; raise unless it is verifiably there."""
@@ -1215,16 +1234,16 @@ class AuditLog(logging.Handler):
             "expires_at": issued.expires_at})
         logger = logging.getLogger("plexctl.audit")
         logger.propagate = False  # a handler of the root is no audit log, and may write to stderr
-        logger.addHandler(self)
-        self._has_written, fault = False, "logging dropped it"  # which it does without a word
+        if logger.level == logging.NOTSET:
+            logger.setLevel(logging.INFO)
         try:
-            logger.warning("%s", message)
+            if logger.disabled or not logger.isEnabledFor(logging.INFO):
+                raise OSError(errno.EPERM, "logging is disabled")
+            logger.info("%s", message)  # first: if another handler fails, nothing is revealed or recorded
+            self._append(message + "\n")
         except OSError as error:
-            fault = show_error(error)
-        finally:
-            logger.removeHandler(self)
-        if not self._has_written:
-            raise PlexctlError(f"{self._source}: the record was not written: {fault}; the token is not shown")
+            raise PlexctlError(f"{self._source}: the record was not written: {show_error(error)}; "
+                               "the token is not shown") from error
         # ctime(), since strftime() would take the locale's names of months
         line = f"<{SYSLOG_AUTHPRIV_INFO}>{time.ctime()[4:19]} plexctl[{os.getpid()}]: {message}"
         syslog = next(filter(os.path.exists, SYSLOG_SOCKETS), None)
@@ -1235,9 +1254,9 @@ class AuditLog(logging.Handler):
             self._report("warning: syslog did not take the audit record, the file has it: "
                          + show_error(error))
 
-    def emit(self, record: logging.LogRecord) -> None:
+    def _append(self, text: str) -> None:
         """Append a line to the file and sync it; OSError unless all its bytes are there."""
-        line = (record.getMessage() + "\n").encode("ascii")
+        line = text.encode("ascii")
         self._file.seek(max(0, self._file.seek(0, os.SEEK_END) - 1))
         if self._file.read(1) not in (b"", b"\n"):
             line = b"\n" + line  # behind what a full disk cut short
@@ -1246,7 +1265,6 @@ class AuditLog(logging.Handler):
         os.fsync(self._file.fileno())
         if not os.fstat(self._file.fileno()).st_nlink:
             raise OSError(errno.ENOENT, "the file was removed")
-        self._has_written = True
 
 
 # ----------------------------------------------------------------------------------------- relay
@@ -1451,8 +1469,8 @@ class Flow:
         self.dropped = 0  # bytes that were read, and never handed on
         self.source_ended = False
         self.end_was_sent = False  # to the sink, after the source had ended
-        self.sink_error = 0  # errno of a failed write, or of a reset by the sink that was found otherwise
-        self.is_dropping = False  # what it reads is not handed on
+        self.is_dropping = False  # what it reads: a write has failed, the sink has closed the connection
+        self.sink_reset = 0  # or has reset it: the errno
         self._buffer = buffer
         self._for_data: Wait = (source.reads_at, select.POLLIN)
         self._for_room: Wait = (sink.writes_at, select.POLLOUT)
@@ -1490,20 +1508,26 @@ class Flow:
         except OSError as error:
             if error.errno in EXHAUSTED:
                 raise
-            self.sink_error, self.is_dropping = error.errno or errno.ECONNRESET, True
+            self.note_sink_error(error.errno or errno.ECONNRESET)
 
     def count_undelivered(self) -> int:
         """Return how many bytes were read and not handed on."""
         return len(self.rest) + self.dropped
 
-    def check_reset(self) -> None:
-        """Raise PeerReset if the sink has reset the connection.
+    def note_sink_error(self, number: int) -> None:
+        """Hand on nothing more.
 
         EPIPE is no reset: the sink had ended its input, and has closed the connection before it had read
         everything. That counts as an end.
         """
-        if self.sink_error not in (0, errno.EPIPE):
-            raise PeerReset(self.sink, self.sink_error)
+        self.is_dropping = True
+        if number != errno.EPIPE:
+            self.sink_reset = number
+
+    def check_reset(self) -> None:
+        """Raise PeerReset if the sink has reset the connection."""
+        if self.sink_reset:
+            raise PeerReset(self.sink, self.sink_reset)
 
     def send_end(self) -> None:
         """Tell the sink, once, that the source has ended its input (half-close)."""
@@ -1580,8 +1604,8 @@ class Relay:
                 self._before_end()
         # What the client has sent after the Node's end may be lost. A reset tells it so if it still sends; if
         # it has ended, it may still read the answer, which a reset would destroy.
-        knows_all = up.source_ended or not up.count_undelivered()
-        self._client.close(reset=not (down.end_was_sent and knows_all))
+        is_complete = down.end_was_sent and (up.source_ended or not up.count_undelivered())
+        self._client.close(reset=not is_complete)
 
     def await_end(self, seconds: float) -> bool:
         """If it was ended BY_CLIENT, wait until it is over for the Node too; False if that takes longer.
@@ -1596,18 +1620,20 @@ class Relay:
         if self.ending not in BY_CLIENT:
             return True
         self.down.is_dropping = True
-        is_reset, deadline = self.ending == CLIENT_RESET, elapsed_seconds() + seconds
+        deadline = elapsed_seconds() + seconds
         try:
             while True:
-                has_ended, has_everything = self.down.source_ended, not self.remote.count_unsent()
-                if has_everything if is_reset else has_ended or self.remote.is_dead():
-                    return True
-                if not (has_everything or is_reset):
-                    deadline = elapsed_seconds() + seconds
-                if elapsed_seconds() >= deadline:
-                    return has_ended  # then it takes no more, and is not stuck
+                has_everything = not self.remote.count_unsent()
+                if self.ending == CLIENT_RESET:
+                    is_over = has_everything
+                else:
+                    is_over = self.down.source_ended or self.remote.is_dead()
+                    if not has_everything:
+                        deadline = elapsed_seconds() + seconds
+                if is_over or elapsed_seconds() >= deadline:
+                    return is_over or self.down.source_ended  # a Node that has ended it is not stuck
                 pause = self._pace(CLOSE_POLL_SECONDS)
-                if has_ended:
+                if self.down.source_ended:
                     time.sleep(pause)
                 elif wait_for(self.remote.reads_at, select.POLLIN, pause):
                     self.down.move()
@@ -1625,7 +1651,7 @@ class Relay:
     def _await_answer(self) -> None:
         """Pass the client's end of input on once the target is quiet; return once either side closes."""
         def is_closed() -> bool:
-            return bool(self.down.source_ended or self.down.sink_error) or self._has_closed()
+            return self.down.source_ended or self.down.is_dropping or self._has_closed()
 
         if self._move_until_quiet(self.remote, is_closed):
             self.up.send_end()
@@ -1635,8 +1661,7 @@ class Relay:
     def _end_client(self) -> None:
         """The Node has ended the connection: pass that on, and let the client finish."""
         self.up.check_reset()  # what looks like an end may be a reset that a write has met first
-        # a write that has failed without a reset: the client had closed it
-        client_was_first = self.up.end_was_sent or self.down.sink_error
+        client_was_first = self.up.end_was_sent or self.down.is_dropping  # it takes nothing: it has closed it
         self.ending = BOTH_ENDED if client_was_first else NODE_ENDED
         if self.ending == NODE_ENDED:
             self._before_end()
@@ -1671,7 +1696,7 @@ class Relay:
         """Wait for a direction that can move, so long at most, and move each that can once.
 
         Raise what ends the connection for both. A reset by the Node is raised by the read that meets it, so
-        that all before it is handed on; a write that meets it only sets `sink_error`.
+        that all before it is handed on; a write that meets it only notes it.
         """
         up, down = self.up, self.down
         if self._registered != (up.waits_for, down.waits_for):
@@ -1685,7 +1710,7 @@ class Relay:
                 up.move()
             if descriptor == for_down:  # if both wait for it, one may be too early, which does no harm
                 down.move()
-        if not ready or self.down.sink_error:  # not always: that is a system call
+        if not ready or self.down.is_dropping:  # not always: that is a system call
             self._check_client_reset()
 
     def _register(self) -> None:
@@ -1698,7 +1723,9 @@ class Relay:
 
     def _check_client_reset(self) -> None:
         """Raise a reset by the client, whether a write has met it or no call has yet."""
-        self.down.sink_error = self.down.sink_error or self._client.take_error()
+        error = 0 if self.down.is_dropping else self._client.take_error()
+        if error:
+            self.down.note_sink_error(error)
         self.down.check_reset()
 
 
@@ -1709,7 +1736,7 @@ ASK_LIMIT_SECONDS = 5  # that somebody waits for the answer
 RECHECK_SECONDS = 60  # the reconcile period of a Node
 AHEAD_SECONDS = 1.0  # that a Node may close before the expiry, since its clock is ahead
 GONE_SECONDS = 30  # of refused dials, until a listener counts as gone
-REPLACE_SECONDS = 60  # a session that has lasted so long is replaced at the first of them
+REPLACE_SECONDS = 60  # a session that has lasted so long is replaced at the first refused dial
 
 
 class SessionRevoked(SessionOver):
@@ -1740,15 +1767,17 @@ class Ledger:
     """Issues sessions, and owes each of them one revocation, from the moment its id is known.
 
     It is revoked by `give_back`, or at the end of the run by `leave`, unless `is_kept` was set before.
-    Safe to use from several threads. `report` takes lines for people, `say` what only -v shows.
+    Safe to use from several threads. `report` takes lines for people, `notice` those that may be left out,
+    `say` what only -v shows.
     """
 
     def __init__(self, plane: ControlPlane, project_id: str, report: Report,
-                 say: Report = lambda line: None) -> None:
+                 say: Report = lambda line: None, notice: Optional[Report] = None) -> None:
         self.plane = plane
         self.project_id = project_id
         self.report = report
         self.say = say
+        self.notice = notice or report
         self.is_kept = False  # what is owed is left to the operator
         self._changed = threading.Condition()  # guards what follows
         self._debts: Dict[str, Debt] = {}  # by session_id in lower case
@@ -1763,7 +1792,7 @@ class Ledger:
             is_new = (subject or line) not in self._told
             self._told.add(subject or line)
         if is_new:
-            self.report(line)
+            self.notice(line)
         return is_new
 
     def warn_once(self, text: str, subject: str = "") -> bool:
@@ -1772,15 +1801,15 @@ class Ledger:
 
     def issue(self, request: SessionRequest) -> IssuedSession:
         """Issue a session, see ControlPlane.issue; Cancelled once `leave` was called."""
-        named: Set[str] = set()  # the keys of what the answers name; all but the session itself is revoked
+        unwanted: Set[str] = set()  # the keys of the sessions that the answers name, but for the one returned
 
         def owe(session_id: str) -> None:
             key = session_id.lower()
             with self._changed:
-                if key in self._debts and key not in named:
+                if key in self._debts and key not in unwanted:
                     raise TransportError(f"{ISSUE}: the answer's session_id is that of an earlier session")
                 self._debts.setdefault(key, Debt(session_id))
-                named.add(key)
+                unwanted.add(key)
 
         with self._changed:
             if self._is_closed:
@@ -1789,10 +1818,10 @@ class Ledger:
         try:
             issued = self.plane.issue(request, owe)
             with self._changed:
-                if self._is_closed:  # `leave` may not see it any more
+                if self._is_closed:  # `leave` may have stopped waiting for it
                     raise Cancelled("interrupted")
                 key = issued.session_id.lower()
-                named.discard(key)
+                unwanted.discard(key)
                 debt = self._debts[key]
                 debt.session_id, debt.expires_at = issued.session_id, issued.expires_at
             return issued
@@ -1803,7 +1832,7 @@ class Ledger:
             raise
         finally:
             with self._changed:
-                due = self._claim(named)
+                due = self._claim(unwanted)
                 self._issuing -= 1
                 self._changed.notify_all()
             for debt in due:
@@ -1976,39 +2005,38 @@ class MediatedSession:
             self._ledger.warn_once(f"{show_seconds(left + 0.5)} of the session are left",
                                    f"{min(passed)} s left")
 
-    def ask(self, afresh: bool = False) -> bool:
-        """Have a thread ask GetSession, unless one is asking, or has within ASK_SECONDS.
-
-        `afresh` asks in any case, and await_answer waits for that. Return whether it asks.
-        """
+    def ask(self, afresh: bool = False) -> None:
+        """Have a thread ask GetSession, unless one is asking, or has within ASK_SECONDS; `afresh`: anyway."""
         with self._lock:
             last, now = self._question, elapsed_seconds()
             is_due = last is None or (last.done.is_set() and now - self._asked_on >= ASK_SECONDS)
-            if self.why is not None or not (is_due or afresh):
-                return False
-            self._asked_on = now
-            self._question = Outcome(self._ask, or_here=False)
-            return True
+            if self.why is None and (is_due or afresh):
+                self._asked_on = now
+                self._question = Outcome(self._ask, or_here=False)
 
-    def await_answer(self, pace: Pace = lambda seconds: seconds) -> bool:
-        """Wait for the answer to the last question, for ASK_LIMIT_SECONDS; return whether there is one."""
+    def await_answer(self, pace: Pace = lambda seconds: seconds) -> float:
+        """Wait for the answer to the last question, for ASK_LIMIT_SECONDS.
+
+        Return when it was asked; 0.0 if there is no answer.
+        """
         question, deadline = self._question, elapsed_seconds() + ASK_LIMIT_SECONDS
         while question is not None and elapsed_seconds() < deadline:
             if question.done.wait(pace(TICK_SECONDS)):
-                return bool(question.value)
-        return False
+                return question.value or 0.0
+        return 0.0
 
-    def _ask(self) -> bool:
-        """Ask GetSession, and warn if that fails; return whether there is an answer."""
+    def _ask(self) -> float:
+        """Ask GetSession, and warn if that fails; return when it was asked, 0.0 if there is no answer."""
+        asked_on = elapsed_seconds()
         try:
             self._update(EXCHANGE_SECONDS)
-            return True
+            return asked_on
         except PlexctlError as error:
             if error.status in (404, 410) and error.code:  # without one it is a gateway's
                 self.end(SessionRevoked("the session is gone"))
             elif not isinstance(error, Cancelled):
                 self._ledger.warn_once(show_error(error), f"{GET} {error.status}")
-            return False
+            return 0.0
 
     def dial(self, pace: Pace = lambda seconds: seconds) -> Leg:
         """Connect to the listener; PlexctlError says why that fails. A new endpoint is tried once."""
@@ -2038,13 +2066,13 @@ class MediatedSession:
         is_first = is_refused and not self._refused_since
         if is_first:
             self._refused_since = now
-        # an answer to an earlier question tells nothing of a revocation since then, but of a new endpoint
-        is_asked_now = self.ask(afresh=is_first and may_be_replaced)
-        if not (self.await_answer(pace) and is_asked_now and is_refused):
-            return
-        patience = 0 if may_be_replaced else GONE_SECONDS
-        if self._refused_since and now - self._refused_since >= patience:  # 0 again after a new endpoint
-            self.end(ListenerGone("the Node has closed the session's listener"))
+        self.ask(afresh=is_first and may_be_replaced)
+        asked_on = self.await_answer(pace)
+        # an answer from before may have brought a new endpoint, but knows of no revocation since then
+        if is_refused and asked_on >= now and self._refused_since:  # 0 again after a new endpoint
+            patience = 0 if may_be_replaced else GONE_SECONDS
+            if now - self._refused_since >= patience:
+                self.end(ListenerGone("the Node has closed the session's listener"))
 
     def _await_endpoint(self) -> None:
         """Ask GetSession until the Node has reported the listener; PlexctlError if it does not in time."""
@@ -2164,6 +2192,10 @@ def find_owner(family: int, client: Tuple[Any, ...], local: Tuple[Any, ...]) -> 
 class Listener(socketserver.TCPServer):
     """Listens on the local address, and knows who may connect. The kernel's backlog is its queue.
 
+    - unix: its mode lets nobody else in, and poll(2) tells when a client has closed
+    - loopback on Linux: the kernel tells whose a connection is, and whether that has closed it
+    - any other address: nobody knows either
+
     socketserver calls server_bind and server_activate when it is made (PlexctlError). `take`, `put_back` and
     `reject` are for one thread at a time: a Forwarder calls them with its lock held.
     """
@@ -2174,7 +2206,7 @@ class Listener(socketserver.TCPServer):
     def __init__(self, local: LocalAddress, allow_other_users: bool,
                  warn_once: Callable[[str], object]) -> None:
         self.local = local  # with the port that it has got
-        self.is_guessing = False  # nobody can know who has closed, and `has_closed` says that all have
+        self.takes_all_for_closed = False  # see assume_closed
         self.unidentified = 0  # connections not served, since they were closed before their owner was known
         self._allows_other_users = allow_other_users
         self._warn_once = warn_once
@@ -2288,25 +2320,25 @@ class Listener(socketserver.TCPServer):
         return count
 
     def has_closed(self, client: Leg) -> bool:
-        """Return whether a client has closed its socket; False if the kernel does not tell."""
+        """Return whether a client has closed its socket; where the kernel does not tell see assume_closed."""
         if self._knows_owners:
             with contextlib.suppress(OSError):
                 return find_owner(self.address_family, client.address, self.local)[1]
             return False
         descriptor = client.sock.fileno()  # its thread may close it meanwhile
         # POLLHUP, POLLERR: a reset, a closed unix socket
-        return self.is_guessing or descriptor < 0 or bool(wait_for(descriptor, 0, 0))
+        return self.takes_all_for_closed or descriptor < 0 or bool(wait_for(descriptor, 0, 0))
 
     def assume_closed(self) -> None:
-        """COMMAND has ended, and with it its sockets: take all for closed, where nobody can know."""
-        self.is_guessing = not (self.local.path or self._knows_owners)
+        """COMMAND has ended, and with it its sockets: take all for closed where nobody knows."""
+        self.takes_all_for_closed = not (self.local.path or self._knows_owners)
 
     def _may_be_served(self, client: Leg) -> bool:
         """Return whether a client may be served: its user is ours or root, and it has not left."""
         if not self._checks_owners:
-            with contextlib.suppress(OSError):  # also one that has left, if it has sent something before
+            with contextlib.suppress(OSError):  # nothing to read, or a reset
                 if client.sock.recv(1, socket.MSG_PEEK):
-                    return True
+                    return True  # what it has sent is delivered, also if it has left
             return not self.has_closed(client)
         uid, _ = find_owner(self.address_family, client.address, self.local)
         # is_connected last: after a reset another user may get that address, and be the one who was found
@@ -2383,12 +2415,12 @@ class Supply:
         if FREE in states or not waiting:
             self._waiting_since = now
         self.is_overdue = waiting > 0 and (not live or now - self._waiting_since >= GRACE_SECONDS)
+        if REVOKING in states and not live:
+            return 0  # a server that still counts that one might refuse another, and so end the run
         missing = waiting - states.count(OPENING) if self.is_overdue else 0
         if self.minimum > 1:
             missing = max(missing, self.minimum - live)
-        if REVOKING in states and not live:
-            return 0  # a server that still counts that one might refuse another, and so end the run
-        return min(missing, self.count_allowed(now) - len(states))
+        return max(0, min(missing, self.count_allowed(now) - len(states)))
 
     def has_spare(self, now: float, states: List[str]) -> bool:
         """Return whether to give a session back that is free, since nobody needs it."""
@@ -2442,7 +2474,7 @@ class Carrier:
             self._pass_turn_on()
             if self.client is not None:  # an error came between
                 self.client.close()
-                forwarder.count_connection(self, 0, 0)
+                forwarder.note_client_end(self, 0, 0)
             forwarder.dismiss(self)
 
     def must_leave(self) -> bool:
@@ -2475,8 +2507,8 @@ class Carrier:
     def _pace(self, seconds: float) -> float:
         """Return how long a wait may last, see Pace; pass the turn on once the connection has lasted.
 
-        Not at once: so short connections to a Node on this host are served by one thread, one after another.
-        Threads that run side by side would mostly wait for Python's own lock.
+        Not at once: so short connections are served by one thread, one after another, and 8 of them at once
+        take two thirds of the time. Threads that run side by side mostly wait for Python's own lock.
         """
         # must_leave without its clock, which costs too much here; tick() looks at that
         if self._forwarder.is_closing.is_set() or self.session.why is not None:
@@ -2511,7 +2543,7 @@ class Carrier:
             with forwarder.lock:
                 self.relay = relay
             relay.carry()
-            forwarder.count_connection(self, relay.up.moved, relay.down.moved)
+            forwarder.note_client_end(self, relay.up.moved, relay.down.moved)
             self._tell_end(relay)
             if not relay.await_end(NODE_END_SECONDS) and not self.must_leave():
                 self._await_stuck(relay)
@@ -2524,12 +2556,12 @@ class Carrier:
         """Leave a client to another session, if this one is over and there may be another; else reset it."""
         forwarder = self._forwarder
         self._pass_turn_on()  # another session may do better
-        if self.session.why and forwarder.take_back(self):
+        if self.session.why and forwarder.requeue(self):
             return
         client.close()
         if not isinstance(error, (SessionOver, Cancelled)):
             forwarder.ledger.warn_once(f"a connection was not served: {error}", "not served")
-        forwarder.count_connection(self, 0, 0)
+        forwarder.note_client_end(self, 0, 0)
 
     def _tell_end(self, relay: Relay) -> None:
         forwarder = self._forwarder
@@ -2626,8 +2658,8 @@ class Forwarder:
             self.first, carrier.state = self.first or carrier.session, FREE
             self.lock.notify_all()
 
-    def take_back(self, carrier: Carrier) -> bool:
-        """Take a carrier's client back for another session; False if there will be none."""
+    def requeue(self, carrier: Carrier) -> bool:
+        """Leave a carrier's client to another session; False if there will be none."""
         with self.lock:
             may_be_served = self.renew or self._count_live() > 1  # the carrier itself is still BUSY
             if carrier.client is None or not may_be_served or self.is_closing.is_set():
@@ -2636,7 +2668,7 @@ class Forwarder:
             carrier.client = None
             return True
 
-    def count_connection(self, carrier: Carrier, up: int, down: int) -> None:
+    def note_client_end(self, carrier: Carrier, up: int, down: int) -> None:
         """Count a connection that has ended, with the bytes that it has carried."""
         with self.lock:
             carrier.client = None
@@ -2663,9 +2695,9 @@ class Forwarder:
             self.lock.notify_all()
             if why is not None and not is_leaving:
                 self._judge_end(session, why)
-        is_usable = why is None or isinstance(why, Cancelled)  # given up while it was opened
-        is_left_to_operator = self.ledger.is_kept and is_leaving and is_usable
-        if not is_left_to_operator:
+        # --keep-session keeps those that the run's end has found in use, or has kept from being opened
+        is_kept = self.ledger.is_kept and is_leaving and (why is None or isinstance(why, Cancelled))
+        if not is_kept:
             self.ledger.give_back(session.session_id)
         with self.lock:
             self._carriers.remove(carrier)
@@ -2719,10 +2751,10 @@ class Forwarder:
             return max(0.0, min(ends, default=0.0) - elapsed_seconds())
 
     def list_undelivered(self) -> List[int]:
-        """Return a number for each connection that its client has closed, while the Node may lack some of it.
+        """Return [] if the Node has all that clients had sent before they closed.
 
-        The list changes as long as something is delivered: a number is what the Node has, in bytes; that of
-        the backlog is its length.
+        Else it is another list whenever something has moved: the length of the backlog, and how many bytes
+        the Node has of each such connection.
         """
         with self.lock:
             # a client is in the backlog, then a carrier's, and once it is closed a relay has what it sent
@@ -2821,30 +2853,34 @@ class Forwarder:
             self._first_failure = self._first_failure or why
             if not others:
                 self._end_run(self._first_failure)
-        elif not (others or self._may_follow(session, why)):
-            self._end_run(why)
         elif session.ready_on:
-            # it has worked, and the next connection gets a new one
-            self.ledger.tell_once(f"{why}; the next connection gets a new one" if self.renew else str(why))
-            if isinstance(why, ListenerGone) and now - session.ready_on < REPLACE_SECONDS:
-                # a Node that refuses everybody must not cost a session per attempt
-                self._supply.hold_back(others, session.ready_on, REPLACE_SECONDS)
+            self._replace(session, why, others)
         else:
-            # a further one could not be had: as many as there are must do for a while
-            has_no_room = others and (is_refusal(why) or isinstance(why, EndpointMissing))
-            seconds = REFUSED_PAUSE_SECONDS if has_no_room else FAILED_PAUSE_SECONDS
-            # those that were ready and are being given back leave room
-            number = sum(each.state != REVOKING or each.session.ready_on > 0 for each in self._carriers)
-            self._supply.hold_back(number, now, seconds)
-            why.is_told = self.ledger.warn_once(f"no further session for now: {why}", type(why).__name__)
+            self._do_without(why, others)
 
-    def _may_follow(self, session: MediatedSession, why: PlexctlError) -> bool:
-        """Return whether another session may be asked for when the last one has ended so."""
-        if session.ready_on:
-            return self.renew
-        is_refused = is_refusal(why) and not any(each.state == STUCK for each in self._carriers)
-        # a stuck session is not the end of the run, and the server may refuse another one until it is revoked
-        return (self.renew or self.has_been_stuck) and not is_refused
+    def _replace(self, session: MediatedSession, why: PlexctlError, others: int) -> None:
+        """A session has ended that was ready: the next connection gets a new one."""
+        if not (others or self.renew):
+            self._end_run(why)
+            return
+        self.ledger.tell_once(f"{why}; the next connection gets a new one" if self.renew else str(why))
+        if isinstance(why, ListenerGone) and elapsed_seconds() - session.ready_on < REPLACE_SECONDS:
+            # a Node that refuses everybody must not cost a session per attempt
+            self._supply.hold_back(others, session.ready_on, REPLACE_SECONDS)
+
+    def _do_without(self, why: PlexctlError, others: int) -> None:
+        """A further session could not be had: as many as there are must do for a while."""
+        # one that is stuck is not the end of the run, and the server may count it until it is revoked
+        is_final = is_refusal(why) and STUCK not in self._list_states()
+        if not others and (is_final or not (self.renew or self.has_been_stuck)):
+            self._end_run(why)
+            return
+        has_no_room = others and (is_refusal(why) or isinstance(why, EndpointMissing))
+        seconds = REFUSED_PAUSE_SECONDS if has_no_room else FAILED_PAUSE_SECONDS
+        # one that was ready and is being given back may be replaced
+        number = sum(each.state != REVOKING or each.session.ready_on > 0 for each in self._carriers)
+        self._supply.hold_back(number, elapsed_seconds(), seconds)
+        why.is_told = self.ledger.warn_once(f"no further session for now: {why}", type(why).__name__)
 
     def _end_run(self, why: PlexctlError) -> None:
         self.over = self.over or why
@@ -2921,19 +2957,24 @@ class Messages:
         self.has_terminal = (options.mode in ("print", "--proxy") and not options.quiet
                              and terminal_width(stream) > 0)
         self._stream = stream
+        self._is_quiet = options.quiet
         self._is_verbose = options.verbose
-        self._wanted = ""  # pattern of the lines that are written
-        if options.quiet:
-            self._wanted = "error: "
-        elif options.mode == "--stdio" and not options.verbose:  # errors, and what is left behind
-            self._wanted = "error: |session |warning: (a )?session |warning: syslog "
+        self._is_silent = options.mode == "--stdio" and not options.verbose
         self._queue: Any = queue.Queue()  # lines, the live line (without a line end), events; None: the end
         if not start_thread(self._write):
             raise PlexctlError("cannot start a thread (ulimit -u)")
 
+    def report_error(self, error: PlexctlError) -> None:
+        self._queue.put(f"plexctl: error: {error}\n")
+
     def report(self, line: str) -> None:
-        if re.match(self._wanted, line):
+        if not self._is_quiet:
             self._queue.put(f"plexctl: {line}\n")
+
+    def notice(self, line: str) -> None:
+        """Write a line that --stdio leaves out without -v."""
+        if not self._is_silent:
+            self.report(line)
 
     def say(self, line: str) -> None:
         """Write a line that only -v shows."""
@@ -3010,7 +3051,8 @@ FLAGS: Dict[str, List[Tuple[str, Any, str]]] = {  # by group: flag, parser of it
         ("--resource-id UUID", parse_uuid, "target Resource (required)"),
         ("--host HOST", parse_target_host, "target host, as the Node sees it (required)"),
         ("--port PORT", lambda text: parse_int(text, 1, PORT_MAX), "target port, 1 to 65535 (required)"),
-        ("--ttl-seconds N", lambda text: parse_int(text, 0, 10 ** 9), "lifetime (default 0: the server's)")],
+        ("--ttl-seconds N", lambda text: parse_int(text, 0, 10 ** 9),
+         "requested lifetime; 0 (default): the server's default")],
     "forwarding": [
         ("--proxy", None, "listen locally and forward until the session expires or you press Ctrl-C"),
         ("--stdio", None, "forward one connection over stdin and stdout (for ssh's ProxyCommand)"),
@@ -3145,6 +3187,7 @@ def describe_unknown(flag: str) -> str:
 
 def suggest(word: str, known: Sequence[str]) -> str:
     """Return which of the known words was probably meant."""
+    import difflib
     longer = [each for each in known if each.startswith(word)]
     alike = longer or difflib.get_close_matches(word, known, 1, 0.8)
     return f"; did you mean {' or '.join(alike)}?" if alike else ""
@@ -3171,8 +3214,9 @@ def check_together(options: argparse.Namespace) -> None:
         raise UsageError(f"{listening_flags[0]} needs --proxy or -- COMMAND")
     if options.keep_session and not modes:
         raise UsageError("--keep-session needs --proxy, --stdio or -- COMMAND")
-    if options.stdio and is_standard_input(options.token_file or ""):
-        raise UsageError("--token-file - and --stdio cannot be used together: both read standard input")
+    for flag in given("--token-file", "--ca-file"):
+        if options.stdio and is_standard_input(getattr(options, attribute_of(flag))):
+            raise UsageError(f"{flag} - and --stdio cannot be used together: both read standard input")
     if local and local.path and any("{port}" in word for word in command):
         raise UsageError("--local-addr unix: has no {port} for COMMAND, but {host} and {addr}")
     options.max_sessions = options.max_sessions or 4
@@ -3233,11 +3277,12 @@ class Foreground:
 
 def find_command(name: str, environ: Environ) -> str:
     """Find the program that COMMAND names; exit 127 or 126 like a shell, before anything is issued."""
+    import subprocess  # noqa: F401  # start_command needs it: a Python that lacks it costs no session
     path = environ.get("PATH", os.defpath)
     found = shutil.which(name, path=path)
     if found and os.path.isfile(found):
         return found
-    if shutil.which(name, os.F_OK, path) or os.path.dirname(name) and os.path.exists(name):
+    if shutil.which(name, os.F_OK, path) or (os.path.dirname(name) and os.path.exists(name)):
         raise PlexctlError(f"{escape(name)}: cannot be executed", exit_code=EXIT_NOT_EXECUTABLE)
     raise PlexctlError(f"{escape(name)}: command not found", exit_code=EXIT_NOT_FOUND)
 
@@ -3263,6 +3308,7 @@ class Run(Foreground):
         self.environ = environ
         self.messages = messages
         self.core_limit = core_limit  # that COMMAND is to have; None: the one that there is
+        self.audit: Optional[AuditLog] = None
         self.has_told = False  # what is wrong with the end of --stdio's connection
         self.began = elapsed_seconds()
         self.request = SessionRequest(options.project_id, options.resource_id, options.host,
@@ -3277,44 +3323,50 @@ class Run(Foreground):
         server, token = self.call(lambda: resolve_credentials(
             options.server, options.profile, options.token_file, options.allow_http, self.environ))
         plane = self.call(lambda: ControlPlane(
-            server, token, options.ca_file, self.environ, report=messages.say, notice=messages.report))
-        self.ledger = Ledger(plane, options.project_id, messages.report, messages.say)
+            server, token, options.ca_file, self.environ, say=messages.say, notice=messages.notice))
+        self.ledger = Ledger(plane, options.project_id, messages.report, messages.say, messages.notice)
         try:
             if options.mode == "print":
                 return self.print_coordinates()
             return self.carry_stdio() if options.mode == "--stdio" else self.forward(program)
         finally:
-            self.leave()
+            self.finish(self.ledger.leave, LEAVE_SECONDS, "releasing the session")
+            if options.keep_session:
+                for words in self.ledger.list_kept():
+                    messages.report(words)
+            for words in self.ledger.settle(sys.exc_info()[1]):
+                messages.report("warning: " + words)
+            if self.audit is not None:  # not before: an interrupted record may still be on its way
+                self.audit.close()
 
-    def leave(self) -> None:
-        """Revoke what is owed, for LEAVE_SECONDS at most; a further signal leaves HURRY_SECONDS.
+    def finish(self, function: Callable[[], None], seconds: float, slow: str = "") -> None:
+        """Run what must still be done, for `seconds` at most; a further signal leaves HURRY_SECONDS.
 
         A hangup does not: ssh sends one as soon as it has seen the end of --stdio.
+        `slow` is reported on a terminal if it takes longer than a second.
         """
-        ledger, began = self.ledger, elapsed_seconds()
-        left, deadline = Outcome(ledger.leave), began + LEAVE_SECONDS
-        while not left.done.wait(WAIT_SECONDS) and elapsed_seconds() < deadline:
+        outcome, began = Outcome(function), elapsed_seconds()
+        deadline = began + seconds
+        while not outcome.done.wait(WAIT_SECONDS) and elapsed_seconds() < deadline:
             if any(signum != HANGUP for signum in self.signals):
                 deadline = min(deadline, elapsed_seconds() + HURRY_SECONDS)
-            if self.messages.has_terminal and elapsed_seconds() - began > 1:
-                ledger.tell_once("releasing the session")
-        for words in ledger.list_kept() if self.options.keep_session else []:
-            self.messages.report(words)
-        for words in ledger.settle(sys.exc_info()[1]):
-            self.messages.report("warning: " + words)
+            if slow and self.messages.has_terminal and elapsed_seconds() - began > 1:
+                self.messages.report(slow)
+                slow = ""
 
     def establish(self, issue: Callable[[], MediatedSession]) -> MediatedSession:
         """Return the first session; reveal its token if that is wanted."""
-        audit = AuditLog(self.environ, self.messages.report) if self.options.reveal_secrets else None
+        if self.options.reveal_secrets:
+            self.audit = AuditLog(self.environ, self.messages.report)
+        self.wait(0)  # a signal that is here already: then nothing is issued
         opened = Outcome(issue)
         while not self.wait(REDRAW_SECONDS, opened.done):
             who = "Node" if self.ledger.has_issued() else "control plane"
             self.messages.show(f"waiting for the {who}: {show_seconds(elapsed_seconds() - self.began)}")
         session: MediatedSession = opened.result()
-        issued = session.issued
+        audit, issued = self.audit, session.issued
         if audit is not None:
             self.call(lambda: audit.record(self.ledger.plane.server, self.request, issued))
-            audit.close()
             text = ("plexctl: warning: the next line is the session token, a secret\n"
                     f"PLEXCTL_SESSION_TOKEN={issued.token.reveal()}\n")
             self.messages.flush()
@@ -3388,7 +3440,8 @@ class Run(Foreground):
         except Interrupted:
             # ssh hangs up as soon as it has seen the end: so once that is under way, what has ended the
             # connection decides the status. Where that was the client, the signal does: nobody sees the end.
-            if relay.ending in (OPEN, CLIENT_CLOSED) or not carried.done.wait(ASK_LIMIT_SECONDS):
+            signal_decides = relay.ending in (OPEN, CLIENT_CLOSED)
+            if signal_decides or not carried.done.wait(ASK_LIMIT_SECONDS):
                 raise
         finally:
             cancel.set()  # after a signal the thread must not go on, where this is a library
@@ -3400,14 +3453,15 @@ class Run(Foreground):
 
     def explain_end(self, session: MediatedSession, relay: Relay) -> None:
         """Report what is wrong with the end, before the client sees that: ssh hangs up then."""
-        if session.ask(afresh=True):  # an answer to an earlier question says nothing of the end
+        if session.why is None:
+            session.ask(afresh=True)  # an answer to an earlier question says nothing of the end
             session.await_answer()
         try:
             self.check_end(session, relay)
         except PlexctlError as error:
             if not self.ledger.plane.cancel.is_set():  # else we have ended it
                 self.has_told = True
-                self.messages.report(f"error: {error}")
+                self.messages.report_error(error)
                 self.messages.flush()
 
     def check_end(self, session: MediatedSession, relay: Relay) -> None:
@@ -3429,7 +3483,7 @@ class Run(Foreground):
                        options.min_sessions, options.renew, options.wait_seconds,
                        options.allow_other_users) as forwarder:
             session = self.establish(forwarder.establish)
-            self.tick = forwarder.tick
+            self.tick = forwarder.tick  # in every wait from now on
             self.tell_systemd("READY=1")
             try:
                 if program:
@@ -3445,7 +3499,7 @@ class Run(Foreground):
                 raise
             finally:
                 self.tell_systemd("STOPPING=1")
-                forwarder.stop()
+                self.finish(forwarder.stop, CLOSE_SECONDS + 1)
                 total = self.describe_total(forwarder.count(), reason)
                 if forwarder.listener.unidentified:
                     total += f"; {forwarder.listener.unidentified} closed before the owner could be checked"
@@ -3465,6 +3519,7 @@ class Run(Foreground):
                 told, tell_on = words, elapsed_seconds() + STATUS_SECONDS
                 self.tell_systemd("STATUS=" + words)
             self.wait(REDRAW_SECONDS, forwarder.is_closing)
+        self.wait(0)  # a signal that came before that decides
         raise forwarder.over
 
     def describe_total(self, counts: Counts, reason: str) -> str:
@@ -3492,8 +3547,7 @@ class Run(Foreground):
             self.wait_for_command(child, forwarder)
         finally:
             # what came while it ended was for COMMAND, too
-            for signum in [each for each in self.signals if each in self.passed_on]:
-                self.signals.remove(signum)
+            self.signals[:] = [each for each in self.signals if each not in self.passed_on]
             self.ignored = self.passed_on = ()
         self.deliver(forwarder)
         status = int(child.returncode)
@@ -3501,13 +3555,15 @@ class Run(Foreground):
 
     def start_command(self, program: str, local: LocalAddress) -> Any:
         """Start COMMAND, with its placeholders and environment filled in."""
+        import subprocess
         host, port = (local.path, "") if local.path else (local.host, str(local.port))
-        arguments = [word.replace("{port}", port).replace("{host}", host).replace("{addr}", str(local))
+        values = {"{host}": host, "{port}": port, "{addr}": str(local)}
+        arguments = [re.sub(r"\{(?:host|port|addr)\}", lambda found: values[found.group()], word)
                      for word in self.options.command]
         environ = dict(self.environ, PLEXCTL_LOCAL_HOST=host, PLEXCTL_LOCAL_PORT=port,
                        PLEXCTL_LOCAL_ADDR=str(local))
         environ.pop("PLEXSPHERE_TOKEN", None)
-        if is_loopback(local.host):  # "" is not
+        if not local.path and is_loopback(local.host):
             exempt = environ.get("no_proxy") or environ.get("NO_PROXY")  # or curl would go to a proxy with it
             environ["no_proxy"] = environ["NO_PROXY"] = f"{exempt},{local.host}" if exempt else local.host
         # COMMAND could read the token there, again or, of /dev/stdin, for the first time
@@ -3541,12 +3597,13 @@ class Run(Foreground):
     def deliver(self, forwarder: Forwarder) -> None:
         """Wait until what clients had sent before they closed has arrived, as long as it moves."""
         forwarder.listener.assume_closed()
+        time.sleep(WAIT_SECONDS)  # a busy kernel may have a last connection on its way to the backlog
         undelivered, moved_on = forwarder.list_undelivered(), elapsed_seconds()
         while undelivered and forwarder.over is None and elapsed_seconds() - moved_on < LEAVE_SECONDS:
             self.wait(WAIT_SECONDS)
             before, undelivered = undelivered, forwarder.list_undelivered()
             # where nobody knows who has closed, those who have not could send for ever
-            if undelivered != before and not forwarder.listener.is_guessing:
+            if undelivered != before and not forwarder.listener.takes_all_for_closed:
                 moved_on = elapsed_seconds()
         if undelivered or forwarder.over is not None:
             reason = f": {forwarder.over}" if forwarder.over else ""
@@ -3618,7 +3675,7 @@ def perform(argv: Sequence[str], environ: Environ, ends_process: bool = False) -
     except Exception as raised:
         error = as_error(raised)
         if not invocation.has_told:
-            messages.report(f"error: {error}")
+            messages.report_error(error)
         return error.exit_code
     finally:
         messages.close()
