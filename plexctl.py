@@ -828,7 +828,8 @@ class Exchange:
     """The answer to one request, as far as it has come: `status`, `headers`, `body`, and `fault`.
 
     `perform` runs in a thread of its own, so that whoever waits for it can give up: a time-out of
-    urllib's is for each recv, and the look-up of a name has none.
+    urllib's is for each recv, and the look-up of a name has none. Whoever gives up sets `fault`, then reads
+    `sent`; the thread sets `sent`, then reads `fault`: so nothing is given up and sent unnoticed.
     """
 
     def __init__(self, operation: str, server_name: str, context: Optional[ssl.SSLContext]) -> None:
@@ -913,7 +914,7 @@ class PlaneConnection(http.client.HTTPConnection):
             self.sock = exchange.context.wrap_socket(self.sock, server_hostname=exchange.server_name,
                                                      do_handshake_on_connect=False)
             self.sock.do_handshake()
-        exchange.sent = True  # before `fault` is read, so that no request is given up and sent unnoticed
+        exchange.sent = True  # before `fault` is read, see Exchange
         if exchange.fault:
             raise TimeoutError
         self.sock.settimeout(EXCHANGE_SECONDS)
@@ -999,6 +1000,7 @@ class ControlPlane:
             "idempotency_key": f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-8{digits[17:20]}-{digits[20:]}"}
         if request.ttl_seconds:
             body["requested_ttl_seconds"] = request.ttl_seconds
+        # may_exist: one of the attempts may have left a session; session_id: the last one that was told of
         asked_on, may_exist, session_id = elapsed_seconds(), False, ""
         for attempt in range(1, ISSUE_ATTEMPTS + 1):
             exchange = self._send(ISSUE, f"/v1/projects/{request.project_id}/sessions", body)
@@ -1075,7 +1077,7 @@ class ControlPlane:
     def _judge(self, exchange: Exchange) -> None:
         """Raise TransportError if there is no whole answer, ApiError for an unexpected status."""
         status = exchange.status
-        if exchange.fault and (not status or status in SUCCESS):  # of an error the status is enough
+        if exchange.fault and (not status or status in SUCCESS):  # an error's status is enough
             tried = "no complete answer from" if exchange.sent else "cannot connect to"
             raise TransportError(f"{exchange.operation}: {tried} {self._peer}: {exchange.fault}",
                                  passing=exchange.passing)
@@ -1539,8 +1541,8 @@ class Flow:
 
 # how a connection has ended, Relay.ending
 OPEN = ""  # it has not
-NODE_ENDED = "ended by the Node"  # before the client did
-BOTH_ENDED = "ended by both"  # by the client first
+NODE_ENDED = "ended by the Node"  # before it was told of an end by the client
+BOTH_ENDED = "ended by both"  # after that
 CLIENT_CLOSED = "closed by the client"  # the Node has yet to end it, and may not have everything
 CLIENT_RESET = "reset by the client"  # the same
 NODE_RESET = "reset by the Node"
@@ -1610,8 +1612,8 @@ class Relay:
     def await_end(self, seconds: float) -> bool:
         """If it was ended BY_CLIENT, wait until it is over for the Node too; False if that takes longer.
 
-        - CLIENT_CLOSED: until the Node has ended it, or its path is dead; so long from when the Node has
-          everything
+        - CLIENT_CLOSED: until the Node has ended it, or its path is dead; while the Node lacks something the
+          time begins anew
         - CLIENT_RESET: until the Node has everything, since our own reset would destroy the rest
 
         What the Node still sends is dropped: it may be blocked in that write, and would see no end before.
@@ -1723,7 +1725,7 @@ class Relay:
 
     def _check_client_reset(self) -> None:
         """Raise a reset by the client, whether a write has met it or no call has yet."""
-        error = 0 if self.down.is_dropping else self._client.take_error()
+        error = 0 if self.down.is_dropping else self._client.take_error()  # the first error says what it was
         if error:
             self.down.note_sink_error(error)
         self.down.check_reset()
@@ -2067,9 +2069,9 @@ class MediatedSession:
         if is_first:
             self._refused_since = now
         self.ask(afresh=is_first and may_be_replaced)
-        asked_on = self.await_answer(pace)
-        # an answer from before may have brought a new endpoint, but knows of no revocation since then
-        if is_refused and asked_on >= now and self._refused_since:  # 0 again after a new endpoint
+        # an answer to a question from before may bring a new endpoint, but knows of no revocation since then
+        knows_state = self.await_answer(pace) >= now
+        if is_refused and knows_state and self._refused_since:  # 0 again after a new endpoint
             patience = 0 if may_be_replaced else GONE_SECONDS
             if now - self._refused_since >= patience:
                 self.end(ListenerGone("the Node has closed the session's listener"))
@@ -2213,7 +2215,7 @@ class Listener(socketserver.TCPServer):
         self._returned: List[Leg] = []  # clients that were put back
         self._bound_file: Optional[os.stat_result] = None  # of a unix socket
         self._knows_owners = False  # the kernel tells; also with allow_other_users, for `has_closed`
-        self._checks_owners = False
+        self._checks_owners = False  # and others are not served
         self.address_family = (socket.AF_UNIX if local.path else
                                socket.AF_INET6 if ":" in local.host else socket.AF_INET)
         try:
@@ -2256,6 +2258,7 @@ class Listener(socketserver.TCPServer):
         except (OSError, AttributeError) as error:
             if getattr(error, "errno", None) in EXHAUSTED:
                 raise
+        # OVERFLOW_UID would be ours and any stranger's
         self._checks_owners = (self._knows_owners and not self._allows_other_users
                                and os.geteuid() != OVERFLOW_UID)
         if not self._checks_owners and not self._allows_other_users:
@@ -2420,7 +2423,7 @@ class Supply:
         missing = waiting - states.count(OPENING) if self.is_overdue else 0
         if self.minimum > 1:
             missing = max(missing, self.minimum - live)
-        return max(0, min(missing, self.count_allowed(now) - len(states)))
+        return max(0, min(missing, self.count_allowed(now) - len(states)))  # the server counts all of them
 
     def has_spare(self, now: float, states: List[str]) -> bool:
         """Return whether to give a session back that is free, since nobody needs it."""
@@ -2442,7 +2445,8 @@ class Carrier:
     It issues the session, and takes clients as long as that lasts: accepts one, dials, carries the connection
     to its end, and is free again when the Node has ended that as well. At last it revokes the session.
 
-    Only the thread that has the turn takes a client; it passes the turn on soon, see _pace.
+    Only the thread that has the turn waits for a client and takes it. It passes the turn on when that
+    connection has lasted for TURN_SECONDS (_pace), when the client is refused, and at its own end.
     """
 
     def __init__(self, forwarder: "Forwarder") -> None:
@@ -2507,8 +2511,8 @@ class Carrier:
     def _pace(self, seconds: float) -> float:
         """Return how long a wait may last, see Pace; pass the turn on once the connection has lasted.
 
-        Not at once: so short connections are served by one thread, one after another, and 8 of them at once
-        take two thirds of the time. Threads that run side by side mostly wait for Python's own lock.
+        If it were passed on at once, 8 short connections at once would take one and a half times as long:
+        threads that run side by side mostly wait for Python's own lock.
         """
         # must_leave without its clock, which costs too much here; tick() looks at that
         if self._forwarder.is_closing.is_set() or self.session.why is not None:
@@ -2877,7 +2881,7 @@ class Forwarder:
             return
         has_no_room = others and (is_refusal(why) or isinstance(why, EndpointMissing))
         seconds = REFUSED_PAUSE_SECONDS if has_no_room else FAILED_PAUSE_SECONDS
-        # one that was ready and is being given back may be replaced
+        # one that was ready and is being given back may be replaced; this one does not count
         number = sum(each.state != REVOKING or each.session.ready_on > 0 for each in self._carriers)
         self._supply.hold_back(number, elapsed_seconds(), seconds)
         why.is_told = self.ledger.warn_once(f"no further session for now: {why}", type(why).__name__)
@@ -3237,7 +3241,11 @@ HANGUP = getattr(signal, "SIGHUP", 0)  # Windows has none
 
 
 class Foreground:
-    """The main thread, which waits for signals and for other threads, and calls `tick` meanwhile."""
+    """The main thread, which waits for signals and for other threads, and calls `tick` meanwhile.
+
+    While COMMAND runs, SIGINT and SIGQUIT are its own, some signals are passed on as often as they come, and
+    all others are passed on, and ask for the end.
+    """
 
     def __init__(self) -> None:
         self.tick: Callable[[], None] = lambda: None
@@ -3469,11 +3477,13 @@ class Run(Foreground):
         error, down = session.why or relay.error, relay.down
         if isinstance(error, PlexctlError):
             raise error
-        if relay.ending in BY_NODE and not (down.moved or down.count_undelivered()):
+        got_nothing = not (down.moved or down.count_undelivered())
+        if relay.ending in BY_NODE and got_nothing:
             raise PlexctlError(describe_unreachable(self.request))
         if error is not None:
             raise PlexctlError(f"the connection ended: {show_error(error)}")
-        if relay.ending == CLIENT_CLOSED and (not down.moved or down.count_undelivered()):
+        took_nothing_or_not_all = not down.moved or down.count_undelivered()
+        if relay.ending == CLIENT_CLOSED and took_nothing_or_not_all:
             raise PlexctlError("cannot write to standard output: nobody reads it")
 
     def forward(self, program: str) -> int:
