@@ -2358,6 +2358,7 @@ class Listener(socketserver.TCPServer):
 
 PAUSE_SECONDS = 0.5  # after an accept() that failed
 TURN_SECONDS = 0.001  # a thread passes the turn on when its connection is older
+REFUSE_SECONDS = 0.05  # after a client was refused, so that another session takes the next one
 GRACE_SECONDS = 0.3  # a connection waits so long for a session to become free, before one is issued for it
 IDLE_SECONDS = 60  # after which a session that nobody needs is given back
 NODE_END_SECONDS = 2  # that a Node may take to end a connection, until its session counts as stuck
@@ -2566,6 +2567,8 @@ class Carrier:
         if not isinstance(error, (SessionOver, Cancelled)):
             forwarder.ledger.warn_once(f"a connection was not served: {error}", "not served")
         forwarder.note_client_end(self, 0, 0)
+        if self.session.why is None and forwarder.count().sessions > 1:
+            forwarder.is_closing.wait(REFUSE_SECONDS)  # or this one, which is quick, would take most clients
 
     def _tell_end(self, relay: Relay) -> None:
         forwarder = self._forwarder

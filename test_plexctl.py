@@ -5013,7 +5013,7 @@ def test_a_session_whose_node_refuses_does_not_take_every_client():
         eventually(lambda: running.count().sessions == 2)
         running.node.refuse(running.plane.issued[0])
         served = collections.Counter(attempt(running.address) for _ in range(200))
-        assert served[True] * 5 >= served[False], served
+        assert served[True] >= served[False], served
 
 
 def test_a_revocation_of_one_of_the_first_sessions_ends_the_run_whatever_failed_before(simulation):
