@@ -184,7 +184,7 @@ _CLOCK = CLOCK_BOOTTIME if ON_LINUX else getattr(time, "CLOCK_MONOTONIC", None)
 
 
 def elapsed_seconds() -> float:
-    """Read a clock that nobody sets and that goes on while the machine sleeps (asked_on and other ..._on)."""
+    """Read a clock that nobody sets and that goes on while the machine sleeps; its times are named ..._on."""
     return time.clock_gettime(_CLOCK) if _CLOCK is not None else time.monotonic()
 
 
@@ -898,7 +898,7 @@ class PlaneHandler(urllib.request.AbstractHTTPHandler):
 
 
 class PlaneConnection(http.client.HTTPConnection):
-    """http.client's connection for one Exchange, with TLS where that has a context. `host` has a port."""
+    """http.client's connection for one Exchange, with TLS if that has a context; `host` is HOST:PORT."""
 
     def __init__(self, host: str, exchange: Exchange, **options: Any) -> None:
         super().__init__(host, **options)
@@ -1582,7 +1582,7 @@ class Relay:
         self._has_closed = has_closed
         self._before_end = before_end
         self._pace = pace
-        self._poller: Any = None
+        self._poller: Any = None  # made by _register
         self._registered = (NO_WAIT, NO_WAIT)  # what each flow waits for in the poller
 
     def carry(self) -> None:
@@ -2437,6 +2437,7 @@ class Supply:
 
 
 def count_live(states: List[str]) -> int:
+    """Return how many of these carriers' states are LIVE."""
     return sum(state in LIVE for state in states)
 
 
@@ -2809,6 +2810,7 @@ class Forwarder:
         return not (has_answer or is_explaining)
 
     def _issue_missing(self, now: float) -> None:
+        """Issue what is missing; warn if connections wait although there may be no further session."""
         states, waiting = self._list_states(), self.listener.count_waiting()
         missing = self._supply.count_missing(now, waiting, states)
         if self._supply.is_overdue and states.count(BUSY) >= self._supply.limit:
@@ -3186,7 +3188,8 @@ def describe_unknown(flag: str) -> str:
     first = flag.split()[0]
     if first != flag:
         name = f" ({first} ...)" if first in FLAG_NAMES else ""
-        return f"several words in one argument{name}: $TARGET is quoted, or not split (zsh, fish)"
+        return (f"several words in one argument{name}: $TARGET must not be quoted, and zsh and fish do not "
+                "split it")
     if len(flag) < 3 or flag[:2] != "--":
         return "unknown flag " + escape(flag[:2]) + ("...; short flags take no value" if flag[2:] else "")
     return f"unknown flag {escape(flag, 40)}{suggest(flag, FLAG_NAMES)}"
@@ -3246,8 +3249,8 @@ HANGUP = getattr(signal, "SIGHUP", 0)  # Windows has none
 class Foreground:
     """The main thread, which waits for signals and for other threads, and calls `tick` meanwhile.
 
-    While COMMAND runs, SIGINT and SIGQUIT are its own, some signals are passed on as often as they come, and
-    all others are passed on, and ask for the end.
+    While COMMAND runs, SIGINT and SIGQUIT are its own; SIGHUP, SIGUSR1 and SIGUSR2 are passed on as often as
+    they come; all others are passed on, and ask for the end.
     """
 
     def __init__(self) -> None:

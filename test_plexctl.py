@@ -2289,8 +2289,9 @@ def test_a_syslog_that_takes_nothing_is_a_warning_in_time(cli, lone_plane, tmp_p
 
 
 @pytest.mark.parametrize("statement, limit", [(each, 0) for each in (
-    "", "logging.disable(logging.CRITICAL)", "audit.setLevel(logging.CRITICAL)",
-    "audit.disabled = True")] + [  # "": the file is removed
+    "", "logging.disable(logging.CRITICAL)", "audit.setLevel(logging.CRITICAL)", "audit.disabled = True",
+    "audit.addHandler(logging.FileHandler('/dev/null')); audit.handlers[0].emit = lambda record: "
+    "open('/none')")] + [  # "": the file is removed; the last one: another handler fails
     ("logging.raiseExceptions = %r" % raises, size) for size in (150, 101) * LINUX for raises in (0, 1)])
 def test_a_record_that_is_lost_or_cut_short_reveals_nothing(lone_plane, tmp_path, statement, limit):
     def step(handler, _plane):
@@ -2305,6 +2306,14 @@ def test_a_record_that_is_lost_or_cut_short_reveals_nothing(lone_plane, tmp_path
     failed(result, 1, "audit log " + log)
     assert not statement or os.path.getsize(log) == (limit or 101)
     revoked_once(lone_plane)
+
+
+@pytest.mark.reveals
+def test_a_filter_of_the_logger_keeps_no_record_out_of_the_file(
+        cli, lone_plane, tmp_path, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("plexctl.audit"), "filters", [lambda record: False])
+    assert reveal_to(cli, lone_plane, tmp_path / "audit.log").status == 0
+    assert len(read_records(tmp_path / "audit.log")) == 1
 
 
 @FULL
